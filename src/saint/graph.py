@@ -1,0 +1,202 @@
+"""Similarity graphs over tokens: voting (SAINT section 3) and full-graph elimination.
+
+Pure tensor functions: no model, no state. Everything is computed in float32 whatever the input dtype, ties are broken
+by token index, and no gradient flows through a decision.
+
+Letters: B batch, H heads, N candidate tokens, D head dim, S = ceil(N / 2) sources.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A cosine never gets here and a valid threshold neither: marks targets that do not exist (padding).
+_NO_TARGET = -2.0
+
+
+class Vote(NamedTuple):
+    """Outcome of the voting graph of one layer.
+
+    Attributes:
+        sources: candidate index of each source (the even positions), int64 [S].
+        degree: number of targets at or above the threshold, int64 [B, S].
+        score: redundancy, float32 [B, S]; padded sources hold -inf.
+        votes: number of sources whose degree reaches ``neighbors``, int64 [B].
+    """
+
+    sources: Tensor
+    degree: Tensor
+    score: Tensor
+    votes: Tensor
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise ``ValueError`` unless ``threshold`` is a cosine in (-1, 1]."""
+    if not isinstance(threshold, (int, float)) or isinstance(threshold, bool) or not -1.0 < threshold <= 1.0:
+        raise ValueError(
+            f"threshold must be a cosine in (-1, 1], got {threshold!r}; 0.75 suits CLIP-like encoders, "
+            "a higher value drops fewer tokens"
+        )
+
+
+def check_neighbors(neighbors: int) -> None:
+    """Raise ``ValueError`` unless ``neighbors`` is an integer >= 1."""
+    if not isinstance(neighbors, int) or isinstance(neighbors, bool) or neighbors < 1:
+        raise ValueError(f"neighbors must be an integer >= 1, got {neighbors!r}; the published value is 5")
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No autograd and no autocast: bf16 similarities would flip votes."""
+    with torch.no_grad():
+        if torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
+                yield
+        else:
+            yield
+
+
+def metric(keys: Tensor, *, center: bool = False, valid: Tensor | None = None) -> Tensor:
+    """Unit-length head-mean keys, the tokens' positions on the sphere.
+
+    Args:
+        keys: [B, H, N, D] or already averaged over heads [B, N, D], any float dtype.
+        center: subtract the mean over the candidates first; for encoders whose keys share a large common component.
+        valid: bool [B, N], False for padding; None means all real.
+
+    Returns:
+        float32 [B, N, D]; a zero key stays the zero vector.
+    """
+    mean = keys.mean(1, dtype=torch.float32) if keys.ndim == 4 else keys.float()
+    if center:
+        if valid is None:
+            mean = mean - mean.mean(1, keepdim=True)
+        else:
+            weight = valid.unsqueeze(-1).to(mean.dtype)
+            mean = mean - (mean * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1)
+    # clamp instead of torch.nn.functional.normalize: one temporary less on a path counted in microseconds
+    return mean / torch.linalg.vector_norm(mean, dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def vote(
+    keys: Tensor,
+    threshold: float,
+    neighbors: int = 5,
+    gamma: float = 10.0,
+    *,
+    center: bool = False,
+    valid: Tensor | None = None,
+) -> Vote:
+    """The voting graph: bipartite, even positions (sources) against odd positions (targets).
+
+    With S_ij the cosine of source i and target j, an edge where S_ij >= threshold, c_i the degree and
+    s_i the mean similarity over the edges::
+
+        score_i = c_i * exp(gamma * (s_i - threshold))   if c_i > 0      (always >= 1)
+                  mean_j S_ij                            otherwise       (always <= 1)
+
+    A source votes to go when c_i >= neighbors (the authors' code; their figure draws a strict inequality).
+
+    Args:
+        keys: attention keys of the candidates, [B, H, N, D] or [B, N, D].
+        threshold: cosine at which two tokens count as similar, in (-1, 1].
+        neighbors: edges a source needs to vote, >= 1.
+        gamma: sharpness of the score.
+        center: see :func:`metric`.
+        valid: bool [B, N], False for padding, which is neither source nor target.
+
+    Returns:
+        The :class:`Vote`.
+
+    Raises:
+        ValueError: bad ``threshold``, ``neighbors`` or shape of ``keys``.
+
+    Example:
+        >>> angles = torch.deg2rad(torch.tensor([0., 1, 2, 4, 40, 6, 80, 8, 120, 41]))
+        >>> ballot = vote(torch.stack([angles.cos(), angles.sin()], -1)[None], 0.95, neighbors=3)
+        >>> drop_order(ballot)[0, : int(ballot.votes)].tolist()
+        [2, 0]
+    """
+    check_threshold(threshold)
+    check_neighbors(neighbors)
+    if keys.ndim not in (3, 4):
+        raise ValueError(f"keys must be [B, H, N, D] or [B, N, D], got shape {tuple(keys.shape)}")
+    with full_precision(keys.device):
+        points = metric(keys, center=center, valid=valid)
+        source, target = points[:, 0::2], points[:, 1::2]
+        similarity = source @ target.mT  # [B, S, T]
+        if valid is None:
+            typical = target.mean(1) if target.shape[1] else target.new_zeros(target.shape[0], target.shape[2])
+        else:
+            real = valid[:, 1::2]
+            typical = (target * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True).clamp_min(1)
+            similarity = similarity.masked_fill_(~real.unsqueeze(1), _NO_TARGET)
+        degree = (similarity >= threshold).sum(-1)
+        # sum over the edges of (S - threshold): what lies under the threshold clamps to zero
+        excess = similarity.sub_(threshold).clamp_min_(0).sum(-1)
+        score = torch.where(
+            degree > 0,
+            degree * torch.exp(gamma * excess / degree.clamp_min(1)),
+            (source @ typical.unsqueeze(-1)).squeeze(-1),
+        )
+        ballots = degree >= neighbors
+        if valid is not None:
+            score = score.masked_fill(~valid[:, 0::2], -torch.inf)
+            ballots = ballots & valid[:, 0::2]
+        sources = torch.arange(0, points.shape[1], 2, device=keys.device)
+        return Vote(sources, degree, score, ballots.sum(-1))
+
+
+def drop_order(vote: Vote) -> Tensor:
+    """Candidate indices of the sources, most redundant first, ties by index. int64 [B, S]."""
+    return vote.sources[torch.sort(vote.score, dim=-1, descending=True, stable=True).indices]
+
+
+def eliminate(
+    keys: Tensor,
+    keep: int | list[int],
+    step: int = 16,
+    *,
+    center: bool = False,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Full-graph elimination: drop the tokens most similar to all that are left, a share at a time.
+
+    The N x N cosine matrix is computed once. While more than ``keep`` tokens remain: score_i = sum of S_ij over the
+    tokens still there; the ``max(1, remaining // step)`` highest go (never more than needed).
+
+    Args:
+        keys: [B, H, N, D] or [B, N, D].
+        keep: survivors per sample, one number or one per sample.
+        step: a round removes one ``step``-th of what remains, >= 1.
+        center: see :func:`metric`.
+        valid: bool [B, N], False for padding.
+
+    Returns:
+        bool [B, N], True for survivors. Padding is never a survivor.
+    """
+    if not isinstance(step, int) or isinstance(step, bool) or step < 1:
+        raise ValueError(f"step must be an integer >= 1, got {step!r}; the published value is 16")
+    with full_precision(keys.device):
+        points = metric(keys, center=center, valid=valid)
+        batch, count = points.shape[:2]
+        alive = torch.ones(batch, count, dtype=torch.bool, device=keys.device) if valid is None else valid.clone()
+        similarity = points @ points.mT
+        left = [count] * batch if valid is None else valid.sum(1).tolist()
+        goal = [keep] * batch if isinstance(keep, int) else list(keep)
+        rank = torch.arange(count, device=keys.device)
+        while True:
+            out = [min(n - k, max(1, n // step)) if n > k else 0 for n, k in zip(left, goal, strict=True)]
+            if not any(out):
+                return alive
+            score = (similarity @ alive.unsqueeze(-1).to(similarity.dtype)).squeeze(-1)
+            order = torch.sort(score.masked_fill(~alive, -torch.inf), dim=-1, descending=True, stable=True).indices
+            if len(set(out)) == 1:
+                alive = alive.scatter(1, order[:, : out[0]], False)
+            else:
+                stay = rank >= torch.tensor(out, device=keys.device).unsqueeze(1)
+                alive = alive & torch.empty_like(alive).scatter_(1, order, stay)
+            left = [n - k for n, k in zip(left, out, strict=True)]

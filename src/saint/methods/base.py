@@ -1,0 +1,106 @@
+"""What a method may ask for and what it returns.
+
+A method is a frozen dataclass: its fields are its settings, ``rank`` its only decision. Selection, gathering, protection
+of prefix tokens, ragged batches and floors exist once, outside.
+"""
+
+import dataclasses
+import math
+import warnings
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from ..tokens import Candidates, Selection
+
+Budget = str | int | float
+
+
+class Ranking(NamedTuple):
+    """Who goes first, and how many.
+
+    Attributes:
+        order: candidate slots, most droppable first, int64 [B, S], S <= N; padding only behind real slots.
+        drop: tokens to drop per sample, B Python ints, each <= the sample's ranked slots.
+    """
+
+    order: Tensor
+    drop: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(ABC):
+    """Base of all methods."""
+
+    name: ClassVar[str]  # registry name, lower_snake
+    paper: ClassVar[str]  # citation key or URL of the publication
+    stages: ClassVar[frozenset[str]]  # stages the method is defined for
+
+    @abstractmethod
+    def select(self, candidates: Candidates) -> Selection | None:
+        """Choose the survivors of one drop point; None when everything stays."""
+
+    def layers(self, stage: str, depth: int) -> list[int]:
+        """Layers used when the plan names none."""
+        raise ValueError(f"{type(self).__name__} has no default layers for {stage}; give Stage(..., layers=[...])")
+
+    def validate(self, total: int, steps: int) -> None:
+        """Raise ``ValueError`` when ``total`` candidates over ``steps`` drop points cannot work."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"method": self.name, **dataclasses.asdict(self)}
+
+
+def check_budget(budget: Budget, dynamic: tuple[str, ...] = ()) -> None:
+    """Raise ``ValueError`` unless ``budget`` is one of ``dynamic``, an int >= 1 or a fraction in (0, 1]."""
+    if isinstance(budget, str):
+        ok = budget in dynamic
+    elif isinstance(budget, bool):
+        ok = False
+    elif isinstance(budget, int):
+        ok = budget >= 1
+    else:
+        ok = isinstance(budget, float) and 0.0 < budget <= 1.0
+    if not ok:
+        words = "".join(f"'{word}', " for word in dynamic)
+        raise ValueError(
+            f"budget must be {words}an int >= 1 (tokens kept) or a float in (0, 1] (fraction of candidates kept), "
+            f"got {budget!r}"
+        )
+
+
+def final_keep(budget: int | float, total: int) -> int:
+    """Tokens that survive the whole stage: the int itself, or the fraction of ``total`` rounded half up, at least 1."""
+    if isinstance(budget, int):
+        if budget > total:
+            raise ValueError(
+                f"budget={budget} tokens to keep, but there are only {total} candidates; "
+                f"use an int <= {total} or a fraction in (0, 1]"
+            )
+        return budget
+    return max(1, math.floor(budget * total + 0.5))
+
+
+def scheduled_keep(keep: int, total: int, step: int, steps: int) -> int:
+    """Survivors after drop point ``step`` of ``steps`` when ``keep`` of ``total`` survive the stage.
+
+    Geometric: every drop point removes the same share, so no single layer is asked for more than the others.
+    """
+    if step == steps - 1:
+        return keep
+    return math.ceil(total * (keep / total) ** ((step + 1) / steps))
+
+
+def floored(drop: tuple[int, ...], candidates: Candidates, floor: float) -> tuple[int, ...]:
+    """Cap ``drop`` so that ceil(floor * original candidates) survive; warn when that binds."""
+    tokens = candidates.tokens
+    allowed = (max(0, n - math.ceil(floor * t)) for n, t in zip(tokens.lengths, tokens.total, strict=True))
+    capped = tuple(min(r, a) for r, a in zip(drop, allowed, strict=True))
+    if capped != drop:
+        warnings.warn(
+            f"the floor of {floor:g} of the candidates held tokens back; the keys of this model may share a large "
+            "common component: try center=True or a higher threshold",
+            stacklevel=2,
+        )
+    return capped

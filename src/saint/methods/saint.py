@@ -1,0 +1,79 @@
+"""SAINT's voting graph: drop the tokens that many others resemble. arXiv 2503.11549, section 3."""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+from .. import graph
+from ..tokens import Candidates, Selection
+from .base import Budget, Method, check_budget, final_keep, floored, scheduled_keep
+
+
+@dataclasses.dataclass(frozen=True)
+class Saint(Method):
+    """Similarity voting between even (sources) and odd (targets) candidates; only sources can go.
+
+    With ``budget="sample"`` each sample drops as many tokens as it has votes (our default), with ``"batch"`` every
+    sample drops the batch mean, rounded down (the published rule: results then depend on the batch mates). With a number,
+    the votes are ignored and the stage as a whole keeps that many tokens, the same share at every drop point.
+    """
+
+    name: ClassVar[str] = "saint"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2503.11549"
+    stages: ClassVar[frozenset[str]] = frozenset({"vision", "language"})
+
+    threshold: float = 0.75  # cosine from which two tokens count as similar, in (-1, 1]
+    neighbors: int = 5  # edges a source needs to vote, >= 1
+    gamma: float = 10.0  # sharpness of the score, >= 0
+    budget: Budget = "sample"  # "sample" | "batch" | tokens kept (int) | fraction of the candidates kept (float)
+    center: bool = False  # subtract the mean key first; for encoders whose keys share a large common component
+    floor: float = 0.1  # fraction of the stage's original candidates that always survives, in [0, 1]
+
+    def __post_init__(self) -> None:
+        graph.check_threshold(self.threshold)
+        graph.check_neighbors(self.neighbors)
+        if not isinstance(self.gamma, (int, float)) or not math.isfinite(self.gamma) or self.gamma < 0:
+            raise ValueError(f"gamma must be a finite number >= 0, got {self.gamma!r}; the published value is 10")
+        if not isinstance(self.floor, (int, float)) or not 0.0 <= self.floor <= 1.0:
+            raise ValueError(f"floor must be a fraction in [0, 1], got {self.floor!r}")
+        check_budget(self.budget, ("sample", "batch"))
+
+    def layers(self, stage: str, depth: int) -> list[int]:
+        # ViT: the authors' scripts use the first half; LLM: their layers 7..16 of 32 and of 40, cut at the depth
+        return list(range(depth // 2 or 1)) if stage == "vision" else list(range(min(7, depth - 1), min(17, depth)))
+
+    def validate(self, total: int, steps: int) -> None:
+        if isinstance(self.budget, str):
+            return
+        keep, before = final_keep(self.budget, total), total
+        for step in range(steps):
+            after = scheduled_keep(keep, total, step, steps)
+            if before - after > (before + 1) // 2:
+                raise ValueError(
+                    f"budget={self.budget!r} keeps {keep} of {total} tokens, but each of the {steps} drop point(s) can "
+                    f"drop at most half: give more layers, or keep at least {math.ceil(total / 2**steps)}"
+                )
+            before = after
+
+    def select(self, candidates: Candidates) -> Selection | None:
+        tokens = candidates.tokens
+        ballot = graph.vote(
+            candidates.keys, self.threshold, self.neighbors, self.gamma, center=self.center, valid=tokens.valid
+        )
+        if isinstance(self.budget, str):
+            drop = tuple(ballot.votes.tolist())
+            if self.budget == "batch":
+                drop = (sum(drop) // len(drop),) * len(drop)
+                if tokens.valid is not None:  # a padded sample may have fewer sources than the mean asks for
+                    drop = tuple(min(r, (n + 1) // 2) for r, n in zip(drop, tokens.lengths, strict=True))
+            if not any(drop):
+                return None
+            drop = floored(drop, candidates, self.floor)
+        else:
+            drop = tuple(
+                n - scheduled_keep(final_keep(self.budget, t), t, candidates.step, candidates.steps)
+                for n, t in zip(tokens.lengths, tokens.total, strict=True)
+            )
+        if not any(drop):
+            return None
+        return Selection.from_order(graph.drop_order(ballot), drop, tokens)

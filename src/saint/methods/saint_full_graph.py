@@ -1,0 +1,43 @@
+"""SAINT's full graph with a fixed budget: the variant used inside the CLIP tower of a VLM. arXiv 2503.11549."""
+
+import dataclasses
+from typing import ClassVar
+
+from .. import graph
+from ..tokens import Candidates, Selection
+from .base import Method, check_budget, final_keep, scheduled_keep
+
+
+@dataclasses.dataclass(frozen=True)
+class SaintFullGraph(Method):
+    """Iteratively drop the tokens most similar to all that are left, until ``keep`` remain."""
+
+    name: ClassVar[str] = "saint_full_graph"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2503.11549"
+    stages: ClassVar[frozenset[str]] = frozenset({"vision", "connector", "language"})
+
+    keep: int | float = 375  # survivors of the stage: a number (int) or a fraction of the candidates (float)
+    step: int = 16  # each round removes 1/step of what remains
+    center: bool = False  # subtract the mean key first
+
+    def __post_init__(self) -> None:
+        check_budget(self.keep)
+        if not isinstance(self.step, int) or isinstance(self.step, bool) or self.step < 1:
+            raise ValueError(f"step must be an integer >= 1, got {self.step!r}; the published value is 16")
+
+    def layers(self, stage: str, depth: int) -> list[int]:
+        return [depth * 4 // 5]  # layer 19 of CLIP ViT-L's 24, as published
+
+    def validate(self, total: int, steps: int) -> None:
+        final_keep(self.keep, total)
+
+    def select(self, candidates: Candidates) -> Selection | None:
+        tokens = candidates.tokens
+        goal = tuple(
+            scheduled_keep(final_keep(self.keep, t), t, candidates.step, candidates.steps) for t in tokens.total
+        )
+        if goal == tokens.lengths:
+            return None
+        keep = goal[0] if len(set(goal)) == 1 and tokens.valid is None else list(goal)
+        alive = graph.eliminate(candidates.keys, keep, self.step, center=self.center, valid=tokens.valid)
+        return Selection.from_mask(alive, goal)

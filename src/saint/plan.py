@@ -1,0 +1,158 @@
+"""Plans: where tokens may go, and by which method. Pure data; knows no model."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from . import methods
+from .methods.base import Method
+
+VERSION = 1
+STAGES = ("vision", "connector", "language")
+
+Layers = Literal["first_half"] | range | list[int] | tuple[int, ...] | None
+OUTPUTS = ("survivors", "nearest", "similar")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A method at some layers of one stage.
+
+    Attributes:
+        method: what decides.
+        layers: 0-based drop points: "first_half", a range, a list, or None for the method's own default.
+        placement: "mid" drops between attention and MLP of the layer, "post" after the layer; None means "mid" for
+            vision (as published) and "post" for language.
+        output: what a vision encoder hands on. "survivors": the shortened sequence, batches padded to the longest
+            sample with the mean of its survivors (an average pool averages the survivors). Full length, every dropped
+            token standing for its survivor: "nearest" (closest on the patch grid; for dense heads) or "similar" (most
+            similar key when it was dropped; an average pool then weights each survivor by the tokens it covers).
+
+    Raises:
+        ValueError: a wrong value, with the accepted ones.
+        TypeError: ``method`` is not a method.
+    """
+
+    method: Method
+    layers: Layers = None
+    placement: Literal["mid", "post"] | None = None
+    output: Literal["survivors", "nearest", "similar"] = "survivors"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, Method):
+            raise TypeError(f"Stage needs a method such as saint.Saint(), got {self.method!r}")
+        if isinstance(self.layers, str):
+            if self.layers != "first_half":
+                raise ValueError(f'layers must be "first_half", a range or a list of ints, got {self.layers!r}')
+        elif self.layers is not None:
+            if isinstance(self.layers, int) or not all(
+                isinstance(i, int) and not isinstance(i, bool) for i in self.layers
+            ):
+                raise ValueError(f'layers must be "first_half", a range or a list of ints, got {self.layers!r}')
+            chosen = sorted(set(self.layers))
+            if not chosen:
+                raise ValueError("layers is empty: leave the stage out of the plan instead")
+            if len(chosen) != len(self.layers):
+                raise ValueError(f"layers names a layer twice: {list(self.layers)}")
+            if chosen[0] < 0:
+                raise ValueError(f"layers are 0-based and not negative, got {chosen[0]}")
+            object.__setattr__(self, "layers", tuple(chosen))
+        if self.placement not in (None, "mid", "post"):
+            raise ValueError(f'placement must be "mid" or "post", got {self.placement!r}')
+        if self.output not in OUTPUTS:
+            raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {self.output!r}")
+
+    def resolve_layers(self, stage: str, depth: int) -> list[int]:
+        """The drop points in a model of ``depth`` layers, ascending.
+
+        Raises:
+            ValueError: a layer beyond the depth.
+        """
+        if self.layers == "first_half":
+            return list(range(depth // 2 or 1))
+        chosen = self.method.layers(stage, depth) if self.layers is None else [int(i) for i in self.layers]
+        if chosen[-1] >= depth:
+            raise ValueError(
+                f"layer {chosen[-1]} is out of range: this model's {stage} stage has layers 0..{depth - 1}"
+            )
+        return chosen
+
+    def to_dict(self) -> dict[str, Any]:
+        layers = list(self.layers) if isinstance(self.layers, tuple) else self.layers
+        return {"method": self.method.to_dict(), "layers": layers, "placement": self.placement, "output": self.output}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Stage":
+        settings = dict(data)
+        try:
+            return cls(methods.from_dict(settings.pop("method")), **settings)
+        except KeyError as error:
+            raise ValueError(f"a stage needs {error}, got {dict(data)!r}") from error
+        except TypeError as error:
+            raise ValueError(f"not a stage: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What happens at each stage; any combination. A bare method stands for ``Stage(method)``.
+
+    Example:
+        >>> import saint
+        >>> plan = saint.Plan(vision=saint.Saint(threshold=0.8))
+        >>> saint.Plan.from_dict(plan.to_dict()) == plan
+        True
+    """
+
+    vision: Stage | None = None
+    connector: Stage | None = None
+    language: Stage | None = None
+
+    def __post_init__(self) -> None:
+        for name in STAGES:
+            value = getattr(self, name)
+            if isinstance(value, Method):
+                value = Stage(value)
+                object.__setattr__(self, name, value)
+            if value is None:
+                continue
+            if not isinstance(value, Stage):
+                raise TypeError(f"Plan({name}=...) takes a Stage or a method, got {value!r}")
+            if name not in value.method.stages:
+                raise ValueError(
+                    f"{type(value.method).__name__} is not defined for the {name} stage; "
+                    f"it works in: {', '.join(sorted(value.method.stages))}"
+                )
+            if name != "vision" and value.output != "survivors":
+                raise ValueError(f"output={value.output!r} is for the vision stage only")
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """The stages in use, by name, in the order tokens pass them."""
+        return {name: stage for name in STAGES if (stage := getattr(self, name)) is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (JSON-ready) from which :meth:`from_dict` rebuilds an equal plan."""
+        return {"version": VERSION, **{name: stage.to_dict() for name, stage in self.stages.items()}}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
+        """Rebuild a plan.
+
+        Raises:
+            ValueError: another version, or an unknown stage or setting.
+        """
+        if data.get("version") != VERSION:
+            raise ValueError(f"plan version {data.get('version')!r} is not {VERSION}, the only one this release reads")
+        unknown = set(data) - {"version", *STAGES}
+        if unknown:
+            raise ValueError(f"unknown plan entries {sorted(unknown)}; known: {', '.join(STAGES)}")
+        return cls(**{name: Stage.from_dict(data[name]) for name in STAGES if data.get(name) is not None})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Like :meth:`from_dict`, from JSON text."""
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a plan in JSON is expected: {error}") from error

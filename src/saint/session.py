@@ -1,0 +1,218 @@
+"""Apply a plan to a model and take it off again.
+
+A session owns every change: checks come first, one ``ExitStack`` holds the undo of each patch, and nothing is kept on the
+user's modules. Two models in one process are independent.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import AlreadyAppliedError, UnsupportedModelError
+from .methods.base import Method
+from .plan import Plan, Stage
+from .recipes import recipe
+from .tokens import LayerTrace
+from .vision.encoder import PrunedEncoder
+from .vision.locate import locate
+
+# patched module -> its session; weak, so that a forgotten model can be freed
+_SESSIONS: "weakref.WeakKeyDictionary[nn.Module, Session]" = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """What is applied at one stage."""
+
+    method: Method
+    layers: list[int]
+    placement: str
+    module: str  # dotted path of the patched encoder in the model, "" for the model itself
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is applied to a model."""
+
+    plan: Plan
+    stages: dict[str, StageStatus]
+
+
+class Session:
+    """A plan applied to a model. Made by :func:`apply`."""
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self.plan = plan
+        self._model = weakref.ref(model)
+        self._stack = ExitStack()
+        self._encoder: PrunedEncoder | None = None
+
+    @property
+    def trace(self) -> list[LayerTrace]:
+        """The drop points of the last forward, in order; empty before the first."""
+        return self._encoder.trace() if self._encoder is not None else []
+
+    @property
+    def status(self) -> Status:
+        """What is applied, per stage."""
+        stages = {}
+        if self._encoder is not None:
+            stage = self.plan.stages["vision"]
+            stages["vision"] = StageStatus(
+                stage.method, self._encoder.layers, self._encoder.placement, self._encoder.path
+            )
+        return Status(self.plan, stages)
+
+    def expand(self, features: Tensor, layer: int | None = None) -> Tensor:
+        """A shortened map of the last forward at full length: each dropped token shows the survivor that stands for it.
+
+        Args:
+            features: [B, P + K, C] or [B, K, C], e.g. ``last_hidden_state`` or one of ``hidden_states``.
+            layer: the map in front of this layer (``hidden_states[layer]``); None means behind the last.
+
+        Returns:
+            [B, P + N, C] or [B, N, C]. The survivor is the nearest on the patch grid, or the most similar one with
+            ``output="similar"``.
+
+        Raises:
+            RuntimeError: no forward has run.
+            ValueError: ``features`` is not a map of that layer.
+        """
+        stage = self._encoder
+        if stage is None or not stage.maps:
+            raise RuntimeError("expand() needs the tokens of a forward: run the model first")
+        layer = stage.depth if layer is None else layer
+        if layer not in stage.maps:
+            raise ValueError(f"layer must be in 0..{stage.depth}, got {layer}")
+        slots = stage.maps[layer].slots
+        if features.ndim == 3 and features.shape[1] == stage.prefix + slots:
+            return stage.expand(features, layer)
+        if features.ndim == 3 and features.shape[1] == slots:
+            head = features.new_zeros(features.shape[0], stage.prefix, features.shape[2])
+            return stage.expand(torch.cat([head, features], 1), layer)[:, stage.prefix :]
+        raise ValueError(
+            f"features of shape {tuple(features.shape)} are not a map in front of layer {layer}, which has "
+            f"{stage.prefix} protected and {slots} other tokens"
+        )
+
+    def remove(self) -> None:
+        """Undo everything. A second call does nothing."""
+        self._stack.close()
+        for module in [m for m, session in _SESSIONS.items() if session is self]:
+            del _SESSIONS[module]
+        self._encoder = None
+
+    def _install(self, model: nn.Module) -> None:
+        with ExitStack() as stack:  # undone again if anything below fails
+            if self._encoder is not None:
+                self._encoder.install(stack)
+                _SESSIONS[self._encoder.encoder] = self
+            _SESSIONS[model] = self
+            self._stack = stack.pop_all()
+
+
+def as_plan(plan: Plan | Stage | Method | str) -> Plan:
+    """A plan from a plan, a method (vision, default layers), a vision stage, or the name of a recipe."""
+    if isinstance(plan, Plan):
+        return plan
+    if isinstance(plan, (Method, Stage)):
+        return Plan(vision=plan)  # type: ignore[arg-type]  # a bare method is turned into a Stage
+    if isinstance(plan, str):
+        return recipe(plan)
+    raise TypeError(f"plan must be a saint.Plan, a method such as saint.Saint(), or a recipe's name, got {plan!r}")
+
+
+def apply(model: nn.Module, plan: Plan | Stage | Method | str) -> Session:
+    """Prune ``model`` in place, according to ``plan``.
+
+    Args:
+        model: a model of the support table (``saint list``), or one that contains exactly one.
+        plan: a plan; a bare method means ``Plan(vision=method)``; a string names a recipe.
+
+    Returns:
+        The session; ``session.remove()`` gives the model back exactly as it was.
+
+    Raises:
+        AlreadyAppliedError: the model carries a session.
+        UnsupportedModelError: no supported encoder, or it cannot do what the plan asks. The model is untouched.
+        ParityError: the blocks are not what the support table says. The model is untouched.
+        ValueError, TypeError: a bad plan.
+
+    Example:
+        >>> import timm, torch, saint
+        >>> vit = timm.create_model("test_vit", pretrained=False).eval()
+        >>> with saint.pruned(vit, saint.Saint(threshold=0.75)) as session:
+        ...     logits = vit(torch.randn(1, 3, 160, 160))
+    """
+    plan = as_plan(plan)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModelError(
+            "the model is compiled: apply the plan to the original model, then torch.compile it"
+        )
+    carried = next((m for m in model.modules() if m in _SESSIONS), None)
+    if carried is not None:
+        raise AlreadyAppliedError(
+            f"a plan is already applied to this {type(carried).__name__}; call saint.remove(model) first"
+        )
+    session = Session(model, plan)
+    for name, stage in plan.stages.items():
+        if name != "vision":
+            raise UnsupportedModelError(f"the {name} stage is not supported for {type(model).__name__}")
+        path, encoder, row = locate(model)
+        depth = len(list(_blocks(encoder, row.blocks)))
+        method = stage.method
+        session._encoder = PrunedEncoder(
+            path,
+            encoder,
+            row,
+            layers=stage.resolve_layers(name, depth),
+            placement=stage.placement or "mid",
+            output=stage.output,
+            select=method.select,
+            validate=method.validate,
+        )
+    session._install(model)
+    return session
+
+
+def _blocks(encoder: nn.Module, path: str) -> Any:
+    return encoder.get_submodule(path)
+
+
+def remove(model: nn.Module) -> None:
+    """Take off whatever is applied to ``model`` or inside it.
+
+    Raises:
+        ValueError: nothing is applied.
+    """
+    session = _session(model)
+    if session is None:
+        raise ValueError(f"no plan is applied to this {type(model).__name__}")
+    session.remove()
+
+
+def status(model: nn.Module) -> Status | None:
+    """What is applied to ``model`` or inside it; None when clean."""
+    session = _session(model)
+    return None if session is None else session.status
+
+
+def _session(model: nn.Module) -> Session | None:
+    return next((_SESSIONS[m] for m in model.modules() if m in _SESSIONS), None)
+
+
+@contextmanager
+def pruned(model: nn.Module, plan: Plan | Stage | Method | str) -> Iterator[Session]:
+    """:func:`apply` for the length of a ``with`` block; undone also after an exception."""
+    session = apply(model, plan)
+    try:
+        yield session
+    finally:
+        session.remove()

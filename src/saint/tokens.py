@@ -1,0 +1,262 @@
+"""Who is still there: token maps, ragged batches, and every gather along the token axis.
+
+The only module that indexes tokens. Letters: B batch, N candidate slots, P protected prefix tokens, K survivors of the
+longest sample, C channels. A *slot* is a position in the current, shortened sequence; an *index* is the candidate's
+position in the original one.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """The survivors of one point in the network.
+
+    Attributes:
+        index: original candidate index of each slot, ascending, int64 [B, K]; padding slots hold any valid index.
+        lengths: survivors per sample, B Python ints. Slots from ``lengths[b]`` on are padding.
+        total: candidates of each sample before the first drop, B Python ints.
+        width: candidate slots of the unpruned sequence (``max(total)`` plus the model's own padding).
+        valid: bool [B, K], False for padding, or None when no sample is padded.
+    """
+
+    index: Tensor
+    lengths: tuple[int, ...]
+    total: tuple[int, ...]
+    width: int
+    valid: Tensor | None = None
+
+    @staticmethod
+    def full(batch: int, count: int, device: torch.device, valid: Tensor | None = None) -> "TokenMap":
+        """Everything still there; ``valid`` [B, count] marks the model's own padding."""
+        index = torch.arange(count, device=device).expand(batch, count)
+        lengths = (count,) * batch if valid is None else tuple(valid.sum(1).tolist())
+        return TokenMap(index, lengths, lengths, count, valid)
+
+    @property
+    def slots(self) -> int:
+        return self.index.shape[1]
+
+    def kept(self) -> list[Tensor]:
+        """Original indices of the survivors, ascending; B int64 tensors."""
+        if self.valid is None:
+            return list(self.index.unbind(0))
+        return [row[ok] for row, ok in zip(self.index, self.valid, strict=True)]
+
+    def select(self, selection: "Selection") -> "TokenMap":
+        """The map after ``selection``."""
+        return TokenMap(
+            self.index.gather(1, selection.slots), selection.lengths, self.total, self.width, selection.valid
+        )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which slots stay: int64 [B, K] ascending within the first ``lengths[b]``, then padding."""
+
+    slots: Tensor
+    lengths: tuple[int, ...]
+    valid: Tensor | None = None
+
+    @staticmethod
+    def from_mask(keep: Tensor, lengths: tuple[int, ...]) -> "Selection":
+        """From a bool mask [B, N] with ``lengths[b]`` True in row b."""
+        slots = torch.sort((~keep).to(torch.uint8), dim=1, stable=True).indices[:, : max(lengths)]
+        if min(lengths) == max(lengths):
+            return Selection(slots, lengths)
+        rank = torch.arange(slots.shape[1], device=keep.device)
+        return Selection(slots, lengths, rank < torch.tensor(lengths, device=keep.device).unsqueeze(1))
+
+    @staticmethod
+    def from_order(order: Tensor, drop: tuple[int, ...], current: TokenMap) -> "Selection":
+        """Drop the first ``drop[b]`` slots of ``order[b]``.
+
+        Args:
+            order: slots, most droppable first, int64 [B, S]; padding slots only behind real ones.
+            drop: tokens to drop per sample.
+            current: the map the slots refer to.
+        """
+        lengths = tuple(n - r for n, r in zip(current.lengths, drop, strict=True))
+        if current.valid is None:
+            keep = torch.ones(order.shape[0], current.slots, dtype=torch.bool, device=order.device)
+        else:
+            keep = current.valid.clone()
+        if min(drop) == max(drop):
+            keep.scatter_(1, order[:, : drop[0]], False)
+        else:
+            go = torch.arange(order.shape[1], device=order.device) < torch.tensor(drop, device=order.device)[:, None]
+            keep &= torch.ones_like(keep).scatter_(1, order, ~go)
+        return Selection.from_mask(keep, lengths)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a method may look at, at one drop point.
+
+    Attributes:
+        keys: attention keys averaged over heads, [B, N, D], the layer's dtype.
+        features: the candidates' residual stream, [B, N, C].
+        tokens: who they are; ``tokens.valid`` masks padding.
+        step: this is drop point ``step`` (0-based) of ``steps`` of the stage.
+        steps: drop points of the stage.
+    """
+
+    keys: Tensor
+    features: Tensor
+    tokens: TokenMap
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """What happened at one drop point of one forward.
+
+    Attributes:
+        stage: "vision", "connector" or "language".
+        layer: 0-based layer of the drop point.
+        tokens_in: candidates before, int64 [B] (protected tokens not counted).
+        tokens_out: candidates after, int64 [B].
+        kept: B int64 tensors, original candidate indices (0-based), ascending.
+    """
+
+    stage: str
+    layer: int
+    tokens_in: Tensor
+    tokens_out: Tensor
+    kept: list[Tensor] = field(repr=False)
+
+
+def gather_tokens(x: Tensor, slots: Tensor, prefix: int) -> Tensor:
+    """Keep the prefix and the given candidate slots.
+
+    Args:
+        x: [B, P + N, C].
+        slots: int64 [B, K] into the N candidates.
+        prefix: P.
+
+    Returns:
+        [B, P + K, C].
+    """
+    batch, count, channels = x.shape
+    rows = slots + prefix
+    if prefix:
+        rows = torch.cat([torch.arange(prefix, device=x.device).expand(batch, prefix), rows], 1)
+    if batch == 1:
+        return x.index_select(1, rows[0])
+    # one row-wise copy instead of an element-wise gather with an expanded index
+    rows = rows + torch.arange(0, batch * count, count, device=x.device).unsqueeze(1)
+    return x.reshape(batch * count, channels).index_select(0, rows.reshape(-1)).view(batch, -1, channels)
+
+
+def gather_table(table: Tensor, tokens: TokenMap) -> Tensor:
+    """Rows of a positional table (RoPE) for the survivors.
+
+    Args:
+        table: [N, D], or [H, N, D] when every head has its own.
+        tokens: the survivors.
+
+    Returns:
+        [B, 1, K, D] or [B, H, K, D]; for one sample the batch axis is left out.
+    """
+    if tokens.index.shape[0] == 1:
+        return table.index_select(-2, tokens.index[0])
+    if table.ndim == 2:
+        return table[tokens.index].unsqueeze(1)
+    return table[:, tokens.index].transpose(0, 1)
+
+
+def gather_mask(mask: Tensor, tokens: TokenMap, prefix: int) -> Tensor:
+    """The attention mask of the survivors: rows and columns of the original one.
+
+    Args:
+        mask: bool (True = attend) or additive float, [B or 1, heads or 1, Q or 1, P + N].
+
+    Returns:
+        [B, heads or 1, Q' or 1, P + K].
+    """
+    batch = tokens.index.shape[0]
+    rows = torch.arange(prefix, device=mask.device).expand(batch, prefix)
+    rows = torch.cat([rows, tokens.index + prefix], 1)  # [B, P + K]
+    mask = mask.expand(batch, *mask.shape[1:])
+    columns = rows[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
+    mask = mask.gather(-1, columns)
+    if mask.shape[2] == prefix + tokens.width:
+        mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    return mask
+
+
+def visible(tokens: TokenMap, prefix: int) -> Tensor | None:
+    """Which keys may be attended to: bool [B, P + K] (True = real), or None when nothing is padded."""
+    if tokens.valid is None:
+        return None
+    head = tokens.valid.new_ones(tokens.valid.shape[0], prefix)
+    return torch.cat([head, tokens.valid], 1)
+
+
+def fill_padding(x: Tensor, tokens: TokenMap, prefix: int, *, with_prefix: bool = False) -> Tensor:
+    """Overwrite padding rows with the mean of the real ones, so that an average pool is unchanged by them.
+
+    Args:
+        x: [B, P + K, C].
+        tokens: the survivors.
+        prefix: P.
+        with_prefix: the pool also averages the prefix tokens.
+    """
+    if tokens.valid is None:
+        return x
+    head, body = x[:, :prefix], x[:, prefix:]
+    real = tokens.valid.unsqueeze(-1)
+    total = torch.where(real, body, 0).sum(1, keepdim=True)
+    count = real.sum(1, keepdim=True)
+    if with_prefix:
+        total, count = total + head.sum(1, keepdim=True), count + prefix
+    return torch.cat([head, torch.where(real, body, total / count.clamp_min(1))], 1)
+
+
+def nearest_survivor(tokens: TokenMap, grid: tuple[int, int]) -> Tensor:
+    """For each cell of the original grid, the slot of the survivor closest to it on the grid.
+
+    Args:
+        tokens: the survivors.
+        grid: (rows, columns) of the patch grid; rows * columns = ``tokens.width``.
+
+    Returns:
+        int64 [B, N]; ties go to the earlier survivor.
+    """
+    _, columns = grid
+    cells = torch.arange(tokens.width, device=tokens.index.device)
+    row = (cells // columns)[None, :, None] - (tokens.index // columns)[:, None]
+    column = (cells % columns)[None, :, None] - (tokens.index % columns)[:, None]
+    distance = row * row + column * column  # [B, N, K]
+    if tokens.valid is not None:
+        distance = distance.masked_fill(~tokens.valid[:, None], torch.iinfo(distance.dtype).max)
+    return distance.argmin(-1)
+
+
+def similar_survivor(points: Tensor, selection: Selection) -> Tensor:
+    """For each current slot, the new slot of the survivor with the most similar key (itself for a survivor).
+
+    Args:
+        points: unit metric of the current slots, [B, N, D] (see ``graph.metric``).
+        selection: who stays.
+
+    Returns:
+        int64 [B, N] into the new slots.
+    """
+    batch, count, dim = points.shape
+    survivors = points.gather(1, selection.slots.unsqueeze(-1).expand(-1, -1, dim))
+    similarity = points @ survivors.mT
+    if selection.valid is not None:
+        similarity = similarity.masked_fill(~selection.valid[:, None], -torch.inf)
+    owner = similarity.argmax(-1)
+    new = torch.arange(selection.slots.shape[1], device=points.device).expand(batch, -1)
+    if selection.valid is None:
+        return owner.scatter(1, selection.slots, new)
+    # padding slots name tokens that went: they must not claim to be their own survivors
+    own = torch.full((batch, count), -1, device=points.device, dtype=new.dtype)
+    own = own.scatter(1, selection.slots, torch.where(selection.valid, new, -1))
+    return torch.where(own >= 0, own, owner)

@@ -1,0 +1,196 @@
+"""Anatomy of a residual block: run its two halves from its own modules.
+
+Pruning between attention and MLP needs a seam inside the block. No forward is copied: a fact table names the parts, the
+halves are composed of the block's own modules, and the composition is compared with the block's own forward before
+anything is touched. Upstream drift becomes a :class:`~saint.errors.ParityError`, never a wrong number.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HookNeverFiredError, ParityError
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Names of the parts of a residual block, relative to the block.
+
+    ``first(x) = x + branch1(attn(norm1(x)))`` and ``second(x) = x + branch2(mlp(norm2(x)))``. A branch is a chain of
+    modules or per-channel parameters; parts that are None or absent in an instance are skipped, so one row covers blocks
+    with and without LayerScale, DropPath or post-norm.
+
+    Attributes:
+        norm1, attn, branch1, norm2, mlp, branch2: attribute names; ``attn`` may be a method of the block.
+        keys: what shows the keys: a module whose output is K ([B, H, N, D] or [B, N, H*D]), or a packed ``in_proj_weight``
+            from which they are recomputed. The first candidate that exists is used.
+        heads: attribute with the number of heads, needed for 3-D keys; the first candidate that exists is used.
+        mask: name of the block's attention-mask argument.
+        padding: nn.MultiheadAttention that takes ``key_padding_mask`` instead of ``mask``.
+        tables: names of block arguments that hold positional tables over the patch tokens (RoPE).
+    """
+
+    attn: str
+    mlp: str
+    norm1: str | None = "norm1"
+    norm2: str | None = "norm2"
+    branch1: tuple[str, ...] = ()
+    branch2: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ("attn.k_norm",)
+    heads: tuple[str, ...] = ()
+    mask: str | None = "attn_mask"
+    padding: str | None = None
+    tables: tuple[str, ...] = ()
+
+
+def part(module: nn.Module, path: str) -> Any:
+    """Attribute at a dotted path, or None where any step is missing."""
+    return reduce(lambda node, name: getattr(node, name, None), path.split("."), module)
+
+
+def _chain(block: nn.Module, names: tuple[str, ...]) -> list[Any]:
+    return [step for name in names if (step := getattr(block, name, None)) is not None]
+
+
+class Block:
+    """One block seen through its anatomy; holds no state of a forward except the keys just computed."""
+
+    def __init__(self, module: nn.Module, anatomy: Anatomy, name: str) -> None:
+        self.module, self.anatomy, self.name = module, anatomy, name
+        self._keys: Tensor | None = None
+        parameters = inspect.signature(type(module).forward).parameters
+        self.arguments = list(parameters)[2:]  # behind self and the hidden states
+        self.takes_mask = anatomy.mask in parameters
+        source = next((path for path in anatomy.keys if part(module, path) is not None), None)
+        if source is None:
+            raise ParityError(
+                f"{name} ({type(module).__name__}) has none of {', '.join(anatomy.keys)} to read keys from"
+            )
+        self.key_source = source
+        self.heads = next((n for path in anatomy.heads if (n := part(module, path)) is not None), 0)
+
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments of a call behind the hidden states, by name."""
+        return {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+
+    # -- keys ---------------------------------------------------------------------------------------------------------
+
+    def watch_keys(self) -> Callable[[], None]:
+        """Start keeping the keys of each call; returns the undo."""
+        source = part(self.module, self.key_source)
+        if isinstance(source, nn.Module):
+
+            def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
+                self._keys = output
+
+            return source.register_forward_hook(keep).remove
+        return lambda: None
+
+    def head_mean_keys(self, prefix: int, x: Tensor) -> Tensor:
+        """Keys of the call that just ran, averaged over heads, without the prefix: [B, N, D].
+
+        Args:
+            prefix: P.
+            x: the block's input [B, P + N, C]; used where keys are recomputed from a packed projection.
+
+        Raises:
+            HookNeverFiredError: the module that shows the keys was not called.
+        """
+        source = part(self.module, self.key_source)
+        if not isinstance(source, nn.Module):
+            return self._recompute(source, x.detach()[:, prefix:])
+        keys, self._keys = self._keys, None
+        if keys is None:
+            raise HookNeverFiredError(
+                f"{self.name}.{self.key_source} was not called during the forward, so there are no keys to score; "
+                "this version of the model computes its attention differently: use placement='post' with another model "
+                "version or report it"
+            )
+        keys = keys.detach()
+        if keys.ndim == 4:
+            return keys[:, :, prefix:].mean(1, dtype=torch.float32)
+        batch, count, width = keys.shape
+        return keys.view(batch, count, self.heads, width // self.heads)[:, prefix:].mean(2, dtype=torch.float32)
+
+    def _recompute(self, weight: Tensor, x: Tensor) -> Tensor:
+        # the mean over heads is linear: average the weight rows and project once, D columns instead of C
+        width = weight.shape[0] // 3
+        bias = part(self.module, self.key_source.replace("weight", "bias"))
+        norm = getattr(self.module, self.anatomy.norm1 or "", None)
+        with torch.no_grad():
+            w = weight[width : 2 * width].view(self.heads, width // self.heads, -1).mean(0)
+            b = None if bias is None else bias[width : 2 * width].view(self.heads, -1).mean(0)
+            return torch.nn.functional.linear(x if norm is None else norm(x), w, b)
+
+    # -- halves -------------------------------------------------------------------------------------------------------
+
+    def first(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """x + attention branch. x [B, P + N, C]."""
+        y = self._normed("norm1", x)
+        y = getattr(self.module, self.anatomy.attn)(y, **kwargs)
+        return x + self._branch(self.anatomy.branch1, y[0] if isinstance(y, tuple) else y)
+
+    def second(self, x: Tensor) -> Tensor:
+        """x + MLP branch."""
+        y = getattr(self.module, self.anatomy.mlp)(self._normed("norm2", x))
+        return x + self._branch(self.anatomy.branch2, y)
+
+    def _normed(self, which: str, x: Tensor) -> Tensor:
+        name = getattr(self.anatomy, which)
+        return x if name is None else getattr(self.module, name)(x)
+
+    def _branch(self, names: tuple[str, ...], y: Tensor) -> Tensor:
+        for step in _chain(self.module, names):
+            y = step(y) if isinstance(step, nn.Module) else y * step
+        return y
+
+    # -- proof --------------------------------------------------------------------------------------------------------
+
+    def prove(self, width: int, prefix: int, table: Callable[[str, Tensor], Any]) -> None:
+        """Compare the two halves with the block's own forward on a random input; also that keys appear.
+
+        Args:
+            width: C.
+            prefix: P.
+            table: makes a positional-table argument, from its name, for six patch tokens on the device of a tensor.
+
+        Raises:
+            ParityError: they differ, or the block cannot be called as the fact table says.
+        """
+        weight = next(p for p in self.module.parameters() if p.is_floating_point())
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, prefix + 6, width, generator=generator).to(weight)
+        kwargs: dict[str, Any] = {name: table(name, x) for name in self.anatomy.tables if name in self.arguments}
+        if self.anatomy.mask in self.arguments:
+            kwargs[self.anatomy.mask or ""] = None
+        training = [m for m in self.module.modules() if m.training]
+        unwatch = self.watch_keys()
+        try:
+            for module in training:
+                module.training = False
+            with torch.no_grad():
+                expected = self.module.forward(x, **kwargs)
+                expected = expected[0] if isinstance(expected, tuple) else expected
+                composed = self.second(self.first(x, kwargs))
+                self.head_mean_keys(prefix, x)
+        except (TypeError, RuntimeError, AttributeError) as error:
+            raise ParityError(
+                f"{self.name} ({type(self.module).__name__}) does not have the anatomy known for its class: {error}. "
+                "Its library may have changed; placement='post' does not need the anatomy"
+            ) from error
+        finally:
+            unwatch()
+            for module in training:
+                module.training = True
+        tolerance = 1e-6 if x.dtype in (torch.float32, torch.float64) else 1e-2
+        if not torch.allclose(expected, composed, rtol=tolerance, atol=tolerance):
+            worst = (expected - composed).abs().max().item()
+            raise ParityError(
+                f"{self.name} ({type(self.module).__name__}) recomposed from its parts differs from its own forward by "
+                f"{worst:.2e}: its library has changed the block. placement='post' does not need the anatomy"
+            )

@@ -1,0 +1,487 @@
+"""A pruned encoder: runs the blocks of one model on shrinking sequences.
+
+Each block's ``forward`` is replaced, on the instance, by a :class:`PrunedBlock`, which gives the block what its tokens
+need (mask, positional tables), runs it, and at a drop point gathers the survivors. The state of a forward is one token
+map per layer, so a layer can be run again (gradient checkpointing) and does the same.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HookNeverFiredError, UnsupportedModelError
+from ..graph import metric
+from ..tokens import (
+    Candidates,
+    LayerTrace,
+    Selection,
+    TokenMap,
+    fill_padding,
+    gather_mask,
+    gather_table,
+    gather_tokens,
+    nearest_survivor,
+    similar_survivor,
+    visible,
+)
+from .blocks import Block, part
+from .rows import EncoderRow
+
+Select = Callable[[Candidates], Selection | None]
+
+# attention implementations of transformers that take a dense mask; the others run samples of equal length together
+_DENSE_MASK = {"sdpa", "eager"}
+
+
+class PrunedEncoder:
+    """The vision stage of a session.
+
+    Args:
+        path: where the encoder sits in the user's model, for messages.
+        encoder: the module that owns the blocks.
+        row: what is known of its class.
+        layers: drop points, ascending.
+        placement: "mid" or "post".
+        output: see :class:`saint.Stage`.
+        select: the method's decision.
+
+    Raises:
+        UnsupportedModelError: an unknown block class with ``placement="mid"``, parameters on ``meta``, a compiled model.
+        ParityError: the blocks are not what the table says.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        encoder: nn.Module,
+        row: EncoderRow,
+        *,
+        layers: list[int],
+        placement: str,
+        output: str,
+        select: Select,
+        validate: Callable[[int, int], None],
+    ) -> None:
+        self.path, self.encoder, self.row = path, encoder, row
+        self.layers, self.placement, self.output = layers, placement, output
+        self.select, self.validate = select, validate
+        self.modules: list[nn.Module] = list(part(encoder, row.blocks))
+        self.depth = len(self.modules)
+        self.prefix = row.prefix(encoder)
+        self.steps = {layer: step for step, layer in enumerate(layers)}
+        self.dense = False  # full-length block outputs, for callers that reshape to the grid
+        self.grid: tuple[int, int] | None = None
+        self.maps: dict[int, TokenMap] = {}  # token map in front of each layer; `depth` = behind the last
+        self.owners: dict[int, Tensor] = {}  # same keys: for each original candidate the slot that stands for it
+        self.expanded: set[int] = set()  # layers whose input is full length although tokens were dropped
+        self._cache: dict[tuple[str, int], Any] = {}  # masks and tables of the running forward
+        self._check()
+
+    # -- checks (before anything is touched) --------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        name = type(self.encoder).__name__
+        for parameter in self.encoder.parameters():
+            if parameter.is_meta:
+                raise UnsupportedModelError(
+                    f"{name} has parameters on the meta device: load its weights before applying a plan "
+                    "(no offloading of vision weights)"
+                )
+        self.blocks: list[Block | None] = []
+        for index, module in enumerate(self.modules):
+            anatomy = next(
+                (self.row.anatomies[c.__name__] for c in type(module).__mro__ if c.__name__ in self.row.anatomies), None
+            )
+            label = f"{self.row.blocks}.{index}"
+            if anatomy is None:
+                if index in self.steps and self.placement == "mid":
+                    raise UnsupportedModelError(
+                        f"{label} is a {type(module).__name__}, whose anatomy is not known "
+                        f"(known: {', '.join(self.row.anatomies)})"
+                    )
+                self.blocks.append(None)
+            else:
+                self.blocks.append(Block(module, anatomy, label))
+        unknown = [i for i, block in enumerate(self.blocks) if block is None and i >= self.layers[0]]
+        if unknown:
+            kind = type(self.modules[unknown[0]]).__name__
+            raise UnsupportedModelError(
+                f"{self.row.blocks}.{unknown[0]} is a {kind}; known: {', '.join(self.row.anatomies)}"
+            )
+        if self.output == "nearest" and self.row.patch is None:
+            raise UnsupportedModelError(f'{name} shows no patch grid: output="nearest" is not possible, use "similar"')
+        self._prove()
+        count = getattr(getattr(self.encoder, "patch_embed", None), "num_patches", None)
+        if count is None:
+            config = getattr(self.encoder, "config", None)
+            size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+            count = (size // patch) ** 2 if isinstance(size, int) and isinstance(patch, int) and patch else None
+        if count is None and (grid := getattr(self.encoder, "grid_size", None)) is not None:
+            count = grid[0] * grid[1]
+        if count:
+            self.validate(count, len(self.layers))
+
+    def _prove(self) -> None:
+        if self.placement == "post":
+            return
+        for index in self.layers:
+            block = self.blocks[index]
+            assert block is not None
+            attn = part(block.module, block.anatomy.attn)
+            norm = part(block.module, block.anatomy.norm1 or block.anatomy.norm2 or "norm1")
+            width = norm.weight.shape[-1]
+            head_dim = getattr(attn, "head_dim", None)
+            block.prove(width, self.prefix, lambda name, like, d=head_dim, w=width: _probe_table(name, d or w, like))
+
+    # -- installation -------------------------------------------------------------------------------------------------
+
+    def install(self, stack: ExitStack) -> None:
+        """Patch the instance; ``stack`` undoes it."""
+        for index in range(self.depth):
+            block = self.blocks[index]
+            _override(stack, self.modules[index], "forward", lambda original, i=index: PrunedBlock(self, i, original))
+            if block is not None and index in self.steps:
+                stack.callback(block.watch_keys())
+            if block is not None and index > self.layers[0] and block.anatomy.padding:
+                attention = part(block.module, block.anatomy.padding)
+                hook = attention.register_forward_pre_hook(self._padding_hook(index), with_kwargs=True)
+                stack.callback(hook.remove)
+        if self.row.patch is not None:
+            stack.callback(part(self.encoder, self.row.patch).register_forward_hook(self._see_grid).remove)
+        final = part(self.encoder, self.row.final) if self.row.final else None
+        if final is not None:
+            stack.callback(final.register_forward_hook(self._fill_hook).remove)
+        for path in self.row.pools:
+            pool = part(self.encoder, path)
+            if pool is not None:
+                _override(stack, pool, "forward", self._pool)
+        for name in self.row.dense_calls:
+            if hasattr(self.encoder, name):
+                _override(stack, self.encoder, name, self._dense_call)
+        stack.callback(self.reset)
+
+    def reset(self) -> None:
+        """Forget the last forward."""
+        self.maps, self.owners, self.expanded, self._cache, self.grid = {}, {}, set(), {}, None
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+
+    def _see_grid(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
+        if output.ndim == 4:
+            self.grid = (output.shape[-2], output.shape[-1])
+
+    def _padding_hook(self, layer: int) -> Callable[..., Any]:
+        def add_padding(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            keys = visible(self.maps[layer], self.prefix)
+            return None if keys is None else (args, {**kwargs, "key_padding_mask": ~keys})
+
+        return add_padding
+
+    def _fill_hook(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        tokens = self.maps.get(self.depth)
+        if tokens is None or self.depth in self.expanded or tokens.slots == tokens.width:
+            return None
+        if output.ndim != 3 or output.shape[1] != self.prefix + tokens.slots:
+            return None  # the norm of a pooled vector, or of an intermediate map
+        return fill_padding(output, tokens, self.prefix, with_prefix=self.row.pool_with_prefix(self.encoder))
+
+    def _pool(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def pool(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            tokens = self.maps.get(self.depth)
+            if tokens is None or self.depth in self.expanded or tokens.slots == tokens.width:
+                return original(x, *args, **kwargs)
+            # any mask the caller passed is full length and masks only padding, which is gone
+            return _by_length(tokens, x, lambda part, _: original(part))
+
+        return pool
+
+    def _dense_call(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def dense(*args: Any, **kwargs: Any) -> Any:
+            before, self.dense = self.dense, True
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.dense = before
+
+        return dense
+
+    # -- one forward --------------------------------------------------------------------------------------------------
+
+    def begin(self, x: Tensor, mask: Tensor | None) -> None:
+        """Start of a forward: everything is there. x [B, P + N, C]."""
+        grid = self.grid
+        self.reset()
+        self.grid = grid
+        if x.shape[0] == 0:
+            raise ValueError("empty batch: got 0 samples, expected at least one image")
+        count = x.shape[1] - self.prefix
+        if count < 1:
+            raise ValueError(f"no candidates: {x.shape[1]} tokens of which {self.prefix} are protected")
+        valid = None
+        if mask is not None and mask.ndim == 4:
+            seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            seen = seen.any(2).any(1)[:, self.prefix :].expand(x.shape[0], -1)  # keys that some query may see
+            valid = None if bool(seen.all()) else seen
+        self.maps[0] = TokenMap.full(x.shape[0], count, x.device, valid)
+        for total in set(self.maps[0].total):
+            self.validate(total, len(self.layers))
+
+    def prune(self, layer: int, x: Tensor, block_input: Tensor) -> Tensor:
+        """Drop tokens from ``x`` [B, P + N, C] at a drop point; sets the map in front of the next layer."""
+        tokens = self.maps[layer]
+        block = self.blocks[layer]
+        assert block is not None
+        keys = block.head_mean_keys(self.prefix, block_input)
+        if keys.shape[:2] != tokens.index.shape:
+            raise HookNeverFiredError(
+                f"{block.name}.{block.key_source} showed keys for {tuple(keys.shape[:2])} tokens, expected "
+                f"{tuple(tokens.index.shape)}"
+            )
+        step = self.steps[layer]
+        if step == 0 and not torch.compiler.is_compiling():
+            _refuse_non_finite(keys, block.name)
+        selection = self.select(Candidates(keys, x.detach()[:, self.prefix :], tokens, step, len(self.layers)))
+        if selection is None:
+            return x
+        after = tokens.select(selection)
+        self.maps[layer + 1] = after
+        if self.output == "similar":
+            owner = similar_survivor(metric(keys), selection)
+            earlier = self.owners.get(layer)
+            self.owners[layer + 1] = owner if earlier is None else owner.gather(1, earlier)
+        return gather_tokens(x, selection.slots, self.prefix)
+
+    def attention_inputs(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The block's arguments for the tokens that are still there."""
+        tokens, block = self.maps[layer], self.blocks[layer]
+        assert block is not None
+        out = dict(kwargs)
+        for name in block.anatomy.tables:
+            value = kwargs.get(name)
+            if value is not None:
+                out[name] = self._cached(name, layer, value, lambda v: _map_tables(v, tokens))
+        name = block.anatomy.mask
+        if name is not None and block.takes_mask and block.anatomy.padding is None:
+            given = kwargs.get(name)
+            if given is not None or tokens.valid is not None:
+                dtype = next(self.modules[layer].parameters()).dtype
+                out[name] = self._cached(name, layer, given, lambda m: _mask(m, tokens, self.prefix, dtype))
+        return out
+
+    def _cached(self, name: str, layer: int, source: Any, make: Callable[[Any], Any]) -> Any:
+        # blocks behind the last drop point share one map: gather once, not once a layer
+        key = (name, id(self.maps[layer]))
+        hit = self._cache.get(key)
+        if hit is None or hit[0] is not source:
+            hit = (source, make(source))
+            self._cache[key] = hit
+        return hit[1]
+
+    def run_whole(self, layer: int, run: Callable[..., Tensor], x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Run a block, or its attention half, on the survivors in front of ``layer``."""
+        tokens, block = self.maps[layer], self.blocks[layer]
+        if layer <= self.layers[0] or block is None or tokens.slots == tokens.width:
+            return run(x, kwargs)
+        if tokens.valid is None or block.anatomy.padding is not None or self._masks(block):
+            return run(x, self.attention_inputs(layer, kwargs))
+
+        # this attention takes no dense mask: samples of equal length run together, nothing is padded
+        def short(part_x: Tensor, part_tokens: TokenMap) -> Tensor:
+            part_kwargs = {
+                name: _map_tables(value, part_tokens) if name in block.anatomy.tables and value is not None else value
+                for name, value in kwargs.items()
+            }
+            return run(part_x, part_kwargs)
+
+        return _by_length(tokens, x, short)
+
+    def _masks(self, block: Block) -> bool:
+        config = getattr(self.encoder, "config", None)
+        implementation = getattr(config, "_attn_implementation", None)
+        return block.takes_mask and (implementation is None or implementation in _DENSE_MASK)
+
+    # -- results ------------------------------------------------------------------------------------------------------
+
+    def owner(self, layer: int) -> Tensor:
+        """For each original candidate the slot in front of ``layer`` that stands for it, int64 [B, N]."""
+        tokens = self.maps[layer]
+        if self.output == "similar":
+            return self.owners[layer]
+        if self.grid is None or self.grid[0] * self.grid[1] != tokens.width:
+            raise ValueError(
+                f"the patch grid {self.grid} does not hold the {tokens.width} candidates, so a dropped token has no "
+                'nearest survivor on it; use Stage(..., output="similar")'
+            )
+        return nearest_survivor(tokens, self.grid)
+
+    def expand(self, x: Tensor, layer: int) -> Tensor:
+        """Full length again: every original candidate gets the row of the survivor that stands for it.
+
+        Args:
+            x: [B, P + K, C] in front of ``layer``.
+
+        Returns:
+            [B, P + N, C].
+        """
+        if self.maps[layer].slots == self.maps[layer].width and layer not in self.owners:
+            return x
+        if layer not in self.owners:
+            self.owners[layer] = self.owner(layer)
+        return gather_tokens(x, self.owners[layer], self.prefix)
+
+    def trace(self) -> list[LayerTrace]:
+        """One entry per drop point of the last forward."""
+        out = []
+        for layer in self.layers:
+            if layer + 1 not in self.maps:
+                continue
+            before, after = self.maps[layer], self.maps[layer + 1]
+            out.append(
+                LayerTrace("vision", layer, torch.tensor(before.lengths), torch.tensor(after.lengths), after.kept())
+            )
+        return out
+
+
+class PrunedBlock:
+    """Stands in for ``block.forward`` on one instance."""
+
+    def __init__(self, stage: PrunedEncoder, layer: int, original: Callable[..., Any]) -> None:
+        self.stage, self.layer, self.original = stage, layer, original
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        stage, layer = self.stage, self.layer
+        block = stage.blocks[layer]
+        if block is not None:
+            kwargs = block.named(args, kwargs)
+            args = ()
+        if layer == 0:
+            stage.begin(x, kwargs.get(block.anatomy.mask) if block is not None and block.anatomy.mask else None)
+        if layer not in stage.maps:
+            raise RuntimeError(f"block {layer} ran without the blocks before it; the plan prunes whole forwards only")
+        if layer in stage.expanded:
+            x = gather_tokens(x, stage.maps[layer].index, stage.prefix)
+        stage.maps[layer + 1] = stage.maps[layer]
+        if layer in stage.owners:
+            stage.owners[layer + 1] = stage.owners[layer]
+        extra: tuple[Any, ...] = ()
+        if layer in stage.steps and stage.placement == "mid":
+            assert block is not None
+            y = stage.run_whole(layer, block.first, x, kwargs)
+            y = block.second(stage.prune(layer, y, x))
+        else:
+            y = stage.run_whole(layer, lambda part_x, kw: self._whole(part_x, args, kw), x, kwargs)
+            if isinstance(y, tuple):
+                y, extra = y[0], y[1:]
+            if layer in stage.steps:
+                y = stage.prune(layer, y, x)
+        y = self._hand_on(y)
+        return (y, *extra) if extra else y
+
+    def _whole(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.original(x, *args, **kwargs)
+
+    def _hand_on(self, y: Tensor) -> Tensor:
+        stage, after = self.stage, self.layer + 1
+        tokens = stage.maps[after]
+        stage.expanded.discard(after)
+        if tokens.slots == tokens.width:
+            return y
+        last = after == stage.depth
+        if stage.dense or (last and stage.output != "survivors"):
+            stage.expanded.add(after)
+            return stage.expand(y, after)
+        if last:
+            return fill_padding(y, tokens, stage.prefix, with_prefix=stage.row.pool_with_prefix(stage.encoder))
+        return y
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise RuntimeError(
+            "a model cannot be copied or pickled while a plan is applied; call saint.remove(model) first"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        self.__deepcopy__({})
+
+
+def _override(stack: ExitStack, module: nn.Module, name: str, wrap: Callable[[Callable[..., Any]], Any]) -> None:
+    """Replace a method on this instance only; the undo restores exactly what was in its ``__dict__``."""
+    # accelerate keeps the wrapped forward in `_old_forward` and calls that from its own; stay inside its hook
+    slot = "_old_forward" if name == "forward" and "_old_forward" in vars(module) else name
+    before = vars(module).get(slot)
+    original = getattr(module, slot)
+    vars(module)[slot] = wrap(original)
+
+    def undo() -> None:
+        if before is None:
+            del vars(module)[slot]
+        else:
+            vars(module)[slot] = before
+
+    stack.callback(undo)
+
+
+def _probe_table(name: str, dim: int, like: Tensor) -> Any:
+    values = torch.randn(6, 2 * dim, generator=torch.Generator().manual_seed(1)).to(like)
+    return values if name == "rope" else (values[:, :dim], values[:, dim:])
+
+
+def _map_tables(value: Any, tokens: TokenMap) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_map_tables(table, tokens) for table in value)
+    return gather_table(value, tokens) if value.shape[-2] == tokens.width else value
+
+
+def _mask(given: Tensor | None, tokens: TokenMap, prefix: int, dtype: torch.dtype) -> Tensor | None:
+    """Additive mask of the survivors, [B, 1, 1 or Q, P + K]; None when everyone sees everyone."""
+    keys = visible(tokens, prefix)
+    mask = None
+    if keys is not None:
+        # the key axis of a dense mask must be a multiple of 8 wide for no kernel torch has today; plain is fine
+        mask = torch.zeros(keys.shape, dtype=dtype, device=keys.device).masked_fill_(~keys, -torch.inf)[:, None, None]
+    if given is None:
+        return mask
+    if given.ndim != 4:
+        raise ValueError(
+            f"an attention mask of shape {tuple(given.shape)} was passed; [B, heads, queries, keys] is expected"
+        )
+    kept = gather_mask(given, tokens, prefix)
+    if kept.dtype == torch.bool:
+        kept = torch.zeros(kept.shape, dtype=dtype, device=kept.device).masked_fill_(~kept, -torch.inf)
+    return kept if mask is None else kept + mask
+
+
+def _by_length(tokens: TokenMap, x: Tensor, run: Callable[[Tensor, TokenMap], Any]) -> Tensor:
+    """Run samples of equal length together, without their padding, and put the results back in order.
+
+    Results that keep the token axis are padded with zeros to the input's length.
+    """
+    groups: dict[int, list[int]] = {}
+    for sample, length in enumerate(tokens.lengths):
+        groups.setdefault(length, []).append(sample)
+    head = x.shape[1] - tokens.slots
+    rows: list[Tensor | None] = [None] * x.shape[0]
+    for length, samples in groups.items():
+        pick = torch.tensor(samples, device=x.device)
+        total = tuple(tokens.total[i] for i in samples)
+        # survivors come first in a row, so cutting the row cuts the padding
+        short = TokenMap(tokens.index[pick, :length], (length,) * len(samples), total, tokens.width)
+        y = run(x[pick, : head + length], short)
+        y = y[0] if isinstance(y, tuple) else y
+        if y.ndim == 3 and y.shape[1] == head + length:
+            y = torch.nn.functional.pad(y, (0, 0, 0, tokens.slots - length))
+        for sample, row in zip(samples, y, strict=True):
+            rows[sample] = row
+    return torch.stack([row for row in rows if row is not None])
+
+
+def _refuse_non_finite(keys: Tensor, name: str) -> None:
+    bad = ~torch.isfinite(keys).flatten(1).all(1)
+    if bool(bad.any()):
+        samples = bad.nonzero().flatten().tolist()
+        raise ValueError(
+            f"the attention keys of {name} are NaN or Inf for sample(s) {samples}: check the pixels of these images for NaN "
+            "or Inf, and fp16 overflow"
+        )

@@ -1,0 +1,57 @@
+"""Find the one encoder of a model that the tables know."""
+
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from . import open_clip, timm, transformers
+from .rows import EncoderRow
+
+ROWS: tuple[EncoderRow, ...] = (*timm.ROWS, *transformers.ROWS, *open_clip.ROWS)
+_BY_CLASS = {row.encoder: row for row in ROWS}
+_REFUSED = {**timm.REFUSED, **transformers.REFUSED, **open_clip.REFUSED}
+
+
+def _lineage(module: nn.Module) -> list[str]:
+    # names, not classes: looking one up must not import a library the user does not have
+    return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
+
+
+def find(model: nn.Module) -> list[tuple[str, nn.Module, EncoderRow]]:
+    """All known encoders in ``model``, outermost only: (dotted path, module, row)."""
+    found: list[tuple[str, nn.Module, EncoderRow]] = []
+    for path, module in model.named_modules():
+        row = next((_BY_CLASS[name] for name in _lineage(module) if name in _BY_CLASS), None)
+        if row is None or any(not outer or path.startswith(f"{outer}.") for outer, _, _ in found):
+            continue
+        found.append((path, module, row))
+    return found
+
+
+def locate(model: nn.Module) -> tuple[str, nn.Module, EncoderRow]:
+    """The encoder of ``model``.
+
+    Raises:
+        UnsupportedModelError: none, several, or one that is known not to work; the message says what was looked for.
+    """
+    found = find(model)
+    if len(found) > 1:
+        paths = ", ".join(f"{path} ({type(module).__name__})" for path, module, _ in found)
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds {len(found)} encoders: {paths}; pass the one to prune instead of the whole model"
+        )
+    if found:
+        path, module, row = found[0]
+        reason = row.refuse(module)
+        if reason:
+            raise UnsupportedModelError(f"{type(module).__name__} cannot be pruned as it is: {reason}")
+        return path, module, row
+    for path, module in model.named_modules():
+        for name in _lineage(module):
+            if name in _REFUSED:
+                where = f" (at {path})" if path else ""
+                raise UnsupportedModelError(f"{type(module).__name__}{where} cannot be pruned: {_REFUSED[name]}")
+    known = "; ".join(sorted({f"{row.library} {row.encoder.rpartition('.')[2]}" for row in ROWS}))
+    raise UnsupportedModelError(
+        f"{type(model).__name__} ({type(model).__module__}) contains no encoder of the support table; looked for the "
+        f"classes {known}. `saint list` prints the table; CONTRIBUTING says how to add a row"
+    )

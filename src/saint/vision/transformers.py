@@ -1,0 +1,174 @@
+"""Facts about the vision encoders of transformers (>= 5.10)."""
+
+from torch import nn
+
+from .blocks import Anatomy
+from .rows import EncoderRow
+
+_VIT = Anatomy(
+    attn="attention",
+    mlp="mlp",
+    norm1="layernorm_before",
+    norm2="layernorm_after",
+    branch1=("dropout",),
+    branch2=("dropout",),
+    keys=("attention.k_proj",),
+    heads=("attention.num_attention_heads",),
+    mask="attention_mask",
+)
+_CLIP = Anatomy(
+    attn="self_attn",
+    mlp="mlp",
+    norm1="layer_norm1",
+    norm2="layer_norm2",
+    keys=("self_attn.k_proj",),
+    heads=("self_attn.num_heads",),
+    mask="attention_mask",
+)
+_DINOV2 = Anatomy(
+    attn="attention",
+    mlp="mlp",
+    branch1=("layer_scale1", "drop_path"),
+    branch2=("layer_scale2", "drop_path"),
+    keys=("attention.k_proj", "attention.attention.key"),  # the second: transformers 5.10 and before
+    heads=("attention.num_heads", "attention.num_attention_heads", "attention.attention.num_attention_heads"),
+    mask="attention_mask",
+    tables=("position_embeddings",),
+)
+
+
+def _registers(model: nn.Module) -> int:
+    return 1 + int(model.config.num_register_tokens)
+
+
+def _dense(cls: str) -> tuple[str, ...]:
+    return ("forward",) if cls.endswith("Backbone") else ()  # a backbone reshapes every map to the grid
+
+
+def _row(
+    title: str, module: str, cls: str, blocks: str, anatomy: dict[str, Anatomy], patch: str | None, **facts
+) -> EncoderRow:
+    return EncoderRow(
+        title=title,
+        library="transformers",
+        encoder=f"transformers.models.{module}.modeling_{module}.{cls}",
+        blocks=blocks,
+        anatomies=anatomy,
+        patch=patch,
+        **facts,
+    )
+
+
+ROWS = [
+    _row(
+        "ViT",
+        "vit",
+        "ViTModel",
+        "layers",
+        {"ViTLayer": _VIT},
+        "embeddings.patch_embeddings.projection",
+        prefix=lambda m: 1,
+        final="layernorm",
+    ),
+    _row(
+        "DeiT",
+        "deit",
+        "DeiTModel",
+        "layers",
+        {"DeiTLayer": _VIT},
+        "embeddings.patch_embeddings.projection",
+        prefix=lambda m: 2,
+        final="layernorm",
+    ),
+    *[
+        _row(
+            "CLIP",
+            "clip",
+            cls,
+            "encoder.layers",
+            {"CLIPEncoderLayer": _CLIP},
+            "embeddings.patch_embedding",
+            prefix=lambda m: 1,
+        )
+        for cls in ("CLIPVisionModel", "CLIPVisionTransformer")
+    ],
+    *[
+        _row(
+            "SigLIP",
+            "siglip",
+            cls,
+            "encoder.layers",
+            {"SiglipEncoderLayer": _CLIP},
+            "embeddings.patch_embedding",
+            prefix=lambda m: 0,
+            final="post_layernorm",
+            pools=("head",),
+        )
+        for cls in ("SiglipVisionModel", "SiglipVisionTransformer")
+    ],
+    *[
+        _row(
+            "SigLIP 2 (NaFlex)",
+            "siglip2",
+            cls,
+            "encoder.layers",
+            {"Siglip2EncoderLayer": _CLIP},
+            None,  # patches arrive flattened: no grid to read
+            prefix=lambda m: 0,
+            final="post_layernorm",
+            pools=("head",),
+        )
+        for cls in ("Siglip2VisionModel", "Siglip2VisionTransformer")
+    ],
+    *[
+        _row(
+            "DINOv2",
+            "dinov2",
+            cls,
+            "encoder.layer",
+            {"Dinov2Layer": _DINOV2},
+            "embeddings.patch_embeddings.projection",
+            prefix=lambda m: 1,
+            final="layernorm",
+            dense_calls=_dense(cls),
+        )
+        for cls in ("Dinov2Model", "Dinov2Backbone")
+    ],
+    *[
+        _row(
+            "DINOv2 with registers",
+            "dinov2_with_registers",
+            cls,
+            "encoder.layer",
+            {"Dinov2WithRegistersLayer": _DINOV2},
+            "embeddings.patch_embeddings.projection",
+            prefix=_registers,
+            final="layernorm",
+            dense_calls=_dense(cls),
+        )
+        for cls in ("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone")
+    ],
+    *[
+        _row(
+            "DINOv3",
+            "dinov3_vit",
+            cls,
+            "model.layer",
+            {"DINOv3ViTLayer": _DINOV2},
+            "embeddings.patch_embeddings",
+            prefix=_registers,
+            final="norm",
+            dense_calls=_dense(cls),
+        )
+        for cls in ("DINOv3ViTModel", "DINOv3ViTBackbone")
+    ],
+]
+
+REFUSED = {
+    "transformers.models.swin.modeling_swin.SwinModel": "windows, no global tokens",
+    "transformers.models.swinv2.modeling_swinv2.Swinv2Model": "windows, no global tokens",
+    "transformers.models.convnext.modeling_convnext.ConvNextModel": "convolutions, no tokens",
+    "transformers.models.convnextv2.modeling_convnextv2.ConvNextV2Model": "convolutions, no tokens",
+    "transformers.models.dinov3_convnext.modeling_dinov3_convnext.DINOv3ConvNextModel": "convolutions, no tokens",
+    "transformers.models.beit.modeling_beit.BeitModel": "its attention adds a relative-position bias fixed to the full grid",
+}
