@@ -40,6 +40,11 @@ class TokenMap:
     def slots(self) -> int:
         return self.index.shape[1]
 
+    @property
+    def whole(self) -> bool:
+        """Nobody has been dropped from any sample."""
+        return self.lengths == self.total
+
     def kept(self) -> list[Tensor]:
         """Original indices of the survivors, ascending; B int64 tensors."""
         if self.valid is None:

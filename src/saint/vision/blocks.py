@@ -175,7 +175,6 @@ class Block:
                 module.training = False
             with torch.no_grad():
                 expected = self.module.forward(x, **kwargs)
-                expected = expected[0] if isinstance(expected, tuple) else expected
                 composed = self.second(self.first(x, kwargs))
                 self.head_mean_keys(prefix, x)
         except (TypeError, RuntimeError, AttributeError) as error:
