@@ -63,6 +63,7 @@ class Block:
     def __init__(self, module: nn.Module, anatomy: Anatomy, name: str) -> None:
         self.module, self.anatomy, self.name = module, anatomy, name
         self._keys: Tensor | None = None
+        self._source: Any = None
         parameters = inspect.signature(type(module).forward).parameters
         self.arguments = list(parameters)[2:]  # behind self and the hidden states
         self.takes_mask = anatomy.mask in parameters
@@ -82,7 +83,7 @@ class Block:
 
     def watch_keys(self) -> Callable[[], None]:
         """Start keeping the keys of each call; returns the undo."""
-        source = part(self.module, self.key_source)
+        source = self._source = part(self.module, self.key_source)
         if isinstance(source, nn.Module):
 
             def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
@@ -101,9 +102,8 @@ class Block:
         Raises:
             HookNeverFiredError: the module that shows the keys was not called.
         """
-        source = part(self.module, self.key_source)
-        if not isinstance(source, nn.Module):
-            return self._recompute(source, x.detach()[:, prefix:])
+        if not isinstance(self._source, nn.Module):
+            return self._recompute(self._source, x.detach()[:, prefix:])
         keys, self._keys = self._keys, None
         if keys is None:
             raise HookNeverFiredError(
@@ -113,9 +113,9 @@ class Block:
             )
         keys = keys.detach()
         if keys.ndim == 4:
-            return keys[:, :, prefix:].mean(1, dtype=torch.float32)
+            return keys[:, :, prefix:].sum(1, dtype=torch.float32) / keys.shape[1]
         batch, count, width = keys.shape
-        return keys.view(batch, count, self.heads, width // self.heads)[:, prefix:].mean(2, dtype=torch.float32)
+        return keys.view(batch, count, self.heads, width // self.heads)[:, prefix:].sum(2, dtype=torch.float32) / self.heads
 
     def _recompute(self, weight: Tensor, x: Tensor) -> Tensor:
         # the mean over heads is linear: average the weight rows and project once, D columns instead of C
