@@ -25,6 +25,7 @@ from .session import apply, pruned, remove, status
 from .tokens import LayerTrace
 from .vision.blocks import part
 from .vision.locate import locate
+from .vision.rows import EncoderRow
 
 Inputs = Mapping[str, Any]
 
@@ -418,42 +419,46 @@ def check_on(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
     _, encoder, row = locate(model)
     blocks = list(part(encoder, row.blocks))
     base, base_flops = _flops(model, encoder, blocks, one)
-    sizes: list[tuple[int, int]] = []
+    widths: list[int] = []
 
-    def measure(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
-        y = output[0] if isinstance(output, tuple) else output
-        sizes.append((x.shape[1], y.shape[1]))
+    def measure(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        widths.append((args[0] if args else next(iter(kwargs.values()))).shape[1])
 
-    survivors_only = Plan(
-        vision=Stage(plan.stages["vision"].method, plan.stages["vision"].layers, plan.stages["vision"].placement)
-    )
     with ExitStack() as stack:
-        session = stack.enter_context(pruned(model, survivors_only))
-        for block in blocks:
-            stack.callback(block.register_forward_hook(measure, with_kwargs=True).remove)
+        session = stack.enter_context(pruned(model, plan))
+        for block in blocks:  # what the parts of a block see, not the block: its input may be full length
+            stack.callback(_first_part(block, row).register_forward_pre_hook(measure, with_kwargs=True).remove)
         output, flops = _flops(model, encoder, blocks, one)
         trace = session.trace
-    prefix = row.prefix(encoder)
-    for entry in trace:
-        seen = tuple(n - prefix for n in sizes[entry.layer])
-        want = (int(entry.tokens_in[0]), int(entry.tokens_out[0]))
-        # padding of the model's own (NaFlex) is there until the first drop
-        assert seen[1] == want[1] or want[0] == want[1], (
-            f"layer {entry.layer}: the trace says {want}, the block saw {seen}"
-        )
     assert trace[-1].tokens_out[0] < trace[0].tokens_in[0], "no token was dropped"
     changed = [n for n, v in output.items() if v.shape != base[n].shape or not torch.equal(v, base[n])]
     assert changed, "tokens were dropped and no output changed"
-    mid = (plan.stages["vision"].placement or "mid") == "mid"
+    prefix, mid = row.prefix(encoder), (plan.stages["vision"].placement or "mid") == "mid"
+    behind = dict(enumerate(widths))  # tokens that reach the MLP of each block
+    for entry in trace:
+        if entry.tokens_out[0] == entry.tokens_in[0]:
+            continue
+        want = prefix + int(entry.tokens_out[0])
+        if entry.layer + 1 < len(blocks):
+            seen = widths[entry.layer + 1]
+            assert seen == want, f"layer {entry.layer}: the trace says {want} tokens, the next block saw {seen}"
+        if mid:
+            behind[entry.layer] = want
     predicted = 0.0
-    for (full, attention, mlp, squared), (n_in, n_out) in zip(base_flops, sizes, strict=True):
-        predicted += squared * (n_in / full) ** 2 + attention * n_in / full + mlp * (n_out if mid else n_in) / full
+    for layer, (full, attention, mlp, squared) in enumerate(base_flops):
+        n_in = widths[layer]
+        predicted += squared * (n_in / full) ** 2 + attention * n_in / full + mlp * behind[layer] / full
     measured = sum(a + m + s for _, a, m, s in flops)
     error = abs(measured / predicted - 1)
     assert error <= 0.02, f"FLOPs are {error:.1%} off what the token counts predict"
     share = measured / sum(a + m + s for _, a, m, s in base_flops)
     return f"{share:.0%} of the blocks' FLOPs, {error:.1%} off the prediction"
+
+
+def _first_part(block: nn.Module, row: EncoderRow) -> nn.Module:
+    anatomy = next(row.anatomies[c.__name__] for c in type(block).__mro__ if c.__name__ in row.anatomies)
+    name = anatomy.norm1 or anatomy.attn
+    return part(block, name)
 
 
 def _flops(

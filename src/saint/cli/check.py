@@ -23,9 +23,7 @@ def check(
     with console.status(f"loading {model}"):
         loaded = load_model(model, device=device)
     path, encoder, row = locate(loaded.model)
-    console.print(
-        f"{model}: {type(encoder).__name__} ({row.library}: {row.title})" + (f" at {path}" if path else "")
-    )
+    console.print(f"{model}: {type(encoder).__name__} ({row.library}: {row.title})" + (f" at {path}" if path else ""))
     with console.status("checking"):
         inputs = testing.example_inputs(loaded.model)
         plan = testing.example_plan(loaded.model, inputs)

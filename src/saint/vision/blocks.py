@@ -83,49 +83,46 @@ class Block:
 
     def watch_keys(self) -> Callable[[], None]:
         """Start keeping the keys of each call; returns the undo."""
-        source = self._source = part(self.module, self.key_source)
-        if isinstance(source, nn.Module):
+        self._source = part(self.module, self.key_source)
+        shown = self._source if isinstance(self._source, nn.Module) else part(self.module, self.anatomy.norm1 or "")
 
-            def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
-                self._keys = output
+        def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            self._keys = output
 
-            return source.register_forward_hook(keep).remove
-        return lambda: None
+        return shown.register_forward_hook(keep).remove
 
-    def head_mean_keys(self, prefix: int, x: Tensor) -> Tensor:
-        """Keys of the call that just ran, averaged over heads, without the prefix: [B, N, D].
+    def head_mean_keys(self, prefix: int) -> Tensor:
+        """Keys of the call that just ran, averaged over heads, without the prefix: float32 or the weights' dtype, [B, N, D].
 
         Args:
             prefix: P.
-            x: the block's input [B, P + N, C]; used where keys are recomputed from a packed projection.
 
         Raises:
             HookNeverFiredError: the module that shows the keys was not called.
         """
-        if not isinstance(self._source, nn.Module):
-            return self._recompute(self._source, x.detach()[:, prefix:])
         keys, self._keys = self._keys, None
         if keys is None:
             raise HookNeverFiredError(
-                f"{self.name}.{self.key_source} was not called during the forward, so there are no keys to score; "
-                "this version of the model computes its attention differently: use placement='post' with another model "
-                "version or report it"
+                f"{self.name}.{self.key_source} was not called during the forward, so there are no keys to score: this "
+                "version of the model computes its attention differently from what the support table knows"
             )
         keys = keys.detach()
+        if not isinstance(self._source, nn.Module):
+            return self._project(self._source, keys[:, prefix:])
         if keys.ndim == 4:
             return keys[:, :, prefix:].sum(1, dtype=torch.float32) / keys.shape[1]
         batch, count, width = keys.shape
-        return keys.view(batch, count, self.heads, width // self.heads)[:, prefix:].sum(2, dtype=torch.float32) / self.heads
+        heads = keys.view(batch, count, self.heads, width // self.heads)
+        return heads[:, prefix:].sum(2, dtype=torch.float32) / self.heads
 
-    def _recompute(self, weight: Tensor, x: Tensor) -> Tensor:
-        # the mean over heads is linear: average the weight rows and project once, D columns instead of C
+    def _project(self, weight: Tensor, x: Tensor) -> Tensor:
+        """Head-mean keys from the attention's input; the mean over heads is linear, so D columns suffice instead of C."""
         width = weight.shape[0] // 3
         bias = part(self.module, self.key_source.replace("weight", "bias"))
-        norm = getattr(self.module, self.anatomy.norm1 or "", None)
         with torch.no_grad():
             w = weight[width : 2 * width].view(self.heads, width // self.heads, -1).mean(0)
             b = None if bias is None else bias[width : 2 * width].view(self.heads, -1).mean(0)
-            return torch.nn.functional.linear(x if norm is None else norm(x), w, b)
+            return nn.functional.linear(x, w, b)
 
     # -- halves -------------------------------------------------------------------------------------------------------
 
@@ -176,7 +173,7 @@ class Block:
             with torch.no_grad():
                 expected = self.module.forward(x, **kwargs)
                 composed = self.second(self.first(x, kwargs))
-                self.head_mean_keys(prefix, x)
+                self.head_mean_keys(prefix)
         except (TypeError, RuntimeError, AttributeError) as error:
             raise ParityError(
                 f"{self.name} ({type(self.module).__name__}) does not have the anatomy known for its class: {error}. "

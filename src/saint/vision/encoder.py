@@ -310,7 +310,7 @@ class PrunedEncoder(_Uncopied):
             if layer not in self.steps:
                 return (y,)
             assert block is not None
-            return y, block.head_mean_keys(self.prefix, part_x)
+            return y, block.head_mean_keys(self.prefix)
 
         if block is None or tokens.whole:
             return with_keys(x, kwargs)
