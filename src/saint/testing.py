@@ -414,7 +414,7 @@ def check_on(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
     """Contract 6: outputs differ, token counts equal the trace, and FLOPs fall as the token counts predict (2 %)."""
     with pruned(model, plan) as session:
         run(model, inputs)
-        sample = int(session.trace[-1].tokens_out.argmin())  # the one that loses most
+        sample = int((session.trace[0].tokens_in - session.trace[-1].tokens_out).argmax())  # the one that loses most
     one = {name: value[sample : sample + 1] for name, value in inputs.items()}
     _, encoder, row = locate(model)
     blocks = list(part(encoder, row.blocks))

@@ -146,8 +146,9 @@ class PrunedEncoder(_Uncopied):
             attn = part(block.module, block.anatomy.attn)
             norm = part(block.module, block.anatomy.norm1 or block.anatomy.norm2 or "norm1")
             width = norm.weight.shape[-1]
-            head_dim = getattr(attn, "head_dim", None)
-            block.prove(width, self.prefix, lambda name, like, d=head_dim, w=width: _probe_table(name, d or w, like))
+            # timm 1.0.20 keeps no head_dim
+            dim = getattr(attn, "head_dim", None) or width // getattr(attn, "num_heads", width)
+            block.prove(width, self.prefix, lambda name, like, d=dim: _probe_table(name, d, like))
 
     # -- installation -------------------------------------------------------------------------------------------------
 
