@@ -20,7 +20,11 @@ def register(name: str) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.M
 def build(name: str) -> nn.Module:
     """The model called ``name``, in eval mode, with weights lively enough that layers matter."""
     torch.manual_seed(0)
-    model = BUILDERS[name]().eval()
+    return enliven(BUILDERS[name]().eval())
+
+
+def enliven(model: nn.Module) -> nn.Module:
+    """Weights under which every layer and every branch shows in the output."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -157,3 +161,22 @@ def _open_clip_custom() -> nn.Module:
 @register("open_clip/coca")
 def _open_clip_coca() -> nn.Module:
     return _open_clip(attentional_pool=True, attn_pooler_queries=4, attn_pooler_heads=4)
+
+
+def backbones() -> dict[str, nn.Module]:
+    """Encoders that return feature maps laid on the grid, from every row that has one."""
+    from transformers import (
+        Dinov2Backbone,
+        Dinov2Config,
+        Dinov2WithRegistersBackbone,
+        Dinov2WithRegistersConfig,
+        DINOv3ViTBackbone,
+        DINOv3ViTConfig,
+    )
+
+    sizes = {name: value for name, value in _HF.items() if name != "intermediate_size"} | {"out_indices": [2, 4]}
+    return {
+        "dinov2": Dinov2Backbone(Dinov2Config(**sizes, mlp_ratio=2)),
+        "dinov2-registers": Dinov2WithRegistersBackbone(Dinov2WithRegistersConfig(**sizes, mlp_ratio=2)),
+        "dinov3": DINOv3ViTBackbone(DINOv3ViTConfig(**_HF, out_indices=[2, 4])),
+    }

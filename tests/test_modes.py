@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from models import build
+from models import backbones, build, enliven
 
 import saint
 from saint import testing
@@ -128,21 +128,25 @@ def test_hidden_states_shrink_and_expand():
             session.expand(states[0][:, :5])
 
 
-def test_backbones_keep_their_maps():
-    from transformers import Dinov2Backbone, Dinov2Config
-
+@pytest.mark.parametrize("name", ["dinov2", "dinov2-registers", "dinov3"])
+def test_backbones_keep_their_maps(name):
     torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=48, num_hidden_layers=4, num_attention_heads=3, image_size=96, patch_size=16, out_indices=[2, 4]
-    )
-    model = Dinov2Backbone(config).eval()
-    pixels = testing.example_inputs(build("timm/vit-augreg"))["x"]
-    with torch.no_grad():
-        base = model(pixels).feature_maps
-        with saint.pruned(model, loose()) as session:
-            maps = model(pixels).feature_maps
-            assert session.trace[-1].tokens_out.min() < 36
-    assert [m.shape for m in maps] == [m.shape for m in base]
+    model = enliven(backbones()[name].eval())
+    inputs = testing.example_inputs(model)
+    plan = testing.example_plan(model, inputs)
+    for check in (testing.check_identity, testing.check_undo, testing.check_bad_input):
+        check(model, plan, inputs)
+    base, (want, _) = testing.run(model, inputs), testing.masked_oracle(model, plan, inputs)
+    with saint.pruned(model, plan) as session:
+        got, kept = testing.run(model, inputs), session.trace[-1].kept
+    assert min(map(len, kept)) < 36
+    maps = [key for key in got if "feature_maps" in key]
+    assert len(maps) == 2
+    for key in maps:  # the cells of survivors hold the oracle's values, whatever the others show
+        assert got[key].shape == base[key].shape
+        for sample, index in enumerate(kept):
+            a, b = (value[key][sample].flatten(1)[:, index] for value in (got, want))
+            assert torch.allclose(a, b, atol=1e-5 * max(1, b.abs().max()))
 
 
 def test_average_pooling_over_survivors_and_by_coverage():
