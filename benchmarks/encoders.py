@@ -53,8 +53,8 @@ def main() -> None:
             assert overhead is not None
             console.print(
                 f"{name} {size} px batch {batch} {label}: {1 / result.bound:.2f} of the FLOPs, "
-                f"x{result.speedup.median:.2f} [{result.speedup.p20:.2f}, {result.speedup.p80:.2f}], bound x{result.bound:.2f}, "
-                f"efficiency {result.efficiency:.2f}, pruning {overhead.share.median:.1%}, "
+                f"x{result.speedup.median:.2f} [{result.speedup.p20:.2f}, {result.speedup.p80:.2f}], "
+                f"bound x{result.bound:.2f}, efficiency {result.efficiency:.2f}, pruning {overhead.share.median:.1%}, "
                 f"nothing dropped {overhead.keep_all.median if overhead.keep_all else float('nan'):+.1%}"
             )
     write_json(options.out, {"command": "python benchmarks/encoders.py", "environment": environment(), "rows": rows})

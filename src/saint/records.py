@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from . import __version__
+
 VERSION = 1
 
 # distributions whose version can change a number
@@ -35,7 +37,6 @@ def environment(device: Any = None) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     device = torch.device(device if device is not None else "cuda" if cuda else "cpu")
     return {
-        "saint": _installed("saint-vlm") or _own_version(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu_name(),
@@ -79,12 +80,6 @@ def _installed(distribution: str) -> str | None:
         return None
 
 
-def _own_version() -> str:
-    from . import __version__
-
-    return __version__
-
-
 def write_json(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
     """Write a record, with the format's version, this library's and the date; readers never see half a file.
 
@@ -98,7 +93,7 @@ def write_json(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     head = {
         "version": VERSION,
-        "saint": _own_version(),
+        "saint": __version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     text = json.dumps(_plain({**head, **record}), indent=2, allow_nan=False) + "\n"

@@ -121,7 +121,7 @@ def as_plan(plan: Plan | Stage | Method | str) -> Plan:
     if isinstance(plan, Plan):
         return plan
     if isinstance(plan, (Method, Stage)):
-        return Plan(vision=plan)  # type: ignore[arg-type]  # a bare method is turned into a Stage
+        return Plan(vision=plan)
     if isinstance(plan, str):
         return recipe(plan)
     raise TypeError(f"plan must be a saint.Plan, a method such as saint.Saint(), or a recipe's name, got {plan!r}")

@@ -8,7 +8,6 @@ anything is touched. Upstream drift becomes a :class:`~saint.errors.ParityError`
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import torch
@@ -50,7 +49,10 @@ class Anatomy:
 
 def part(module: nn.Module, path: str) -> Any:
     """Attribute at a dotted path, or None where any step is missing."""
-    return reduce(lambda node, name: getattr(node, name, None), path.split("."), module)
+    node: Any = module
+    for name in path.split("."):
+        node = getattr(node, name, None)
+    return node
 
 
 def _chain(block: nn.Module, names: tuple[str, ...]) -> list[Any]:

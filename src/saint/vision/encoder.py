@@ -7,6 +7,7 @@ map per layer, so a layer can be run again (gradient checkpointing) and does the
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -148,7 +149,7 @@ class PrunedEncoder(_Uncopied):
             width = norm.weight.shape[-1]
             # timm 1.0.20 keeps no head_dim
             dim = getattr(attn, "head_dim", None) or width // getattr(attn, "num_heads", width)
-            block.prove(width, self.prefix, lambda name, like, d=dim: _probe_table(name, d, like))
+            block.prove(width, self.prefix, partial(_probe_table, dim))
 
     # -- installation -------------------------------------------------------------------------------------------------
 
@@ -156,7 +157,7 @@ class PrunedEncoder(_Uncopied):
         """Patch the instance; ``stack`` undoes it."""
         for index in range(self.depth):
             block = self.blocks[index]
-            _override(stack, self.modules[index], "forward", lambda original, i=index: PrunedBlock(self, i, original))
+            _override(stack, self.modules[index], "forward", partial(PrunedBlock, self, index))
             if block is not None and index in self.steps:
                 stack.callback(block.watch_keys())
             if block is not None and index > self.layers[0] and block.anatomy.padding:
@@ -279,12 +280,12 @@ class PrunedEncoder(_Uncopied):
             value = kwargs.get(name)
             if value is not None:
                 out[name] = self._cached(name, layer, value, lambda v: _map_tables(v, tokens))
-        name = block.anatomy.mask
-        if name is not None and block.takes_mask and block.anatomy.padding is None:
-            given = kwargs.get(name)
+        mask = block.anatomy.mask
+        if mask is not None and block.takes_mask and block.anatomy.padding is None:
+            given = kwargs.get(mask)
             if given is not None or tokens.valid is not None:
                 dtype = next(self.modules[layer].parameters()).dtype
-                out[name] = self._cached(name, layer, given, lambda m: _mask(m, tokens, self.prefix, dtype))
+                out[mask] = self._cached(mask, layer, given, lambda m: _mask(m, tokens, self.prefix, dtype))
         return out
 
     def _cached(self, name: str, layer: int, source: Any, make: Callable[[Any], Any]) -> Any:
@@ -440,7 +441,7 @@ def _override(stack: ExitStack, module: nn.Module, name: str, wrap: Callable[[Ca
     stack.callback(undo)
 
 
-def _probe_table(name: str, dim: int, like: Tensor) -> Any:
+def _probe_table(dim: int, name: str, like: Tensor) -> Any:
     values = torch.randn(6, 2 * dim, generator=torch.Generator().manual_seed(1)).to(like)
     return values if name == "rope" else (values[:, :dim], values[:, dim:])
 

@@ -1,6 +1,6 @@
 """Facts about the vision encoders of transformers (>= 5.10)."""
 
-from torch import nn
+from typing import Any
 
 from .blocks import Anatomy
 from .rows import EncoderRow
@@ -37,7 +37,7 @@ _DINOV2 = Anatomy(
 )
 
 
-def _registers(model: nn.Module) -> int:
+def _registers(model: Any) -> int:
     return 1 + int(model.config.num_register_tokens)
 
 
@@ -46,7 +46,7 @@ def _dense(cls: str) -> tuple[str, ...]:
 
 
 def _row(
-    title: str, module: str, cls: str, blocks: str, anatomy: dict[str, Anatomy], patch: str | None, **facts
+    title: str, module: str, cls: str, blocks: str, anatomy: dict[str, Anatomy], patch: str | None, **facts: Any
 ) -> EncoderRow:
     return EncoderRow(
         title=title,
