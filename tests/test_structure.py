@@ -18,7 +18,7 @@ ALLOWED = {
     "tokens": set(),
     "methods": {"graph", "tokens", "errors", "methods"},
     "plan": {"methods", "plan"},
-    "recipes": {"methods", "plan"},
+    "cookbook": {"methods", "plan"},
     "vision": {"graph", "tokens", "errors", "vision"},
     "language": {"graph", "tokens", "errors", "language"},
     "vlm": {"graph", "tokens", "errors", "vision", "language", "vlm"},
@@ -80,6 +80,12 @@ def test_import_of_the_package_loads_no_torch():
 @pytest.mark.parametrize("name", [name for name in saint.__all__ if not name.startswith("__")])
 def test_public_names_exist_and_are_documented(name):
     assert getattr(saint, name).__doc__
+
+
+def test_no_module_shadows_a_public_name():
+    lazy = {name for name, module in saint._LAZY.items() if module is not None}
+    modules = {path.stem for path in SOURCE.glob("*.py")} | {path.name for path in SOURCE.iterdir() if path.is_dir()}
+    assert not lazy & modules  # importing the module would put it in the function's place
 
 
 def test_unknown_attributes_raise():

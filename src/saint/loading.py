@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .errors import MissingExtraError, SaintError
 from .plan import Plan
-from .recipes import recipe
+from .cookbook import recipe
 from .vision.locate import locate
 
 FORMS = "timm:NAME, hf:NAME_OR_PATH, open_clip:NAME/TAG (NAME/none: random weights) or demo:NAME"

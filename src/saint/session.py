@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .errors import AlreadyAppliedError, UnsupportedModelError
 from .methods.base import Method
 from .plan import Plan, Stage
-from .recipes import recipe
+from .cookbook import recipe
 from .tokens import LayerTrace
 from .vision.encoder import PrunedEncoder
 from .vision.locate import locate

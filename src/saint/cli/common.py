@@ -38,7 +38,7 @@ def make_plan(default: "Plan", plan: str | None, threshold: float | None, layers
     import dataclasses
 
     from ..plan import Plan
-    from ..recipes import recipe
+    from ..cookbook import recipe
 
     made = default
     if plan is not None:

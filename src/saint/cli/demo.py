@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .common import (
@@ -156,10 +157,10 @@ def _print(
         table.add_row(str(step[0].layer), f"{mean:.0f}", str(min(left)), str(max(left)), bar(mean / total))
     out.print(table)
     measure = agreements[0].measure
-    heads = ["kept", "ms before", "after", "speed-up", "bound", measure]
+    heads = ["kept", "ms before", "after", "speed-up", "bound", "corr." if measure == "correlation" else measure]
     if agreements[0].same_top1 is not None:
         heads.append("same class")
-    table = Table()
+    table = Table(box=SIMPLE_HEAD)
     table.add_column("photograph", no_wrap=True, max_width=18)
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
@@ -239,7 +240,7 @@ def _maps(
                 Cell(seen, title(photos[i]), f"{total} patches"),
                 Cell(heatmap(base, seen.size), "unpruned", "saliency map"),
                 Cell(heatmap(short, seen.size), "pruned", f"correlation {agreements[i].values[0]:.3f}"),
-                Cell(faded(loaded, seen, traces[i][-1]), "what it saw", f"{kept} of {total} kept ({kept / total:.0%})"),
+                Cell(faded(loaded, seen, traces[i][-1]), "kept", f"{kept} of {total} patches ({kept / total:.0%})"),
             ]
         )
     path = folder / "maps.png"

@@ -10,7 +10,7 @@ from .common import Json, out
 def list_(json: Json = None) -> None:
     """What is supported: encoders, methods, recipes and demo models."""
     from .. import demo, methods
-    from ..recipes import recipes
+    from ..cookbook import recipes
     from ..vision.locate import _REFUSED, ROWS
 
     encoders: dict[tuple[str, str], list[str]] = {}

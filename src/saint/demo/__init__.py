@@ -7,14 +7,14 @@ if TYPE_CHECKING:
     from .models import MODELS as MODELS
     from .models import DemoModel as DemoModel
     from .models import load as load
-    from .photos import photos as photos
+    from .pictures import photos as photos
     from .weights import DemoUnavailableError as DemoUnavailableError
 
 _LAZY = {
     "MODELS": "models",
     "DemoModel": "models",
     "load": "models",
-    "photos": "photos",
+    "photos": "pictures",
     "DemoUnavailableError": "weights",
 }
 
@@ -25,5 +25,5 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
-    globals()[name] = value  # importing the submodule `photos` would otherwise shadow the function
+    globals()[name] = value
     return value
