@@ -23,7 +23,7 @@ from .methods.saint import Saint
 from .plan import Plan, Stage
 from .session import apply, pruned, remove, status
 from .tokens import LayerTrace
-from .vision.blocks import part
+from .vision.blocks import Anatomy, part
 from .vision.locate import locate
 from .vision.rows import EncoderRow
 
@@ -418,7 +418,7 @@ def check_on(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
     one = {name: value[sample : sample + 1] for name, value in inputs.items()}
     _, encoder, row = locate(model)
     blocks = list(part(encoder, row.blocks))
-    base, base_flops = _flops(model, encoder, blocks, one)
+    base, base_flops = _flops(model, row, blocks, one)
     widths: list[int] = []
 
     def measure(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -428,7 +428,7 @@ def check_on(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
         session = stack.enter_context(pruned(model, plan))
         for block in blocks:  # what the parts of a block see, not the block: its input may be full length
             stack.callback(_first_part(block, row).register_forward_pre_hook(measure, with_kwargs=True).remove)
-        output, flops = _flops(model, encoder, blocks, one)
+        output, flops = _flops(model, row, blocks, one)
         trace = session.trace
     assert trace[-1].tokens_out[0] < trace[0].tokens_in[0], "no token was dropped"
     changed = [n for n, v in output.items() if v.shape != base[n].shape or not torch.equal(v, base[n])]
@@ -455,14 +455,17 @@ def check_on(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
     return f"{share:.0%} of the blocks' FLOPs, {error:.1%} off the prediction"
 
 
+def _anatomy(block: nn.Module, row: EncoderRow) -> Anatomy:
+    return next(row.anatomies[c.__name__] for c in type(block).__mro__ if c.__name__ in row.anatomies)
+
+
 def _first_part(block: nn.Module, row: EncoderRow) -> nn.Module:
-    anatomy = next(row.anatomies[c.__name__] for c in type(block).__mro__ if c.__name__ in row.anatomies)
-    name = anatomy.norm1 or anatomy.attn
-    return part(block, name)
+    anatomy = _anatomy(block, row)
+    return part(block, anatomy.norm1 or anatomy.attn)
 
 
 def _flops(
-    model: nn.Module, encoder: nn.Module, blocks: list[nn.Module], inputs: Inputs
+    model: nn.Module, row: EncoderRow, blocks: list[nn.Module], inputs: Inputs
 ) -> tuple[dict[str, Tensor], list[tuple[int, float, float, float]]]:
     """Outputs, and per block: tokens in, linear FLOPs of the attention half, of the MLP, and FLOPs quadratic in tokens."""
     names = {
@@ -486,14 +489,11 @@ def _flops(
     by_module = counter.get_flop_counts()
     out = []
     for index, block in enumerate(blocks):
-        flops = by_module[names[block]]
-        mlp_module = getattr(block, "mlp", None)
-        mlp = sum(by_module[names[mlp_module]].values()) if mlp_module is not None else 0
-        squared = sum(v for op, v in flops.items() if "attention" in str(op))
-        bmm = sum(v for op, v in flops.items() if str(op) in ("aten.bmm", "aten.baddbmm"))
-        total = sum(flops.values())
-        # scoring is matrix products too; it is ours, not the model's
-        out.append((tokens[index], float(total - mlp - squared - bmm), float(mlp), float(squared)))
+        anatomy = _anatomy(block, row)  # of the model's own parts: scoring is matrix products too
+        attention = by_module[names[part(block, anatomy.padding or anatomy.attn)]]
+        mlp = sum(by_module[names[part(block, anatomy.mlp)]].values())
+        squared = sum(v for op, v in attention.items() if "attention" in str(op))
+        out.append((tokens[index], float(sum(attention.values()) - squared), float(mlp), float(squared)))
     return output, out
 
 

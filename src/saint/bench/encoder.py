@@ -151,7 +151,9 @@ def bench_encoder(
     try:
         with torch.inference_mode():
             times = interleave(runs, device, repeats, warmup, tick)
-        costs = {name: cost(runs[name], device) for name in ("base", "pruned", "eager") if name in runs}
+        costs: dict[str, Cost] = {
+            name: cost(runs[name], device) for name in ("base", "pruned", "eager") if name in runs
+        }
         trace = session.trace
     finally:
         for applied in sessions:

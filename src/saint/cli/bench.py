@@ -104,7 +104,7 @@ def print_times(result: "EncoderBench") -> None:
     """Times, FLOPs and memory of all variants, and what pruning itself costs."""
     table = Table("", "ms (median)", "p20 - p80", "GFLOPs", "activations MiB", title="forward", title_justify="left")
     rows = {"base": result.base, "pruned": result.pruned, "eager": result.eager}
-    names = {"base": "unpruned", "pruned": "pruned", "eager": "pruned, eager attention"}
+    names = {"base": "unpruned", "pruned": "pruned", "eager": "eager attention"}
     for key, spread in rows.items():
         if spread is not None:
             cost = result.costs[key]
@@ -123,14 +123,14 @@ def print_times(result: "EncoderBench") -> None:
         highlight=False,
     )
     if result.overhead is not None:
-        cost = result.overhead
+        own = result.overhead
         out.print(
-            f"pruning itself: scoring {cost.scoring.median:.2f} ms, gathering {cost.gathering.median:.2f} ms, "
-            f"together {_percent(cost.share)} of the unpruned forward",
+            f"pruning itself: scoring {own.scoring.median:.2f} ms, gathering {own.gathering.median:.2f} ms, "
+            f"together {_percent(own.share)} of the unpruned forward",
             highlight=False,
         )
-        if cost.keep_all is not None:
-            out.print(f"the same plan when nothing goes: {_percent(cost.keep_all)} extra time", highlight=False)
+        if own.keep_all is not None:
+            out.print(f"the same plan when nothing goes: {_percent(own.keep_all)} extra time", highlight=False)
     unknown = sorted({name for cost in result.costs.values() for name in cost.uncounted})
     if unknown:
         out.print(f"[yellow]not counted in the FLOPs[/]: {', '.join(unknown)}", highlight=False)

@@ -37,8 +37,8 @@ def make_plan(default: "Plan", plan: str | None, threshold: float | None, layers
     """
     import dataclasses
 
-    from ..plan import Plan
     from ..cookbook import recipe
+    from ..plan import Plan
 
     made = default
     if plan is not None:
@@ -57,7 +57,7 @@ def make_plan(default: "Plan", plan: str | None, threshold: float | None, layers
     if threshold is not None:
         if "threshold" not in {field.name for field in dataclasses.fields(stage.method)}:
             raise ValueError(f"--threshold does not fit the method {stage.method.name}, which has none")
-        stage = dataclasses.replace(stage, method=dataclasses.replace(stage.method, threshold=threshold))
+        stage = dataclasses.replace(stage, method=dataclasses.replace(stage.method, **{"threshold": threshold}))
     if layers is not None:
         stage = dataclasses.replace(stage, layers=parse_layers(layers))
     return dataclasses.replace(made, vision=stage)

@@ -27,9 +27,9 @@ def list_(json: Json = None) -> None:
     out.print(table)
 
     known = {name: methods.get(name) for name in methods.names()}
-    table = Table("method", "stages", "what it does", "paper", title="methods", title_justify="left")
+    table = Table("method", "stages", "what it does", title="methods (paper)", title_justify="left")
     for name, method in known.items():
-        table.add_row(name, ", ".join(sorted(method.stages)), _first_line(method), method.paper)
+        table.add_row(name, "\n".join(sorted(method.stages)), f"{_first_line(method)}\n[dim]{method.paper}[/]")
     out.print(table)
 
     table = Table("recipe", "what it is", title="recipes (--plan NAME)", title_justify="left")

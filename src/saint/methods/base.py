@@ -10,6 +10,9 @@ import warnings
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
 from ..tokens import Candidates, Selection
 
 Budget = str | int | float
@@ -36,6 +39,16 @@ class Method(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         return {"method": self.name, **dataclasses.asdict(self)}
+
+
+def host_counts(counts: Tensor) -> tuple[int, ...]:
+    """Votes [B] as Python ints; under ``torch.compile`` the one place where the graph breaks."""
+    return _host_counts(counts) if torch.compiler.is_compiling() else tuple(counts.tolist())
+
+
+@torch.compiler.disable
+def _host_counts(counts: Tensor) -> tuple[int, ...]:
+    return tuple(counts.tolist())
 
 
 def check_budget(budget: Budget, dynamic: tuple[str, ...] = ()) -> None:

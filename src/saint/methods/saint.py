@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from .. import graph
 from ..tokens import Candidates, Selection
-from .base import Budget, Method, check_budget, final_keep, floored, scheduled_keep
+from .base import Budget, Method, check_budget, final_keep, floored, host_counts, scheduled_keep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Saint(Method):
             candidates.keys, self.threshold, self.neighbors, self.gamma, center=self.center, valid=tokens.valid
         )
         if isinstance(self.budget, str):
-            drop = tuple(ballot.votes.tolist())
+            drop = host_counts(ballot.votes)
             if self.budget == "batch":
                 drop = (sum(drop) // len(drop),) * len(drop)
                 if tokens.valid is not None:  # a padded sample may have fewer sources than the mean asks for

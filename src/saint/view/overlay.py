@@ -17,8 +17,8 @@ _EDGE = (24, 28, 36)
 _FADE = 0.84  # share of white in a dropped patch: the scene stays recognisable, what was kept stands out
 
 # dark violet to light yellow, evenly spaced in lightness (anchors of matplotlib's "inferno")
-_HEAT = ((0, 0, 4), (40, 11, 84), (101, 21, 110), (159, 42, 99), (212, 72, 66), (245, 125, 21), (250, 193, 39))
-_HEAT += ((252, 255, 164),)
+_HEAT = [(0, 0, 4), (40, 11, 84), (101, 21, 110), (159, 42, 99), (212, 72, 66), (245, 125, 21), (250, 193, 39)]
+_HEAT += [(252, 255, 164)]
 
 
 class Cell(NamedTuple):
@@ -97,13 +97,7 @@ def sheet(rows: Sequence[Sequence[Cell]], title: str, legend: str = "", cell: in
     big, mid, small = (_font(round(cell * f)) for f in (0.098, 0.072, 0.062))
     head = margin + round(cell * (0.16 + (0.11 if legend else 0.0))) + gap // 2
     caption = round(cell * 0.21)
-    sized = [
-        [
-            (c, c.image.resize((cell, round(cell * c.image.height / c.image.width)), Image.Resampling.LANCZOS))
-            for c in row
-        ]
-        for row in rows
-    ]
+    sized = [[(content, _scaled(content.image, cell)) for content in row] for row in rows]
     heights = [max(image.height for _, image in row) for row in sized]
     columns = max(map(len, rows))
     text_width = max(big.getlength(title), mid.getlength(legend))

@@ -79,7 +79,8 @@ class Block:
 
     def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments of a call behind the hidden states, by name."""
-        return {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        # cut to equal length: torch 2.8's compiler takes every zip for a strict one
+        return {**dict(zip(self.arguments[: len(args)], args, strict=True)), **kwargs}
 
     # -- keys ---------------------------------------------------------------------------------------------------------
 
