@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .methods.saint_full_graph import SaintFullGraph as SaintFullGraph
     from .plan import Plan as Plan
     from .plan import Stage as Stage
-    from .recipes import recipes as recipes
+    from .cookbook import recipes as recipes
     from .session import Session as Session
     from .session import apply as apply
     from .session import pruned as pruned
@@ -45,7 +45,7 @@ _LAZY = {
     "graph": None,
     "methods": None,
     "pruned": "session",
-    "recipes": "recipes",
+    "recipes": "cookbook",
     "remove": "session",
     "status": "session",
     "testing": None,
@@ -59,7 +59,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'saint' has no attribute {name!r}")
     module = _LAZY[name]
     value = import_module(f"saint.{name}") if module is None else getattr(import_module(f"saint.{module}"), name)
-    # cached, and needed: importing the submodule `recipes` would otherwise shadow the function of the same name
     globals()[name] = value
     return value
 

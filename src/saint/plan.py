@@ -93,7 +93,19 @@ class Stage:
             raise ValueError(f"not a stage: {error}") from error
 
 
-@dataclasses.dataclass(frozen=True)
+def _check_stage(name: str, stage: Stage) -> None:
+    if not isinstance(stage, Stage):
+        raise TypeError(f"Plan({name}=...) takes a Stage or a method, got {stage!r}")
+    if name not in stage.method.stages:
+        raise ValueError(
+            f"{type(stage.method).__name__} is not defined for the {name} stage; "
+            f"it works in: {', '.join(sorted(stage.method.stages))}"
+        )
+    if name != "vision" and stage.output != "survivors":
+        raise ValueError(f"output={stage.output!r} is for the vision stage only")
+
+
+@dataclasses.dataclass(frozen=True, init=False)
 class Plan:
     """What happens at each stage; any combination. A bare method stands for ``Stage(method)``.
 
@@ -104,27 +116,21 @@ class Plan:
         True
     """
 
-    vision: Stage | None = None
-    connector: Stage | None = None
-    language: Stage | None = None
+    vision: Stage | None
+    connector: Stage | None
+    language: Stage | None
 
-    def __post_init__(self) -> None:
-        for name in STAGES:
-            value = getattr(self, name)
-            if isinstance(value, Method):
-                value = Stage(value)
-                object.__setattr__(self, name, value)
-            if value is None:
-                continue
-            if not isinstance(value, Stage):
-                raise TypeError(f"Plan({name}=...) takes a Stage or a method, got {value!r}")
-            if name not in value.method.stages:
-                raise ValueError(
-                    f"{type(value.method).__name__} is not defined for the {name} stage; "
-                    f"it works in: {', '.join(sorted(value.method.stages))}"
-                )
-            if name != "vision" and value.output != "survivors":
-                raise ValueError(f"output={value.output!r} is for the vision stage only")
+    def __init__(
+        self,
+        vision: Stage | Method | None = None,
+        connector: Stage | Method | None = None,
+        language: Stage | Method | None = None,
+    ) -> None:
+        for name, value in zip(STAGES, (vision, connector, language), strict=True):
+            stage = Stage(value) if isinstance(value, Method) else value
+            if stage is not None:
+                _check_stage(name, stage)
+            object.__setattr__(self, name, stage)
 
     @property
     def stages(self) -> dict[str, Stage]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .errors import AlreadyAppliedError, UnsupportedModelError
 from .methods.base import Method
 from .plan import Plan, Stage
-from .recipes import recipe
+from .cookbook import recipe
 from .tokens import LayerTrace
 from .vision.encoder import PrunedEncoder
 from .vision.locate import locate
@@ -151,7 +151,7 @@ def as_plan(plan: Plan | Stage | Method | str) -> Plan:
     if isinstance(plan, Plan):
         return plan
     if isinstance(plan, (Method, Stage)):
-        return Plan(vision=plan)  # type: ignore[arg-type]  # a bare method is turned into a Stage
+        return Plan(vision=plan)
     if isinstance(plan, str):
         return recipe(plan)
     raise TypeError(f"plan must be a saint.Plan, a method such as saint.Saint(), or a recipe's name, got {plan!r}")

@@ -40,6 +40,11 @@ class TokenMap:
     def slots(self) -> int:
         return self.index.shape[1]
 
+    @property
+    def whole(self) -> bool:
+        """Nobody has been dropped from any sample."""
+        return self.lengths == self.total
+
     def kept(self) -> list[Tensor]:
         """Original indices of the survivors, ascending; B int64 tensors."""
         if self.valid is None:
@@ -64,8 +69,11 @@ class Selection:
     @staticmethod
     def from_mask(keep: Tensor, lengths: tuple[int, ...]) -> "Selection":
         """From a bool mask [B, N] with ``lengths[b]`` True in row b."""
+        even = min(lengths) == max(lengths)
+        if even and keep.device.type == "cpu" and not torch.compiler.is_compiling():
+            return Selection(keep.nonzero()[:, 1].view(keep.shape[0], -1), lengths)  # no sort, and no sync to fear
         slots = torch.sort((~keep).to(torch.uint8), dim=1, stable=True).indices[:, : max(lengths)]
-        if min(lengths) == max(lengths):
+        if even:
             return Selection(slots, lengths)
         rank = torch.arange(slots.shape[1], device=keep.device)
         return Selection(slots, lengths, rank < torch.tensor(lengths, device=keep.device).unsqueeze(1))

@@ -1,32 +1,18 @@
 """What a method may ask for and what it returns.
 
-A method is a frozen dataclass: its fields are its settings, ``rank`` its only decision. Selection, gathering, protection
-of prefix tokens, ragged batches and floors exist once, outside.
+A method is a frozen dataclass: its fields are its settings, ``select`` its only decision. Gathering, protection of prefix
+tokens and ragged batches exist once, outside.
 """
 
 import dataclasses
 import math
 import warnings
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple
-
-from torch import Tensor
+from typing import Any, ClassVar
 
 from ..tokens import Candidates, Selection
 
 Budget = str | int | float
-
-
-class Ranking(NamedTuple):
-    """Who goes first, and how many.
-
-    Attributes:
-        order: candidate slots, most droppable first, int64 [B, S], S <= N; padding only behind real slots.
-        drop: tokens to drop per sample, B Python ints, each <= the sample's ranked slots.
-    """
-
-    order: Tensor
-    drop: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +31,7 @@ class Method(ABC):
         """Layers used when the plan names none."""
         raise ValueError(f"{type(self).__name__} has no default layers for {stage}; give Stage(..., layers=[...])")
 
-    def validate(self, total: int, steps: int) -> None:
+    def validate(self, total: int, steps: int) -> None:  # noqa: B027  # most methods accept any number
         """Raise ``ValueError`` when ``total`` candidates over ``steps`` drop points cannot work."""
 
     def to_dict(self) -> dict[str, Any]:

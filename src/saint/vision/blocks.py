@@ -8,7 +8,6 @@ anything is touched. Upstream drift becomes a :class:`~saint.errors.ParityError`
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import torch
@@ -50,7 +49,10 @@ class Anatomy:
 
 def part(module: nn.Module, path: str) -> Any:
     """Attribute at a dotted path, or None where any step is missing."""
-    return reduce(lambda node, name: getattr(node, name, None), path.split("."), module)
+    node: Any = module
+    for name in path.split("."):
+        node = getattr(node, name, None)
+    return node
 
 
 def _chain(block: nn.Module, names: tuple[str, ...]) -> list[Any]:
@@ -63,6 +65,7 @@ class Block:
     def __init__(self, module: nn.Module, anatomy: Anatomy, name: str) -> None:
         self.module, self.anatomy, self.name = module, anatomy, name
         self._keys: Tensor | None = None
+        self._source: Any = None
         parameters = inspect.signature(type(module).forward).parameters
         self.arguments = list(parameters)[2:]  # behind self and the hidden states
         self.takes_mask = anatomy.mask in parameters
@@ -82,50 +85,46 @@ class Block:
 
     def watch_keys(self) -> Callable[[], None]:
         """Start keeping the keys of each call; returns the undo."""
-        source = part(self.module, self.key_source)
-        if isinstance(source, nn.Module):
+        self._source = part(self.module, self.key_source)
+        shown = self._source if isinstance(self._source, nn.Module) else part(self.module, self.anatomy.norm1 or "")
 
-            def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
-                self._keys = output
+        def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            self._keys = output
 
-            return source.register_forward_hook(keep).remove
-        return lambda: None
+        return shown.register_forward_hook(keep).remove
 
-    def head_mean_keys(self, prefix: int, x: Tensor) -> Tensor:
-        """Keys of the call that just ran, averaged over heads, without the prefix: [B, N, D].
+    def head_mean_keys(self, prefix: int) -> Tensor:
+        """Keys of the call that just ran, averaged over heads, without the prefix: float32 or the weights' dtype, [B, N, D].
 
         Args:
             prefix: P.
-            x: the block's input [B, P + N, C]; used where keys are recomputed from a packed projection.
 
         Raises:
             HookNeverFiredError: the module that shows the keys was not called.
         """
-        source = part(self.module, self.key_source)
-        if not isinstance(source, nn.Module):
-            return self._recompute(source, x.detach()[:, prefix:])
         keys, self._keys = self._keys, None
         if keys is None:
             raise HookNeverFiredError(
-                f"{self.name}.{self.key_source} was not called during the forward, so there are no keys to score; "
-                "this version of the model computes its attention differently: use placement='post' with another model "
-                "version or report it"
+                f"{self.name}.{self.key_source} was not called during the forward, so there are no keys to score: this "
+                "version of the model computes its attention differently from what the support table knows"
             )
         keys = keys.detach()
+        if not isinstance(self._source, nn.Module):
+            return self._project(self._source, keys[:, prefix:])
         if keys.ndim == 4:
-            return keys[:, :, prefix:].mean(1, dtype=torch.float32)
+            return keys[:, :, prefix:].sum(1, dtype=torch.float32) / keys.shape[1]
         batch, count, width = keys.shape
-        return keys.view(batch, count, self.heads, width // self.heads)[:, prefix:].mean(2, dtype=torch.float32)
+        heads = keys.view(batch, count, self.heads, width // self.heads)
+        return heads[:, prefix:].sum(2, dtype=torch.float32) / self.heads
 
-    def _recompute(self, weight: Tensor, x: Tensor) -> Tensor:
-        # the mean over heads is linear: average the weight rows and project once, D columns instead of C
+    def _project(self, weight: Tensor, x: Tensor) -> Tensor:
+        """Head-mean keys from the attention's input; the mean over heads is linear, so D columns suffice instead of C."""
         width = weight.shape[0] // 3
         bias = part(self.module, self.key_source.replace("weight", "bias"))
-        norm = getattr(self.module, self.anatomy.norm1 or "", None)
         with torch.no_grad():
             w = weight[width : 2 * width].view(self.heads, width // self.heads, -1).mean(0)
             b = None if bias is None else bias[width : 2 * width].view(self.heads, -1).mean(0)
-            return torch.nn.functional.linear(x if norm is None else norm(x), w, b)
+            return nn.functional.linear(x, w, b)
 
     # -- halves -------------------------------------------------------------------------------------------------------
 
@@ -175,9 +174,8 @@ class Block:
                 module.training = False
             with torch.no_grad():
                 expected = self.module.forward(x, **kwargs)
-                expected = expected[0] if isinstance(expected, tuple) else expected
                 composed = self.second(self.first(x, kwargs))
-                self.head_mean_keys(prefix, x)
+                self.head_mean_keys(prefix)
         except (TypeError, RuntimeError, AttributeError) as error:
             raise ParityError(
                 f"{self.name} ({type(self.module).__name__}) does not have the anatomy known for its class: {error}. "

@@ -7,12 +7,13 @@ map per layer, so a layer can be run again (gradient checkpointing) and does the
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import HookNeverFiredError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 from ..graph import metric
 from ..tokens import (
     Candidates,
@@ -30,13 +31,26 @@ from ..tokens import (
 from .blocks import Block, part
 from .rows import EncoderRow
 
+
+class _Uncopied:
+    """Tied to one model: a copy would silently run the original's weights."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise RuntimeError(
+            "a model cannot be copied or pickled while a plan is applied; call saint.remove(model) first"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        self.__deepcopy__({})
+
+
 Select = Callable[[Candidates], Selection | None]
 
 # attention implementations of transformers that take a dense mask; the others run samples of equal length together
 _DENSE_MASK = {"sdpa", "eager"}
 
 
-class PrunedEncoder:
+class PrunedEncoder(_Uncopied):
     """The vision stage of a session.
 
     Args:
@@ -133,8 +147,9 @@ class PrunedEncoder:
             attn = part(block.module, block.anatomy.attn)
             norm = part(block.module, block.anatomy.norm1 or block.anatomy.norm2 or "norm1")
             width = norm.weight.shape[-1]
-            head_dim = getattr(attn, "head_dim", None)
-            block.prove(width, self.prefix, lambda name, like, d=head_dim, w=width: _probe_table(name, d or w, like))
+            # timm 1.0.20 keeps no head_dim
+            dim = getattr(attn, "head_dim", None) or width // getattr(attn, "num_heads", width)
+            block.prove(width, self.prefix, partial(_probe_table, dim))
 
     # -- installation -------------------------------------------------------------------------------------------------
 
@@ -142,7 +157,7 @@ class PrunedEncoder:
         """Patch the instance; ``stack`` undoes it."""
         for index in range(self.depth):
             block = self.blocks[index]
-            _override(stack, self.modules[index], "forward", lambda original, i=index: PrunedBlock(self, i, original))
+            _override(stack, self.modules[index], "forward", partial(PrunedBlock, self, index))
             if block is not None and index in self.steps:
                 stack.callback(block.watch_keys())
             if block is not None and index > self.layers[0] and block.anatomy.padding:
@@ -182,7 +197,7 @@ class PrunedEncoder:
 
     def _fill_hook(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
         tokens = self.maps.get(self.depth)
-        if tokens is None or self.depth in self.expanded or tokens.slots == tokens.width:
+        if tokens is None or self.depth in self.expanded or tokens.whole:
             return None
         if output.ndim != 3 or output.shape[1] != self.prefix + tokens.slots:
             return None  # the norm of a pooled vector, or of an intermediate map
@@ -191,10 +206,10 @@ class PrunedEncoder:
     def _pool(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def pool(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             tokens = self.maps.get(self.depth)
-            if tokens is None or self.depth in self.expanded or tokens.slots == tokens.width:
+            if tokens is None or self.depth in self.expanded or tokens.whole:
                 return original(x, *args, **kwargs)
             # any mask the caller passed is full length and masks only padding, which is gone
-            return _by_length(tokens, x, lambda part, _: original(part))
+            return _by_length(tokens, x, lambda part_x, _: (original(part_x),))[0]
 
         return pool
 
@@ -229,25 +244,27 @@ class PrunedEncoder:
         for total in set(self.maps[0].total):
             self.validate(total, len(self.layers))
 
-    def prune(self, layer: int, x: Tensor, block_input: Tensor) -> Tensor:
-        """Drop tokens from ``x`` [B, P + N, C] at a drop point; sets the map in front of the next layer."""
+    def prune(self, layer: int, x: Tensor, keys: Tensor) -> Tensor:
+        """Drop tokens at a drop point and set the map in front of the next layer.
+
+        Args:
+            layer: the drop point.
+            x: [B, P + N, C].
+            keys: head-mean keys of the candidates, [B, N, D].
+
+        Returns:
+            [B, P + K, C].
+        """
         tokens = self.maps[layer]
-        block = self.blocks[layer]
-        assert block is not None
-        keys = block.head_mean_keys(self.prefix, block_input)
-        if keys.shape[:2] != tokens.index.shape:
-            raise HookNeverFiredError(
-                f"{block.name}.{block.key_source} showed keys for {tuple(keys.shape[:2])} tokens, expected "
-                f"{tuple(tokens.index.shape)}"
-            )
         step = self.steps[layer]
         if step == 0 and not torch.compiler.is_compiling():
-            _refuse_non_finite(keys, block.name)
+            _refuse_non_finite(keys, f"{self.row.blocks}.{layer}")
         selection = self.select(Candidates(keys, x.detach()[:, self.prefix :], tokens, step, len(self.layers)))
         if selection is None:
             return x
         after = tokens.select(selection)
         self.maps[layer + 1] = after
+        self.owners.pop(layer + 1, None)
         if self.output == "similar":
             owner = similar_survivor(metric(keys), selection)
             earlier = self.owners.get(layer)
@@ -263,12 +280,12 @@ class PrunedEncoder:
             value = kwargs.get(name)
             if value is not None:
                 out[name] = self._cached(name, layer, value, lambda v: _map_tables(v, tokens))
-        name = block.anatomy.mask
-        if name is not None and block.takes_mask and block.anatomy.padding is None:
-            given = kwargs.get(name)
+        mask = block.anatomy.mask
+        if mask is not None and block.takes_mask and block.anatomy.padding is None:
+            given = kwargs.get(mask)
             if given is not None or tokens.valid is not None:
                 dtype = next(self.modules[layer].parameters()).dtype
-                out[name] = self._cached(name, layer, given, lambda m: _mask(m, tokens, self.prefix, dtype))
+                out[mask] = self._cached(mask, layer, given, lambda m: _mask(m, tokens, self.prefix, dtype))
         return out
 
     def _cached(self, name: str, layer: int, source: Any, make: Callable[[Any], Any]) -> Any:
@@ -280,22 +297,38 @@ class PrunedEncoder:
             self._cache[key] = hit
         return hit[1]
 
-    def run_whole(self, layer: int, run: Callable[..., Tensor], x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Run a block, or its attention half, on the survivors in front of ``layer``."""
+    def run(
+        self, layer: int, forward: Callable[[Tensor, dict[str, Any]], Tensor], x: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, ...]:
+        """Run a block, or its attention half, on the survivors in front of ``layer``.
+
+        Returns:
+            The output [B, P + N, C] and, at a drop point, the head-mean keys [B, N, D].
+        """
         tokens, block = self.maps[layer], self.blocks[layer]
-        if layer <= self.layers[0] or block is None or tokens.slots == tokens.width:
-            return run(x, kwargs)
+
+        def with_keys(part_x: Tensor, part_kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+            y = forward(part_x, part_kwargs)
+            if layer not in self.steps:
+                return (y,)
+            assert block is not None
+            return y, block.head_mean_keys(self.prefix)
+
+        if block is None or tokens.whole:
+            return with_keys(x, kwargs)
         if tokens.valid is None or block.anatomy.padding is not None or self._masks(block):
-            return run(x, self.attention_inputs(layer, kwargs))
+            return with_keys(x, self.attention_inputs(layer, kwargs))
+
+        def short(part_x: Tensor, part_tokens: TokenMap) -> tuple[Tensor, ...]:
+            part_kwargs = dict(kwargs)
+            for name in block.anatomy.tables:
+                if kwargs.get(name) is not None:
+                    part_kwargs[name] = _map_tables(kwargs[name], part_tokens)
+            if block.anatomy.mask in kwargs:
+                part_kwargs[block.anatomy.mask] = None  # it hides padding, of which nothing is left
+            return with_keys(part_x, part_kwargs)
 
         # this attention takes no dense mask: samples of equal length run together, nothing is padded
-        def short(part_x: Tensor, part_tokens: TokenMap) -> Tensor:
-            part_kwargs = {
-                name: _map_tables(value, part_tokens) if name in block.anatomy.tables and value is not None else value
-                for name, value in kwargs.items()
-            }
-            return run(part_x, part_kwargs)
-
         return _by_length(tokens, x, short)
 
     def _masks(self, block: Block) -> bool:
@@ -326,7 +359,7 @@ class PrunedEncoder:
         Returns:
             [B, P + N, C].
         """
-        if self.maps[layer].slots == self.maps[layer].width and layer not in self.owners:
+        if self.maps[layer].whole:
             return x
         if layer not in self.owners:
             self.owners[layer] = self.owner(layer)
@@ -345,7 +378,7 @@ class PrunedEncoder:
         return out
 
 
-class PrunedBlock:
+class PrunedBlock(_Uncopied):
     """Stands in for ``block.forward`` on one instance."""
 
     def __init__(self, stage: PrunedEncoder, layer: int, original: Callable[..., Any]) -> None:
@@ -366,28 +399,21 @@ class PrunedBlock:
         stage.maps[layer + 1] = stage.maps[layer]
         if layer in stage.owners:
             stage.owners[layer + 1] = stage.owners[layer]
-        extra: tuple[Any, ...] = ()
         if layer in stage.steps and stage.placement == "mid":
             assert block is not None
-            y = stage.run_whole(layer, block.first, x, kwargs)
-            y = block.second(stage.prune(layer, y, x))
+            y, keys = stage.run(layer, block.first, x, kwargs)
+            y = block.second(stage.prune(layer, y, keys))
         else:
-            y = stage.run_whole(layer, lambda part_x, kw: self._whole(part_x, args, kw), x, kwargs)
-            if isinstance(y, tuple):
-                y, extra = y[0], y[1:]
+            y, *shown = stage.run(layer, lambda part_x, given: self.original(part_x, *args, **given), x, kwargs)
             if layer in stage.steps:
-                y = stage.prune(layer, y, x)
-        y = self._hand_on(y)
-        return (y, *extra) if extra else y
-
-    def _whole(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.original(x, *args, **kwargs)
+                y = stage.prune(layer, y, shown[0])
+        return self._hand_on(y)
 
     def _hand_on(self, y: Tensor) -> Tensor:
         stage, after = self.stage, self.layer + 1
         tokens = stage.maps[after]
         stage.expanded.discard(after)
-        if tokens.slots == tokens.width:
+        if tokens.whole:
             return y
         last = after == stage.depth
         if stage.dense or (last and stage.output != "survivors"):
@@ -396,14 +422,6 @@ class PrunedBlock:
         if last:
             return fill_padding(y, tokens, stage.prefix, with_prefix=stage.row.pool_with_prefix(stage.encoder))
         return y
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise RuntimeError(
-            "a model cannot be copied or pickled while a plan is applied; call saint.remove(model) first"
-        )
-
-    def __reduce__(self) -> NoReturn:
-        self.__deepcopy__({})
 
 
 def _override(stack: ExitStack, module: nn.Module, name: str, wrap: Callable[[Callable[..., Any]], Any]) -> None:
@@ -423,7 +441,7 @@ def _override(stack: ExitStack, module: nn.Module, name: str, wrap: Callable[[Ca
     stack.callback(undo)
 
 
-def _probe_table(name: str, dim: int, like: Tensor) -> Any:
+def _probe_table(dim: int, name: str, like: Tensor) -> Any:
     values = torch.randn(6, 2 * dim, generator=torch.Generator().manual_seed(1)).to(like)
     return values if name == "rope" else (values[:, :dim], values[:, dim:])
 
@@ -453,28 +471,36 @@ def _mask(given: Tensor | None, tokens: TokenMap, prefix: int, dtype: torch.dtyp
     return kept if mask is None else kept + mask
 
 
-def _by_length(tokens: TokenMap, x: Tensor, run: Callable[[Tensor, TokenMap], Any]) -> Tensor:
+def _by_length(
+    tokens: TokenMap, x: Tensor, run: Callable[[Tensor, TokenMap], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
     """Run samples of equal length together, without their padding, and put the results back in order.
 
-    Results that keep the token axis are padded with zeros to the input's length.
+    Results that keep the token axis are padded with zeros again.
     """
     groups: dict[int, list[int]] = {}
     for sample, length in enumerate(tokens.lengths):
         groups.setdefault(length, []).append(sample)
     head = x.shape[1] - tokens.slots
-    rows: list[Tensor | None] = [None] * x.shape[0]
+    order: list[int] = []
+    parts: list[tuple[Tensor, ...]] = []
     for length, samples in groups.items():
         pick = torch.tensor(samples, device=x.device)
         total = tuple(tokens.total[i] for i in samples)
         # survivors come first in a row, so cutting the row cuts the padding
         short = TokenMap(tokens.index[pick, :length], (length,) * len(samples), total, tokens.width)
-        y = run(x[pick, : head + length], short)
-        y = y[0] if isinstance(y, tuple) else y
-        if y.ndim == 3 and y.shape[1] == head + length:
-            y = torch.nn.functional.pad(y, (0, 0, 0, tokens.slots - length))
-        for sample, row in zip(samples, y, strict=True):
-            rows[sample] = row
-    return torch.stack([row for row in rows if row is not None])
+        missing = tokens.slots - length
+        parts.append(
+            tuple(
+                torch.nn.functional.pad(y, (0, 0, 0, missing))
+                if y.ndim == 3 and y.shape[1] in (length, head + length)
+                else y
+                for y in run(x[pick, : head + length], short)
+            )
+        )
+        order += samples
+    back = torch.argsort(torch.tensor(order, device=x.device))
+    return tuple(torch.cat(part)[back] for part in zip(*parts, strict=True))
 
 
 def _refuse_non_finite(keys: Tensor, name: str) -> None:

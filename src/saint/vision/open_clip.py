@@ -1,6 +1,6 @@
 """Facts about open_clip's ViT towers (timm towers inside open_clip are found through their trunk)."""
 
-from torch import nn
+from typing import Any
 
 from .blocks import Anatomy
 from .rows import EncoderRow
@@ -27,7 +27,7 @@ _CUSTOM = Anatomy(
 )
 
 
-def _refuse(model: nn.Module) -> str | None:
+def _refuse(model: Any) -> str | None:
     if not model.transformer.batch_first:
         return "its transformer runs sequence first (batch_first=False)"
     return None

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-
-from torch import nn
+from typing import Any
 
 from .blocks import Anatomy
 
@@ -32,10 +31,10 @@ class EncoderRow:
     encoder: str
     blocks: str
     anatomies: dict[str, Anatomy]
-    prefix: Callable[[nn.Module], int]
+    prefix: Callable[[Any], int]
     patch: str | None
     final: str | None = None
     pools: tuple[str, ...] = ()
-    pool_with_prefix: Callable[[nn.Module], bool] = lambda _: False
+    pool_with_prefix: Callable[[Any], bool] = lambda _: False
     dense_calls: tuple[str, ...] = ()
-    refuse: Callable[[nn.Module], str | None] = field(default=lambda _: None)
+    refuse: Callable[[Any], str | None] = field(default=lambda _: None)

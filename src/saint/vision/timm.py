@@ -1,6 +1,6 @@
 """Facts about timm's encoders (timm >= 1.0.20)."""
 
-from torch import nn
+from typing import Any
 
 from .blocks import Anatomy
 from .rows import EncoderRow
@@ -24,7 +24,7 @@ _EVA_POST = Anatomy(
 )
 
 
-def _refuse(model: nn.Module) -> str | None:
+def _refuse(model: Any) -> str | None:
     drop = getattr(model, "patch_drop", None)
     if drop is not None and getattr(drop, "prob", 0.0) > 0 and model.training:
         return "its patch_drop is active in train mode and would drop patches first; set its prob to 0"

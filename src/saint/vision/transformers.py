@@ -1,6 +1,6 @@
 """Facts about the vision encoders of transformers (>= 5.10)."""
 
-from torch import nn
+from typing import Any
 
 from .blocks import Anatomy
 from .rows import EncoderRow
@@ -37,7 +37,7 @@ _DINOV2 = Anatomy(
 )
 
 
-def _registers(model: nn.Module) -> int:
+def _registers(model: Any) -> int:
     return 1 + int(model.config.num_register_tokens)
 
 
@@ -46,7 +46,7 @@ def _dense(cls: str) -> tuple[str, ...]:
 
 
 def _row(
-    title: str, module: str, cls: str, blocks: str, anatomy: dict[str, Anatomy], patch: str | None, **facts
+    title: str, module: str, cls: str, blocks: str, anatomy: dict[str, Anatomy], patch: str | None, **facts: Any
 ) -> EncoderRow:
     return EncoderRow(
         title=title,
@@ -80,46 +80,37 @@ ROWS = [
         prefix=lambda m: 2,
         final="layernorm",
     ),
-    *[
-        _row(
-            "CLIP",
-            "clip",
-            cls,
-            "encoder.layers",
-            {"CLIPEncoderLayer": _CLIP},
-            "embeddings.patch_embedding",
-            prefix=lambda m: 1,
-        )
-        for cls in ("CLIPVisionModel", "CLIPVisionTransformer")
-    ],
-    *[
-        _row(
-            "SigLIP",
-            "siglip",
-            cls,
-            "encoder.layers",
-            {"SiglipEncoderLayer": _CLIP},
-            "embeddings.patch_embedding",
-            prefix=lambda m: 0,
-            final="post_layernorm",
-            pools=("head",),
-        )
-        for cls in ("SiglipVisionModel", "SiglipVisionTransformer")
-    ],
-    *[
-        _row(
-            "SigLIP 2 (NaFlex)",
-            "siglip2",
-            cls,
-            "encoder.layers",
-            {"Siglip2EncoderLayer": _CLIP},
-            None,  # patches arrive flattened: no grid to read
-            prefix=lambda m: 0,
-            final="post_layernorm",
-            pools=("head",),
-        )
-        for cls in ("Siglip2VisionModel", "Siglip2VisionTransformer")
-    ],
+    _row(
+        "CLIP",
+        "clip",
+        "CLIPVisionModel",
+        "encoder.layers",
+        {"CLIPEncoderLayer": _CLIP},
+        "embeddings.patch_embedding",
+        prefix=lambda m: 1,
+    ),
+    _row(
+        "SigLIP",
+        "siglip",
+        "SiglipVisionModel",
+        "encoder.layers",
+        {"SiglipEncoderLayer": _CLIP},
+        "embeddings.patch_embedding",
+        prefix=lambda m: 0,
+        final="post_layernorm",
+        pools=("head",),
+    ),
+    _row(
+        "SigLIP 2 (NaFlex)",
+        "siglip2",
+        "Siglip2VisionModel",
+        "encoder.layers",
+        {"Siglip2EncoderLayer": _CLIP},
+        None,  # patches arrive flattened: no grid to read
+        prefix=lambda m: 0,
+        final="post_layernorm",
+        pools=("head",),
+    ),
     *[
         _row(
             "DINOv2",

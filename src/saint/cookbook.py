@@ -34,8 +34,8 @@ _RECIPES = {
         "the same with the published batch rule: every image drops the mean of the batch's votes",
     ),
     "vit/dense": Recipe(
-        Plan(vision=Stage(Saint(threshold=0.70, center=True), output="nearest")),
-        "for DINO-like encoders under a dense head: centred keys, full-length output",
+        Plan(vision=Stage(Saint(threshold=0.70, center=True), layers=[0, 2, 4], output="nearest")),
+        "for DINO-like encoders of 12 layers under a dense head: centred keys, three drop points, full-length output",
     ),
     "llava-1.5/vit": Recipe(
         Plan(vision=_tower(375)),

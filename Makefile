@@ -1,0 +1,36 @@
+# Every target works on a fresh machine with Python 3.10+ and nothing else: the environment is built on first use.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+RUN := $(VENV)/bin
+
+.PHONY: help setup demo test check fix bench tables clean
+help:            ## this list
+	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+$(STAMP): pyproject.toml
+	@test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	@$(RUN)/python -c 'import torch, torchvision' 2>/dev/null || \
+		echo "installing torch and its companions: a few minutes and several GB the first time"
+	$(RUN)/python -m pip install --quiet torch torchvision
+	$(RUN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+
+setup: $(STAMP)  ## build .venv
+demo: $(STAMP)   ## prune a real CLIP on real photographs, with pictures in demo_out/
+	$(RUN)/saint demo $(ARGS)
+test: $(STAMP)   ## the whole suite
+	$(RUN)/python -m pytest $(ARGS)
+check: $(STAMP)  ## format, lint, types
+	$(RUN)/ruff format --check .
+	$(RUN)/ruff check .
+	$(RUN)/mypy
+fix: $(STAMP)    ## format and lint in place
+	$(RUN)/ruff format .
+	$(RUN)/ruff check --fix .
+bench: $(STAMP)  ## re-measure benchmarks/results/ on this machine
+	$(RUN)/python benchmarks/encoders.py
+tables: $(STAMP) ## regenerate the support table of the README
+	$(RUN)/python docs/make_tables.py
+clean:           ## remove caches, not the environment
+	rm -rf .pytest_cache .mypy_cache .ruff_cache build dist

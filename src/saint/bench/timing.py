@@ -1,0 +1,74 @@
+"""Interleaved timing."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, 20th and 80th percentile of ``n`` values."""
+
+    median: float
+    p20: float
+    p80: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of at least one value."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0], 1)
+        fifths = statistics.quantiles(values, n=5, method="inclusive")
+        return cls(statistics.median(values), fifths[0], fifths[-1], len(values))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def interleave(
+    runs: dict[str, Callable[[], object]],
+    device: torch.device,
+    repeats: int,
+    warmup: int,
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Time several functions in turn, so that whatever else the machine does meets all of them alike.
+
+    Args:
+        runs: what to time, by name. A round runs each once, every second round in reverse order.
+        device: synchronised around each run.
+        repeats: timed rounds.
+        warmup: rounds before them that are not timed.
+        tick: called after each round.
+
+    Returns:
+        Milliseconds, by name, one per round: entry i of each list belongs to the same round.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()  # a collection would be charged to whoever runs when it happens
+    try:
+        for lap in range(-warmup, repeats):
+            for name in list(runs) if lap % 2 == 0 else list(reversed(runs)):
+                synchronize(device)
+                start = time.perf_counter()
+                runs[name]()
+                synchronize(device)
+                if lap >= 0:
+                    times[name].append(1e3 * (time.perf_counter() - start))
+            tick()
+    finally:
+        if collecting:
+            gc.enable()
+    return times

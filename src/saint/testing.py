@@ -1,0 +1,591 @@
+"""The contracts every pruned model must keep, as functions to run on your own model.
+
+The definition of correct is *masked-oracle equality*: a pruned forward equals the unpruned-length forward in which each
+dropped token is hidden, as a key, from every attention behind its drop point. The oracle here shares no code with the
+pruning path: it knows the model's attention only through torch's own functions.
+
+Letters: B batch, P protected tokens, N candidates, C channels.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from .errors import AlreadyAppliedError, HookNeverFiredError, SaintError
+from .methods.saint import Saint
+from .plan import Plan, Stage
+from .session import apply, pruned, remove, status
+from .tokens import LayerTrace
+from .vision.blocks import part
+from .vision.locate import locate
+from .vision.rows import EncoderRow
+
+Inputs = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Outcome of one contract: "passed", "failed" or "skipped" (with the reason in ``detail``)."""
+
+    contract: str
+    outcome: str
+    detail: str
+
+
+# -- running a model --------------------------------------------------------------------------------------------------
+
+
+def run(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    """All floating-point tensors a forward returns, by name ("output" for a bare tensor)."""
+    with torch.no_grad():
+        return dict(_tensors("output", model(**inputs)))
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(str(key), item)
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from _tensors(f"{name}[{index}]", item)
+
+
+def example_inputs(model: nn.Module, batch: int = 3, seed: int = 0) -> dict[str, Tensor]:
+    """Random pictures of very different redundancy for a supported encoder: noise, flat with noise, half and half, ...
+
+    Args:
+        model: holds one supported encoder.
+        batch: B.
+        seed: of a private generator.
+
+    Returns:
+        Keyword inputs of ``model.forward``.
+    """
+    _, encoder, row = locate(model)
+    generator = torch.Generator().manual_seed(seed)
+    parameter = next(p for p in encoder.parameters() if p.is_floating_point())
+    config = getattr(encoder, "config", None)
+    if row.patch is None:  # patches arrive flattened and padded (SigLIP 2 NaFlex)
+        return _flattened_inputs(config, batch, generator, parameter)
+    size = (
+        getattr(config, "image_size", None)
+        or getattr(encoder, "image_size", None)
+        or getattr(getattr(encoder, "patch_embed", None), "img_size", None)
+    )
+    height, width = (size, size) if isinstance(size, int) else tuple(size or (224, 224))
+    noise = torch.randn(batch, 3, height, width, generator=generator)
+    calm = torch.randn(batch, 3, 1, 1, generator=generator) + 0.1 * noise
+    images = noise.clone()
+    for sample in range(batch):
+        rows = height * (sample % 3) // 2  # none, half, all of the picture is calm
+        images[sample, :, :rows] = calm[sample, :, :rows]
+    name = getattr(model, "main_input_name", None) or "x"
+    if not hasattr(model, "main_input_name") and config is not None:
+        name = "pixel_values"
+    return {name: images.to(parameter)}
+
+
+def _flattened_inputs(config: Any, batch: int, generator: torch.Generator, like: Tensor) -> dict[str, Tensor]:
+    side = int(config.num_patches**0.5)
+    shapes = torch.tensor([(side, side - sample % 3) for sample in range(batch)])
+    count = side * side
+    pixels = torch.randn(batch, count, config.num_channels * config.patch_size**2, generator=generator)
+    for sample in range(batch):
+        calm = count * (sample % 3) // 2
+        pixels[sample, :calm] = pixels[sample, :1] + 0.1 * pixels[sample, :calm]
+    mask = torch.arange(count) < shapes.prod(1, keepdim=True)
+    return {
+        "pixel_values": (pixels * mask.unsqueeze(-1)).to(like),
+        "pixel_attention_mask": mask.long().to(like.device),
+        "spatial_shapes": shapes.to(like.device),
+    }
+
+
+def example_plan(model: nn.Module, inputs: Inputs, **stage: Any) -> Plan:
+    """A voting plan under which ``inputs`` really lose tokens, and samples lose different numbers of them.
+
+    Random weights have no meaningful threshold; this searches for one.
+
+    Raises:
+        ValueError: no threshold drops anything.
+    """
+    fallback = None
+    for threshold in (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.3, 0.1, -0.1, -0.3, -0.5):
+        method = Saint(threshold=threshold, neighbors=2, center=True, floor=0.05)
+        plan = Plan(vision=Stage(method, **stage))
+        with pruned(model, plan) as session, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run(model, inputs)
+            trace = session.trace
+        dropped = trace[-1].tokens_out < trace[0].tokens_in
+        if dropped.any():
+            fallback = fallback or plan
+            if len(set(trace[-1].tokens_out.tolist())) > 1:
+                return plan
+    if fallback is None:
+        raise ValueError("no threshold makes these inputs lose tokens")
+    return fallback
+
+
+# -- the masked oracle ------------------------------------------------------------------------------------------------
+
+
+class _HideKeys(TorchFunctionMode):
+    """Adds a key mask to every attention that torch computes while ``visible`` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visible: Tensor | None = None  # bool [B, keys]
+        self.masked = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        seen = self.visible
+        if seen is None:
+            return func(*args, **kwargs)
+        if func is nn.functional.scaled_dot_product_attention:
+            names = ("query", "key", "value", "attn_mask")
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+            if kwargs["key"].shape[-2] == seen.shape[1]:
+                self.masked += 1
+                hide = seen[:, None, None]
+                given = kwargs.get("attn_mask")
+                if given is None:
+                    kwargs["attn_mask"] = hide
+                elif given.dtype == torch.bool:
+                    kwargs["attn_mask"] = given & hide
+                else:
+                    kwargs["attn_mask"] = given.masked_fill(~hide, -torch.inf)
+            return func(**kwargs)
+        if func is nn.functional.multi_head_attention_forward and args[1].shape[0] == seen.shape[1]:
+            self.masked += 1
+            kwargs["key_padding_mask"] = ~seen
+            kwargs["attn_mask"] = None  # what the caller masks (padding) is never a survivor
+        return func(*args, **kwargs)
+
+
+def masked_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[str, Tensor], list[LayerTrace]]:
+    """The unpruned-length forward in which the tokens that ``plan`` drops are hidden from every later attention.
+
+    Args:
+        model: not patched; left as it was.
+        plan: decides, in a pruned forward run first, who is dropped where.
+        inputs: keyword inputs of the model.
+
+    Returns:
+        The outputs, by name as in :func:`run`, and the trace. Rows of dropped tokens hold what the token would have been;
+        behind the last block they are replaced by the mean of the survivors where an average pool may read them.
+
+    Raises:
+        HookNeverFiredError: an attention behind a drop point was not seen (not computed by torch's fused functions).
+    """
+    with pruned(model, plan) as session:
+        run(model, inputs)
+        trace = session.trace
+    _, encoder, row = locate(model)
+    blocks = list(part(encoder, row.blocks))
+    prefix, mode = row.prefix(encoder), _HideKeys()
+    visible: list[Tensor | None] = [None] * (len(blocks) + 1)
+    current: Tensor | None = None
+    by_layer = {entry.layer: entry for entry in trace}
+    total: int | None = None
+
+    def mask_of(entry: LayerTrace, count: int) -> Tensor:
+        rows = torch.zeros(len(entry.kept), count, dtype=torch.bool)
+        rows[:, :prefix] = True
+        for sample, kept in enumerate(entry.kept):
+            rows[sample, kept.cpu() + prefix] = True
+        return rows
+
+    def enter(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal current, total
+            x = args[0] if args else next(iter(kwargs.values()))
+            if layer == 0:
+                current, total = None, x.shape[1]
+            visible[layer] = current
+            mode.visible, mode.masked = current, 0
+
+        return hook
+
+    def leave(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+            nonlocal current
+            if current is not None and mode.masked == 0:
+                raise HookNeverFiredError(
+                    f"the attention of block {layer} does not go through torch's scaled_dot_product_attention; switch the "
+                    'model to its fused attention (attn_implementation="sdpa", timm fused_attn) to test it'
+                )
+            y = output[0] if isinstance(output, tuple) else output
+            if layer in by_layer and any(len(k) != y.shape[1] - prefix for k in by_layer[layer].kept):
+                current = mask_of(by_layer[layer], y.shape[1]).to(y.device)
+            mode.visible = current
+            return pooled(_module, _args, output) if layer == len(blocks) - 1 else None
+
+        return hook
+
+    def pooled(_module: nn.Module, _args: Any, output: Any) -> Any:
+        y = output[0] if isinstance(output, tuple) else output
+        if current is None or y.ndim != 3 or y.shape[1] != total:
+            return None
+        first = 0 if row.pool_with_prefix(encoder) else prefix
+        y = y.clone()
+        for sample, seen in enumerate(current):
+            mean = y[sample, first:][seen[first:]].mean(0)
+            y[sample, ~seen] = mean
+        return (y, *output[1:]) if isinstance(output, tuple) else y
+
+    with ExitStack() as stack:
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel bypasses every interception
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        for layer, block in enumerate(blocks):
+            stack.callback(block.register_forward_pre_hook(enter(layer), with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(leave(layer)).remove)
+        final = part(encoder, row.final) if row.final else None
+        if final is not None:
+            stack.callback(final.register_forward_hook(pooled).remove)
+        stack.enter_context(mode)
+        return run(model, inputs), trace
+
+
+def _survivor_rows(
+    name: str, got: Tensor, want: Tensor, entry: LayerTrace, prefix: int, full: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """Pairs to compare: whole tensors, or for a sequence of tokens the rows of each sample's survivors.
+
+    Args:
+        name: of the output, for the message.
+        got: from the pruned forward.
+        want: from the oracle.
+        entry: the last drop point.
+        prefix: P.
+        full: the pruned forward hands on full-length maps.
+    """
+    tokens = want.ndim == 3 and want.shape[1] >= prefix + max(int(k.max()) + 1 if len(k) else 0 for k in entry.kept)
+    tokens = (
+        tokens and got.ndim == 3 and got.shape[1] == (want.shape[1] if full else prefix + int(entry.tokens_out.max()))
+    )
+    if not tokens:
+        assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)} against {tuple(want.shape)}"
+        return [(got, want)]
+    pairs = []
+    for sample, index in enumerate(entry.kept):
+        rows = torch.cat([torch.arange(prefix, device=index.device), index + prefix])
+        pairs.append((got[sample, rows] if full else got[sample, : len(rows)], want[sample, rows]))
+    return pairs
+
+
+# -- contracts --------------------------------------------------------------------------------------------------------
+
+
+def snapshot(model: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """What undo must give back: type, attributes and hook counts of every module."""
+    return {
+        name: (
+            type(module),
+            tuple(vars(module)),
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+            module.training,
+        )
+        for name, module in model.named_modules()
+    }
+
+
+def check_identity(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
+    """Contract 1: a plan that drops nothing changes nothing (float32: 1e-6 of the output's size)."""
+    stage = plan.stages["vision"]
+    nothing = Plan(vision=Stage(Saint(threshold=1.0, neighbors=10**6), layers=stage.layers, placement=stage.placement))
+    base = run(model, inputs)
+    with pruned(model, nothing) as session:
+        same = run(model, inputs)
+        dropped = any(bool((t.tokens_in != t.tokens_out).any()) for t in session.trace)
+    assert session.trace == [], "a removed session still holds a trace"
+    assert not dropped, "a threshold no pair can reach dropped tokens"
+    worst = 0.0
+    for name, want in base.items():
+        assert same[name].shape == want.shape, f"{name}: shape {tuple(same[name].shape)} against {tuple(want.shape)}"
+        worst = max(worst, float((same[name] - want).abs().max() / want.abs().max().clamp_min(1)))
+    assert worst <= _tolerance(base, 1e-6), f"outputs differ by {worst:.2e} though nothing was dropped"
+    return "bitwise equal" if worst == 0 else f"largest difference {worst:.1e}"
+
+
+def check_undo(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
+    """Contract 2: exact undo, also after an exception; applying twice is refused."""
+    base, before = run(model, inputs), snapshot(model)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    session = apply(model, plan)
+    run(model, inputs)
+    assert status(model) is not None, "status() is None although a plan is applied"
+    try:
+        apply(model, plan)
+    except AlreadyAppliedError:
+        pass
+    else:
+        raise AssertionError("applying a second plan was not refused")
+    session.remove()
+    assert status(model) is None, "status() still reports a plan"
+    _same_model(model, before, weights, base, inputs)
+    try:
+        with pruned(model, plan):
+            raise KeyError("raised inside the context")
+    except KeyError:
+        pass
+    _same_model(model, before, weights, base, inputs)
+    apply(model, plan)
+    remove(model)
+    _same_model(model, before, weights, base, inputs)
+    return "types, attributes, hooks, weights and outputs as before"
+
+
+def _same_model(model: nn.Module, before: Any, weights: Any, base: Any, inputs: Inputs) -> None:
+    after = snapshot(model)
+    changed = [name for name in before if before[name] != after.get(name)]
+    assert not changed, f"modules not restored: {changed[:3]}"
+    state = model.state_dict()
+    assert list(state) == list(weights), "state_dict keys changed"
+    assert all(torch.equal(state[name], weights[name]) for name in weights), "weights changed"
+    again = run(model, inputs)
+    assert all(torch.equal(again[name], base[name]) for name in base), "outputs changed after remove()"
+
+
+def check_oracle(model: nn.Module, plan: Plan, inputs: Inputs, atol: float = 1e-5) -> str:
+    """Contract 3: masked-oracle equality (``atol`` times the output's size, at least ``atol``)."""
+    want, _ = masked_oracle(model, plan, inputs)
+    with pruned(model, plan) as session:
+        got = run(model, inputs)
+        trace = session.trace
+    _, encoder, row = locate(model)
+    full = plan.stages["vision"].output != "survivors"
+    for name in want:
+        scale = max(1.0, float(want[name].abs().max()))
+        for a, b in _survivor_rows(name, got[name], want[name], trace[-1], row.prefix(encoder), full):
+            worst = float((a - b).abs().max())
+            assert worst <= _tolerance(want, atol) * scale, f"{name}: differs by {worst:.2e} (size {scale:.1f})"
+    return f"{len(want)} output(s) equal within {_tolerance(want, atol):.0e}"
+
+
+def check_batch(model: nn.Module, plan: Plan, inputs: Inputs, atol: float = 1e-5) -> str:
+    """Contract 4: a sample's result does not depend on its batch mates; survivors are ascending and unique."""
+    size = len(next(iter(inputs.values())))
+    with pruned(model, plan) as session:
+        together, trace = run(model, inputs), session.trace
+        alone, traces = [], []
+        for sample in range(size):
+            alone.append(run(model, {name: value[sample : sample + 1] for name, value in inputs.items()}))
+            traces.append(session.trace)
+    _, encoder, row = locate(model)
+    prefix, full = row.prefix(encoder), plan.stages["vision"].output != "survivors"
+    for index, entry in enumerate(trace):
+        for sample, kept in enumerate(entry.kept):
+            assert torch.equal(kept, torch.unique(kept)), f"layer {entry.layer}: survivors not ascending and unique"
+            single = traces[sample][index].kept[0]
+            assert torch.equal(kept, single), (
+                f"layer {entry.layer}, sample {sample}: other survivors in a batch than alone"
+            )
+    for name, value in together.items():
+        if value.shape[:1] != (size,):
+            continue
+        for sample in range(size):
+            want, got = alone[sample][name][0], value[sample]
+            if got.ndim == 2 and not full:  # behind the survivors of this sample comes padding
+                got, want = got[: prefix + len(trace[-1].kept[sample])], want[: prefix + len(trace[-1].kept[sample])]
+            scale = max(1.0, float(want.abs().max()))
+            worst = float((got - want).abs().max())
+            assert worst <= _tolerance(together, atol) * scale, (
+                f"{name}, sample {sample}: batch changes it by {worst:.2e}"
+            )
+    lengths = [len(kept) for kept in trace[-1].kept]
+    return f"{size} samples, {min(lengths)}..{max(lengths)} survivors"
+
+
+def check_on(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
+    """Contract 6: outputs differ, token counts equal the trace, and FLOPs fall as the token counts predict (2 %)."""
+    with pruned(model, plan) as session:
+        run(model, inputs)
+        sample = int((session.trace[0].tokens_in - session.trace[-1].tokens_out).argmax())  # the one that loses most
+    one = {name: value[sample : sample + 1] for name, value in inputs.items()}
+    _, encoder, row = locate(model)
+    blocks = list(part(encoder, row.blocks))
+    base, base_flops = _flops(model, encoder, blocks, one)
+    widths: list[int] = []
+
+    def measure(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        widths.append((args[0] if args else next(iter(kwargs.values()))).shape[1])
+
+    with ExitStack() as stack:
+        session = stack.enter_context(pruned(model, plan))
+        for block in blocks:  # what the parts of a block see, not the block: its input may be full length
+            stack.callback(_first_part(block, row).register_forward_pre_hook(measure, with_kwargs=True).remove)
+        output, flops = _flops(model, encoder, blocks, one)
+        trace = session.trace
+    assert trace[-1].tokens_out[0] < trace[0].tokens_in[0], "no token was dropped"
+    changed = [n for n, v in output.items() if v.shape != base[n].shape or not torch.equal(v, base[n])]
+    assert changed, "tokens were dropped and no output changed"
+    prefix, mid = row.prefix(encoder), (plan.stages["vision"].placement or "mid") == "mid"
+    behind = dict(enumerate(widths))  # tokens that reach the MLP of each block
+    for entry in trace:
+        if entry.tokens_out[0] == entry.tokens_in[0]:
+            continue
+        want = prefix + int(entry.tokens_out[0])
+        if entry.layer + 1 < len(blocks):
+            seen = widths[entry.layer + 1]
+            assert seen == want, f"layer {entry.layer}: the trace says {want} tokens, the next block saw {seen}"
+        if mid:
+            behind[entry.layer] = want
+    predicted = 0.0
+    for layer, (full, attention, mlp, squared) in enumerate(base_flops):
+        n_in = widths[layer]
+        predicted += squared * (n_in / full) ** 2 + attention * n_in / full + mlp * behind[layer] / full
+    measured = sum(a + m + s for _, a, m, s in flops)
+    error = abs(measured / predicted - 1)
+    assert error <= 0.02, f"FLOPs are {error:.1%} off what the token counts predict"
+    share = measured / sum(a + m + s for _, a, m, s in base_flops)
+    return f"{share:.0%} of the blocks' FLOPs, {error:.1%} off the prediction"
+
+
+def _first_part(block: nn.Module, row: EncoderRow) -> nn.Module:
+    anatomy = next(row.anatomies[c.__name__] for c in type(block).__mro__ if c.__name__ in row.anatomies)
+    name = anatomy.norm1 or anatomy.attn
+    return part(block, name)
+
+
+def _flops(
+    model: nn.Module, encoder: nn.Module, blocks: list[nn.Module], inputs: Inputs
+) -> tuple[dict[str, Tensor], list[tuple[int, float, float, float]]]:
+    """Outputs, and per block: tokens in, linear FLOPs of the attention half, of the MLP, and FLOPs quadratic in tokens."""
+    names = {
+        module: f"{type(model).__name__}.{path}" if path else type(model).__name__
+        for path, module in model.named_modules()
+    }
+    tokens: list[int] = []
+
+    def count(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens.append((args[0] if args else next(iter(kwargs.values()))).shape[1])
+
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel is not counted
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        for block in blocks:
+            stack.callback(block.register_forward_pre_hook(count, with_kwargs=True).remove)
+        counter = stack.enter_context(FlopCounterMode(display=False))
+        with torch.enable_grad():  # the counter's module tracking fails without (pooling latents, torch 2.13)
+            output = {name: value.detach() for name, value in _tensors("output", model(**inputs))}
+    by_module = counter.get_flop_counts()
+    out = []
+    for index, block in enumerate(blocks):
+        flops = by_module[names[block]]
+        mlp_module = getattr(block, "mlp", None)
+        mlp = sum(by_module[names[mlp_module]].values()) if mlp_module is not None else 0
+        squared = sum(v for op, v in flops.items() if "attention" in str(op))
+        bmm = sum(v for op, v in flops.items() if str(op) in ("aten.bmm", "aten.baddbmm"))
+        total = sum(flops.values())
+        # scoring is matrix products too; it is ours, not the model's
+        out.append((tokens[index], float(total - mlp - squared - bmm), float(mlp), float(squared)))
+    return output, out
+
+
+def check_bad_input(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
+    """Contract 7: bad plans and bad pixels raise a clear error and leave the model alone."""
+    before = snapshot(model)
+    _, encoder, row = locate(model)
+    depth = len(part(encoder, row.blocks))
+    bad: list[tuple[str, Callable[[], Any]]] = [
+        (f"{depth}", lambda: apply(model, Stage(Saint(), layers=[depth]))),
+        ("threshold", lambda: apply(model, Saint(threshold=1.5))),
+        ("neighbors", lambda: apply(model, Saint(neighbors=0))),
+        ("empty", lambda: _run_pruned(model, plan, {n: v[:0] for n, v in inputs.items()})),
+        ("budget", lambda: _run_pruned(model, Plan(vision=Saint(budget=10**6)), inputs)),
+        ("NaN", lambda: _run_pruned(model, plan, {n: _poison(v) for n, v in inputs.items()})),
+    ]
+    for word, action in bad:
+        try:
+            action()
+        except (ValueError, TypeError, SaintError) as error:
+            assert word in str(error), f"the error for a bad {word} does not name it: {error}"
+        except RuntimeError as error:  # an empty batch may not reach our code
+            assert word == "empty", f"a bad {word} ends in: {error}"
+        else:
+            raise AssertionError(f"a bad {word} was accepted")
+        assert snapshot(model) == before, f"the model is not as before after a bad {word}"
+    return f"{len(bad)} kinds refused"
+
+
+def _run_pruned(model: nn.Module, plan: Plan, inputs: Inputs) -> None:
+    with pruned(model, plan):
+        run(model, inputs)
+
+
+def _poison(value: Tensor) -> Tensor:
+    return (
+        value.clone().index_fill_(0, torch.zeros(1, dtype=torch.long, device=value.device), torch.nan)
+        if value.is_floating_point()
+        else value
+    )
+
+
+def _tolerance(outputs: Mapping[str, Tensor], float32: float) -> float:
+    low = any(value.dtype in (torch.float16, torch.bfloat16) for value in outputs.values())
+    return max(float32, 2e-2) if low else float32
+
+
+CONTRACTS: dict[str, Callable[[nn.Module, Plan, Inputs], str]] = {
+    "identity": check_identity,
+    "exact undo": check_undo,
+    "masked oracle": check_oracle,
+    "batch independence": check_batch,
+    "really on": check_on,
+    "bad input": check_bad_input,
+}
+
+
+@contextmanager
+def _eval(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def check_model(model: nn.Module, plan: Plan | None = None, inputs: Inputs | None = None) -> list[Result]:
+    """Run every contract.
+
+    Args:
+        model: holds one supported encoder; in eval mode during the checks.
+        plan: with a vision stage; None searches one that drops different numbers of tokens from the example inputs.
+        inputs: keyword inputs with at least two samples; None makes random pictures.
+
+    Returns:
+        One result per contract.
+
+    Raises:
+        UnsupportedModelError: the model is not in the support table.
+    """
+    locate(model)
+    with _eval(model):
+        inputs = example_inputs(model) if inputs is None else inputs
+        plan = example_plan(model, inputs) if plan is None else plan
+        results = []
+        for name, contract in CONTRACTS.items():
+            try:
+                results.append(Result(name, "passed", contract(model, plan, inputs)))
+            except AssertionError as error:
+                results.append(Result(name, "failed", str(error)))
+            except HookNeverFiredError as error:
+                results.append(Result(name, "skipped", str(error)))
+        return results

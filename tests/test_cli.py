@@ -1,0 +1,288 @@
+"""The command line on tiny random models: results, records, and readable errors."""
+
+import builtins
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+import saint
+from saint import loading
+from saint.cli import COMMANDS, main
+from saint.cli.common import make_plan, parse_layers
+from saint.loading import DownloadError, load_images, load_model
+from saint.plan import Plan
+
+TINY = ["--model", "timm:test_vit", "--no-pretrained", "--threads", "1", "--device", "cpu"]
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*args: object) -> tuple[int, str, str]:
+        threads = torch.get_num_threads()
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main([str(a) for a in args])
+        finally:
+            torch.set_num_threads(threads)
+        said = capsys.readouterr()
+        return ended.value.code or 0, said.out, said.err
+
+    return call
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two photographs."""
+    path = tmp_path / "photos"
+    path.mkdir()
+    sky = Image.linear_gradient("L").resize((200, 170)).convert("RGB")
+    sky.save(path / "sky.png")
+    Image.effect_noise((180, 220), 80).convert("RGB").save(path / "noise.jpg")
+    (path / "readme.txt").write_text("not a picture, and not meant to be")
+    return path
+
+
+@pytest.fixture
+def broken(folder):
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    return folder
+
+
+def one_line(err: str, *words: str) -> None:
+    lines = [line for line in err.splitlines() if line.startswith("saint: ")]
+    assert len(lines) == 1, err
+    assert all(word in lines[0] for word in words), err
+    assert "Traceback" not in err
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_help_is_fast_and_loads_no_torch():
+    code = (
+        "import sys, saint.cli\n"
+        "try: saint.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'numpy', 'timm', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_demo_writes_pictures_and_a_record(run, folder, tmp_path):
+    out = tmp_path / "out"
+    plan = saint.Plan(vision=saint.Saint(budget=0.5))
+    code, said, _ = run(
+        "demo", *TINY, "--image", folder, "--out", out, "--repeats", 1, "--plan", json.dumps(plan.to_dict()),
+        "--json", tmp_path / "copy.json",
+    )  # fmt: skip
+
+    assert code == 0
+    assert "measured speed-up" in said
+    assert "FLOPs bound" in said
+    assert {f.name for f in out.iterdir()} == {"overview.png", "kept_sky.png", "kept_noise.png", "record.json"}
+    assert all(f.stat().st_size < 1_000_000 for f in out.iterdir())
+    record = json.loads((out / "record.json").read_text())
+    assert json.loads((tmp_path / "copy.json").read_text())["photos"] == record["photos"]
+    assert Plan.from_dict(record["plan"]) == plan
+    assert record["flops_bound"] > 1
+    assert [p["name"] for p in record["photos"]] == ["noise", "sky"]
+    last = record["photos"][0]["layers"][-1]
+    assert last["tokens_out"] == len(last["kept"]) == 50
+    assert record["agreement"]["measure"] == "cosine"
+    assert record["agreement"]["mean"] < 1
+    assert str(tmp_path) not in (out / "record.json").read_text()
+
+
+def test_bench_writes_a_record(run, folder, tmp_path):
+    code, said, _ = run(
+        "bench", "timm:test_vit", *TINY[2:], "--image", folder, "--batch", 3, "--repeats", 2, "--warmup", 0,
+        "--threshold", "0.9", "--layers", "0-1", "--json", tmp_path / "r.json",
+    )  # fmt: skip
+
+    assert code == 0
+    assert "efficiency" in said
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["images"] == ["noise", "sky", "noise"]
+    assert record["conditions"]["batch"] == 3
+    assert record["conditions"]["threads"] == 1
+    stage = record["plan"]["vision"]
+    assert (stage["method"]["threshold"], stage["layers"]) == (0.9, [0, 1])
+    assert record["environment"]["torch"].startswith(torch.__version__.partition("+")[0])
+
+
+def test_view_draws_and_records(run, folder, tmp_path):
+    out = tmp_path / "out"
+    code, said, _ = run("view", folder / "sky.png", *TINY, "--out", out, "--json", tmp_path / "v.json")
+    assert code == 0
+    assert "kept_sky.png" in said
+    assert [f.name for f in out.iterdir()] == ["kept_sky.png"]
+    assert json.loads((tmp_path / "v.json").read_text())["grid"] == [10, 10]
+
+
+def test_list_and_env(run, tmp_path):
+    assert run("list", "--json", tmp_path / "l.json")[0] == 0
+    assert run("env", "--json", tmp_path / "e.json")[0] == 0
+    listed = json.loads((tmp_path / "l.json").read_text())
+    assert {row["library"] for row in listed["encoders"]} == {"timm", "transformers", "open_clip"}
+    assert {"saint", "saint_full_graph"} <= set(listed["methods"])
+    assert set(listed["recipes"]) == set(saint.recipes())
+    assert set(listed["demo"]) == {"clip-b16", "dinov2-s"}
+    assert json.loads((tmp_path / "e.json").read_text())["environment"]["torch"]
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["demo", "view"])
+def test_an_unreadable_image_is_skipped_and_the_status_says_so(run, broken, tmp_path, command):
+    picture = ["--image", broken, "--repeats", 1] if command == "demo" else [broken]
+    code, _, err = run(command, *picture, *TINY, "--out", tmp_path / "out", "--json", tmp_path / "r.json")
+
+    assert code == 1
+    assert "broken.jpg" in err
+    assert "1 image(s) could not be read" in err
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert [p["name"] for p in record["photos"]] == ["noise", "sky"]
+    assert record["skipped"][0][0] == "broken.jpg"
+
+
+def test_missing_empty_and_wholly_unreadable_inputs(run, tmp_path, broken):
+    code, _, err = run("demo", *TINY, "--image", tmp_path / "nowhere.png")
+    assert code == 2
+    one_line(err, "no such image", "nowhere.png")
+    (tmp_path / "empty").mkdir()
+    code, _, err = run("view", tmp_path / "empty", *TINY)
+    assert code == 2
+    one_line(err, "no images in the folder")
+    code, _, err = run("view", broken / "broken.jpg", *TINY)
+    assert code == 2
+    one_line(err, "broken.jpg", "none of the 1 image")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["timm"], ["timm:NAME", "demo:NAME"]),
+        (["tim:vit"], ["did you mean timm:vit"]),
+        (["timm:vit_bas_patch16_224"], ["did you mean", "vit_base_patch16_224"]),
+        (["open_clip:ViT-B-32/nonsense"], ["openai", "none"]),
+        (["demo:nothing"], ["demo:clip-b16", "demo:dinov2-s"]),
+        (["timm:test_vit", "--threshold", "nan"], ["(-1, 1]", "nan"]),
+        (["timm:test_vit", "--threshold", "1.5"], ["(-1, 1]", "1.5"]),
+        (["timm:test_vit", "--layers", "0-99"], ["99"]),
+        (["timm:test_vit", "--layers", "x"], ["0-based", "'x'"]),
+        (["timm:test_vit", "--plan", "vit/publishd"], ["vit/published"]),
+        (["timm:test_vit", "--plan", "{oops"], ["JSON"]),
+        (["timm:test_vit", "--plan", "nowhere.json"], ["nowhere.json"]),
+        (["timm:test_vit", "--device", "cuda:99"], ["cuda:99", "--device cpu"]),
+        (["timm:test_vit", "--device", "toaster"], ["toaster"]),
+        (["timm:test_vit", "--dtype", "int8"], ["float32", "int8"]),
+        (["timm:resnet18"], ["ResNet", "saint list"]),
+    ],
+)
+def test_bad_options_end_in_one_line_and_status_2(run, folder, args, words):
+    code, _, err = run("bench", "--no-pretrained", "--repeats", 1, "--image", folder, *args)
+    assert code == 2
+    one_line(err, *words)
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv("SAINT_DEBUG", "1")
+    with pytest.raises(ValueError, match="a model is"):
+        main(["bench", "nonsense"])
+    monkeypatch.setenv("SAINT_DEBUG", "0")
+    with pytest.raises(SystemExit):
+        main(["bench", "nonsense"])
+
+
+def test_threshold_needs_a_method_that_has_one():
+    plan = Plan(vision=saint.SaintFullGraph(keep=0.5))
+    with pytest.raises(ValueError, match="saint_full_graph"):
+        make_plan(plan, None, 0.5, None)
+
+
+def test_layers_are_parsed():
+    assert parse_layers("first_half") == "first_half"
+    assert parse_layers("0-2, 5") == [0, 1, 2, 5]
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_download_says_what_works_offline(monkeypatch):
+    import timm
+
+    class ConnectError(Exception):
+        pass
+
+    def fail(*_args, **_kwargs):
+        try:
+            raise ConnectError("Name or service not known")
+        except ConnectError as error:
+            raise RuntimeError("weights not found") from error
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(DownloadError, match="demo:clip-b16 works offline"):
+        load_model("timm:test_vit")
+
+
+def test_a_missing_library_names_the_extra(monkeypatch):
+    real = builtins.__import__
+
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(loading, "import_module", missing)
+    for spec, extra in (("timm:x", "timm"), ("hf:x", "transformers"), ("open_clip:x/none", "open-clip")):
+        with pytest.raises(ImportError, match=rf'pip install "saint-vlm\[{extra}\]"'):
+            load_model(spec)
+    assert builtins.__import__ is real
+
+
+def test_random_weights_are_always_the_same_and_leave_the_generator_alone():
+    state = torch.get_rng_state()
+    first, second = (load_model("timm:test_vit", pretrained=False).model for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_open_clip_tower_and_its_own_preprocessing():
+    loaded = load_model("open_clip:ViT-S-32/none")
+    picture = Image.effect_noise((300, 250), 60).convert("RGB")
+    assert loaded.preprocess(picture).shape == (3, 224, 224)
+    assert loaded.grid == (7, 7)
+    assert loaded.picture(picture).size == (448, 448)
+    assert bool(torch.isfinite(loaded.model(**loaded.inputs([picture]))).all())
+
+
+def test_hf_folder_with_its_own_preprocessing(tmp_path):
+    import transformers
+    from models import build
+
+    build("transformers/vit").save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 96, "width": 96}).save_pretrained(tmp_path)
+    loaded = load_model(f"hf:{tmp_path}")
+    picture = Image.effect_noise((120, 110), 60).convert("RGB")
+
+    assert type(loaded.model).__name__ == "ViTForImageClassification"
+    assert (loaded.image_size, loaded.grid) == ((96, 96), (6, 6))
+    assert loaded.model(**loaded.inputs([picture])).logits.shape == (1, 7)
+    larger = load_model(f"hf:{tmp_path}", size=128)
+    assert larger.model(**larger.inputs([picture])).logits.shape == (1, 7)
+    assert larger.grid == (8, 8)
+
+
+def test_images_are_read_upright_opaque_and_by_name(folder):
+    clear = Image.new("RGBA", (20, 10), (255, 0, 0, 0))
+    clear.save(folder / "clear.png")
+    good, bad = load_images(folder)
+    assert [photo.name for photo in good] == ["clear", "noise", "sky"]
+    assert bad == []
+    assert good[0].image.getpixel((0, 0)) == (255, 255, 255)
+    assert [photo.name for photo in load_images(folder, limit=1)[0]] == ["clear"]

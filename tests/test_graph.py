@@ -1,0 +1,191 @@
+"""The maths, against hand-checked vectors and a slow, literal reference."""
+
+import math
+
+import pytest
+import torch
+
+from saint import graph
+
+A = [0, 1, 2, 4, 40, 6, 80, 8, 120, 41]
+B = [0, 3, 5, 60, 61, 62, 63, 64, 66, 68]
+
+
+def circle(degrees: list[float]) -> torch.Tensor:
+    angle = torch.deg2rad(torch.tensor(degrees, dtype=torch.float32))
+    return torch.stack([angle.cos(), angle.sin()], -1)
+
+
+def dropped(vote: graph.Vote, count: int, sample: int = 0) -> list[int]:
+    return graph.drop_order(vote)[sample, :count].tolist()
+
+
+@pytest.mark.parametrize(
+    ("angles", "threshold", "neighbors", "votes", "degree", "score", "gone"),
+    [
+        (A, 0.95, 3, 2, [4, 4, 1, 0, 0], [6.3079, 6.4534, 1.6462, 0.3589, -0.3027], [2, 0]),
+        (B, 0.95, 3, 3, [1, 1, 4, 4, 4], [1.6263, 1.6387, 6.4461, 6.5051, 6.4460], [6, 4, 8]),
+        (A, 0.999, 2, 1, [1, 2, 1, 0, 0], [1.0085, 2.0124, 1.0085, 0.3589, -0.3027], [2]),
+    ],
+)
+def test_published_vectors(angles, threshold, neighbors, votes, degree, score, gone):
+    vote = graph.vote(circle(angles)[None], threshold, neighbors)
+    assert vote.sources.tolist() == [0, 2, 4, 6, 8]
+    assert vote.votes.tolist() == [votes]
+    assert vote.degree[0].tolist() == degree
+    assert vote.score[0].tolist() == pytest.approx(score, abs=1e-4)
+    assert dropped(vote, votes) == gone
+
+
+def test_batch_of_both_vectors():
+    vote = graph.vote(torch.stack([circle(A), circle(B)]), 0.95, 3)
+    assert vote.votes.tolist() == [2, 3]
+    mean = int(vote.votes.float().mean().floor())
+    assert (mean, dropped(vote, mean, 0), dropped(vote, mean, 1)) == (2, [2, 0], [6, 4])
+
+
+def literal(keys: torch.Tensor, threshold: float, gamma: float) -> tuple[list[int], list[float]]:
+    """Formulas of the paper with loops, float64. keys [H, N, D]."""
+    mean = keys.double().mean(0)
+    unit = [row / row.norm() for row in mean]
+    degrees, scores = [], []
+    for source in unit[0::2]:
+        similarity = [float(source @ target) for target in unit[1::2]]
+        edges = [s for s in similarity if s >= threshold]
+        degrees.append(len(edges))
+        if edges:
+            scores.append(len(edges) * math.exp(gamma * (sum(edges) / len(edges) - threshold)))
+        else:
+            scores.append(sum(similarity) / max(1, len(similarity)))
+    return degrees, scores
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 196, 257, 5 * 123])
+def test_parity_with_the_literal_formula(count):
+    keys = torch.randn(2, 3, count, 16) + torch.randn(2, 3, 1, 16)
+    vote = graph.vote(keys, 0.35, gamma=7.0)
+    for sample in range(2):
+        degrees, scores = literal(keys[sample], 0.35, 7.0)
+        assert vote.degree[sample].tolist() == degrees
+        assert vote.score[sample].tolist() == pytest.approx(scores, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_are_float32_whatever_comes_in(dtype):
+    keys = (torch.randn(1, 2, 40, 8) * 3).to(dtype)
+    vote = graph.vote(keys, -0.9, gamma=10.0)  # exp(19) overflows fp16
+    assert vote.score.dtype == torch.float32
+    assert torch.isfinite(vote.score).all()
+    assert torch.equal(vote.score, graph.vote(keys.float(), -0.9, gamma=10.0).score)
+
+
+def test_autocast_and_grad_do_not_reach_the_decision():
+    keys = torch.randn(1, 2, 40, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        vote = graph.vote(keys, 0.3)
+    assert torch.equal(vote.score, graph.vote(keys.detach(), 0.3).score)
+    assert not vote.score.requires_grad
+
+
+def test_zero_keys_are_not_nan_and_have_no_neighbours():
+    keys = torch.randn(1, 10, 4)
+    keys[:, [2, 5]] = 0
+    vote = graph.vote(keys, 0.01)
+    assert torch.isfinite(vote.score).all()
+    assert vote.degree[0, 1] == 0
+
+
+def test_ties_go_to_the_lower_index():
+    vote = graph.vote(torch.ones(1, 12, 4), 0.5, 1)
+    assert graph.drop_order(vote)[0].tolist() == [0, 2, 4, 6, 8, 10]
+
+
+def test_a_node_with_an_edge_outranks_one_without():
+    vote = graph.vote(torch.randn(4, 2, 60, 6), 0.6)
+    connected = vote.degree > 0
+    assert connected.any()
+    assert (~connected).any()
+    assert vote.score[connected].min() >= 1 >= vote.score[~connected].max()
+
+
+def test_permuting_samples_permutes_votes():
+    keys = torch.randn(3, 2, 30, 8)
+    order = torch.tensor([2, 0, 1])
+    assert torch.equal(graph.vote(keys, 0.4).score[order], graph.vote(keys[order], 0.4).score)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_padding_changes_nothing(center):
+    keys = torch.randn(1, 2, 21, 8) + 1
+    padded = torch.cat([keys, torch.randn(1, 2, 9, 8)], 2)
+    valid = torch.arange(30)[None] < 21
+    alone, together = graph.vote(keys, 0.5, 2, center=center), graph.vote(padded, 0.5, 2, center=center, valid=valid)
+    assert torch.equal(together.votes, alone.votes)
+    assert torch.equal(together.degree[:, :11], alone.degree)
+    assert torch.allclose(together.score[:, :11], alone.score, atol=1e-5)
+    assert torch.isneginf(together.score[:, 11:]).all()
+    assert torch.equal(graph.drop_order(together)[:, :11], graph.drop_order(alone))
+
+
+def test_centering_removes_a_common_component():
+    keys = torch.randn(1, 40, 8)
+    shifted = keys + 50
+    assert graph.vote(shifted, 0.9).degree.float().mean() > 15  # everything looks alike
+    assert torch.allclose(
+        graph.vote(shifted, 0.5, center=True).score, graph.vote(keys, 0.5, center=True).score, rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value"),
+    [("threshold", 1.01), ("threshold", -1.0), ("threshold", "a"), ("neighbors", 0), ("neighbors", 2.5)],
+)
+def test_bad_arguments_name_themselves(keyword, value):
+    settings = {"threshold": 0.5, "neighbors": 5, keyword: value}
+    with pytest.raises(ValueError, match=f"{keyword}.*{value}"):
+        graph.vote(torch.randn(1, 4, 2), **settings)
+    with pytest.raises(ValueError, match="shape"):
+        graph.vote(torch.randn(4, 2), 0.5)
+
+
+def literal_elimination(points: torch.Tensor, keep: int, step: int) -> set[int]:
+    unit = torch.nn.functional.normalize(points.double(), dim=-1)
+    alive = list(range(len(points)))
+    while len(alive) > keep:
+        score = {i: sum(float(unit[i] @ unit[j]) for j in alive) for i in alive}
+        out = min(len(alive) - keep, max(1, len(alive) // step))
+        for i in sorted(alive, key=lambda i: (-score[i], i))[:out]:
+            alive.remove(i)
+    return set(alive)
+
+
+def test_elimination_equals_the_literal_loop():
+    keys = torch.randn(2, 48, 6)
+    alive = graph.eliminate(keys, 20, step=8)
+    for sample in range(2):
+        assert set(alive[sample].nonzero().flatten().tolist()) == literal_elimination(keys[sample], 20, 8)
+
+
+def test_elimination_schedule_of_the_paper(monkeypatch):
+    sizes, real = [], torch.Tensor.scatter
+    monkeypatch.setattr(
+        torch.Tensor, "scatter", lambda self, *a: (out := real(self, *a), sizes.append(int(out.sum())))[0]
+    )
+    graph.eliminate(torch.randn(1, 576, 8), 375, step=16)
+    assert sizes == [540, 507, 476, 447, 420, 394, 375]
+
+
+def test_elimination_with_padding_and_different_goals():
+    keys = torch.randn(2, 40, 6)
+    valid = torch.arange(40)[None] < torch.tensor([[40], [25]])
+    alive = graph.eliminate(keys, [20, 11], step=4, valid=valid)
+    assert alive.sum(1).tolist() == [20, 11]
+    assert not (alive & ~valid).any()
+    assert torch.equal(alive[1, :25], graph.eliminate(keys[1:, :25], 11, step=4)[0])
+    assert torch.equal(alive[0], graph.eliminate(keys[:1], 20, step=4)[0])
+
+
+def test_elimination_keeps_everything_when_asked_to():
+    assert graph.eliminate(torch.randn(1, 9, 2), 9).all()
+    with pytest.raises(ValueError, match="step.*0"):
+        graph.eliminate(torch.randn(1, 9, 2), 3, step=0)

@@ -1,0 +1,208 @@
+"""Every row of the support table keeps every contract, on tiny random models."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from models import BUILDERS, backbones, build
+
+import saint
+from saint import testing
+from saint.plan import Plan, Stage
+from saint.vision.locate import ROWS, locate
+
+NAMES = list(BUILDERS)
+
+
+@functools.cache
+def prepared(name: str) -> tuple[torch.nn.Module, Plan, dict[str, torch.Tensor]]:
+    model = build(name)
+    inputs = testing.example_inputs(model)
+    return model, testing.example_plan(model, inputs), inputs
+
+
+def restage(plan: Plan, **changes: object) -> Plan:
+    return Plan(vision=dataclasses.replace(plan.stages["vision"], **changes))
+
+
+@pytest.mark.parametrize("contract", testing.CONTRACTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_contract(name, contract):
+    model, plan, inputs = prepared(name)
+    testing.CONTRACTS[contract](model, plan, inputs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_post_placement(name):
+    model, plan, inputs = prepared(name)
+    plan = restage(plan, placement="post", layers=[0, 2])
+    testing.check_identity(model, plan, inputs)
+    testing.check_oracle(model, plan, inputs)
+    testing.check_batch(model, plan, inputs)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "transformers/siglip2"])
+def test_full_length_outputs(name):
+    model, _, inputs = prepared(name)
+    base = testing.run(model, inputs)
+    for output in ("nearest", "similar"):
+        full = testing.example_plan(model, inputs, output=output)
+        with saint.pruned(model, full):
+            got = testing.run(model, inputs)
+        assert {k: v.shape for k, v in got.items()} == {k: v.shape for k, v in base.items()}
+        testing.check_batch(model, full, inputs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ragged_batches_without_masks(name):
+    """Attention that takes no dense mask (flash, older blocks) gets samples of equal length instead."""
+    model, plan, inputs = prepared(name)
+    with saint.pruned(model, plan) as session:
+        masked = testing.run(model, inputs)
+        session._encoder._masks = lambda block: False
+        grouped = testing.run(model, inputs)
+        lengths = [len(kept) + session._encoder.prefix for kept in session.trace[-1].kept]
+    for key, value in masked.items():
+        for sample, length in enumerate(lengths):  # behind a sample's survivors comes padding
+            a, b = value[sample], grouped[key][sample]
+            a, b = (a[:length], b[:length]) if value.ndim == 3 else (a, b)
+            assert torch.allclose(a, b, atol=1e-5 * max(1, value.abs().max()))
+
+
+def test_every_row_has_a_model():
+    models = [prepared(name)[0] for name in NAMES] + list(backbones().values())
+    assert {row.encoder for row in ROWS} == {locate(model)[2].encoder for model in models}
+
+
+def test_example_plans_really_are_ragged():
+    ragged = 0
+    for name in NAMES:
+        model, plan, inputs = prepared(name)
+        with saint.pruned(model, plan) as session:
+            testing.run(model, inputs)
+            ragged += len(set(session.trace[-1].tokens_out.tolist())) > 1
+    assert ragged == len(NAMES)
+
+
+# -- the battery itself can fail ----------------------------------------------------------------------------------------
+
+
+def test_the_oracle_notices_a_wrong_survivor(monkeypatch):
+    model, plan, inputs = prepared("timm/vit-augreg")
+    from saint.vision import encoder
+
+    real = encoder.gather_tokens
+    monkeypatch.setattr(encoder, "gather_tokens", lambda x, slots, prefix: real(x, slots.roll(1, 1), prefix).roll(0))
+    with pytest.raises(AssertionError, match="differs"):
+        testing.check_oracle(model, restage(plan, layers=[1, 2]), inputs)
+
+
+def test_the_battery_notices_a_missing_mask(monkeypatch):
+    model, plan, inputs = prepared("timm/vit-augreg")
+    from saint.vision import encoder
+
+    monkeypatch.setattr(encoder, "_mask", lambda given, *_: given)
+    with pytest.raises(AssertionError, match="batch changes it"):
+        testing.check_batch(model, plan, inputs)
+
+
+def test_the_battery_notices_stale_rope(monkeypatch):
+    model, plan, inputs = prepared("timm/dinov3")
+    from saint.vision import encoder
+
+    monkeypatch.setattr(
+        encoder, "gather_table", lambda table, tokens: table[..., : tokens.slots, :].expand(3, 1, -1, -1)
+    )
+    with pytest.raises(AssertionError, match="differs"):
+        testing.check_oracle(model, plan, inputs)
+
+
+def test_the_oracle_refuses_attention_it_cannot_see():
+    model = build("timm/vit-augreg")
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    inputs = testing.example_inputs(model)
+    with pytest.raises(saint.HookNeverFiredError, match="fused"):
+        testing.masked_oracle(model, testing.example_plan(model, inputs), inputs)
+
+
+def test_check_model_reports_every_contract():
+    results = testing.check_model(build("timm/vit-augreg"))
+    assert [r.contract for r in results] == list(testing.CONTRACTS)
+    assert {r.outcome for r in results} == {"passed"}
+
+
+# -- refusals -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "small", "reason"),
+    [
+        (
+            "swin_tiny_patch4_window7_224",
+            {"embed_dim": 24, "depths": (1, 1), "num_heads": (1, 2)},
+            "SwinTransformer.*no global tokens",
+        ),
+        ("convnext_atto", {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1)}, "ConvNeXt.*no tokens"),
+        ("beit_base_patch16_224", {"embed_dim": 48, "depth": 1, "num_heads": 3}, "Beit.*relative-position"),
+    ],
+)
+def test_architectures_without_global_tokens_are_refused_by_name(name, small, reason):
+    import timm
+
+    with pytest.raises(saint.UnsupportedModelError, match=reason):
+        saint.apply(timm.create_model(name, **small), saint.Saint())
+
+
+def test_unknown_models_hear_what_was_looked_for():
+    with pytest.raises(saint.UnsupportedModelError, match=r"Sequential.*looked for.*VisionTransformer"):
+        saint.apply(torch.nn.Sequential(torch.nn.Linear(2, 2)), saint.Saint())
+
+
+def test_two_encoders_ask_which():
+    both = torch.nn.ModuleList([build("timm/vit-augreg"), build("timm/dinov3")])
+    with pytest.raises(saint.UnsupportedModelError, match=r"2 encoders: 0 .*1 "):
+        saint.apply(both, saint.Saint())
+
+
+def test_unknown_blocks_are_refused():
+    import timm
+
+    model = timm.create_model(
+        "vit_tiny_patch16_224", block_fn=timm.models.vision_transformer.ParallelScalingBlock, depth=2
+    )
+    with pytest.raises(saint.UnsupportedModelError, match="ParallelScalingBlock.*known: Block"):
+        saint.apply(model, saint.Saint())
+    assert saint.status(model) is None
+
+
+def test_meta_weights_are_refused_and_nothing_is_touched():
+    model = build("timm/vit-augreg").to("meta")
+    before = testing.snapshot(model)
+    with pytest.raises(saint.UnsupportedModelError, match="meta"):
+        saint.apply(model, saint.Saint())
+    assert testing.snapshot(model) == before
+
+
+def test_a_changed_block_is_an_error_not_a_wrong_number(monkeypatch):
+    from timm.models.vision_transformer import Block
+
+    real = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, x, attn_mask=None, is_causal=False: real(self, x) + 0.01)
+    model = build("timm/vit-augreg")
+    before = testing.snapshot(model)
+    with pytest.raises(saint.ParityError, match="differs from its own forward"):
+        saint.apply(model, saint.Saint())
+    assert testing.snapshot(model) == before
+    saint.apply(model, Stage(saint.Saint(), placement="post")).remove()
+
+
+def test_keys_that_never_appear_are_an_error(monkeypatch):
+    model = build("timm/vit-augreg")
+    saint.apply(model, Stage(saint.Saint(), layers=[1]))
+    hooks = model.blocks[1].attn.k_norm._forward_hooks
+    hooks.clear()
+    with pytest.raises(saint.HookNeverFiredError, match=r"blocks\.1\.attn\.k_norm"):
+        model(torch.randn(1, 3, 96, 96))
+    saint.remove(model)
