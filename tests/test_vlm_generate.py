@@ -128,7 +128,9 @@ def test_second_turn_on_the_same_cache(llava, twin, plan):
             traces.append(session.trace)
     assert cache.get_seq_length() == mask.shape[1]
 
-    whole = {name: torch.cat([turn[name] for turn in (first, text, more)], 1) for name in ("input_ids", "attention_mask")}
+    whole = {
+        name: torch.cat([turn[name] for turn in (first, text, more)], 1) for name in ("input_ids", "attention_mask")
+    }
     # images in the order of the placeholders: sample by sample
     pixels = [first["pixel_values"], more["pixel_values"]]
     whole["pixel_values"] = torch.stack([pixels[turn][row] for row in range(2) for turn in range(2)])
@@ -160,9 +162,14 @@ def test_cache_is_ragged_and_reported(llava):
     assert memory.unpruned == LAYERS * (text + 36) * per_token
 
 
+def next_step(inputs):
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    return {"input_ids": torch.tensor([[7], [8], [9]]), "attention_mask": mask}
+
+
 def test_copied_cache_continues(llava):
     inputs = prompts(LLAVA, llava, BATCH)
-    step = {"input_ids": torch.tensor([[7], [8], [9]]), "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)}  # fmt: skip
+    step = next_step(inputs)
     with saint.pruned(llava, PLANS["hybrid"]), torch.no_grad():
         cache = llava(**inputs).past_key_values
         twice = copy.deepcopy(cache)
@@ -173,7 +180,7 @@ def test_copied_cache_continues(llava):
 
 def test_foreign_caches_are_refused(llava):
     inputs = prompts(LLAVA, llava, BATCH)
-    step = {"input_ids": torch.tensor([[7], [8], [9]]), "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)}  # fmt: skip
+    step = next_step(inputs)
     with torch.no_grad():
         base = llava(**inputs).logits
         with saint.pruned(llava, PLANS["language"]):
@@ -201,7 +208,9 @@ def test_sliding_window(window):
     inputs = prompts(family, model, BATCH)
     for plan in (PLANS["language"], PLANS["hybrid"]):
         with saint.pruned(model, plan) as session, torch.no_grad():
-            out = model.generate(**inputs, max_new_tokens=40, output_logits=True, return_dict_in_generate=True, **GREEDY)
+            out = model.generate(
+                **inputs, max_new_tokens=40, output_logits=True, return_dict_in_generate=True, **GREEDY
+            )
             trace = session.trace
         cache = out.past_key_values
         assert all(layer.keys.shape[-2] <= window + 36 for layer in cache.layers)
@@ -221,7 +230,9 @@ def test_beam_search(llava, twin, plan):
             **GREEDY,
         )  # fmt: skip
         trace = session.trace
-    per_sample = [saint.LayerTrace(e.stage, e.layer, e.tokens_in, e.tokens_out, e.kept[:: len(e.kept) // 3]) for e in trace]
+    per_sample = [
+        saint.LayerTrace(e.stage, e.layer, e.tokens_in, e.tokens_out, e.kept[:: len(e.kept) // 3]) for e in trace
+    ]
     new = out.sequences[:, inputs["input_ids"].shape[1] :]
     logits = Oracle(LLAVA, twin, per_sample, inputs).continued(new)
     # suppressed tokens count in the normalisation: generate takes the log-softmax first

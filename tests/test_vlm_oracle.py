@@ -28,7 +28,8 @@ CASES = [
     (name, mode)
     for name, family in FAMILIES.items()
     for mode in MODES
-    if (mode == "connector+language") == (family.tower is None and mode not in ("language", "connector", "vision", "hybrid"))
+    if (mode == "connector+language")
+    == (family.tower is None and mode not in ("language", "connector", "vision", "hybrid"))
     and (family.tower is not None or mode not in ("vision", "hybrid"))
 ]
 

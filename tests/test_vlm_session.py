@@ -1,6 +1,7 @@
 """Applying to vision-language models: exact undo, refusals, trace, recipes, wrapped models."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -10,6 +11,7 @@ from test_vlm_oracle import CONNECTOR, LANGUAGE, VISION
 from vlm_models import FAMILIES, IMAGE, LAYERS, prompts
 
 import saint
+from saint import cookbook
 
 LLAVA = FAMILIES["llava-llama"]
 BATCH = [[4, "0", 7], [3, "0", 2]]
@@ -74,12 +76,10 @@ def test_undo_after_an_exception(llava):
     before = snapshot(llava)
     with torch.no_grad():
         base = llava(**inputs).logits
+        hook = llava.model.language_model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError), saint.pruned(llava, HYBRID):
-            hook = llava.model.language_model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
-            try:
-                llava(**inputs)
-            finally:
-                hook.remove()
+            llava(**inputs)
+        hook.remove()
         assert snapshot(llava) == before
         assert torch.equal(llava(**inputs).logits, base)
 
@@ -109,7 +109,7 @@ def test_status_and_trace(llava):
         llava(**inputs)
         trace = session.trace
     assert [(e.stage, e.layer) for e in trace] == [("vision", 1), ("connector", 0), ("language", 1), ("language", 2)]
-    for earlier, later in zip(trace, trace[1:], strict=False):
+    for earlier, later in itertools.pairwise(trace):
         assert torch.equal(earlier.tokens_out, later.tokens_in)
         for a, b in zip(earlier.kept, later.kept, strict=True):
             assert set(b.tolist()) < set(a.tolist())
@@ -154,7 +154,9 @@ def test_families_without_vision_stage_say_why(name):
 
 
 def test_text_only_model_is_refused():
-    config = hf.LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
+    config = hf.LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=32
+    )
     model = hf.LlamaForCausalLM(config)
     with pytest.raises(saint.UnsupportedModelError, match=r"no visual tokens.*LLaVA-1\.5"):
         saint.apply(model, saint.Plan(language=saint.Saint()))
@@ -184,7 +186,7 @@ def test_unread_images_are_an_error(llava):
         llava.model.get_image_features = lambda *_, **__: None  # a model that merges its images in another way
         try:
             with pytest.raises(saint.HookNeverFiredError, match="get_placeholder_mask"):
-                llava.model.language_model(inputs_embeds=torch.zeros(1, 3, 48)) if llava.model(**inputs) else None
+                llava(**inputs)
         finally:
             del llava.model.get_image_features
 
@@ -208,7 +210,9 @@ def test_recipes_keep_what_they_state(mode, equivalent):
         hidden_size=16, intermediate_size=16, num_hidden_layers=32, num_attention_heads=2, vocab_size=128
     )
     torch.manual_seed(0)
-    model = hf.LlavaForConditionalGeneration(hf.LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE))
+    model = hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)
+    )
     ids = torch.full((1, 580), IMAGE)
     ids[:, [0, -1, -2, -3]] = 5
     name = f"llava-1.5/{mode}-{equivalent}"
@@ -223,7 +227,7 @@ def test_recipes_keep_what_they_state(mode, equivalent):
 def test_published_recipes():
     for name in ("llava-1.5/vit", "llava-1.5/llm", "llava-1.5/hybrid"):
         assert "published" in saint.recipes()[name]
-    plan = saint.recipes.__globals__["recipe"]("llava-1.5/hybrid")
+    plan = cookbook.recipe("llava-1.5/hybrid")
     assert plan.vision == saint.Stage(saint.SaintFullGraph(keep=375, step=16), layers=[19])
     assert plan.language == saint.Stage(saint.Saint(threshold=0.83), layers=range(7, 17))
 

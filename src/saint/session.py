@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .cookbook import recipe
 from .errors import AlreadyAppliedError, UnsupportedModelError
 from .methods.base import Method
 from .plan import Plan, Stage
-from .cookbook import recipe
 from .tokens import LayerTrace
 from .vision.encoder import PrunedEncoder
 from .vision.locate import locate

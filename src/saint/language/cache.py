@@ -104,6 +104,9 @@ class Owner:
 class RaggedLayer(DynamicLayer):
     """A cache layer that stores K of L positions. ``window`` is the sliding window, or None."""
 
+    keys: Any  # Tensor once initialised; transformers sets these in untyped code
+    values: Any
+
     def __init__(self, owner: Owner, window: int | None) -> None:
         super().__init__()
         self.owner, self.sliding_window = owner, window
@@ -236,7 +239,9 @@ def check_cache(cache: Any, owner: Owner) -> None:
                 '(generate: drop cache_implementation, or set it to "dynamic")'
             )
     if cache.layer_class_to_replicate not in (None, DynamicLayer):
-        raise ValueError(f"a cache of {cache.layer_class_to_replicate.__name__} cannot become ragged: use a DynamicCache")
+        raise ValueError(
+            f"a cache of {cache.layer_class_to_replicate.__name__} cannot become ragged: use a DynamicCache"
+        )
 
 
 def ragged_layer(cache: DynamicCache, layer: int, owner: Owner) -> RaggedLayer:

@@ -16,14 +16,15 @@ import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import HookNeverFiredError, UnsupportedModelError
+from ..patch import Uncopyable, override
 from ..tokens import Candidates, LayerTrace, Selection, TokenMap, gather_tokens
-from ..vision.encoder import _override
 from .cache import Owner, RaggedLayer, check_cache, extended, ragged_layer, stored_bytes
 from .masks import DENSE, FLASH, survivors_mask
 from .positions import gather_ids, gather_rotary
@@ -73,7 +74,7 @@ class KVMemory:
     unpruned: int
 
 
-class PrunedDecoder:
+class PrunedDecoder(Uncopyable):
     """The language and connector stages of a session.
 
     Args:
@@ -136,7 +137,7 @@ class PrunedDecoder:
         stack.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         first = 0 if self.enters or self.connector is not None else min(self.steps)
         for index in range(first, self.depth):
-            _override(stack, self.modules[index], "forward", lambda original, i=index: PrunedLayer(self, i, original))
+            override(stack, self.modules[index], "forward", partial(PrunedLayer, self, index))
         stack.callback(self._close)
 
     def _close(self) -> None:
@@ -220,7 +221,9 @@ class PrunedDecoder:
         at = _at(mean, front)
         step = self.steps[layer]
         if step == 0 and not bool(torch.isfinite(at).all()):
-            raise ValueError(f"the keys of {self.path} layer {layer} are NaN or Inf: check the inputs, and fp16 overflow")
+            raise ValueError(
+                f"the keys of {self.path} layer {layer} are NaN or Inf: check the inputs, and fp16 overflow"
+            )
         return self._choose("language", self.language, layer, front, at, _at(x.detach(), front))
 
     def _choose(self, stage: str, drop: Drop, layer: int, front: Front, keys: Tensor, features: Tensor) -> Front:
@@ -270,7 +273,8 @@ class PrunedDecoder:
         entry = None if cache is None else ragged_layer(cache, layer, self.owner)
         out["attention_mask"] = self._mask(kwargs.get("attention_mask"), tokens, entry, tokens.width)
         if entry is not None:
-            entry.announce(self._once("keys", tokens, entry.map, lambda past, t: extended(past, entry.length, t)))
+            before = entry.length
+            entry.announce(self._once("keys", tokens, entry.map, lambda past, t: extended(past, before, t)))
         return out
 
     def whole_arguments(self, layer: int, queries: int, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -317,7 +321,7 @@ class PrunedDecoder:
         self.memory = KVMemory(sum(kept for kept, _ in sizes), sum(whole for _, whole in sizes))
 
 
-class PrunedLayer:
+class PrunedLayer(Uncopyable):
     """Stands in for ``layer.forward`` on one instance."""
 
     def __init__(self, decoder: PrunedDecoder, layer: int, original: Callable[..., Any]) -> None:
@@ -358,14 +362,6 @@ class PrunedLayer:
         if layer + 1 == decoder.depth:
             decoder.finish(cache)
         return (y, *out[1:]) if isinstance(out, tuple) else y
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise RuntimeError(
-            "a model cannot be copied or pickled while a plan is applied; call saint.remove(model) first"
-        )
-
-    def __reduce__(self) -> NoReturn:
-        self.__deepcopy__({})
 
 
 class KeyTap:

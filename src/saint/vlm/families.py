@@ -17,7 +17,9 @@ def _feature_layer(model: Any, depth: int) -> int | None:
 
 
 _BOTH = ("pixel_values", "pixel_values_videos")
-_MERGES = "its tower's output is joined in groups of patches ({}), and pruning inside the tower per group is not built yet"
+_MERGES = (
+    "its tower's output is joined in groups of patches ({}), and pruning inside the tower per group is not built yet"
+)
 _USE = "; use the connector or language stage"
 
 ROWS: tuple[FamilyRow, ...] = (
@@ -28,7 +30,8 @@ ROWS: tuple[FamilyRow, ...] = (
         "llava_onevision",
         "LlavaOnevisionModel",
         pixels=_BOTH,
-        no_vision="its packing interpolates between neighbouring features, which would mix dropped with kept ones" + _USE,
+        no_vision="its packing interpolates between neighbouring features, which would mix dropped with kept ones"
+        + _USE,
     ),
     _row(
         "Qwen2-VL",

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from ..errors import HookNeverFiredError, UnsupportedModelError
 from ..language.decoder import PrunedDecoder
-from ..vision.encoder import PrunedEncoder, _override
+from ..patch import Uncopyable, override
+from ..vision.encoder import PrunedEncoder
 from .rows import FamilyRow
 
 
-class PrunedVLM:
+class PrunedVLM(Uncopyable):
     """The glue between the stages of one model.
 
     Args:
@@ -30,7 +31,7 @@ class PrunedVLM:
     """
 
     def __init__(
-        self, path: str, model: nn.Module, row: FamilyRow, decoder: PrunedDecoder, encoder: PrunedEncoder | None
+        self, path: str, model: Any, row: FamilyRow, decoder: PrunedDecoder, encoder: PrunedEncoder | None
     ) -> None:
         self.path, self.model, self.row, self.decoder, self.encoder = path, model, row, decoder, encoder
         self.waiting = False  # images came in, and their places are not known yet
@@ -54,14 +55,14 @@ class PrunedVLM:
     def install(self, stack: ExitStack) -> None:
         """Patch the instance; ``stack`` undoes it."""
         stack.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
-        _override(stack, self.model, self.row.merge, self._listen)
+        override(stack, self.model, self.row.merge, self._listen)
         # registered before the decoder's own hook, so it runs first
         text = self.decoder.model
         stack.callback(text.register_forward_pre_hook(self._check_fired).remove)
         self.decoder.install(stack)
         if self.encoder is not None:
             self.encoder.install(stack)
-            _override(stack, self.model.get_submodule(self.row.connector), "forward", self._connect)
+            override(stack, self.model.get_submodule(self.row.connector), "forward", self._connect)
 
     def _begin(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.decoder.visual = None
