@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as hf
 from test_vlm_oracle import CONNECTOR, LANGUAGE, VISION
-from vlm_models import FAMILIES, IMAGE, LAYERS, prompts
+from vlm_models import FAMILIES, IMAGE, LAYERS, VIDEO, prompts
 
 import saint
 from saint import cookbook
@@ -222,6 +222,36 @@ def test_recipes_keep_what_they_state(mode, equivalent):
     present = [layer.keys.shape[-2] - 4 for layer in cache.layers]
     assert abs(sum(present) / 32 - equivalent) < 1
     assert f"{equivalent} equivalent" in saint.recipes()[name]
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava-onevision"])
+def test_videos(name):
+    model = FAMILIES[name].build()
+    g = torch.Generator().manual_seed(0)
+    if name == "llava-onevision":
+        inputs = {"pixel_values_videos": torch.randn(1, 3, 3, 24, 24, generator=g)}
+    else:
+        inputs = {
+            "pixel_values_videos": torch.randn(128, 96, generator=g),
+            "video_grid_thw": torch.tensor([[2, 8, 8]]),
+        }
+    with torch.no_grad():
+        count = sum(len(part) for part in model.get_video_features(**inputs, return_dict=True).pooler_output)
+    inputs["input_ids"] = torch.tensor([[5, 6, *[VIDEO] * count, 7, 8]])
+    if name != "llava-onevision":
+        # Qwen3-VL places each frame (temporal patch) on its own, behind a time stamp
+        half = [VIDEO] * (count // 2)
+        if name == "qwen3-vl":
+            inputs["input_ids"] = torch.tensor([[5, 6, *half, 9, *half, 7, 8]])
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == VIDEO).long() * 2
+    plan = saint.Plan(connector=CONNECTOR, language=LANGUAGE)
+    with saint.pruned(model, plan) as session, torch.no_grad():
+        logits = model(**inputs).logits
+        first = session.trace[0]
+        assert (first.stage, int(first.tokens_in)) == ("connector", count)
+        assert int(session.trace[-1].tokens_out) < count // 2
+        assert torch.isfinite(logits).all()
+        assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] == logits.shape[1] + 3
 
 
 def test_published_recipes():

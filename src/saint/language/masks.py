@@ -42,15 +42,15 @@ def survivors_mask(
     """
     if tokens is None and past is not None and past.end == first and not past.index.shape[1]:
         return mask  # a sliding window that has left the pruned prompt behind
+    if mask is None and not first and all(held is None or held.valid is None for held in (tokens, past)):
+        return None  # the usual decode step: every entry may be seen
     columns, valid = entries(tokens, past, before, queries)
     if first and columns is not None:
         inside = columns >= first
         valid = inside if valid is None else valid & inside
         columns = (columns - first).clamp_min(0)
     if mask is None:
-        if valid is None:
-            return None
-        if before == 0:
+        if valid is None or before == 0:
             return None  # padding stands right of every real query: causality hides it already
         if flash:
             return valid
