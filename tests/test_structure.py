@@ -16,12 +16,13 @@ ALLOWED = {
     "errors": set(),
     "graph": set(),
     "tokens": set(),
+    "patch": set(),
     "methods": {"graph", "tokens", "errors", "methods"},
     "plan": {"methods", "plan"},
     "cookbook": {"methods", "plan"},
-    "vision": {"graph", "tokens", "errors", "vision"},
-    "language": {"graph", "tokens", "errors", "language"},
-    "vlm": {"graph", "tokens", "errors", "vision", "language", "vlm"},
+    "vision": {"graph", "tokens", "errors", "patch", "vision"},
+    "language": {"graph", "tokens", "errors", "patch", "language"},
+    "vlm": {"graph", "tokens", "errors", "patch", "vision", "language", "vlm"},
 }
 UPPER = {"bench", "view", "demo", "cli", "testing", "loading", "records"}
 

@@ -4,6 +4,7 @@ import difflib
 from typing import NamedTuple
 
 from .methods.saint import Saint
+from .methods.saint_full_graph import SaintFullGraph
 from .plan import Plan, Stage
 
 
@@ -14,6 +15,15 @@ class Recipe(NamedTuple):
     about: str
 
 
+def _tower(keep: int) -> Stage:
+    return Stage(SaintFullGraph(keep=keep, step=16), layers=[19])
+
+
+def _decoder(budget: int, first: int = 7) -> Stage:
+    return Stage(Saint(threshold=0.83, budget=budget), layers=range(first, first + 10))
+
+
+# Equivalent tokens: mean over the 32 layers of the 7B model of the visual tokens a layer sees, of 576. A test measures them.
 _RECIPES = {
     "vit/published": Recipe(
         Plan(vision=Saint(threshold=0.75)),
@@ -27,6 +37,39 @@ _RECIPES = {
         Plan(vision=Stage(Saint(threshold=0.70, center=True), layers=[0, 2, 4], output="nearest")),
         "for DINO-like encoders of 12 layers under a dense head: centred keys, three drop points, full-length output",
     ),
+    "llava-1.5/vit": Recipe(
+        Plan(vision=_tower(375)),
+        "published ViT-only: full graph at CLIP layer 19, keeps 375 of 576 tokens",
+    ),
+    "llava-1.5/llm": Recipe(
+        Plan(language=Stage(Saint(threshold=0.83), layers=range(7, 17))),
+        "published LLM-only: voting graph, threshold 0.83, LLM layers 7..16; what stays depends on image and prompt",
+    ),
+    "llava-1.5/hybrid": Recipe(
+        Plan(vision=_tower(375), language=Stage(Saint(threshold=0.83), layers=range(7, 17))),
+        "published hybrid: 375 of 576 tokens behind the encoder, then the voting graph at LLM layers 7..16",
+    ),
+    **{
+        f"llava-1.5/vit-{keep}": Recipe(
+            Plan(vision=_tower(keep)), f"ViT-only, {keep} equivalent tokens: keeps {keep} of 576 behind the encoder"
+        )
+        for keep in (192, 128, 64)
+    },
+    **{
+        f"llava-1.5/llm-{equivalent}": Recipe(
+            Plan(language=_decoder(keep, first)),
+            f"LLM-only, {equivalent} equivalent tokens at 32 layers: 576 down to {keep} over LLM layers {first}..{first + 9}",
+        )
+        for equivalent, keep, first in ((192, 67, 4), (128, 36, 2), (64, 12, 0))
+    },
+    **{
+        f"llava-1.5/hybrid-{equivalent}": Recipe(
+            Plan(vision=_tower(behind), language=_decoder(keep)),
+            f"hybrid, {equivalent} equivalent tokens at 32 layers: {behind} of 576 behind the encoder, down to {keep} over LLM "
+            "layers 7..16",
+        )
+        for equivalent, behind, keep in ((192, 288, 135), (128, 192, 90), (64, 96, 45))
+    },
 }
 
 

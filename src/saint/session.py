@@ -8,18 +8,25 @@ import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .cookbook import recipe
 from .errors import AlreadyAppliedError, UnsupportedModelError
 from .methods.base import Method
 from .plan import Plan, Stage
-from .cookbook import recipe
 from .tokens import LayerTrace
 from .vision.encoder import PrunedEncoder
 from .vision.locate import locate
+from .vision.rows import EncoderRow
+from .vlm.locate import find as find_vlm
+from .vlm.locate import locate as locate_vlm
+
+if TYPE_CHECKING:  # these import transformers
+    from .language.decoder import Drop, KVMemory
+    from .vlm.model import PrunedVLM
 
 # patched module -> its session; weak, so that a forgotten model can be freed
 _SESSIONS: "weakref.WeakKeyDictionary[nn.Module, Session]" = weakref.WeakKeyDictionary()
@@ -51,11 +58,24 @@ class Session:
         self._model = weakref.ref(model)
         self._stack = ExitStack()
         self._encoder: PrunedEncoder | None = None
+        self._vlm: PrunedVLM | None = None
 
     @property
     def trace(self) -> list[LayerTrace]:
-        """The drop points of the last forward, in order; empty before the first."""
-        return self._encoder.trace() if self._encoder is not None else []
+        """The drop points of the last forward, in order; empty before the first.
+
+        In a vision-language model: of the last prompt; steps of ``generate`` leave it as it is. Entries of the vision stage
+        count per image (or tile), those of the connector and language stages per sample, over all its visual tokens.
+        """
+        vision = self._encoder.trace() if self._encoder is not None else []
+        return vision + (self._vlm.decoder.trace if self._vlm is not None else [])
+
+    @property
+    def kv_memory(self) -> "KVMemory | None":
+        """Bytes of keys and values that the last prompt with images left in the cache, and what the unpruned model would
+        hold; None for a plain encoder, before the first such prompt, and with ``use_cache=False``.
+        """
+        return self._vlm.decoder.memory if self._vlm is not None else None
 
     @property
     def status(self) -> Status:
@@ -66,6 +86,12 @@ class Session:
             stages["vision"] = StageStatus(
                 stage.method, self._encoder.layers, self._encoder.placement, self._encoder.path
             )
+        if self._vlm is not None:
+            decoder = self._vlm.decoder
+            for name, drop in (("connector", decoder.connector), ("language", decoder.language)):
+                if drop is not None:
+                    method = self.plan.stages[name].method
+                    stages[name] = StageStatus(method, list(drop.layers), "post", decoder.path)
         return Status(self.plan, stages)
 
     def expand(self, features: Tensor, layer: int | None = None) -> Tensor:
@@ -105,12 +131,16 @@ class Session:
         self._stack.close()
         for module in [m for m, session in _SESSIONS.items() if session is self]:
             del _SESSIONS[module]
-        self._encoder = None
+        self._encoder = self._vlm = None
 
     def _install(self, model: nn.Module) -> None:
         with ExitStack() as stack:  # undone again if anything below fails
-            if self._encoder is not None:
+            if self._vlm is not None:
+                self._vlm.install(stack)
+                _SESSIONS[self._vlm.model] = self
+            elif self._encoder is not None:
                 self._encoder.install(stack)
+            if self._encoder is not None:
                 _SESSIONS[self._encoder.encoder] = self
             _SESSIONS[model] = self
             self._stack = stack.pop_all()
@@ -162,24 +192,70 @@ def apply(model: nn.Module, plan: Plan | Stage | Method | str) -> Session:
             f"a plan is already applied to this {type(carried).__name__}; call saint.remove(model) first"
         )
     session = Session(model, plan)
-    for name, stage in plan.stages.items():
-        if name != "vision":
-            raise UnsupportedModelError(f"the {name} stage is not supported for {type(model).__name__}")
-        path, encoder, row = locate(model)
-        depth = len(list(_blocks(encoder, row.blocks)))
-        method = stage.method
-        session._encoder = PrunedEncoder(
-            path,
-            encoder,
-            row,
-            layers=stage.resolve_layers(name, depth),
-            placement=stage.placement or "mid",
-            output=stage.output,
-            select=method.select,
-            validate=method.validate,
-        )
+    if plan.connector is None and plan.language is None and find_vlm(model) is None:
+        if plan.vision is not None:
+            session._encoder = _encoder(plan.vision, *locate(model))
+    else:
+        session._vlm, session._encoder = _vlm(model, plan)
     session._install(model)
     return session
+
+
+def _encoder(stage: Stage, path: str, encoder: nn.Module, row: EncoderRow) -> PrunedEncoder:
+    method = stage.method
+    return PrunedEncoder(
+        path,
+        encoder,
+        row,
+        layers=stage.resolve_layers("vision", len(list(_blocks(encoder, row.blocks)))),
+        placement=stage.placement or "mid",
+        output=stage.output,
+        select=method.select,
+        validate=method.validate,
+    )
+
+
+def _vlm(model: nn.Module, plan: Plan) -> "tuple[PrunedVLM, PrunedEncoder | None]":
+    from .language.decoder import Drop, PrunedDecoder
+    from .vlm.model import PrunedVLM
+
+    path, vlm, row = locate_vlm(model, next(name for name in reversed(plan.stages)) if plan.stages else "language")
+    prefix = f"{path}." if path else ""
+    encoder = None
+    if plan.vision is not None:
+        if row.no_vision is not None:
+            raise UnsupportedModelError(f"{row.title} cannot do the vision stage: {row.no_vision}")
+        if plan.vision.output != "survivors":
+            raise ValueError(
+                f"output={plan.vision.output!r} gives back full-length features; in front of a language model only "
+                '"survivors" saves anything'
+            )
+        inner, tower, tower_row = locate(vlm.get_submodule(row.tower))
+        encoder = _encoder(plan.vision, f"{prefix}{row.tower}" + (f".{inner}" if inner else ""), tower, tower_row)
+    text = vlm.get_submodule(row.decoder)
+    layers: list[nn.Module] = list(text.get_submodule("layers").children())
+    for stage in (plan.connector, plan.language):
+        if stage is not None and stage.placement == "mid":
+            raise UnsupportedModelError(
+                'placement="mid" is for the vision stage; in front of and inside a language model tokens go after whole '
+                'layers: placement="post" or None'
+            )
+    if plan.connector is not None and plan.connector.layers is not None:
+        raise ValueError("the connector stage lies in front of the language model and has no layers: leave layers out")
+
+    def drop(stage: Stage | None, layers: tuple[int, ...]) -> "Drop | None":
+        return None if stage is None else Drop(stage.method.select, stage.method.validate, layers)
+
+    chosen = () if plan.language is None else tuple(plan.language.resolve_layers("language", len(layers)))
+    decoder = PrunedDecoder(
+        f"{prefix}{row.decoder}",
+        text,
+        layers,
+        connector=drop(plan.connector, ()),
+        language=drop(plan.language, chosen),
+        between=row.between(vlm),
+    )
+    return PrunedVLM(path, vlm, row, decoder, encoder), encoder
 
 
 def _blocks(encoder: nn.Module, path: str) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..graph import metric
+from ..patch import override as _override
 from ..tokens import (
     Candidates,
     LayerTrace,
@@ -422,23 +423,6 @@ class PrunedBlock(_Uncopied):
         if last:
             return fill_padding(y, tokens, stage.prefix, with_prefix=stage.row.pool_with_prefix(stage.encoder))
         return y
-
-
-def _override(stack: ExitStack, module: nn.Module, name: str, wrap: Callable[[Callable[..., Any]], Any]) -> None:
-    """Replace a method on this instance only; the undo restores exactly what was in its ``__dict__``."""
-    # accelerate keeps the wrapped forward in `_old_forward` and calls that from its own; stay inside its hook
-    slot = "_old_forward" if name == "forward" and "_old_forward" in vars(module) else name
-    before = vars(module).get(slot)
-    original = getattr(module, slot)
-    vars(module)[slot] = wrap(original)
-
-    def undo() -> None:
-        if before is None:
-            del vars(module)[slot]
-        else:
-            vars(module)[slot] = before
-
-    stack.callback(undo)
 
 
 def _probe_table(dim: int, name: str, like: Tensor) -> Any:

@@ -1,0 +1,266 @@
+"""The ragged KV cache: layers behind a drop point store fewer entries and know which positions these are.
+
+A cache layer of transformers is swapped for a :class:`RaggedLayer` when the first shortened sequence reaches it. It reports
+the *logical* length (what ``generate`` counts, and what masks are sized from) while it stores only the survivors.
+
+Letters: B batch, H KV heads, K stored entries, L logical length, D head dim.
+"""
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ..tokens import TokenMap
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """Which positions the entries of a cache layer hold.
+
+    Attributes:
+        index: position of each of the first K entries, int64 [B, K]; entry K + j holds position ``end + j``.
+        valid: bool [B, K], False for padding (samples that kept fewer tokens), or None.
+        end: positions covered by ``index``.
+    """
+
+    index: Tensor
+    valid: Tensor | None
+    end: int
+    _rows: list[Any] = field(default_factory=list, repr=False, compare=False)
+
+    def columns(self, total: int) -> tuple[Tensor, Tensor | None]:
+        """Positions and validity of all entries when ``total`` positions are cached, [B, K + total - end]."""
+        more = total - self.end
+        if more == 0:
+            return self.index, self.valid
+        batch = self.index.shape[0]
+        tail = torch.arange(self.end, total, device=self.index.device).expand(batch, more)
+        valid = None if self.valid is None else torch.cat([self.valid, self.valid.new_ones(batch, more)], 1)
+        return torch.cat([self.index, tail], 1), valid
+
+    def rows(self, samples: Tensor) -> "KeyMap":
+        """The map of these samples, in this order; layers that shared a map share the result."""
+        if not self._rows or self._rows[0] is not samples:
+            pick = samples.to(self.index.device)
+            valid = None if self.valid is None else self.valid[pick]
+            self._rows[:] = [samples, KeyMap(self.index[pick], valid, self.end)]
+        return self._rows[1]
+
+    def repeat(self, times: int) -> "KeyMap":
+        valid = None if self.valid is None else self.valid.repeat_interleave(times, 0)
+        return KeyMap(self.index.repeat_interleave(times, 0), valid, self.end)
+
+
+def entries(
+    tokens: TokenMap | None, past: KeyMap | None, before: int, queries: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Position and validity of every entry once a sequence is appended to ``before`` cached positions.
+
+    Args:
+        tokens: survivors of the new sequence, or None when it is whole.
+        past: what the layer holds, None when it holds all ``before`` positions.
+        before: L before.
+        queries: length of the full new sequence.
+
+    Returns:
+        int64 [B, K + S] and bool [B, K + S] or None; (None, None) when every position is there.
+    """
+    if tokens is None:
+        return (None, None) if past is None else past.columns(before + queries)
+    index, valid = tokens.index + before, tokens.valid
+    if before == 0:
+        return index, valid
+    batch = index.shape[0]
+    whole = torch.arange(before, device=index.device).expand(batch, before)
+    held, held_valid = (whole, None) if past is None else past.columns(before)
+    if valid is not None or held_valid is not None:
+        valid = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
+        held_valid = torch.ones_like(held, dtype=torch.bool) if held_valid is None else held_valid
+        valid = torch.cat([held_valid, valid], 1)
+    return torch.cat([held, index], 1), valid
+
+
+def extended(past: KeyMap | None, before: int, tokens: TokenMap) -> KeyMap:
+    """What a layer holds after the survivors of a new sequence were appended to ``before`` cached positions."""
+    index, valid = entries(tokens, past, before, tokens.width)
+    assert index is not None
+    return KeyMap(index, valid, before + tokens.width)
+
+
+class Owner:
+    """Identity of the plan a cache was filled under; survives a copy of the cache."""
+
+    def __init__(self) -> None:
+        self.closed = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Owner":
+        return self
+
+
+class RaggedLayer(DynamicLayer):
+    """A cache layer that stores K of L positions. ``window`` is the sliding window, or None."""
+
+    keys: Any  # Tensor once initialised; transformers sets these in untyped code
+    values: Any
+
+    def __init__(self, owner: Owner, window: int | None) -> None:
+        super().__init__()
+        self.owner, self.sliding_window = owner, window
+        self.is_sliding = window is not None  # read by transformers when it sizes masks
+        self.length = 0  # logical
+        self.map: KeyMap | None = None  # None: all positions are stored
+        self._next: KeyMap | None = None
+        self._starts: list[int] = []  # sliding: highest position (over the samples) of each entry of `map`
+
+    @classmethod
+    def adopt(cls, layer: DynamicLayer, owner: Owner) -> "RaggedLayer":
+        """Take over the content of an ordinary layer."""
+        new = cls(owner, layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None)
+        if layer.is_initialized:
+            new.dtype, new.device, new.is_initialized = layer.dtype, layer.device, True
+            new.keys, new.values = layer.keys, layer.values
+            new.length = layer.get_seq_length()
+            batch, stored = new.keys.shape[0], new.keys.shape[-2]
+            if stored < new.length:  # a sliding layer has let go of the positions outside its window
+                empty = torch.empty(batch, 0, dtype=torch.long, device=new.device)
+                new._set_map(KeyMap(empty, None, new.length - stored))
+        return new
+
+    def announce(self, keys: KeyMap) -> None:
+        """The next update brings a shortened sequence, after which the entries are ``keys``."""
+        self._next = keys
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.owner.closed:
+            raise ValueError(
+                "this cache was filled under a plan that has been removed, and misses the tokens it dropped: "
+                "start from an empty cache"
+            )
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if self._next is not None:
+            self.length = self._next.end
+            self._set_map(self._next)
+            self._next = None
+        else:
+            self.length += key_states.shape[-2]
+        self._let_go()
+        return keys, values
+
+    def _set_map(self, keys: KeyMap) -> None:
+        self.map = keys
+        if self.sliding_window is not None:
+            reach = keys.index if keys.valid is None else keys.index.masked_fill(~keys.valid, -1)
+            # running maximum: padding does not hold entries behind it back
+            self._starts = reach.amax(0).cummax(0).values.tolist()
+
+    def _let_go(self) -> None:
+        """Forget entries that no sample's window will see again."""
+        if self.sliding_window is None:
+            return
+        first = self.length - self.sliding_window + 1  # the next query sees positions >= first
+        end = 0 if self.map is None else self.map.end
+        mapped = bisect_left(self._starts, first)
+        plain = max(0, first - end) if mapped == len(self._starts) else 0
+        if mapped + plain == 0:
+            return
+        if self.map is None:
+            index, valid = torch.empty(self.keys.shape[0], 0, dtype=torch.long, device=self.keys.device), None
+        else:
+            index = self.map.index[:, mapped:]
+            valid = None if self.map.valid is None else self.map.valid[:, mapped:]
+        self.map, self._starts = KeyMap(index, valid, end + plain), self._starts[mapped:]
+        self.keys, self.values = self.keys[:, :, mapped + plain :], self.values[:, :, mapped + plain :]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1 if self.sliding_window is None else self.sliding_window
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.sliding_window is None:
+            return self.length + query_length, 0
+        # as DynamicSlidingWindowLayer: the other sliding layers, with full content, share the mask
+        first = max(self.length - self.sliding_window + 1, 0)
+        return self.length - first + query_length, first
+
+    def reset(self) -> None:
+        super().reset()
+        self.length, self.map, self._next, self._starts = 0, None, None, []
+
+    def crop(self, tokens_to_remove: int) -> None:
+        count = -tokens_to_remove
+        if count == 0 or not self.is_initialized:
+            return
+        if count < 0:
+            raise ValueError(f"crop takes the negative number of tokens to remove, got {tokens_to_remove}")
+        if self.sliding_window is not None or (self.map is not None and self.length - count < self.map.end):
+            raise ValueError(
+                f"cannot roll {count} of {self.length} positions back: they reach into a pruned prompt or a sliding window; "
+                "start from an empty cache"
+            )
+        self.keys, self.values = self.keys[:, :, :-count], self.values[:, :, :-count]
+        self.length -= count
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.map is not None:
+            self.map = self.map.rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.map is not None:
+            self.map = self.map.rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.map is not None:
+            self.map = self.map.repeat(repeats)
+
+
+def check_cache(cache: Any, owner: Owner) -> None:
+    """Raise ``ValueError`` unless ``cache`` can become ragged under this plan."""
+    if not isinstance(cache, Cache):
+        raise ValueError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
+    for layer in cache.layers:
+        if isinstance(layer, RaggedLayer):
+            if layer.owner is not owner:
+                raise ValueError(
+                    "past_key_values was filled under another plan, which dropped other tokens at other layers: start from "
+                    "an empty cache"
+                )
+        elif type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ValueError(
+                f"a cache of {type(layer).__name__} cannot store a different number of tokens per layer: use a DynamicCache "
+                '(generate: drop cache_implementation, or set it to "dynamic")'
+            )
+    if cache.layer_class_to_replicate not in (None, DynamicLayer):
+        raise ValueError(
+            f"a cache of {cache.layer_class_to_replicate.__name__} cannot become ragged: use a DynamicCache"
+        )
+
+
+def ragged_layer(cache: DynamicCache, layer: int, owner: Owner) -> RaggedLayer:
+    """The cache layer, swapped for a ragged one if it is not yet."""
+    while len(cache.layers) <= layer:
+        cache.layers.append(DynamicLayer())
+    found = cache.layers[layer]
+    if not isinstance(found, RaggedLayer):
+        found = cache.layers[layer] = RaggedLayer.adopt(found, owner)
+    return found
+
+
+def stored_bytes(layer: Any) -> tuple[int, int]:
+    """Bytes of keys and values a cache layer stores, and would store with nothing dropped."""
+    if not layer.is_initialized:
+        return 0, 0
+    kept = sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
+    stored = layer.keys.shape[-2]
+    whole = layer.get_seq_length()
+    if layer.is_sliding:
+        whole = min(whole, layer.sliding_window - 1)
+    return kept, kept // stored * whole if stored else 0

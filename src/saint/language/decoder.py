@@ -1,0 +1,437 @@
+"""A pruned decoder: runs the layers of one language model on shrinking sequences.
+
+The ``forward`` of each layer from the first drop point on is replaced, on the instance, by a :class:`PrunedLayer`, which
+gives the layer what its tokens need (hidden states, rotary tables, mask), runs it, and at a drop point lets the method choose
+among the visual tokens. Outside the layers every sequence has its full length: a dropped position shows the nearest
+survivor before it, the token whose prediction continues the text at that place once the dropped ones are gone. Logits of
+text positions, ``logits_to_keep`` and losses therefore mean what they meant.
+
+Only a prompt is pruned. Steps that add no visual tokens cost one look at the cache per patched layer.
+
+Letters: B batch, L positions of the forward, S survivors of the longest sample, N visual candidates, H KV heads, D head dim.
+"""
+
+import inspect
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HookNeverFiredError, UnsupportedModelError
+from ..patch import Uncopyable, override
+from ..tokens import Candidates, LayerTrace, Selection, TokenMap, gather_tokens
+from .cache import Owner, RaggedLayer, check_cache, extended, ragged_layer, stored_bytes
+from .masks import DENSE, FLASH, survivors_mask
+from .positions import gather_ids, gather_rotary
+
+Select = Callable[[Candidates], Selection | None]
+Validate = Callable[[int, int], None]
+
+# what a decoder layer must take by name; the rotary tables carry the true positions to the survivors
+_ARGUMENTS = ("attention_mask", "past_key_values", "position_embeddings")
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Who decides at one stage, and where: ``layers`` is empty for the connector, which drops in front of layer 0."""
+
+    select: Select
+    validate: Validate
+    layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Front:
+    """Who is there in front of a layer.
+
+    Attributes:
+        tokens: the sequence, positions 0..L-1 of this forward.
+        visual: the visual tokens among them; indices count the visual tokens of the prompt.
+        where: slot in the sequence of each slot of ``visual``, int64 [B, N].
+        slots: slot each token had in front of the last drop, int64 [B, S].
+    """
+
+    tokens: TokenMap
+    visual: TokenMap
+    where: Tensor
+    slots: Tensor
+
+    @property
+    def short(self) -> bool:
+        return self.tokens.slots != self.tokens.width or self.tokens.valid is not None
+
+
+@dataclass(frozen=True)
+class KVMemory:
+    """Bytes of keys and values cached by the last prompt, and what the unpruned model would cache."""
+
+    kept: int
+    unpruned: int
+
+
+class PrunedDecoder(Uncopyable):
+    """The language and connector stages of a session.
+
+    Args:
+        path: where the decoder sits in the user's model, for messages.
+        model: the module that owns the layers.
+        layers: the layers.
+        connector: drops in front of layer 0, or None.
+        language: drops after layers, or None.
+        between: layers behind which the model itself works on the full sequence (DeepStack).
+
+    Raises:
+        UnsupportedModelError: the layers cannot be given shortened sequences.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        model: nn.Module,
+        layers: list[nn.Module],
+        *,
+        connector: Drop | None,
+        language: Drop | None,
+        between: int = 0,
+    ) -> None:
+        self.path, self.model, self.modules = path, model, layers
+        self.connector, self.language, self.between = connector, language, between
+        self.depth = len(layers)
+        self.steps = {} if language is None else {layer: step for step, layer in enumerate(language.layers)}
+        self.owner = Owner()
+        self.visual: Tensor | None = None  # bool [B, L], set by the model's glue in front of each forward
+        self.marked = False  # NaN rows among them are tokens that the encoder dropped
+        self.enters = False  # something may be dropped in front of layer 0
+        self.fronts: dict[int, Front] = {}
+        self.whole: set[int] = set()  # layers whose input is full length although tokens were dropped
+        self.full_outputs = False
+        self.trace: list[LayerTrace] = []
+        self.memory: KVMemory | None = None
+        self._cache: dict[Any, Any] = {}  # masks and tables of the running forward
+        self._checked: weakref.ref[Any] | None = None
+        self._check()
+
+    def _check(self) -> None:
+        for index, module in enumerate(self.modules):
+            parameters = inspect.signature(type(module).forward).parameters
+            missing = [name for name in _ARGUMENTS if name not in parameters]
+            if missing:
+                raise UnsupportedModelError(
+                    f"{self.path}.{index} ({type(module).__name__}) takes no {', '.join(missing)}: shortened sequences cannot "
+                    "be given their masks and positions"
+                )
+        implementation = getattr(self.model.config, "_attn_implementation", None)
+        if implementation not in DENSE | FLASH:
+            raise UnsupportedModelError(
+                f"attention implementation {implementation!r} of the language model cannot be given the masks of shortened "
+                f"sequences; load the model with one of {', '.join(sorted(DENSE | FLASH))}"
+            )
+
+    def install(self, stack: ExitStack) -> None:
+        """Patch the instance; ``stack`` undoes it."""
+        stack.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+        first = 0 if self.enters or self.connector is not None else min(self.steps)
+        for index in range(first, self.depth):
+            override(stack, self.modules[index], "forward", partial(PrunedLayer, self, index))
+        stack.callback(self._close)
+
+    def _close(self) -> None:
+        self.owner.closed = True
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the last forward."""
+        self.visual, self.marked, self.full_outputs = None, False, False
+        self.fronts, self.whole, self._cache = {}, set(), {}
+        self.trace, self.memory = [], None
+
+    # -- start of a forward -------------------------------------------------------------------------------------------
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        visual, marked = self.visual, self.marked
+        self.visual, self.marked = None, False
+        self.fronts, self.whole, self._cache = {}, set(), {}
+        cache = kwargs.get("past_key_values")
+        if cache is not None and (self._checked is None or self._checked() is not cache):
+            check_cache(cache, self.owner)
+            self._checked = weakref.ref(cache)
+        if visual is None:
+            if cache is None or cache.get_seq_length() == 0:  # a new prompt without images
+                self.trace, self.memory = [], None
+            return None
+        x = kwargs.get("inputs_embeds")
+        if x is None:
+            raise HookNeverFiredError(
+                f"{self.path} ({type(module).__name__}) was not given inputs_embeds by name; this version of the model passes "
+                "its embeddings differently"
+            )
+        self.trace, self.memory = [], None
+        wanted = kwargs.get("output_hidden_states", getattr(self.model.config, "output_hidden_states", None))
+        self.full_outputs = wanted is not None and wanted is not False
+        batch, length = x.shape[:2]
+        lengths = tuple(visual.sum(1).tolist())
+        picked = Selection.from_mask(visual, lengths)
+        count = picked.slots.shape[1]
+        index = torch.arange(count, device=x.device).expand(batch, count)
+        tokens = TokenMap.full(batch, length, x.device)
+        front = Front(tokens, TokenMap(index, lengths, lengths, count, picked.valid), picked.slots, tokens.index)
+        if marked:
+            gone = torch.isnan(x[..., 0]) & visual
+            x = torch.where(gone.unsqueeze(-1), torch.zeros_like(x), x)
+            here = ~gone.gather(1, front.where)
+            here = here if picked.valid is None else here & picked.valid
+            if bool(gone.any()):
+                front = _drop(front, Selection.from_mask(here, tuple(here.sum(1).tolist())))
+                front = _restart(front)
+        if self.connector is not None:
+            _validate(self.connector, front.visual, 1)
+            at = _at(x, front)
+            front = self._choose("connector", self.connector, 0, front, at, at)
+            front = _restart(front)
+        if self.language is not None:
+            _validate(self.language, front.visual, len(self.language.layers))
+        self.fronts[0] = front
+        if front.short:
+            self.whole.add(0)
+        return (args, {**kwargs, "inputs_embeds": x}) if marked else None
+
+    # -- one layer ----------------------------------------------------------------------------------------------------
+
+    def front(self, layer: int) -> Front | None:
+        """Who is there in front of ``layer``; None in a forward without visual tokens."""
+        if not self.fronts:
+            return None
+        while layer not in self.fronts:  # layers in front of the first drop point are not patched
+            layer -= 1
+        return self.fronts[layer]
+
+    def choose(self, layer: int, front: Front, keys: Tensor, x: Tensor) -> Front:
+        """The front behind a drop point. keys [B, H, S, D], x [B, S, C]."""
+        assert self.language is not None
+        if keys.shape[2] != front.tokens.slots:
+            raise HookNeverFiredError(
+                f"{self.path} layer {layer} cached {keys.shape[2]} keys for a sequence of {front.tokens.slots} tokens"
+            )
+        mean = keys.detach().mean(1, dtype=torch.float32)
+        at = _at(mean, front)
+        step = self.steps[layer]
+        if step == 0 and not bool(torch.isfinite(at).all()):
+            raise ValueError(
+                f"the keys of {self.path} layer {layer} are NaN or Inf: check the inputs, and fp16 overflow"
+            )
+        return self._choose("language", self.language, layer, front, at, _at(x.detach(), front))
+
+    def _choose(self, stage: str, drop: Drop, layer: int, front: Front, keys: Tensor, features: Tensor) -> Front:
+        visual = front.visual
+        step, steps = (0, 1) if stage == "connector" else (self.steps[layer], len(self.steps))
+        some = [sample for sample, n in enumerate(visual.lengths) if n]
+        selection = None
+        if len(some) == len(visual.lengths):
+            selection = drop.select(Candidates(keys, features, visual, step, steps))
+        elif some:
+            # samples without visual tokens have nothing to decide: the method sees the others
+            pick = torch.tensor(some, device=keys.device)
+            part = TokenMap(
+                visual.index[pick],
+                tuple(visual.lengths[i] for i in some),
+                tuple(visual.total[i] for i in some),
+                visual.width,
+                None if visual.valid is None else visual.valid[pick],
+            )
+            chosen = drop.select(Candidates(keys[pick], features[pick], part, step, steps))
+            if chosen is not None:
+                keep = torch.zeros_like(visual.index, dtype=torch.bool)
+                keep[pick] = _mask(chosen, visual.slots)
+                lengths = [0] * len(visual.lengths)
+                for sample, n in zip(some, chosen.lengths, strict=True):
+                    lengths[sample] = n
+                selection = Selection.from_mask(keep, tuple(lengths))
+        after = front if selection is None else _drop(front, selection)
+        self.trace.append(
+            LayerTrace(
+                stage, layer, torch.tensor(visual.lengths), torch.tensor(after.visual.lengths), after.visual.kept()
+            )
+        )
+        return after
+
+    def shorten(self, layer: int, front: Front, x: Tensor) -> Tensor:
+        """The layer's input [B, S, C], from the full sequence where the model works on it between layers."""
+        return gather_tokens(x, front.tokens.index, 0) if layer in self.whole else x
+
+    def arguments(self, layer: int, front: Front, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Rotary tables, positions and mask of the survivors; announces them to the cache."""
+        tokens, out = front.tokens, dict(kwargs)
+        out["position_embeddings"] = self._once("rotary", tokens, kwargs["position_embeddings"], gather_rotary)
+        if isinstance(kwargs.get("position_ids"), Tensor):
+            out["position_ids"] = self._once("ids", tokens, kwargs["position_ids"], gather_ids)
+        cache = kwargs.get("past_key_values")
+        entry = None if cache is None else ragged_layer(cache, layer, self.owner)
+        out["attention_mask"] = self._mask(kwargs.get("attention_mask"), tokens, entry, tokens.width)
+        if entry is not None:
+            before = entry.length
+            entry.announce(self._once("keys", tokens, entry.map, lambda past, t: extended(past, before, t)))
+        return out
+
+    def whole_arguments(self, layer: int, queries: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The mask of a sequence that is all there, over a cache that is not."""
+        cache = kwargs.get("past_key_values")
+        if cache is None or layer >= len(cache.layers):
+            return kwargs
+        entry = cache.layers[layer]
+        if not isinstance(entry, RaggedLayer) or entry.map is None:
+            return kwargs
+        return {**kwargs, "attention_mask": self._mask(kwargs.get("attention_mask"), None, entry, queries)}
+
+    def _mask(self, mask: Any, tokens: TokenMap | None, entry: RaggedLayer | None, queries: int) -> Any:
+        past, before, first = None, 0, 0
+        if entry is not None:
+            past, before, (_, first) = entry.map, entry.length, entry.get_mask_sizes(queries)
+        flash = getattr(self.model.config, "_attn_implementation", None) in FLASH
+        # layers with the same mask, survivors and cache content share the result
+        key = ("mask", id(mask), id(tokens), id(past), first)
+        if key not in self._cache:
+            cut = survivors_mask(mask, tokens, past, before=before, first=first, queries=queries, flash=flash)
+            self._cache[key] = (cut, mask, tokens, past)  # kept alive, so that the ids stay theirs
+        return self._cache[key][0]
+
+    def _once(self, name: str, tokens: TokenMap, source: Any, make: Callable[[Any, TokenMap], Any]) -> Any:
+        key = (name, id(tokens), id(source))
+        if key not in self._cache:
+            self._cache[key] = (make(source, tokens), tokens, source)
+        return self._cache[key][0]
+
+    def hand_on(self, layer: int, after: Front, y: Tensor) -> Tensor:
+        """The layer's output for whoever comes next: full length at the end and where the model looks at it."""
+        self.whole.discard(layer + 1)
+        if not after.short or not (layer + 1 == self.depth or self.full_outputs or layer < self.between):
+            return y
+        self.whole.add(layer + 1)
+        return gather_tokens(y, self._once("owners", after.tokens, None, lambda _, t: owners(t)), 0)
+
+    def finish(self, cache: Any) -> None:
+        """Behind the last layer of a prompt: what its cache takes."""
+        if cache is None:
+            return
+        sizes = [stored_bytes(layer) for layer in cache.layers]
+        self.memory = KVMemory(sum(kept for kept, _ in sizes), sum(whole for _, whole in sizes))
+
+
+class PrunedLayer(Uncopyable):
+    """Stands in for ``layer.forward`` on one instance."""
+
+    def __init__(self, decoder: PrunedDecoder, layer: int, original: Callable[..., Any]) -> None:
+        self.decoder, self.layer, self.original = decoder, layer, original
+        parameters = inspect.signature(type(decoder.modules[layer]).forward).parameters
+        self.names = list(parameters)[2:]  # behind self and the hidden states
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        decoder, layer = self.decoder, self.layer
+        if args:
+            kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        front = decoder.front(layer)
+        if front is None:
+            return self.original(hidden_states, **decoder.whole_arguments(layer, hidden_states.shape[1], kwargs))
+        cache = kwargs.get("past_key_values")
+        x = hidden_states
+        if front.short:
+            x = decoder.shorten(layer, front, x)
+            kwargs = decoder.arguments(layer, front, kwargs)
+        else:
+            kwargs = decoder.whole_arguments(layer, x.shape[1], kwargs)
+        tap = None
+        if layer in decoder.steps:
+            tap = kwargs["past_key_values"] = KeyTap(cache)
+        out = self.original(x, **kwargs)
+        y = out[0] if isinstance(out, tuple) else out
+        after = front
+        if tap is not None:
+            if tap.keys is None:
+                raise HookNeverFiredError(
+                    f"{decoder.path} layer {layer} put no keys into its cache, so there is nothing to score"
+                )
+            after = decoder.choose(layer, front, tap.keys, y)
+            if after is not front:
+                y = gather_tokens(y, after.slots, 0)
+        decoder.fronts[layer + 1] = after
+        y = decoder.hand_on(layer, after, y)
+        if layer + 1 == decoder.depth:
+            decoder.finish(cache)
+        return (y, *out[1:]) if isinstance(out, tuple) else y
+
+
+class KeyTap:
+    """Stands in for the cache of one layer call and sees its keys, as cached: after rotary, before repetition over heads."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+        self.keys: Tensor | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys = key_states
+        if self.cache is None:
+            return key_states, value_states
+        return self.cache.update(key_states, value_states, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+
+def owners(tokens: TokenMap) -> Tensor:
+    """For each position the slot of the nearest survivor at or before it (the first one where none is), int64 [B, L]."""
+    batch = tokens.index.shape[0]
+    index = tokens.index if tokens.valid is None else tokens.index.masked_fill(~tokens.valid, tokens.width)
+    here = torch.zeros(batch, tokens.width + 1, dtype=torch.long, device=index.device).scatter_(1, index, 1)
+    return (here[:, : tokens.width].cumsum(1) - 1).clamp_min(0)
+
+
+def _at(x: Tensor, front: Front) -> Tensor:
+    """Rows of x [B, S, C] of the visual tokens, [B, N, C]."""
+    return x.gather(1, front.where.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def _mask(selection: Selection, count: int) -> Tensor:
+    """bool [B, N], True for the slots that stay."""
+    slots = selection.slots if selection.valid is None else selection.slots.masked_fill(~selection.valid, count)
+    keep = torch.zeros(slots.shape[0], count + 1, dtype=torch.bool, device=slots.device)
+    return keep.scatter_(1, slots, True)[:, :count]
+
+
+def _stays(front: Front, selection: Selection) -> Selection:
+    """What a choice among the visual tokens means for the sequence."""
+    tokens, visual = front.tokens, front.visual
+    here = tokens.valid if tokens.valid is not None else torch.ones_like(tokens.index, dtype=torch.bool)
+    # one column more, for the padding among the visual slots
+    keep = torch.cat([here, here.new_zeros(here.shape[0], 1)], 1)
+    where = front.where if visual.valid is None else front.where.masked_fill(~visual.valid, tokens.slots)
+    keep = keep.scatter(1, where, _mask(selection, visual.slots))[:, : tokens.slots]
+    lengths = tuple(
+        n - before + after for n, before, after in zip(tokens.lengths, visual.lengths, selection.lengths, strict=True)
+    )
+    return Selection.from_mask(keep, lengths)
+
+
+def _drop(front: Front, selection: Selection) -> Front:
+    chosen = _stays(front, selection)
+    count = front.tokens.slots
+    slots = chosen.slots if chosen.valid is None else chosen.slots.masked_fill(~chosen.valid, count)
+    new = torch.zeros(slots.shape[0], count + 1, dtype=torch.long, device=slots.device)
+    new.scatter_(1, slots, torch.arange(slots.shape[1], device=slots.device).expand_as(slots))
+    where = new.gather(1, front.where.gather(1, selection.slots))
+    return Front(front.tokens.select(chosen), front.visual.select(selection), where, chosen.slots)
+
+
+def _restart(front: Front) -> Front:
+    """The next stage counts its candidates from here."""
+    visual = front.visual
+    fresh = TokenMap(visual.index, visual.lengths, visual.lengths, visual.width, visual.valid)
+    return Front(front.tokens, fresh, front.where, front.slots)
+
+
+def _validate(drop: Drop, visual: TokenMap, steps: int) -> None:
+    for total in sorted({n for n in visual.lengths if n}):
+        drop.validate(total, steps)

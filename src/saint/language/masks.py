@@ -1,0 +1,77 @@
+"""Attention masks of shortened sequences: rows and columns of the mask the model made.
+
+Letters: B batch, H heads, Q queries, K stored entries, L positions, S survivors of the new sequence.
+"""
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedModelError
+from ..tokens import TokenMap
+from .cache import KeyMap, entries
+
+# implementations of transformers whose mask is dense [B, 1, Q, L] or, for flash, the padding mask [B, L]
+DENSE = {"sdpa", "eager"}
+FLASH = {"flash_attention_2", "flash_attention_3"}
+
+
+def survivors_mask(
+    mask: Tensor | None,
+    tokens: TokenMap | None,
+    past: KeyMap | None,
+    *,
+    before: int,
+    first: int,
+    queries: int,
+    flash: bool,
+) -> Tensor | None:
+    """The mask between the survivors of a new sequence and the entries a layer will hold.
+
+    Args:
+        mask: what the model made for the full sequence: bool or additive [B or 1, 1 or H, Q, L'], the padding mask [B, L'] of
+            flash attention, or None (causal and nothing padded).
+        tokens: survivors of the new sequence, or None when it is whole.
+        past: what the layer holds, or None when it holds every position.
+        before: positions cached before this sequence.
+        first: position of the mask's first column (sliding windows).
+        queries: length Q of the full new sequence.
+        flash: the model runs flash attention.
+
+    Returns:
+        The same kind of mask, or None when nothing but causality masks.
+    """
+    if tokens is None and past is not None and past.end == first and not past.index.shape[1]:
+        return mask  # a sliding window that has left the pruned prompt behind
+    if mask is None and not first and all(held is None or held.valid is None for held in (tokens, past)):
+        return None  # the usual decode step: every entry may be seen
+    columns, valid = entries(tokens, past, before, queries)
+    if first and columns is not None:
+        inside = columns >= first
+        valid = inside if valid is None else valid & inside
+        columns = (columns - first).clamp_min(0)
+    if mask is None:
+        if valid is None or before == 0:
+            return None  # padding stands right of every real query: causality hides it already
+        if flash:
+            return valid
+        assert queries == 1, "transformers leaves the mask out for whole prompts and single tokens only"
+        return valid[:, None, None]
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        raise UnsupportedModelError(
+            f"an attention mask of type {type(mask).__name__} cannot be cut to the tokens that are left: load the model with "
+            'attn_implementation="sdpa", "eager" or "flash_attention_2"'
+        )
+    if columns is None:
+        return mask
+    batch = columns.shape[0]
+    mask = mask.expand(batch, *mask.shape[1:])
+    if mask.ndim == 2:
+        mask = mask.gather(1, columns)
+        return mask if valid is None else mask & valid.to(mask.dtype)
+    if tokens is not None and mask.shape[2] == queries:
+        mask = mask.gather(2, tokens.index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    mask = mask.gather(3, columns[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
+    if valid is None:
+        return mask
+    hidden = ~valid[:, None, None]
+    return mask.masked_fill(hidden, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)

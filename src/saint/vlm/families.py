@@ -1,0 +1,86 @@
+"""Facts about the vision-language models of transformers (>= 5.20)."""
+
+from typing import Any
+
+from .rows import FamilyRow
+
+
+def _row(title: str, module: str, cls: str, **facts: Any) -> FamilyRow:
+    return FamilyRow(title=title, model=f"transformers.models.{module}.modeling_{module}.{cls}", **facts)
+
+
+def _feature_layer(model: Any, depth: int) -> int | None:
+    layer = model.config.vision_feature_layer
+    if not isinstance(layer, int):
+        return None
+    return layer if layer >= 0 else depth + 1 + layer
+
+
+_BOTH = ("pixel_values", "pixel_values_videos")
+_MERGES = (
+    "its tower's output is joined in groups of patches ({}), and pruning inside the tower per group is not built yet"
+)
+_USE = "; use the connector or language stage"
+
+ROWS: tuple[FamilyRow, ...] = (
+    _row("LLaVA-1.5", "llava", "LlavaModel", feature_layer=_feature_layer),
+    _row("LLaVA-NeXT", "llava_next", "LlavaNextModel", feature_layer=_feature_layer),
+    _row(
+        "LLaVA-OneVision",
+        "llava_onevision",
+        "LlavaOnevisionModel",
+        pixels=_BOTH,
+        no_vision="its packing interpolates between neighbouring features, which would mix dropped with kept ones"
+        + _USE,
+    ),
+    _row(
+        "Qwen2-VL",
+        "qwen2_vl",
+        "Qwen2VLModel",
+        tower="visual",
+        connector="visual.merger",
+        pixels=_BOTH,
+        no_vision=_MERGES.format("2x2 patch merger") + _USE,
+    ),
+    _row(
+        "Qwen2.5-VL",
+        "qwen2_5_vl",
+        "Qwen2_5_VLModel",
+        tower="visual",
+        connector="visual.merger",
+        pixels=_BOTH,
+        no_vision=_MERGES.format("2x2 patch merger, behind window attention") + _USE,
+    ),
+    _row(
+        "Qwen3-VL",
+        "qwen3_vl",
+        "Qwen3VLModel",
+        tower="visual",
+        connector="visual.merger",
+        pixels=_BOTH,
+        no_vision=_MERGES.format("2x2 patch merger, with DeepStack features of earlier layers") + _USE,
+        between=lambda m: len(m.config.vision_config.deepstack_visual_indexes),
+    ),
+    _row("InternVL", "internvl", "InternVLModel", no_vision=_MERGES.format("2x2 pixel shuffle") + _USE),
+    _row("Gemma 3", "gemma3", "Gemma3Model", no_vision=_MERGES.format("4x4 average pool") + _USE),
+    _row("PaliGemma", "paligemma", "PaliGemmaModel"),
+    _row(
+        "Idefics3",
+        "idefics3",
+        "Idefics3Model",
+        tower="vision_model",
+        connector="connector",
+        decoder="text_model",
+        merge="inputs_merger",
+        no_vision=_MERGES.format("pixel shuffle") + _USE,
+    ),
+    _row(
+        "SmolVLM",
+        "smolvlm",
+        "SmolVLMModel",
+        tower="vision_model",
+        connector="connector",
+        decoder="text_model",
+        no_vision=_MERGES.format("pixel shuffle") + _USE,
+    ),
+)

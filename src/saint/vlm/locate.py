@@ -1,0 +1,35 @@
+"""Find the vision-language model in a model."""
+
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from .families import ROWS
+from .rows import FamilyRow
+
+_BY_CLASS = {row.model: row for row in ROWS}
+
+
+def find(model: nn.Module) -> tuple[str, nn.Module, FamilyRow] | None:
+    """The outermost known vision-language model in ``model`` as (dotted path, module, row); None when there is none."""
+    for path, module in model.named_modules():
+        for cls in type(module).__mro__:
+            row = _BY_CLASS.get(f"{cls.__module__}.{cls.__qualname__}")
+            if row is not None:
+                return path, module, row
+    return None
+
+
+def locate(model: nn.Module, stage: str) -> tuple[str, nn.Module, FamilyRow]:
+    """Like :func:`find`.
+
+    Raises:
+        UnsupportedModelError: there is none, so ``stage`` means nothing.
+    """
+    found = find(model)
+    if found is None:
+        known = ", ".join(row.title for row in ROWS)
+        raise UnsupportedModelError(
+            f"the {stage} stage needs a vision-language model, and {type(model).__name__} ({type(model).__module__}) contains "
+            f"none that is known, so there are no visual tokens to drop; known families: {known}"
+        )
+    return found

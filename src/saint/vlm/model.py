@@ -1,0 +1,133 @@
+"""A pruned vision-language model: tells the pruned decoder which tokens are visual and which the encoder dropped.
+
+Outside, everything keeps its full length: pixel counts, placeholders in ``input_ids``, ``attention_mask``, positions. Inside,
+features that the encoder dropped travel as rows of NaN from the connector to the front of the language model, whatever the
+model does with them on the way (unpadding, tiles, newlines), and are removed there.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HookNeverFiredError, UnsupportedModelError
+from ..language.decoder import PrunedDecoder
+from ..patch import Uncopyable, override
+from ..vision.encoder import PrunedEncoder
+from .rows import FamilyRow
+
+
+class PrunedVLM(Uncopyable):
+    """The glue between the stages of one model.
+
+    Args:
+        path: where the model sits in the user's, for messages.
+        model: the module of the family's row.
+        row: what is known of the family.
+        decoder: the language and connector stages.
+        encoder: the vision stage, or None.
+    """
+
+    def __init__(
+        self, path: str, model: Any, row: FamilyRow, decoder: PrunedDecoder, encoder: PrunedEncoder | None
+    ) -> None:
+        self.path, self.model, self.row, self.decoder, self.encoder = path, model, row, decoder, encoder
+        self.waiting = False  # images came in, and their places are not known yet
+        self.features = 0  # map of the encoder its features belong to
+        if encoder is not None:
+            layer = row.feature_layer(model, encoder.depth)
+            if layer is None:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} joins the features of several layers of its tower "
+                    f"(vision_feature_layer={model.config.vision_feature_layer}), which would hold different tokens; use the "
+                    "connector or language stage"
+                )
+            if encoder.layers[-1] >= layer:
+                raise ValueError(
+                    f"layer {encoder.layers[-1]} of the vision stage lies behind the features that {type(model).__name__} "
+                    f"uses, those of layer {layer - 1}: name layers < {layer}"
+                )
+            self.features = layer
+        decoder.enters = encoder is not None
+
+    def install(self, stack: ExitStack) -> None:
+        """Patch the instance; ``stack`` undoes it."""
+        stack.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+        override(stack, self.model, self.row.merge, self._listen)
+        # registered before the decoder's own hook, so it runs first
+        text = self.decoder.model
+        stack.callback(text.register_forward_pre_hook(self._check_fired).remove)
+        self.decoder.install(stack)
+        if self.encoder is not None:
+            self.encoder.install(stack)
+            override(stack, self.model.get_submodule(self.row.connector), "forward", self._connect)
+
+    def _begin(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.decoder.visual = None
+        self.waiting = any(kwargs.get(name) is not None for name in self.row.pixels)
+        cache = kwargs.get("past_key_values")
+        fresh = cache is None or cache.get_seq_length() == 0
+        if self.encoder is not None and not self.waiting and not kwargs.get("mm_encoder_outputs") and fresh:
+            self.encoder.reset()  # a new prompt without images
+
+    def _listen(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def merge(*args: Any, **kwargs: Any) -> Any:
+            if self.row.merge == "inputs_merger":
+                masks: Any = placeholders(self.model, *args, **kwargs)
+                result = original(*args, **kwargs)
+            else:
+                result = masks = original(*args, **kwargs)
+            for mask in masks if isinstance(masks, tuple) else (masks,):
+                if mask is not None:
+                    seen = mask[..., 0] if mask.ndim == 3 else mask
+                    self.decoder.visual = seen if self.decoder.visual is None else self.decoder.visual | seen
+            self.decoder.marked = self.encoder is not None
+            self.waiting = False
+            return result
+
+        return merge
+
+    def _check_fired(self, _module: nn.Module, _args: Any) -> None:
+        if self.waiting:
+            self.waiting = False
+            raise HookNeverFiredError(
+                f"{type(self.model).__name__} was given images and did not call {self.row.merge}, so nothing shows where its "
+                "visual tokens are; this version of the model merges them differently"
+            )
+
+    def _connect(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The connector sees the survivors; what it returns has full length, NaN where a token was dropped."""
+
+        def connect(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            encoder = self.encoder
+            assert encoder is not None
+            y = original(x, *args, **kwargs)
+            tokens = encoder.maps.get(self.features)
+            if tokens is None or (tokens.slots == tokens.width and tokens.valid is None):
+                return y
+            head = y.shape[1] - tokens.slots
+            if y.shape[0] != tokens.index.shape[0] or head not in (0, encoder.prefix):
+                raise ValueError(
+                    f"the connector of {type(self.model).__name__} returned features of shape {tuple(y.shape)} for "
+                    f"{tokens.slots} survivors of the vision stage; vision_feature_layer must stay {self.features}"
+                )
+            if bool(torch.isnan(y).any()):
+                raise ValueError("image features are NaN: check the pixels for NaN or Inf, and fp16 overflow")
+            index = tokens.index if tokens.valid is None else tokens.index.masked_fill(~tokens.valid, tokens.width)
+            full = y.new_full((y.shape[0], head + tokens.width + 1, y.shape[2]), torch.nan)
+            full[:, :head] = y[:, :head]
+            full.scatter_(1, (index + head).unsqueeze(-1).expand(-1, -1, y.shape[2]), y[:, head:])
+            return full[:, :-1]
+
+        return connect
+
+
+def placeholders(model: Any, input_ids: Tensor | None, inputs_embeds: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Where the image placeholders are, bool [B, L], as ``inputs_merger`` finds them."""
+    token = model.config.image_token_id
+    if input_ids is not None:
+        return (input_ids == token).to(inputs_embeds.device)
+    row = model.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))
+    return (inputs_embeds == row).all(-1)
