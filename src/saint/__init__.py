@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from . import graph as graph
     from . import methods as methods
     from . import testing as testing
+    from .cookbook import recipes as recipes
     from .errors import AlreadyAppliedError as AlreadyAppliedError
     from .errors import HookNeverFiredError as HookNeverFiredError
     from .errors import ParityError as ParityError
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from .methods.saint_full_graph import SaintFullGraph as SaintFullGraph
     from .plan import Plan as Plan
     from .plan import Stage as Stage
-    from .cookbook import recipes as recipes
     from .session import Session as Session
     from .session import apply as apply
     from .session import pruned as pruned
