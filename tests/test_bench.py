@@ -151,12 +151,19 @@ def test_record_holds_all_conditions(vit, inputs, tmp_path):
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["record.json"]
 
 
-def test_a_failed_write_keeps_the_old_record(tmp_path):
+def test_a_failed_write_keeps_the_old_record(tmp_path, monkeypatch):
     path = tmp_path / "record.json"
     write_json(path, {"a": 1})
     old = path.read_text()
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
+
+    def full(*_args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("saint.records.os.replace", full)
+    with pytest.raises(OSError, match="no space"):
+        write_json(path, {"a": 2})
     assert path.read_text() == old
     assert list(tmp_path.iterdir()) == [path]
 

@@ -101,10 +101,12 @@ def demo(
         highlight=False,
     )
 
-    files = [*draw_strips(loaded, chosen, photos, traces, folder)]
-    files.insert(0, _overview(loaded, chosen, photos, traces, agreements, folder))
-    if agreements[0].measure == "correlation":
-        files.insert(0, _maps(loaded, chosen, photos, traces, answers, agreements, folder))
+    files: list[Path] = []
+    if loaded.source.batch is None:  # patches that arrive flattened have no fixed crop to draw on
+        files = draw_strips(loaded, chosen, photos, traces, folder)
+        files.insert(0, _overview(loaded, chosen, photos, traces, agreements, folder))
+        if agreements[0].measure == "correlation":
+            files.insert(0, _maps(loaded, chosen, photos, traces, answers, agreements, folder))
     record = {
         "kind": "demo",
         "model": model,
@@ -132,7 +134,8 @@ def demo(
     write_json(folder / "record.json", record)
     if json is not None:
         write_json(json, record)
-    out.print(f"\nwrote {len(files)} pictures and record.json to {folder}: see {files[0].name} first", highlight=False)
+    hint = f": see {files[0].name} first" if files else ""
+    out.print(f"\nwrote {len(files)} pictures and record.json to {folder}{hint}", highlight=False)
     finish(bad)
 
 
