@@ -87,6 +87,17 @@ def test_autocast_and_grad_do_not_reach_the_decision():
     assert not vote.score.requires_grad
 
 
+@pytest.mark.parametrize("threshold", [0.75, 0.7, 0.5, 0.1, -0.3, 1.0])
+def test_equal_to_the_threshold_is_an_edge(threshold):
+    exact = float(torch.tensor(threshold))  # what float32 makes of it
+    below = float(torch.nextafter(torch.tensor(threshold), torch.tensor(-2.0)))
+    for cosine in (exact, below):
+        source, target = torch.tensor([1.0, 0.0]), torch.tensor([cosine, (1 - cosine * cosine) ** 0.5])
+        keys = torch.stack([source, target])[None]
+        similarity = float((source * graph.metric(keys)[0, 1]).sum())
+        assert graph.vote(keys, threshold, 1).degree.item() == int(similarity >= exact)
+
+
 def test_zero_keys_are_not_nan_and_have_no_neighbours():
     keys = torch.randn(1, 10, 4)
     keys[:, [2, 5]] = 0

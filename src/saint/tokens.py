@@ -235,13 +235,11 @@ def nearest_survivor(tokens: TokenMap, grid: tuple[int, int]) -> Tensor:
     Returns:
         int64 [B, N]; ties go to the earlier survivor.
     """
-    _, columns = grid
     cells = torch.arange(tokens.width, device=tokens.index.device)
-    row = (cells // columns)[None, :, None] - (tokens.index // columns)[:, None]
-    column = (cells % columns)[None, :, None] - (tokens.index % columns)[:, None]
-    distance = row * row + column * column  # [B, N, K]
+    place = torch.stack([cells // grid[1], cells % grid[1]], 1).float()  # [N, 2]
+    distance = torch.cdist(place, place[tokens.index], compute_mode="donot_use_mm_for_euclid_dist")  # [B, N, K]
     if tokens.valid is not None:
-        distance = distance.masked_fill(~tokens.valid[:, None], torch.iinfo(distance.dtype).max)
+        distance = distance.masked_fill(~tokens.valid[:, None], torch.inf)
     return distance.argmin(-1)
 
 
