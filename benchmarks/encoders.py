@@ -64,11 +64,13 @@ def main() -> None:
                 "eager_over_fused": metered.eager.median / metered.pruned.median,
             }
             rows.append(row)
+            idle = overhead.keep_all.median if overhead.keep_all else float("nan")
             console.print(
                 f"{name} {size} px batch {batch} {label}: {1 / result.bound:.2f} of the FLOPs, "
                 f"x{result.speedup.median:.2f} [{result.speedup.p20:.2f}, {result.speedup.p80:.2f}], "
                 f"bound x{result.bound:.2f}, efficiency {result.efficiency:.2f}, pruning {overhead.share.median:.1%}, "
-                f"eager attention x{row['eager_over_fused']:.2f} the time, nothing dropped {overhead.keep_all.median if overhead.keep_all else float('nan'):+.1%}"
+                f"nothing dropped {idle:+.1%}, eager attention x{row['eager_over_fused']:.2f} the time",
+                soft_wrap=True,
             )
     write_json(options.out, {"command": "python benchmarks/encoders.py", "environment": environment(), "rows": rows})
     console.print(f"wrote {options.out}")
