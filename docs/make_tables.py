@@ -38,7 +38,7 @@ def speed_table() -> str:
         "",
         f"{where['cpu']}, {conditions['threads']} threads, float32, torch {where['torch']}, "
         f"transformers {where['transformers']}, {conditions['repeats']} interleaved rounds after "
-        f"{conditions['warmup']} of warm-up, {where['date']}.",
+        f"{conditions['warmup']} of warm-up, {record['date'][:10]}.",
     ]
     return "\n".join(lines)
 

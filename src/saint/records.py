@@ -38,7 +38,7 @@ def environment(device: Any = None) -> dict[str, Any]:
     device = torch.device(device if device is not None else "cuda" if cuda else "cpu")
     return {
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
         "cores": _cores(),
         **{name: _installed(distribution) for name, distribution in _PACKAGES.items()},
