@@ -1,5 +1,6 @@
 """The command line on tiny random models: results, records, and readable errors."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -284,3 +285,55 @@ def test_images_are_read_upright_opaque_and_by_name(folder):
     assert bad == []
     assert good[0].image.getpixel((0, 0)) == (255, 255, 255)
     assert [photo.name for photo in load_images(folder, limit=1)[0]] == ["clear"]
+
+
+# -- check ------------------------------------------------------------------------------------------------------------
+
+
+def test_check_prints_every_contract_and_writes_them(run, tmp_path):
+    from saint.testing import CONTRACTS
+
+    file = tmp_path / "check.json"
+    code, out, _ = run("check", "timm:test_vit", "--no-pretrained", "--json", file)
+    assert code == 0, out
+    record = json.loads(file.read_text())
+    assert [r["contract"] for r in record["results"]] == list(CONTRACTS)
+    assert {r["outcome"] for r in record["results"]} == {"passed"}
+    assert all(name in out for name in CONTRACTS)
+
+
+def test_check_fails_when_a_contract_fails(run, monkeypatch):
+    from saint.vision import encoder
+
+    real = encoder.gather_tokens
+    monkeypatch.setattr(encoder, "gather_tokens", lambda x, slots, prefix: real(x, slots.roll(1, 1), prefix))
+    code, out, _ = run("check", "timm:test_vit", "--no-pretrained")
+    assert code == 1
+    assert "failed" in out
+
+
+def test_check_of_a_dense_head_falls_back_to_the_encoder(run, monkeypatch):
+    class Head(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            import timm
+
+            self.encoder = timm.create_model("test_vit").eval()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            tokens = self.encoder.forward_features(x)[:, 1:]
+            if tokens.shape[1] != 100:
+                raise ValueError("needs all 100 patches")
+            return tokens.unflatten(1, (10, 10))
+
+    loaded = load_model("timm:test_vit", pretrained=False)
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: dataclasses.replace(loaded, model=Head().eval()))
+    code, out, err = run("check", "timm:test_vit")
+    assert code == 0, out + err
+    assert "encoder alone" in out
+
+
+def test_check_of_an_unsupported_model(run):
+    code, _, err = run("check", "timm:convnext_atto", "--no-pretrained")
+    assert code == 2
+    one_line(err, "ConvNeXt", "no tokens")

@@ -11,23 +11,36 @@ from rich.table import Table
 def check(
     model: Annotated[str, typer.Argument(help="timm:NAME, hf:NAME_OR_PATH, open_clip:NAME/TAG or demo:NAME")],
     device: Annotated[str, typer.Option(help="where to run")] = "cpu",
+    pretrained: Annotated[bool, typer.Option(help="--no-pretrained: random weights, no download")] = True,
     json: Annotated[Path | None, typer.Option(help="write the results to this file")] = None,
 ) -> None:
     """Prove that pruning MODEL is correct: identity, exact undo, masked oracle, batch independence, FLOPs, bad input."""
     from .. import testing
     from ..loading import load_model
+    from ..methods.saint import Saint
     from ..records import environment, write_json
+    from ..session import pruned
     from ..vision.locate import locate
 
     console = Console()
     with console.status(f"loading {model}"):
-        loaded = load_model(model, device=device)
+        loaded = load_model(model, device=device, pretrained=pretrained)
     path, encoder, row = locate(loaded.model)
     console.print(f"{model}: {type(encoder).__name__} ({row.library}: {row.title})" + (f" at {path}" if path else ""))
     with console.status("checking"):
-        inputs = testing.example_inputs(loaded.model)
-        plan = testing.example_plan(loaded.model, inputs)
-        results = testing.check_model(loaded.model, plan, inputs)
+        target = loaded.model
+        inputs = testing.example_inputs(target)
+        try:
+            with pruned(target, Saint(budget=0.75)):
+                testing.run(target, inputs)
+        except ValueError as error:  # a head that needs the whole grid
+            if target is encoder:
+                raise
+            console.print(f"checking the encoder alone: {error}")
+            target = encoder
+            inputs = testing.example_inputs(target)
+        plan = testing.example_plan(target, inputs)
+        results = testing.check_model(target, plan, inputs)
     table = Table("contract", "outcome", "detail")
     for result in results:
         style = {"passed": "green", "failed": "bold red"}.get(result.outcome, "yellow")
