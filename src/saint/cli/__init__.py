@@ -13,6 +13,7 @@ COMMANDS = {  # name -> module; the function carries the name
     "demo": "demo",
     "check": "check",
     "bench": "bench",
+    "chat": "chat",
     "view": "view",
     "list": "tables",
     "env": "tables",

@@ -1,6 +1,6 @@
 """`saint bench MODEL`."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -17,6 +17,7 @@ from .common import (
     Threads,
     Threshold,
     describe,
+    dtype_of,
     err,
     finish,
     load,
@@ -27,7 +28,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..bench import EncoderBench, Spread
+    from ..bench import EncoderBench, GenerationBench, Spread
 
 
 def bench(
@@ -45,22 +46,29 @@ def bench(
     image: Image = None,
     pretrained: Pretrained = True,
     json: Json = None,
+    prompt: Annotated[str, typer.Option(help="vision-language models: the question")] = "Describe the image.",
+    new_tokens: Annotated[int, typer.Option(min=1, help="vision-language models: tokens generated")] = 32,
 ) -> None:
     """Time MODEL with and without a plan, interleaved, beside what the FLOPs promise.
 
-    The pictures are photographs (or --image), repeated up to the batch: what is dropped depends on them.
+    The pictures are photographs (or --image), repeated up to the batch: what is dropped depends on them. A vision-language
+    model (hf:) generates: time to first token, time per token and cache memory, for --plan or for each mode.
     """
-    import torch
-
     from ..bench import bench_encoder
+    from ..loading_vlm import is_vlm
     from ..records import environment, write_json
 
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in dtypes:
-        raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
+    number = dtype_of(dtype)
+    if is_vlm(model):
+        if size is not None or threshold is not None or layers is not None:
+            raise ValueError("--size, --threshold and --layers are for encoders; give a vision-language model a --plan")
+        _generation(
+            model, plan, batch, repeats, warmup, threads, device, number, image, pretrained, json, prompt, new_tokens
+        )
+        return
     photos, bad = pictures(image, batch)
     loaded = load(model, device, size=size, threads=threads, pretrained=pretrained)
-    loaded.model.to(dtypes[dtype])
+    loaded.model.to(number)
     chosen = make_plan(loaded.plan, plan, threshold, layers)
     used = [photos[i % len(photos)] for i in range(batch)]
     inputs = loaded.inputs([photo.image for photo in used])
@@ -134,6 +142,84 @@ def print_times(result: "EncoderBench") -> None:
     unknown = sorted({name for cost in result.costs.values() for name in cost.uncounted})
     if unknown:
         out.print(f"[yellow]not counted in the FLOPs[/]: {', '.join(unknown)}", highlight=False)
+
+
+def _generation(
+    model: str,
+    plan: str | None,
+    batch: int,
+    repeats: int,
+    warmup: int,
+    threads: int | None,
+    device: str,
+    dtype: Any,
+    image: Any,
+    pretrained: bool,
+    json: Any,
+    prompt: str,
+    new_tokens: int,
+) -> None:
+    import torch
+
+    from ..bench import bench_generation
+    from ..loading_vlm import load_vlm
+    from ..plan import Plan
+    from ..records import environment, write_json
+    from .chat import modes
+
+    photos, bad = pictures(image, batch)
+    plans = modes if plan is None else {plan if "{" not in plan else "plan": make_plan(Plan(), plan, None, None)}
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with err.status(f"loading {model}"):
+        loaded = load_vlm(model, device, pretrained, dtype)
+    if callable(plans):
+        plans = plans(loaded.model)
+    used = [photos[i % len(photos)] for i in range(batch)]
+    inputs = loaded.inputs([prompt] * batch, [photo.image for photo in used])
+    with progress("timing", repeats + warmup) as tick:
+        result = bench_generation(loaded.model, plans, inputs, new_tokens, repeats, warmup, tick=tick)
+    conditions = result.conditions
+    out.print(f"[bold]{model}[/]", highlight=False)
+    out.print(
+        f"batch {batch}, {conditions['prompt_tokens']} prompt tokens, {new_tokens} new, {conditions['dtype']}, "
+        f"{conditions['device']}, {conditions['threads']} threads, {repeats} rounds\n",
+        highlight=False,
+    )
+    print_generation(result)
+    if json is not None:
+        facts = {
+            "kind": "bench/generation",
+            "model": model,
+            "pretrained": pretrained,
+            "prompt": prompt,
+            "images": [photo.name for photo in used],
+            "skipped": [list(entry) for entry in bad],
+            **result.to_dict(),
+            "environment": environment(loaded.device),
+        }
+        write_json(json, facts)
+        err.print(f"wrote {json}", highlight=False)
+    finish(bad)
+
+
+def print_generation(result: "GenerationBench") -> None:
+    """Times, memory and FLOPs of all variants, then each plan against the unpruned model."""
+    table = Table("", "first token ms", "ms per token", "total ms", "tokens/s", "KV MiB", "prefill GFLOPs")
+    for name, times in result.times.items():
+        cells = [times.first, times.per_token, times.total, times.tokens_per_second]
+        shown = [f"{s.median:.2f} ({s.p20:.2f} - {s.p80:.2f})" if s is not None else "-" for s in cells]
+        kv = f"{times.kv_bytes / 2**20:.2f}"
+        table.add_row("unpruned" if name == "base" else name, *shown, kv, f"{times.prefill.flops / 1e9:.3f}")
+    out.print(table)
+    for name, gain in result.gains.items():
+        decode = f"; decode takes {gain.decode.median:.3f}x the time" if gain.decode is not None else ""
+        out.print(
+            f"{name}: first token [bold]{gain.first.median:.3f}x[/] (p20 {gain.first.p20:.3f}, p80 {gain.first.p80:.3f}), FLOPs "
+            f"bound {gain.bound:.3f}x, efficiency {gain.efficiency:.3f}; end to end {gain.total.median:.3f}x{decode}; "
+            f"KV {gain.kv:.0%}",
+            highlight=False,
+        )
 
 
 def _percent(spread: "Spread") -> str:

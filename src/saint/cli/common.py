@@ -77,6 +77,16 @@ def parse_layers(text: str) -> Any:
     return chosen
 
 
+def dtype_of(name: str) -> Any:
+    """The torch dtype called ``name``."""
+    import torch
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {name!r}")
+    return dtypes[name]
+
+
 def load(model: str, device: str, *, size: int | None, threads: int | None, pretrained: bool = True) -> "Loaded":
     """Set the threads, load the model, say what it is."""
     import torch

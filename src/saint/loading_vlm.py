@@ -1,0 +1,110 @@
+"""Vision-language models by name, with their own processor, for the command line."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from .errors import UnsupportedModelError
+from .loading import _explained, _library, resolve_device
+from .vlm.families import ROWS
+from .vlm.locate import find
+
+_PACKAGES = {row.model.split(".")[2] for row in ROWS}  # transformers.models.<this>
+
+
+@dataclass(frozen=True)
+class LoadedVLM:
+    """A vision-language model, ready to generate, with its processor."""
+
+    model: Any
+    processor: Any
+    device: torch.device
+
+    def inputs(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> dict[str, Any]:
+        """Keyword arguments of ``generate``: one image in front of each prompt, in the model's dtype and place.
+
+        Raises:
+            ValueError: the processor says neither how a chat looks nor what stands for an image.
+        """
+        processor = self.processor
+        if getattr(processor, "chat_template", None):
+            texts = [
+                processor.apply_chat_template(
+                    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}],
+                    add_generation_prompt=True,
+                    tokenize=False,
+                )
+                for prompt in prompts
+            ]
+        elif isinstance(token := getattr(processor, "image_token", None), str):
+            texts = [f"{token}\n{prompt}" for prompt in prompts]
+        else:
+            raise ValueError(
+                f"{type(processor).__name__} has neither a chat template nor an image token, so it is unknown where the image "
+                "goes in the prompt"
+            )
+        made = processor(text=texts, images=[[image] for image in images], return_tensors="pt", padding=len(texts) > 1)
+        dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        return {k: t.to(self.device, dtype if t.is_floating_point() else None) for k, t in made.items()}
+
+    def decode(self, tokens: Any) -> str:
+        """New tokens as text."""
+        return str(self.processor.decode(tokens, skip_special_tokens=True)).strip()
+
+
+def is_vlm(spec: str) -> bool:
+    """Whether ``spec`` names a vision-language model of a known family (reads its config, no weights)."""
+    library, _, name = spec.partition(":")
+    if library != "hf" or not name:
+        return False
+    with _explained(spec):
+        config = _library("transformers", "transformers").AutoConfig.from_pretrained(name)
+    kind = next(iter(config.architectures or []), "")
+    package = type(config).__module__.split(".")[2:3]
+    return bool(_PACKAGES.intersection(package)) and kind.endswith("ForConditionalGeneration")
+
+
+def load_vlm(
+    spec: str, device: str | torch.device = "cpu", pretrained: bool = True, dtype: torch.dtype | None = None
+) -> LoadedVLM:
+    """The vision-language model called ``spec`` with its processor.
+
+    Args:
+        spec: ``hf:NAME_OR_PATH``.
+        device: where to put it.
+        pretrained: False gives random weights (always the same) and downloads only config and processor.
+        dtype: of the weights; None means that of the checkpoint.
+
+    Raises:
+        ValueError: not such a name, no generation, or the device is not there.
+        UnsupportedModelError: not a family that can be pruned.
+        MissingExtraError: transformers is not installed.
+        DownloadError: the weights cannot be fetched.
+    """
+    device = resolve_device(device)
+    library, colon, name = spec.partition(":")
+    if not colon or library != "hf" or not name:
+        raise ValueError(f"a vision-language model is hf:NAME_OR_PATH; got {spec!r}")
+    transformers = _library("transformers", "transformers")
+    auto = transformers.AutoModelForImageTextToText
+    with _explained(spec):
+        config = transformers.AutoConfig.from_pretrained(name)
+        if type(config) not in auto._model_mapping:
+            raise ValueError(f"{spec} is a {config.model_type} model, which does not answer questions about images")
+        if pretrained:
+            model: nn.Module = auto.from_pretrained(name, dtype=dtype or "auto")
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model = auto.from_config(config, dtype=dtype or torch.float32)
+        processor = transformers.AutoProcessor.from_pretrained(name)
+    if find(model) is None:
+        known = ", ".join(row.title for row in ROWS)
+        raise UnsupportedModelError(f"{spec} is a {type(model).__name__}, which cannot be pruned; known: {known}")
+    if getattr(processor, "tokenizer", None) is not None:
+        processor.tokenizer.padding_side = "left"
+    return LoadedVLM(model.eval().to(device), processor, device)
