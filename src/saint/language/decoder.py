@@ -13,8 +13,8 @@ Letters: B batch, L positions of the forward, S survivors of the longest sample,
 
 import inspect
 import weakref
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -345,6 +345,10 @@ class PrunedLayer(Uncopyable):
         front = decoder.front(layer)
         if front is None:
             return self.original(hidden_states, **decoder.whole_arguments(layer, hidden_states.shape[1], kwargs))
+        module = decoder.modules[layer]
+        checkpointed = bool(getattr(module, "gradient_checkpointing", False)) and module.training
+        if checkpointed:
+            kwargs["past_key_values"] = None  # as transformers does inside the layer, which is too late for us
         cache = kwargs.get("past_key_values")
         x = hidden_states
         if front.short:
@@ -355,7 +359,8 @@ class PrunedLayer(Uncopyable):
         tap = None
         if layer in decoder.steps:
             tap = kwargs["past_key_values"] = KeyTap(cache)
-        out = self.original(x, **kwargs)
+        with _tapped(module, tap) if checkpointed else nullcontext():
+            out = self.original(x, **kwargs)
         y = out[0] if isinstance(out, tuple) else out
         after = front
         if tap is not None:
@@ -388,6 +393,24 @@ class KeyTap:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cache, name)
+
+
+@contextmanager
+def _tapped(module: nn.Module, tap: KeyTap | None) -> Iterator[None]:
+    """Hand the tap to the attention itself: gradient checkpointing takes any cache away from the layer."""
+    attention = getattr(module, "self_attn", None)
+    if tap is None or attention is None:
+        yield
+        return
+
+    def insert(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "past_key_values": tap}
+
+    hook = attention.register_forward_pre_hook(insert, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def owners(tokens: TokenMap) -> Tensor:
