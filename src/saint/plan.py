@@ -8,7 +8,7 @@ from typing import Any, Literal
 from . import methods
 from .methods.base import Method
 
-VERSION = 1
+VERSION = 2  # what `evict` needs; plans without it are written as version 1, which older releases read
 STAGES = ("vision", "connector", "language")
 
 Layers = Literal["first_half"] | range | list[int] | tuple[int, ...] | None
@@ -28,6 +28,8 @@ class Stage:
             sample with the mean of its survivors (an average pool averages the survivors). Full length, every dropped
             token standing for its survivor: "nearest" (closest on the patch grid; for dense heads) or "similar" (most
             similar key when it was dropped; an average pool then weights each survivor by the tokens it covers).
+        evict: language stage only. After the prompt, throw the tokens dropped at later layers out of the KV caches of the
+            earlier layers too. Prompt and first token are as without it; later tokens no longer see those in any layer.
 
     Raises:
         ValueError: a wrong value, with the accepted ones.
@@ -38,6 +40,7 @@ class Stage:
     layers: Layers = None
     placement: Literal["mid", "post"] | None = None
     output: Literal["survivors", "nearest", "similar"] = "survivors"
+    evict: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
@@ -62,6 +65,8 @@ class Stage:
             raise ValueError(f'placement must be "mid" or "post", got {self.placement!r}')
         if self.output not in OUTPUTS:
             raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {self.output!r}")
+        if not isinstance(self.evict, bool):
+            raise ValueError(f"evict must be True or False, got {self.evict!r}")
 
     def resolve_layers(self, stage: str, depth: int) -> list[int]:
         """The drop points in a model of ``depth`` layers, ascending.
@@ -80,7 +85,8 @@ class Stage:
 
     def to_dict(self) -> dict[str, Any]:
         layers = list(self.layers) if isinstance(self.layers, tuple) else self.layers
-        return {"method": self.method.to_dict(), "layers": layers, "placement": self.placement, "output": self.output}
+        data = {"method": self.method.to_dict(), "layers": layers, "placement": self.placement, "output": self.output}
+        return {**data, "evict": True} if self.evict else data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Stage":
@@ -103,6 +109,10 @@ def _check_stage(name: str, stage: Stage) -> None:
         )
     if name != "vision" and stage.output != "survivors":
         raise ValueError(f"output={stage.output!r} is for the vision stage only")
+    if name != "language" and stage.evict:
+        raise ValueError(
+            "evict=True is for the language stage only: behind the other stages no cache holds a dropped token"
+        )
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -139,7 +149,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (JSON-ready) from which :meth:`from_dict` rebuilds an equal plan."""
-        return {"version": VERSION, **{name: stage.to_dict() for name, stage in self.stages.items()}}
+        version = VERSION if any(stage.evict for stage in self.stages.values()) else 1
+        return {"version": version, **{name: stage.to_dict() for name, stage in self.stages.items()}}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
@@ -148,12 +159,16 @@ class Plan:
         Raises:
             ValueError: another version, or an unknown stage or setting.
         """
-        if data.get("version") != VERSION:
-            raise ValueError(f"plan version {data.get('version')!r} is not {VERSION}, the only one this release reads")
+        version = data.get("version")
+        if version not in range(1, VERSION + 1):
+            raise ValueError(f"plan version {version!r} is not one of 1..{VERSION}, which this release reads")
         unknown = set(data) - {"version", *STAGES}
         if unknown:
             raise ValueError(f"unknown plan entries {sorted(unknown)}; known: {', '.join(STAGES)}")
-        return cls(**{name: Stage.from_dict(data[name]) for name in STAGES if data.get(name) is not None})
+        entries = {name: data[name] for name in STAGES if data.get(name) is not None}
+        if version == 1 and any("evict" in entry for entry in entries.values()):
+            raise ValueError("a plan of version 1 has no entry evict; write version 2")
+        return cls(**{name: Stage.from_dict(entry) for name, entry in entries.items()})
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":

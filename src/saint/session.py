@@ -254,6 +254,7 @@ def _vlm(model: nn.Module, plan: Plan) -> "tuple[PrunedVLM, PrunedEncoder | None
         connector=drop(plan.connector, ()),
         language=drop(plan.language, chosen),
         between=row.between(vlm),
+        evict=plan.language is not None and plan.language.evict,
     )
     return PrunedVLM(path, vlm, row, decoder, encoder), encoder
 

@@ -160,6 +160,11 @@ def gather_tokens(x: Tensor, slots: Tensor, prefix: int) -> Tensor:
     return x.reshape(batch * count, channels).index_select(0, rows.reshape(-1)).view(batch, -1, channels)
 
 
+def gather_entries(x: Tensor, slots: Tensor) -> Tensor:
+    """Keep entries of cached keys or values: x [B, H, N, D], slots int64 [B, K] -> [B, H, K, D]."""
+    return x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
 def gather_table(table: Tensor, tokens: TokenMap) -> Tensor:
     """Rows of a positional table (RoPE) for the survivors.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..tokens import TokenMap
+from ..tokens import Selection, TokenMap, gather_entries
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,32 @@ def extended(past: KeyMap | None, before: int, tokens: TokenMap) -> KeyMap:
     return KeyMap(index, valid, before + tokens.width)
 
 
+def remaining(past: KeyMap | None, tokens: TokenMap, *, before: int) -> tuple[Selection, KeyMap]:
+    """What is left of a layer's entries when of the last sequence only ``tokens`` are.
+
+    Args:
+        past: what the layer holds, the last sequence included; None when it holds every position.
+        tokens: survivors of the last sequence.
+        before: positions cached before it.
+
+    Returns:
+        Which entries stay, and the map of those.
+    """
+    total, batch = before + tokens.width, tokens.index.shape[0]
+    if past is None:
+        held, held_valid = torch.arange(total, device=tokens.index.device).expand(batch, total), None
+    else:
+        held, held_valid = past.columns(total)
+    index = tokens.index + before
+    index = index if tokens.valid is None else index.masked_fill(~tokens.valid, total)
+    here = torch.zeros(batch, total + 1, dtype=torch.bool, device=index.device)
+    here[:, :before] = True
+    keep = here.scatter_(1, index, True).gather(1, held)
+    keep = keep if held_valid is None else keep & held_valid
+    chosen = Selection.from_mask(keep, tuple(keep.sum(1).tolist()))
+    return chosen, KeyMap(held.gather(1, chosen.slots), chosen.valid, total)
+
+
 class Owner:
     """Identity of the plan a cache was filled under; survives a copy of the cache."""
 
@@ -149,6 +175,11 @@ class RaggedLayer(DynamicLayer):
             self.length += key_states.shape[-2]
         self._let_go()
         return keys, values
+
+    def evict(self, stay: Selection, keys: KeyMap) -> None:
+        """Keep only these entries, which are ``keys``."""
+        self.keys, self.values = gather_entries(self.keys, stay.slots), gather_entries(self.values, stay.slots)
+        self._set_map(keys)
 
     def _set_map(self, keys: KeyMap) -> None:
         self.map = keys

@@ -13,8 +13,8 @@ Letters: B batch, L positions of the forward, S survivors of the longest sample,
 
 import inspect
 import weakref
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..errors import HookNeverFiredError, UnsupportedModelError
 from ..patch import Uncopyable, override
 from ..tokens import Candidates, LayerTrace, Selection, TokenMap, gather_tokens
-from .cache import Owner, RaggedLayer, check_cache, extended, ragged_layer, stored_bytes
+from .cache import Owner, RaggedLayer, check_cache, extended, ragged_layer, remaining, stored_bytes
 from .masks import DENSE, FLASH, survivors_mask
 from .positions import gather_ids, gather_rotary
 
@@ -84,6 +84,7 @@ class PrunedDecoder(Uncopyable):
         connector: drops in front of layer 0, or None.
         language: drops after layers, or None.
         between: layers behind which the model itself works on the full sequence (DeepStack).
+        evict: behind a prompt, no layer's cache keeps a token that any layer dropped.
 
     Raises:
         UnsupportedModelError: the layers cannot be given shortened sequences.
@@ -98,9 +99,10 @@ class PrunedDecoder(Uncopyable):
         connector: Drop | None,
         language: Drop | None,
         between: int = 0,
+        evict: bool = False,
     ) -> None:
         self.path, self.model, self.modules = path, model, layers
-        self.connector, self.language, self.between = connector, language, between
+        self.connector, self.language, self.between, self.evict = connector, language, between, evict
         self.depth = len(layers)
         self.steps = {} if language is None else {layer: step for step, layer in enumerate(language.layers)}
         self.owner = Owner()
@@ -135,7 +137,7 @@ class PrunedDecoder(Uncopyable):
     def install(self, stack: ExitStack) -> None:
         """Patch the instance; ``stack`` undoes it."""
         stack.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
-        first = 0 if self.enters or self.connector is not None else min(self.steps)
+        first = 0 if self.enters or self.connector is not None or self.evict else min(self.steps)
         for index in range(first, self.depth):
             override(stack, self.modules[index], "forward", partial(PrunedLayer, self, index))
         stack.callback(self._close)
@@ -317,6 +319,13 @@ class PrunedDecoder(Uncopyable):
         """Behind the last layer of a prompt: what its cache takes."""
         if cache is None:
             return
+        if self.evict:
+            left = self.fronts[self.depth].tokens
+            for layer in range(self.depth):
+                if self.fronts[layer].tokens is not left:
+                    entry = ragged_layer(cache, layer, self.owner)
+                    before = entry.length - left.width
+                    entry.evict(*self._once("left", left, entry.map, partial(remaining, before=before)))
         sizes = [stored_bytes(layer) for layer in cache.layers]
         self.memory = KVMemory(sum(kept for kept, _ in sizes), sum(whole for _, whole in sizes))
 
@@ -336,6 +345,10 @@ class PrunedLayer(Uncopyable):
         front = decoder.front(layer)
         if front is None:
             return self.original(hidden_states, **decoder.whole_arguments(layer, hidden_states.shape[1], kwargs))
+        module = decoder.modules[layer]
+        checkpointed = bool(getattr(module, "gradient_checkpointing", False)) and module.training
+        if checkpointed:
+            kwargs["past_key_values"] = None  # as transformers does inside the layer, which is too late for us
         cache = kwargs.get("past_key_values")
         x = hidden_states
         if front.short:
@@ -346,7 +359,8 @@ class PrunedLayer(Uncopyable):
         tap = None
         if layer in decoder.steps:
             tap = kwargs["past_key_values"] = KeyTap(cache)
-        out = self.original(x, **kwargs)
+        with _tapped(module, tap) if checkpointed else nullcontext():
+            out = self.original(x, **kwargs)
         y = out[0] if isinstance(out, tuple) else out
         after = front
         if tap is not None:
@@ -379,6 +393,24 @@ class KeyTap:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cache, name)
+
+
+@contextmanager
+def _tapped(module: nn.Module, tap: KeyTap | None) -> Iterator[None]:
+    """Hand the tap to the attention itself: gradient checkpointing takes any cache away from the layer."""
+    attention = getattr(module, "self_attn", None)
+    if tap is None or attention is None:
+        yield
+        return
+
+    def insert(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "past_key_values": tap}
+
+    hook = attention.register_forward_pre_hook(insert, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def owners(tokens: TokenMap) -> Tensor:
