@@ -99,6 +99,25 @@ class Selection:
             keep &= torch.ones_like(keep).scatter_(1, order, ~go)
         return Selection.from_mask(keep, lengths)
 
+    @staticmethod
+    def from_scores(score: Tensor, lengths: tuple[int, ...], current: TokenMap) -> "Selection":
+        """Keep the ``lengths[b]`` highest scores of row b; of equal scores the earlier slot stays.
+
+        Args:
+            score: [B, N], any dtype that sorts.
+            lengths: survivors per sample, at most ``current.lengths``.
+            current: the map the slots refer to.
+        """
+        order = torch.sort(score, dim=1, descending=True, stable=True).indices
+        if current.valid is not None:  # padding behind everything real
+            padded = (~current.valid).gather(1, order).to(torch.uint8)
+            order = order.gather(1, torch.sort(padded, dim=1, stable=True).indices)
+        if min(lengths) == max(lengths):
+            keep = torch.zeros(score.shape, dtype=torch.bool, device=score.device)
+            return Selection.from_mask(keep.scatter_(1, order[:, : lengths[0]], True), lengths)
+        stay = torch.arange(order.shape[1], device=order.device) < torch.tensor(lengths, device=order.device)[:, None]
+        return Selection.from_mask(torch.empty_like(stay).scatter_(1, order, stay), lengths)
+
 
 @dataclass(frozen=True)
 class Candidates:

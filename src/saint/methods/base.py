@@ -51,7 +51,7 @@ def _host_counts(counts: Tensor) -> tuple[int, ...]:
     return tuple(counts.tolist())
 
 
-def check_budget(budget: Budget, dynamic: tuple[str, ...] = ()) -> None:
+def check_budget(budget: Budget, dynamic: tuple[str, ...] = (), name: str = "budget") -> None:
     """Raise ``ValueError`` unless ``budget`` is one of ``dynamic``, an int >= 1 or a fraction in (0, 1]."""
     if isinstance(budget, str):
         ok = budget in dynamic
@@ -64,17 +64,17 @@ def check_budget(budget: Budget, dynamic: tuple[str, ...] = ()) -> None:
     if not ok:
         words = "".join(f"'{word}', " for word in dynamic)
         raise ValueError(
-            f"budget must be {words}an int >= 1 (tokens kept) or a float in (0, 1] (fraction of candidates kept), "
+            f"{name} must be {words}an int >= 1 (tokens kept) or a float in (0, 1] (fraction of candidates kept), "
             f"got {budget!r}"
         )
 
 
-def final_keep(budget: int | float, total: int) -> int:
+def final_keep(budget: int | float, total: int, name: str = "budget") -> int:
     """Tokens that survive the whole stage: the int itself, or the fraction of ``total`` rounded half up, at least 1."""
     if isinstance(budget, int):
         if budget > total:
             raise ValueError(
-                f"budget={budget} tokens to keep, but there are only {total} candidates; "
+                f"{name}={budget} tokens to keep, but there are only {total} candidates; "
                 f"use an int <= {total} or a fraction in (0, 1]"
             )
         return budget
@@ -89,6 +89,14 @@ def scheduled_keep(keep: int, total: int, step: int, steps: int) -> int:
     if step == steps - 1:
         return keep
     return math.ceil(total * (keep / total) ** ((step + 1) / steps))
+
+
+def goals(keep: int | float, candidates: Candidates) -> tuple[int, ...]:
+    """Survivors of each sample after this drop point when the stage keeps ``keep`` (int: tokens, float: fraction)."""
+    return tuple(
+        scheduled_keep(final_keep(keep, total, "keep"), total, candidates.step, candidates.steps)
+        for total in candidates.tokens.total
+    )
 
 
 def floored(drop: tuple[int, ...], candidates: Candidates, floor: float) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from .. import graph
 from ..tokens import Candidates, Selection
-from .base import Method, check_budget, final_keep, scheduled_keep
+from .base import Method, check_budget, final_keep, goals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,7 @@ class SaintFullGraph(Method):
 
     def select(self, candidates: Candidates) -> Selection | None:
         tokens = candidates.tokens
-        goal = tuple(
-            scheduled_keep(final_keep(self.keep, t), t, candidates.step, candidates.steps) for t in tokens.total
-        )
+        goal = goals(self.keep, candidates)
         if goal == tokens.lengths:
             return None
         keep = goal[0] if len(set(goal)) == 1 and tokens.valid is None else list(goal)

@@ -1,0 +1,211 @@
+"""The baselines: formulas against slow literal references, and the contracts of the frame over both kinds of model."""
+
+import pytest
+import torch
+from models import build
+from test_vlm_oracle import PADDED, Oracle, relative_error
+from vlm_models import FAMILIES, oracle_model, prompts
+
+import saint
+from saint import testing
+from saint.methods import Grid, Random
+from saint.plan import Plan, Stage
+from saint.tokens import Candidates, Selection, TokenMap
+
+ENCODERS = ["timm/vit-augreg", "timm/dinov3", "timm/dinov2-reg", "transformers/siglip2", "open_clip/vit"]
+DROPPING = {"random": Random(0.4, seed=3), "grid": Grid(0.4)}
+MIXED = [[4, "0", 3, "1", 2], [9], [2, "1", 3]]  # several images, none, one
+
+
+def candidates(features=None, *, lengths=None, keys=None, step=0, steps=1, attention=None, batch=1, count=36):
+    """What a method sees at its first drop point; ``lengths`` makes the batch ragged."""
+    if features is not None:
+        batch, count = features.shape[:2]
+    valid = None if lengths is None else torch.arange(count) < torch.tensor(lengths).unsqueeze(1)
+    tokens = TokenMap.full(batch, count, torch.device("cpu"), valid)
+    features = torch.zeros(batch, count, 1) if features is None else features
+    return Candidates(features if keys is None else keys, features, tokens, step, steps)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def chosen(selection):
+    """Slots that stay, one list per sample."""
+    return [row[:n].tolist() for row, n in zip(selection.slots, selection.lengths, strict=True)]
+
+
+# -- contracts, in encoders -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [m for m in DROPPING.values() if "vision" in m.stages], ids=lambda m: m.name)
+@pytest.mark.parametrize("name", ENCODERS)
+def test_contracts_in_encoders(name, method):
+    model = build(name)
+    inputs = testing.example_inputs(model)
+    plan = Plan(vision=Stage(method, layers=[0, 2]))
+    for contract in ("exact undo", "masked oracle", "batch independence", "really on"):
+        testing.CONTRACTS[contract](model, plan, inputs)
+    with saint.pruned(model, plan) as session:
+        testing.run(model, inputs)
+        for entry in session.trace:
+            assert (entry.tokens_out < entry.tokens_in).all()
+        total = session.trace[0].tokens_in
+        assert session.trace[-1].tokens_out.tolist() == [int(0.4 * n + 0.5) for n in total.tolist()]
+
+
+@pytest.mark.parametrize("method", [type(m) for m in DROPPING.values() if "vision" in m.stages])
+def test_keeping_everything_in_an_encoder_changes_nothing(method):
+    model = build("timm/vit-augreg")
+    inputs = testing.example_inputs(model)
+    base = testing.run(model, inputs)
+    with saint.pruned(model, Stage(method(1.0), layers=[0, 2])):
+        same = testing.run(model, inputs)
+    assert torch.allclose(same["output"], base["output"], atol=1e-6)
+
+
+# -- contracts, in vision-language models -------------------------------------------------------------------------------
+
+
+def stage_plan(method, stage):
+    return Plan(**{stage: Stage(method, layers=[1, 2] if stage == "language" else None)})
+
+
+@pytest.fixture(scope="module")
+def llava():
+    model = FAMILIES["llava-llama"].build()
+    return model, oracle_model(model)
+
+
+@pytest.mark.parametrize(
+    ("method", "stage"),
+    [(m, s) for m in DROPPING.values() for s in ("connector", "language") if s in m.stages],
+    ids=lambda v: v if isinstance(v, str) else v.name,
+)
+@pytest.mark.parametrize("samples", [PADDED, MIXED], ids=["padded", "mixed"])
+def test_masked_oracle_in_language_models(llava, method, stage, samples):
+    model, twin = llava
+    family = FAMILIES["llava-llama"]
+    inputs = prompts(family, model, samples)
+    with saint.pruned(model, stage_plan(method, stage)) as session, torch.no_grad():
+        actual, trace = model(**inputs).logits, session.trace
+        alone = []
+        for i in range(len(samples)):
+            # left padding, and one image after another in pixel_values
+            images = [sum(isinstance(p, str) for p in sample) for sample in samples]
+            part = {name: value[i : i + 1] for name, value in inputs.items() if name != "pixel_values"}
+            if images[i]:
+                part["pixel_values"] = inputs["pixel_values"][sum(images[:i]) : sum(images[: i + 1])]
+            model(**part)
+            alone.append(session.trace)
+    oracle = Oracle(family, twin, trace, inputs)
+    here = inputs["attention_mask"].bool() & ~oracle.gone_before(99)
+    assert relative_error(actual[here], oracle().logits[here]) < 1e-5
+    for at, entry in enumerate(trace):
+        for i, kept in enumerate(entry.kept):
+            assert not len(kept) or torch.equal(kept, alone[i][at].kept[0])
+    before, after = trace[0].tokens_in.tolist(), trace[-1].tokens_out.tolist()
+    assert after == [int(method.keep * n + 0.5) for n in before]
+
+
+@pytest.mark.parametrize(
+    ("method", "stage"),
+    [(type(m), s) for m in DROPPING.values() for s in ("connector", "language") if s in m.stages],
+)
+def test_keeping_everything_in_a_language_model_changes_nothing(llava, method, stage):
+    model, _ = llava
+    inputs = prompts(FAMILIES["llava-llama"], model, PADDED)
+    with torch.no_grad():
+        base = model(**inputs).logits
+        with saint.pruned(model, stage_plan(method(1.0), stage)):
+            assert torch.equal(model(**inputs).logits, base)
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Random(0), r"keep.*int >= 1.*0"),
+        (lambda: Random(1.5), r"keep.*1\.5"),
+        (lambda: Random(0.5, seed=-1), "seed.*-1"),
+        (lambda: Random(0.5, seed=0.5), r"seed.*0\.5"),
+        (lambda: Grid("half"), "keep.*half"),
+    ],
+)
+def test_bad_settings_name_the_value(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+@pytest.mark.parametrize("method", [m for m in DROPPING.values() if "vision" in m.stages], ids=lambda m: m.name)
+def test_too_large_a_budget_is_refused_before_anything_is_touched(method):
+    model = build("timm/vit-augreg")
+    before = testing.snapshot(model)
+    with pytest.raises(ValueError, match=r"keep=500 .*36 candidates.*<= 36"):
+        saint.apply(model, type(method)(500))
+    assert testing.snapshot(model) == before
+
+
+# -- highest scores -----------------------------------------------------------------------------------------------------
+
+
+def test_highest_scores_stay_and_ties_go_to_the_earlier():
+    score = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0], [9.0, 1.0, 1.0, 50.0, 60.0]])
+    ragged = candidates(batch=2, count=5, lengths=[5, 3]).tokens
+    assert chosen(Selection.from_scores(score, (2, 2), ragged)) == [[1, 2], [0, 1]]
+    assert chosen(Selection.from_scores(score, (3, 1), ragged)) == [[1, 2, 4], [0]]
+    whole = candidates(batch=2, count=5).tokens
+    assert chosen(Selection.from_scores(score, (1, 2), whole)) == [[1], [3, 4]]
+
+
+# -- Random -----------------------------------------------------------------------------------------------------------
+
+
+def test_random_is_a_function_of_seed_drop_point_and_index():
+    whole = Random(12).select(candidates())
+    assert chosen(whole) == chosen(Random(12).select(candidates()))
+    assert chosen(whole) != chosen(Random(12, seed=1).select(candidates()))
+    # batch mates with more candidates widen the batch and change nothing
+    assert chosen(Random(12).select(candidates(batch=2, count=50, lengths=[36, 50])))[0] == chosen(whole)[0]
+    first = Random(12).select(candidates(step=0, steps=2))
+    second = Random(first.lengths[0]).select(candidates(step=1, steps=2))
+    assert chosen(first) != chosen(second)
+
+
+def test_random_leaves_the_generators_of_torch_alone():
+    state = torch.get_rng_state()
+    Random(12).select(candidates())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_random_keeps_every_place_equally_often():
+    rounds, count, keep = 1500, 36, 12
+    hits = torch.zeros(count)
+    together = 0
+    for seed in range(rounds):
+        row = Random(keep, seed=seed).select(candidates(count=count)).slots[0]
+        hits[row] += 1
+        together += bool((row == 4).any() & (row == 5).any())
+    share = keep / count
+    spread = (share * (1 - share) / rounds) ** 0.5
+    assert (hits / rounds - share).abs().max() < 4.5 * spread
+    pairs = share * (keep - 1) / (count - 1)  # neighbours are no more often together than others
+    assert abs(together / rounds - pairs) < 4.5 * (pairs * (1 - pairs) / rounds) ** 0.5
+
+
+# -- Grid -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [1, 2, 5, 9, 17, 35])
+def test_grid_is_the_formula(keep):
+    expected = [(2 * i + 1) * 36 // (2 * keep) for i in range(keep)]
+    assert len(set(expected)) == keep
+    assert chosen(Grid(keep).select(candidates())) == [expected]
+
+
+def test_grid_of_ragged_samples():
+    ragged = Grid(0.25).select(candidates(batch=3, count=20, lengths=[8, 20, 3]))
+    assert chosen(ragged) == [[2, 6], [2, 6, 10, 14, 18], [1]]
