@@ -8,12 +8,12 @@ from vlm_models import FAMILIES, oracle_model, prompts
 
 import saint
 from saint import testing
-from saint.methods import Grid, Random
+from saint.methods import DivPrune, Grid, Random
 from saint.plan import Plan, Stage
 from saint.tokens import Candidates, Selection, TokenMap
 
 ENCODERS = ["timm/vit-augreg", "timm/dinov3", "timm/dinov2-reg", "transformers/siglip2", "open_clip/vit"]
-DROPPING = {"random": Random(0.4, seed=3), "grid": Grid(0.4)}
+DROPPING = {"random": Random(0.4, seed=3), "grid": Grid(0.4), "divprune": DivPrune(0.4)}
 MIXED = [[4, "0", 3, "1", 2], [9], [2, "1", 3]]  # several images, none, one
 
 
@@ -133,6 +133,9 @@ def test_keeping_everything_in_a_language_model_changes_nothing(llava, method, s
         (lambda: Random(0.5, seed=-1), "seed.*-1"),
         (lambda: Random(0.5, seed=0.5), r"seed.*0\.5"),
         (lambda: Grid("half"), "keep.*half"),
+        (lambda: DivPrune(True), "keep.*True"),
+        (lambda: Plan(vision=DivPrune()), "DivPrune is not defined for the vision.*connector"),
+        (lambda: Plan(language=DivPrune()), "DivPrune is not defined for the language.*connector"),
     ],
 )
 def test_bad_settings_name_the_value(make, words):
@@ -209,3 +212,56 @@ def test_grid_is_the_formula(keep):
 def test_grid_of_ragged_samples():
     ragged = Grid(0.25).select(candidates(batch=3, count=20, lengths=[8, 20, 3]))
     assert chosen(ragged) == [[2, 6], [2, 6, 10, 14, 18], [1]]
+
+
+# -- DivPrune ---------------------------------------------------------------------------------------------------------
+
+
+def literal_divprune(features, keep):
+    """The recipe, one pair at a time, in float64."""
+    unit = torch.nn.functional.normalize(features.double(), dim=-1)
+    count = len(unit)
+    distance = [[1 - float(unit[i] @ unit[j]) for j in range(count)] for i in range(count)]
+    nearest = [min(distance[i][j] for j in range(count) if j != i) for i in range(count)]
+    chosen = [max(range(count), key=lambda i: (nearest[i], -i))]
+    while len(chosen) < keep:
+        left = [j for j in range(count) if j not in chosen]
+        chosen.append(max(left, key=lambda j: (min(distance[j][s] for s in chosen), -j)))
+    return sorted(chosen)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 7, 22])
+def test_divprune_is_the_recipe(keep):
+    features = noise(3, 23, 8)
+    actual = chosen(DivPrune(keep).select(candidates(features)))
+    assert actual == [literal_divprune(sample, keep) for sample in features]
+
+
+def test_divprune_of_ragged_samples():
+    features, lengths = noise(3, 40, 8), [40, 1, 25]
+    features[1, 1:] = features[2, 25:] = 1e3 * noise(1, 8, seed=1)  # padding lies far off and must not be chosen
+    actual = chosen(DivPrune(0.3).select(candidates(features, lengths=lengths)))
+    assert actual == [
+        literal_divprune(sample[:n], max(1, int(0.3 * n + 0.5))) if n > 1 else [0]
+        for sample, n in zip(features, lengths, strict=True)
+    ]
+
+
+def test_divprune_prefers_the_earlier_of_equals():
+    corners = torch.eye(4).repeat_interleave(3, 0)[None]  # four directions, three tokens each
+    assert chosen(DivPrune(4).select(candidates(corners))) == [[0, 3, 6, 9]]
+
+
+def test_divprune_decides_in_float32():
+    features = noise(1, 60, 16).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = chosen(DivPrune(20).select(candidates(features)))
+    assert actual == [literal_divprune(features[0], 20)]
+
+
+def test_nan_features_are_refused_in_front_of_the_language_model(llava):
+    model, _ = llava
+    inputs = prompts(FAMILIES["llava-llama"], model, [[4, "0", 7]])
+    inputs["pixel_values"] = inputs["pixel_values"] * torch.nan
+    with saint.pruned(model, Plan(connector=DivPrune())), pytest.raises(ValueError, match="image features are NaN"):
+        model(**inputs)

@@ -193,6 +193,11 @@ class PrunedDecoder(Uncopyable):
         if self.connector is not None:
             _validate(self.connector, front.visual, 1)
             at = _at(x, front)
+            if not bool(torch.isfinite(at).all()):
+                raise ValueError(
+                    "image features are NaN or Inf in front of the language model: check the pixels for NaN or Inf, and fp16 "
+                    "overflow"
+                )
             front = self._choose("connector", self.connector, 0, front, at, at)
             front = _restart(front)
         if self.language is not None:

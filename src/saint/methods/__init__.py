@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from .base import Method
 
 if TYPE_CHECKING:
+    from .divprune import DivPrune as DivPrune
     from .grid import Grid as Grid
     from .random import Random as Random
     from .saint import Saint as Saint
     from .saint_full_graph import SaintFullGraph as SaintFullGraph
 
 _BUILTIN = {
+    "divprune": ("divprune", "DivPrune"),
     "grid": ("grid", "Grid"),
     "random": ("random", "Random"),
     "saint": ("saint", "Saint"),

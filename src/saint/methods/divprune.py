@@ -1,0 +1,36 @@
+"""DivPrune: the subset of visual tokens whose two closest members lie farthest apart. arXiv 2503.02175."""
+
+import dataclasses
+from typing import ClassVar
+
+from .. import graph
+from ..tokens import Candidates, Selection
+from .base import Method, check_budget, final_keep, goals
+
+
+@dataclasses.dataclass(frozen=True)
+class DivPrune(Method):
+    """Max-min diversity of the projected visual tokens, solved greedily by farthest-point selection.
+
+    With d(i, j) = 1 - cos(f_i, f_j) of the embeddings f that enter the language model: the first survivor is
+    argmax_i min_{j != i} d(i, j), each further one argmax_j min_{s in S} d(j, s), until ``keep`` are chosen. Needs neither
+    text nor attention. A fraction is rounded half up, everywhere in this library.
+    """
+
+    name: ClassVar[str] = "divprune"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2503.02175"
+    stages: ClassVar[frozenset[str]] = frozenset({"connector"})
+
+    keep: int | float = 0.25  # survivors: a number (int) or a fraction of the candidates (float)
+
+    def __post_init__(self) -> None:
+        check_budget(self.keep, name="keep")
+
+    def validate(self, total: int, steps: int) -> None:
+        final_keep(self.keep, total, "keep")
+
+    def select(self, candidates: Candidates) -> Selection | None:
+        tokens, goal = candidates.tokens, goals(self.keep, candidates)
+        if goal == tokens.lengths:
+            return None
+        return Selection.from_mask(graph.farthest(candidates.features, goal, valid=tokens.valid), goal)
