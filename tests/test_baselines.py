@@ -4,16 +4,16 @@ import pytest
 import torch
 from models import build
 from test_vlm_oracle import PADDED, Oracle, relative_error
-from vlm_models import FAMILIES, oracle_model, prompts
+from vlm_models import FAMILIES, IMAGE, oracle_model, prompts
 
 import saint
 from saint import testing
-from saint.methods import DivPrune, Grid, Random
+from saint.methods import DivPrune, FastV, Grid, Random
 from saint.plan import Plan, Stage
 from saint.tokens import Candidates, Selection, TokenMap
 
 ENCODERS = ["timm/vit-augreg", "timm/dinov3", "timm/dinov2-reg", "transformers/siglip2", "open_clip/vit"]
-DROPPING = {"random": Random(0.4, seed=3), "grid": Grid(0.4), "divprune": DivPrune(0.4)}
+DROPPING = {"random": Random(0.4, seed=3), "grid": Grid(0.4), "divprune": DivPrune(0.4), "fastv": FastV(0.4)}
 MIXED = [[4, "0", 3, "1", 2], [9], [2, "1", 3]]  # several images, none, one
 
 
@@ -134,6 +134,8 @@ def test_keeping_everything_in_a_language_model_changes_nothing(llava, method, s
         (lambda: Random(0.5, seed=0.5), r"seed.*0\.5"),
         (lambda: Grid("half"), "keep.*half"),
         (lambda: DivPrune(True), "keep.*True"),
+        (lambda: FastV(-3), "keep.*-3"),
+        (lambda: Plan(vision=FastV()), "FastV is not defined for the vision.*language"),
         (lambda: Plan(vision=DivPrune()), "DivPrune is not defined for the vision.*connector"),
         (lambda: Plan(language=DivPrune()), "DivPrune is not defined for the language.*connector"),
     ],
@@ -239,7 +241,6 @@ def test_divprune_is_the_recipe(keep):
 
 def test_divprune_of_ragged_samples():
     features, lengths = noise(3, 40, 8), [40, 1, 25]
-    features[1, 1:] = features[2, 25:] = 1e3 * noise(1, 8, seed=1)  # padding lies far off and must not be chosen
     actual = chosen(DivPrune(0.3).select(candidates(features, lengths=lengths)))
     assert actual == [
         literal_divprune(sample[:n], max(1, int(0.3 * n + 0.5))) if n > 1 else [0]
@@ -265,3 +266,160 @@ def test_nan_features_are_refused_in_front_of_the_language_model(llava):
     inputs["pixel_values"] = inputs["pixel_values"] * torch.nan
     with saint.pruned(model, Plan(connector=DivPrune())), pytest.raises(ValueError, match="image features are NaN"):
         model(**inputs)
+
+
+# -- FastV ------------------------------------------------------------------------------------------------------------
+
+
+class Spy(FastV):
+    """FastV that shows what it was shown."""
+
+    seen: list = []  # noqa: RUF012
+
+    def select(self, candidates):
+        self.seen.append(candidates)
+        return super().select(candidates)
+
+
+def rows(model, plan, inputs):
+    """The attention rows at every drop point of one forward, and its trace."""
+    Spy.seen.clear()
+    with saint.pruned(model, plan) as session, torch.no_grad():
+        model(**inputs)
+        return list(Spy.seen), session.trace
+
+
+def eager_rows(attentions, inputs, kept):
+    """Head-mean attention of the last real token over the visual tokens in ``kept``, from full matrices."""
+    out = []
+    for sample, index in enumerate(kept):
+        last = int(inputs["attention_mask"][sample].nonzero().max())
+        places = (inputs["input_ids"][sample] == IMAGE).nonzero().flatten()
+        out.append(attentions[sample].float().mean(0)[last, places[index]])
+    return out
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_row_is_that_of_eager_attention(name):
+    family = FAMILIES[name]
+    model = family.build()
+    inputs = prompts(family, model, PADDED)
+    seen, trace = rows(model, Plan(language=Stage(Spy(0.5), layers=[0, 1, 2, 3])), inputs)
+    oracle = Oracle(family, oracle_model(model), trace, inputs)
+    attentions = oracle(output_attentions=True).attentions
+    before = [torch.arange(n) for n in trace[0].tokens_in]
+    for entry, shown in zip(trace, seen, strict=True):
+        for sample, expected in enumerate(eager_rows(attentions[entry.layer], inputs, before)):
+            actual = shown.attention[sample, : len(expected)]
+            assert (actual - expected).abs().max() < 1e-5
+            top = expected.sort(descending=True, stable=True).indices[: len(entry.kept[sample])]
+            assert torch.equal(before[sample][top.sort().values], entry.kept[sample])
+        before = entry.kept
+
+
+def test_the_last_token_is_not_the_padding_on_the_right(llava):
+    model, twin = llava
+    inputs = prompts(FAMILIES["llava-llama"], model, [[4, "0", 7], [3, "1", 2]])
+    shift = int((inputs["attention_mask"][1] == 0).sum())
+    assert shift
+    for value in (inputs["input_ids"], inputs["attention_mask"]):
+        value[1] = value[1].roll(-shift)
+    seen, _ = rows(model, Plan(language=Spy(0.5)), inputs)
+    with torch.no_grad():
+        attentions = twin(**inputs, output_attentions=True, use_cache=False).attentions[1]
+    for sample, expected in enumerate(eager_rows(attentions, inputs, [torch.arange(36)] * 2)):
+        assert (seen[0].attention[sample] - expected).abs().max() < 1e-5
+
+
+def test_the_row_over_an_earlier_turn(llava):
+    """A second prompt with an image, on the cache of the first: the row is cut to the new tokens."""
+    model, twin = llava
+    family = FAMILIES["llava-llama"]
+    first, second = prompts(family, model, [[4, 5]]), prompts(family, model, [[3, "0", 6]], seed=1)
+    Spy.seen.clear()
+    with saint.pruned(model, Plan(language=Spy(0.5))), torch.no_grad():
+        cache = model(**first).past_key_values
+        mask = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
+        model(**{**second, "attention_mask": mask}, past_key_values=cache)
+    both = {"input_ids": torch.cat([first["input_ids"], second["input_ids"]], 1), "attention_mask": mask}
+    with torch.no_grad():
+        attentions = twin(
+            **both, pixel_values=second["pixel_values"], output_attentions=True, use_cache=False
+        ).attentions
+    (expected,) = eager_rows(attentions[1], both, [torch.arange(36)])
+    assert (Spy.seen[0].attention[0] - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_row_in_train_mode_has_no_dropout(checkpointing):
+    model = FAMILIES["llava-llama"].build()
+    inputs = prompts(FAMILIES["llava-llama"], model, [[4, "0", 7]])
+    (expected, *_), _ = rows(model, Plan(language=Spy(0.5)), inputs)
+    model.train()
+    text = model.model.language_model
+    text.layers[1].self_attn.attention_dropout = 0.5
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    Spy.seen.clear()
+    with saint.pruned(model, Plan(language=Spy(0.5))):
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all((shown.attention - expected.attention).abs().max() < 1e-6 for shown in Spy.seen)
+    assert text.layers[1].self_attn.training
+    assert text.layers[1].self_attn.config is text.config
+    assert text.layers[0].self_attn.q_proj.weight.grad is not None
+
+
+def test_greedy_tokens_of_fastv(llava):
+    model, twin = llava
+    inputs = prompts(FAMILIES["llava-llama"], model, PADDED, seed=1)
+    with saint.pruned(model, Plan(language=FastV(0.25))) as session, torch.no_grad():
+        out = model.generate(
+            **inputs, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        trace = session.trace
+    assert [e.layer for e in trace] == [1]
+    assert trace[0].tokens_out.tolist() == [9, 9, 9]
+    new = out.sequences[:, inputs["input_ids"].shape[1] :]
+    expected = Oracle(FAMILIES["llava-llama"], twin, trace, inputs).continued(new)
+    assert relative_error(torch.stack(out.logits, 1), expected) < 1e-4
+
+
+def test_fastv_is_undone(llava):
+    model, _ = llava
+    inputs = prompts(FAMILIES["llava-llama"], model, PADDED)
+    testing.check_undo(model, Plan(language=FastV(0.25)), {**inputs, "use_cache": False})
+
+
+def test_attention_that_shows_no_row_is_refused(monkeypatch):
+    model = FAMILIES["llava-llama"].build()
+    before = testing.snapshot(model)
+    model.model.language_model.layers[1].self_attn.sliding_window = 8
+    model.model.language_model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(saint.UnsupportedModelError, match=r"layer 1 .*sliding window.*sdpa"):
+        saint.apply(model, Plan(language=FastV()))
+    del model.model.language_model.layers[1].self_attn.sliding_window
+    model.model.language_model.config._attn_implementation_internal = "sdpa"
+    assert testing.snapshot(model) == before
+
+    attention = type(model.model.language_model.layers[1].self_attn)
+    real = attention.forward
+    monkeypatch.setattr(
+        attention,
+        "forward",
+        lambda self, hidden_states, position_embeddings, attention_mask, past_key_values, **more: (
+            real(self, hidden_states, position_embeddings, attention_mask, past_key_values, **more)[0],
+            None,
+        ),
+    )
+    inputs = prompts(FAMILIES["llava-llama"], model, PADDED)
+    with (
+        saint.pruned(model, Plan(language=FastV())),
+        pytest.raises(saint.UnsupportedModelError, match="no attention weights"),
+    ):
+        model(**inputs)
+
+
+def test_a_stage_that_does_not_show_what_a_method_needs(monkeypatch):
+    monkeypatch.setattr(FastV, "stages", frozenset({"vision", "language"}))
+    with pytest.raises(ValueError, match="FastV needs last_query, which the vision stage does not show"):
+        Plan(vision=FastV())

@@ -12,6 +12,7 @@ VERSION = 2  # what `evict` needs; plans without it are written as version 1, wh
 STAGES = ("vision", "connector", "language")
 
 Layers = Literal["first_half"] | range | list[int] | tuple[int, ...] | None
+PROVIDES = {"vision": frozenset[str](), "connector": frozenset[str](), "language": frozenset({"last_query"})}
 OUTPUTS = ("survivors", "nearest", "similar")
 
 
@@ -106,6 +107,11 @@ def _check_stage(name: str, stage: Stage) -> None:
         raise ValueError(
             f"{type(stage.method).__name__} is not defined for the {name} stage; "
             f"it works in: {', '.join(sorted(stage.method.stages))}"
+        )
+    if missing := stage.method.needs - PROVIDES[name]:
+        raise ValueError(
+            f"{type(stage.method).__name__} needs {', '.join(sorted(missing))}, which the {name} stage does not show; it shows: "
+            f"{', '.join(sorted(PROVIDES[name])) or 'keys and features only'}"
         )
     if name != "vision" and stage.output != "survivors":
         raise ValueError(f"output={stage.output!r} is for the vision stage only")

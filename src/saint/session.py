@@ -244,7 +244,7 @@ def _vlm(model: nn.Module, plan: Plan) -> "tuple[PrunedVLM, PrunedEncoder | None
         raise ValueError("the connector stage lies in front of the language model and has no layers: leave layers out")
 
     def drop(stage: Stage | None, layers: tuple[int, ...]) -> "Drop | None":
-        return None if stage is None else Drop(stage.method.select, stage.method.validate, layers)
+        return None if stage is None else Drop(stage.method.select, stage.method.validate, layers, stage.method.needs)
 
     chosen = () if plan.language is None else tuple(plan.language.resolve_layers("language", len(layers)))
     decoder = PrunedDecoder(

@@ -129,6 +129,8 @@ class Candidates:
         tokens: who they are; ``tokens.valid`` masks padding.
         step: this is drop point ``step`` (0-based) of ``steps`` of the stage.
         steps: drop points of the stage.
+        attention: for methods that need "last_query": attention of the last prompt token at this layer, averaged over heads,
+            float32 [B, N]; else None.
     """
 
     keys: Tensor
@@ -136,6 +138,7 @@ class Candidates:
     tokens: TokenMap
     step: int
     steps: int
+    attention: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ Letters: B batch, L positions of the forward, S survivors of the longest sample,
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..errors import HookNeverFiredError, UnsupportedModelError
 from ..patch import Uncopyable, override
 from ..tokens import Candidates, LayerTrace, Selection, TokenMap, gather_tokens
+from .attention import LastQuery, check_attention
 from .cache import Owner, RaggedLayer, check_cache, extended, ragged_layer, remaining, stored_bytes
 from .masks import DENSE, FLASH, survivors_mask
 from .positions import gather_ids, gather_rotary
@@ -38,11 +39,15 @@ _ARGUMENTS = ("attention_mask", "past_key_values", "position_embeddings")
 
 @dataclass(frozen=True)
 class Drop:
-    """Who decides at one stage, and where: ``layers`` is empty for the connector, which drops in front of layer 0."""
+    """Who decides at one stage, and where: ``layers`` is empty for the connector, which drops in front of layer 0.
+
+    ``needs`` may hold "last_query": the decision takes the attention of the last prompt token.
+    """
 
     select: Select
     validate: Validate
     layers: tuple[int, ...] = ()
+    needs: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ class PrunedDecoder(Uncopyable):
         self.connector, self.language, self.between, self.evict = connector, language, between, evict
         self.depth = len(layers)
         self.steps = {} if language is None else {layer: step for step, layer in enumerate(language.layers)}
+        self.rows = language is not None and "last_query" in language.needs
         self.owner = Owner()
         self.visual: Tensor | None = None  # bool [B, L], set by the model's glue in front of each forward
         self.marked = False  # NaN rows among them are tokens that the encoder dropped
@@ -133,6 +139,8 @@ class PrunedDecoder(Uncopyable):
                 f"attention implementation {implementation!r} of the language model cannot be given the masks of shortened "
                 f"sequences; load the model with one of {', '.join(sorted(DENSE | FLASH))}"
             )
+        for index in self.steps if self.rows else ():
+            check_attention(self.modules[index], f"{self.path} layer {index}", implementation in FLASH)
 
     def install(self, stack: ExitStack) -> None:
         """Patch the instance; ``stack`` undoes it."""
@@ -217,8 +225,8 @@ class PrunedDecoder(Uncopyable):
             layer -= 1
         return self.fronts[layer]
 
-    def choose(self, layer: int, front: Front, keys: Tensor, x: Tensor) -> Front:
-        """The front behind a drop point. keys [B, H, S, D], x [B, S, C]."""
+    def choose(self, layer: int, front: Front, keys: Tensor, x: Tensor, row: Tensor | None) -> Front:
+        """The front behind a drop point. keys [B, H, S, D], x [B, S, C], row [B, S] for methods that need it."""
         assert self.language is not None
         if keys.shape[2] != front.tokens.slots:
             raise HookNeverFiredError(
@@ -231,15 +239,25 @@ class PrunedDecoder(Uncopyable):
             raise ValueError(
                 f"the keys of {self.path} layer {layer} are NaN or Inf: check the inputs, and fp16 overflow"
             )
-        return self._choose("language", self.language, layer, front, at, _at(x.detach(), front))
+        seen = None if row is None else row.gather(1, front.where)
+        return self._choose("language", self.language, layer, front, at, _at(x.detach(), front), seen)
 
-    def _choose(self, stage: str, drop: Drop, layer: int, front: Front, keys: Tensor, features: Tensor) -> Front:
+    def _choose(
+        self,
+        stage: str,
+        drop: Drop,
+        layer: int,
+        front: Front,
+        keys: Tensor,
+        features: Tensor,
+        attention: Tensor | None = None,
+    ) -> Front:
         visual = front.visual
         step, steps = (0, 1) if stage == "connector" else (self.steps[layer], len(self.steps))
         some = [sample for sample, n in enumerate(visual.lengths) if n]
         selection = None
         if len(some) == len(visual.lengths):
-            selection = drop.select(Candidates(keys, features, visual, step, steps))
+            selection = drop.select(Candidates(keys, features, visual, step, steps, attention))
         elif some:
             # samples without visual tokens have nothing to decide: the method sees the others
             pick = torch.tensor(some, device=keys.device)
@@ -250,7 +268,8 @@ class PrunedDecoder(Uncopyable):
                 visual.width,
                 None if visual.valid is None else visual.valid[pick],
             )
-            chosen = drop.select(Candidates(keys[pick], features[pick], part, step, steps))
+            seen = None if attention is None else attention[pick]
+            chosen = drop.select(Candidates(keys[pick], features[pick], part, step, steps, seen))
             if chosen is not None:
                 keep = torch.zeros_like(visual.index, dtype=torch.bool)
                 keep[pick] = _mask(chosen, visual.slots)
@@ -364,7 +383,12 @@ class PrunedLayer(Uncopyable):
         tap = None
         if layer in decoder.steps:
             tap = kwargs["past_key_values"] = KeyTap(cache)
-        with _tapped(module, tap) if checkpointed else nullcontext():
+        query = LastQuery(module, f"{decoder.path} layer {layer}") if tap is not None and decoder.rows else None
+        with ExitStack() as stack:
+            if checkpointed:
+                stack.enter_context(_tapped(module, tap))
+            if query is not None:
+                stack.enter_context(query.watch())
             out = self.original(x, **kwargs)
         y = out[0] if isinstance(out, tuple) else out
         after = front
@@ -373,7 +397,8 @@ class PrunedLayer(Uncopyable):
                 raise HookNeverFiredError(
                     f"{decoder.path} layer {layer} put no keys into its cache, so there is nothing to score"
                 )
-            after = decoder.choose(layer, front, tap.keys, y)
+            row = None if query is None else query.row(tap.held, front.tokens.valid)
+            after = decoder.choose(layer, front, tap.keys, y, row)
             if after is not front:
                 y = gather_tokens(y, after.slots, 0)
         decoder.fronts[layer + 1] = after
@@ -389,12 +414,13 @@ class KeyTap:
     def __init__(self, cache: Any) -> None:
         self.cache = cache
         self.keys: Tensor | None = None
+        self.held: tuple[Tensor, Tensor]  # all keys and values the attention sees
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.keys = key_states
-        if self.cache is None:
-            return key_states, value_states
-        return self.cache.update(key_states, value_states, *args, **kwargs)
+        self.keys, self.held = key_states, (key_states, value_states)
+        if self.cache is not None:
+            self.held = self.cache.update(key_states, value_states, *args, **kwargs)
+        return self.held
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cache, name)

@@ -12,6 +12,7 @@ from .base import Method
 
 if TYPE_CHECKING:
     from .divprune import DivPrune as DivPrune
+    from .fastv import FastV as FastV
     from .grid import Grid as Grid
     from .random import Random as Random
     from .saint import Saint as Saint
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _BUILTIN = {
     "divprune": ("divprune", "DivPrune"),
+    "fastv": ("fastv", "FastV"),
     "grid": ("grid", "Grid"),
     "random": ("random", "Random"),
     "saint": ("saint", "Saint"),

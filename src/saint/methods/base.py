@@ -25,6 +25,7 @@ class Method(ABC):
     name: ClassVar[str]  # registry name, lower_snake
     paper: ClassVar[str]  # citation key or URL of the publication
     stages: ClassVar[frozenset[str]]  # stages the method is defined for
+    needs: ClassVar[frozenset[str]] = frozenset()  # what a stage computes on demand: "last_query" fills `attention`
 
     @abstractmethod
     def select(self, candidates: Candidates) -> Selection | None:

@@ -1,0 +1,160 @@
+"""One row of a layer's attention: the last prompt token over everything the layer sees.
+
+Fused attention stays on and no L x L matrix is made: the layer's own attention module runs a second time, on the last token
+alone, with its eager implementation, which returns weights. Projections, norms, rotary tables, head groups, scaling, soft
+caps and sinks are therefore the model's own; the keys are those the layer has just cached.
+
+Letters: B batch, H heads, S tokens of the sequence, T entries of the cache with the sequence, C channels.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HookNeverFiredError, UnsupportedModelError
+from ..tokens import TokenMap, gather_tokens
+from .positions import gather_ids, gather_rotary
+
+_ARGUMENTS = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values")
+
+
+def check_attention(layer: nn.Module, path: str, flash: bool) -> None:
+    """Raise ``UnsupportedModelError`` unless :class:`LastQuery` can work on this layer."""
+    attention = getattr(layer, "self_attn", None)
+    why = None
+    if attention is None or not hasattr(getattr(attention, "config", None), "_attn_implementation"):
+        why = "it has no self_attn whose config names an attention implementation"
+    else:
+        missing = [name for name in _ARGUMENTS if name not in inspect.signature(type(attention).forward).parameters]
+        if missing:
+            why = f"its self_attn takes no {', '.join(missing)}"
+        elif flash and getattr(attention, "sliding_window", None):
+            why = 'its sliding window shows in no mask under flash attention: load the model with attn_implementation="sdpa"'
+    if why is not None:
+        raise UnsupportedModelError(
+            f"the attention of the last token cannot be computed at {path} ({type(layer).__name__}): {why}; use a layer or a "
+            "method that does without"
+        )
+
+
+class LastQuery:
+    """Watches one call of a layer's attention, then computes the row."""
+
+    def __init__(self, layer: nn.Module, path: str) -> None:
+        self.attention: Any = layer.self_attn
+        self.path = path
+        self.call: dict[str, Any] | None = None
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        names = list(inspect.signature(type(self.attention).forward).parameters)[1:]
+
+        def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.call = {**dict(zip(names, args, strict=False)), **kwargs}
+
+        hook = self.attention.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def row(self, held: tuple[Tensor, Tensor], valid: Tensor | None) -> Tensor:
+        """Attention of each sample's last real token, averaged over heads, over the tokens of the sequence.
+
+        Args:
+            held: keys and values of the layer, the sequence's last, [B, H, T, D].
+            valid: bool [B, S], False for padding that we added; None when there is none.
+
+        Returns:
+            float32 [B, S], from probabilities of the model's dtype.
+        """
+        call, self.call = self.call, None
+        if call is None:
+            raise HookNeverFiredError(f"the attention of {self.path} was not called, so its queries are not known")
+        hidden, mask = call["hidden_states"].detach(), call.get("attention_mask")
+        batch, count = hidden.shape[:2]
+        real = _real(mask, batch, count, hidden.device)
+        real = real if valid is None else real & valid
+        place = torch.arange(count, device=hidden.device)
+        last = torch.where(real, place, -1).amax(1).clamp_min(0).unsqueeze(1)  # [B, 1]
+        one = TokenMap(last, (1,) * batch, (count,) * batch, count)
+        again = {
+            **call,
+            "hidden_states": gather_tokens(hidden, last, 0),
+            "position_embeddings": gather_rotary(call["position_embeddings"], one),
+            "attention_mask": _row(mask, last, hidden.dtype),
+            "past_key_values": _Held(held),
+        }
+        if isinstance(call.get("position_ids"), Tensor):
+            again["position_ids"] = gather_ids(call["position_ids"], one)
+        with torch.no_grad(), _eager(self.attention):
+            weights = self.attention.forward(**again)[1]
+        if not isinstance(weights, Tensor) or weights.shape[:1] + weights.shape[2:] != (batch, 1, held[0].shape[2]):
+            raise UnsupportedModelError(
+                f"the attention of {self.path} ({type(self.attention).__name__}) returned no attention weights of its eager "
+                "implementation, so the row of the last token is not known; use a method that does without"
+            )
+        return weights.float().mean(1)[:, 0, -count:]
+
+
+class _Held:
+    """A cache that takes nothing and gives what the layer has."""
+
+    def __init__(self, held: tuple[Tensor, Tensor]) -> None:
+        self.held = held
+
+    def update(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return self.held
+
+
+class _EagerConfig:
+    def __init__(self, config: Any) -> None:
+        self._config = config
+        self._attn_implementation = "eager"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+@contextmanager
+def _eager(attention: nn.Module) -> Iterator[None]:
+    """The module's eager implementation without dropout; the config that the model shares is not touched."""
+    kept = vars(attention)
+    config, training = kept["config"], kept["training"]
+    kept["config"], kept["training"] = _EagerConfig(config), False
+    try:
+        yield
+    finally:
+        kept["config"], kept["training"] = config, training
+
+
+def _seen(mask: Tensor) -> Tensor:
+    return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
+
+
+def _real(mask: Tensor | None, batch: int, count: int, device: torch.device) -> Tensor:
+    """Which tokens of the sequence are no padding, bool [B, S]: a real token sees itself."""
+    if mask is None:
+        return torch.ones(batch, count, dtype=torch.bool, device=device)
+    own = mask[..., -count:]
+    if mask.ndim == 4:
+        own = own[:, 0].diagonal(dim1=-2, dim2=-1) if own.shape[2] == count else own[:, 0, 0]
+    return _seen(own).expand(batch, count)
+
+
+def _row(mask: Tensor | None, last: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The additive mask of one query per sample, [B, 1 or H, 1, T]."""
+    if mask is None:
+        return None  # a last token sees everything
+    if mask.ndim == 2:
+        mask = mask.bool()[:, None, None]
+    elif mask.shape[2] > 1:
+        mask = mask.expand(len(last), *mask.shape[1:])
+        mask = mask.gather(2, last[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    if mask.is_floating_point():
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
