@@ -252,3 +252,36 @@ def farthest(features: Tensor, keep: tuple[int, ...], *, valid: Tensor | None = 
             chosen = chosen.masked_fill(torch.arange(max(keep), device=features.device) >= limit, count)
         alive = torch.zeros(batch, count + 1, dtype=torch.bool, device=features.device)
         return alive.scatter_(1, chosen, True)[:, :count]
+
+
+class Edges(NamedTuple):
+    """The best partner of each source.
+
+    Attributes:
+        sources: candidate index of each source (the even positions), int64 [S].
+        targets: candidate index of its most similar target (an odd position), int64 [B, S].
+        similarity: their cosine, float32 [B, S]; padded sources, and sources without any target, hold -inf.
+    """
+
+    sources: Tensor
+    targets: Tensor
+    similarity: Tensor
+
+
+def match(keys: Tensor, *, valid: Tensor | None = None) -> Edges:
+    """Bipartite matching of ToMe: even positions (sources) each pick their most similar odd one; ties by index.
+
+    Args:
+        keys: [B, H, N, D] or [B, N, D], N >= 2.
+        valid: bool [B, N], False for padding.
+    """
+    with full_precision(keys.device):
+        points = metric(keys, valid=valid)
+        similarity = points[:, 0::2] @ points[:, 1::2].mT
+        if valid is not None:
+            similarity = similarity.masked_fill(~valid[:, 1::2].unsqueeze(1), -torch.inf)
+        best = similarity.argmax(-1)
+        score = similarity.gather(-1, best.unsqueeze(-1)).squeeze(-1)
+        if valid is not None:
+            score = score.masked_fill(~valid[:, 0::2], -torch.inf)
+        return Edges(torch.arange(0, points.shape[1], 2, device=keys.device), 2 * best + 1, score)

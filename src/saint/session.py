@@ -212,6 +212,7 @@ def _encoder(stage: Stage, path: str, encoder: nn.Module, row: EncoderRow) -> Pr
         output=stage.output,
         select=method.select,
         validate=method.validate,
+        beta=method.size_bias(),
     )
 
 

@@ -2,7 +2,8 @@
 
 The definition of correct is *masked-oracle equality*: a pruned forward equals the unpruned-length forward in which each
 dropped token is hidden, as a key, from every attention behind its drop point. The oracle here shares no code with the
-pruning path: it knows the model's attention only through torch's own functions.
+pruning path: it knows the model's attention only through torch's own functions. Methods that merge have an oracle of their
+own: the full-length forward in which tokens that became one share their mean.
 
 Letters: B batch, P protected tokens, N candidates, C channels.
 """
@@ -11,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import AlreadyAppliedError, HookNeverFiredError, SaintError
 from .methods.saint import Saint
+from .patch import override
 from .plan import Plan, Stage
 from .session import apply, pruned, remove, status
 from .tokens import LayerTrace
-from .vision.blocks import Anatomy, part
+from .vision.blocks import Anatomy, Block, part
 from .vision.locate import locate
 from .vision.rows import EncoderRow
 
@@ -141,11 +144,14 @@ def example_plan(model: nn.Module, inputs: Inputs, **stage: Any) -> Plan:
 
 
 class _HideKeys(TorchFunctionMode):
-    """Adds a key mask to every attention that torch computes while ``visible`` is set."""
+    """Adds a key mask to every attention that torch computes while ``visible`` is set.
+
+    A bool one hides keys, a float one is added to their logits.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.visible: Tensor | None = None  # bool [B, keys]
+        self.visible: Tensor | None = None  # [B, keys]
         self.masked = 0
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
@@ -162,6 +168,9 @@ class _HideKeys(TorchFunctionMode):
                 given = kwargs.get("attn_mask")
                 if given is None:
                     kwargs["attn_mask"] = hide
+                elif hide.is_floating_point():
+                    zero = torch.zeros((), dtype=hide.dtype, device=hide.device)
+                    kwargs["attn_mask"] = hide + (zero.masked_fill(~given, -torch.inf) if _bool(given) else given)
                 elif given.dtype == torch.bool:
                     kwargs["attn_mask"] = given & hide
                 else:
@@ -169,9 +178,13 @@ class _HideKeys(TorchFunctionMode):
             return func(**kwargs)
         if func is nn.functional.multi_head_attention_forward and args[1].shape[0] == seen.shape[1]:
             self.masked += 1
-            kwargs["key_padding_mask"] = ~seen
+            kwargs["key_padding_mask"] = seen if seen.is_floating_point() else ~seen
             kwargs["attn_mask"] = None  # what the caller masks (padding) is never a survivor
         return func(*args, **kwargs)
+
+
+def _bool(mask: Tensor) -> bool:
+    return mask.dtype == torch.bool
 
 
 def masked_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[str, Tensor], list[LayerTrace]]:
@@ -252,6 +265,107 @@ def masked_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
         for layer, block in enumerate(blocks):
             stack.callback(block.register_forward_pre_hook(enter(layer), with_kwargs=True).remove)
             stack.callback(block.register_forward_hook(leave(layer)).remove)
+        final = part(encoder, row.final) if row.final else None
+        if final is not None:
+            stack.callback(final.register_forward_hook(pooled).remove)
+        stack.enter_context(mode)
+        return run(model, inputs), trace
+
+
+def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[str, Tensor], list[LayerTrace]]:
+    """The full-length forward in which all tokens that ``plan`` merges into one share their mean from the merge on.
+
+    Copies of a token of size s are attended to s times as much as one, which is proportional attention with beta = 1; for
+    another beta, (beta - 1) * log(s) is added to their logits. Copies take the rotary position of the survivor.
+
+    Args:
+        model: not patched; left as it was.
+        plan: with a vision stage whose method merges; decides, in a pruned forward run first, what becomes one.
+        inputs: keyword inputs of the model.
+
+    Returns:
+        As :func:`masked_oracle`.
+
+    Raises:
+        HookNeverFiredError: beta is not 1, or the encoder ends in an attention pool, and an attention was not seen.
+    """
+    stage = plan.stages["vision"]
+    beta, survivors = stage.method.size_bias(), stage.output == "survivors"
+    with pruned(model, plan) as session:
+        run(model, inputs)
+        trace = session.trace
+    _, encoder, row = locate(model)
+    blocks = list(part(encoder, row.blocks))
+    prefix, mode = row.prefix(encoder), _HideKeys()
+    by_layer = {entry.layer: entry for entry in trace if entry.into is not None}
+    groups: list[Tensor] | None = None  # for each original candidate the survivor it is part of
+
+    def share(y: Tensor) -> Tensor:
+        assert groups is not None
+        y = y.clone()
+        for sample, into in enumerate(groups):
+            for survivor in into.unique().tolist():
+                members = prefix + (into == survivor).nonzero().flatten()
+                y[sample, members] = y[sample, members].mean(0)
+        return y
+
+    def logits(count: int, like: Tensor) -> Tensor | None:
+        if groups is None or beta == 1:
+            return None
+        out = like.new_zeros(len(groups), count)
+        for sample, into in enumerate(groups):
+            out[sample, prefix : prefix + len(into)] = (beta - 1) * into.bincount()[into].to(like.dtype).log()
+        return out
+
+    def positions(table: Any) -> Any:
+        if isinstance(table, tuple):
+            return tuple(positions(t) for t in table)
+        assert groups is not None
+        if table.shape[-2] != len(groups[0]):
+            return table
+        rows = torch.stack([table[..., into, :] for into in groups])
+        return rows.unsqueeze(1) if table.ndim == 2 else rows
+
+    def wrap(layer: int, block: Block, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            nonlocal groups
+            groups = None if layer == 0 else groups
+            kwargs = block.named(args, kwargs)
+            if groups is not None:
+                kwargs |= {n: positions(kwargs[n]) for n in block.anatomy.tables if kwargs.get(n) is not None}
+            mode.visible, mode.masked = logits(x.shape[1], x), 0
+            halves = layer in by_layer and (stage.placement or "mid") == "mid"
+            y = block.first(x, kwargs) if halves else original(x, **kwargs)
+            if mode.visible is not None and mode.masked == 0:
+                raise HookNeverFiredError(f"the attention of block {layer} does not go through torch's fused functions")
+            mode.visible = None
+            if layer in by_layer:
+                groups = by_layer[layer].into
+                y = share(y)
+            y = block.second(y) if halves else y
+            return pooled(None, None, y) if layer == len(blocks) - 1 else y
+
+        return forward
+
+    def pooled(_module: Any, _args: Any, y: Tensor) -> Tensor | None:
+        """What pools see: the survivors alone, as in :func:`masked_oracle`."""
+        if groups is None or not survivors or y.ndim != 3 or y.shape[1] < prefix + len(groups[0]):
+            return y
+        mode.visible = torch.zeros(y.shape[:2], dtype=torch.bool, device=y.device)
+        mode.visible[:, :prefix] = True
+        y, first = y.clone(), 0 if row.pool_with_prefix(encoder) else prefix
+        for sample, into in enumerate(groups):
+            mode.visible[sample, prefix + into.unique()] = True
+            y[sample, ~mode.visible[sample]] = y[sample, first:][mode.visible[sample, first:]].mean(0)
+        return y
+
+    with ExitStack() as stack:
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        for layer, module in enumerate(blocks):
+            anatomy = Block(module, _anatomy(module, row), f"{row.blocks}.{layer}")
+            override(stack, module, "forward", partial(wrap, layer, anatomy))
         final = part(encoder, row.final) if row.final else None
         if final is not None:
             stack.callback(final.register_forward_hook(pooled).remove)
@@ -361,8 +475,12 @@ def _same_model(model: nn.Module, before: Any, weights: Any, base: Any, inputs: 
 
 
 def check_oracle(model: nn.Module, plan: Plan, inputs: Inputs, atol: float = 1e-5) -> str:
-    """Contract 3: masked-oracle equality (``atol`` times the output's size, at least ``atol``)."""
-    want, _ = masked_oracle(model, plan, inputs)
+    """Contract 3: masked-oracle equality (``atol`` times the output's size, at least ``atol``).
+
+    A merged token is no hidden token: for methods that merge, equality with :func:`merged_oracle` takes its place.
+    """
+    merges = plan.stages["vision"].method.merges
+    want, _ = (merged_oracle if merges else masked_oracle)(model, plan, inputs)
     with pruned(model, plan) as session:
         got = run(model, inputs)
         trace = session.trace
@@ -373,7 +491,8 @@ def check_oracle(model: nn.Module, plan: Plan, inputs: Inputs, atol: float = 1e-
         for a, b in _survivor_rows(name, got[name], want[name], trace[-1], row.prefix(encoder), full):
             worst = float((a - b).abs().max())
             assert worst <= _tolerance(want, atol) * scale, f"{name}: differs by {worst:.2e} (size {scale:.1f})"
-    return f"{len(want)} output(s) equal within {_tolerance(want, atol):.0e}"
+    oracle = "the merged oracle (nothing is masked)" if merges else "the masked oracle"
+    return f"{len(want)} output(s) equal to {oracle} within {_tolerance(want, atol):.0e}"
 
 
 def check_batch(model: nn.Module, plan: Plan, inputs: Inputs, atol: float = 1e-5) -> str:

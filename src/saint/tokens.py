@@ -60,11 +60,24 @@ class TokenMap:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which slots stay: int64 [B, K] ascending within the first ``lengths[b]``, then padding."""
+    """Which slots stay: int64 [B, K] ascending within the first ``lengths[b]``, then padding.
+
+    Of merging methods, ``owner`` says for each current slot which new slot it becomes part of, int64 [B, N].
+    """
 
     slots: Tensor
     lengths: tuple[int, ...]
     valid: Tensor | None = None
+    owner: Tensor | None = None
+
+    @staticmethod
+    def merging(into: Tensor, lengths: tuple[int, ...], current: TokenMap) -> "Selection":
+        """Every slot becomes part of slot ``into`` [B, N], a survivor itself; survivors name themselves."""
+        keep = into == torch.arange(into.shape[1], device=into.device)
+        keep = keep if current.valid is None else keep & current.valid
+        stay = Selection.from_mask(keep, lengths)
+        owner = (keep.cumsum(1) - 1).clamp_min(0).gather(1, into)
+        return Selection(stay.slots, lengths, stay.valid, owner)
 
     @staticmethod
     def from_mask(keep: Tensor, lengths: tuple[int, ...]) -> "Selection":
@@ -151,6 +164,7 @@ class LayerTrace:
         tokens_in: candidates before, int64 [B] (protected tokens not counted).
         tokens_out: candidates after, int64 [B].
         kept: B int64 tensors, original candidate indices (0-based), ascending.
+        into: of merging methods, B int64 tensors: for each original candidate the one of ``kept`` it is part of by now.
     """
 
     stage: str
@@ -158,6 +172,7 @@ class LayerTrace:
     tokens_in: Tensor
     tokens_out: Tensor
     kept: list[Tensor] = field(repr=False)
+    into: list[Tensor] | None = field(default=None, repr=False)
 
 
 def gather_tokens(x: Tensor, slots: Tensor, prefix: int) -> Tensor:
@@ -180,6 +195,30 @@ def gather_tokens(x: Tensor, slots: Tensor, prefix: int) -> Tensor:
     # one row-wise copy instead of an element-wise gather with an expanded index
     rows = rows + torch.arange(0, batch * count, count, device=x.device).unsqueeze(1)
     return x.reshape(batch * count, channels).index_select(0, rows.reshape(-1)).view(batch, -1, channels)
+
+
+def merge_tokens(x: Tensor, sizes: Tensor, selection: Selection, prefix: int) -> tuple[Tensor, Tensor]:
+    """Keep the prefix, and average the candidates that become one, weighted by what they stand for.
+
+    Args:
+        x: [B, P + N, C].
+        sizes: original candidates in each slot, float [B, N]; 0 for padding.
+        selection: with ``owner``.
+        prefix: P.
+
+    Returns:
+        [B, P + K, C], and the new sizes [B, K]. A token nothing was merged into is exactly as before.
+    """
+    owner = selection.owner
+    assert owner is not None
+    batch, kept = selection.slots.shape
+    total = sizes.new_zeros(batch, kept).scatter_add(1, owner, sizes)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    share = sizes.to(dtype) / total.to(dtype).gather(1, owner).clamp_min(1)
+    body = x[:, prefix:] * share.unsqueeze(-1)
+    rows = owner.unsqueeze(-1).expand_as(body)
+    merged = body.new_zeros(batch, kept, x.shape[2]).scatter_add(1, rows, body).to(x.dtype)
+    return torch.cat([x[:, :prefix], merged], 1), total
 
 
 def gather_entries(x: Tensor, slots: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .random import Random as Random
     from .saint import Saint as Saint
     from .saint_full_graph import SaintFullGraph as SaintFullGraph
+    from .tome import ToMe as ToMe
 
 _BUILTIN = {
     "divprune": ("divprune", "DivPrune"),
@@ -25,6 +26,7 @@ _BUILTIN = {
     "random": ("random", "Random"),
     "saint": ("saint", "Saint"),
     "saint_full_graph": ("saint_full_graph", "SaintFullGraph"),
+    "tome": ("tome", "ToMe"),
 }
 
 

@@ -26,6 +26,7 @@ class Method(ABC):
     paper: ClassVar[str]  # citation key or URL of the publication
     stages: ClassVar[frozenset[str]]  # stages the method is defined for
     needs: ClassVar[frozenset[str]] = frozenset()  # what a stage computes on demand: "last_query" fills `attention`
+    merges: ClassVar[bool] = False  # tokens go into survivors instead of away; vision only
 
     @abstractmethod
     def select(self, candidates: Candidates) -> Selection | None:
@@ -34,6 +35,10 @@ class Method(ABC):
     def layers(self, stage: str, depth: int) -> list[int]:
         """Layers used when the plan names none."""
         raise ValueError(f"{type(self).__name__} has no default layers for {stage}; give Stage(..., layers=[...])")
+
+    def size_bias(self) -> float:
+        """Of merging methods: beta, where later attention adds beta * log(size) to the logits of a token's key."""
+        return 0.0
 
     def validate(self, total: int, steps: int) -> None:  # noqa: B027  # most methods accept any number
         """Raise ``ValueError`` when ``total`` candidates over ``steps`` drop points cannot work."""

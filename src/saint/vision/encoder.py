@@ -25,6 +25,7 @@ from ..tokens import (
     gather_mask,
     gather_table,
     gather_tokens,
+    merge_tokens,
     nearest_survivor,
     similar_survivor,
     visible,
@@ -62,6 +63,8 @@ class PrunedEncoder(_Uncopied):
         placement: "mid" or "post".
         output: see :class:`saint.Stage`.
         select: the method's decision.
+        validate: the method's check of numbers of candidates.
+        beta: of merging methods: attention adds beta * log(size) to the logits of a merged token's key.
 
     Raises:
         UnsupportedModelError: an unknown block class with ``placement="mid"``, parameters on ``meta``, a compiled model.
@@ -79,10 +82,11 @@ class PrunedEncoder(_Uncopied):
         output: str,
         select: Select,
         validate: Callable[[int, int], None],
+        beta: float = 0.0,
     ) -> None:
         self.path, self.encoder, self.row = path, encoder, row
         self.layers, self.placement, self.output = layers, placement, output
-        self.select, self.validate = select, validate
+        self.select, self.validate, self.beta = select, validate, beta
         self.modules: list[nn.Module] = list(part(encoder, row.blocks))
         self.depth = len(self.modules)
         self.prefix = row.prefix(encoder)
@@ -91,6 +95,8 @@ class PrunedEncoder(_Uncopied):
         self.grid: tuple[int, int] | None = None
         self.maps: dict[int, TokenMap] = {}  # token map in front of each layer; `depth` = behind the last
         self.owners: dict[int, Tensor] = {}  # same keys: for each original candidate the slot that stands for it
+        self.sizes: dict[int, Tensor] = {}  # merging: original candidates in each slot, float32 [B, K]
+        self.merged: dict[int, Tensor] = {}  # merging: for each original candidate the slot it is part of
         self.expanded: set[int] = set()  # layers whose input is full length although tokens were dropped
         self._cache: dict[tuple[str, int], Any] = {}  # masks and tables of the running forward
         self._check()
@@ -126,6 +132,9 @@ class PrunedEncoder(_Uncopied):
             raise UnsupportedModelError(
                 f"{self.row.blocks}.{unknown[0]} is a {kind}; known: {', '.join(self.row.anatomies)}"
             )
+        if self.beta:
+            for index in range(self.layers[0] + 1, self.depth):
+                self._check_bias(index)
         if self.output == "nearest" and self.row.patch is None:
             raise UnsupportedModelError(f'{name} shows no patch grid: output="nearest" is not possible, use "similar"')
         self._prove()
@@ -138,6 +147,14 @@ class PrunedEncoder(_Uncopied):
             count = grid[0] * grid[1]
         if count:
             self.validate(count, len(self.layers))
+
+    def _check_bias(self, layer: int) -> None:
+        block = self.blocks[layer]
+        if block is not None and block.anatomy.padding is None and not self._masks(block):
+            raise UnsupportedModelError(
+                f"{self.row.blocks}.{layer} ({type(block.module).__name__}) takes no dense attention mask, through which "
+                f"beta={self.beta:g} weighs merged tokens: set beta=0, or load the model with SDPA or eager attention"
+            )
 
     def _prove(self) -> None:
         if self.placement == "post":
@@ -182,6 +199,7 @@ class PrunedEncoder(_Uncopied):
     def reset(self) -> None:
         """Forget the last forward."""
         self.maps, self.owners, self.expanded, self._cache, self.grid = {}, {}, set(), {}, None
+        self.sizes, self.merged = {}, {}
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
@@ -191,7 +209,10 @@ class PrunedEncoder(_Uncopied):
 
     def _padding_hook(self, layer: int) -> Callable[..., Any]:
         def add_padding(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            keys = visible(self.maps[layer], self.prefix)
+            keys, bias = visible(self.maps[layer], self.prefix), self._bias(layer)
+            if bias is not None:
+                hidden = bias if keys is None else bias.masked_fill(~keys, -torch.inf)
+                return args, {**kwargs, "key_padding_mask": hidden}
             return None if keys is None else (args, {**kwargs, "key_padding_mask": ~keys})
 
         return add_padding
@@ -246,7 +267,7 @@ class PrunedEncoder(_Uncopied):
             self.validate(total, len(self.layers))
 
     def prune(self, layer: int, x: Tensor, keys: Tensor) -> Tensor:
-        """Drop tokens at a drop point and set the map in front of the next layer.
+        """Drop or merge tokens at a drop point and set the map in front of the next layer.
 
         Args:
             layer: the drop point.
@@ -266,11 +287,32 @@ class PrunedEncoder(_Uncopied):
         after = tokens.select(selection)
         self.maps[layer + 1] = after
         self.owners.pop(layer + 1, None)
+        owner = selection.owner
+        if owner is not None:
+            earlier = self.merged.get(layer)
+            self.merged[layer + 1] = owner if earlier is None else owner.gather(1, earlier)
         if self.output == "similar":
-            owner = similar_survivor(metric(keys), selection)
+            owner = similar_survivor(metric(keys), selection) if owner is None else owner
             earlier = self.owners.get(layer)
             self.owners[layer + 1] = owner if earlier is None else owner.gather(1, earlier)
-        return gather_tokens(x, selection.slots, self.prefix)
+        if selection.owner is None:
+            return gather_tokens(x, selection.slots, self.prefix)
+        sizes = self.sizes.get(layer)
+        if sizes is None:
+            like = torch.ones_like(tokens.index) if tokens.valid is None else tokens.valid
+            sizes = like.to(torch.float32)
+        x, self.sizes[layer + 1] = merge_tokens(x, sizes, selection, self.prefix)
+        return x
+
+    def _bias(self, layer: int) -> Tensor | None:
+        """What proportional attention adds to the logits of each key, [B, P + K]; None when all count alike."""
+        sizes = self.sizes.get(layer)
+        if sizes is None or not self.beta:
+            return None
+        self._check_bias(layer)  # the attention implementation may have been switched since
+        dtype = next(self.modules[layer].parameters()).dtype
+        bias = self.beta * sizes.to(torch.promote_types(dtype, torch.float32)).clamp_min(1).log()
+        return torch.nn.functional.pad(bias, (self.prefix, 0)).to(dtype)
 
     def attention_inputs(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The block's arguments for the tokens that are still there."""
@@ -284,9 +326,12 @@ class PrunedEncoder(_Uncopied):
         mask = block.anatomy.mask
         if mask is not None and block.takes_mask and block.anatomy.padding is None:
             given = kwargs.get(mask)
-            if given is not None or tokens.valid is not None:
+            if given is not None or tokens.valid is not None or layer in self.sizes:
                 dtype = next(self.modules[layer].parameters()).dtype
-                out[mask] = self._cached(mask, layer, given, lambda m: _mask(m, tokens, self.prefix, dtype))
+                bias = self._bias
+                out[mask] = self._cached(
+                    mask, layer, given, lambda m: _mask(m, tokens, self.prefix, dtype, bias(layer))
+                )
         return out
 
     def _cached(self, name: str, layer: int, source: Any, make: Callable[[Any], Any]) -> Any:
@@ -373,8 +418,14 @@ class PrunedEncoder(_Uncopied):
             if layer + 1 not in self.maps:
                 continue
             before, after = self.maps[layer], self.maps[layer + 1]
+            merged = self.merged.get(layer + 1)
+            into = None if merged is None else list(after.index.gather(1, merged).unbind(0))
+            if into is not None and (real := self.maps[0].valid) is not None:
+                into = [row[ok] for row, ok in zip(into, real, strict=True)]
             out.append(
-                LayerTrace("vision", layer, torch.tensor(before.lengths), torch.tensor(after.lengths), after.kept())
+                LayerTrace(
+                    "vision", layer, torch.tensor(before.lengths), torch.tensor(after.lengths), after.kept(), into
+                )
             )
         return out
 
@@ -398,8 +449,9 @@ class PrunedBlock(_Uncopied):
         if layer in stage.expanded:
             x = gather_tokens(x, stage.maps[layer].index, stage.prefix)
         stage.maps[layer + 1] = stage.maps[layer]
-        if layer in stage.owners:
-            stage.owners[layer + 1] = stage.owners[layer]
+        for carried in (stage.owners, stage.sizes, stage.merged):
+            if layer in carried:
+                carried[layer + 1] = carried[layer]
         if layer in stage.steps and stage.placement == "mid":
             assert block is not None
             y, keys = stage.run(layer, block.first, x, kwargs)
@@ -436,11 +488,15 @@ def _map_tables(value: Any, tokens: TokenMap) -> Any:
     return gather_table(value, tokens) if value.shape[-2] == tokens.width else value
 
 
-def _mask(given: Tensor | None, tokens: TokenMap, prefix: int, dtype: torch.dtype) -> Tensor | None:
-    """Additive mask of the survivors, [B, 1, 1 or Q, P + K]; None when everyone sees everyone."""
+def _mask(
+    given: Tensor | None, tokens: TokenMap, prefix: int, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor | None:
+    """Additive mask of the survivors, [B, 1, 1 or Q, P + K]; None when everyone sees everyone. bias [B, P + K] is added."""
     keys = visible(tokens, prefix)
-    mask = None
-    if keys is not None:
+    mask = None if bias is None else bias[:, None, None]
+    if mask is not None and keys is not None:
+        mask = mask.masked_fill(~keys[:, None, None], -torch.inf)
+    elif keys is not None:
         # the key axis of a dense mask must be a multiple of 8 wide for no kernel torch has today; plain is fine
         mask = torch.zeros(keys.shape, dtype=dtype, device=keys.device).masked_fill_(~keys, -torch.inf)[:, None, None]
     if given is None:

@@ -1,0 +1,98 @@
+"""ToMe: merge the most similar tokens into one. arXiv 2210.09461."""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import torch
+
+from .. import graph
+from ..tokens import Candidates, Selection
+from .base import Method, check_budget, final_keep, scheduled_keep
+
+_PUBLISHED_R = 8  # MAE ViT-L/16, 24 layers, without training
+
+
+@dataclasses.dataclass(frozen=True)
+class ToMe(Method):
+    """Bipartite soft matching: even candidates (A) each pick the most similar odd one (B); the best r edges merge.
+
+    Similarity is the cosine of head-mean keys. x_b <- (s_b x_b + sum s_a x_a) / (s_b + sum s_a) with s the number of patches a
+    token stands for, and later attention is proportional: softmax(q k^T / sqrt(d) + beta log s). Protected tokens take no part.
+    The merged token keeps the place (and rotary position) of its B.
+
+    Give ``r`` or ``budget``, neither means r = 8. A merge is no drop, so masked-oracle equality does not apply; what holds, and
+    is checked, is equality with the full-length forward in which all tokens merged into one share their mean (with beta = 1
+    this *is* proportional attention). An average pool behind the encoder averages the survivors; ``Stage(output="similar")``
+    weights each by its size, as the authors do for such models.
+
+    Deviations: A and B alternate over the candidates in their original order at every layer (the authors' code counts the class
+    token in, and puts merged tokens behind the others).
+    """
+
+    name: ClassVar[str] = "tome"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2210.09461"
+    stages: ClassVar[frozenset[str]] = frozenset({"vision"})
+    merges: ClassVar[bool] = True
+
+    r: int | None = None  # tokens merged at every layer, >= 1; at most half of what is there
+    budget: int | float | None = None  # tokens (int) or fraction of the candidates (float) left behind the stage
+    beta: float = 1.0  # weight of log(size) in later attention, >= 0; 0 switches proportional attention off
+
+    def __post_init__(self) -> None:
+        if self.r is not None and self.budget is not None:
+            raise ValueError(
+                f"give r (merged per layer) or budget (left in the end), got r={self.r!r} and {self.budget=}"
+            )
+        if self.budget is not None:
+            check_budget(self.budget)
+        elif self.r is None:
+            object.__setattr__(self, "r", _PUBLISHED_R)
+        elif not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+            raise ValueError(
+                f"r must be an integer >= 1 (tokens merged per layer), got {self.r!r}; 8 to 16 are published"
+            )
+        if isinstance(self.beta, bool) or not isinstance(self.beta, (int, float)) or not 0 <= self.beta < math.inf:
+            raise ValueError(f"beta must be a finite number >= 0, got {self.beta!r}; the published value is 1")
+
+    def layers(self, stage: str, depth: int) -> list[int]:
+        return list(range(depth))  # every block
+
+    def size_bias(self) -> float:
+        return self.beta
+
+    def validate(self, total: int, steps: int) -> None:
+        if self.budget is None:
+            return
+        keep, before = final_keep(self.budget, total), total
+        for step in range(steps):
+            after = scheduled_keep(keep, total, step, steps)
+            if before - after > before // 2:
+                raise ValueError(
+                    f"budget={self.budget!r} keeps {keep} of {total} tokens, but each of the {steps} drop point(s) can merge "
+                    f"at most half: give more layers, or keep at least {math.ceil(total / 2**steps)}"
+                )
+            before = after
+
+    def select(self, candidates: Candidates) -> Selection | None:
+        tokens = candidates.tokens
+        if self.budget is None:
+            assert self.r is not None
+            drop = tuple(min(self.r, n // 2) for n in tokens.lengths)
+        else:
+            drop = tuple(
+                n - scheduled_keep(final_keep(self.budget, t), t, candidates.step, candidates.steps)
+                for n, t in zip(tokens.lengths, tokens.total, strict=True)
+            )
+        if not any(drop):
+            return None
+        edges = graph.match(candidates.keys, valid=tokens.valid)
+        order = torch.sort(edges.similarity, dim=1, descending=True, stable=True).indices
+        sources = edges.sources[order]
+        if min(drop) == max(drop):
+            go = torch.arange(order.shape[1], device=order.device) < drop[0]
+        else:
+            go = torch.arange(order.shape[1], device=order.device) < torch.tensor(drop, device=order.device)[:, None]
+        into = torch.arange(tokens.slots, device=order.device).expand(len(drop), -1)
+        into = into.scatter(1, sources, torch.where(go, edges.targets.gather(1, order), sources))
+        return Selection.merging(into, tuple(n - r for n, r in zip(tokens.lengths, drop, strict=True)), tokens)
