@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .common import MODEL_HELP, Device, Json, Pretrained, Size, Threads, describe, dtype_of, err, load, make_plan, out
+from .common import MODEL_HELP, Device, Json, Pretrained, Size, Threads, describe, dtype_of, err, load, out
 
 if TYPE_CHECKING:
     from ..eval import Report
@@ -151,6 +151,7 @@ def vqa(
 
 
 def _plans(texts: list[str] | None, default: "Plan | None") -> dict[str, "Plan"]:
+    from ..loading import read_plan
     from ..plan import Plan
 
     if not texts:
@@ -160,7 +161,7 @@ def _plans(texts: list[str] | None, default: "Plan | None") -> dict[str, "Plan"]
         name = f"plan{len(made) + 1}" if "{" in text else Path(text).stem if text.endswith(".json") else text
         if name in made:
             raise ValueError(f"the plan {name} is given twice")
-        made[name] = make_plan(Plan(), text, None, None)
+        made[name] = read_plan(text)
     return made
 
 
