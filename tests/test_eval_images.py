@@ -399,6 +399,7 @@ def test_broken_images_are_told_and_the_status_says_so(run, folder, tmp_path):  
     assert code == 1
     assert "8 of 10 evaluated" in out
     assert "noise/1.png: not an image that Pillow can read" in err
+    assert "top1 left out: the model has 1000 outputs and the data 2 classes" in err
     assert "slope/2.png: " in err
     record = json.loads(file.read_text())
     assert [f["where"] for f in record["failures"]] == ["noise/1.png", "slope/2.png"]

@@ -118,9 +118,9 @@ def test_a_full_disk_keeps_what_was_written(tmp_path, monkeypatch):
         journal.append([{"id": "b", "text": "x" * 5}])
     assert raised.value.filename == str(path)
     monkeypatch.undo()
-    assert list(Journal(path, KEY).done) == ["a"]
-    journal.append([{"id": "b"}])
-    assert list(Journal(path, KEY).done) == ["a", "b"]
+    journal.append([{"id": "c"}])  # nothing of the half batch is left
+    assert [line.get("id") for line in lines(path)] == [None, "a", "c"]
+    assert list(Journal(path, KEY).done) == ["a", "c"]
 
 
 # -- loop -------------------------------------------------------------------------------------------------------------

@@ -97,6 +97,19 @@ def images(
             loaded.model, samples, plans, inputs=loaded.inputs, scores=score, text=text, batch=batch, facts=facts,
             journal=journal, tick=tick,
         )  # fmt: skip
+    outputs, count = report.conditions["outputs"], report.conditions["classes"]
+    if (
+        not score
+        and text is None
+        and outputs is not None
+        and count is not None
+        and "knn" in report.conditions["scores"]
+    ):
+        err.print(
+            f"[yellow]top1 left out[/]: the model has {outputs} outputs and the data {count} classes; --classes FILE names "
+            "the model's classes",
+            highlight=False,
+        )
     _finish("eval/images", report, model, loaded.device, json, journal)
 
 
