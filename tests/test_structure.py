@@ -24,7 +24,7 @@ ALLOWED = {
     "language": {"graph", "tokens", "errors", "patch", "language"},
     "vlm": {"graph", "tokens", "errors", "patch", "vision", "language", "vlm"},
 }
-UPPER = {"bench", "view", "demo", "cli", "testing", "loading", "records"}
+UPPER = {"bench", "eval", "view", "demo", "cli", "testing", "loading", "records"}
 
 
 def project_imports(path: Path) -> set[str]:

@@ -372,6 +372,24 @@ _SOURCES: dict[str, Callable[[str, bool, int | None], Source]] = {
 }
 
 
+# -- plans ------------------------------------------------------------------------------------------------------------
+
+
+def read_plan(text: str) -> Plan:
+    """The plan that ``text`` is (JSON), is in (a ``.json`` file) or names (a recipe).
+
+    Raises:
+        ValueError: none of these.
+        OSError: the file cannot be read.
+    """
+    text = text.strip()
+    if text.startswith("{"):
+        return Plan.from_json(text)
+    if text.endswith(".json"):
+        return Plan.from_json(Path(text).read_text(encoding="utf-8"))
+    return recipe(text)
+
+
 # -- images -----------------------------------------------------------------------------------------------------------
 
 

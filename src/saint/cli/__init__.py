@@ -9,10 +9,11 @@ import typer
 
 from ..errors import SaintError
 
-COMMANDS = {  # name -> module; the function carries the name
+COMMANDS = {  # name -> module; the function (or group of commands) carries the name
     "demo": "demo",
     "check": "check",
     "bench": "bench",
+    "eval": "eval",
     "chat": "chat",
     "view": "view",
     "list": "tables",
@@ -41,7 +42,11 @@ def _options(
 
 
 for _name, _module in COMMANDS.items():
-    app.command(_name)(getattr(import_module(f"{__name__}.{_module}"), _name.replace("list", "list_")))
+    _command = getattr(import_module(f"{__name__}.{_module}"), _name.replace("list", "list_"))
+    if isinstance(_command, typer.Typer):
+        app.add_typer(_command, name=_name)
+    else:
+        app.command(_name)(_command)
 
 
 def main(args: list[str] | None = None) -> None:

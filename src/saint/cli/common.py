@@ -37,18 +37,9 @@ def make_plan(default: "Plan", plan: str | None, threshold: float | None, layers
     """
     import dataclasses
 
-    from ..cookbook import recipe
-    from ..plan import Plan
+    from ..loading import read_plan
 
-    made = default
-    if plan is not None:
-        text = plan.strip()
-        if text.startswith("{"):
-            made = Plan.from_json(text)
-        elif text.endswith(".json"):
-            made = Plan.from_json(Path(text).read_text(encoding="utf-8"))
-        else:
-            made = recipe(text)
+    made = default if plan is None else read_plan(plan)
     if threshold is None and layers is None:
         return made
     stage = made.vision

@@ -1,0 +1,236 @@
+"""Labelled images where people keep them: a folder per class, webdataset shards, Hugging Face data sets."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from ..demo.models import as_rgb
+from ..loading import _explained, _library
+from .loop import Failure
+
+FORMS = "a folder with a folder per class, .tar shards (a file or a folder), a saved data set, or hf:NAME"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image that is not read yet.
+
+    Attributes:
+        id: unique among the samples.
+        where: file (and member or row), for messages.
+        load: reads it: upright, opaque, 8-bit RGB.
+        label: class index, None where there is none.
+    """
+
+    id: str
+    where: str
+    load: Callable[[], Image.Image]
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples, with the names of their classes where known, and those that were given but are unusable."""
+
+    items: list[Sample]
+    classes: list[str] | None = None
+    unreadable: list[Failure] = field(default_factory=list)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every sample has a label."""
+        return all(sample.label is not None for sample in self.items)
+
+
+def read_image(source: Path | bytes) -> Image.Image:
+    """An image as upright, opaque, 8-bit RGB.
+
+    Raises:
+        ValueError: it cannot be decoded.
+        OSError: it cannot be read.
+    """
+    if isinstance(source, Path) and not source.exists():
+        raise FileNotFoundError(f"no such image: {source}")
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return as_rgb(image)
+    except UnidentifiedImageError as error:
+        raise ValueError("not an image that Pillow can read") from error
+    except (SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises on some broken files
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def find_samples(
+    data: str, *, split: str | None = None, classes: Sequence[str] | None = None, limit: int | None = None
+) -> Samples:
+    """The samples at ``data``, in an order that never changes.
+
+    Args:
+        data: a folder with a folder per class (or just images: no labels), ``.tar`` shards (a file, or a folder of them), a
+            folder written by ``Dataset.save_to_disk``, or ``hf:NAME`` for a data set of the hub.
+        split: of a data set with several.
+        classes: class names in the order of the labels; None means what the data says, for folders their sorted names.
+        limit: at most so many samples, evenly spaced over all.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: no image in it, a folder that is no class, or a split that is not there.
+        MissingExtraError: ``datasets`` is needed and not installed.
+    """
+    path = Path(data)
+    if data.startswith("hf:"):
+        made = _hub(data[3:], split)
+    elif not path.exists():
+        raise FileNotFoundError(f"no such data: {data}; give {FORMS}")
+    elif path.is_file() or any(path.glob("*.tar")):
+        made = _shards([path] if path.is_file() else sorted(path.glob("*.tar")))
+    elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        made = _saved(path, split)
+    else:
+        made = _folder(path, classes)
+    items = made.items
+    if not items:
+        reasons = "; ".join(f"{f.where}: {f.reason}" for f in made.unreadable[:3])
+        raise ValueError(f"no image at {data}" + (f" ({reasons})" if reasons else "") + f"; give {FORMS}")
+    if limit is not None and limit < len(items):
+        items = [items[i * len(items) // limit] for i in range(limit)]
+    return Samples(items, list(classes) if classes is not None else made.classes, made.unreadable)
+
+
+def _folder(path: Path, classes: Sequence[str] | None) -> Samples:
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+    def images(folder: Path) -> list[Path]:
+        return sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix.lower() in endings)
+
+    folders = sorted(f for f in path.iterdir() if f.is_dir() and images(f))
+    if not folders:
+        return Samples([_file(f, path, None) for f in images(path)])
+    names = list(classes) if classes is not None else [f.name for f in folders]
+    unknown = [f.name for f in folders if f.name not in names]
+    if unknown:
+        raise ValueError(
+            f"the folder {unknown[0]!r} in {path} is none of the {len(names)} given classes ({names[0]}, ...)"
+        )
+    stray = [f for f in path.iterdir() if f.is_file() and f.suffix.lower() in endings]
+    return Samples(
+        [_file(f, path, names.index(folder.name)) for folder in folders for f in images(folder)],
+        names,
+        [Failure(f.name, f.name, "an image outside the class folders has no label") for f in sorted(stray)],
+    )
+
+
+def _file(file: Path, root: Path, label: int | None) -> Sample:
+    name = file.relative_to(root).as_posix()
+    return Sample(name, name, lambda: read_image(file), label)
+
+
+_IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff")
+
+
+def _shards(shards: Sequence[Path]) -> Samples:
+    """The webdataset layout: members of one sample are neighbours that share the name up to the first dot."""
+    items: list[Sample] = []
+    bad: list[Failure] = []
+    for shard in shards:
+        groups: dict[str, dict[str, tarfile.TarInfo]] = {}
+        try:
+            with tarfile.open(shard, "r:") as tar:  # members are read in place: not compressed
+                for member in tar:
+                    folder, _, base = member.name.rpartition("/")
+                    stem, _, ending = base.partition(".")
+                    if member.isfile() and ending:
+                        groups.setdefault(f"{folder}/{stem}".lstrip("./"), {})[ending.lower()] = member
+        except tarfile.TarError as error:
+            bad.append(Failure(shard.name, shard.name, f"not a whole, uncompressed .tar file: {error}"))
+        for key, members in groups.items():
+            where = f"{shard.name}: {key}"
+            picture = next((members[e] for e in members if e in _IMAGES), None)
+            if picture is None:
+                bad.append(Failure(f"{shard.name}/{key}", where, f"no image among {', '.join(members)}"))
+                continue
+            try:
+                label = _label(shard, members)
+            except ValueError as error:
+                bad.append(Failure(f"{shard.name}/{key}", where, str(error)))
+                continue
+            items.append(Sample(f"{shard.name}/{key}", where, _member(shard, picture), label))
+    return Samples(items, None, bad)
+
+
+def _label(shard: Path, members: dict[str, tarfile.TarInfo]) -> int | None:
+    if "cls" in members:
+        text = _bytes(shard, members["cls"]).decode().strip()
+        if not text.isdigit():
+            raise ValueError(f"the label must be a class number, got {text[:40]!r}")
+        return int(text)
+    if "json" in members:
+        fields = json.loads(_bytes(shard, members["json"]))
+        value = fields.get("label", fields.get("cls")) if isinstance(fields, dict) else None
+        return value if isinstance(value, int) else None
+    return None
+
+
+def _bytes(shard: Path, member: tarfile.TarInfo) -> bytes:
+    with shard.open("rb") as file:
+        file.seek(member.offset_data)
+        data = file.read(member.size)
+    if len(data) < member.size:
+        raise ValueError(f"the shard ends inside {member.name}")
+    return data
+
+
+def _member(shard: Path, member: tarfile.TarInfo) -> Callable[[], Image.Image]:
+    return lambda: read_image(_bytes(shard, member))
+
+
+def _saved(path: Path, split: str | None) -> Samples:
+    datasets: Any = _library("datasets", "eval")
+    return _rows(datasets, datasets.load_from_disk(str(path)), str(path), split)
+
+
+def _hub(name: str, split: str | None) -> Samples:
+    datasets: Any = _library("datasets", "eval")
+    with _explained(f"the data set {name}"):
+        loaded = datasets.load_dataset(name, split=split) if split else datasets.load_dataset(name)
+    return _rows(datasets, loaded, name, split)
+
+
+def _rows(datasets: Any, loaded: Any, name: str, split: str | None) -> Samples:
+    if hasattr(loaded, "keys"):
+        if split is None and len(loaded) == 1:
+            split = next(iter(loaded))
+        if split not in loaded:
+            raise ValueError(f"{name} has the splits {', '.join(loaded)}: choose one with --split")
+        loaded = loaded[split]
+    features = loaded.features
+    image = next((key for key, kind in features.items() if isinstance(kind, datasets.Image)), None)
+    if image is None:
+        raise ValueError(f"{name} has no image column among {', '.join(features)}")
+    named = next((key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
+    column = named or ("label" if "label" in features else None)
+    rows = loaded.cast_column(image, datasets.Image(decode=False))  # decoding is ours, so that broken images are told
+    labels: list[Any] = rows[column] if column is not None else []
+
+    def load(row: int) -> Callable[[], Image.Image]:
+        def read() -> Image.Image:
+            value = rows[row][image]
+            return read_image(value["bytes"] if value.get("bytes") else Path(value["path"]))
+
+        return read
+
+    items: list[Sample] = []
+    bad: list[Failure] = []
+    for row in range(len(rows)):
+        label = labels[row] if column is not None else None
+        if column is not None and (not isinstance(label, int) or label < 0):
+            bad.append(Failure(str(row), f"{name}, row {row}", f"the label must be a class number, got {label!r}"))
+        else:
+            items.append(Sample(str(row), f"{name}, row {row}", load(row), label))
+    return Samples(items, list(features[named].names) if named else None, bad)

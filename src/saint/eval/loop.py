@@ -1,0 +1,211 @@
+"""The loop that all evaluations share: read, score, write down; over processes, with failures told and kept apart."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from ..errors import MissingExtraError, SaintError
+from .journal import Journal
+
+_PATIENCE = 4  # samples that the model may fail on before its first success
+
+
+class Item(Protocol):
+    """Something to evaluate."""
+
+    @property
+    def id(self) -> str:
+        """Unique among the items."""
+
+    @property
+    def where(self) -> str:
+        """File (and line) to look at when something is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A sample that was given and could not be evaluated."""
+
+    id: str
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the loop made of the items.
+
+    Attributes:
+        entries: results by id, in the order of the items.
+        failures: items without a result.
+        resumed: how many results were in the journal already.
+    """
+
+    entries: dict[str, dict[str, Any]]
+    failures: list[Failure]
+    resumed: int
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Where this process stands among those that ``accelerate launch`` started; one of one otherwise."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+    @classmethod
+    def here(cls, cpu: bool = False) -> "Processes":
+        """Of this process.
+
+        Args:
+            cpu: talk over gloo even where there is CUDA.
+
+        Raises:
+            MissingExtraError: several were launched and accelerate is not installed.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+            return cls()
+        try:
+            from accelerate import PartialState
+        except ImportError as error:
+            raise MissingExtraError('several processes need accelerate: pip install "saint-vlm[eval]"') from error
+        state = PartialState(cpu=cpu)
+        return cls(state.process_index, state.num_processes, state.local_process_index)
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.world > 1:
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()
+
+    def gather(self, mine: list[Any]) -> list[Any]:
+        """Everyone's, in order of rank, on every process."""
+        if self.world == 1:
+            return mine
+        from accelerate.utils import gather_object
+
+        return list(gather_object(mine))
+
+
+I = TypeVar("I", bound=Item)  # noqa: E741
+P = TypeVar("P")
+
+
+class Loop(Generic[I, P]):
+    """Evaluate items in batches.
+
+    Args:
+        read: loads what an item needs; may raise, the item then fails. Runs in threads, ahead of the model.
+        score: results of a batch, one per item, as plain data without ``id``.
+        journal: file for the results, or None.
+        key: what the results depend on, for the journal.
+        batch: items per call of ``score``.
+        processes: among which the items are split.
+        tick: called with the number of items dealt with since the last call.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[I], P],
+        score: Callable[[Sequence[I], Sequence[P]], list[dict[str, Any]]],
+        *,
+        journal: str | os.PathLike[str] | None,
+        key: Mapping[str, Any],
+        batch: int,
+        processes: Processes,
+        tick: Callable[[int], None],
+    ) -> None:
+        if batch < 1:
+            raise ValueError(f"batch must be >= 1, got {batch}")
+        self.read, self.score, self.batch, self.processes, self.tick = read, score, batch, processes, tick
+        self.path = None if journal is None else Path(journal)
+        self.key = key
+        self._failures: list[Failure] = []
+        self._model_failed = 0
+
+    def run(self, items: Sequence[I]) -> Outcome:
+        """All items, except those that the journal has.
+
+        Raises:
+            ValueError: nothing could be evaluated, or what the model raises when it fails from the start.
+            JournalError, OSError: the journal cannot be used.
+        """
+        own = self.processes
+        journal = None if self.path is None else Journal(self.path, self.key, own.rank, own.world)
+        try:
+            own.wait()  # nobody writes before everybody has read
+            done = dict(journal.done) if journal is not None else {}
+            ids = {item.id for item in items}
+            done = {key: entry for key, entry in done.items() if key in ids}
+            left = [item for item in items if item.id not in done]
+            self.tick(len(done))
+            made: dict[str, dict[str, Any]] = {}
+            for entries in self._batches(left[own.rank :: own.world], bool(done)):
+                if journal is not None:
+                    journal.append(entries)
+                made.update({entry["id"]: entry for entry in entries})
+        finally:
+            if journal is not None:
+                journal.close()
+        everyone = {entry["id"]: entry for entry in own.gather(list(made.values()))}
+        failures: list[Failure] = own.gather(self._failures)
+        found = {**done, **everyone}
+        if items and not found:
+            reasons = "; ".join(f"{f.where}: {f.reason}" for f in failures[:3])
+            raise ValueError(f"none of the {len(items)} sample(s) could be evaluated ({reasons})")
+        order = {item.id: place for place, item in enumerate(items)}
+        failures.sort(key=lambda failure: order[failure.id])
+        return Outcome({item.id: found[item.id] for item in items if item.id in found}, failures, len(done))
+
+    def _batches(self, items: Sequence[I], succeeded: bool) -> Iterator[list[dict[str, Any]]]:
+        """Results of each batch; the next batch is read while one is scored."""
+        queue = iter(items)
+        with ThreadPoolExecutor(max_workers=min(8, self.batch)) as pool:
+
+            def ahead() -> list[tuple[I, Future[P]]]:
+                return [(item, pool.submit(self.read, item)) for item in islice(queue, self.batch)]
+
+            coming = ahead()
+            while coming:
+                now, coming = coming, ahead()
+                good: list[tuple[I, P]] = []
+                for item, future in now:
+                    try:
+                        good.append((item, future.result()))
+                    except Exception as error:  # whatever a decoder raises on broken data
+                        self._fail(item, error)
+                entries = self._scored(good, succeeded)
+                succeeded = succeeded or bool(entries)
+                if entries:
+                    yield entries
+                self.tick(len(now))
+
+    def _scored(self, good: list[tuple[I, P]], succeeded: bool) -> list[dict[str, Any]]:
+        if not good:
+            return []
+        try:
+            made = self.score([item for item, _ in good], [payload for _, payload in good])
+        except SaintError:
+            raise  # about the model or the plan, not about a sample
+        except Exception as error:
+            if len(good) > 1:  # find the one that is to blame
+                made_singly: list[dict[str, Any]] = []
+                for pair in good:
+                    made_singly += self._scored([pair], succeeded or bool(made_singly))
+                return made_singly
+            self._model_failed += 1
+            if not succeeded and self._model_failed >= _PATIENCE:
+                raise
+            self._fail(good[0][0], error)
+            return []
+        return [{"id": item.id, **entry} for (item, _), entry in zip(good, made, strict=True)]
+
+    def _fail(self, item: I, error: Exception) -> None:
+        text = " ".join(str(error).split())[:300]
+        self._failures.append(Failure(item.id, item.where, text or type(error).__name__))
