@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from vlm_models import FAMILIES, IMAGE, hide, missing, oracle_model, prompts
+from vlm_models import FAMILIES, IMAGE, hide, members, missing, oracle_model, prompts
 
 import saint
 
@@ -56,15 +56,18 @@ class Oracle:
 
     def unseen(self, entry):
         """Placeholders of features that the tower dropped."""
-        if self.family.name == "llava-next":
-            flags = self.packed(entry)
-        else:
-            flags = missing(entry.kept, torch.ones(len(entry.kept), 36, dtype=torch.bool)).flatten()
+        flags = self.packed(entry) if self.family.name == "llava-next" else torch.cat(self.lost(entry))
         return torch.zeros_like(self.places).masked_scatter(self.places, flags)
+
+    def lost(self, entry):
+        """Visual tokens of each image that the tower dropped, a bool tensor per image."""
+        totals = self.entries["vision"][0].tokens_in.tolist()
+        ones = [torch.ones(1, n, dtype=torch.bool) for n in totals]
+        return [missing([kept], all_of)[0] for kept, all_of in zip(entry.kept, ones, strict=True)]
 
     def packed(self, entry):
         """Where the features of the tiles end up: the model's own packing, applied to flags."""
-        dropped = missing(entry.kept, torch.ones(len(entry.kept), 36, dtype=torch.bool)).float().unsqueeze(-1)
+        dropped = torch.stack(self.lost(entry)).float().unsqueeze(-1)
         sizes = self.inputs["image_sizes"]
         tiles = [3 if size.tolist() == [24, 48] else 5 for size in sizes]
         flags, _ = self.twin.model.pack_image_features(
@@ -76,12 +79,15 @@ class Oracle:
         with ExitStack() as stack, torch.no_grad():
             hide(stack, self.twin.get_submodule(self.family.decoder), self.gone_before)
             for entry in self.entries["vision"]:
-                prefix = 0 if self.family.name == "paligemma" else 1
-                inside = missing(entry.kept, torch.ones(len(entry.kept), 36, dtype=torch.bool))
-                inside = torch.nn.functional.pad(inside, (prefix, 0))
+                gone = torch.stack(self.lost(entry))
+                inside = torch.zeros(len(gone), gone.shape[1] * self.family.joins**2, dtype=torch.bool)
+                for row, lost in zip(inside, gone, strict=True):
+                    row[members(self.family, gone.shape[1])[lost].flatten()] = True
+                inside = torch.nn.functional.pad(inside, (self.family.prefix, 0))
+                layers = self.twin.get_submodule(self.family.tower)
                 hide(
                     stack,
-                    self.twin.get_submodule(self.family.tower),
+                    [layer.get_submodule(self.family.attention) for layer in layers],
                     lambda i, e=entry, gone=inside: gone if i > e.layer else None,
                 )
             return self.twin(**{**self.inputs, **changes}, use_cache=False)

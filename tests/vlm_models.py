@@ -26,6 +26,9 @@ class Family:
     decoder: str  # path of the language model's layers
     tower: str | None = None  # path of the tower's layers, where the vision stage works
     types: str | None = None  # name of the token-type input
+    joins: int = 1  # side of the squares of patches that become one visual token
+    prefix: int = 0  # tokens in front of the patches in the tower
+    attention: str = ""  # path of the module in a layer of the tower that takes the mask
 
 
 def _text(**more) -> dict:
@@ -181,16 +184,16 @@ _CLIP = "model.vision_tower.encoder.layers"
 FAMILIES = {
     f.name: f
     for f in [
-        Family("llava-llama", _llava(hf.LlamaConfig), _plain(24), _LLAMA, _CLIP),
-        Family("llava-mistral", _llava(hf.MistralConfig, sliding_window=None), _plain(24), _LLAMA, _CLIP),
-        Family("llava-qwen2", _llava(hf.Qwen2Config), _plain(24), _LLAMA, _CLIP),
-        Family("llava-next", _llava_next, _tiles, _LLAMA, _CLIP),
+        Family("llava-llama", _llava(hf.LlamaConfig), _plain(24), _LLAMA, _CLIP, prefix=1),
+        Family("llava-mistral", _llava(hf.MistralConfig, sliding_window=None), _plain(24), _LLAMA, _CLIP, prefix=1),
+        Family("llava-qwen2", _llava(hf.Qwen2Config), _plain(24), _LLAMA, _CLIP, prefix=1),
+        Family("llava-next", _llava_next, _tiles, _LLAMA, _CLIP, prefix=1),
         Family("llava-onevision", _onevision, _tiles, _LLAMA),
         Family("qwen2-vl", _qwen2_vl, _patches, _LLAMA, types="mm_token_type_ids"),
         Family("qwen2.5-vl", _qwen25_vl, _patches, _LLAMA, types="mm_token_type_ids"),
         Family("qwen3-vl", _qwen3_vl, _patches, _LLAMA, types="mm_token_type_ids"),
         Family("internvl", _internvl, _plain(24), _LLAMA),
-        Family("gemma3", _gemma3, _plain(48), _LLAMA, types="token_type_ids"),
+        Family("gemma3", _gemma3, _plain(48), _LLAMA, _CLIP, types="token_type_ids", joins=2),
         Family("paligemma", _paligemma, _plain(24), _LLAMA, _CLIP, types="token_type_ids"),
         Family("idefics3", _idefics3(hf.Idefics3Config, hf.Idefics3ForConditionalGeneration), _plain(24),
                "model.text_model.layers"),
@@ -263,6 +266,18 @@ def hide(stack, layers: nn.ModuleList, gone_before: Callable[[int], Tensor | Non
 
     for index, layer in enumerate(layers):
         stack.callback(layer.register_forward_pre_hook(hook(index), with_kwargs=True).remove)
+
+
+def members(family: Family, groups: int) -> Tensor:
+    """Patches of each visual token of one image, int64 [G, M]: squares of the patch grid, row by row."""
+    side, k = round(groups**0.5), family.joins
+    return torch.tensor(
+        [
+            [(k * row + i) * k * side + k * column + j for i in range(k) for j in range(k)]
+            for row in range(side)
+            for column in range(side)
+        ]
+    )
 
 
 def missing(kept: list[Tensor], places: Tensor) -> Tensor:

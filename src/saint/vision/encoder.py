@@ -18,15 +18,20 @@ from ..graph import metric
 from ..patch import override as _override
 from ..tokens import (
     Candidates,
+    Groups,
     LayerTrace,
     Selection,
     TokenMap,
+    dropped,
     fill_padding,
+    full_length,
     gather_mask,
     gather_table,
     gather_tokens,
     nearest_survivor,
+    packed_groups,
     similar_survivor,
+    square_groups,
     visible,
 )
 from .blocks import Block, part
@@ -62,6 +67,8 @@ class PrunedEncoder(_Uncopied):
         placement: "mid" or "post".
         output: see :class:`saint.Stage`.
         select: the method's decision.
+        joins: side of the square of patches that a merger behind the encoder joins into one token. Those squares are the
+            candidates then: a method sees their mean keys, and their tokens stay or go together.
 
     Raises:
         UnsupportedModelError: an unknown block class with ``placement="mid"``, parameters on ``meta``, a compiled model.
@@ -79,10 +86,17 @@ class PrunedEncoder(_Uncopied):
         output: str,
         select: Select,
         validate: Callable[[int, int], None],
+        joins: int | None = None,
     ) -> None:
         self.path, self.encoder, self.row = path, encoder, row
         self.layers, self.placement, self.output = layers, placement, output
-        self.select, self.validate = select, validate
+        self.select, self.validate, self.joins = select, validate, joins
+        self.restored: set[int] = (
+            set()
+        )  # layers whose input is full length, with holes for dropped tokens (see `restore`)
+        self.hole = torch.nan
+        self.samples: list[int] = []  # packed: tokens per image or frame
+        self.order: Tensor | None = None  # packed: group at each place
         self.modules: list[nn.Module] = list(part(encoder, row.blocks))
         self.depth = len(self.modules)
         self.prefix = row.prefix(encoder)
@@ -92,7 +106,8 @@ class PrunedEncoder(_Uncopied):
         self.maps: dict[int, TokenMap] = {}  # token map in front of each layer; `depth` = behind the last
         self.owners: dict[int, Tensor] = {}  # same keys: for each original candidate the slot that stands for it
         self.expanded: set[int] = set()  # layers whose input is full length although tokens were dropped
-        self._cache: dict[tuple[str, int], Any] = {}  # masks and tables of the running forward
+        self.groups: dict[int, Groups] = {}  # same keys, where groups of tokens are the candidates
+        self._cache: dict[Any, Any] = {}  # masks and tables of the running forward
         self._check()
 
     # -- checks (before anything is touched) --------------------------------------------------------------------------
@@ -137,7 +152,7 @@ class PrunedEncoder(_Uncopied):
         if count is None and (grid := getattr(self.encoder, "grid_size", None)) is not None:
             count = grid[0] * grid[1]
         if count:
-            self.validate(count, len(self.layers))
+            self.validate(count // (self.joins or 1) ** 2, len(self.layers))
 
     def _prove(self) -> None:
         if self.placement == "post":
@@ -165,6 +180,10 @@ class PrunedEncoder(_Uncopied):
                 attention = part(block.module, block.anatomy.padding)
                 hook = attention.register_forward_pre_hook(self._padding_hook(index), with_kwargs=True)
                 stack.callback(hook.remove)
+        if self.restored:
+            stack.callback(self.encoder.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+        if self.row.order is not None:
+            _override(stack, self.encoder, self.row.order, self._see_order)
         if self.row.patch is not None:
             stack.callback(part(self.encoder, self.row.patch).register_forward_hook(self._see_grid).remove)
         final = part(self.encoder, self.row.final) if self.row.final else None
@@ -181,9 +200,24 @@ class PrunedEncoder(_Uncopied):
 
     def reset(self) -> None:
         """Forget the last forward."""
-        self.maps, self.owners, self.expanded, self._cache, self.grid = {}, {}, set(), {}, None
+        self.maps, self.owners, self.groups, self.expanded, self._cache, self.grid = {}, {}, {}, set(), {}, None
 
     # -- hooks --------------------------------------------------------------------------------------------------------
+
+    def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # NaN shows whether a merger lets a dropped token touch a kept one, but would spoil the gradient of its weights
+        self.hole = 0.0 if torch.is_grad_enabled() else torch.nan
+        if self.row.packed:
+            grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+            self.samples = torch.repeat_interleave(grid[:, 1] * grid[:, 2], grid[:, 0]).tolist()
+            self.order = None
+
+    def _see_order(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def permute(x: Tensor, order: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            self.order = order
+            return original(x, order, *args, **kwargs)
+
+        return permute
 
     def _see_grid(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
         if output.ndim == 4:
@@ -236,6 +270,9 @@ class PrunedEncoder(_Uncopied):
         count = x.shape[1] - self.prefix
         if count < 1:
             raise ValueError(f"no candidates: {x.shape[1]} tokens of which {self.prefix} are protected")
+        if self.joins is not None:
+            self._begin_groups(x, count, mask)
+            return
         valid = None
         if mask is not None and mask.ndim == 4:
             seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
@@ -243,6 +280,24 @@ class PrunedEncoder(_Uncopied):
             valid = None if bool(seen.all()) else seen
         self.maps[0] = TokenMap.full(x.shape[0], count, x.device, valid)
         for total in set(self.maps[0].total):
+            self.validate(total, len(self.layers))
+
+    def _begin_groups(self, x: Tensor, count: int, mask: Tensor | None) -> None:
+        assert self.joins is not None
+        if mask is not None and mask.ndim != 4:
+            raise ValueError(
+                f"{type(self.encoder).__name__} masks the padding of its images in a way that cannot follow dropped tokens; "
+                'load the model with attn_implementation="sdpa"'
+            )
+        # padding of an image is a candidate as well: the language model would receive it
+        self.maps[0] = TokenMap.full(x.shape[0], count, x.device)
+        if self.row.packed:
+            if sum(self.samples) != count:
+                raise ValueError(f"grid_thw announces {sum(self.samples)} patches, and there are {count}")
+            self.groups[0] = packed_groups(self.samples, self.joins**2, self.order, x.device)
+        else:
+            self.groups[0] = square_groups(x.shape[0], count, self.joins, x.device)
+        for total in set(self.groups[0].map.total):
             self.validate(total, len(self.layers))
 
     def prune(self, layer: int, x: Tensor, keys: Tensor) -> Tensor:
@@ -260,7 +315,7 @@ class PrunedEncoder(_Uncopied):
         step = self.steps[layer]
         if step == 0 and not torch.compiler.is_compiling():
             _refuse_non_finite(keys, f"{self.row.blocks}.{layer}")
-        selection = self.select(Candidates(keys, x.detach()[:, self.prefix :], tokens, step, len(self.layers)))
+        selection = self._select(layer, keys, x.detach()[:, self.prefix :])
         if selection is None:
             return x
         after = tokens.select(selection)
@@ -271,6 +326,19 @@ class PrunedEncoder(_Uncopied):
             earlier = self.owners.get(layer)
             self.owners[layer + 1] = owner if earlier is None else owner.gather(1, earlier)
         return gather_tokens(x, selection.slots, self.prefix)
+
+    def _select(self, layer: int, keys: Tensor, features: Tensor) -> Selection | None:
+        """The method's decision, for tokens."""
+        tokens, groups, step = self.maps[layer], self.groups.get(layer), self.steps[layer]
+        if groups is None:
+            return self.select(Candidates(keys, features, tokens, step, len(self.layers)))
+        slots = groups.slots(tokens)
+        keys, features = (y.flatten(0, 1)[slots].mean(2) for y in (keys, features))
+        chosen = self.select(Candidates(keys, features, groups.map, step, len(self.layers)))
+        if chosen is None:
+            return None
+        self.groups[layer + 1], selection = groups.select(chosen, slots, tokens)
+        return selection
 
     def attention_inputs(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The block's arguments for the tokens that are still there."""
@@ -291,7 +359,7 @@ class PrunedEncoder(_Uncopied):
 
     def _cached(self, name: str, layer: int, source: Any, make: Callable[[Any], Any]) -> Any:
         # blocks behind the last drop point share one map: gather once, not once a layer
-        key = (name, id(self.maps[layer]))
+        key = (name, id(self.maps[layer]), id(source))
         hit = self._cache.get(key)
         if hit is None or hit[0] is not source:
             hit = (source, make(source))
@@ -309,7 +377,7 @@ class PrunedEncoder(_Uncopied):
         tokens, block = self.maps[layer], self.blocks[layer]
 
         def with_keys(part_x: Tensor, part_kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-            y = forward(part_x, part_kwargs)
+            y = forward(part_x[0], part_kwargs)[None] if self.row.packed else forward(part_x, part_kwargs)
             if layer not in self.steps:
                 return (y,)
             assert block is not None
@@ -338,6 +406,17 @@ class PrunedEncoder(_Uncopied):
         return block.takes_mask and (implementation is None or implementation in _DENSE_MASK)
 
     # -- results ------------------------------------------------------------------------------------------------------
+
+    def restore(self, x: Tensor, layer: int) -> Tensor:
+        """Full length again for a merger: survivors at their places, holes elsewhere. [B, P + K, C] -> [B, P + N, C]."""
+        return full_length(x, self.maps[layer], self.prefix, self.hole)
+
+    def lost(self, layer: int) -> Tensor | None:
+        """Which groups are gone in front of ``layer``, in the order of the merger's output, bool [B, G]; None: nobody."""
+        if layer not in self.maps or self.maps[layer].whole:
+            return None
+        gone, members = dropped(self.maps[layer]), self.groups[layer].members
+        return gone[:, :: members.shape[2]] if self.row.packed else gone.gather(1, members[:, :, 0])
 
     def owner(self, layer: int) -> Tensor:
         """For each original candidate the slot in front of ``layer`` that stands for it, int64 [B, N]."""
@@ -372,7 +451,7 @@ class PrunedEncoder(_Uncopied):
         for layer in self.layers:
             if layer + 1 not in self.maps:
                 continue
-            before, after = self.maps[layer], self.maps[layer + 1]
+            before, after = (self.groups[at].map if at in self.groups else self.maps[at] for at in (layer, layer + 1))
             out.append(
                 LayerTrace("vision", layer, torch.tensor(before.lengths), torch.tensor(after.lengths), after.kept())
             )
@@ -391,6 +470,8 @@ class PrunedBlock(_Uncopied):
         if block is not None:
             kwargs = block.named(args, kwargs)
             args = ()
+        if stage.row.packed:
+            x = x.unsqueeze(0)
         if layer == 0:
             stage.begin(x, kwargs.get(block.anatomy.mask) if block is not None and block.anatomy.mask else None)
         if layer not in stage.maps:
@@ -400,6 +481,8 @@ class PrunedBlock(_Uncopied):
         stage.maps[layer + 1] = stage.maps[layer]
         if layer in stage.owners:
             stage.owners[layer + 1] = stage.owners[layer]
+        if layer in stage.groups:
+            stage.groups[layer + 1] = stage.groups[layer]
         if layer in stage.steps and stage.placement == "mid":
             assert block is not None
             y, keys = stage.run(layer, block.first, x, kwargs)
@@ -408,7 +491,8 @@ class PrunedBlock(_Uncopied):
             y, *shown = stage.run(layer, lambda part_x, given: self.original(part_x, *args, **given), x, kwargs)
             if layer in stage.steps:
                 y = stage.prune(layer, y, shown[0])
-        return self._hand_on(y)
+        y = self._hand_on(y)
+        return y.squeeze(0) if stage.row.packed else y
 
     def _hand_on(self, y: Tensor) -> Tensor:
         stage, after = self.stage, self.layer + 1
@@ -416,6 +500,9 @@ class PrunedBlock(_Uncopied):
         stage.expanded.discard(after)
         if tokens.whole:
             return y
+        if after in stage.restored:
+            stage.expanded.add(after)
+            return stage.restore(y, after)
         last = after == stage.depth
         if stage.dense or (last and stage.output != "survivors"):
             stage.expanded.add(after)

@@ -155,6 +155,9 @@ ROWS = [
     ],
 ]
 
+# encoders whose output only their own vision-language model can read: it joins groups of their tokens
+TOWERS: list[EncoderRow] = []
+
 REFUSED = {
     "transformers.models.swin.modeling_swin.SwinModel": "windows, no global tokens",
     "transformers.models.swinv2.modeling_swinv2.Swinv2Model": "windows, no global tokens",

@@ -62,7 +62,7 @@ ROWS: tuple[FamilyRow, ...] = (
         between=lambda m: len(m.config.vision_config.deepstack_visual_indexes),
     ),
     _row("InternVL", "internvl", "InternVLModel", no_vision=_MERGES.format("2x2 pixel shuffle") + _USE),
-    _row("Gemma 3", "gemma3", "Gemma3Model", no_vision=_MERGES.format("4x4 average pool") + _USE),
+    _row("Gemma 3", "gemma3", "Gemma3Model", joins=lambda m: m.multi_modal_projector.kernel_size),
     _row("PaliGemma", "paligemma", "PaliGemmaModel"),
     _row(
         "Idefics3",
