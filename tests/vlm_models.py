@@ -192,13 +192,14 @@ FAMILIES = {
         Family("qwen2-vl", _qwen2_vl, _patches, _LLAMA, types="mm_token_type_ids"),
         Family("qwen2.5-vl", _qwen25_vl, _patches, _LLAMA, types="mm_token_type_ids"),
         Family("qwen3-vl", _qwen3_vl, _patches, _LLAMA, types="mm_token_type_ids"),
-        Family("internvl", _internvl, _plain(24), _LLAMA),
+        Family("internvl", _internvl, _plain(24), _LLAMA, "model.vision_tower.encoder.layer", joins=2, prefix=1,
+               attention="attention"),
         Family("gemma3", _gemma3, _plain(48), _LLAMA, _CLIP, types="token_type_ids", joins=2),
         Family("paligemma", _paligemma, _plain(24), _LLAMA, _CLIP, types="token_type_ids"),
         Family("idefics3", _idefics3(hf.Idefics3Config, hf.Idefics3ForConditionalGeneration), _plain(24),
-               "model.text_model.layers"),
+               "model.text_model.layers", "model.vision_model.encoder.layers", joins=2),
         Family("smolvlm", _idefics3(hf.SmolVLMConfig, hf.SmolVLMForConditionalGeneration), _plain(24),
-               "model.text_model.layers"),
+               "model.text_model.layers", "model.vision_model.encoder.layers", joins=2),
     ]
 }  # fmt: skip
 

@@ -25,6 +25,17 @@ _CLIP = Anatomy(
     heads=("self_attn.num_heads",),
     mask="attention_mask",
 )
+_INTERNVL = Anatomy(
+    attn="attention",
+    mlp="mlp",
+    norm1="layernorm_before",
+    norm2="layernorm_after",
+    branch1=("lambda_1",),
+    branch2=("dropout", "lambda_2"),
+    keys=("attention.k_norm",),
+    heads=("attention.num_heads",),
+    mask=None,
+)
 _DINOV2 = Anatomy(
     attn="attention",
     mlp="mlp",
@@ -156,7 +167,31 @@ ROWS = [
 ]
 
 # encoders whose output only their own vision-language model can read: it joins groups of their tokens
-TOWERS: list[EncoderRow] = []
+TOWERS: list[EncoderRow] = [
+    *[
+        _row(
+            title,
+            module,
+            f"{cls}VisionTransformer",
+            "encoder.layers",
+            {f"{cls}EncoderLayer": _CLIP},
+            "embeddings.patch_embedding",
+            prefix=lambda m: 0,
+            final="post_layernorm",
+        )
+        for title, module, cls in (("Idefics3", "idefics3", "Idefics3"), ("SmolVLM", "smolvlm", "SmolVLM"))
+    ],
+    _row(
+        "InternViT",
+        "internvl",
+        "InternVLVisionModel",
+        "encoder.layer",
+        {"InternVLVisionLayer": _INTERNVL},
+        "embeddings.patch_embeddings.projection",
+        prefix=lambda m: 1,
+        final="layernorm",
+    ),
+]
 
 REFUSED = {
     "transformers.models.swin.modeling_swin.SwinModel": "windows, no global tokens",

@@ -61,7 +61,13 @@ ROWS: tuple[FamilyRow, ...] = (
         no_vision=_MERGES.format("2x2 patch merger, with DeepStack features of earlier layers") + _USE,
         between=lambda m: len(m.config.vision_config.deepstack_visual_indexes),
     ),
-    _row("InternVL", "internvl", "InternVLModel", no_vision=_MERGES.format("2x2 pixel shuffle") + _USE),
+    _row(
+        "InternVL",
+        "internvl",
+        "InternVLModel",
+        joins=lambda m: round(1 / m.config.downsample_ratio),
+        feature_layer=_feature_layer,
+    ),
     _row("Gemma 3", "gemma3", "Gemma3Model", joins=lambda m: m.multi_modal_projector.kernel_size),
     _row("PaliGemma", "paligemma", "PaliGemmaModel"),
     _row(
@@ -72,7 +78,7 @@ ROWS: tuple[FamilyRow, ...] = (
         connector="connector",
         decoder="text_model",
         merge="inputs_merger",
-        no_vision=_MERGES.format("pixel shuffle") + _USE,
+        joins=lambda m: m.connector.scale_factor,
     ),
     _row(
         "SmolVLM",
@@ -81,6 +87,6 @@ ROWS: tuple[FamilyRow, ...] = (
         tower="vision_model",
         connector="connector",
         decoder="text_model",
-        no_vision=_MERGES.format("pixel shuffle") + _USE,
+        joins=lambda m: m.connector.scale_factor,
     ),
 )
