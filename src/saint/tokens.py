@@ -337,6 +337,17 @@ def full_length(x: Tensor, tokens: TokenMap, prefix: int, hole: float) -> Tensor
     return full.scatter(1, (index + prefix).unsqueeze(-1).expand(-1, -1, x.shape[2]), x[:, prefix:])[:, :-1]
 
 
+def shorter(ends: Tensor, tokens: TokenMap) -> Tensor:
+    """Cumulative lengths of the segments of a packed sequence, counting survivors only; segments that are empty go.
+
+    Args:
+        ends: int [segments + 1], from 0 to N.
+        tokens: of the one sequence.
+    """
+    here = torch.nn.functional.pad((~dropped(tokens)[0]).cumsum(0), (1, 0))
+    return torch.unique_consecutive(here[ends.long()]).to(ends.dtype)
+
+
 def dropped(tokens: TokenMap) -> Tensor:
     """Which original tokens are gone, bool [B, N]."""
     index = tokens.index if tokens.valid is None else tokens.index.masked_fill(~tokens.valid, tokens.width)

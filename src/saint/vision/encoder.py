@@ -30,6 +30,7 @@ from ..tokens import (
     gather_tokens,
     nearest_survivor,
     packed_groups,
+    shorter,
     similar_survivor,
     square_groups,
     visible,
@@ -165,7 +166,7 @@ class PrunedEncoder(_Uncopied):
             width = norm.weight.shape[-1]
             # timm 1.0.20 keeps no head_dim
             dim = getattr(attn, "head_dim", None) or width // getattr(attn, "num_heads", width)
-            block.prove(width, self.prefix, partial(_probe_table, dim))
+            block.prove(width, self.prefix, partial(_probe_table, dim, self.prefix))
 
     # -- installation -------------------------------------------------------------------------------------------------
 
@@ -349,6 +350,11 @@ class PrunedEncoder(_Uncopied):
             value = kwargs.get(name)
             if value is not None:
                 out[name] = self._cached(name, layer, value, lambda v: _map_tables(v, tokens))
+        if block.anatomy.segments is not None:
+            ends = kwargs[block.anatomy.segments]
+            short = out[block.anatomy.segments] = self._cached("segments", layer, ends, lambda v: shorter(v, tokens))
+            if kwargs.get("max_seqlen") is not None:  # flash attention
+                out["max_seqlen"] = self._cached("longest", layer, short, lambda v: int((v[1:] - v[:-1]).max()))
         mask = block.anatomy.mask
         if mask is not None and block.takes_mask and block.anatomy.padding is None:
             given = kwargs.get(mask)
@@ -512,8 +518,9 @@ class PrunedBlock(_Uncopied):
         return y
 
 
-def _probe_table(dim: int, name: str, like: Tensor) -> Any:
-    values = torch.randn(6, 2 * dim, generator=torch.Generator().manual_seed(1)).to(like)
+def _probe_table(dim: int, prefix: int, name: str, like: Tensor) -> Any:
+    count = like.shape[-2] - prefix
+    values = torch.randn(count, 2 * dim, generator=torch.Generator().manual_seed(1)).to(like)
     return values if name == "rope" else (values[:, :dim], values[:, dim:])
 
 

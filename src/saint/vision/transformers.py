@@ -36,6 +36,16 @@ _INTERNVL = Anatomy(
     heads=("attention.num_heads",),
     mask=None,
 )
+_QWEN = Anatomy(
+    attn="attn",
+    mlp="mlp",
+    keys=("attn.qkv",),
+    heads=("attn.num_heads",),
+    mask=None,
+    tables=("position_embeddings",),
+    fused=True,
+    segments="cu_seqlens",
+)
 _DINOV2 = Anatomy(
     attn="attention",
     mlp="mlp",
@@ -191,6 +201,20 @@ TOWERS: list[EncoderRow] = [
         prefix=lambda m: 1,
         final="layernorm",
     ),
+    *[
+        _row(title, module, cls, "blocks", {block: _QWEN}, None, prefix=lambda m: 0, packed=True, order=order)
+        for title, module, cls, block, order in (
+            ("Qwen2-VL", "qwen2_vl", "Qwen2VisionTransformerPretrainedModel", "Qwen2VLVisionBlock", None),
+            (
+                "Qwen2.5-VL",
+                "qwen2_5_vl",
+                "Qwen2_5_VisionTransformerPretrainedModel",
+                "Qwen2_5_VLVisionBlock",
+                "permute_input_for_window_attn",
+            ),
+            ("Qwen3-VL", "qwen3_vl", "Qwen3VLVisionModel", "Qwen3VLVisionBlock", None),
+        )
+    ],
 ]
 
 REFUSED = {

@@ -17,9 +17,6 @@ def _feature_layer(model: Any, depth: int) -> int | None:
 
 
 _BOTH = ("pixel_values", "pixel_values_videos")
-_MERGES = (
-    "its tower's output is joined in groups of patches ({}), and pruning inside the tower per group is not built yet"
-)
 _USE = "; use the connector or language stage"
 
 ROWS: tuple[FamilyRow, ...] = (
@@ -40,7 +37,7 @@ ROWS: tuple[FamilyRow, ...] = (
         tower="visual",
         connector="visual.merger",
         pixels=_BOTH,
-        no_vision=_MERGES.format("2x2 patch merger") + _USE,
+        joins=lambda m: m.visual.spatial_merge_size,
     ),
     _row(
         "Qwen2.5-VL",
@@ -49,7 +46,7 @@ ROWS: tuple[FamilyRow, ...] = (
         tower="visual",
         connector="visual.merger",
         pixels=_BOTH,
-        no_vision=_MERGES.format("2x2 patch merger, behind window attention") + _USE,
+        joins=lambda m: m.visual.spatial_merge_size,
     ),
     _row(
         "Qwen3-VL",
@@ -58,7 +55,10 @@ ROWS: tuple[FamilyRow, ...] = (
         tower="visual",
         connector="visual.merger",
         pixels=_BOTH,
-        no_vision=_MERGES.format("2x2 patch merger, with DeepStack features of earlier layers") + _USE,
+        joins=lambda m: m.visual.spatial_merge_size,
+        taps=lambda m: {
+            f"visual.deepstack_merger_list.{i}": layer + 1 for i, layer in enumerate(m.visual.deepstack_visual_indexes)
+        },
         between=lambda m: len(m.config.vision_config.deepstack_visual_indexes),
     ),
     _row(
