@@ -4,7 +4,8 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from vlm_models import FAMILIES, IMAGE, hide, members, missing, oracle_model, prompts
+from transformers.vision_utils import get_vision_window_index
+from vlm_models import FAMILIES, IMAGE, hide, hide_packed, members, missing, oracle_model, prompts
 
 import saint
 
@@ -75,21 +76,32 @@ class Oracle:
         )
         return torch.cat(flags).flatten().bool()
 
+    def in_sequence(self, flags):
+        """Flags of patches, from flags of groups, in the order in which a packed tower holds them."""
+        if self.family.name == "qwen2.5-vl":
+            tower = self.twin.model.visual
+            order, _ = get_vision_window_index(
+                self.inputs["image_grid_thw"], tower.spatial_merge_size, tower.window_size, tower.patch_size
+            )
+            flags = flags[order]
+        return flags.repeat_interleave(self.family.joins**2)
+
     def __call__(self, **changes):
         with ExitStack() as stack, torch.no_grad():
             hide(stack, self.twin.get_submodule(self.family.decoder), self.gone_before)
             for entry in self.entries["vision"]:
+                layers = self.twin.get_submodule(self.family.tower)
+                attentions = [layer.get_submodule(self.family.attention) for layer in layers]
+                if "image_grid_thw" in self.inputs:
+                    inside = self.in_sequence(torch.cat(self.lost(entry)))
+                    hide_packed(stack, attentions, lambda i, e=entry, gone=inside: gone if i > e.layer else None)
+                    continue
                 gone = torch.stack(self.lost(entry))
                 inside = torch.zeros(len(gone), gone.shape[1] * self.family.joins**2, dtype=torch.bool)
                 for row, lost in zip(inside, gone, strict=True):
                     row[members(self.family, gone.shape[1])[lost].flatten()] = True
                 inside = torch.nn.functional.pad(inside, (self.family.prefix, 0))
-                layers = self.twin.get_submodule(self.family.tower)
-                hide(
-                    stack,
-                    [layer.get_submodule(self.family.attention) for layer in layers],
-                    lambda i, e=entry, gone=inside: gone if i > e.layer else None,
-                )
+                hide(stack, attentions, lambda i, e=entry, gone=inside: gone if i > e.layer else None)
             return self.twin(**{**self.inputs, **changes}, use_cache=False)
 
     def continued(self, tokens):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
@@ -90,7 +91,7 @@ _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2,
 
 def _qwen2_vl():
     config = hf.Qwen2VLConfig(
-        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "patch_size": 4},
+        vision_config={"depth": 4, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "patch_size": 4},
         text_config=_text(rope_parameters=_MROPE), image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=102,
         vision_end_token_id=103,
     )  # fmt: skip
@@ -100,8 +101,8 @@ def _qwen2_vl():
 def _qwen25_vl():
     config = hf.Qwen2_5_VLConfig(
         vision_config={
-            "depth": 2, "hidden_size": 32, "out_hidden_size": 48, "num_heads": 2, "patch_size": 4, "intermediate_size": 48,
-            "window_size": 16, "fullatt_block_indexes": [1],
+            "depth": 4, "hidden_size": 32, "out_hidden_size": 48, "num_heads": 2, "patch_size": 4, "intermediate_size": 48,
+            "window_size": 16, "fullatt_block_indexes": [2],
         },
         text_config=_text(rope_parameters=_MROPE), image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=102,
         vision_end_token_id=103,
@@ -112,8 +113,8 @@ def _qwen25_vl():
 def _qwen3_vl():
     config = hf.Qwen3VLConfig(
         vision_config={
-            "depth": 3, "hidden_size": 32, "out_hidden_size": 48, "num_heads": 2, "patch_size": 4, "intermediate_size": 48,
-            "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64,
+            "depth": 4, "hidden_size": 32, "out_hidden_size": 48, "num_heads": 2, "patch_size": 4, "intermediate_size": 48,
+            "deepstack_visual_indexes": [0, 2], "num_position_embeddings": 64,
         },
         text_config={**_text(rope_parameters=_MROPE), "bos_token_id": 1}, image_token_id=IMAGE, video_token_id=VIDEO,
         vision_start_token_id=102, vision_end_token_id=103,
@@ -181,6 +182,7 @@ def _patches(sizes: list[int], g) -> dict:
 
 _LLAMA = "model.language_model.layers"
 _CLIP = "model.vision_tower.encoder.layers"
+_QWEN = "model.visual.blocks"
 FAMILIES = {
     f.name: f
     for f in [
@@ -189,9 +191,9 @@ FAMILIES = {
         Family("llava-qwen2", _llava(hf.Qwen2Config), _plain(24), _LLAMA, _CLIP, prefix=1),
         Family("llava-next", _llava_next, _tiles, _LLAMA, _CLIP, prefix=1),
         Family("llava-onevision", _onevision, _tiles, _LLAMA),
-        Family("qwen2-vl", _qwen2_vl, _patches, _LLAMA, types="mm_token_type_ids"),
-        Family("qwen2.5-vl", _qwen25_vl, _patches, _LLAMA, types="mm_token_type_ids"),
-        Family("qwen3-vl", _qwen3_vl, _patches, _LLAMA, types="mm_token_type_ids"),
+        Family("qwen2-vl", _qwen2_vl, _patches, _LLAMA, _QWEN, types="mm_token_type_ids", joins=2, attention="attn"),
+        Family("qwen2.5-vl", _qwen25_vl, _patches, _LLAMA, _QWEN, types="mm_token_type_ids", joins=2, attention="attn"),
+        Family("qwen3-vl", _qwen3_vl, _patches, _LLAMA, _QWEN, types="mm_token_type_ids", joins=2, attention="attn"),
         Family("internvl", _internvl, _plain(24), _LLAMA, "model.vision_tower.encoder.layer", joins=2, prefix=1,
                attention="attention"),
         Family("gemma3", _gemma3, _plain(48), _LLAMA, _CLIP, types="token_type_ids", joins=2),
@@ -267,6 +269,33 @@ def hide(stack, layers: nn.ModuleList, gone_before: Callable[[int], Tensor | Non
 
     for index, layer in enumerate(layers):
         stack.callback(layer.register_forward_pre_hook(hook(index), with_kwargs=True).remove)
+
+
+def hide_packed(stack, attentions: list[nn.Module], gone_before: Callable[[int], Tensor | None]) -> None:
+    """Like :func:`hide` for a packed sequence, bool [N]: eager attention runs its segments one by one, without masks."""
+    pieces: list[Tensor] = []
+
+    class Mask(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is nn.functional.softmax and pieces:
+                gone = pieces.pop(0)
+                assert args[0].shape[-1] == len(gone)
+                if not bool(gone.all()):  # in an empty window nobody is left to look
+                    args = (args[0].masked_fill(gone, -torch.inf), *args[1:])
+            return func(*args, **(kwargs or {}))
+
+    def hook(index: int):
+        def cut(_module, _args, kwargs):
+            assert not pieces
+            gone = gone_before(index)
+            if gone is not None:
+                pieces.extend(gone.split(kwargs["cu_seqlens"].diff().tolist()))
+
+        return cut
+
+    for index, attention in enumerate(attentions):
+        stack.callback(attention.register_forward_pre_hook(hook(index), with_kwargs=True).remove)
+    stack.enter_context(Mask())
 
 
 def members(family: Family, groups: int) -> Tensor:
