@@ -76,6 +76,21 @@ class Oracle:
         )
         return torch.cat(flags).flatten().bool()
 
+    def hide_in_tower(self, stack):
+        for entry in self.entries["vision"]:
+            layers = self.twin.get_submodule(self.family.tower)
+            attentions = [layer.get_submodule(self.family.attention) for layer in layers]
+            if "image_grid_thw" in self.inputs:
+                inside = self.in_sequence(torch.cat(self.lost(entry)))
+                hide_packed(stack, attentions, lambda i, e=entry, gone=inside: gone if i > e.layer else None)
+                continue
+            gone = torch.stack(self.lost(entry))
+            inside = torch.zeros(len(gone), gone.shape[1] * self.family.joins**2, dtype=torch.bool)
+            for row, lost in zip(inside, gone, strict=True):
+                row[members(self.family, gone.shape[1])[lost].flatten()] = True
+            inside = torch.nn.functional.pad(inside, (self.family.prefix, 0))
+            hide(stack, attentions, lambda i, e=entry, gone=inside: gone if i > e.layer else None)
+
     def in_sequence(self, flags):
         """Flags of patches, from flags of groups, in the order in which a packed tower holds them."""
         if self.family.name == "qwen2.5-vl":
@@ -89,19 +104,7 @@ class Oracle:
     def __call__(self, **changes):
         with ExitStack() as stack, torch.no_grad():
             hide(stack, self.twin.get_submodule(self.family.decoder), self.gone_before)
-            for entry in self.entries["vision"]:
-                layers = self.twin.get_submodule(self.family.tower)
-                attentions = [layer.get_submodule(self.family.attention) for layer in layers]
-                if "image_grid_thw" in self.inputs:
-                    inside = self.in_sequence(torch.cat(self.lost(entry)))
-                    hide_packed(stack, attentions, lambda i, e=entry, gone=inside: gone if i > e.layer else None)
-                    continue
-                gone = torch.stack(self.lost(entry))
-                inside = torch.zeros(len(gone), gone.shape[1] * self.family.joins**2, dtype=torch.bool)
-                for row, lost in zip(inside, gone, strict=True):
-                    row[members(self.family, gone.shape[1])[lost].flatten()] = True
-                inside = torch.nn.functional.pad(inside, (self.family.prefix, 0))
-                hide(stack, attentions, lambda i, e=entry, gone=inside: gone if i > e.layer else None)
+            self.hide_in_tower(stack)
             return self.twin(**{**self.inputs, **changes}, use_cache=False)
 
     def continued(self, tokens):

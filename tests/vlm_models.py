@@ -50,9 +50,9 @@ def _tower(**more) -> dict:
 def _make(cls, config) -> nn.Module:
     torch.manual_seed(0)
     model = cls(config).eval()
-    with torch.no_grad():  # towers start too flat for keys to differ
+    with torch.no_grad():  # towers start too flat for keys to differ, and Gemma 3's projection starts with zeros
         for name, parameter in model.named_parameters():
-            if ("vision" in name or "visual" in name) and parameter.ndim >= 2:
+            if any(word in name for word in ("vision", "visual", "mm_input_projection")) and parameter.ndim >= 2:
                 parameter.normal_(0, 0.2)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD

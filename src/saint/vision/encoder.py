@@ -142,6 +142,11 @@ class PrunedEncoder(_Uncopied):
             raise UnsupportedModelError(
                 f"{self.row.blocks}.{unknown[0]} is a {kind}; known: {', '.join(self.row.anatomies)}"
             )
+        if self.row.order is not None and not hasattr(self.encoder, self.row.order):
+            raise UnsupportedModelError(
+                f"{name} has no method {self.row.order}, which shows the order of its windows: this version of its library "
+                "reorders tokens differently"
+            )
         if self.output == "nearest" and self.row.patch is None:
             raise UnsupportedModelError(f'{name} shows no patch grid: output="nearest" is not possible, use "similar"')
         self._prove()

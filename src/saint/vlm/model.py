@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import HookNeverFiredError, ParityError, UnsupportedModelError
 from ..language.decoder import PrunedDecoder
 from ..patch import Uncopyable, override
+from ..tokens import full_length
 from ..vision.encoder import PrunedEncoder
 from .rows import FamilyRow
 
@@ -126,11 +127,7 @@ class PrunedVLM(Uncopyable):
                 )
             if bool(torch.isnan(y).any()):
                 raise ValueError("image features are NaN: check the pixels for NaN or Inf, and fp16 overflow")
-            index = tokens.index if tokens.valid is None else tokens.index.masked_fill(~tokens.valid, tokens.width)
-            full = y.new_full((y.shape[0], head + tokens.width + 1, y.shape[2]), torch.nan)
-            full[:, :head] = y[:, :head]
-            full.scatter_(1, (index + head).unsqueeze(-1).expand(-1, -1, y.shape[2]), y[:, head:])
-            return full[:, :-1]
+            return full_length(y, tokens, head, torch.nan)
 
         return connect
 
@@ -149,7 +146,7 @@ class PrunedVLM(Uncopyable):
                     f"the merger of {type(self.model).__name__} returned features of shape {tuple(y.shape)} for "
                     f"{lost.numel()} groups of {encoder.joins} x {encoder.joins} patches"
                 )
-            lost = lost.reshape(y.shape[:-1])
+            lost = lost.reshape(y.shape[:-1]).to(y.device)
             holes = torch.isnan(y).any(-1)
             if bool((holes & ~lost).any()):
                 raise ValueError(
