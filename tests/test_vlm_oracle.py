@@ -8,6 +8,7 @@ from transformers.vision_utils import get_vision_window_index
 from vlm_models import FAMILIES, IMAGE, hide, hide_packed, members, missing, oracle_model, prompts
 
 import saint
+import saint.testing
 
 ONE = [[4, "0", 7]]
 PADDED = [[4, "0", 7], [3, "1", 2], [6, "0", 12]]  # left padding, images of two sizes
@@ -185,3 +186,21 @@ def test_greedy_tokens(models, name, mode, samples):
     assert relative_error(torch.stack(out.logits, 1), expected) < 1e-4
     expected[..., SPECIAL] = -torch.inf
     assert torch.equal(new, expected.argmax(-1))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("samples", [ONE, MIXED], ids=["one", "mixed"])
+def test_the_public_oracle_agrees(models, name, samples):
+    family = FAMILIES[name]
+    model, twin = models(name)
+    inputs = prompts(family, model, samples)
+    plan = MODES["hybrid" if family.tower else "connector+language"]
+    outputs, trace = saint.testing.masked_oracle(model, plan, inputs)
+    oracle = Oracle(family, twin, trace, inputs)
+    here = inputs["attention_mask"].bool() & ~oracle.gone_before(99)
+    with torch.no_grad():
+        unpruned = model(**inputs).logits
+    expected = oracle().logits[here]
+    assert saint.status(model) is None
+    assert relative_error(unpruned[here], expected) > 1e-3
+    assert relative_error(outputs["logits"][here], expected) < 1e-4
