@@ -298,6 +298,25 @@ def test_images_and_videos_in_one_prompt(models, name):
     assert relative_error(logits[:, :before], image) < 1e-4  # causal: the video comes later
 
 
+@pytest.mark.parametrize("name", PACKED)
+def test_longest_segment_for_flash_attention(models, name):
+    family, model, _ = models(name)
+    inputs = prompts(family, model, SAMPLES)
+    told = []
+
+    def listen(_module, _args, kwargs):
+        ends = kwargs["cu_seqlens"]
+        told.append((kwargs["max_seqlen"], int(ends.diff().max()), int(ends[-1]), int(ends.diff().min())))
+
+    plan = saint.Plan(vision=saint.Stage(saint.SaintFullGraph(keep=0.5), layers=[1]))
+    attention = model.get_submodule(family.tower)[2].attn  # in Qwen2.5-VL one of the whole image
+    with saint.pruned(model, plan), torch.no_grad():
+        hook = attention.register_forward_pre_hook(listen, with_kwargs=True)
+        model.get_image_features(**pictures(inputs), return_dict=True, max_seqlen=96)
+        hook.remove()
+    assert told == [(48, 48, 112, 32)]  # 24, 16 and 16 groups of 4, halved
+
+
 # -- what must be noticed -----------------------------------------------------------------------------------------------
 
 
