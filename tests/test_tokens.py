@@ -104,3 +104,46 @@ def test_similar_survivor_never_points_at_padding_or_away_from_itself():
         for gone in set(range(10)) - set(kept.tolist()):
             best = (points[sample, gone] @ points[sample, kept].T).argmax()
             assert owner[sample, gone] == best
+
+
+# -- groups of tokens ---------------------------------------------------------------------------------------------------
+
+
+def test_squares_of_a_grid():
+    groups = tokens.square_groups(2, 16, 2, torch.device("cpu"))
+    assert groups.members[1].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    for count, side in ((15, 2), (25, 2)):
+        with pytest.raises(ValueError, match="must be square"):
+            tokens.square_groups(1, count, side, torch.device("cpu"))
+
+
+def test_groups_of_squares_go_together():
+    groups = tokens.square_groups(2, 16, 2, torch.device("cpu"))
+    sequence = TokenMap.full(2, 16, torch.device("cpu"))
+    keep = torch.tensor([[True, False, True, True], [False, True, False, False]])
+    groups, stay = groups.select(Selection.from_mask(keep, (3, 1)), groups.slots(sequence), sequence)
+    sequence = sequence.select(stay)
+    assert [k.tolist() for k in groups.map.kept()] == [[0, 2, 3], [1]]
+    assert [k.tolist() for k in sequence.kept()] == [[0, 1, 4, 5, *range(8, 16)], [2, 3, 6, 7]]
+    # a second time, counted in what is left
+    keep = torch.tensor([[False, True, True], [True, False, False]])
+    groups, stay = groups.select(Selection.from_mask(keep, (2, 1)), groups.slots(sequence), sequence)
+    assert [k.tolist() for k in groups.map.kept()] == [[2, 3], [1]]
+    assert [k.tolist() for k in sequence.select(stay).kept()] == [list(range(8, 16)), [2, 3, 6, 7]]
+
+
+def test_groups_of_a_packed_sequence():
+    order = torch.tensor([1, 0, 2, 4, 3])  # who stands where: samples of 3 and 2 groups
+    groups = tokens.packed_groups([6, 4], 2, order, torch.device("cpu"))
+    assert groups.map.lengths == (3, 2)
+    assert groups.members[0].tolist() == [[2, 3], [0, 1], [4, 5]]
+    assert groups.members[1, :2].tolist() == [[8, 9], [6, 7]]
+    sequence = TokenMap.full(1, 10, torch.device("cpu"))
+    keep = torch.tensor([[True, False, True], [False, True, False]])
+    groups, stay = groups.select(Selection.from_mask(keep, (2, 1)), groups.slots(sequence), sequence)
+    sequence = sequence.select(stay)
+    assert [k.tolist() for k in groups.map.kept()] == [[0, 2], [1]]
+    assert sequence.kept()[0].tolist() == [2, 3, 4, 5, 6, 7]
+    assert tokens.shorter(torch.tensor([0, 2, 6, 8, 10], dtype=torch.int32), sequence).tolist() == [0, 4, 6]
+    full = tokens.full_length(torch.arange(6.0)[None, :, None], sequence, 0, -1.0)
+    assert full.flatten().tolist() == [-1, -1, 0, 1, 2, 3, 4, 5, -1, -1]

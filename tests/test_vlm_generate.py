@@ -140,7 +140,8 @@ def test_second_turn_on_the_same_cache(llava, twin, plan):
             kept = [turn.kept[row] for row in range(2) for turn in (a, b)]
         else:
             kept = [torch.cat([x, y + 36]) for x, y in zip(a.kept, b.kept, strict=True)]
-        joined.append(saint.LayerTrace(a.stage, a.layer, a.tokens_in, a.tokens_out, kept))
+        before, after = a.tokens_in.repeat(len(kept) // 2), a.tokens_out.repeat(len(kept) // 2)
+        joined.append(saint.LayerTrace(a.stage, a.layer, before, after, kept))
     for a, b in zip(traces[0], traces[1], strict=True):  # a turn without images drops nothing
         assert all(torch.equal(x, y) for x, y in zip(a.kept, b.kept, strict=True))
     oracle = Oracle(LLAVA, twin, joined, whole)
@@ -231,7 +232,8 @@ def test_beam_search(llava, twin, plan):
         )  # fmt: skip
         trace = session.trace
     per_sample = [
-        saint.LayerTrace(e.stage, e.layer, e.tokens_in, e.tokens_out, e.kept[:: len(e.kept) // 3]) for e in trace
+        saint.LayerTrace(e.stage, e.layer, *(x[:: len(e.kept) // 3] for x in (e.tokens_in, e.tokens_out, e.kept)))
+        for e in trace
     ]
     new = out.sequences[:, inputs["input_ids"].shape[1] :]
     logits = Oracle(LLAVA, twin, per_sample, inputs).continued(new)

@@ -4,9 +4,11 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from vlm_models import FAMILIES, IMAGE, hide, missing, oracle_model, prompts
+from transformers.vision_utils import get_vision_window_index
+from vlm_models import FAMILIES, IMAGE, hide, hide_packed, members, missing, oracle_model, prompts
 
 import saint
+import saint.testing
 
 ONE = [[4, "0", 7]]
 PADDED = [[4, "0", 7], [3, "1", 2], [6, "0", 12]]  # left padding, images of two sizes
@@ -56,15 +58,18 @@ class Oracle:
 
     def unseen(self, entry):
         """Placeholders of features that the tower dropped."""
-        if self.family.name == "llava-next":
-            flags = self.packed(entry)
-        else:
-            flags = missing(entry.kept, torch.ones(len(entry.kept), 36, dtype=torch.bool)).flatten()
+        flags = self.packed(entry) if self.family.name == "llava-next" else torch.cat(self.lost(entry))
         return torch.zeros_like(self.places).masked_scatter(self.places, flags)
+
+    def lost(self, entry):
+        """Visual tokens of each image that the tower dropped, a bool tensor per image."""
+        totals = self.entries["vision"][0].tokens_in.tolist()
+        ones = [torch.ones(1, n, dtype=torch.bool) for n in totals]
+        return [missing([kept], all_of)[0] for kept, all_of in zip(entry.kept, ones, strict=True)]
 
     def packed(self, entry):
         """Where the features of the tiles end up: the model's own packing, applied to flags."""
-        dropped = missing(entry.kept, torch.ones(len(entry.kept), 36, dtype=torch.bool)).float().unsqueeze(-1)
+        dropped = torch.stack(self.lost(entry)).float().unsqueeze(-1)
         sizes = self.inputs["image_sizes"]
         tiles = [3 if size.tolist() == [24, 48] else 5 for size in sizes]
         flags, _ = self.twin.model.pack_image_features(
@@ -72,18 +77,35 @@ class Oracle:
         )
         return torch.cat(flags).flatten().bool()
 
+    def hide_in_tower(self, stack):
+        for entry in self.entries["vision"]:
+            layers = self.twin.get_submodule(self.family.tower)
+            attentions = [layer.get_submodule(self.family.attention) for layer in layers]
+            if "image_grid_thw" in self.inputs:
+                inside = self.in_sequence(torch.cat(self.lost(entry)))
+                hide_packed(stack, attentions, lambda i, e=entry, gone=inside: gone if i > e.layer else None)
+                continue
+            gone = torch.stack(self.lost(entry))
+            inside = torch.zeros(len(gone), gone.shape[1] * self.family.joins**2, dtype=torch.bool)
+            for row, lost in zip(inside, gone, strict=True):
+                row[members(self.family, gone.shape[1])[lost].flatten()] = True
+            inside = torch.nn.functional.pad(inside, (self.family.prefix, 0))
+            hide(stack, attentions, lambda i, e=entry, gone=inside: gone if i > e.layer else None)
+
+    def in_sequence(self, flags):
+        """Flags of patches, from flags of groups, in the order in which a packed tower holds them."""
+        if self.family.name == "qwen2.5-vl":
+            tower = self.twin.model.visual
+            order, _ = get_vision_window_index(
+                self.inputs["image_grid_thw"], tower.spatial_merge_size, tower.window_size, tower.patch_size
+            )
+            flags = flags[order]
+        return flags.repeat_interleave(self.family.joins**2)
+
     def __call__(self, **changes):
         with ExitStack() as stack, torch.no_grad():
             hide(stack, self.twin.get_submodule(self.family.decoder), self.gone_before)
-            for entry in self.entries["vision"]:
-                prefix = 0 if self.family.name == "paligemma" else 1
-                inside = missing(entry.kept, torch.ones(len(entry.kept), 36, dtype=torch.bool))
-                inside = torch.nn.functional.pad(inside, (prefix, 0))
-                hide(
-                    stack,
-                    self.twin.get_submodule(self.family.tower),
-                    lambda i, e=entry, gone=inside: gone if i > e.layer else None,
-                )
+            self.hide_in_tower(stack)
             return self.twin(**{**self.inputs, **changes}, use_cache=False)
 
     def continued(self, tokens):
@@ -164,3 +186,21 @@ def test_greedy_tokens(models, name, mode, samples):
     assert relative_error(torch.stack(out.logits, 1), expected) < 1e-4
     expected[..., SPECIAL] = -torch.inf
     assert torch.equal(new, expected.argmax(-1))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("samples", [ONE, MIXED], ids=["one", "mixed"])
+def test_the_public_oracle_agrees(models, name, samples):
+    family = FAMILIES[name]
+    model, twin = models(name)
+    inputs = prompts(family, model, samples)
+    plan = MODES["hybrid" if family.tower else "connector+language"]
+    outputs, trace = saint.testing.masked_oracle(model, plan, inputs)
+    oracle = Oracle(family, twin, trace, inputs)
+    here = inputs["attention_mask"].bool() & ~oracle.gone_before(99)
+    with torch.no_grad():
+        unpruned = model(**inputs).logits
+    expected = oracle().logits[here]
+    assert saint.status(model) is None
+    assert relative_error(unpruned[here], expected) > 1e-3
+    assert relative_error(outputs["logits"][here], expected) < 1e-4

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
@@ -26,6 +27,9 @@ class Family:
     decoder: str  # path of the language model's layers
     tower: str | None = None  # path of the tower's layers, where the vision stage works
     types: str | None = None  # name of the token-type input
+    joins: int = 1  # side of the squares of patches that become one visual token
+    prefix: int = 0  # tokens in front of the patches in the tower
+    attention: str = ""  # path of the module in a layer of the tower that takes the mask
 
 
 def _text(**more) -> dict:
@@ -46,9 +50,9 @@ def _tower(**more) -> dict:
 def _make(cls, config) -> nn.Module:
     torch.manual_seed(0)
     model = cls(config).eval()
-    with torch.no_grad():  # towers start too flat for keys to differ
+    with torch.no_grad():  # towers start too flat for keys to differ, and Gemma 3's projection starts with zeros
         for name, parameter in model.named_parameters():
-            if ("vision" in name or "visual" in name) and parameter.ndim >= 2:
+            if any(word in name for word in ("vision", "visual", "mm_input_projection")) and parameter.ndim >= 2:
                 parameter.normal_(0, 0.2)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
@@ -87,7 +91,7 @@ _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2,
 
 def _qwen2_vl():
     config = hf.Qwen2VLConfig(
-        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "patch_size": 4},
+        vision_config={"depth": 4, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "patch_size": 4},
         text_config=_text(rope_parameters=_MROPE), image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=102,
         vision_end_token_id=103,
     )  # fmt: skip
@@ -97,8 +101,8 @@ def _qwen2_vl():
 def _qwen25_vl():
     config = hf.Qwen2_5_VLConfig(
         vision_config={
-            "depth": 2, "hidden_size": 32, "out_hidden_size": 48, "num_heads": 2, "patch_size": 4, "intermediate_size": 48,
-            "window_size": 16, "fullatt_block_indexes": [1],
+            "depth": 4, "hidden_size": 32, "out_hidden_size": 48, "num_heads": 2, "patch_size": 4, "intermediate_size": 48,
+            "window_size": 16, "fullatt_block_indexes": [2],
         },
         text_config=_text(rope_parameters=_MROPE), image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=102,
         vision_end_token_id=103,
@@ -109,8 +113,8 @@ def _qwen25_vl():
 def _qwen3_vl():
     config = hf.Qwen3VLConfig(
         vision_config={
-            "depth": 3, "hidden_size": 32, "out_hidden_size": 48, "num_heads": 2, "patch_size": 4, "intermediate_size": 48,
-            "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64,
+            "depth": 4, "hidden_size": 32, "out_hidden_size": 48, "num_heads": 2, "patch_size": 4, "intermediate_size": 48,
+            "deepstack_visual_indexes": [0, 2], "num_position_embeddings": 64,
         },
         text_config={**_text(rope_parameters=_MROPE), "bos_token_id": 1}, image_token_id=IMAGE, video_token_id=VIDEO,
         vision_start_token_id=102, vision_end_token_id=103,
@@ -178,24 +182,26 @@ def _patches(sizes: list[int], g) -> dict:
 
 _LLAMA = "model.language_model.layers"
 _CLIP = "model.vision_tower.encoder.layers"
+_QWEN = "model.visual.blocks"
 FAMILIES = {
     f.name: f
     for f in [
-        Family("llava-llama", _llava(hf.LlamaConfig), _plain(24), _LLAMA, _CLIP),
-        Family("llava-mistral", _llava(hf.MistralConfig, sliding_window=None), _plain(24), _LLAMA, _CLIP),
-        Family("llava-qwen2", _llava(hf.Qwen2Config), _plain(24), _LLAMA, _CLIP),
-        Family("llava-next", _llava_next, _tiles, _LLAMA, _CLIP),
+        Family("llava-llama", _llava(hf.LlamaConfig), _plain(24), _LLAMA, _CLIP, prefix=1),
+        Family("llava-mistral", _llava(hf.MistralConfig, sliding_window=None), _plain(24), _LLAMA, _CLIP, prefix=1),
+        Family("llava-qwen2", _llava(hf.Qwen2Config), _plain(24), _LLAMA, _CLIP, prefix=1),
+        Family("llava-next", _llava_next, _tiles, _LLAMA, _CLIP, prefix=1),
         Family("llava-onevision", _onevision, _tiles, _LLAMA),
-        Family("qwen2-vl", _qwen2_vl, _patches, _LLAMA, types="mm_token_type_ids"),
-        Family("qwen2.5-vl", _qwen25_vl, _patches, _LLAMA, types="mm_token_type_ids"),
-        Family("qwen3-vl", _qwen3_vl, _patches, _LLAMA, types="mm_token_type_ids"),
-        Family("internvl", _internvl, _plain(24), _LLAMA),
-        Family("gemma3", _gemma3, _plain(48), _LLAMA, types="token_type_ids"),
+        Family("qwen2-vl", _qwen2_vl, _patches, _LLAMA, _QWEN, types="mm_token_type_ids", joins=2, attention="attn"),
+        Family("qwen2.5-vl", _qwen25_vl, _patches, _LLAMA, _QWEN, types="mm_token_type_ids", joins=2, attention="attn"),
+        Family("qwen3-vl", _qwen3_vl, _patches, _LLAMA, _QWEN, types="mm_token_type_ids", joins=2, attention="attn"),
+        Family("internvl", _internvl, _plain(24), _LLAMA, "model.vision_tower.encoder.layer", joins=2, prefix=1,
+               attention="attention"),
+        Family("gemma3", _gemma3, _plain(48), _LLAMA, _CLIP, types="token_type_ids", joins=2),
         Family("paligemma", _paligemma, _plain(24), _LLAMA, _CLIP, types="token_type_ids"),
         Family("idefics3", _idefics3(hf.Idefics3Config, hf.Idefics3ForConditionalGeneration), _plain(24),
-               "model.text_model.layers"),
+               "model.text_model.layers", "model.vision_model.encoder.layers", joins=2),
         Family("smolvlm", _idefics3(hf.SmolVLMConfig, hf.SmolVLMForConditionalGeneration), _plain(24),
-               "model.text_model.layers"),
+               "model.text_model.layers", "model.vision_model.encoder.layers", joins=2),
     ]
 }  # fmt: skip
 
@@ -263,6 +269,45 @@ def hide(stack, layers: nn.ModuleList, gone_before: Callable[[int], Tensor | Non
 
     for index, layer in enumerate(layers):
         stack.callback(layer.register_forward_pre_hook(hook(index), with_kwargs=True).remove)
+
+
+def hide_packed(stack, attentions: list[nn.Module], gone_before: Callable[[int], Tensor | None]) -> None:
+    """Like :func:`hide` for a packed sequence, bool [N]: eager attention runs its segments one by one, without masks."""
+    pieces: list[Tensor] = []
+
+    class Mask(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is nn.functional.softmax and pieces:
+                gone = pieces.pop(0)
+                assert args[0].shape[-1] == len(gone)
+                if not bool(gone.all()):  # in an empty window nobody is left to look
+                    args = (args[0].masked_fill(gone, -torch.inf), *args[1:])
+            return func(*args, **(kwargs or {}))
+
+    def hook(index: int):
+        def cut(_module, _args, kwargs):
+            assert not pieces
+            gone = gone_before(index)
+            if gone is not None:
+                pieces.extend(gone.split(kwargs["cu_seqlens"].diff().tolist()))
+
+        return cut
+
+    for index, attention in enumerate(attentions):
+        stack.callback(attention.register_forward_pre_hook(hook(index), with_kwargs=True).remove)
+    stack.enter_context(Mask())
+
+
+def members(family: Family, groups: int) -> Tensor:
+    """Patches of each visual token of one image, int64 [G, M]: squares of the patch grid, row by row."""
+    side, k = round(groups**0.5), family.joins
+    return torch.tensor(
+        [
+            [(k * row + i) * k * side + k * column + j for i in range(k) for j in range(k)]
+            for row in range(side)
+            for column in range(side)
+        ]
+    )
 
 
 def missing(kept: list[Tensor], places: Tensor) -> Tensor:

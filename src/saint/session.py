@@ -19,7 +19,7 @@ from .methods.base import Method
 from .plan import Plan, Stage
 from .tokens import LayerTrace
 from .vision.encoder import PrunedEncoder
-from .vision.locate import locate
+from .vision.locate import locate, locate_tower
 from .vision.rows import EncoderRow
 from .vlm.locate import find as find_vlm
 from .vlm.locate import locate as locate_vlm
@@ -65,7 +65,8 @@ class Session:
         """The drop points of the last forward, in order; empty before the first.
 
         In a vision-language model: of the last prompt; steps of ``generate`` leave it as it is. Entries of the vision stage
-        count per image (or tile), those of the connector and language stages per sample, over all its visual tokens.
+        count per image (or tile, or frame of a video), and count groups of patches where the model joins patches before its
+        language model receives them; those of the connector and language stages per sample, over all its visual tokens.
         """
         vision = self._encoder.trace() if self._encoder is not None else []
         return vision + (self._vlm.decoder.trace if self._vlm is not None else [])
@@ -201,7 +202,7 @@ def apply(model: nn.Module, plan: Plan | Stage | Method | str) -> Session:
     return session
 
 
-def _encoder(stage: Stage, path: str, encoder: nn.Module, row: EncoderRow) -> PrunedEncoder:
+def _encoder(stage: Stage, path: str, encoder: nn.Module, row: EncoderRow, joins: int | None = None) -> PrunedEncoder:
     method = stage.method
     return PrunedEncoder(
         path,
@@ -213,6 +214,7 @@ def _encoder(stage: Stage, path: str, encoder: nn.Module, row: EncoderRow) -> Pr
         select=method.select,
         validate=method.validate,
         beta=method.size_bias(),
+        joins=joins,
     )
 
 
@@ -231,8 +233,16 @@ def _vlm(model: nn.Module, plan: Plan) -> "tuple[PrunedVLM, PrunedEncoder | None
                 f"output={plan.vision.output!r} gives back full-length features; in front of a language model only "
                 '"survivors" saves anything'
             )
-        inner, tower, tower_row = locate(vlm.get_submodule(row.tower))
-        encoder = _encoder(plan.vision, f"{prefix}{row.tower}" + (f".{inner}" if inner else ""), tower, tower_row)
+        inner, tower, tower_row = locate_tower(vlm.get_submodule(row.tower))
+        place = f"{prefix}{row.tower}" + (f".{inner}" if inner else "")
+        joins = row.joins(vlm)
+        if joins is not None and plan.vision.method.merges:
+            name = type(plan.vision.method).__name__
+            raise UnsupportedModelError(
+                f"{row.title} joins squares of {joins} x {joins} patches behind its tower, and {name} merges patches of "
+                "different squares; use a method that drops"
+            )
+        encoder = _encoder(plan.vision, place, tower, tower_row, joins)
     text = vlm.get_submodule(row.decoder)
     layers: list[nn.Module] = list(text.get_submodule("layers").children())
     for stage in (plan.connector, plan.language):

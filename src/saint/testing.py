@@ -27,8 +27,10 @@ from .plan import Plan, Stage
 from .session import apply, pruned, remove, status
 from .tokens import LayerTrace
 from .vision.blocks import Anatomy, Block, part
-from .vision.locate import locate
+from .vision.locate import locate, locate_tower
 from .vision.rows import EncoderRow
+from .vlm.locate import find as find_vlm
+from .vlm.rows import FamilyRow
 
 Inputs = Mapping[str, Any]
 
@@ -144,7 +146,7 @@ def example_plan(model: nn.Module, inputs: Inputs, **stage: Any) -> Plan:
 
 
 class _HideKeys(TorchFunctionMode):
-    """Adds a key mask to every attention that torch computes while ``visible`` is set.
+    """Adds a key mask to every attention that torch computes while ``visible`` or ``pieces`` is set.
 
     A bool one hides keys, a float one is added to their logits.
     """
@@ -152,11 +154,12 @@ class _HideKeys(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.visible: Tensor | None = None  # [B, keys]
+        self.pieces: list[Tensor] = []  # packed: bool [1, keys] of each segment, in the order of their attentions
         self.masked = 0
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        seen = self.visible
+        seen = self.pieces[0] if self.pieces else self.visible
         if seen is None:
             return func(*args, **kwargs)
         if func is nn.functional.scaled_dot_product_attention:
@@ -164,8 +167,15 @@ class _HideKeys(TorchFunctionMode):
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
             if kwargs["key"].shape[-2] == seen.shape[1]:
                 self.masked += 1
+                if self.pieces:
+                    self.pieces.pop(0)
                 hide = seen[:, None, None]
                 given = kwargs.get("attn_mask")
+                if kwargs.get("is_causal"):
+                    given, kwargs["is_causal"] = (
+                        torch.ones_like(hide, dtype=torch.bool).expand(-1, -1, seen.shape[1], -1).tril(),
+                        False,
+                    )
                 if given is None:
                     kwargs["attn_mask"] = hide
                 elif hide.is_floating_point():
@@ -191,33 +201,65 @@ def masked_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
     """The unpruned-length forward in which the tokens that ``plan`` drops are hidden from every later attention.
 
     Args:
-        model: not patched; left as it was.
+        model: an encoder or a vision-language model, not patched; left as it was.
         plan: decides, in a pruned forward run first, who is dropped where.
         inputs: keyword inputs of the model.
 
     Returns:
-        The outputs, by name as in :func:`run`, and the trace. Rows of dropped tokens hold what the token would have been;
-        behind the last block they are replaced by the mean of the survivors where an average pool may read them.
+        The outputs, by name as in :func:`run`, and the trace. Rows of dropped tokens hold what the token would have been, or
+        in a language model something arbitrary; behind the last block of an encoder they are replaced by the mean of the
+        survivors where an average pool may read them.
 
     Raises:
         HookNeverFiredError: an attention behind a drop point was not seen (not computed by torch's fused functions).
     """
+    family = find_vlm(model)
+    if family is not None:
+        inputs = {**inputs, "use_cache": False}
     with pruned(model, plan) as session:
         run(model, inputs)
         trace = session.trace
-    _, encoder, row = locate(model)
+    mode = _HideKeys()
+    with ExitStack() as stack:
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel bypasses every interception
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        if family is None:
+            _, encoder, row = locate(model)
+            _hide_in_encoder(stack, mode, encoder, row, trace, None)
+        else:
+            _, vlm, facts = family
+            if plan.vision is not None:
+                _, encoder, row = locate_tower(vlm.get_submodule(facts.tower))
+                drops = [entry for entry in trace if entry.stage == "vision"]
+                _hide_in_encoder(stack, mode, encoder, row, drops, facts.joins(vlm))
+                _mark_features(stack, vlm, facts, row, drops)
+            _hide_in_decoder(stack, mode, vlm, facts, [entry for entry in trace if entry.stage != "vision"])
+        stack.enter_context(mode)
+        return run(model, inputs), trace
+
+
+def _hide_in_encoder(
+    stack: ExitStack, mode: _HideKeys, encoder: nn.Module, row: EncoderRow, trace: list[LayerTrace], joins: int | None
+) -> None:
     blocks = list(part(encoder, row.blocks))
-    prefix, mode = row.prefix(encoder), _HideKeys()
-    visible: list[Tensor | None] = [None] * (len(blocks) + 1)
-    current: Tensor | None = None
+    prefix = row.prefix(encoder)
+    current: Tensor | None = None  # bool [B, P + N], who is still there
     by_layer = {entry.layer: entry for entry in trace}
     total: int | None = None
+    order: Tensor | None = None  # of the groups of a packed sequence
 
     def mask_of(entry: LayerTrace, count: int) -> Tensor:
+        if row.packed:
+            assert joins is not None
+            rows = torch.cat(_flags(entry, trace))
+            rows = rows if order is None else rows[order]
+            return rows.repeat_interleave(joins**2).unsqueeze(0)
         rows = torch.zeros(len(entry.kept), count, dtype=torch.bool)
         rows[:, :prefix] = True
         for sample, kept in enumerate(entry.kept):
-            rows[sample, kept.cpu() + prefix] = True
+            tokens = kept.cpu() if joins is None else _square(kept.cpu(), count - prefix, joins)
+            rows[sample, tokens + prefix] = True
         return rows
 
     def enter(layer: int) -> Callable[..., None]:
@@ -226,23 +268,27 @@ def masked_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
             x = args[0] if args else next(iter(kwargs.values()))
             if layer == 0:
                 current, total = None, x.shape[1]
-            visible[layer] = current
             mode.visible, mode.masked = current, 0
+            if row.packed and current is not None:
+                pieces = current.split((kwargs["cu_seqlens"][1:] - kwargs["cu_seqlens"][:-1]).tolist(), 1)
+                # where everyone is gone nobody is left to look
+                mode.visible, mode.pieces = None, [p if bool(p.any()) else torch.ones_like(p) for p in pieces]
 
         return hook
 
     def leave(layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
             nonlocal current
-            if current is not None and mode.masked == 0:
+            if current is not None and (mode.masked == 0 or mode.pieces):
                 raise HookNeverFiredError(
                     f"the attention of block {layer} does not go through torch's scaled_dot_product_attention; switch the "
                     'model to its fused attention (attn_implementation="sdpa", timm fused_attn) to test it'
                 )
             y = output[0] if isinstance(output, tuple) else output
-            if layer in by_layer and any(len(k) != y.shape[1] - prefix for k in by_layer[layer].kept):
-                current = mask_of(by_layer[layer], y.shape[1]).to(y.device)
-            mode.visible = current
+            if layer in by_layer:
+                rows = mask_of(by_layer[layer], y.shape[-2]).to(y.device)
+                current = current if bool(rows.all()) else rows
+            mode.visible = None if row.packed else current
             return pooled(_module, _args, output) if layer == len(blocks) - 1 else None
 
         return hook
@@ -258,18 +304,123 @@ def masked_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
             y[sample, ~seen] = mean
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
-    with ExitStack() as stack:
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel bypasses every interception
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        for layer, block in enumerate(blocks):
-            stack.callback(block.register_forward_pre_hook(enter(layer), with_kwargs=True).remove)
-            stack.callback(block.register_forward_hook(leave(layer)).remove)
-        final = part(encoder, row.final) if row.final else None
-        if final is not None:
-            stack.callback(final.register_forward_hook(pooled).remove)
-        stack.enter_context(mode)
-        return run(model, inputs), trace
+    def see_order(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal order
+        from transformers.vision_utils import get_vision_window_index
+
+        grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+        facts: Any = encoder
+        order = get_vision_window_index(grid, facts.spatial_merge_size, facts.window_size, facts.patch_size)[0].cpu()
+
+    for layer, block in enumerate(blocks):
+        stack.callback(block.register_forward_pre_hook(enter(layer), with_kwargs=True).remove)
+        stack.callback(block.register_forward_hook(leave(layer)).remove)
+    final = part(encoder, row.final) if row.final else None
+    if final is not None:
+        stack.callback(final.register_forward_hook(pooled).remove)
+    if row.order is not None:
+        stack.callback(encoder.register_forward_pre_hook(see_order, with_kwargs=True).remove)
+
+
+def _flags(entry: LayerTrace, trace: list[LayerTrace]) -> list[Tensor]:
+    """Who is kept, a bool tensor per image over all its candidates."""
+    out = [torch.zeros(int(n), dtype=torch.bool) for n in trace[0].tokens_in]
+    for flags, kept in zip(out, entry.kept, strict=True):
+        flags[kept.cpu()] = True
+    return out
+
+
+def _square(groups: Tensor, count: int, side: int) -> Tensor:
+    """Patches, of ``count`` on a square grid, that lie in the given squares of ``side`` x ``side``."""
+    edge = round(count**0.5)
+    across = edge // side
+    corner = groups // across * side * edge + groups % across * side
+    inside = torch.arange(side)
+    return (corner[:, None, None] + inside[:, None] * edge + inside).flatten()
+
+
+def _mark_features(
+    stack: ExitStack, vlm: nn.Module, facts: FamilyRow, row: EncoderRow, trace: list[LayerTrace]
+) -> None:
+    """Rows of NaN, for features that the encoder dropped, show where the model puts them."""
+
+    def connected(_module: nn.Module, _args: Any, y: Tensor) -> Tensor:
+        lost = ~torch.stack(_flags(trace[-1], trace)).to(y.device)
+        lost = nn.functional.pad(lost, (y.shape[1] - lost.shape[1], 0))
+        return y.masked_fill(lost.unsqueeze(-1), torch.nan)
+
+    def towered(_module: nn.Module, _args: Any, output: Any) -> None:
+        lost = ~torch.cat(_flags(trace[-1], trace)).to(output.pooler_output.device)
+        output.pooler_output = output.pooler_output.masked_fill(lost.unsqueeze(-1), torch.nan)
+
+    path, hook = (facts.tower, towered) if row.packed else (facts.connector, connected)
+    stack.callback(vlm.get_submodule(path).register_forward_hook(hook).remove)
+
+
+def _hide_in_decoder(
+    stack: ExitStack, mode: _HideKeys, vlm: nn.Module, facts: FamilyRow, trace: list[LayerTrace]
+) -> None:
+    layers = list(vlm.get_submodule(facts.decoder).get_submodule("layers").children())
+    visual: list[Tensor] = []  # bool [B, L] of images, of videos
+    seen: Tensor | None = None  # bool [B, L], who is still there
+
+    def listen(original: Callable[..., Any]) -> Callable[..., Any]:
+        from .vlm.model import placeholders  # imports transformers
+
+        def merge(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            masks = placeholders(vlm, *args, **kwargs) if facts.merge == "inputs_merger" else result
+            visual.extend(m[..., 0] if m.ndim == 3 else m for m in _as_tuple(masks) if m is not None)
+            return result
+
+        return merge
+
+    def drop(entry: LayerTrace) -> None:
+        nonlocal seen
+        places = torch.stack(visual).any(0)
+        seen = torch.ones_like(places) if seen is None else seen.clone()
+        for sample, kept in enumerate(entry.kept):
+            where = places[sample].nonzero().flatten()
+            gone = torch.ones(len(where), dtype=torch.bool, device=where.device)
+            gone[kept] = False
+            seen[sample, where[gone]] = False
+
+    def begin(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        nonlocal seen
+        x = kwargs["inputs_embeds"]
+        lost = torch.isnan(x).any(-1)
+        seen = ~lost if bool(lost.any()) else None
+        for entry in trace:
+            if entry.stage == "connector":
+                drop(entry)
+        return args, {**kwargs, "inputs_embeds": x.masked_fill(lost.unsqueeze(-1), 0)}
+
+    def enter(_module: nn.Module, _args: Any) -> None:
+        mode.visible, mode.masked = seen, 0
+
+    def leave(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
+            if seen is not None and mode.masked == 0:
+                raise HookNeverFiredError(
+                    f"the attention of layer {layer} of the language model does not go through torch's "
+                    'scaled_dot_product_attention; load the model with attn_implementation="sdpa" to test it'
+                )
+            mode.visible = None
+            for entry in trace:
+                if entry.stage == "language" and entry.layer == layer:
+                    drop(entry)
+
+        return hook
+
+    override(stack, vlm, facts.merge, listen)
+    stack.callback(vlm.get_submodule(facts.decoder).register_forward_pre_hook(begin, with_kwargs=True).remove)
+    for layer, module in enumerate(layers):
+        stack.callback(module.register_forward_pre_hook(enter).remove)
+        stack.callback(module.register_forward_hook(leave(layer)).remove)
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[str, Tensor], list[LayerTrace]]:

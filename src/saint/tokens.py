@@ -5,6 +5,7 @@ longest sample, C channels. A *slot* is a position in the current, shortened seq
 position in the original one.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -130,6 +131,94 @@ class Selection:
             return Selection.from_mask(keep.scatter_(1, order[:, : lengths[0]], True), lengths)
         stay = torch.arange(order.shape[1], device=order.device) < torch.tensor(lengths, device=order.device)[:, None]
         return Selection.from_mask(torch.empty_like(stay).scatter_(1, order, stay), lengths)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Tokens that a merger behind the encoder joins into one: they stay and go together, and a method votes on groups.
+
+    Attributes:
+        map: the groups that are still there, B samples.
+        members: original index of each group's tokens in their sequence, int64 [B, G, M]. In a packed encoder all samples
+            lie in one sequence; otherwise each has its own.
+    """
+
+    map: TokenMap
+    members: Tensor
+
+    def slots(self, tokens: TokenMap) -> Tensor:
+        """Where the members of each group slot are in the flattened sequences.
+
+        Args:
+            tokens: the map of the sequences, [B or 1, S].
+
+        Returns:
+            int64 [B, K, M] into B * S (packed: 1 * S) rows; padding slots hold any valid row.
+        """
+        sequences, count = tokens.index.shape
+        index = tokens.index if tokens.valid is None else tokens.index.masked_fill(~tokens.valid, tokens.width)
+        where = index.new_zeros(sequences, tokens.width + 1)
+        where.scatter_(1, index, torch.arange(sequences * count, device=index.device).view(sequences, count))
+        members = self.members.gather(1, self.map.index.unsqueeze(-1).expand(-1, -1, self.members.shape[2]))
+        return where.expand(members.shape[0], -1).gather(1, members.flatten(1)).view_as(members)
+
+    def select(self, selection: Selection, slots: Tensor, tokens: TokenMap) -> "tuple[Groups, Selection]":
+        """The groups after ``selection``, and what it means for the tokens.
+
+        Args:
+            selection: of group slots.
+            slots: see :meth:`slots`.
+            tokens: the map of the sequences.
+        """
+        size = self.members.shape[2]
+        chosen = slots.gather(1, selection.slots.unsqueeze(-1).expand(-1, -1, size))
+        keep = torch.zeros(tokens.index.numel() + 1, dtype=torch.bool, device=slots.device)
+        if selection.valid is not None:
+            chosen = chosen.masked_fill(~selection.valid.unsqueeze(-1), tokens.index.numel())
+        keep = keep.index_fill(0, chosen.flatten(), True)[:-1].view_as(tokens.index)
+        lengths = tuple(n * size for n in selection.lengths)
+        lengths = lengths if len(lengths) == keep.shape[0] else (sum(lengths),)
+        return Groups(self.map.select(selection), self.members), Selection.from_mask(keep, lengths)
+
+
+def square_groups(batch: int, count: int, side: int, device: torch.device) -> Groups:
+    """Groups of ``side`` x ``side`` neighbours on a square grid of ``count`` patches, row by row.
+
+    Raises:
+        ValueError: the grid is not square, or not a multiple of ``side``.
+    """
+    edge = math.isqrt(count)
+    if edge * edge != count or edge % side:
+        raise ValueError(
+            f"{count} patches are joined in groups of {side} x {side}, so their grid must be square with sides that are a "
+            f"multiple of {side}: resize the images as the model's processor does"
+        )
+    cells = torch.arange(count, device=device).view(edge // side, side, edge // side, side)
+    members = cells.transpose(1, 2).reshape(-1, side * side)
+    return Groups(TokenMap.full(batch, len(members), device), members.expand(batch, -1, -1))
+
+
+def packed_groups(lengths: list[int], size: int, order: Tensor | None, device: torch.device) -> Groups:
+    """Groups of ``size`` consecutive tokens in a packed sequence.
+
+    Args:
+        lengths: tokens of each sample, in the order of the sequence.
+        size: M.
+        order: for each place in the sequence, counted in groups, the group that stands there; None when in order.
+        device: of the indices.
+    """
+    counts = [n // size for n in lengths]
+    total = sum(counts)
+    place = torch.arange(total, device=device) if order is None else torch.argsort(order.to(device))
+    first = torch.tensor(counts, device=device).cumsum(0).unsqueeze(1) - torch.tensor(counts, device=device).unsqueeze(
+        1
+    )
+    rank = torch.arange(max(counts), device=device)
+    valid = rank < torch.tensor(counts, device=device).unsqueeze(1)
+    place = place[(first + rank).clamp_max(total - 1)]  # [B, G]
+    members = place.unsqueeze(-1) * size + torch.arange(size, device=device)
+    even = min(counts) == max(counts)
+    return Groups(TokenMap.full(len(counts), max(counts), device, None if even else valid), members)
 
 
 @dataclass(frozen=True)
@@ -289,6 +378,42 @@ def fill_padding(x: Tensor, tokens: TokenMap, prefix: int, *, with_prefix: bool 
     if with_prefix:
         total, count = total + head.sum(1, keepdim=True), count + prefix
     return torch.cat([head, torch.where(real, body, total / count.clamp_min(1))], 1)
+
+
+def full_length(x: Tensor, tokens: TokenMap, prefix: int, hole: float) -> Tensor:
+    """Every survivor back at its place, ``hole`` in the rows of the others.
+
+    Args:
+        x: [B, P + K, C].
+        tokens: the survivors.
+        prefix: P.
+        hole: fills the rows of dropped tokens.
+
+    Returns:
+        [B, P + N, C].
+    """
+    index = tokens.index if tokens.valid is None else tokens.index.masked_fill(~tokens.valid, tokens.width)
+    full = x.new_full((x.shape[0], prefix + tokens.width + 1, x.shape[2]), hole)
+    full[:, :prefix] = x[:, :prefix]
+    return full.scatter(1, (index + prefix).unsqueeze(-1).expand(-1, -1, x.shape[2]), x[:, prefix:])[:, :-1]
+
+
+def shorter(ends: Tensor, tokens: TokenMap) -> Tensor:
+    """Cumulative lengths of the segments of a packed sequence, counting survivors only; segments that are empty go.
+
+    Args:
+        ends: int [segments + 1], from 0 to N.
+        tokens: of the one sequence.
+    """
+    here = torch.nn.functional.pad((~dropped(tokens)[0]).cumsum(0), (1, 0))
+    return torch.unique_consecutive(here[ends.long()]).to(ends.dtype)
+
+
+def dropped(tokens: TokenMap) -> Tensor:
+    """Which original tokens are gone, bool [B, N]."""
+    index = tokens.index if tokens.valid is None else tokens.index.masked_fill(~tokens.valid, tokens.width)
+    gone = torch.ones(index.shape[0], tokens.width + 1, dtype=torch.bool, device=index.device)
+    return gone.scatter_(1, index, False)[:, :-1]
 
 
 def nearest_survivor(tokens: TokenMap, grid: tuple[int, int]) -> Tensor:

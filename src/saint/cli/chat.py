@@ -87,7 +87,7 @@ def modes(model: Any) -> dict[str, Any]:
     from ..methods.saint import Saint
     from ..methods.saint_full_graph import SaintFullGraph
     from ..plan import Plan, Stage
-    from ..vision.locate import locate as locate_encoder
+    from ..vision.locate import locate_tower
     from ..vlm.locate import locate
 
     _, vlm, row = locate(model, "language")
@@ -99,7 +99,7 @@ def modes(model: Any) -> dict[str, Any]:
         "language": Plan(language=language),
     }
     if row.no_vision is None:
-        _, tower, tower_row = locate_encoder(vlm.get_submodule(row.tower))
+        _, tower, tower_row = locate_tower(vlm.get_submodule(row.tower))
         blocks = len(list(tower.get_submodule(tower_row.blocks).children()))
         used = row.feature_layer(vlm, blocks)
         if used is not None:

@@ -32,6 +32,9 @@ class Anatomy:
         mask: name of the block's attention-mask argument.
         padding: nn.MultiheadAttention that takes ``key_padding_mask`` instead of ``mask``.
         tables: names of block arguments that hold positional tables over the patch tokens (RoPE).
+        fused: what ``keys`` names emits queries, keys and values side by side.
+        segments: of a block on packed sequences [N, C]: name of the argument with the cumulative lengths of the segments that
+            attend to themselves.
     """
 
     attn: str
@@ -45,6 +48,8 @@ class Anatomy:
     mask: str | None = "attn_mask"
     padding: str | None = None
     tables: tuple[str, ...] = ()
+    fused: bool = False
+    segments: str | None = None
 
 
 def part(module: nn.Module, path: str) -> Any:
@@ -110,12 +115,16 @@ class Block:
                 "version of the model computes its attention differently from what the support table knows"
             )
         keys = keys.detach()
+        if self.anatomy.fused:
+            keys = keys.chunk(3, -1)[1]
+        if self.anatomy.segments is not None:
+            keys = keys.unsqueeze(0)
         if not isinstance(self._source, nn.Module):
             return self._project(self._source, keys[:, prefix:])
         if keys.ndim == 4:
             return keys[:, :, prefix:].sum(1, dtype=torch.float32) / keys.shape[1]
         batch, count, width = keys.shape
-        heads = keys.view(batch, count, self.heads, width // self.heads)
+        heads = keys.reshape(batch, count, self.heads, width // self.heads)
         return heads[:, prefix:].sum(2, dtype=torch.float32) / self.heads
 
     def _project(self, weight: Tensor, x: Tensor) -> Tensor:
@@ -157,7 +166,7 @@ class Block:
         Args:
             width: C.
             prefix: P.
-            table: makes a positional-table argument, from its name, for six patch tokens on the device of a tensor.
+            table: makes a positional-table argument, from its name, for the patch tokens of a random input [..., P + N, C].
 
         Raises:
             ParityError: they differ, or the block cannot be called as the fact table says.
@@ -165,7 +174,11 @@ class Block:
         weight = next(p for p in self.module.parameters() if p.is_floating_point())
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(2, prefix + 6, width, generator=generator).to(weight)
-        kwargs: dict[str, Any] = {name: table(name, x) for name in self.anatomy.tables if name in self.arguments}
+        kwargs: dict[str, Any] = {}
+        if self.anatomy.segments is not None:
+            x = x.flatten(0, 1)
+            kwargs[self.anatomy.segments] = torch.tensor([0, 4, len(x)], dtype=torch.int32, device=x.device)
+        kwargs |= {name: table(name, x) for name in self.anatomy.tables if name in self.arguments}
         if self.anatomy.mask in self.arguments:
             kwargs[self.anatomy.mask or ""] = None
         training = [m for m in self.module.modules() if m.training]

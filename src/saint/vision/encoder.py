@@ -18,16 +18,22 @@ from ..graph import metric
 from ..patch import override as _override
 from ..tokens import (
     Candidates,
+    Groups,
     LayerTrace,
     Selection,
     TokenMap,
+    dropped,
     fill_padding,
+    full_length,
     gather_mask,
     gather_table,
     gather_tokens,
     merge_tokens,
     nearest_survivor,
+    packed_groups,
+    shorter,
     similar_survivor,
+    square_groups,
     visible,
 )
 from .blocks import Block, part
@@ -65,6 +71,8 @@ class PrunedEncoder(_Uncopied):
         select: the method's decision.
         validate: the method's check of numbers of candidates.
         beta: of merging methods: attention adds beta * log(size) to the logits of a merged token's key.
+        joins: side of the square of patches that a merger behind the encoder joins into one token. Those squares are the
+            candidates then: a method sees their mean keys, and their tokens stay or go together.
 
     Raises:
         UnsupportedModelError: an unknown block class with ``placement="mid"``, parameters on ``meta``, a compiled model.
@@ -83,10 +91,15 @@ class PrunedEncoder(_Uncopied):
         select: Select,
         validate: Callable[[int, int], None],
         beta: float = 0.0,
+        joins: int | None = None,
     ) -> None:
         self.path, self.encoder, self.row = path, encoder, row
         self.layers, self.placement, self.output = layers, placement, output
-        self.select, self.validate, self.beta = select, validate, beta
+        self.select, self.validate, self.beta, self.joins = select, validate, beta, joins
+        self.restored: set[int] = set()  # layers whose input is full length, with holes (see `restore`)
+        self.hole = torch.nan
+        self.samples: list[int] = []  # packed: tokens per image or frame
+        self.order: Tensor | None = None  # packed: group at each place
         self.modules: list[nn.Module] = list(part(encoder, row.blocks))
         self.depth = len(self.modules)
         self.prefix = row.prefix(encoder)
@@ -98,7 +111,8 @@ class PrunedEncoder(_Uncopied):
         self.sizes: dict[int, Tensor] = {}  # merging: original candidates in each slot, float32 [B, K]
         self.merged: dict[int, Tensor] = {}  # merging: for each original candidate the slot it is part of
         self.expanded: set[int] = set()  # layers whose input is full length although tokens were dropped
-        self._cache: dict[tuple[str, int], Any] = {}  # masks and tables of the running forward
+        self.groups: dict[int, Groups] = {}  # same keys, where groups of tokens are the candidates
+        self._cache: dict[Any, Any] = {}  # masks and tables of the running forward
         self._check()
 
     # -- checks (before anything is touched) --------------------------------------------------------------------------
@@ -135,6 +149,11 @@ class PrunedEncoder(_Uncopied):
         if self.beta:
             for index in range(self.layers[0] + 1, self.depth):
                 self._check_bias(index)
+        if self.row.order is not None and not hasattr(self.encoder, self.row.order):
+            raise UnsupportedModelError(
+                f"{name} has no method {self.row.order}, which shows the order of its windows: this version of its library "
+                "reorders tokens differently"
+            )
         if self.output == "nearest" and self.row.patch is None:
             raise UnsupportedModelError(f'{name} shows no patch grid: output="nearest" is not possible, use "similar"')
         self._prove()
@@ -146,7 +165,7 @@ class PrunedEncoder(_Uncopied):
         if count is None and (grid := getattr(self.encoder, "grid_size", None)) is not None:
             count = grid[0] * grid[1]
         if count:
-            self.validate(count, len(self.layers))
+            self.validate(count // (self.joins or 1) ** 2, len(self.layers))
 
     def _check_bias(self, layer: int) -> None:
         block = self.blocks[layer]
@@ -167,7 +186,7 @@ class PrunedEncoder(_Uncopied):
             width = norm.weight.shape[-1]
             # timm 1.0.20 keeps no head_dim
             dim = getattr(attn, "head_dim", None) or width // getattr(attn, "num_heads", width)
-            block.prove(width, self.prefix, partial(_probe_table, dim))
+            block.prove(width, self.prefix, partial(_probe_table, dim, self.prefix))
 
     # -- installation -------------------------------------------------------------------------------------------------
 
@@ -182,6 +201,10 @@ class PrunedEncoder(_Uncopied):
                 attention = part(block.module, block.anatomy.padding)
                 hook = attention.register_forward_pre_hook(self._padding_hook(index), with_kwargs=True)
                 stack.callback(hook.remove)
+        if self.restored:
+            stack.callback(self.encoder.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+        if self.row.order is not None:
+            _override(stack, self.encoder, self.row.order, self._see_order)
         if self.row.patch is not None:
             stack.callback(part(self.encoder, self.row.patch).register_forward_hook(self._see_grid).remove)
         final = part(self.encoder, self.row.final) if self.row.final else None
@@ -198,10 +221,25 @@ class PrunedEncoder(_Uncopied):
 
     def reset(self) -> None:
         """Forget the last forward."""
-        self.maps, self.owners, self.expanded, self._cache, self.grid = {}, {}, set(), {}, None
+        self.maps, self.owners, self.groups, self.expanded, self._cache, self.grid = {}, {}, {}, set(), {}, None
         self.sizes, self.merged = {}, {}
 
     # -- hooks --------------------------------------------------------------------------------------------------------
+
+    def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # NaN shows whether a merger lets a dropped token touch a kept one, but would spoil the gradient of its weights
+        self.hole = 0.0 if torch.is_grad_enabled() else torch.nan
+        if self.row.packed:
+            grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+            self.samples = torch.repeat_interleave(grid[:, 1] * grid[:, 2], grid[:, 0]).tolist()
+            self.order = None
+
+    def _see_order(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def permute(x: Tensor, order: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            self.order = order
+            return original(x, order, *args, **kwargs)
+
+        return permute
 
     def _see_grid(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
         if output.ndim == 4:
@@ -257,6 +295,9 @@ class PrunedEncoder(_Uncopied):
         count = x.shape[1] - self.prefix
         if count < 1:
             raise ValueError(f"no candidates: {x.shape[1]} tokens of which {self.prefix} are protected")
+        if self.joins is not None:
+            self._begin_groups(x, count, mask)
+            return
         valid = None
         if mask is not None and mask.ndim == 4:
             seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
@@ -264,6 +305,24 @@ class PrunedEncoder(_Uncopied):
             valid = None if bool(seen.all()) else seen
         self.maps[0] = TokenMap.full(x.shape[0], count, x.device, valid)
         for total in set(self.maps[0].total):
+            self.validate(total, len(self.layers))
+
+    def _begin_groups(self, x: Tensor, count: int, mask: Tensor | None) -> None:
+        assert self.joins is not None
+        if mask is not None and mask.ndim != 4:
+            raise ValueError(
+                f"{type(self.encoder).__name__} masks the padding of its images in a way that cannot follow dropped tokens; "
+                'load the model with attn_implementation="sdpa"'
+            )
+        # padding of an image is a candidate as well: the language model would receive it
+        self.maps[0] = TokenMap.full(x.shape[0], count, x.device)
+        if self.row.packed:
+            if sum(self.samples) != count:
+                raise ValueError(f"grid_thw announces {sum(self.samples)} patches, and there are {count}")
+            self.groups[0] = packed_groups(self.samples, self.joins**2, self.order, x.device)
+        else:
+            self.groups[0] = square_groups(x.shape[0], count, self.joins, x.device)
+        for total in set(self.groups[0].map.total):
             self.validate(total, len(self.layers))
 
     def prune(self, layer: int, x: Tensor, keys: Tensor) -> Tensor:
@@ -281,7 +340,7 @@ class PrunedEncoder(_Uncopied):
         step = self.steps[layer]
         if step == 0 and not torch.compiler.is_compiling():
             _refuse_non_finite(keys, f"{self.row.blocks}.{layer}")
-        selection = self.select(Candidates(keys, x.detach()[:, self.prefix :], tokens, step, len(self.layers)))
+        selection = self._select(layer, keys, x.detach()[:, self.prefix :])
         if selection is None:
             return x
         after = tokens.select(selection)
@@ -314,6 +373,19 @@ class PrunedEncoder(_Uncopied):
         bias = self.beta * sizes.to(torch.promote_types(dtype, torch.float32)).clamp_min(1).log()
         return torch.nn.functional.pad(bias, (self.prefix, 0)).to(dtype)
 
+    def _select(self, layer: int, keys: Tensor, features: Tensor) -> Selection | None:
+        """The method's decision, for tokens."""
+        tokens, groups, step = self.maps[layer], self.groups.get(layer), self.steps[layer]
+        if groups is None:
+            return self.select(Candidates(keys, features, tokens, step, len(self.layers)))
+        slots = groups.slots(tokens)
+        keys, features = (y.flatten(0, 1)[slots].mean(2) for y in (keys, features))
+        chosen = self.select(Candidates(keys, features, groups.map, step, len(self.layers)))
+        if chosen is None:
+            return None
+        self.groups[layer + 1], selection = groups.select(chosen, slots, tokens)
+        return selection
+
     def attention_inputs(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The block's arguments for the tokens that are still there."""
         tokens, block = self.maps[layer], self.blocks[layer]
@@ -323,6 +395,11 @@ class PrunedEncoder(_Uncopied):
             value = kwargs.get(name)
             if value is not None:
                 out[name] = self._cached(name, layer, value, lambda v: _map_tables(v, tokens))
+        if block.anatomy.segments is not None:
+            ends = kwargs[block.anatomy.segments]
+            short = out[block.anatomy.segments] = self._cached("segments", layer, ends, lambda v: shorter(v, tokens))
+            if kwargs.get("max_seqlen") is not None:  # flash attention
+                out["max_seqlen"] = self._cached("longest", layer, short, lambda v: int((v[1:] - v[:-1]).max()))
         mask = block.anatomy.mask
         if mask is not None and block.takes_mask and block.anatomy.padding is None:
             given = kwargs.get(mask)
@@ -336,7 +413,7 @@ class PrunedEncoder(_Uncopied):
 
     def _cached(self, name: str, layer: int, source: Any, make: Callable[[Any], Any]) -> Any:
         # blocks behind the last drop point share one map: gather once, not once a layer
-        key = (name, id(self.maps[layer]))
+        key = (name, id(self.maps[layer]), id(source))
         hit = self._cache.get(key)
         if hit is None or hit[0] is not source:
             hit = (source, make(source))
@@ -354,7 +431,7 @@ class PrunedEncoder(_Uncopied):
         tokens, block = self.maps[layer], self.blocks[layer]
 
         def with_keys(part_x: Tensor, part_kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-            y = forward(part_x, part_kwargs)
+            y = forward(part_x[0], part_kwargs)[None] if self.row.packed else forward(part_x, part_kwargs)
             if layer not in self.steps:
                 return (y,)
             assert block is not None
@@ -383,6 +460,17 @@ class PrunedEncoder(_Uncopied):
         return block.takes_mask and (implementation is None or implementation in _DENSE_MASK)
 
     # -- results ------------------------------------------------------------------------------------------------------
+
+    def restore(self, x: Tensor, layer: int) -> Tensor:
+        """Full length again for a merger: survivors at their places, holes elsewhere. [B, P + K, C] -> [B, P + N, C]."""
+        return full_length(x, self.maps[layer], self.prefix, self.hole)
+
+    def lost(self, layer: int) -> Tensor | None:
+        """Which groups are gone in front of ``layer``, in the order of the merger's output, bool [B, G]; None: nobody."""
+        if layer not in self.maps or self.maps[layer].whole:
+            return None
+        gone, members = dropped(self.maps[layer]), self.groups[layer].members
+        return gone[:, :: members.shape[2]] if self.row.packed else gone.gather(1, members[:, :, 0])
 
     def owner(self, layer: int) -> Tensor:
         """For each original candidate the slot in front of ``layer`` that stands for it, int64 [B, N]."""
@@ -417,7 +505,7 @@ class PrunedEncoder(_Uncopied):
         for layer in self.layers:
             if layer + 1 not in self.maps:
                 continue
-            before, after = self.maps[layer], self.maps[layer + 1]
+            before, after = (self.groups[at].map if at in self.groups else self.maps[at] for at in (layer, layer + 1))
             merged = self.merged.get(layer + 1)
             into = None if merged is None else list(after.index.gather(1, merged).unbind(0))
             if into is not None and (real := self.maps[0].valid) is not None:
@@ -442,6 +530,8 @@ class PrunedBlock(_Uncopied):
         if block is not None:
             kwargs = block.named(args, kwargs)
             args = ()
+        if stage.row.packed:
+            x = x.unsqueeze(0)
         if layer == 0:
             stage.begin(x, kwargs.get(block.anatomy.mask) if block is not None and block.anatomy.mask else None)
         if layer not in stage.maps:
@@ -449,9 +539,10 @@ class PrunedBlock(_Uncopied):
         if layer in stage.expanded:
             x = gather_tokens(x, stage.maps[layer].index, stage.prefix)
         stage.maps[layer + 1] = stage.maps[layer]
-        for carried in (stage.owners, stage.sizes, stage.merged):
-            if layer in carried:
-                carried[layer + 1] = carried[layer]
+        carried: tuple[dict[int, Any], ...] = (stage.owners, stage.sizes, stage.merged, stage.groups)
+        for values in carried:
+            if layer in values:
+                values[layer + 1] = values[layer]
         if layer in stage.steps and stage.placement == "mid":
             assert block is not None
             y, keys = stage.run(layer, block.first, x, kwargs)
@@ -460,7 +551,8 @@ class PrunedBlock(_Uncopied):
             y, *shown = stage.run(layer, lambda part_x, given: self.original(part_x, *args, **given), x, kwargs)
             if layer in stage.steps:
                 y = stage.prune(layer, y, shown[0])
-        return self._hand_on(y)
+        y = self._hand_on(y)
+        return y.squeeze(0) if stage.row.packed else y
 
     def _hand_on(self, y: Tensor) -> Tensor:
         stage, after = self.stage, self.layer + 1
@@ -468,6 +560,9 @@ class PrunedBlock(_Uncopied):
         stage.expanded.discard(after)
         if tokens.whole:
             return y
+        if after in stage.restored:
+            stage.expanded.add(after)
+            return stage.restore(y, after)
         last = after == stage.depth
         if stage.dense or (last and stage.output != "survivors"):
             stage.expanded.add(after)
@@ -477,8 +572,9 @@ class PrunedBlock(_Uncopied):
         return y
 
 
-def _probe_table(dim: int, name: str, like: Tensor) -> Any:
-    values = torch.randn(6, 2 * dim, generator=torch.Generator().manual_seed(1)).to(like)
+def _probe_table(dim: int, prefix: int, name: str, like: Tensor) -> Any:
+    count = like.shape[-2] - prefix
+    values = torch.randn(count, 2 * dim, generator=torch.Generator().manual_seed(1)).to(like)
     return values if name == "rope" else (values[:, :dim], values[:, dim:])
 
 

@@ -8,12 +8,26 @@ from .rows import EncoderRow
 
 ROWS: tuple[EncoderRow, ...] = (*timm.ROWS, *transformers.ROWS, *open_clip.ROWS)
 _BY_CLASS = {row.encoder: row for row in ROWS}
+_TOWERS = {row.encoder: row for row in transformers.TOWERS}
 _REFUSED = {**timm.REFUSED, **transformers.REFUSED, **open_clip.REFUSED}
 
 
 def _lineage(module: nn.Module) -> list[str]:
     # names, not classes: looking one up must not import a library the user does not have
     return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
+
+
+def locate_tower(model: nn.Module) -> tuple[str, nn.Module, EncoderRow]:
+    """The encoder of a vision-language model: also one of those that only make sense inside of theirs.
+
+    Raises:
+        UnsupportedModelError: see :func:`locate`.
+    """
+    for path, module in model.named_modules():
+        for name in _lineage(module):
+            if name in _TOWERS:
+                return path, module, _TOWERS[name]
+    return locate(model)
 
 
 def find(model: nn.Module) -> list[tuple[str, nn.Module, EncoderRow]]:

@@ -23,6 +23,8 @@ class EncoderRow:
         pools: paths of modules that read the whole sequence behind the last block (attention pools).
         pool_with_prefix: whether an average pool also averages the prefix.
         dense_calls: methods whose maps must be full length (they reshape to the grid).
+        packed: samples lie one behind the other in one sequence without batch axis, told by the argument ``grid_thw``.
+        order: of a packed encoder: method that reorders groups of tokens and is given their order, or None.
         refuse: reason why this instance cannot be pruned, or None.
     """
 
@@ -37,4 +39,6 @@ class EncoderRow:
     pools: tuple[str, ...] = ()
     pool_with_prefix: Callable[[Any], bool] = lambda _: False
     dense_calls: tuple[str, ...] = ()
+    packed: bool = False
+    order: str | None = None
     refuse: Callable[[Any], str | None] = field(default=lambda _: None)

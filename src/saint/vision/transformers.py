@@ -25,6 +25,27 @@ _CLIP = Anatomy(
     heads=("self_attn.num_heads",),
     mask="attention_mask",
 )
+_INTERNVL = Anatomy(
+    attn="attention",
+    mlp="mlp",
+    norm1="layernorm_before",
+    norm2="layernorm_after",
+    branch1=("lambda_1",),
+    branch2=("dropout", "lambda_2"),
+    keys=("attention.k_norm",),
+    heads=("attention.num_heads",),
+    mask=None,
+)
+_QWEN = Anatomy(
+    attn="attn",
+    mlp="mlp",
+    keys=("attn.qkv",),
+    heads=("attn.num_heads",),
+    mask=None,
+    tables=("position_embeddings",),
+    fused=True,
+    segments="cu_seqlens",
+)
 _DINOV2 = Anatomy(
     attn="attention",
     mlp="mlp",
@@ -152,6 +173,47 @@ ROWS = [
             dense_calls=_dense(cls),
         )
         for cls in ("DINOv3ViTModel", "DINOv3ViTBackbone")
+    ],
+]
+
+# encoders whose output only their own vision-language model can read: it joins groups of their tokens
+TOWERS: list[EncoderRow] = [
+    *[
+        _row(
+            title,
+            module,
+            f"{cls}VisionTransformer",
+            "encoder.layers",
+            {f"{cls}EncoderLayer": _CLIP},
+            "embeddings.patch_embedding",
+            prefix=lambda m: 0,
+            final="post_layernorm",
+        )
+        for title, module, cls in (("Idefics3", "idefics3", "Idefics3"), ("SmolVLM", "smolvlm", "SmolVLM"))
+    ],
+    _row(
+        "InternViT",
+        "internvl",
+        "InternVLVisionModel",
+        "encoder.layer",
+        {"InternVLVisionLayer": _INTERNVL},
+        "embeddings.patch_embeddings.projection",
+        prefix=lambda m: 1,
+        final="layernorm",
+    ),
+    *[
+        _row(title, module, cls, "blocks", {block: _QWEN}, None, prefix=lambda m: 0, packed=True, order=order)
+        for title, module, cls, block, order in (
+            ("Qwen2-VL", "qwen2_vl", "Qwen2VisionTransformerPretrainedModel", "Qwen2VLVisionBlock", None),
+            (
+                "Qwen2.5-VL",
+                "qwen2_5_vl",
+                "Qwen2_5_VisionTransformerPretrainedModel",
+                "Qwen2_5_VLVisionBlock",
+                "permute_input_for_window_attn",
+            ),
+            ("Qwen3-VL", "qwen3_vl", "Qwen3VLVisionModel", "Qwen3VLVisionBlock", None),
+        )
     ],
 ]
 

@@ -17,9 +17,6 @@ def _feature_layer(model: Any, depth: int) -> int | None:
 
 
 _BOTH = ("pixel_values", "pixel_values_videos")
-_MERGES = (
-    "its tower's output is joined in groups of patches ({}), and pruning inside the tower per group is not built yet"
-)
 _USE = "; use the connector or language stage"
 
 ROWS: tuple[FamilyRow, ...] = (
@@ -40,7 +37,7 @@ ROWS: tuple[FamilyRow, ...] = (
         tower="visual",
         connector="visual.merger",
         pixels=_BOTH,
-        no_vision=_MERGES.format("2x2 patch merger") + _USE,
+        joins=lambda m: m.visual.spatial_merge_size,
     ),
     _row(
         "Qwen2.5-VL",
@@ -49,7 +46,7 @@ ROWS: tuple[FamilyRow, ...] = (
         tower="visual",
         connector="visual.merger",
         pixels=_BOTH,
-        no_vision=_MERGES.format("2x2 patch merger, behind window attention") + _USE,
+        joins=lambda m: m.visual.spatial_merge_size,
     ),
     _row(
         "Qwen3-VL",
@@ -58,11 +55,20 @@ ROWS: tuple[FamilyRow, ...] = (
         tower="visual",
         connector="visual.merger",
         pixels=_BOTH,
-        no_vision=_MERGES.format("2x2 patch merger, with DeepStack features of earlier layers") + _USE,
+        joins=lambda m: m.visual.spatial_merge_size,
+        taps=lambda m: {
+            f"visual.deepstack_merger_list.{i}": layer + 1 for i, layer in enumerate(m.visual.deepstack_visual_indexes)
+        },
         between=lambda m: len(m.config.vision_config.deepstack_visual_indexes),
     ),
-    _row("InternVL", "internvl", "InternVLModel", no_vision=_MERGES.format("2x2 pixel shuffle") + _USE),
-    _row("Gemma 3", "gemma3", "Gemma3Model", no_vision=_MERGES.format("4x4 average pool") + _USE),
+    _row(
+        "InternVL",
+        "internvl",
+        "InternVLModel",
+        joins=lambda m: round(1 / m.config.downsample_ratio),
+        feature_layer=_feature_layer,
+    ),
+    _row("Gemma 3", "gemma3", "Gemma3Model", joins=lambda m: m.multi_modal_projector.kernel_size),
     _row("PaliGemma", "paligemma", "PaliGemmaModel"),
     _row(
         "Idefics3",
@@ -72,7 +78,7 @@ ROWS: tuple[FamilyRow, ...] = (
         connector="connector",
         decoder="text_model",
         merge="inputs_merger",
-        no_vision=_MERGES.format("pixel shuffle") + _USE,
+        joins=lambda m: m.connector.scale_factor,
     ),
     _row(
         "SmolVLM",
@@ -81,6 +87,6 @@ ROWS: tuple[FamilyRow, ...] = (
         tower="vision_model",
         connector="connector",
         decoder="text_model",
-        no_vision=_MERGES.format("pixel shuffle") + _USE,
+        joins=lambda m: m.connector.scale_factor,
     ),
 )

@@ -5,16 +5,19 @@ features that the encoder dropped travel as rows of NaN from the connector to th
 model does with them on the way (unpadding, tiles, newlines), and are removed there.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import HookNeverFiredError, UnsupportedModelError
+from ..errors import HookNeverFiredError, ParityError, UnsupportedModelError
 from ..language.decoder import PrunedDecoder
 from ..patch import Uncopyable, override
+from ..tokens import full_length
 from ..vision.encoder import PrunedEncoder
 from .rows import FamilyRow
 
@@ -36,6 +39,7 @@ class PrunedVLM(Uncopyable):
         self.path, self.model, self.row, self.decoder, self.encoder = path, model, row, decoder, encoder
         self.waiting = False  # images came in, and their places are not known yet
         self.features = 0  # map of the encoder its features belong to
+        self.mergers: dict[str, int] = {}  # path -> map of the encoder it reads
         if encoder is not None:
             layer = row.feature_layer(model, encoder.depth)
             if layer is None:
@@ -50,6 +54,9 @@ class PrunedVLM(Uncopyable):
                     f"uses, those of layer {layer - 1}: name layers < {layer}"
                 )
             self.features = layer
+            self.mergers = {row.connector: layer, **row.taps(model)}
+            if encoder.joins is not None:
+                encoder.restored = set(self.mergers.values())
         decoder.enters = encoder is not None
 
     def install(self, stack: ExitStack) -> None:
@@ -62,7 +69,12 @@ class PrunedVLM(Uncopyable):
         self.decoder.install(stack)
         if self.encoder is not None:
             self.encoder.install(stack)
-            override(stack, self.model.get_submodule(self.row.connector), "forward", self._connect)
+            if self.encoder.joins is None:
+                override(stack, self.model.get_submodule(self.row.connector), "forward", self._connect)
+            else:
+                for path, layer in self.mergers.items():
+                    mark = torch.nan if path == self.row.connector else 0.0
+                    override(stack, self.model.get_submodule(path), "forward", partial(self._join, layer, mark))
 
     def _begin(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.decoder.visual = None
@@ -115,13 +127,40 @@ class PrunedVLM(Uncopyable):
                 )
             if bool(torch.isnan(y).any()):
                 raise ValueError("image features are NaN: check the pixels for NaN or Inf, and fp16 overflow")
-            index = tokens.index if tokens.valid is None else tokens.index.masked_fill(~tokens.valid, tokens.width)
-            full = y.new_full((y.shape[0], head + tokens.width + 1, y.shape[2]), torch.nan)
-            full[:, :head] = y[:, :head]
-            full.scatter_(1, (index + head).unsqueeze(-1).expand(-1, -1, y.shape[2]), y[:, head:])
-            return full[:, :-1]
+            return full_length(y, tokens, head, torch.nan)
 
         return connect
+
+    def _join(self, layer: int, mark: float, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The merger sees full length with holes; each group it returns is whole, or dropped and ``mark``."""
+
+        def join(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            encoder = self.encoder
+            assert encoder is not None
+            y = original(x, *args, **kwargs)
+            lost = encoder.lost(layer)
+            if lost is None:
+                return y
+            if lost.numel() != y[..., 0].numel():
+                raise ParityError(
+                    f"the merger of {type(self.model).__name__} returned features of shape {tuple(y.shape)} for "
+                    f"{lost.numel()} groups of {encoder.joins} x {encoder.joins} patches"
+                )
+            lost = lost.reshape(y.shape[:-1]).to(y.device)
+            holes = torch.isnan(y).any(-1)
+            if bool((holes & ~lost).any()):
+                raise ValueError(
+                    "image features are NaN: check the pixels for NaN or Inf, and fp16 overflow; if they are fine, this version "
+                    f"of {type(self.model).__name__} joins patches of different groups"
+                )
+            if math.isnan(encoder.hole) and bool((lost & ~holes).any()):
+                raise ParityError(
+                    f"{type(self.model).__name__} joins other patches than groups of {encoder.joins} x {encoder.joins}: its "
+                    "library may have changed"
+                )
+            return y.masked_fill(lost.unsqueeze(-1), mark)
+
+        return join
 
 
 def placeholders(model: Any, input_ids: Tensor | None, inputs_embeds: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -21,6 +22,10 @@ class FamilyRow:
             does the merging itself.
         pixels: arguments of the model's forward that bring images or videos.
         no_vision: why the vision stage is not possible, or None.
+        joins: side of the square of patches that is joined into one token between tower and language model, from the
+            instance; None where every patch becomes a token.
+        taps: paths of further modules that join patches, and the tower's hidden states they read (0 = embeddings), from the
+            instance (DeepStack).
         feature_layer: index into the tower's hidden states (0 = embeddings) of the features used, from the instance; None
             where the features of several layers are joined.
         between: layers behind which the model adds to the full sequence, from the instance (DeepStack).
@@ -35,5 +40,7 @@ class FamilyRow:
     merge: str = "get_placeholder_mask"
     pixels: tuple[str, ...] = ("pixel_values",)
     no_vision: str | None = None
+    joins: Callable[[Any], int | None] = lambda _: None
+    taps: Callable[[Any], dict[str, int]] = lambda _: {}
     feature_layer: Callable[[nn.Module, int], int | None] = lambda _, depth: depth
     between: Callable[[nn.Module], int] = lambda _: 0
