@@ -1,10 +1,11 @@
 # Every target works on a fresh machine with Python 3.10+ and nothing else: the environment is built on first use.
 PYTHON ?= python3
+STAMPS ?= /usr/share/tuxpaint/stamps
 VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin
 
-.PHONY: help setup demo test check fix bench tables clean
+.PHONY: help setup demo test check fix bench results tables clean
 help:            ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -30,6 +31,10 @@ fix: $(STAMP)    ## format and lint in place
 	$(RUN)/ruff check --fix .
 bench: $(STAMP)  ## re-measure benchmarks/results/ on this machine
 	$(RUN)/python benchmarks/encoders.py
+results: $(STAMP) ## re-measure docs/results.md (STAMPS=folder of Debian's tuxpaint-stamps-default)
+	$(RUN)/python evidence/measure.py encoders --stamps '$(STAMPS)'
+	$(RUN)/python evidence/measure.py saliency --stamps '$(STAMPS)'
+	$(RUN)/python evidence/measure.py tables
 tables: $(STAMP) ## regenerate the support table of the README
 	$(RUN)/python docs/make_tables.py
 clean:           ## remove caches, not the environment

@@ -1,0 +1,329 @@
+"""Accuracy at speed, on the models that anyone can rebuild offline. Writes evidence/results/*.json and docs/results.md.
+
+    python evidence/measure.py encoders --stamps DIR   # CLIP ViT-B/16: kNN on Tux Paint stamps
+    python evidence/measure.py saliency --stamps DIR   # DINOv2: correlation of saliency maps with the unpruned one
+    python evidence/measure.py tables                  # docs/results.md from the records
+
+DIR is .../tuxpaint/stamps of Debian's tuxpaint-stamps-default, installed or unpacked.
+"""
+
+import argparse
+import dataclasses
+import json
+import random
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+import saint
+from saint import demo
+from saint.bench import bench_encoder
+from saint.bench.cost import cost
+from saint.eval import Sample, Samples, compare, evaluate_images
+from saint.eval.data import read_image
+from saint.methods import Grid, Random, ToMe
+from saint.plan import Plan, Stage
+from saint.records import environment, write_json
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+console = Console(width=150)
+
+# class -> folders under the stamps
+STAMPS = {
+    "bird": ["animals/birds"],
+    "fish": ["animals/fish"],
+    "insect": ["animals/insects"],
+    "mammal": ["animals/mammals"],
+    "clothes": ["clothes"],
+    "fruit": ["food/fruit"],
+    "vegetable": ["food/vegetables"],
+    "flower": ["plants/flowers"],
+    "house": ["town/houses"],
+    "road sign": ["town/roadsigns"],
+    "vehicle": ["vehicles"],
+    "money": ["symbols/money"],
+    "tool": ["household/tools"],
+    "planet": ["space/planets"],
+}
+
+
+def stamps(folder: Path) -> list[tuple[Path, int]]:
+    """At most twelve files of each class, in a fixed order."""
+    if not folder.is_dir():
+        raise SystemExit(
+            f"{folder} is no folder: give --stamps the stamps folder of Debian's tuxpaint-stamps-default "
+            "(apt-get download tuxpaint-stamps-default && dpkg -x tuxpaint-stamps-default*.deb unpacked)"
+        )
+    out = []
+    for label, places in enumerate(STAMPS.values()):
+        files = sorted(file for place in places for file in (folder / place).rglob("*.png"))
+        random.Random(0).shuffle(files)
+        out += [(file, label) for file in sorted(files[:12])]
+    return out
+
+
+def encoder_plans() -> dict[str, Plan]:
+    def at(method: Any, layers: Any = "first_half") -> Plan:
+        return Plan(vision=Stage(method, layers=layers))
+
+    plans = {f"saint, tau {t:g}, sample": at(saint.Saint(threshold=t)) for t in (0.7, 0.75, 0.8)}
+    plans["saint, tau 0.75, batch of 8"] = at(saint.Saint(threshold=0.75, budget="batch"))
+    plans |= {f"saint, tau 0.75, K {k}": at(saint.Saint(threshold=0.75, neighbors=k)) for k in (1, 20)}
+    for share, keep in (("0.7", 0.62), ("0.5", 0.375)):
+        plans |= {
+            f"saint at {share}": at(saint.Saint(budget=keep)),
+            f"tome at {share}": at(ToMe(budget=keep)),
+            f"grid at {share}": at(Grid(keep=keep)),
+            f"random at {share}": at(Random(keep=keep)),
+        }
+    plans["full graph at 0.5"] = at(saint.SaintFullGraph(keep=0.375))
+    plans["saint, gamma 0, at 0.5"] = at(saint.Saint(budget=0.375, gamma=0.0))
+    plans["saint, layers 6..11, at 0.7"] = at(saint.Saint(budget=0.14), range(6, 12))
+    return plans
+
+
+def flops(model: Any, plan: Plan | None, pictures: list[Tensor]) -> float:
+    """Mean FLOPs of a forward at batch 1."""
+    total = 0
+    session = saint.apply(model, plan) if plan is not None else None
+    try:
+        for pixels in pictures:
+            total += cost(lambda pixels=pixels: model(pixel_values=pixels[None]), torch.device("cpu")).flops
+    finally:
+        if session is not None:
+            session.remove()
+    return total / len(pictures)
+
+
+def encoders(options: argparse.Namespace) -> None:
+    info = demo.MODELS["clip-b16"]
+    model = info.load()
+    files = stamps(options.stamps)
+    samples = Samples(
+        [
+            Sample(str(file.relative_to(options.stamps)), str(file), partial(read_image, file), label)
+            for file, label in files
+        ],
+        list(STAMPS),
+    )
+    plans = encoder_plans()
+    report = None
+    RESULTS.mkdir(exist_ok=True)
+    with console.status("features of every plan"):
+        report = evaluate_images(
+            model, samples, plans, batch=8, scores=["knn"], journal=options.cache / "encoders.jsonl",
+            inputs=lambda images: {"pixel_values": torch.stack([info.preprocess(i) for i in images])},
+        )  # fmt: skip
+    shown = [info.preprocess(read_image(file)) for file, _ in random.Random(0).sample(files, 24)]
+    whole = flops(model, None, shown)
+    rows = []
+    for name, plan in track(plans.items(), "FLOPs and time", console=console):
+        row = {
+            "plan": name,
+            "settings": plan.to_dict(),
+            "flops": flops(model, plan, shown) / whole,
+            "knn": dataclasses.asdict(report.scores[name]["knn"]),
+            "cosine": dataclasses.asdict(report.agreement[name]["cosine"]),
+        }
+        if " at 0." in name:
+            timed = bench_encoder(
+                model, plan, {"pixel_values": torch.stack(shown[:8])}, repeats=options.repeats, warmup=1, extras=False
+            )
+            row["speedup"] = dataclasses.asdict(timed.speedup)
+        rows.append(row)
+        console.print(
+            f"{name}: {row['flops']:.3f} of the FLOPs, kNN {row['knn']['base']:.3f} -> {row['knn']['pruned']:.3f}"
+        )
+    write_json(
+        RESULTS / "encoders.json",
+        {"command": "python evidence/measure.py encoders", "images": len(files), "classes": list(STAMPS),
+         "given": report.given, "evaluated": report.evaluated, "rows": rows, "environment": environment("cpu")},
+    )  # fmt: skip
+
+
+# -- saliency -----------------------------------------------------------------------------------------------------------
+
+
+def crops(folder: Path) -> Iterator[Image.Image]:
+    """The photographs and four overlapping crops of each, and every eighth stamp on a photograph's crop."""
+    photographs = [image for _, image in demo.photos()]
+    for image in photographs:
+        yield image
+        width, height = image.width * 2 // 3, image.height * 2 // 3
+        for x in (0, image.width - width):
+            for y in (0, image.height - height):
+                yield image.crop((x, y, x + width, y + height))
+    rng = random.Random(0)
+    for file, _ in stamps(folder)[::8]:
+        behind = rng.choice(photographs)
+        side = min(behind.size) // 2
+        x, y = rng.randrange(behind.width - side), rng.randrange(behind.height - side)
+        ground = behind.crop((x, y, x + side, y + side)).resize((448, 448)).convert("RGBA")
+        stamp = Image.open(file).convert("RGBA")
+        stamp.thumbnail((220, 220))
+        ground.alpha_composite(stamp, (rng.randrange(448 - stamp.width), rng.randrange(448 - stamp.height)))
+        yield ground.convert("RGB")
+
+
+def saliency(options: argparse.Namespace) -> None:
+    info = demo.MODELS["dinov2-s"]
+    model = info.load()
+
+    def at(method: Any, layers: Any = (0, 2, 4)) -> Plan:
+        output = "similar" if isinstance(method, ToMe) else "nearest"
+        return Plan(vision=Stage(method, layers=list(layers), output=output))
+
+    plans = {f"saint, centred, tau {t:g}": at(saint.Saint(threshold=t, center=True)) for t in (0.6, 0.7, 0.8)}
+    plans["saint, not centred, tau 0.75"] = at(saint.Saint(threshold=0.75))
+    for share, keep in (("0.7", 0.64), ("0.5", 0.41)):
+        plans |= {
+            f"saint, centred, at {share}": at(saint.Saint(budget=keep, center=True)),
+            f"saint, not centred, at {share}": at(saint.Saint(budget=keep)),
+            f"full graph at {share}": at(saint.SaintFullGraph(keep=keep, center=True)),
+            f"tome at {share}": at(ToMe(budget=keep)),
+            f"tome, beta 0, at {share}": at(ToMe(budget=keep, beta=0.0)),
+            f"grid at {share}": at(Grid(keep=keep)),
+            f"random at {share}": at(Random(keep=keep)),
+        }
+    pictures = [info.preprocess(image) for image in crops(options.stamps)]
+    base = [_map(model, pixels) for pixels in track(pictures, "unpruned", console=console)]
+    whole = flops(model, None, pictures[:24])
+    rows = []
+    for name, plan in track(plans.items(), "plans", console=console):
+        with saint.pruned(model.backbone, plan):
+            found = [_map(model, pixels) for pixels in pictures]
+        scores = [float(np.corrcoef(a, b)[0, 1]) for a, b in zip(base, found, strict=True)]
+        iou = [
+            float(((a > 0.5) & (b > 0.5)).sum() / max(1, ((a > 0.5) | (b > 0.5)).sum()))
+            for a, b in zip(base, found, strict=True)
+        ]
+        row = {
+            "plan": name, "settings": plan.to_dict(), "flops": _backbone_flops(model, plan, pictures[:24]) / whole,
+            "correlation": scores, "iou": iou,
+        }  # fmt: skip
+        rows.append(row)
+        console.print(
+            f"{name}: {row['flops']:.3f} of the FLOPs, correlation {np.mean(scores):.4f}, IoU {np.mean(iou):.3f}"
+        )
+    write_json(
+        RESULTS / "saliency.json",
+        {
+            "command": "python evidence/measure.py saliency",
+            "images": len(pictures),
+            "rows": rows,
+            "environment": environment("cpu"),
+        },
+    )
+
+
+def _map(model: Any, pixels: Tensor) -> np.ndarray:
+    with torch.inference_mode():
+        return model(pixel_values=pixels[None])[0, 0].flatten().numpy().astype(np.float64)
+
+
+def _backbone_flops(model: Any, plan: Plan, pictures: list[Tensor]) -> float:
+    with saint.pruned(model.backbone, plan):
+        return flops(model, None, pictures)
+
+
+# -- docs/results.md ----------------------------------------------------------------------------------------------------
+
+
+def _percent(value: float, sign: bool = False) -> str:
+    return f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
+
+
+def _conditions(record: dict[str, Any]) -> str:
+    facts = record["environment"]
+    packages = ", ".join(f"{name} {facts[name]}" for name in ("torch", "transformers"))
+    return f"`{record['command']}`: {facts['cpu']}, {facts['threads']} threads, float32, {packages}, {record['date'][:10]}."
+
+
+def _encoders_table(record: dict[str, Any]) -> list[str]:
+    lines = [
+        f"kNN (k = 5, leave one out) on {record['images']} Tux Paint stamps of {len(record['classes'])} classes; unpruned "
+        f"{_percent(record['rows'][0]['knn']['base'])} %. Difference in points with its 95 % interval, and the smallest "
+        "difference that this sample could have shown with 80 % power. Cosine: pruned against unpruned embedding.",
+        "",
+        "| plan | FLOPs | kNN | difference | detectable | cosine | images/s, of unpruned |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        knn = row["knn"]
+        speed = (
+            f"x{row['speedup']['median']:.2f} [{row['speedup']['p20']:.2f}, {row['speedup']['p80']:.2f}]"
+            if "speedup" in row
+            else ""
+        )
+        lines.append(
+            f"| {row['plan']} | {row['flops']:.2f} | {_percent(knn['pruned'])} | {_percent(knn['difference'], True)} "
+            f"[{_percent(knn['low'], True)}, {_percent(knn['high'], True)}] | {_percent(knn['detectable'])} | "
+            f"{row['cosine']['mean']:.4f} | {speed} |"
+        )
+    return lines
+
+
+def _saliency_table(record: dict[str, Any]) -> list[str]:
+    lines = [
+        f"Pearson correlation of the pruned with the unpruned saliency map, and IoU at 0.5, over {record['images']} pictures "
+        "(photographs, crops of them, stamps on them). Interval: 95 %, of the mean.",
+        "",
+        "| plan | FLOPs | correlation | interval | lowest | IoU |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        values = np.array(row["correlation"])
+        paired = compare([0.0] * len(values), values.tolist())
+        lines.append(
+            f"| {row['plan']} | {row['flops']:.2f} | {values.mean():.4f} | [{paired.low:.4f}, {paired.high:.4f}] | "
+            f"{values.min():.3f} | {np.mean(row['iou']):.3f} |"
+        )
+    return lines
+
+
+_TABLES = {"encoders": _encoders_table, "saliency": _saliency_table}
+
+
+def tables(options: argparse.Namespace) -> None:
+    """Put the tables between their marks in docs/results.md."""
+    page = HERE.parent / "docs" / "results.md"
+    text = page.read_text()
+    for name, table in _TABLES.items():
+        file = RESULTS / f"{name}.json"
+        if not file.exists():
+            continue
+        record = json.loads(file.read_text())
+        start, end = f"<!-- {name}: generated by make results -->", f"<!-- end {name} -->"
+        head, _, rest = text.partition(start)
+        _, _, tail = rest.partition(end)
+        text = "\n".join([f"{head}{start}", *table(record), "", _conditions(record), f"{end}{tail}"])
+    page.write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, run in (("encoders", encoders), ("saliency", saliency)):
+        sub = commands.add_parser(name)
+        sub.set_defaults(run=run)
+        sub.add_argument("--cache", type=Path, default=HERE / "cache")
+        sub.add_argument("--stamps", type=Path, required=True)
+        sub.add_argument("--repeats", type=int, default=5)
+    commands.add_parser("tables").set_defaults(run=tables, cache=HERE / "cache")
+    options = parser.parse_args()
+    options.cache.mkdir(parents=True, exist_ok=True)
+    RESULTS.mkdir(exist_ok=True)
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()
