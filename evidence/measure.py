@@ -91,17 +91,13 @@ def encoder_plans() -> dict[str, Plan]:
     return plans
 
 
-def flops(model: Any, plan: Plan | None, pictures: list[Tensor]) -> float:
-    """Mean FLOPs of a forward at batch 1."""
-    total = 0
-    session = saint.apply(model, plan) if plan is not None else None
-    try:
-        for pixels in pictures:
-            total += cost(lambda pixels=pixels: model(pixel_values=pixels[None]), torch.device("cpu")).flops
-    finally:
-        if session is not None:
-            session.remove()
-    return total / len(pictures)
+def flops(model: Any, plan: Plan, pictures: list[Tensor], part: str = "") -> float:
+    """Mean FLOPs of a forward at batch 1, with ``plan`` on the model or on a ``part`` of it."""
+    with saint.pruned(model.get_submodule(part), plan):
+        costs = [
+            cost(lambda pixels=pixels: model(pixel_values=pixels[None]), torch.device("cpu")) for pixels in pictures
+        ]
+    return sum(found.flops for found in costs) / len(costs)
 
 
 def encoders(options: argparse.Namespace) -> None:
@@ -116,7 +112,6 @@ def encoders(options: argparse.Namespace) -> None:
         list(STAMPS),
     )
     plans = encoder_plans()
-    report = None
     RESULTS.mkdir(exist_ok=True)
     with console.status("features of every plan"):
         report = evaluate_images(
@@ -124,7 +119,7 @@ def encoders(options: argparse.Namespace) -> None:
             inputs=lambda images: {"pixel_values": torch.stack([info.preprocess(i) for i in images])},
         )  # fmt: skip
     shown = [info.preprocess(read_image(file)) for file, _ in random.Random(0).sample(files, 24)]
-    whole = flops(model, None, shown)
+    whole = flops(model, Plan(), shown)
     rows = []
     for name, plan in track(plans.items(), "FLOPs and time", console=console):
         row = {
@@ -196,7 +191,7 @@ def saliency(options: argparse.Namespace) -> None:
         }
     pictures = [info.preprocess(image) for image in crops(options.stamps)]
     base = [_map(model, pixels) for pixels in track(pictures, "unpruned", console=console)]
-    whole = flops(model, None, pictures[:24])
+    whole = flops(model, Plan(), pictures[:24], "backbone")
     rows = []
     for name, plan in track(plans.items(), "plans", console=console):
         with saint.pruned(model.backbone, plan):
@@ -207,7 +202,7 @@ def saliency(options: argparse.Namespace) -> None:
             for a, b in zip(base, found, strict=True)
         ]
         row = {
-            "plan": name, "settings": plan.to_dict(), "flops": _backbone_flops(model, plan, pictures[:24]) / whole,
+            "plan": name, "settings": plan.to_dict(), "flops": flops(model, plan, pictures[:24], "backbone") / whole,
             "correlation": scores, "iou": iou,
         }  # fmt: skip
         rows.append(row)
@@ -228,11 +223,6 @@ def saliency(options: argparse.Namespace) -> None:
 def _map(model: Any, pixels: Tensor) -> np.ndarray:
     with torch.inference_mode():
         return model(pixel_values=pixels[None])[0, 0].flatten().numpy().astype(np.float64)
-
-
-def _backbone_flops(model: Any, plan: Plan, pictures: list[Tensor]) -> float:
-    with saint.pruned(model.backbone, plan):
-        return flops(model, None, pictures)
 
 
 # -- docs/results.md ----------------------------------------------------------------------------------------------------
