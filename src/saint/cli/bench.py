@@ -18,13 +18,14 @@ from .common import (
     Threshold,
     describe,
     dtype_of,
-    err,
     finish,
     load,
+    load_generator,
     make_plan,
     out,
     pictures,
     progress,
+    save,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def bench(
     """
     from ..bench import bench_encoder
     from ..loading_vlm import is_vlm
-    from ..records import environment, write_json
+    from ..records import environment
 
     number = dtype_of(dtype)
     if is_vlm(model):
@@ -95,8 +96,7 @@ def bench(
             **result.to_dict(),
             "environment": environment(loaded.device),
         }
-        write_json(json, facts)
-        err.print(f"wrote {json}", highlight=False)
+        save(json, facts)
     finish(bad)
 
 
@@ -159,20 +159,14 @@ def _generation(
     prompt: str,
     new_tokens: int,
 ) -> None:
-    import torch
-
     from ..bench import bench_generation
-    from ..loading_vlm import load_vlm
     from ..plan import Plan
-    from ..records import environment, write_json
+    from ..records import environment
     from .chat import modes
 
     photos, bad = pictures(image, batch)
     plans = modes if plan is None else {plan if "{" not in plan else "plan": make_plan(Plan(), plan, None, None)}
-    if threads is not None:
-        torch.set_num_threads(threads)
-    with err.status(f"loading {model}"):
-        loaded = load_vlm(model, device, pretrained, dtype)
+    loaded = load_generator(model, device, threads=threads, pretrained=pretrained, dtype=dtype)
     if callable(plans):
         plans = plans(loaded.model)
     used = [photos[i % len(photos)] for i in range(batch)]
@@ -198,8 +192,7 @@ def _generation(
             **result.to_dict(),
             "environment": environment(loaded.device),
         }
-        write_json(json, facts)
-        err.print(f"wrote {json}", highlight=False)
+        save(json, facts)
     finish(bad)
 
 

@@ -6,7 +6,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from .common import Device, Json, PlanText, Pretrained, Threads, describe, dtype_of, err, make_plan, out
+from .common import (
+    Device,
+    Json,
+    PlanText,
+    Pretrained,
+    Threads,
+    describe,
+    dtype_of,
+    err,
+    load_generator,
+    make_plan,
+    out,
+    save,
+)
 
 if TYPE_CHECKING:
     from ..loading_vlm import LoadedVLM
@@ -25,20 +38,15 @@ def chat(
     json: Json = None,
 ) -> None:
     """Answer one question about an image, unpruned and pruned, greedily, with times and tokens."""
-    import torch
-
     from ..loading import load_images
-    from ..loading_vlm import load_vlm
-    from ..records import environment, write_json
+    from ..records import environment
     from ..session import pruned
 
     photos, bad = load_images(image, 1)
     if bad:
         raise ValueError(f"{bad[0].name}: {bad[0].reason}")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    with err.status(f"loading {model}"):
-        loaded = load_vlm(model, device, pretrained, None if dtype == "auto" else dtype_of(dtype))
+    number = None if dtype == "auto" else dtype_of(dtype)
+    loaded = load_generator(model, device, threads=threads, pretrained=pretrained, dtype=number)
     inputs = loaded.inputs([prompt], [photos[0].image])
     chosen = make_plan(modes(loaded.model)["connector"], plan, None, None)
     with err.status("answering"):
@@ -75,8 +83,7 @@ def chat(
             "answers": answers,
             "environment": environment(loaded.device),
         }
-        write_json(json, facts)
-        err.print(f"wrote {json}", highlight=False)
+        save(json, facts)
 
 
 def modes(model: Any) -> dict[str, Any]:

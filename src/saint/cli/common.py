@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 if TYPE_CHECKING:
     from ..loading import Loaded, Photo, Unreadable
+    from ..loading_vlm import LoadedVLM
     from ..plan import Plan
 
 out = Console()
@@ -89,6 +90,28 @@ def load(model: str, device: str, *, size: int | None, threads: int | None, pret
     with err.status(f"loading {model}"):
         loaded = load_model(model, device, pretrained, size=size)
     return loaded
+
+
+def load_generator(
+    model: str, device: str, *, threads: int | None, pretrained: bool = True, dtype: Any = None
+) -> "LoadedVLM":
+    """The same for a vision-language model; ``dtype`` None is the checkpoint's."""
+    import torch
+
+    from ..loading_vlm import load_vlm
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with err.status(f"loading {model}"):
+        return load_vlm(model, device, pretrained, dtype)
+
+
+def save(file: Path, record: dict[str, Any]) -> None:
+    """Write the record of ``--json``, and say so."""
+    from ..records import write_json
+
+    write_json(file, record)
+    err.print(f"wrote {file}", highlight=False)
 
 
 def pictures(image: Path | None, limit: int) -> tuple[list["Photo"], list["Unreadable"]]:

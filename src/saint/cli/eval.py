@@ -10,7 +10,21 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .common import MODEL_HELP, Device, Json, Pretrained, Size, Threads, describe, dtype_of, err, load, out
+from .common import (
+    MODEL_HELP,
+    Device,
+    Json,
+    Pretrained,
+    Size,
+    Threads,
+    describe,
+    dtype_of,
+    err,
+    load,
+    load_generator,
+    out,
+    save,
+)
 
 if TYPE_CHECKING:
     from ..eval import Report
@@ -136,11 +150,8 @@ def vqa(
     json: Json = None,
 ) -> None:
     """Answers of a vision-language model to QUESTIONS: right or wrong, and the same as without pruning."""
-    import torch
-
     from ..eval import evaluate_vqa, read_questions
     from ..eval.vqa import default_prompt, fill
-    from ..loading_vlm import load_vlm
     from .chat import modes
 
     asked, unreadable = read_questions(questions, images)
@@ -148,10 +159,8 @@ def vqa(
         asked = [asked[i * len(asked) // limit] for i in range(limit)]
     if prompt is not None:
         fill(prompt, asked[0])  # a bad template shows before the model is loaded
-    if threads is not None:
-        torch.set_num_threads(threads)
-    with err.status(f"loading {model}"):
-        loaded = load_vlm(model, _device(device), pretrained, None if dtype == "auto" else dtype_of(dtype))
+    number = None if dtype == "auto" else dtype_of(dtype)
+    loaded = load_generator(model, _device(device), threads=threads, pretrained=pretrained, dtype=number)
     plans = _plans(plan, None) if plan else {"connector": modes(loaded.model)["connector"]}
     with _shown(len(asked), journal := _journal(journal, json)) as tick:
         report = evaluate_vqa(
@@ -227,7 +236,7 @@ def _shown(total: int, journal: Path | None) -> Iterator[Callable[[int], None]]:
 
 def _finish(kind: str, report: "Report", model: str, device: Any, json: Path | None, journal: Path | None) -> None:
     """Tables, the record, and exit status 1 when something that was given is not in the scores."""
-    from ..records import environment, write_json
+    from ..records import environment
 
     if not _main_process():
         raise typer.Exit(1 if report.failures else 0)
@@ -235,7 +244,7 @@ def _finish(kind: str, report: "Report", model: str, device: Any, json: Path | N
     out.print(f"[bold]{model}[/]  {report.evaluated} of {report.given} evaluated{resumed}\n", highlight=False)
     print_report(report)
     if json is not None:
-        write_json(
+        save(
             json,
             {
                 "kind": kind,
@@ -244,7 +253,6 @@ def _finish(kind: str, report: "Report", model: str, device: Any, json: Path | N
                 "environment": environment(device),
             },
         )
-        err.print(f"wrote {json}", highlight=False)
     if report.failures:
         for failure in report.failures[:20]:
             err.print(f"[yellow]not evaluated[/] {failure.where}: {failure.reason}", highlight=False)
