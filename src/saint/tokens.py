@@ -6,6 +6,7 @@ position in the original one.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -89,8 +90,7 @@ class Selection:
         slots = torch.sort((~keep).to(torch.uint8), dim=1, stable=True).indices[:, : max(lengths)]
         if even:
             return Selection(slots, lengths)
-        rank = torch.arange(slots.shape[1], device=keep.device)
-        return Selection(slots, lengths, rank < torch.tensor(lengths, device=keep.device).unsqueeze(1))
+        return Selection(slots, lengths, leading(lengths, slots.shape[1], keep.device))
 
     @staticmethod
     def from_order(order: Tensor, drop: tuple[int, ...], current: TokenMap) -> "Selection":
@@ -109,7 +109,7 @@ class Selection:
         if min(drop) == max(drop):
             keep.scatter_(1, order[:, : drop[0]], False)
         else:
-            go = torch.arange(order.shape[1], device=order.device) < torch.tensor(drop, device=order.device)[:, None]
+            go = leading(drop, order.shape[1], order.device)
             keep &= torch.ones_like(keep).scatter_(1, order, ~go)
         return Selection.from_mask(keep, lengths)
 
@@ -129,7 +129,7 @@ class Selection:
         if min(lengths) == max(lengths):
             keep = torch.zeros(score.shape, dtype=torch.bool, device=score.device)
             return Selection.from_mask(keep.scatter_(1, order[:, : lengths[0]], True), lengths)
-        stay = torch.arange(order.shape[1], device=order.device) < torch.tensor(lengths, device=order.device)[:, None]
+        stay = leading(lengths, order.shape[1], order.device)
         return Selection.from_mask(torch.empty_like(stay).scatter_(1, order, stay), lengths)
 
 
@@ -210,15 +210,12 @@ def packed_groups(lengths: list[int], size: int, order: Tensor | None, device: t
     counts = [n // size for n in lengths]
     total = sum(counts)
     place = torch.arange(total, device=device) if order is None else torch.argsort(order.to(device))
-    first = torch.tensor(counts, device=device).cumsum(0).unsqueeze(1) - torch.tensor(counts, device=device).unsqueeze(
-        1
-    )
-    rank = torch.arange(max(counts), device=device)
-    valid = rank < torch.tensor(counts, device=device).unsqueeze(1)
-    place = place[(first + rank).clamp_max(total - 1)]  # [B, G]
+    first = torch.tensor([sum(counts[:i]) for i in range(len(counts))], device=device).unsqueeze(1)
+    most = max(counts)
+    place = place[(first + torch.arange(most, device=device)).clamp_max(total - 1)]  # [B, G]
     members = place.unsqueeze(-1) * size + torch.arange(size, device=device)
-    even = min(counts) == max(counts)
-    return Groups(TokenMap.full(len(counts), max(counts), device, None if even else valid), members)
+    valid = None if min(counts) == most else leading(counts, most, device)
+    return Groups(TokenMap.full(len(counts), most, device, valid), members)
 
 
 @dataclass(frozen=True)
@@ -262,6 +259,14 @@ class LayerTrace:
     tokens_out: Tensor
     kept: list[Tensor] = field(repr=False)
     into: list[Tensor] | None = field(default=None, repr=False)
+
+
+def leading(counts: Sequence[int], width: int, device: torch.device) -> Tensor:
+    """True at the first ``counts[b]`` places: bool [B, width], or [width] where all counts are equal (nothing is copied)."""
+    places = torch.arange(width, device=device)
+    if min(counts) == max(counts):
+        return places < counts[0]
+    return places < torch.tensor(counts, device=device).unsqueeze(1)
 
 
 def gather_tokens(x: Tensor, slots: Tensor, prefix: int) -> Tensor:

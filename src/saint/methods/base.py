@@ -8,6 +8,7 @@ import dataclasses
 import math
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -45,6 +46,27 @@ class Method(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         return {"method": self.name, **dataclasses.asdict(self)}
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedBudget(Method):
+    """Base of methods that keep as many tokens as they are told, whatever the picture."""
+
+    keep: int | float = 0.5  # survivors of the stage: a number (int) or a fraction of the candidates (float)
+
+    def __post_init__(self) -> None:
+        check_budget(self.keep, name="keep")
+
+    def validate(self, total: int, steps: int) -> None:
+        final_keep(self.keep, total, "keep")
+
+    def select(self, candidates: Candidates) -> Selection | None:
+        goal = goals(self.keep, candidates)
+        return None if goal == candidates.tokens.lengths else self.choose(candidates, goal)
+
+    @abstractmethod
+    def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
+        """Choose exactly ``goal[b]`` survivors of sample b; somebody has to go."""
 
 
 def host_counts(counts: Tensor) -> tuple[int, ...]:
@@ -97,12 +119,25 @@ def scheduled_keep(keep: int, total: int, step: int, steps: int) -> int:
     return math.ceil(total * (keep / total) ** ((step + 1) / steps))
 
 
-def goals(keep: int | float, candidates: Candidates) -> tuple[int, ...]:
+def goals(keep: int | float, candidates: Candidates, name: str = "keep") -> tuple[int, ...]:
     """Survivors of each sample after this drop point when the stage keeps ``keep`` (int: tokens, float: fraction)."""
     return tuple(
-        scheduled_keep(final_keep(keep, total, "keep"), total, candidates.step, candidates.steps)
+        scheduled_keep(final_keep(keep, total, name), total, candidates.step, candidates.steps)
         for total in candidates.tokens.total
     )
+
+
+def check_steps(budget: int | float, total: int, steps: int, most: Callable[[int], int], verb: str) -> None:
+    """Raise ``ValueError`` where a drop point would have to ``verb`` more than ``most(tokens in front of it)``, about half."""
+    keep, before = final_keep(budget, total), total
+    for step in range(steps):
+        after = scheduled_keep(keep, total, step, steps)
+        if before - after > most(before):
+            raise ValueError(
+                f"budget={budget!r} keeps {keep} of {total} tokens, but each of the {steps} drop point(s) can {verb} at most "
+                f"half: give more layers, or keep at least {math.ceil(total / 2**steps)}"
+            )
+        before = after
 
 
 def floored(drop: tuple[int, ...], candidates: Candidates, floor: float) -> tuple[int, ...]:

@@ -5,11 +5,11 @@ from typing import ClassVar
 
 from .. import graph
 from ..tokens import Candidates, Selection
-from .base import Method, check_budget, final_keep, goals
+from .base import FixedBudget
 
 
 @dataclasses.dataclass(frozen=True)
-class DivPrune(Method):
+class DivPrune(FixedBudget):
     """Max-min diversity of the projected visual tokens, solved greedily by farthest-point selection.
 
     With d(i, j) = 1 - cos(f_i, f_j) of the embeddings f that enter the language model: the first survivor is
@@ -23,14 +23,6 @@ class DivPrune(Method):
 
     keep: int | float = 0.25  # survivors: a number (int) or a fraction of the candidates (float)
 
-    def __post_init__(self) -> None:
-        check_budget(self.keep, name="keep")
-
-    def validate(self, total: int, steps: int) -> None:
-        final_keep(self.keep, total, "keep")
-
-    def select(self, candidates: Candidates) -> Selection | None:
-        tokens, goal = candidates.tokens, goals(self.keep, candidates)
-        if goal == tokens.lengths:
-            return None
+    def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
+        tokens = candidates.tokens
         return Selection.from_mask(graph.farthest(candidates.features, goal, valid=tokens.valid), goal)

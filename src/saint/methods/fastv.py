@@ -4,17 +4,17 @@ import dataclasses
 from typing import ClassVar
 
 from ..tokens import Candidates, Selection
-from .base import Method, check_budget, final_keep, goals
+from .base import FixedBudget
 
 
 @dataclasses.dataclass(frozen=True)
-class FastV(Method):
+class FastV(FixedBudget):
     """Rank visual tokens by the attention they get from the last prompt token, averaged over heads.
 
     score_i = mean_h A_h[last, i] with A the attention probabilities of the layer the tokens leave after: the layer with
-    0-based index K - 1 in the paper's counting, K = 2 by default. The last token is the last of each sample that is no
-    padding. Original positions are kept; the tokens go once, in the prompt (the paper's variant with a cache). Only this
-    one row is computed, whatever attention implementation the model runs.
+    0-based index K - 1 in the paper's counting, K = 2 by default; ``keep`` is 1 - R. The last token is the last of
+    each sample that is no padding. Original positions are kept; the tokens go once, in the prompt (the paper's variant with
+    a cache). Only this one row is computed, whatever attention implementation the model runs.
     """
 
     name: ClassVar[str] = "fastv"
@@ -22,20 +22,10 @@ class FastV(Method):
     stages: ClassVar[frozenset[str]] = frozenset({"language"})
     needs: ClassVar[frozenset[str]] = frozenset({"last_query"})
 
-    keep: int | float = 0.5  # survivors: a number (int) or a fraction of the candidates (float), 1 - R of the paper
-
-    def __post_init__(self) -> None:
-        check_budget(self.keep, name="keep")
-
     def layers(self, stage: str, depth: int) -> list[int]:
         return [min(1, depth - 1)]  # K = 2: the first two layers see every token
 
-    def validate(self, total: int, steps: int) -> None:
-        final_keep(self.keep, total, "keep")
-
-    def select(self, candidates: Candidates) -> Selection | None:
-        tokens, goal = candidates.tokens, goals(self.keep, candidates)
-        if goal == tokens.lengths:
-            return None
+    def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
+        tokens = candidates.tokens
         assert candidates.attention is not None
         return Selection.from_scores(candidates.attention, goal, tokens)

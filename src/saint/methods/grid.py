@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 
 from ..tokens import Candidates, Selection
-from .base import Method, check_budget, final_keep, goals
+from .base import FixedBudget
 from .saint import Saint
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid(Method):
+class Grid(FixedBudget):
     """Keep tokens at even distances: of N tokens still there, the ones at floor((i + 1/2) N / K) for i = 0..K-1.
 
     The distance is measured along the sequence (rows of patches after one another), not on the plane: where K divides N
@@ -22,21 +22,11 @@ class Grid(Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.15388"  # "+" of LLaVA-PruMerge adds evenly spread tokens
     stages: ClassVar[frozenset[str]] = frozenset({"vision", "connector", "language"})
 
-    keep: int | float = 0.5  # survivors of the stage: a number (int) or a fraction of the candidates (float)
-
-    def __post_init__(self) -> None:
-        check_budget(self.keep, name="keep")
-
     def layers(self, stage: str, depth: int) -> list[int]:
         return Saint().layers(stage, depth)  # where SAINT drops, so that the two differ in the choice only
 
-    def validate(self, total: int, steps: int) -> None:
-        final_keep(self.keep, total, "keep")
-
-    def select(self, candidates: Candidates) -> Selection | None:
-        tokens, goal = candidates.tokens, goals(self.keep, candidates)
-        if goal == tokens.lengths:
-            return None
+    def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
+        tokens = candidates.tokens
         device = tokens.index.device
         i = torch.arange(max(goal), device=device)
         if tokens.valid is None and min(goal) == max(goal):

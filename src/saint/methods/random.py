@@ -6,14 +6,14 @@ from typing import ClassVar, TypeVar
 from torch import Tensor
 
 from ..tokens import Candidates, Selection
-from .base import Method, check_budget, final_keep, goals
+from .base import FixedBudget
 from .saint import Saint
 
 Word = TypeVar("Word", int, Tensor)
 
 
 @dataclasses.dataclass(frozen=True)
-class Random(Method):
+class Random(FixedBudget):
     """Keep tokens at random: a token's rank is a hash of the seed, the drop point and its original index.
 
     The choice is a function of these alone, so it is the same on every device and does not depend on batch mates; two
@@ -24,24 +24,18 @@ class Random(Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/2208.07220"  # PatchDropout: patches dropped at random
     stages: ClassVar[frozenset[str]] = frozenset({"vision", "connector", "language"})
 
-    keep: int | float = 0.5  # survivors of the stage: a number (int) or a fraction of the candidates (float)
     seed: int = 0  # >= 0; another seed, another choice
 
     def __post_init__(self) -> None:
-        check_budget(self.keep, name="keep")
+        super().__post_init__()
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             raise ValueError(f"seed must be an integer >= 0, got {self.seed!r}")
 
     def layers(self, stage: str, depth: int) -> list[int]:
         return Saint().layers(stage, depth)  # where SAINT drops, so that the two differ in the choice only
 
-    def validate(self, total: int, steps: int) -> None:
-        final_keep(self.keep, total, "keep")
-
-    def select(self, candidates: Candidates) -> Selection | None:
-        tokens, goal = candidates.tokens, goals(self.keep, candidates)
-        if goal == tokens.lengths:
-            return None
+    def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
+        tokens = candidates.tokens
         offset = _mix(_mix(self.seed & 0xFFFFFFFF) + (self.seed >> 32) + candidates.step)
         return Selection.from_scores(_mix(tokens.index ^ offset), goal, tokens)
 

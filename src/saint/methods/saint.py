@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from .. import graph
 from ..tokens import Candidates, Selection
-from .base import Budget, Method, check_budget, final_keep, floored, host_counts, scheduled_keep
+from .base import Budget, Method, check_budget, check_steps, floored, goals, host_counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +45,7 @@ class Saint(Method):
     def validate(self, total: int, steps: int) -> None:
         if isinstance(self.budget, str):
             return
-        keep, before = final_keep(self.budget, total), total
-        for step in range(steps):
-            after = scheduled_keep(keep, total, step, steps)
-            if before - after > (before + 1) // 2:
-                raise ValueError(
-                    f"budget={self.budget!r} keeps {keep} of {total} tokens, but each of the {steps} drop point(s) can "
-                    f"drop at most half: give more layers, or keep at least {math.ceil(total / 2**steps)}"
-                )
-            before = after
+        check_steps(self.budget, total, steps, lambda n: (n + 1) // 2, "drop")
 
     def select(self, candidates: Candidates) -> Selection | None:
         tokens = candidates.tokens
@@ -70,10 +62,8 @@ class Saint(Method):
                 return None
             drop = floored(drop, candidates, self.floor)
         else:
-            drop = tuple(
-                n - scheduled_keep(final_keep(self.budget, t), t, candidates.step, candidates.steps)
-                for n, t in zip(tokens.lengths, tokens.total, strict=True)
-            )
+            left = goals(self.budget, candidates, "budget")
+            drop = tuple(n - k for n, k in zip(tokens.lengths, left, strict=True))
         if not any(drop):
             return None
         return Selection.from_order(graph.drop_order(ballot), drop, tokens)

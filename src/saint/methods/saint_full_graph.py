@@ -5,11 +5,11 @@ from typing import ClassVar
 
 from .. import graph
 from ..tokens import Candidates, Selection
-from .base import Method, check_budget, final_keep, goals
+from .base import FixedBudget, check_budget, final_keep
 
 
 @dataclasses.dataclass(frozen=True)
-class SaintFullGraph(Method):
+class SaintFullGraph(FixedBudget):
     """Iteratively drop the tokens most similar to all that are left, until ``keep`` remain."""
 
     name: ClassVar[str] = "saint_full_graph"
@@ -31,11 +31,8 @@ class SaintFullGraph(Method):
     def validate(self, total: int, steps: int) -> None:
         final_keep(self.keep, total)
 
-    def select(self, candidates: Candidates) -> Selection | None:
+    def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
         tokens = candidates.tokens
-        goal = goals(self.keep, candidates)
-        if goal == tokens.lengths:
-            return None
         keep = goal[0] if len(set(goal)) == 1 and tokens.valid is None else list(goal)
         alive = graph.eliminate(candidates.keys, keep, self.step, center=self.center, valid=tokens.valid)
         return Selection.from_mask(alive, goal)

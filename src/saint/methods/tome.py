@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 
 from .. import graph
-from ..tokens import Candidates, Selection
-from .base import Method, check_budget, final_keep, scheduled_keep
+from ..tokens import Candidates, Selection, leading
+from .base import Method, check_budget, check_steps, goals
 
 _PUBLISHED_R = 8  # MAE ViT-L/16, 24 layers, without training
 
@@ -64,15 +64,7 @@ class ToMe(Method):
     def validate(self, total: int, steps: int) -> None:
         if self.budget is None:
             return
-        keep, before = final_keep(self.budget, total), total
-        for step in range(steps):
-            after = scheduled_keep(keep, total, step, steps)
-            if before - after > before // 2:
-                raise ValueError(
-                    f"budget={self.budget!r} keeps {keep} of {total} tokens, but each of the {steps} drop point(s) can merge "
-                    f"at most half: give more layers, or keep at least {math.ceil(total / 2**steps)}"
-                )
-            before = after
+        check_steps(self.budget, total, steps, lambda n: n // 2, "merge")
 
     def select(self, candidates: Candidates) -> Selection | None:
         tokens = candidates.tokens
@@ -80,19 +72,14 @@ class ToMe(Method):
             assert self.r is not None
             drop = tuple(min(self.r, n // 2) for n in tokens.lengths)
         else:
-            drop = tuple(
-                n - scheduled_keep(final_keep(self.budget, t), t, candidates.step, candidates.steps)
-                for n, t in zip(tokens.lengths, tokens.total, strict=True)
-            )
+            left = goals(self.budget, candidates, "budget")
+            drop = tuple(n - k for n, k in zip(tokens.lengths, left, strict=True))
         if not any(drop):
             return None
         edges = graph.match(candidates.keys, valid=tokens.valid)
         order = torch.sort(edges.similarity, dim=1, descending=True, stable=True).indices
         sources = edges.sources[order]
-        if min(drop) == max(drop):
-            go = torch.arange(order.shape[1], device=order.device) < drop[0]
-        else:
-            go = torch.arange(order.shape[1], device=order.device) < torch.tensor(drop, device=order.device)[:, None]
+        go = leading(drop, order.shape[1], order.device)
         into = torch.arange(tokens.slots, device=order.device).expand(len(drop), -1)
         into = into.scatter(1, sources, torch.where(go, edges.targets.gather(1, order), sources))
         return Selection.merging(into, tuple(n - r for n, r in zip(tokens.lengths, drop, strict=True)), tokens)
