@@ -191,6 +191,18 @@ def test_unread_images_are_an_error(llava):
             del llava.model.get_image_features
 
 
+def test_an_empty_plan_changes_nothing(llava):
+    inputs = prompts(LLAVA, llava, BATCH)
+    with torch.no_grad():
+        base = llava(**inputs).logits
+        with saint.pruned(llava, saint.Plan()) as session:
+            assert torch.equal(llava(**inputs).logits, base)
+            assert session.trace == []
+            assert session.kv_memory is None
+            assert saint.status(llava).plan == saint.Plan()
+        assert saint.status(llava) is None
+
+
 def test_two_models_are_independent(llava):
     other = copy.deepcopy(llava)
     inputs = prompts(LLAVA, llava, BATCH)
@@ -200,7 +212,9 @@ def test_two_models_are_independent(llava):
             assert torch.equal(other(**inputs).logits, base)
 
 
-@pytest.mark.parametrize(("mode", "equivalent"), [(m, e) for m in ("vit", "llm", "hybrid") for e in (192, 128, 64)])
+@pytest.mark.parametrize(
+    ("mode", "equivalent"), [(m, e) for m in ("vit", "llm", "hybrid", "fastv", "divprune") for e in (192, 128, 64)]
+)
 def test_recipes_keep_what_they_state(mode, equivalent):
     """Mean over 32 LLM layers of the visual tokens present, at the real token count."""
     vision = hf.CLIPVisionConfig(

@@ -3,8 +3,11 @@
 import difflib
 from typing import NamedTuple
 
+from .methods.divprune import DivPrune
+from .methods.fastv import FastV
 from .methods.saint import Saint
 from .methods.saint_full_graph import SaintFullGraph
+from .methods.tome import ToMe
 from .plan import Plan, Stage
 
 
@@ -36,6 +39,17 @@ _RECIPES = {
     "vit/dense": Recipe(
         Plan(vision=Stage(Saint(threshold=0.70, center=True), layers=[0, 2, 4], output="nearest")),
         "for DINO-like encoders of 12 layers under a dense head: centred keys, three drop points, full-length output",
+    ),
+    "vit/tome": Recipe(
+        Plan(vision=Stage(ToMe(r=8), output="similar")),
+        "baseline, ToMe as published: 8 tokens merge in every block, proportional attention, average pools weigh sizes",
+    ),
+    "small-llava/hybrid": Recipe(
+        Plan(
+            vision=Stage(Saint(budget=147), layers=[10]),
+            language=Stage(SaintFullGraph(keep=29), layers=[0]),
+        ),
+        "for demo:small-llava: 147 of 196 tokens behind the tower (votes), 29 in the decoder (full graph): a quarter in the mean",
     ),
     "llava-1.5/vit": Recipe(
         Plan(vision=_tower(375)),
@@ -69,6 +83,20 @@ _RECIPES = {
             "layers 7..16",
         )
         for equivalent, behind, keep in ((192, 288, 135), (128, 192, 90), (64, 96, 45))
+    },
+    **{
+        f"llava-1.5/fastv-{equivalent}": Recipe(
+            Plan(language=FastV(keep=keep)),
+            f"baseline, FastV with K = 2: {equivalent} equivalent tokens at 32 layers: 576 in two layers, then {keep}",
+        )
+        for equivalent, keep in ((192, 166), (128, 98), (64, 30))
+    },
+    **{
+        f"llava-1.5/divprune-{keep}": Recipe(
+            Plan(connector=DivPrune(keep=keep)),
+            f"baseline, DivPrune: {keep} equivalent tokens: keeps {keep} of 576 in front of the language model",
+        )
+        for keep in (192, 128, 64)
     },
 }
 

@@ -196,7 +196,7 @@ def apply(model: nn.Module, plan: Plan | Stage | Method | str) -> Session:
     if plan.connector is None and plan.language is None and find_vlm(model) is None:
         if plan.vision is not None:
             session._encoder = _encoder(plan.vision, *locate(model))
-    else:
+    elif plan.stages:
         session._vlm, session._encoder = _vlm(model, plan)
     session._install(model)
     return session
@@ -222,7 +222,7 @@ def _vlm(model: nn.Module, plan: Plan) -> "tuple[PrunedVLM, PrunedEncoder | None
     from .language.decoder import Drop, PrunedDecoder
     from .vlm.model import PrunedVLM
 
-    path, vlm, row = locate_vlm(model, next(name for name in reversed(plan.stages)) if plan.stages else "language")
+    path, vlm, row = locate_vlm(model, next(reversed(plan.stages)))
     prefix = f"{path}." if path else ""
     encoder = None
     if plan.vision is not None:
