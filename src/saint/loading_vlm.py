@@ -8,11 +8,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+from .demo import small_llava
 from .errors import UnsupportedModelError
 from .loading import _explained, _library, resolve_device
 from .vlm.families import ROWS
 from .vlm.locate import find
 
+DEMO = f"demo:{small_llava.NAME}"
 _PACKAGES = {row.model.split(".")[2] for row in ROWS}  # transformers.models.<this>
 
 
@@ -59,6 +61,8 @@ class LoadedVLM:
 def is_vlm(spec: str) -> bool:
     """Whether ``spec`` names a vision-language model of a known family (reads its config, no weights)."""
     library, _, name = spec.partition(":")
+    if spec == DEMO:
+        return True
     if library != "hf" or not name:
         return False
     with _explained(spec):
@@ -74,7 +78,7 @@ def load_vlm(
     """The vision-language model called ``spec`` with its processor.
 
     Args:
-        spec: ``hf:NAME_OR_PATH``.
+        spec: ``hf:NAME_OR_PATH``, or ``demo:small-llava`` (works offline).
         device: where to put it.
         pretrained: False gives random weights (always the same) and downloads only config and processor.
         dtype: of the weights; None means that of the checkpoint.
@@ -86,9 +90,13 @@ def load_vlm(
         DownloadError: the weights cannot be fetched.
     """
     device = resolve_device(device)
+    if spec == DEMO:
+        if not pretrained:
+            raise ValueError("a demo model is its weights: leave --no-pretrained out")
+        return LoadedVLM(small_llava.load().to(device, dtype or torch.float32), small_llava.processor(), device)
     library, colon, name = spec.partition(":")
     if not colon or library != "hf" or not name:
-        raise ValueError(f"a vision-language model is hf:NAME_OR_PATH; got {spec!r}")
+        raise ValueError(f"a vision-language model is hf:NAME_OR_PATH or {DEMO}; got {spec!r}")
     transformers = _library("transformers", "transformers")
     auto = transformers.AutoModelForImageTextToText
     with _explained(spec):

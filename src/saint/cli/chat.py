@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 
 def chat(
-    model: Annotated[str, typer.Option("--model", help="hf:NAME_OR_PATH of a vision-language model")],
+    model: Annotated[
+        str, typer.Option("--model", help="hf:NAME_OR_PATH of a vision-language model, or demo:small-llava")
+    ],
     image: Annotated[Path, typer.Option("--image", help="the picture")],
     prompt: Annotated[str, typer.Option("--prompt", help="the question")] = "Describe the image.",
     plan: PlanText = None,

@@ -129,7 +129,7 @@ def images(
 
 @eval.command("vqa")
 def vqa(
-    model: Annotated[str, typer.Argument(help="hf:NAME_OR_PATH of a vision-language model")],
+    model: Annotated[str, typer.Argument(help="hf:NAME_OR_PATH of a vision-language model, or demo:small-llava")],
     questions: Annotated[
         Path, typer.Argument(help='JSON lines: {"image": "file", "question": "...", "answer": "..."}')
     ],

@@ -11,6 +11,7 @@ def list_(json: Json = None) -> None:
     """What is supported: encoders, methods, recipes and demo models."""
     from .. import demo, methods
     from ..cookbook import recipes
+    from ..demo import scenes, small_llava
     from ..vision.locate import _REFUSED, ROWS
 
     encoders: dict[tuple[str, str], list[str]] = {}
@@ -42,6 +43,7 @@ def list_(json: Json = None) -> None:
         table.add_row(
             f"demo:{name}", facts.title, " to ".join(map(str, facts.image_sizes)), facts.recipe, facts.licence
         )
+    table.add_row(f"demo:{small_llava.NAME}", small_llava.TITLE, str(scenes.SIDE), "", small_llava.LICENCE)
     out.print(table)
 
     if json is not None:
@@ -68,6 +70,14 @@ def list_(json: Json = None) -> None:
                         "licence": facts.licence,
                     }
                     for name, facts in demo.MODELS.items()
+                }
+                | {
+                    small_llava.NAME: {
+                        "title": small_llava.TITLE,
+                        "image_sizes": (scenes.SIDE,),
+                        "recipe": "",
+                        "licence": small_llava.LICENCE,
+                    }
                 },
             },
         )

