@@ -34,6 +34,8 @@ bench: $(STAMP)  ## re-measure benchmarks/results/ on this machine
 results: $(STAMP) ## re-measure docs/results.md (STAMPS=folder of Debian's tuxpaint-stamps-default)
 	$(RUN)/python evidence/measure.py encoders --stamps '$(STAMPS)'
 	$(RUN)/python evidence/measure.py saliency --stamps '$(STAMPS)'
+	$(RUN)/python evidence/measure.py vlm
+	$(RUN)/python evidence/measure.py easy
 	$(RUN)/python evidence/measure.py tables
 tables: $(STAMP) ## regenerate the support table of the README
 	$(RUN)/python docs/make_tables.py

@@ -2,6 +2,8 @@
 
     python evidence/measure.py encoders --stamps DIR   # CLIP ViT-B/16: kNN on Tux Paint stamps
     python evidence/measure.py saliency --stamps DIR   # DINOv2: correlation of saliency maps with the unpruned one
+    python evidence/measure.py vlm                     # the small LLaVA: questions about held-out scenes
+    python evidence/measure.py easy                    # the small LLaVA: easy-VQA
     python evidence/measure.py tables                  # docs/results.md from the records
 
 DIR is .../tuxpaint/stamps of Debian's tuxpaint-stamps-default, installed or unpacked.
@@ -11,11 +13,12 @@ import argparse
 import dataclasses
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import measure_vlm
 import numpy as np
 import torch
 from PIL import Image
@@ -173,9 +176,8 @@ def saliency(options: argparse.Namespace) -> None:
     info = demo.MODELS["dinov2-s"]
     model = info.load()
 
-    def at(method: Any, layers: Any = (0, 2, 4)) -> Plan:
-        output = "similar" if isinstance(method, ToMe) else "nearest"
-        return Plan(vision=Stage(method, layers=list(layers), output=output))
+    def at(method: Any, output: str = "similar") -> Plan:
+        return Plan(vision=Stage(method, layers=[0, 2, 4], output=output))
 
     plans = {f"saint, centred, tau {t:g}": at(saint.Saint(threshold=t, center=True)) for t in (0.6, 0.7, 0.8)}
     plans["saint, not centred, tau 0.75"] = at(saint.Saint(threshold=0.75))
@@ -183,7 +185,9 @@ def saliency(options: argparse.Namespace) -> None:
         plans |= {
             f"saint, centred, at {share}": at(saint.Saint(budget=keep, center=True)),
             f"saint, not centred, at {share}": at(saint.Saint(budget=keep)),
-            f"full graph at {share}": at(saint.SaintFullGraph(keep=keep, center=True)),
+            f"saint, not centred, nearest, at {share}": at(saint.Saint(budget=keep), "nearest"),
+            f"full graph, centred, at {share}": at(saint.SaintFullGraph(keep=keep, center=True)),
+            f"full graph, not centred, at {share}": at(saint.SaintFullGraph(keep=keep)),
             f"tome at {share}": at(ToMe(budget=keep)),
             f"tome, beta 0, at {share}": at(ToMe(budget=keep, beta=0.0)),
             f"grid at {share}": at(Grid(keep=keep)),
@@ -280,7 +284,9 @@ def _saliency_table(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-_TABLES = {"encoders": _encoders_table, "saliency": _saliency_table}
+_TABLES = {
+    "encoders": _encoders_table, "saliency": _saliency_table, "vlm": measure_vlm.table, "easy": measure_vlm.table,
+}  # fmt: skip
 
 
 def tables(options: argparse.Namespace) -> None:
@@ -299,6 +305,10 @@ def tables(options: argparse.Namespace) -> None:
     page.write_text(text)
 
 
+def _run_vlm(about: Callable[[argparse.Namespace, Path], None], options: argparse.Namespace) -> None:
+    about(options, RESULTS)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -308,6 +318,10 @@ def main() -> None:
         sub.add_argument("--cache", type=Path, default=HERE / "cache")
         sub.add_argument("--stamps", type=Path, required=True)
         sub.add_argument("--repeats", type=int, default=5)
+    for name, about, pictures in (("vlm", measure_vlm.about_scenes, 240), ("easy", measure_vlm.about_easy, 60)):
+        sub = commands.add_parser(name)
+        sub.set_defaults(run=partial(_run_vlm, about), cache=HERE / "cache")
+        sub.add_argument("--pictures", type=int, default=pictures)
     commands.add_parser("tables").set_defaults(run=tables, cache=HERE / "cache")
     options = parser.parse_args()
     options.cache.mkdir(parents=True, exist_ok=True)
