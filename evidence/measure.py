@@ -318,7 +318,7 @@ def main() -> None:
         sub.add_argument("--cache", type=Path, default=HERE / "cache")
         sub.add_argument("--stamps", type=Path, required=True)
         sub.add_argument("--repeats", type=int, default=5)
-    for name, about, pictures in (("vlm", measure_vlm.about_scenes, 240), ("easy", measure_vlm.about_easy, 60)):
+    for name, about, pictures in (("vlm", measure_vlm.about_scenes, 240), ("easy", measure_vlm.about_easy, 40)):
         sub = commands.add_parser(name)
         sub.set_defaults(run=partial(_run_vlm, about), cache=HERE / "cache")
         sub.add_argument("--pictures", type=int, default=pictures)
