@@ -14,7 +14,7 @@ from . import easy_vqa, scenes
 from .models import MODELS, _transformers
 
 NAME = "small-llava"  # behind ``demo:``
-TITLE = "small LLaVA: CLIP ViT-B/16, projector and a six-layer decoder, answers questions about generated scenes"
+TITLE = "small LLaVA on clip-b16: answers questions about generated scenes"
 LICENCE = "Apache-2.0 (the tower: MIT)"
 _WEIGHTS = "small_llava.safetensors"
 _SPECIAL = ("<pad>", "<unk>", "</s>", "<image>")
