@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -305,10 +305,6 @@ def tables(options: argparse.Namespace) -> None:
     page.write_text(text)
 
 
-def _run_vlm(about: Callable[[argparse.Namespace, Path], None], options: argparse.Namespace) -> None:
-    about(options, RESULTS)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -320,7 +316,7 @@ def main() -> None:
         sub.add_argument("--repeats", type=int, default=5)
     for name, about, pictures in (("vlm", measure_vlm.about_scenes, 240), ("easy", measure_vlm.about_easy, 40)):
         sub = commands.add_parser(name)
-        sub.set_defaults(run=partial(_run_vlm, about), cache=HERE / "cache")
+        sub.set_defaults(run=partial(about, results=RESULTS), cache=HERE / "cache")
         sub.add_argument("--pictures", type=int, default=pictures)
     commands.add_parser("tables").set_defaults(run=tables, cache=HERE / "cache")
     options = parser.parse_args()

@@ -189,12 +189,12 @@ def about_scenes(options: argparse.Namespace, results: Path) -> None:
 
 def about_easy(options: argparse.Namespace, results: Path) -> None:
     """Three questions about each picture of the test set of easy-VQA, with the plans of the smallest budgets."""
-    rng = random.Random(0)
+    rng, every = random.Random(0), plans()
     asked = [
         (image, rng.sample(questions, min(3, len(questions))))
         for image, questions in easy_vqa("test", options.pictures)
     ]
-    _measure("easy", {share: plans()[share] for share in ("25 %", "10 %")}, asked, results)
+    _measure("easy", {share: every[share] for share in ("25 %", "10 %")}, asked, results)
 
 
 def _measure(

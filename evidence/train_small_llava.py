@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from saint import demo
@@ -244,11 +244,16 @@ def spell(words: Tensor, position: Tensor, table: Tensor, places: Tensor) -> Ten
     return words @ table + places[position // 14] + places[14 + position % 14]
 
 
-def read(decoder: Any, run: Any, places: nn.Parameter, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """First stage: the decoder learns to answer about scenes that are told in words instead of pictures."""
+def parts(decoder: Any) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The matrices of the layers, for Muon, and the rest: embeddings and norms."""
     matrices = [p for name, p in decoder.named_parameters() if "layers." in name and p.ndim == 2]
     known = {id(p) for p in matrices}
-    rest = [p for p in decoder.parameters() if id(p) not in known]
+    return matrices, [p for p in decoder.parameters() if id(p) not in known]
+
+
+def read(decoder: Any, run: Any, places: nn.Parameter, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """First stage: the decoder learns to answer about scenes that are told in words instead of pictures."""
+    matrices, rest = parts(decoder)
     course = Course(
         "read", options.read_minutes, [("muon", matrices, options.rate), ("adamw", [*rest, places], options.rate / 2)]
     )
@@ -330,16 +335,16 @@ def align(
 def see(model: Any, run: Any, pictures: Pictures, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Third stage: projector and decoder learn to answer about pictures."""
     projector, decoder = model.model.multi_modal_projector, model.model.language_model
-    matrices = [p for name, p in decoder.named_parameters() if "layers." in name and p.ndim == 2]
-    known = {id(p) for p in (*matrices, projector.linear_1.weight)}
-    rest = [p for part in (decoder, projector) for p in part.parameters() if id(p) not in known]
+    matrices, words = parts(decoder)
+    first = projector.linear_1.weight
+    rest = [*words, *(p for p in projector.parameters() if p is not first)]
     course = Course(
         "see",
         options.minutes,
         [
             ("muon", matrices, options.rate / 2),
             ("adamw", rest, options.rate / 4),
-            ("adamw", [projector.linear_1.weight], options.rate / 10),
+            ("adamw", [first], options.rate / 10),
         ],
     )
     seen = torch.arange(small_llava.IMAGE_TOKENS).expand(options.batch, -1)
@@ -358,24 +363,21 @@ def train(options: argparse.Namespace) -> None:
     model = small_llava.blank()
     model.model.vision_tower = nn.Identity()
     projector, decoder = model.model.multi_modal_projector, model.model.language_model
-    for name, parameter in decoder.named_parameters():
-        if "layers." in name and parameter.ndim == 2:
-            nn.init.normal_(parameter, std=0.05)
+    for matrix in parts(decoder)[0]:
+        nn.init.normal_(matrix, std=0.05)
     width = decoder.embed_tokens.weight.shape[1]
     codes = nn.init.orthogonal_(torch.empty(width, len(IDS) + 28)).T  # a direction for each word, row and column
     with torch.no_grad():
         decoder.embed_tokens.weight.copy_(codes[: len(IDS)])
     places = nn.Parameter(codes[len(IDS) :].clone() * 0.7)
     model.train()
-    whole = decoder.forward
     if not options.eager:  # fuses what lies between the matrix products: several times faster on a CPU
-        decoder.forward = torch.compile(whole, dynamic=False)
+        decoder.forward = torch.compile(decoder.forward, dynamic=False)
 
     def run(*args: Any) -> tuple[Tensor, Tensor]:
         return answers(decoder, *args)
 
     logs = {"read": read(decoder, run, places, options)}
-    torch.save({"decoder": decoder.state_dict(), "places": places.data}, options.folder / "read.pt")
     pictures = Pictures(options)
     logs["align"] = align(projector, decoder.embed_tokens.weight.detach(), places.detach(), pictures, options)
     logs["see"] = see(model, run, pictures, options)
@@ -399,9 +401,7 @@ def save(model: nn.Module) -> None:
 
 def score(options: argparse.Namespace) -> None:
     """Held-out pictures; and the same questions with another picture: what the question alone gives away."""
-    model = small_llava.blank()
-    model.load_state_dict({k: v.float() for k, v in load_file(WEIGHTS).items()}, strict=False)
-    model.tie_weights()
+    model = small_llava.load()
     held = [scenes.scene(scenes.HELD_OUT + i).questions() for i in range(options.held)]
     easy = [questions for _, questions in easy_vqa("test", EASY["test"])]
     sets = {

@@ -39,11 +39,19 @@ def list_(json: Json = None) -> None:
     out.print(table)
 
     table = Table("model", "what it is", "pixels", "recipe", "licence", title="demo models", title_justify="left")
-    for name, facts in demo.MODELS.items():
-        table.add_row(
-            f"demo:{name}", facts.title, " to ".join(map(str, facts.image_sizes)), facts.recipe, facts.licence
-        )
-    table.add_row(f"demo:{small_llava.NAME}", small_llava.TITLE, str(scenes.SIDE), "", small_llava.LICENCE)
+    models: dict[str, dict[str, Any]] = {
+        name: {"title": m.title, "image_sizes": m.image_sizes, "recipe": m.recipe, "licence": m.licence}
+        for name, m in demo.MODELS.items()
+    }
+    models[small_llava.NAME] = {
+        "title": small_llava.TITLE,
+        "image_sizes": (scenes.SIDE,),
+        "recipe": "",
+        "licence": small_llava.LICENCE,
+    }
+    for name, facts in models.items():
+        sizes = " to ".join(map(str, facts["image_sizes"]))
+        table.add_row(f"demo:{name}", facts["title"], sizes, facts["recipe"], facts["licence"])
     out.print(table)
 
     if json is not None:
@@ -62,23 +70,7 @@ def list_(json: Json = None) -> None:
                     name: {"stages": sorted(method.stages), "paper": method.paper} for name, method in known.items()
                 },
                 "recipes": recipes(),
-                "demo": {
-                    name: {
-                        "title": facts.title,
-                        "image_sizes": facts.image_sizes,
-                        "recipe": facts.recipe,
-                        "licence": facts.licence,
-                    }
-                    for name, facts in demo.MODELS.items()
-                }
-                | {
-                    small_llava.NAME: {
-                        "title": small_llava.TITLE,
-                        "image_sizes": (scenes.SIDE,),
-                        "recipe": "",
-                        "licence": small_llava.LICENCE,
-                    }
-                },
+                "demo": models,
             },
         )
 

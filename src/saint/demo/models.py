@@ -146,10 +146,9 @@ def _clip_state(data: bytes) -> dict[str, Tensor]:
     return state
 
 
-def _load_clip() -> nn.Module:
-    library = _transformers()
-    state = state_dict(_CLIP_WHEEL, "clip-b16", _clip_state)
-    config = library.CLIPVisionConfig(
+def clip_config() -> Any:
+    """The CLIPVisionConfig of ``clip-b16``."""
+    return _transformers().CLIPVisionConfig(
         hidden_size=768,
         intermediate_size=3072,
         num_hidden_layers=12,
@@ -159,11 +158,18 @@ def _load_clip() -> nn.Module:
         projection_dim=512,
         hidden_act="quick_gelu",
     )
-    model = library.CLIPVisionModelWithProjection(config).eval()
+
+
+def clip_names(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """``state`` under the names of ``model``: transformers moved the tower's weights out of "vision_model." during 5.x."""
     own = model.state_dict()
-    # transformers moved the tower's weights out of "vision_model." during 5.x
-    fitted = {key if key in own else key.removeprefix("vision_model."): value for key, value in state.items()}
-    model.load_state_dict(fitted, strict=True)
+    return {key if key in own else key.removeprefix("vision_model."): value for key, value in state.items()}
+
+
+def _load_clip() -> nn.Module:
+    state = state_dict(_CLIP_WHEEL, "clip-b16", _clip_state)
+    model = _transformers().CLIPVisionModelWithProjection(clip_config()).eval()
+    model.load_state_dict(clip_names(state, model), strict=True)
     return model
 
 

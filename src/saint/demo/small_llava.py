@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import easy_vqa, scenes
-from .models import MODELS, _transformers
+from .models import MODELS, _transformers, clip_config, clip_names
 
 NAME = "small-llava"  # behind ``demo:``
 TITLE = "small LLaVA on clip-b16: answers questions about generated scenes"
@@ -74,10 +74,6 @@ def blank(tower: nn.Module | None = None) -> Any:
         tower: ``demo.load("clip-b16")``; None leaves the tower random too.
     """
     library = _transformers()
-    vision = library.CLIPVisionConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224,
-        patch_size=16, projection_dim=512, hidden_act="quick_gelu",
-    )  # fmt: skip
     end = VOCABULARY.index("</s>")
     text = library.LlamaConfig(
         hidden_size=160, intermediate_size=512, num_hidden_layers=6, num_attention_heads=5, num_key_value_heads=5,
@@ -85,7 +81,7 @@ def blank(tower: nn.Module | None = None) -> Any:
         tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )  # fmt: skip
     config = library.LlavaConfig(
-        vision_config=vision,
+        vision_config=clip_config(),
         text_config=text,
         image_token_id=VOCABULARY.index("<image>"),
         image_seq_length=IMAGE_TOKENS,
@@ -94,13 +90,9 @@ def blank(tower: nn.Module | None = None) -> Any:
     model = library.LlavaForConditionalGeneration(config).eval()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = end, 0
     if tower is not None:
-        own = set(model.model.vision_tower.state_dict())
-        state = {
-            key if key in own else key.removeprefix("vision_model."): value for key, value in tower.state_dict().items()
-        }
-        model.model.vision_tower.load_state_dict(
-            {key: value for key, value in state.items() if key in own}, strict=True
-        )
+        seeing = model.model.vision_tower
+        state, own = clip_names(tower.state_dict(), seeing), seeing.state_dict()
+        seeing.load_state_dict({key: value for key, value in state.items() if key in own}, strict=True)
     return model
 
 
@@ -123,9 +115,11 @@ def load() -> Any:
         name: value.float()
         for name, value in parse(resources.files(__package__).joinpath(_WEIGHTS).read_bytes()).items()
     }
-    result = model.load_state_dict(state, strict=False)
-    absent = [name for name in result.missing_keys if ".vision_tower." not in name and name != "lm_head.weight"]
-    if absent or result.unexpected_keys:
-        raise RuntimeError(f"{_WEIGHTS} does not fit: missing {absent}, left over {result.unexpected_keys}")
+    wanted = trained_state(model).keys()
+    if state.keys() != wanted:
+        raise RuntimeError(
+            f"{_WEIGHTS} does not fit: missing {sorted(wanted - state.keys())}, left over {sorted(state.keys() - wanted)}"
+        )
+    model.load_state_dict(state, strict=False)
     model.tie_weights()
     return model
