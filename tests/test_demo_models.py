@@ -181,9 +181,10 @@ def test_no_download_says_what_to_do(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("absent", ["transformers", "safetensors.torch"])
-def test_a_missing_package_names_the_extra(absent, tmp_path, monkeypatch):
+def test_a_missing_package_names_the_extra_before_any_download(absent, tmp_path, monkeypatch):
     monkeypatch.setenv("SAINT_CACHE", str(tmp_path))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")  # never a download, whichever check comes first
+    monkeypatch.delenv("SAINT_DEMO_WHEELS", raising=False)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # with neither wheel nor network, only the early check can answer
     monkeypatch.setitem(sys.modules, absent, None)
     with pytest.raises(ImportError, match=r"saint-vlm\[demo\]"):
         demo.load("clip-b16")

