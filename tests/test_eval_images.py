@@ -14,11 +14,12 @@ from PIL import Image
 from test_cli import one_line, run  # noqa: F401  (a fixture)
 
 import saint
-from saint.eval import evaluate_images, find_samples
+from saint.eval import compare, evaluate_images, find_samples
 from saint.eval import scores as score_
 from saint.eval.images import _Probe
 from saint.loading import load_model
-from saint.plan import Plan
+from saint.methods import Random
+from saint.plan import Plan, Stage
 from saint.session import status
 
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
@@ -217,6 +218,28 @@ def test_base_and_pruned_by_hand(folder, loaded):
     assert before == {name: (len(m._forward_pre_hooks), sorted(vars(m))) for name, m in loaded.model.named_modules()}
 
 
+def test_plans_against_each_other(folder, loaded):
+    plans = {"half": HALF, "nothing": Plan(), "random": Plan(vision=Stage(Random(keep=0.1), layers=[0]))}
+    report = evaluate_images(
+        loaded.model, find_samples(str(folder)), plans, inputs=loaded.inputs, scores=["knn", "linear"], batch=4
+    )
+    hits = {name: scores["knn"] for name, scores in report.samples.items()}
+    assert set(hits) == {"base", *plans}
+    assert set(hits["half"]) == {sample.id for sample in find_samples(str(folder)).items}
+    assert len(report.samples["half"]["linear"]) == 4
+    versus = report.between("half", "random")["knn"]
+    expected = compare(list(hits["half"].values()), [hits["random"][name] for name in hits["half"]])
+    assert versus == expected
+    assert (versus.base, versus.pruned) == (report.scores["half"]["knn"].pruned, report.scores["random"]["knn"].pruned)
+    assert report.against_first() == {name: report.between("half", name) for name in ("nothing", "random")}
+    assert report.between("base", "nothing")["knn"].better == report.between("base", "nothing")["knn"].worse == 0
+    record = report.to_dict()
+    assert "samples" not in record
+    assert record["against_first"]["random"]["knn"]["difference"] == versus.difference
+    with pytest.raises(ValueError, match="no plan 'other'.*half, nothing, random"):
+        report.between("half", "other")
+
+
 def test_classifier_scores(folder):
     import timm
 
@@ -386,6 +409,10 @@ def test_record_resume_and_refusal(run, folder, tmp_path):  # noqa: F811
     code, _, err = run(*args[:3], folder, *args[3:], "--plan", "vit/published")
     assert code == 2
     one_line(err, "another run", "plans")
+    code, out, err = run(*args[:3], folder, *args[3:-1], tmp_path / "two.json", "--plan", "vit/published")
+    assert code == 0, err
+    assert "vit/published against plan1" in out
+    assert set(json.loads((tmp_path / "two.json").read_text())["against_first"]) == {"vit/published"}
     picture("noise", 7).save(folder / "noise" / "new.png")
     one_line(run(*args[:3], folder, *args[3:])[2], "another run", "data")
 

@@ -28,6 +28,7 @@ from .common import (
 
 if TYPE_CHECKING:
     from ..eval import Report
+    from ..eval.compare import Paired
     from ..plan import Plan
 
 eval = typer.Typer(
@@ -270,20 +271,31 @@ def print_report(report: "Report") -> None:
         out.print(f"[bold]{name}[/]  {describe(plan)}", highlight=False)
         rows = [("", report.scores[name])]
         rows += [(group, by_plan[name]) for group, by_plan in report.categories.items()]
-        if any(scores for _, scores in rows):
-            head = ["n", "unpruned", "pruned", "difference [95 %]", "better/worse", "could show"]
-            table = Table("score", *(["category"] if report.categories else []), *head)
-            for group, scores in rows:
-                for score, p in scores.items():
-                    interval = "" if p.low is None or p.high is None else f" [{100 * p.low:+.2f}, {100 * p.high:+.2f}]"
-                    cells = [score, *([group or "all"] if report.categories else []), str(p.n)]
-                    cells += [f"{100 * p.base:.2f}", f"{100 * p.pruned:.2f}", f"{100 * p.difference:+.2f}{interval}"]
-                    cells += [f"{p.better}/{p.worse}", "-" if p.detectable is None else f"{100 * p.detectable:.2f}"]
-                    table.add_row(*cells)
-            out.print(table)
-            out.print("scores in %; could show: smallest true difference seen with 80 % probability", highlight=False)
+        _print_scores(rows, ("unpruned", "pruned"), bool(report.categories))
         table = Table("agreement with the unpruned model", "mean", "median", "p20 - p80", "n")
         for measure, s in report.agreement[name].items():
             table.add_row(measure, f"{s.mean:.4f}", f"{s.median:.4f}", f"{s.p20:.4f} - {s.p80:.4f}", str(s.n))
         out.print(table)
         out.print()
+    first = next(iter(report.plans))
+    for name, versus in report.against_first().items():
+        if versus:
+            out.print(f"[bold]{name}[/] against [bold]{first}[/]", highlight=False)
+            _print_scores([("", versus)], (first, name), False)
+            out.print()
+
+
+def _print_scores(rows: list[tuple[str, dict[str, "Paired"]]], who: tuple[str, str], categories: bool) -> None:
+    if not any(scores for _, scores in rows):
+        return
+    head = ["n", *who, "difference [95 %]", "better/worse", "could show"]
+    table = Table("score", *(["category"] if categories else []), *head)
+    for group, scores in rows:
+        for score, p in scores.items():
+            interval = "" if p.low is None or p.high is None else f" [{100 * p.low:+.2f}, {100 * p.high:+.2f}]"
+            cells = [score, *([group or "all"] if categories else []), str(p.n)]
+            cells += [f"{100 * p.base:.2f}", f"{100 * p.pruned:.2f}", f"{100 * p.difference:+.2f}{interval}"]
+            cells += [f"{p.better}/{p.worse}", "-" if p.detectable is None else f"{100 * p.detectable:.2f}"]
+            table.add_row(*cells)
+    out.print(table)
+    out.print("scores in %; could show: smallest true difference seen with 80 % probability", highlight=False)

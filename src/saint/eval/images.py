@@ -17,10 +17,9 @@ from ..errors import AlreadyAppliedError
 from ..plan import Plan
 from ..session import Session, apply, status
 from . import scores as score_
-from .compare import compare
 from .data import Sample, Samples
 from .loop import Loop, Processes
-from .report import BASE, Report, check_plans, digest, fingerprint, kept, paired, summaries
+from .report import BASE, Report, between, by_sample, check_plans, digest, fingerprint, kept, summaries
 
 SCORES = ("top1", "top5", "zeroshot", "knn", "linear")
 AGREEMENT = ("cosine", "same_top1", "kept")
@@ -145,21 +144,19 @@ def evaluate_images(
 
     entries = list(outcome.entries.values())
     labels = {sample.id: sample.label for sample in samples.items}
-    found = {plan: paired(entries, plan, SCORES) for plan in plans}
+    by_variant = by_sample(entries, (BASE, *plans), SCORES)
     if with_features:
         known = torch.tensor([labels[entry["id"]] for entry in entries])
-        hits = {
-            variant: _on_features(torch.stack([_unpacked(e[variant]["features"]) for e in entries]), known, chosen)
-            for variant in (BASE, *plans)
-        }
-        for plan in plans:
-            found[plan] |= {name: compare(hits[BASE][name], hits[plan][name]) for name in hits[plan]}
+        names = [entry["id"] for entry in entries]
+        for variant in by_variant:
+            features = torch.stack([_unpacked(entry[variant]["features"]) for entry in entries])
+            by_variant[variant] |= _on_features(features, known, names, chosen)
     return Report(
         given=len(samples.items) + len(samples.unreadable),
         evaluated=len(entries),
         failures=[*samples.unreadable, *outcome.failures],
         plans=dict(plans),
-        scores=found,
+        scores={plan: between(by_variant, BASE, plan) for plan in plans},
         agreement={plan: summaries(entries, plan, AGREEMENT) for plan in plans},
         categories={},
         conditions={
@@ -170,6 +167,7 @@ def evaluate_images(
             "resumed": outcome.resumed,
             "neighbors": NEIGHBORS if "knn" in chosen else None,
         },
+        samples=by_variant,
     )
 
 
@@ -266,12 +264,18 @@ def _hits(logits: Tensor | None, items: Sequence[Sample], chosen: Sequence[str])
     }
 
 
-def _on_features(features: Tensor, labels: Tensor, chosen: Sequence[str]) -> dict[str, list[float]]:
+def _on_features(
+    features: Tensor, labels: Tensor, names: Sequence[str], chosen: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Scores by sample id; of a linear probe, those of the half that tests it."""
     found = {}
     if "knn" in chosen:
-        found["knn"] = score_.knn(features, labels, NEIGHBORS).double().tolist()
+        hits = score_.knn(features, labels, NEIGHBORS).double().tolist()
+        found["knn"] = dict(zip(names, hits, strict=True))
     if "linear" in chosen:
-        found["linear"] = score_.linear_probe(features, labels, score_.split(labels)).double().tolist()
+        test = score_.split(labels)
+        hits = score_.linear_probe(features, labels, test).double().tolist()
+        found["linear"] = dict(zip((name for name, use in zip(names, test, strict=True) if use), hits, strict=True))
     return found
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,8 @@ class Report:
         agreement: by plan: measures that compare the two models and need no labels.
         categories: ``scores`` within each category of questions.
         conditions: all else that the numbers depend on.
+        samples: what the scores are means of: by "base" or plan, then by score, then by sample id. Not part of a record; the
+            journal has it.
     """
 
     given: int
@@ -59,10 +61,31 @@ class Report:
     agreement: dict[str, dict[str, Summary]]
     categories: dict[str, dict[str, dict[str, Paired]]]
     conditions: dict[str, Any]
+    samples: "BySample" = dataclasses.field(repr=False)
+
+    def between(self, first: str, second: str) -> dict[str, Paired]:
+        """Every score of plan ``second`` against plan ``first`` as base, on the samples that have both.
+
+        Raises:
+            ValueError: a name that is no plan of this report.
+        """
+        for name in (first, second):
+            if name not in self.samples:
+                raise ValueError(f"no plan {name!r} in this report; there are {', '.join(self.samples)}")
+        return between(self.samples, first, second)
+
+    def against_first(self) -> dict[str, dict[str, Paired]]:
+        """The second plan, the third and so on, each against the first: which of them is better is another question than
+        what each loses."""
+        first, *others = self.plans
+        return {name: self.between(first, name) for name in others}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a record."""
-        return {**dataclasses.asdict(self), "plans": {name: plan.to_dict() for name, plan in self.plans.items()}}
+        data = dataclasses.asdict(dataclasses.replace(self, samples={}))
+        del data["samples"]
+        versus = {p: {s: dataclasses.asdict(v) for s, v in found.items()} for p, found in self.against_first().items()}
+        return {**data, "plans": {name: plan.to_dict() for name, plan in self.plans.items()}, "against_first": versus}
 
 
 def check_plans(plans: Mapping[str, Plan]) -> None:
@@ -75,13 +98,26 @@ def check_plans(plans: Mapping[str, Plan]) -> None:
         raise ValueError(f'give at least one plan, none of them called "{BASE}", got {list(plans)}')
 
 
-def paired(entries: Sequence[Mapping[str, Any]], plan: str, among: Sequence[str]) -> dict[str, Paired]:
-    """Every score of ``among`` that entries have for base and ``plan``."""
+BySample = dict[str, dict[str, dict[str, float]]]
+
+
+def by_sample(entries: Sequence[Mapping[str, Any]], variants: Sequence[str], among: Sequence[str]) -> BySample:
+    """Every score of ``among`` that entries have, by variant, score and sample id."""
+    found: BySample = {}
+    for variant in variants:
+        scores = {s: {e["id"]: float(e[variant][s]) for e in entries if s in e[variant]} for s in among}
+        found[variant] = {score: values for score, values in scores.items() if values}
+    return found
+
+
+def between(samples: BySample, first: str, second: str, ids: Collection[str] | None = None) -> dict[str, Paired]:
+    """Every score that both have, on the samples (of ``ids``) that have it in both."""
     found = {}
-    for score in among:
-        have = [e for e in entries if score in e[BASE] and score in e[plan]]
-        if have:
-            found[score] = compare([e[BASE][score] for e in have], [e[plan][score] for e in have])
+    for score, base in samples[first].items():
+        other = samples[second].get(score, {})
+        common = [name for name in base if name in other and (ids is None or name in ids)]
+        if common:
+            found[score] = compare([base[name] for name in common], [other[name] for name in common])
     return found
 
 

@@ -21,7 +21,7 @@ from ..session import Session, apply, status
 from . import scores
 from .data import read_image
 from .loop import Failure, Loop, Processes
-from .report import BASE, Report, check_plans, digest, fingerprint, kept, paired, summaries
+from .report import BASE, Report, between, by_sample, check_plans, digest, fingerprint, kept, summaries
 
 SCORES = ("exact", "anls", "choice")
 AGREEMENT = ("same_answer", "same_first_token", "kl", "kept")
@@ -271,19 +271,20 @@ def evaluate_vqa(
 
     by_id = {question.id: question for question in asked}
     entries = list(outcome.entries.values())
-    groups: dict[str, list[dict[str, Any]]] = {}
+    by_variant = by_sample(entries, (BASE, *plans), SCORES)
+    groups: dict[str, set[str]] = {}
     for entry in entries:
-        groups.setdefault(by_id[entry["id"]].category, []).append(entry)
+        groups.setdefault(by_id[entry["id"]].category, set()).add(entry["id"])
     named = len(groups) > 1 or "" not in groups
     return Report(
         given=len(asked) + len(unreadable),
         evaluated=len(entries),
         failures=[*unreadable, *outcome.failures],
         plans=dict(plans),
-        scores={plan: paired(entries, plan, SCORES) for plan in plans},
+        scores={plan: between(by_variant, BASE, plan) for plan in plans},
         agreement={plan: summaries(entries, plan, AGREEMENT) for plan in plans},
         categories={
-            group or "(none)": {plan: paired(members, plan, SCORES) for plan in plans}
+            group or "(none)": {plan: between(by_variant, BASE, plan, members) for plan in plans}
             for group, members in sorted(groups.items())
         }
         if named
@@ -296,6 +297,7 @@ def evaluate_vqa(
             "resumed": outcome.resumed,
             "with_answers": sum(bool(by_id[entry["id"]].answers) for entry in entries),
         },
+        samples=by_variant,
     )
 
 
