@@ -1,6 +1,7 @@
 # Every target works on a fresh machine with Python 3.10+ and nothing else: the environment is built on first use.
 PYTHON ?= python3
 STAMPS ?= /usr/share/tuxpaint/stamps
+FASHION ?= /usr/share/datasets/fashion-mnist
 VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin
@@ -31,10 +32,12 @@ fix: $(STAMP)    ## format and lint in place
 	$(RUN)/ruff check --fix .
 bench: $(STAMP)  ## re-measure benchmarks/results/ on this machine
 	$(RUN)/python benchmarks/encoders.py
-results: $(STAMP) ## re-measure docs/results.md (STAMPS=folder of Debian's tuxpaint-stamps-default)
+results: $(STAMP) ## re-measure docs/results.md (STAMPS=, FASHION=: folders, see evidence/measure.py)
 	$(RUN)/python evidence/measure.py encoders --stamps '$(STAMPS)'
+	$(RUN)/python evidence/measure.py fashion --fashion '$(FASHION)'
 	$(RUN)/python evidence/measure.py saliency --stamps '$(STAMPS)'
 	$(RUN)/python evidence/measure.py vlm
+	$(RUN)/python evidence/measure.py modes
 	$(RUN)/python evidence/measure.py easy
 	$(RUN)/python evidence/measure.py tables
 tables: $(STAMP) ## regenerate the support table of the README

@@ -1,16 +1,20 @@
 """Accuracy at speed, on the models that anyone can rebuild offline. Writes evidence/results/*.json and docs/results.md.
 
     python evidence/measure.py encoders --stamps DIR   # CLIP ViT-B/16: kNN on Tux Paint stamps
+    python evidence/measure.py fashion --fashion DIR   # the same on Fashion-MNIST, a larger sample
     python evidence/measure.py saliency --stamps DIR   # DINOv2: correlation of saliency maps with the unpruned one
     python evidence/measure.py vlm                     # the small LLaVA: questions about held-out scenes
+    python evidence/measure.py modes                   # one plan of each mode on more scenes
     python evidence/measure.py easy                    # the small LLaVA: easy-VQA
     python evidence/measure.py tables                  # docs/results.md from the records
 
-DIR is .../tuxpaint/stamps of Debian's tuxpaint-stamps-default, installed or unpacked.
+DIR is .../tuxpaint/stamps of Debian's tuxpaint-stamps-default and .../datasets/fashion-mnist of its dataset-fashion-mnist,
+installed or unpacked.
 """
 
 import argparse
 import dataclasses
+import gzip
 import json
 import random
 from collections.abc import Iterator
@@ -21,9 +25,11 @@ from typing import Any
 import measure_vlm
 import numpy as np
 import torch
+from ablations import SaintMerged, ToMeDropped
+from cells import interval, percent
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, TimeElapsedColumn, track
 from torch import Tensor
 
 import saint
@@ -59,8 +65,12 @@ STAMPS = {
 }
 
 
-def stamps(folder: Path) -> list[tuple[Path, int]]:
-    """At most twelve files of each class, in a fixed order."""
+# by label
+FASHION = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"]
+
+
+def stamps(folder: Path, most: int | None = None) -> list[tuple[Path, int]]:
+    """The files, or ``most`` of each class, in a fixed order."""
     if not folder.is_dir():
         raise SystemExit(
             f"{folder} is no folder: give --stamps the stamps folder of Debian's tuxpaint-stamps-default "
@@ -70,7 +80,7 @@ def stamps(folder: Path) -> list[tuple[Path, int]]:
     for label, places in enumerate(STAMPS.values()):
         files = sorted(file for place in places for file in (folder / place).rglob("*.png"))
         random.Random(0).shuffle(files)
-        out += [(file, label) for file in sorted(files[:12])]
+        out += [(file, label) for file in sorted(files[:most])]
     return out
 
 
@@ -84,7 +94,9 @@ def encoder_plans() -> dict[str, Plan]:
     for share, keep in (("0.7", 0.62), ("0.5", 0.375)):
         plans |= {
             f"saint at {share}": at(saint.Saint(budget=keep)),
+            f"saint's choice, merged, at {share}": at(SaintMerged(budget=keep)),
             f"tome at {share}": at(ToMe(budget=keep)),
+            f"tome's choice, dropped, at {share}": at(ToMeDropped(budget=keep)),
             f"grid at {share}": at(Grid(keep=keep)),
             f"random at {share}": at(Random(keep=keep)),
         }
@@ -103,47 +115,84 @@ def flops(model: Any, plan: Plan, pictures: list[Tensor], part: str = "") -> flo
     return sum(found.flops for found in costs) / len(costs)
 
 
+def fashion_pictures(folder: Path, most: int) -> Samples:
+    """The first ``most`` test pictures of Fashion-MNIST."""
+    files = [folder / f"t10k-{name}-ubyte.gz" for name in ("images-idx3", "labels-idx1")]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise SystemExit(
+            f"{folder} has no {' and no '.join(missing)}: give --fashion the folder of Debian's dataset-fashion-mnist "
+            "(apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist*.deb unpacked)"
+        )
+    images, labels = (np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8) for file in files)
+    pictures = images[16:].reshape(-1, 28, 28)[:most]  # behind the headers of the idx format
+    return Samples(
+        [
+            Sample(f"t10k/{i}", f"{files[0]}, picture {i}", partial(_grey, picture), int(labels[8 + i]))
+            for i, picture in enumerate(pictures)
+        ],
+        FASHION,
+    )
+
+
+def _grey(picture: np.ndarray) -> Image.Image:
+    return Image.fromarray(picture).convert("RGB")
+
+
 def encoders(options: argparse.Namespace) -> None:
-    info = demo.MODELS["clip-b16"]
-    model = info.load()
-    files = stamps(options.stamps)
     samples = Samples(
         [
             Sample(str(file.relative_to(options.stamps)), str(file), partial(read_image, file), label)
-            for file, label in files
+            for file, label in stamps(options.stamps)
         ],
         list(STAMPS),
     )
+    _knn("encoders", samples, encoder_plans(), options, timed=True)
+
+
+def fashion(options: argparse.Namespace) -> None:
+    wanted = [f"{name} at {share}" for share in ("0.7", "0.5") for name in ("saint", "tome", "grid", "random")]
     plans = encoder_plans()
-    RESULTS.mkdir(exist_ok=True)
-    with console.status("features of every plan"):
+    pictures = fashion_pictures(options.fashion, options.pictures)
+    _knn("fashion", pictures, {name: plans[name] for name in wanted}, options, timed=False)
+
+
+def _knn(name: str, samples: Samples, plans: dict[str, Plan], options: argparse.Namespace, *, timed: bool) -> None:
+    """Accuracy, cosine and FLOPs of every plan; with ``timed`` also the speed of those of equal FLOPs."""
+    info = demo.MODELS["clip-b16"]
+    model = info.load()
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task(f"features of {len(samples.items)} pictures", total=len(samples.items))
         report = evaluate_images(
-            model, samples, plans, batch=8, scores=["knn"], journal=options.cache / "encoders.jsonl",
+            model, samples, plans, batch=8, scores=["knn"], journal=options.cache / f"{name}.jsonl",
             inputs=lambda images: {"pixel_values": torch.stack([info.preprocess(i) for i in images])},
+            tick=lambda done: progress.advance(task, done),
         )  # fmt: skip
-    shown = [info.preprocess(read_image(file)) for file, _ in random.Random(0).sample(files, 24)]
+    shown = [info.preprocess(sample.load()) for sample in random.Random(0).sample(samples.items, 24)]
     whole = flops(model, Plan(), shown)
     rows = []
-    for name, plan in track(plans.items(), "FLOPs and time", console=console):
+    for title, plan in track(plans.items(), "FLOPs and time", console=console):
         row = {
-            "plan": name,
+            "plan": title,
             "settings": plan.to_dict(),
             "flops": flops(model, plan, shown) / whole,
-            "knn": dataclasses.asdict(report.scores[name]["knn"]),
-            "cosine": dataclasses.asdict(report.agreement[name]["cosine"]),
+            "knn": dataclasses.asdict(report.scores[title]["knn"]),
+            "cosine": dataclasses.asdict(report.agreement[title]["cosine"]),
         }
-        if " at 0." in name:
-            timed = bench_encoder(
-                model, plan, {"pixel_values": torch.stack(shown[:8])}, repeats=options.repeats, warmup=1, extras=False
+        saint_there = f"saint at {title.rpartition(' at ')[2]}"
+        if saint_there in plans and title != saint_there:
+            row["against saint"] = dataclasses.asdict(report.between(saint_there, title)["knn"])
+        if timed and " at 0." in title:
+            speed = bench_encoder(
+                model, plan, {"pixel_values": torch.stack(shown[:8])}, repeats=5, warmup=1, extras=False
             )
-            row["speedup"] = dataclasses.asdict(timed.speedup)
+            row["speedup"] = dataclasses.asdict(speed.speedup)
         rows.append(row)
         console.print(
-            f"{name}: {row['flops']:.3f} of the FLOPs, kNN {row['knn']['base']:.3f} -> {row['knn']['pruned']:.3f}"
+            f"{title}: {row['flops']:.3f} of the FLOPs, kNN {row['knn']['base']:.3f} -> {row['knn']['pruned']:.3f}"
         )
     write_json(
-        RESULTS / "encoders.json",
-        {"command": "python evidence/measure.py encoders", "images": len(files), "classes": list(STAMPS),
+        RESULTS / f"{name}.json",
+        {"command": f"python evidence/measure.py {name}", "classes": samples.classes,
          "given": report.given, "evaluated": report.evaluated, "rows": rows, "environment": environment("cpu")},
     )  # fmt: skip
 
@@ -161,7 +210,7 @@ def crops(folder: Path) -> Iterator[Image.Image]:
             for y in (0, image.height - height):
                 yield image.crop((x, y, x + width, y + height))
     rng = random.Random(0)
-    for file, _ in stamps(folder)[::8]:
+    for file, _ in stamps(folder, most=12)[::8]:
         behind = rng.choice(photographs)
         side = min(behind.size) // 2
         x, y = rng.randrange(behind.width - side), rng.randrange(behind.height - side)
@@ -180,16 +229,20 @@ def saliency(options: argparse.Namespace) -> None:
         return Plan(vision=Stage(method, layers=[0, 2, 4], output=output))
 
     plans = {f"saint, centred, tau {t:g}": at(saint.Saint(threshold=t, center=True)) for t in (0.6, 0.7, 0.8)}
+    plans["saint, centred, nearest, tau 0.7"] = at(saint.Saint(threshold=0.7, center=True), "nearest")
     plans["saint, not centred, tau 0.75"] = at(saint.Saint(threshold=0.75))
     for share, keep in (("0.7", 0.64), ("0.5", 0.41)):
+        voting = saint.Saint(budget=keep, threshold=0.85)  # thresholds of these rows: best of three on other pictures
         plans |= {
-            f"saint, centred, at {share}": at(saint.Saint(budget=keep, center=True)),
-            f"saint, not centred, at {share}": at(saint.Saint(budget=keep)),
-            f"saint, not centred, nearest, at {share}": at(saint.Saint(budget=keep), "nearest"),
+            f"saint, centred, at {share}": at(saint.Saint(budget=keep, threshold=0.6, center=True)),
+            f"saint, not centred, at {share}": at(voting),
+            f"saint, not centred, nearest, at {share}": at(voting, "nearest"),
+            f"saint's choice, merged, at {share}": at(SaintMerged(budget=keep, threshold=0.85)),
             f"full graph, centred, at {share}": at(saint.SaintFullGraph(keep=keep, center=True)),
             f"full graph, not centred, at {share}": at(saint.SaintFullGraph(keep=keep)),
             f"tome at {share}": at(ToMe(budget=keep)),
             f"tome, beta 0, at {share}": at(ToMe(budget=keep, beta=0.0)),
+            f"tome's choice, dropped, at {share}": at(ToMeDropped(budget=keep)),
             f"grid at {share}": at(Grid(keep=keep)),
             f"random at {share}": at(Random(keep=keep)),
         }
@@ -232,36 +285,32 @@ def _map(model: Any, pixels: Tensor) -> np.ndarray:
 # -- docs/results.md ----------------------------------------------------------------------------------------------------
 
 
-def _percent(value: float, sign: bool = False) -> str:
-    return f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
-
-
 def _conditions(record: dict[str, Any]) -> str:
     facts = record["environment"]
     packages = ", ".join(f"{name} {facts[name]}" for name in ("torch", "transformers"))
     return f"`{record['command']}`: {facts['cpu']}, {facts['threads']} threads, float32, {packages}, {record['date'][:10]}."
 
 
-def _encoders_table(record: dict[str, Any]) -> list[str]:
+def _knn_table(of: str, record: dict[str, Any]) -> list[str]:
+    timed = any("speedup" in row for row in record["rows"])
     lines = [
-        f"kNN (k = 5, leave one out) on {record['images']} Tux Paint stamps of {len(record['classes'])} classes; unpruned "
-        f"{_percent(record['rows'][0]['knn']['base'])} %. Difference in points with its 95 % interval, and the smallest "
-        "difference that this sample could have shown with 80 % power. Cosine: pruned against unpruned embedding.",
+        f"kNN (k = 5, leave one out) on {record['evaluated']} {of} of {len(record['classes'])} classes; unpruned "
+        f"{percent(record['rows'][0]['knn']['base'])} %. Difference in points with its 95 % interval, and the smallest "
+        "difference that this sample could have shown with 80 % power. Cosine: pruned against unpruned embedding. Behind SAINT: "
+        'difference to the row "saint at" the same share.',
         "",
-        "| plan | FLOPs | kNN | difference | detectable | cosine | images/s, of unpruned |",
-        "|---|---|---|---|---|---|---|",
+        "| plan | FLOPs | kNN | difference | detectable | behind SAINT | cosine |"
+        + (" images/s, of unpruned |" if timed else ""),
+        "|---|---|---|---|---|---|---|" + ("---|" if timed else ""),
     ]
     for row in record["rows"]:
-        knn = row["knn"]
-        speed = (
-            f"x{row['speedup']['median']:.2f} [{row['speedup']['p20']:.2f}, {row['speedup']['p80']:.2f}]"
-            if "speedup" in row
-            else ""
+        knn, speed, behind = row["knn"], row.get("speedup"), row.get("against saint")
+        times = (
+            f" x{speed['median']:.2f} [{speed['p20']:.2f}, {speed['p80']:.2f}] |" if speed else " |" if timed else ""
         )
         lines.append(
-            f"| {row['plan']} | {row['flops']:.2f} | {_percent(knn['pruned'])} | {_percent(knn['difference'], True)} "
-            f"[{_percent(knn['low'], True)}, {_percent(knn['high'], True)}] | {_percent(knn['detectable'])} | "
-            f"{row['cosine']['mean']:.4f} | {speed} |"
+            f"| {row['plan']} | {row['flops']:.2f} | {percent(knn['pruned'])} | {interval(knn)} | "
+            f"{percent(knn['detectable'])} | {interval(behind) if behind else ''} | {row['cosine']['mean']:.4f} |{times}"
         )
     return lines
 
@@ -285,7 +334,8 @@ def _saliency_table(record: dict[str, Any]) -> list[str]:
 
 
 _TABLES = {
-    "encoders": _encoders_table, "saliency": _saliency_table, "vlm": measure_vlm.table, "easy": measure_vlm.table,
+    "encoders": partial(_knn_table, "Tux Paint stamps"), "fashion": partial(_knn_table, "pictures of Fashion-MNIST"),
+    "saliency": _saliency_table, "vlm": measure_vlm.table, "modes": measure_vlm.modes_table, "easy": measure_vlm.table,
 }  # fmt: skip
 
 
@@ -308,17 +358,25 @@ def tables(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, run in (("encoders", encoders), ("saliency", saliency)):
+    small = {
+        name: partial(getattr(measure_vlm, f"about_{name}"), results=RESULTS) for name in ("scenes", "modes", "easy")
+    }
+    for name, run, folder, pictures in (
+        ("encoders", encoders, "--stamps", None),
+        ("fashion", fashion, "--fashion", 1500),
+        ("saliency", saliency, "--stamps", None),
+        ("vlm", small["scenes"], None, 240),
+        ("modes", small["modes"], None, 1000),
+        ("easy", small["easy"], None, 40),
+        ("tables", tables, None, None),
+    ):
         sub = commands.add_parser(name)
         sub.set_defaults(run=run)
         sub.add_argument("--cache", type=Path, default=HERE / "cache")
-        sub.add_argument("--stamps", type=Path, required=True)
-        sub.add_argument("--repeats", type=int, default=5)
-    for name, about, pictures in (("vlm", measure_vlm.about_scenes, 240), ("easy", measure_vlm.about_easy, 40)):
-        sub = commands.add_parser(name)
-        sub.set_defaults(run=partial(about, results=RESULTS), cache=HERE / "cache")
-        sub.add_argument("--pictures", type=int, default=pictures)
-    commands.add_parser("tables").set_defaults(run=tables, cache=HERE / "cache")
+        if folder is not None:
+            sub.add_argument(folder, type=Path, required=True)
+        if pictures is not None:
+            sub.add_argument("--pictures", type=int, default=pictures)
     options = parser.parse_args()
     options.cache.mkdir(parents=True, exist_ok=True)
     RESULTS.mkdir(exist_ok=True)

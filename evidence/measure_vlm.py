@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cells import interval, percent
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -182,9 +183,24 @@ def _by_category(right: dict[str, list[float]]) -> dict[str, float]:
     return {category: float(np.nanmean(values)) for category, values in right.items()}
 
 
+def _held_out(count: int) -> list[tuple[Image.Image, list[scenes.Question]]]:
+    held = (scenes.scene(scenes.HELD_OUT + i) for i in range(count))
+    return [(scene.image(), scene.questions()) for scene in held]
+
+
+def _rounded(values: list[float]) -> list[float]:
+    return [round(value, 4) for value in values]
+
+
 def about_scenes(options: argparse.Namespace, results: Path) -> None:
-    held = [scenes.scene(scenes.HELD_OUT + i) for i in range(options.pictures)]
-    _measure("vlm", plans(), [(scene.image(), scene.questions()) for scene in held], results)
+    _measure("vlm", plans(), _held_out(options.pictures), results)
+
+
+def about_modes(options: argparse.Namespace, results: Path) -> None:
+    """One plan of each mode, and random, on a larger sample: who is ahead of whom."""
+    wanted = ("hybrid, voting and full graph", "LLM-only, full graph", "ViT-only, voting", "ViT-only, random")
+    quarter = plans()["25 %"]
+    _measure("modes", {"25 %": {name: quarter[name] for name in wanted}}, _held_out(options.pictures), results)
 
 
 def about_easy(options: argparse.Namespace, results: Path) -> None:
@@ -210,16 +226,21 @@ def _measure(
         "command": f"python evidence/measure.py {name}", "pictures": len(about),
         "questions": sum(len(questions) for _, questions in about),
         "unpruned": _by_category(base), "another picture": _by_category(blind), "rows": [],
+        "unpruned by picture": _rounded(base["all"]),
     }  # fmt: skip
     console.print("unpruned", record["unpruned"], "\nanother picture", record["another picture"])
+    above: list[float] | None = None
     for share, group in chosen.items():
         for title, plan in group.items():
             found, tokens = answers.ask(plan)
             paired = compare(base["all"], found["all"])
             record["rows"].append(
                 {"share": share, "plan": title, "settings": plan.to_dict(), "left": tokens,
-                 "by_category": _by_category(found), "paired": dataclasses.asdict(paired)}
+                 "by_category": _by_category(found), "paired": dataclasses.asdict(paired),
+                 "by_picture": _rounded(found["all"]),
+                 "behind the row above": above and dataclasses.asdict(compare(above, found["all"]))}
             )  # fmt: skip
+            above = found["all"]
             console.print(
                 f"{share} {title}: {tokens:.1f} tokens, {paired.base:.3f} -> {paired.pruned:.3f} "
                 f"[{paired.low:+.3f}, {paired.high:+.3f}]"
@@ -227,15 +248,30 @@ def _measure(
             write_json(results / f"{name}.json", record | {"environment": environment("cpu")})
 
 
-def table(record: dict[str, Any]) -> list[str]:
-    def percent(value: float, sign: str = "") -> str:
-        return format(100 * value, f"{sign}.1f")
+def modes_table(record: dict[str, Any]) -> list[str]:
+    """As :func:`table`, with each plan against the one above instead of categories."""
+    lines = [
+        f"{_conditions(record)} Behind: difference to the row above, paired likewise.",
+        "",
+        "| plan, 25 % | left | all | difference | relative | detectable | behind the row above |",
+        "|---|---|---|---|---|---|---|",
+        f"| unpruned | 196 | {percent(record['unpruned']['all'])} | | | | |",
+    ]
+    for row in record["rows"]:
+        paired, above = row["paired"], row["behind the row above"]
+        relative = ", ".join(percent(paired[key] / paired["base"], "+") for key in ("low", "high"))
+        lines.append(
+            f"| {row['plan']} | {row['left']:.0f} | {percent(paired['pruned'])} | {interval(paired)} | "
+            f"{percent(paired['difference'] / paired['base'], '+')} % [{relative}] | {percent(paired['detectable'])} | "
+            f"{interval(above) if above else ''} |"
+        )
+    return lines
 
+
+def table(record: dict[str, Any]) -> list[str]:
     names = [category for category in record["unpruned"] if category != "all"]
     lines = [
-        f"Exact match on {record['questions']} questions about {record['pictures']} pictures (mean over pictures), greedy "
-        "generation. Left: visual tokens of 196, mean over the layers of the language model. Difference in points with its 95 % "
-        "interval (paired, by picture), and the smallest difference that so many pictures could have shown with 80 % power.",
+        _conditions(record),
         "",
         "| plan | left | all | difference | detectable | " + " | ".join(names) + " |",
         "|---|---|---|---|---|" + "---|" * len(names),
@@ -252,9 +288,15 @@ def table(record: dict[str, Any]) -> list[str]:
             lines.append(f"| **{share}** | | | | | " + " | ".join("" for _ in names) + " |")
         by, paired = row["by_category"], row["paired"]
         lines.append(
-            f"| {row['plan']} | {row['left']:.0f} | {percent(by['all'])} | {percent(paired['difference'], '+')} "
-            f"[{percent(paired['low'], '+')}, {percent(paired['high'], '+')}] | {percent(paired['detectable'])} | "
-            + " | ".join(percent(by[n]) for n in names)
-            + " |"
+            f"| {row['plan']} | {row['left']:.0f} | {percent(by['all'])} | {interval(paired)} | "
+            f"{percent(paired['detectable'])} | " + " | ".join(percent(by[n]) for n in names) + " |"
         )
     return lines
+
+
+def _conditions(record: dict[str, Any]) -> str:
+    return (
+        f"Exact match on {record['questions']} questions about {record['pictures']} pictures (mean over pictures), greedy "
+        "generation. Left: visual tokens of 196, mean over the layers of the language model. Difference in points with its 95 % "
+        "interval (paired, by picture), and the smallest difference that so many pictures could have shown with 80 % power."
+    )
