@@ -281,7 +281,7 @@ def print_report(report: "Report") -> None:
     for name, versus in report.against_first().items():
         if versus:
             out.print(f"[bold]{name}[/] against [bold]{first}[/]", highlight=False)
-            _print_scores([("", versus)], (first, name), False)
+            _print_scores([("", versus)], ("the first", "this"), False)
             out.print()
 
 
