@@ -37,7 +37,7 @@ _RECIPES = {
         "the same with the published batch rule: every image drops the mean of the batch's votes",
     ),
     "vit/dense": Recipe(
-        Plan(vision=Stage(Saint(threshold=0.70, center=True), layers=[0, 2, 4], output="nearest")),
+        Plan(vision=Stage(Saint(threshold=0.70, center=True), layers=[0, 2, 4], output="similar")),
         "for DINO-like encoders of 12 layers under a dense head: centred keys, three drop points, full-length output",
     ),
     "vit/tome": Recipe(

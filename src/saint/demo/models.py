@@ -104,7 +104,7 @@ class SaliencyModel(nn.Module):
         if tokens.shape[1] != rows * columns:
             raise ValueError(
                 f"the saliency head needs all {rows} x {columns} patches, got {tokens.shape[1]}: "
-                'prune with Stage(..., output="nearest")'
+                'prune with Stage(..., output="similar")'
             )
         grid = tokens.transpose(1, 2).reshape(batch, -1, rows, columns)
         return nn.functional.interpolate(self.decoder(grid), (height, width), mode="bilinear").sigmoid()
