@@ -17,7 +17,7 @@ import dataclasses
 import gzip
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -232,7 +232,9 @@ def saliency(options: argparse.Namespace) -> None:
     plans["saint, centred, nearest, tau 0.7"] = at(saint.Saint(threshold=0.7, center=True), "nearest")
     plans["saint, not centred, tau 0.75"] = at(saint.Saint(threshold=0.75))
     for share, keep in (("0.7", 0.64), ("0.5", 0.41)):
-        voting = saint.Saint(budget=keep, threshold=0.85)  # thresholds of these rows: best of three on other pictures
+        voting = saint.Saint(
+            budget=keep, threshold=0.85
+        )  # thresholds of these rows: the better of two, see docs/results.md
         plans |= {
             f"saint, centred, at {share}": at(saint.Saint(budget=keep, threshold=0.6, center=True)),
             f"saint, not centred, at {share}": at(voting),
@@ -358,27 +360,26 @@ def tables(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    small = {
-        name: partial(getattr(measure_vlm, f"about_{name}"), results=RESULTS) for name in ("scenes", "modes", "easy")
-    }
-    for name, run, folder, pictures in (
-        ("encoders", encoders, "--stamps", None),
-        ("fashion", fashion, "--fashion", 1500),
-        ("saliency", saliency, "--stamps", None),
-        ("vlm", small["scenes"], None, 240),
-        ("modes", small["modes"], None, 1000),
-        ("easy", small["easy"], None, 40),
-        ("tables", tables, None, None),
-    ):
+
+    def command(name: str, run: Callable[..., None], **options: dict[str, Any]) -> None:
         sub = commands.add_parser(name)
         sub.set_defaults(run=run)
-        sub.add_argument("--cache", type=Path, default=HERE / "cache")
-        if folder is not None:
-            sub.add_argument(folder, type=Path, required=True)
-        if pictures is not None:
-            sub.add_argument("--pictures", type=int, default=pictures)
+        for option, settings in options.items():
+            sub.add_argument(f"--{option}", **settings)
+
+    def pictures(count: int) -> dict[str, Any]:
+        return {"type": int, "default": count}
+
+    folder: dict[str, Any] = {"type": Path, "required": True}
+    cache: dict[str, Any] = {"type": Path, "default": HERE / "cache"}
+    command("encoders", encoders, stamps=folder, cache=cache)
+    command("fashion", fashion, fashion=folder, cache=cache, pictures=pictures(1500))
+    command("saliency", saliency, stamps=folder)
+    command("vlm", partial(measure_vlm.about_scenes, results=RESULTS), pictures=pictures(240))
+    command("modes", partial(measure_vlm.about_modes, results=RESULTS), pictures=pictures(1000))
+    command("easy", partial(measure_vlm.about_easy, results=RESULTS), pictures=pictures(40))
+    command("tables", tables)
     options = parser.parse_args()
-    options.cache.mkdir(parents=True, exist_ok=True)
     RESULTS.mkdir(exist_ok=True)
     options.run(options)
 

@@ -229,7 +229,6 @@ def _measure(
         "unpruned by picture": _rounded(base["all"]),
     }  # fmt: skip
     console.print("unpruned", record["unpruned"], "\nanother picture", record["another picture"])
-    above: list[float] | None = None
     for share, group in chosen.items():
         for title, plan in group.items():
             found, tokens = answers.ask(plan)
@@ -237,10 +236,8 @@ def _measure(
             record["rows"].append(
                 {"share": share, "plan": title, "settings": plan.to_dict(), "left": tokens,
                  "by_category": _by_category(found), "paired": dataclasses.asdict(paired),
-                 "by_picture": _rounded(found["all"]),
-                 "behind the row above": above and dataclasses.asdict(compare(above, found["all"]))}
+                 "by_picture": _rounded(found["all"])}
             )  # fmt: skip
-            above = found["all"]
             console.print(
                 f"{share} {title}: {tokens:.1f} tokens, {paired.base:.3f} -> {paired.pruned:.3f} "
                 f"[{paired.low:+.3f}, {paired.high:+.3f}]"
@@ -257,13 +254,16 @@ def modes_table(record: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|",
         f"| unpruned | 196 | {percent(record['unpruned']['all'])} | | | | |",
     ]
+    above: list[float] = []
     for row in record["rows"]:
-        paired, above = row["paired"], row["behind the row above"]
+        paired = row["paired"]
+        behind = interval(dataclasses.asdict(compare(above, row["by_picture"]))) if above else ""
+        above = row["by_picture"]
         relative = ", ".join(percent(paired[key] / paired["base"], "+") for key in ("low", "high"))
         lines.append(
             f"| {row['plan']} | {row['left']:.0f} | {percent(paired['pruned'])} | {interval(paired)} | "
             f"{percent(paired['difference'] / paired['base'], '+')} % [{relative}] | {percent(paired['detectable'])} | "
-            f"{interval(above) if above else ''} |"
+            f"{behind} |"
         )
     return lines
 

@@ -10,6 +10,7 @@ from test_cli import one_line, run  # noqa: F401  (a fixture)
 from saint import cookbook, demo
 from saint.demo import scenes, small_llava
 from saint.demo.easy_vqa import CATEGORIES, easy_vqa
+from saint.demo.models import clip_names
 from saint.eval import evaluate_vqa, read_questions
 from saint.loading_vlm import load_vlm
 
@@ -32,7 +33,7 @@ def test_the_weights_are_small_and_all_that_was_trained(loaded):
     # the tower stayed frozen
     tower = demo.load("clip-b16").state_dict()
     own = loaded.model.model.vision_tower.state_dict()
-    fitted = {key if key in own else key.removeprefix("vision_model."): value for key, value in tower.items()}
+    fitted = clip_names(tower, loaded.model.model.vision_tower)
     assert all(torch.equal(value, fitted[key]) for key, value in own.items())
 
 

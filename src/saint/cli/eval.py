@@ -271,7 +271,7 @@ def print_report(report: "Report") -> None:
         out.print(f"[bold]{name}[/]  {describe(plan)}", highlight=False)
         rows = [("", report.scores[name])]
         rows += [(group, by_plan[name]) for group, by_plan in report.categories.items()]
-        _print_scores(rows, ("unpruned", "pruned"), bool(report.categories))
+        _print_scores(rows, ("unpruned", "pruned"))
         table = Table("agreement with the unpruned model", "mean", "median", "p20 - p80", "n")
         for measure, s in report.agreement[name].items():
             table.add_row(measure, f"{s.mean:.4f}", f"{s.median:.4f}", f"{s.p20:.4f} - {s.p80:.4f}", str(s.n))
@@ -281,13 +281,15 @@ def print_report(report: "Report") -> None:
     for name, versus in report.against_first().items():
         if versus:
             out.print(f"[bold]{name}[/] against [bold]{first}[/]", highlight=False)
-            _print_scores([("", versus)], ("the first", "this"), False)
+            _print_scores([("", versus)], ("the first", "this"))
             out.print()
 
 
-def _print_scores(rows: list[tuple[str, dict[str, "Paired"]]], who: tuple[str, str], categories: bool) -> None:
+def _print_scores(rows: list[tuple[str, dict[str, "Paired"]]], who: tuple[str, str]) -> None:
+    """``rows``: the scores over all samples under "", then those of each category, if any."""
     if not any(scores for _, scores in rows):
         return
+    categories = len(rows) > 1
     head = ["n", *who, "difference [95 %]", "better/worse", "could show"]
     table = Table("score", *(["category"] if categories else []), *head)
     for group, scores in rows:

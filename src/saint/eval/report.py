@@ -16,6 +16,7 @@ from .compare import Paired, compare
 from .loop import Failure
 
 BASE = "base"
+BySample = dict[str, dict[str, dict[str, float]]]  # by "base" or plan, by score, by sample id
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,7 @@ class Report:
         agreement: by plan: measures that compare the two models and need no labels.
         categories: ``scores`` within each category of questions.
         conditions: all else that the numbers depend on.
-        samples: what the scores are means of: by "base" or plan, then by score, then by sample id. Not part of a record; the
-            journal has it.
+        samples: what the scores are means of. Not part of a record; the journal has it.
     """
 
     given: int
@@ -61,7 +61,7 @@ class Report:
     agreement: dict[str, dict[str, Summary]]
     categories: dict[str, dict[str, dict[str, Paired]]]
     conditions: dict[str, Any]
-    samples: "BySample" = dataclasses.field(repr=False)
+    samples: BySample = dataclasses.field(repr=False)
 
     def between(self, first: str, second: str) -> dict[str, Paired]:
         """Every score of plan ``second`` against plan ``first`` as base, on the samples that have both.
@@ -96,9 +96,6 @@ def check_plans(plans: Mapping[str, Plan]) -> None:
     """
     if not plans or BASE in plans:
         raise ValueError(f'give at least one plan, none of them called "{BASE}", got {list(plans)}')
-
-
-BySample = dict[str, dict[str, dict[str, float]]]
 
 
 def by_sample(entries: Sequence[Mapping[str, Any]], variants: Sequence[str], among: Sequence[str]) -> BySample:
