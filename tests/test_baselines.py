@@ -1,10 +1,12 @@
 """The baselines: formulas against slow literal references, and the contracts of the frame over both kinds of model."""
 
+import functools
+
 import pytest
 import torch
 from models import build
 from test_vlm_oracle import PADDED, Oracle, relative_error
-from vlm_models import FAMILIES, IMAGE, oracle_model, prompts
+from vlm_models import FAMILIES, IMAGE, cache_of, cached, oracle_model, prompts
 
 import saint
 from saint import testing
@@ -338,9 +340,9 @@ def test_the_row_over_an_earlier_turn(llava):
     first, second = prompts(family, model, [[4, 5]]), prompts(family, model, [[3, "0", 6]], seed=1)
     Spy.seen.clear()
     with saint.pruned(model, Plan(language=Spy(0.5))), torch.no_grad():
-        cache = model(**first).past_key_values
+        cache = cache_of(model(**first))
         mask = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
-        model(**{**second, "attention_mask": mask}, past_key_values=cache)
+        model(**{**second, "attention_mask": mask}, **cached(model, cache))
     both = {"input_ids": torch.cat([first["input_ids"], second["input_ids"]], 1), "attention_mask": mask}
     with torch.no_grad():
         attentions = twin(
@@ -403,14 +405,12 @@ def test_attention_that_shows_no_row_is_refused(monkeypatch):
 
     attention = type(model.model.language_model.layers[1].self_attn)
     real = attention.forward
-    monkeypatch.setattr(
-        attention,
-        "forward",
-        lambda self, hidden_states, position_embeddings, attention_mask, past_key_values, **more: (
-            real(self, hidden_states, position_embeddings, attention_mask, past_key_values, **more)[0],
-            None,
-        ),
-    )
+
+    @functools.wraps(real)
+    def without_weights(*args, **kwargs):
+        return real(*args, **kwargs)[0], None
+
+    monkeypatch.setattr(attention, "forward", without_weights)
     inputs = prompts(FAMILIES["llava-llama"], model, PADDED)
     with (
         saint.pruned(model, Plan(language=FastV())),

@@ -5,7 +5,7 @@ import torch
 import transformers as hf
 from test_vlm_generate import GREEDY, threshold_at
 from test_vlm_oracle import LANGUAGE, Oracle, relative_error
-from vlm_models import FAMILIES, prompts
+from vlm_models import FAMILIES, cache_of, cached, prompts
 
 import saint
 from saint.language.cache import KeyMap, entries, extended
@@ -104,7 +104,7 @@ def test_ragged_prompts_without_any_mask():
         trace, logits, tokens = session.trace, [out.logits[:, -1]], []
         for _ in range(steps):
             tokens.append(logits[-1].argmax(-1))
-            step = model(input_ids=tokens[-1][:, None], past_key_values=out.past_key_values)
+            step = model(input_ids=tokens[-1][:, None], **cached(model, cache_of(out)))
             logits.append(step.logits[:, -1])
     assert len(set(trace[-1].tokens_out.tolist())) > 1
     twin = LLAVA.build()
@@ -119,15 +119,15 @@ def test_reordered_cache():
     inputs, plan = ragged(model)
     step, order = torch.tensor([[7], [8], [9]]), torch.tensor([2, 0, 1])
     with saint.pruned(model, plan), torch.no_grad():
-        expected = model(input_ids=step, past_key_values=model(**inputs).past_key_values).logits
-        cache = model(**inputs).past_key_values
+        expected = model(input_ids=step, **cached(model, cache_of(model(**inputs)))).logits
+        cache = cache_of(model(**inputs))
         cache.reorder_cache(order)
-        actual = model(input_ids=step[order], past_key_values=cache).logits
+        actual = model(input_ids=step[order], **cached(model, cache)).logits
         assert relative_error(actual, expected[order]) < 1e-5
-        picked = model(**inputs).past_key_values
+        picked = cache_of(model(**inputs))
         picked.batch_select_indices(order[:2])
         assert (
-            relative_error(model(input_ids=step[order[:2]], past_key_values=picked).logits, expected[order[:2]]) < 1e-5
+            relative_error(model(input_ids=step[order[:2]], **cached(model, picked)).logits, expected[order[:2]]) < 1e-5
         )
 
 
@@ -143,11 +143,11 @@ def test_layers_get_the_true_positions():
         for i, layer in enumerate(layers)
     ]
     with saint.pruned(model, saint.Plan(language=LANGUAGE)) as session, torch.no_grad():
-        cache = model(**inputs).past_key_values
+        cache = cache_of(model(**inputs))
         for entry in session.trace:
             visual = (entry.kept[0] + 4).tolist()
             assert seen[entry.layer + 1].tolist() == [[0, 1, 2, 3, *visual, *range(40, 47)]]
-        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+        model(input_ids=torch.tensor([[5]]), **cached(model, cache))
         assert all(seen[i].tolist() == [[47]] for i in range(len(layers)))
     for hook in hooks:
         hook.remove()

@@ -14,7 +14,7 @@ import torch
 from models import build
 from test_vlm_generate import threshold_at
 from test_vlm_oracle import CONNECTOR, LANGUAGE, VISION, relative_error
-from vlm_models import FAMILIES, IMAGE, prompts
+from vlm_models import FAMILIES, IMAGE, cache_of, cached, prompts
 
 import saint
 
@@ -45,7 +45,7 @@ def test_offset_of_the_image_is_not_off_by_one(llava, before):
     inputs = prompts(LLAVA, llava, [parts])
     text = [*range(before), *range(before + 36, before + 43)]
     with saint.pruned(llava, saint.Plan(language=LANGUAGE)) as session, torch.no_grad():
-        cache = llava(**inputs).past_key_values
+        cache = cache_of(llava(**inputs))
         trace = session.trace
     assert trace[0].tokens_in.tolist() == [36]
     for entry in trace:
@@ -86,8 +86,8 @@ def test_decode_positions_are_the_true_ones_in_every_layer(llava):
             by_generate, seen = seen, []
             # without generate, the model counts from the cache of its first layer, which the vision stage has shortened
             alone = prompts(LLAVA, llava, [[4, "0", 7]])
-            cache = llava(input_ids=alone["input_ids"], pixel_values=alone["pixel_values"]).past_key_values
-            llava(input_ids=torch.tensor([[5]]), past_key_values=cache)
+            cache = cache_of(llava(input_ids=alone["input_ids"], pixel_values=alone["pixel_values"]))
+            llava(input_ids=torch.tensor([[5]]), **cached(llava, cache))
     finally:
         for hook in hooks:
             hook.remove()

@@ -20,9 +20,10 @@ ALLOWED = {
     "methods": {"graph", "tokens", "errors", "methods"},
     "plan": {"methods", "plan"},
     "cookbook": {"methods", "plan"},
-    "vision": {"graph", "tokens", "errors", "patch", "vision"},
-    "language": {"graph", "tokens", "errors", "patch", "language"},
-    "vlm": {"graph", "tokens", "errors", "patch", "vision", "language", "vlm"},
+    "upstream": {"errors", "upstream"},
+    "vision": {"graph", "tokens", "errors", "patch", "upstream", "vision"},
+    "language": {"graph", "tokens", "errors", "patch", "upstream", "language"},
+    "vlm": {"graph", "tokens", "errors", "patch", "upstream", "vision", "language", "vlm"},
 }
 UPPER = {"bench", "eval", "view", "demo", "cli", "testing", "loading", "records"}
 

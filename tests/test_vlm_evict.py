@@ -7,7 +7,7 @@ import torch
 import transformers as hf
 from test_vlm_generate import GREEDY, threshold_at
 from test_vlm_oracle import CONNECTOR, LANGUAGE, VISION, Oracle, relative_error
-from vlm_models import FAMILIES, LAYERS, oracle_model, prompts
+from vlm_models import FAMILIES, LAYERS, cache_of, cached, oracle_model, prompts
 
 import saint
 
@@ -62,7 +62,7 @@ def test_generation_equals_the_oracle(name):
     assert relative_error(logits[:, :1], kept[:, :1]) < 1e-4  # the prompt's own forward saw them
     assert relative_error(logits[:, 1:], kept[:, 1:]) > 1e-3, "eviction changes nothing"
     if name != "gemma3":  # its sliding layers store less
-        assert len({layer.keys.shape[-2] for layer in out.past_key_values.layers}) == 1
+        assert len({layer.keys.shape[-2] for layer in cache_of(out).layers}) == 1
 
 
 def test_bytes_fall():
@@ -72,7 +72,7 @@ def test_bytes_fall():
     for evict in (False, True):
         plan = saint.Plan(language=dataclasses.replace(LANGUAGE, evict=evict))
         with saint.pruned(model, plan) as session, torch.no_grad():
-            cache = model(**inputs).past_key_values
+            cache = cache_of(model(**inputs))
         # the session is over: what it measured must come from inside
         stored[evict] = [layer.keys.shape[-2] for layer in cache.layers]
         logical[evict] = [cache.get_seq_length(i) for i in range(LAYERS)]
@@ -140,12 +140,12 @@ def test_second_image_on_the_same_cache():
         mask = first["attention_mask"][:, :0]
         for turn in (first, text, more):
             mask = torch.cat([mask, turn["attention_mask"]], 1)
-            logits.append(model(**{**turn, "attention_mask": mask}, past_key_values=cache).logits)
+            logits.append(model(**{**turn, "attention_mask": mask}, **cached(model, cache)).logits)
             traces.append(session.trace)
         for _ in range(3):
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             step = torch.tensor([[7], [8]])
-            logits.append(model(input_ids=step, attention_mask=mask, past_key_values=cache).logits)
+            logits.append(model(input_ids=step, attention_mask=mask, **cached(model, cache)).logits)
 
     ids = torch.cat([turn["input_ids"] for turn in (first, text, more)] + [torch.tensor([[7] * 3, [8] * 3])], 1)
     pixels = [first["pixel_values"], more["pixel_values"]]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as hf
 from test_vlm_oracle import CONNECTOR, IMAGE, LANGUAGE, SPECIAL, VISION, Oracle, relative_error
-from vlm_models import FAMILIES, LAYERS, oracle_model, prompts
+from vlm_models import FAMILIES, LAYERS, cache_of, cached, oracle_model, prompts
 
 import saint
 
@@ -40,7 +40,7 @@ def _clean(llava):
 def threshold_at(model, inputs, layer, quantile):
     """A cosine that this share of the even-odd pairs of the visual keys of a layer lies under."""
     with torch.no_grad():
-        cache = model(**inputs).past_key_values
+        cache = cache_of(model(**inputs))
     pairs = []
     for row, places in enumerate(inputs["input_ids"] == IMAGE):
         keys = torch.nn.functional.normalize(cache.layers[layer].keys[row, :, places].mean(0), dim=-1)
@@ -76,7 +76,7 @@ def test_choice_is_the_vote_on_the_cached_keys(llava):
     inputs = prompts(LLAVA, llava, BATCH)
     threshold = threshold_at(llava, inputs, 1, 0.7)
     with torch.no_grad():
-        keys = llava(**inputs).past_key_values.layers[1].keys
+        keys = cache_of(llava(**inputs)).layers[1].keys
     places = inputs["input_ids"] == IMAGE
     keys = torch.stack([keys[row, :, where] for row, where in enumerate(places)])
     ballot = saint.graph.vote(keys, threshold)
@@ -124,7 +124,7 @@ def test_second_turn_on_the_same_cache(llava, twin, plan):
         mask = first["attention_mask"][:, :0]
         for turn in (first, text, more):
             mask = torch.cat([mask, turn["attention_mask"]], 1)
-            logits.append(llava(**{**turn, "attention_mask": mask}, past_key_values=cache).logits)
+            logits.append(llava(**{**turn, "attention_mask": mask}, **cached(llava, cache)).logits)
             traces.append(session.trace)
     assert cache.get_seq_length() == mask.shape[1]
 
@@ -152,7 +152,7 @@ def test_second_turn_on_the_same_cache(llava, twin, plan):
 def test_cache_is_ragged_and_reported(llava):
     inputs = prompts(LLAVA, llava, BATCH[:1])
     with saint.pruned(llava, PLANS["language"]) as session, torch.no_grad():
-        cache = llava(**inputs).past_key_values
+        cache = cache_of(llava(**inputs))
         lengths = [layer.keys.shape[-2] for layer in cache.layers]
         text, out = 11, [int(e.tokens_out) for e in session.trace]
         memory = session.kv_memory
@@ -172,10 +172,10 @@ def test_copied_cache_continues(llava):
     inputs = prompts(LLAVA, llava, BATCH)
     step = next_step(inputs)
     with saint.pruned(llava, PLANS["hybrid"]), torch.no_grad():
-        cache = llava(**inputs).past_key_values
+        cache = cache_of(llava(**inputs))
         twice = copy.deepcopy(cache)
-        a = llava(**step, past_key_values=cache).logits
-        b = llava(**step, past_key_values=twice).logits
+        a = llava(**step, **cached(llava, cache)).logits
+        b = llava(**step, **cached(llava, twice)).logits
     assert torch.equal(a, b)
 
 
@@ -185,17 +185,17 @@ def test_foreign_caches_are_refused(llava):
     with torch.no_grad():
         base = llava(**inputs).logits
         with saint.pruned(llava, PLANS["language"]):
-            cache = llava(**inputs).past_key_values
+            cache = cache_of(llava(**inputs))
         with saint.pruned(llava, PLANS["hybrid"]):
             with pytest.raises(ValueError, match="another plan"):
-                llava(**step, past_key_values=cache)
+                llava(**step, **cached(llava, cache))
             static = hf.StaticCache(config=llava.config.get_text_config(), max_cache_len=128)
             with pytest.raises(ValueError, match="DynamicCache"):
-                llava(**inputs, past_key_values=static)
+                llava(**inputs, **cached(llava, static))
             with pytest.raises(ValueError, match="DynamicCache"):
                 llava.generate(**inputs, max_new_tokens=2, cache_implementation="static")
         with pytest.raises(ValueError, match="has been removed"):
-            llava(**step, past_key_values=cache)
+            llava(**step, **cached(llava, cache))
         assert torch.equal(llava(**inputs).logits, base)
 
 
@@ -213,7 +213,7 @@ def test_sliding_window(window):
                 **inputs, max_new_tokens=40, output_logits=True, return_dict_in_generate=True, **GREEDY
             )
             trace = session.trace
-        cache = out.past_key_values
+        cache = cache_of(out)
         assert all(layer.keys.shape[-2] <= window + 36 for layer in cache.layers)
         expected = Oracle(family, twin, trace, inputs).continued(out.sequences[:, inputs["input_ids"].shape[1] :])
         assert relative_error(torch.stack(out.logits, 1), expected) < 1e-4

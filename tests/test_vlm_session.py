@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as hf
 from test_vlm_oracle import CONNECTOR, LANGUAGE, VISION
-from vlm_models import FAMILIES, IMAGE, LAYERS, VIDEO, prompts
+from vlm_models import FAMILIES, IMAGE, LAYERS, VIDEO, cache_of, prompts
 
 import saint
 from saint import cookbook
@@ -231,7 +231,7 @@ def test_recipes_keep_what_they_state(mode, equivalent):
     ids[:, [0, -1, -2, -3]] = 5
     name = f"llava-1.5/{mode}-{equivalent}"
     with saint.pruned(model.eval(), name) as session, torch.no_grad():
-        cache = model(input_ids=ids, pixel_values=torch.randn(1, 3, 48, 48)).past_key_values
+        cache = cache_of(model(input_ids=ids, pixel_values=torch.randn(1, 3, 48, 48)))
         assert session.trace
     present = [layer.keys.shape[-2] - 4 for layer in cache.layers]
     assert abs(sum(present) / 32 - equivalent) < 1

@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from test_vlm_oracle import SPECIAL
-from vlm_models import FAMILIES, prompts
+from vlm_models import FAMILIES, cache_of, cached, prompts
 
 import saint
 
@@ -108,7 +108,7 @@ def test_continued_from_its_cache(models, name):
             logits = []
             for step in range(3):
                 ids = torch.tensor([[7], [9]]) + step
-                logits.append(model(input_ids=ids, past_key_values=out.past_key_values).logits)
+                logits.append(model(input_ids=ids, **cached(model, cache_of(out))).logits)
         return torch.cat([out.logits, *logits], 1)
 
     assert same(*both(model, keep_everything(family), call))

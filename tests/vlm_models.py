@@ -13,6 +13,8 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from saint.upstream.names import CACHE, Parameters
+
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
 IMAGE, VIDEO, PAD, VOCAB = 100, 101, 0, 128
@@ -156,6 +158,19 @@ def _idefics3(config_cls, cls):
         return _make(cls, config)
 
     return build
+
+
+# -- upstream's spellings -------------------------------------------------------------------------------------------------
+
+
+def cache_of(output) -> object:
+    """The cache in what a model returned."""
+    return CACHE.get(output)
+
+
+def cached(model: nn.Module, cache) -> dict:
+    """The keyword argument that hands ``cache`` to ``model``."""
+    return Parameters(type(model).forward).put({}, CACHE, cache)
 
 
 # -- pixels -----------------------------------------------------------------------------------------------------------

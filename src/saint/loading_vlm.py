@@ -11,7 +11,7 @@ from torch import nn
 from .demo import small_llava
 from .errors import UnsupportedModelError
 from .loading import _explained, _library, resolve_device
-from .vlm.families import ROWS
+from .upstream.families import ROWS
 from .vlm.locate import find
 
 DEMO = f"demo:{small_llava.NAME}"

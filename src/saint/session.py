@@ -18,9 +18,12 @@ from .errors import AlreadyAppliedError, UnsupportedModelError
 from .methods.base import Method
 from .plan import Plan, Stage
 from .tokens import LayerTrace
+from .upstream.names import LAYERS
+from .upstream.specs import EncoderRow
+from .upstream.verify import verify_encoder, verify_family
+from .upstream.versions import warn_if_newer
 from .vision.encoder import PrunedEncoder
 from .vision.locate import locate, locate_tower
-from .vision.rows import EncoderRow
 from .vlm.locate import find as find_vlm
 from .vlm.locate import locate as locate_vlm
 
@@ -203,6 +206,8 @@ def apply(model: nn.Module, plan: Plan | Stage | Method | str) -> Session:
 
 
 def _encoder(stage: Stage, path: str, encoder: nn.Module, row: EncoderRow, joins: int | None = None) -> PrunedEncoder:
+    verify_encoder(encoder, row)
+    warn_if_newer("torch", row.library)
     method = stage.method
     return PrunedEncoder(
         path,
@@ -223,6 +228,8 @@ def _vlm(model: nn.Module, plan: Plan) -> "tuple[PrunedVLM, PrunedEncoder | None
     from .vlm.model import PrunedVLM
 
     path, vlm, row = locate_vlm(model, next(reversed(plan.stages)))
+    verify_family(vlm, row)
+    warn_if_newer("torch", "transformers")
     prefix = f"{path}." if path else ""
     encoder = None
     if plan.vision is not None:
@@ -244,7 +251,7 @@ def _vlm(model: nn.Module, plan: Plan) -> "tuple[PrunedVLM, PrunedEncoder | None
             )
         encoder = _encoder(plan.vision, place, tower, tower_row, joins)
     text = vlm.get_submodule(row.decoder)
-    layers: list[nn.Module] = list(text.get_submodule("layers").children())
+    layers: list[nn.Module] = list(LAYERS.get(text).children())
     for stage in (plan.connector, plan.language):
         if stage is not None and stage.placement == "mid":
             raise UnsupportedModelError(

@@ -26,11 +26,12 @@ from .patch import override
 from .plan import Plan, Stage
 from .session import apply, pruned, remove, status
 from .tokens import LayerTrace
-from .vision.blocks import Anatomy, Block, part
+from .upstream.names import EMBEDDINGS, GRID, POOLED, SEGMENTS, Parameters
+from .upstream.specs import Anatomy, EncoderRow, FamilyRow
+from .upstream.verify import merge_method
+from .vision.blocks import Block, part
 from .vision.locate import locate, locate_tower
-from .vision.rows import EncoderRow
 from .vlm.locate import find as find_vlm
-from .vlm.rows import FamilyRow
 
 Inputs = Mapping[str, Any]
 
@@ -50,19 +51,20 @@ class Result:
 def run(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     """All floating-point tensors a forward returns, by name ("output" for a bare tensor)."""
     with torch.no_grad():
-        return dict(_tensors("output", model(**inputs)))
+        return dict(tensors(model(**inputs)))
 
 
-def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+def tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Floating-point tensors in what a model returned, by path: "output", "logits", "image_outputs.pooler_output", ..."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
-            yield name, value
+            yield name or "output", value
     elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _tensors(str(key), item)
+        for key, item in value.items():  # nested: outputs of a tower, which are not the model's own of the same name
+            yield from tensors(item, f"{name}.{key}" if name else str(key))
     elif isinstance(value, (tuple, list)):
         for index, item in enumerate(value):
-            yield from _tensors(f"{name}[{index}]", item)
+            yield from tensors(item, f"{name or 'output'}[{index}]")
 
 
 def example_inputs(model: nn.Module, batch: int = 3, seed: int = 0) -> dict[str, Tensor]:
@@ -270,7 +272,7 @@ def _hide_in_encoder(
                 current, total = None, x.shape[1]
             mode.visible, mode.masked = current, 0
             if row.packed and current is not None:
-                pieces = current.split((kwargs["cu_seqlens"][1:] - kwargs["cu_seqlens"][:-1]).tolist(), 1)
+                pieces = current.split(SEGMENTS.read(kwargs).diff().tolist(), 1)
                 # where everyone is gone nobody is left to look
                 mode.visible, mode.pieces = None, [p if bool(p.any()) else torch.ones_like(p) for p in pieces]
 
@@ -308,7 +310,7 @@ def _hide_in_encoder(
         nonlocal order
         from transformers.vision_utils import get_vision_window_index
 
-        grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+        grid = GRID.read(Parameters(type(encoder).forward).named(args, kwargs))
         facts: Any = encoder
         order = get_vision_window_index(grid, facts.spatial_merge_size, facts.window_size, facts.patch_size)[0].cpu()
 
@@ -350,8 +352,11 @@ def _mark_features(
         return y.masked_fill(lost.unsqueeze(-1), torch.nan)
 
     def towered(_module: nn.Module, _args: Any, output: Any) -> None:
-        lost = ~torch.cat(_flags(trace[-1], trace)).to(output.pooler_output.device)
-        output.pooler_output = output.pooler_output.masked_fill(lost.unsqueeze(-1), torch.nan)
+        field = POOLED.of(output)
+        assert field is not None
+        features = getattr(output, field)
+        lost = ~torch.cat(_flags(trace[-1], trace)).to(features.device)
+        setattr(output, field, features.masked_fill(lost.unsqueeze(-1), torch.nan))
 
     path, hook = (facts.tower, towered) if row.packed else (facts.connector, connected)
     stack.callback(vlm.get_submodule(path).register_forward_hook(hook).remove)
@@ -361,15 +366,18 @@ def _hide_in_decoder(
     stack: ExitStack, mode: _HideKeys, vlm: nn.Module, facts: FamilyRow, trace: list[LayerTrace]
 ) -> None:
     layers = list(vlm.get_submodule(facts.decoder).get_submodule("layers").children())
+    parameters = Parameters(type(vlm.get_submodule(facts.decoder)).forward)
     visual: list[Tensor] = []  # bool [B, L] of images, of videos
     seen: Tensor | None = None  # bool [B, L], who is still there
 
-    def listen(original: Callable[..., Any]) -> Callable[..., Any]:
-        from .vlm.model import placeholders  # imports transformers
+    from .vlm.model import placeholders  # imports transformers
 
+    method, merges = merge_method(vlm)
+
+    def listen(original: Callable[..., Any]) -> Callable[..., Any]:
         def merge(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            masks = placeholders(vlm, *args, **kwargs) if facts.merge == "inputs_merger" else result
+            masks = placeholders(vlm, *args, **kwargs) if merges else result
             visual.extend(m[..., 0] if m.ndim == 3 else m for m in _as_tuple(masks) if m is not None)
             return result
 
@@ -387,13 +395,14 @@ def _hide_in_decoder(
 
     def begin(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         nonlocal seen
-        x = kwargs["inputs_embeds"]
+        given = parameters.named(args, kwargs)
+        x = EMBEDDINGS.read(given)
         lost = torch.isnan(x).any(-1)
         seen = ~lost if bool(lost.any()) else None
         for entry in trace:
             if entry.stage == "connector":
                 drop(entry)
-        return args, {**kwargs, "inputs_embeds": x.masked_fill(lost.unsqueeze(-1), 0)}
+        return (), parameters.put(given, EMBEDDINGS, x.masked_fill(lost.unsqueeze(-1), 0))
 
     def enter(_module: nn.Module, _args: Any) -> None:
         mode.visible, mode.masked = seen, 0
@@ -412,7 +421,7 @@ def _hide_in_decoder(
 
         return hook
 
-    override(stack, vlm, facts.merge, listen)
+    override(stack, vlm, method, listen)
     stack.callback(vlm.get_submodule(facts.decoder).register_forward_pre_hook(begin, with_kwargs=True).remove)
     for layer, module in enumerate(layers):
         stack.callback(module.register_forward_pre_hook(enter).remove)
@@ -483,7 +492,7 @@ def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
             groups = None if layer == 0 else groups
             kwargs = block.named(args, kwargs)
             if groups is not None:
-                kwargs |= {n: positions(kwargs[n]) for n in block.anatomy.tables if kwargs.get(n) is not None}
+                kwargs |= {n: positions(kwargs[n]) for n in block.tables if kwargs.get(n) is not None}
             mode.visible, mode.masked = logits(x.shape[1], x), 0
             halves = layer in by_layer and (stage.placement or "mid") == "mid"
             y = block.first(x, kwargs) if halves else original(x, **kwargs)
@@ -755,7 +764,7 @@ def _flops(
             stack.callback(block.register_forward_pre_hook(count, with_kwargs=True).remove)
         counter = stack.enter_context(FlopCounterMode(display=False))
         with torch.enable_grad():  # the counter's module tracking fails without (pooling latents, torch 2.13)
-            output = {name: value.detach() for name, value in _tensors("output", model(**inputs))}
+            output = {name: value.detach() for name, value in tensors(model(**inputs))}
     by_module = counter.get_flop_counts()
     out = []
     for index, block in enumerate(blocks):

@@ -7,7 +7,6 @@ caps and sinks are therefore the model's own; the keys are those the layer has j
 Letters: B batch, H heads, S tokens of the sequence, T entries of the cache with the sequence, C channels.
 """
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,21 +16,22 @@ from torch import Tensor, nn
 
 from ..errors import HookNeverFiredError, UnsupportedModelError
 from ..tokens import TokenMap, gather_tokens
+from ..upstream.names import ATTENTION, CACHE, HIDDEN, IMPLEMENTATION, MASK, POSITIONS, ROTARY, Parameters, Role
 from .positions import gather_ids, gather_rotary
 
-_ARGUMENTS = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values")
+_ARGUMENTS = (HIDDEN, ROTARY, MASK, CACHE)
 
 
 def check_attention(layer: nn.Module, path: str, flash: bool) -> None:
     """Raise ``UnsupportedModelError`` unless :class:`LastQuery` can work on this layer."""
-    attention = getattr(layer, "self_attn", None)
+    attention = ATTENTION.get(layer)
     why = None
-    if attention is None or not hasattr(getattr(attention, "config", None), "_attn_implementation"):
-        why = "it has no self_attn whose config names an attention implementation"
+    if attention is None or IMPLEMENTATION.of(getattr(attention, "config", None)) is None:
+        why = f"it has no {ATTENTION} whose config names an attention implementation"
     else:
-        missing = [name for name in _ARGUMENTS if name not in inspect.signature(type(attention).forward).parameters]
+        missing = Parameters(type(attention).forward).missing(*_ARGUMENTS)
         if missing:
-            why = f"its self_attn takes no {', '.join(missing)}"
+            why = f"its {ATTENTION} takes no {', '.join(missing)}"
         elif flash and getattr(attention, "sliding_window", None):
             why = 'its sliding window shows in no mask under flash attention: load the model with attn_implementation="sdpa"'
     if why is not None:
@@ -45,16 +45,15 @@ class LastQuery:
     """Watches one call of a layer's attention, then computes the row."""
 
     def __init__(self, layer: nn.Module, path: str) -> None:
-        self.attention: Any = layer.self_attn
+        self.attention: Any = ATTENTION.get(layer)
+        self.parameters = Parameters(type(self.attention).forward)
         self.path = path
         self.call: dict[str, Any] | None = None
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        names = list(inspect.signature(type(self.attention).forward).parameters)[1:]
-
         def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.call = {**dict(zip(names, args, strict=False)), **kwargs}
+            self.call = self.parameters.named(args, kwargs)
 
         hook = self.attention.register_forward_pre_hook(keep, with_kwargs=True)
         try:
@@ -75,22 +74,24 @@ class LastQuery:
         call, self.call = self.call, None
         if call is None:
             raise HookNeverFiredError(f"the attention of {self.path} was not called, so its queries are not known")
-        hidden, mask = call["hidden_states"].detach(), call.get("attention_mask")
+        hidden, mask = HIDDEN.read(call).detach(), MASK.read(call)
         batch, count = hidden.shape[:2]
         real = _real(mask, batch, count, hidden.device)
         real = real if valid is None else real & valid
         place = torch.arange(count, device=hidden.device)
         last = torch.where(real, place, -1).amax(1).clamp_min(0).unsqueeze(1)  # [B, 1]
         one = TokenMap(last, (1,) * batch, (count,) * batch, count)
-        again = {
-            **call,
-            "hidden_states": gather_tokens(hidden, last, 0),
-            "position_embeddings": gather_rotary(call["position_embeddings"], one),
-            "attention_mask": _row(mask, last, hidden.dtype),
-            "past_key_values": _Held(held),
+        changes: dict[Role, Any] = {
+            HIDDEN: gather_tokens(hidden, last, 0),
+            ROTARY: gather_rotary(ROTARY.read(call), one),
+            MASK: _row(mask, last, hidden.dtype),
+            CACHE: _Held(held),
         }
-        if isinstance(call.get("position_ids"), Tensor):
-            again["position_ids"] = gather_ids(call["position_ids"], one)
+        if isinstance(ids := POSITIONS.read(call), Tensor):
+            changes[POSITIONS] = gather_ids(ids, one)
+        again = call
+        for role, value in changes.items():
+            again = self.parameters.put(again, role, value)
         with torch.no_grad(), _eager(self.attention):
             weights = self.attention.forward(**again)[1]
         if not isinstance(weights, Tensor) or weights.shape[:1] + weights.shape[2:] != (batch, 1, held[0].shape[2]):
@@ -114,7 +115,7 @@ class _Held:
 class _EagerConfig:
     def __init__(self, config: Any) -> None:
         self._config = config
-        self._attn_implementation = "eager"
+        vars(self).update(dict.fromkeys(IMPLEMENTATION.spellings, "eager"))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._config, name)

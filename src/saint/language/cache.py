@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..tokens import Selection, TokenMap, gather_entries
+from ..upstream.names import CACHE
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,6 @@ class RaggedLayer(DynamicLayer):
         self.is_sliding = window is not None  # read by transformers when it sizes masks
         self.length = 0  # logical
         self.map: KeyMap | None = None  # None: all positions are stored
-        self._next: KeyMap | None = None
         self._starts: list[int] = []  # sliding: highest position (over the samples) of each entry of `map`
 
     @classmethod
@@ -147,7 +147,9 @@ class RaggedLayer(DynamicLayer):
         """Take over the content of an ordinary layer."""
         new = cls(owner, layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None)
         if layer.is_initialized:
-            new.dtype, new.device, new.is_initialized = layer.dtype, layer.device, True
+            if hasattr(layer, "dtype"):  # transformers 5.23 and before
+                new.dtype = layer.dtype
+            new.device, new.is_initialized = layer.device, True
             new.keys, new.values = layer.keys, layer.values
             new.length = layer.get_seq_length()
             batch, stored = new.keys.shape[0], new.keys.shape[-2]
@@ -156,23 +158,31 @@ class RaggedLayer(DynamicLayer):
                 new._set_map(KeyMap(empty, None, new.length - stored))
         return new
 
-    def announce(self, keys: KeyMap) -> None:
-        """The next update brings a shortened sequence, after which the entries are ``keys``."""
-        self._next = keys
+    @property
+    def is_croppable(self) -> bool:
+        """Whether any number of the last positions can be taken off again; asked by assisted decoding."""
+        return self.sliding_window is None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: Any,
+        positions: KeyMap | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Append [B, H, S, D]; ``positions`` is what the entries are afterwards, None when the sequence is whole."""
         if self.owner.closed:
             raise ValueError(
                 "this cache was filled under a plan that has been removed, and misses the tokens it dropped: "
                 "start from an empty cache"
             )
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        if self._next is not None:
-            self.length = self._next.end
-            self._set_map(self._next)
-            self._next = None
-        else:
+        if positions is None:
             self.length += key_states.shape[-2]
+        else:
+            self.length = positions.end
+            self._set_map(positions)
         self._let_go()
         return keys, values
 
@@ -221,7 +231,7 @@ class RaggedLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.length, self.map, self._next, self._starts = 0, None, None, []
+        self.length, self.map, self._starts = 0, None, []
 
     def crop(self, tokens_to_remove: int) -> None:
         count = -tokens_to_remove
@@ -253,15 +263,39 @@ class RaggedLayer(DynamicLayer):
             self.map = self.map.repeat(repeats)
 
 
+class CacheView:
+    """The cache as one call of one layer sees it: knows the positions of what the call appends, and keeps its keys.
+
+    Args:
+        cache: the model's cache, or None when nothing is cached.
+        positions: what the layer's entries are after the call, None when the call brings a whole sequence.
+    """
+
+    def __init__(self, cache: Any, positions: KeyMap | None) -> None:
+        self.cache, self.positions = cache, positions
+        self.keys: Tensor | None = None  # of the call, after rotary, before repetition over heads, [B, H, S, D]
+        self.held: tuple[Tensor, Tensor]  # all keys and values the attention sees, [B, H, T, D]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys, self.held = key_states, (key_states, value_states)
+        if self.cache is not None:
+            where = {} if self.positions is None else {"positions": self.positions}
+            self.held = self.cache.update(key_states, value_states, *args, **where, **kwargs)
+        return self.held
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+
 def check_cache(cache: Any, owner: Owner) -> None:
     """Raise ``ValueError`` unless ``cache`` can become ragged under this plan."""
     if not isinstance(cache, Cache):
-        raise ValueError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
+        raise ValueError(f"{CACHE.spellings[0]} must be a transformers Cache, got {type(cache).__name__}")
     for layer in cache.layers:
         if isinstance(layer, RaggedLayer):
             if layer.owner is not owner:
                 raise ValueError(
-                    "past_key_values was filled under another plan, which dropped other tokens at other layers: start from "
+                    "this cache was filled under another plan, which dropped other tokens at other layers: start from "
                     "an empty cache"
                 )
         elif type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):

@@ -11,7 +11,6 @@ Only a prompt is pruned. Steps that add no visual tokens cost one look at the ca
 Letters: B batch, L positions of the forward, S survivors of the longest sample, N visual candidates, H KV heads, D head dim.
 """
 
-import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,8 +24,20 @@ from torch import Tensor, nn
 from ..errors import HookNeverFiredError, UnsupportedModelError
 from ..patch import Uncopyable, override
 from ..tokens import Candidates, LayerTrace, Selection, TokenMap, gather_tokens
+from ..upstream.names import (
+    ALL_STATES,
+    ATTENTION,
+    CACHE,
+    EMBEDDINGS,
+    IMPLEMENTATION,
+    MASK,
+    POSITIONS,
+    ROTARY,
+    Parameters,
+)
+from ..upstream.versions import known_from
 from .attention import LastQuery, check_attention
-from .cache import Owner, RaggedLayer, check_cache, extended, ragged_layer, remaining, stored_bytes
+from .cache import CacheView, KeyMap, Owner, RaggedLayer, check_cache, extended, ragged_layer, remaining, stored_bytes
 from .masks import DENSE, FLASH, survivors_mask
 from .positions import gather_ids, gather_rotary
 
@@ -34,7 +45,7 @@ Select = Callable[[Candidates], Selection | None]
 Validate = Callable[[int, int], None]
 
 # what a decoder layer must take by name; the rotary tables carry the true positions to the survivors
-_ARGUMENTS = ("attention_mask", "past_key_values", "position_embeddings")
+_ARGUMENTS = (MASK, CACHE, ROTARY)
 
 
 @dataclass(frozen=True)
@@ -112,6 +123,7 @@ class PrunedDecoder(Uncopyable):
         self.steps = {} if language is None else {layer: step for step, layer in enumerate(language.layers)}
         self.rows = language is not None and "last_query" in language.needs
         self.owner = Owner()
+        self.parameters = Parameters(type(model).forward)
         self.visual: Tensor | None = None  # bool [B, L], set by the model's glue in front of each forward
         self.marked = False  # NaN rows among them are tokens that the encoder dropped
         self.enters = False  # something may be dropped in front of layer 0
@@ -126,14 +138,13 @@ class PrunedDecoder(Uncopyable):
 
     def _check(self) -> None:
         for index, module in enumerate(self.modules):
-            parameters = inspect.signature(type(module).forward).parameters
-            missing = [name for name in _ARGUMENTS if name not in parameters]
+            missing = Parameters(type(module).forward).missing(*_ARGUMENTS)
             if missing:
                 raise UnsupportedModelError(
                     f"{self.path}.{index} ({type(module).__name__}) takes no {', '.join(missing)}: shortened sequences cannot "
-                    "be given their masks and positions"
+                    f"be given their masks and positions; {known_from('transformers')}"
                 )
-        implementation = getattr(self.model.config, "_attn_implementation", None)
+        implementation = IMPLEMENTATION.get(self.model.config)
         if implementation not in DENSE | FLASH:
             raise UnsupportedModelError(
                 f"attention implementation {implementation!r} of the language model cannot be given the masks of shortened "
@@ -166,7 +177,8 @@ class PrunedDecoder(Uncopyable):
         visual, marked = self.visual, self.marked
         self.visual, self.marked = None, False
         self.fronts, self.whole, self._cache = {}, set(), {}
-        cache = kwargs.get("past_key_values")
+        kwargs = self.parameters.named(args, kwargs)
+        cache = CACHE.read(kwargs)
         if cache is not None and (self._checked is None or self._checked() is not cache):
             check_cache(cache, self.owner)
             self._checked = weakref.ref(cache)
@@ -174,14 +186,14 @@ class PrunedDecoder(Uncopyable):
             if cache is None or cache.get_seq_length() == 0:  # a new prompt without images
                 self.trace, self.memory = [], None
             return None
-        x = kwargs.get("inputs_embeds")
+        x = EMBEDDINGS.read(kwargs)
         if x is None:
             raise HookNeverFiredError(
-                f"{self.path} ({type(module).__name__}) was not given inputs_embeds by name; this version of the model passes "
+                f"{self.path} ({type(module).__name__}) was not given {EMBEDDINGS}; this version of the model passes "
                 "its embeddings differently"
             )
         self.trace, self.memory = [], None
-        wanted = kwargs.get("output_hidden_states", getattr(self.model.config, "output_hidden_states", None))
+        wanted = ALL_STATES.read(kwargs, ALL_STATES.get(self.model.config))
         self.full_outputs = wanted is not None and wanted is not False
         batch, length = x.shape[:2]
         lengths = tuple(visual.sum(1).tolist())
@@ -213,7 +225,7 @@ class PrunedDecoder(Uncopyable):
         self.fronts[0] = front
         if front.short:
             self.whole.add(0)
-        return (args, {**kwargs, "inputs_embeds": x}) if marked else None
+        return ((), self.parameters.put(kwargs, EMBEDDINGS, x)) if marked else None
 
     # -- one layer ----------------------------------------------------------------------------------------------------
 
@@ -289,35 +301,38 @@ class PrunedDecoder(Uncopyable):
         """The layer's input [B, S, C], from the full sequence where the model works on it between layers."""
         return gather_tokens(x, front.tokens.index, 0) if layer in self.whole else x
 
-    def arguments(self, layer: int, front: Front, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Rotary tables, positions and mask of the survivors; announces them to the cache."""
-        tokens, out = front.tokens, dict(kwargs)
-        out["position_embeddings"] = self._once("rotary", tokens, kwargs["position_embeddings"], gather_rotary)
-        if isinstance(kwargs.get("position_ids"), Tensor):
-            out["position_ids"] = self._once("ids", tokens, kwargs["position_ids"], gather_ids)
-        cache = kwargs.get("past_key_values")
+    def arguments(
+        self, layer: int, front: Front, parameters: Parameters, kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], KeyMap | None]:
+        """Rotary tables, positions and mask of the survivors, and what their cache layer holds with them."""
+        tokens, cache = front.tokens, CACHE.read(kwargs)
         entry = None if cache is None else ragged_layer(cache, layer, self.owner)
-        out["attention_mask"] = self._mask(kwargs.get("attention_mask"), tokens, entry, tokens.width)
-        if entry is not None:
-            before = entry.length
-            entry.announce(self._once("keys", tokens, entry.map, lambda past, t: extended(past, before, t)))
-        return out
+        out = parameters.put(kwargs, ROTARY, self._once("rotary", tokens, ROTARY.read(kwargs), gather_rotary))
+        if isinstance(ids := POSITIONS.read(kwargs), Tensor):
+            out = parameters.put(out, POSITIONS, self._once("ids", tokens, ids, gather_ids))
+        out = parameters.put(out, MASK, self._mask(MASK.read(kwargs), tokens, entry, tokens.width))
+        if entry is None:
+            return out, None
+        before = entry.length
+        return out, self._once("keys", tokens, entry.map, lambda past, t: extended(past, before, t))
 
-    def whole_arguments(self, layer: int, queries: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def whole_arguments(
+        self, layer: int, queries: int, parameters: Parameters, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
         """The mask of a sequence that is all there, over a cache that is not."""
-        cache = kwargs.get("past_key_values")
+        cache = CACHE.read(kwargs)
         if cache is None or layer >= len(cache.layers):
             return kwargs
         entry = cache.layers[layer]
         if not isinstance(entry, RaggedLayer) or entry.map is None:
             return kwargs
-        return {**kwargs, "attention_mask": self._mask(kwargs.get("attention_mask"), None, entry, queries)}
+        return parameters.put(kwargs, MASK, self._mask(MASK.read(kwargs), None, entry, queries))
 
     def _mask(self, mask: Any, tokens: TokenMap | None, entry: RaggedLayer | None, queries: int) -> Any:
         past, before, first = None, 0, 0
         if entry is not None:
             past, before, (_, first) = entry.map, entry.length, entry.get_mask_sizes(queries)
-        flash = getattr(self.model.config, "_attn_implementation", None) in FLASH
+        flash = IMPLEMENTATION.get(self.model.config) in FLASH
         # layers with the same mask, survivors and cache content share the result
         key = ("mask", id(mask), id(tokens), id(past), first)
         if key not in self._cache:
@@ -346,12 +361,13 @@ class PrunedDecoder(Uncopyable):
         if self.evict:
             left = self.fronts[self.depth].tokens
             for layer in range(self.depth):
-                if self.fronts[layer].tokens is not left:
-                    entry = ragged_layer(cache, layer, self.owner)
+                entry = ragged_layer(cache, layer, self.owner)
+                if self.fronts[layer].tokens is not left and entry.is_initialized:
                     before = entry.length - left.width
                     entry.evict(*self._once("left", left, entry.map, partial(remaining, before=before)))
         sizes = [stored_bytes(layer) for layer in cache.layers]
-        self.memory = KVMemory(sum(kept for kept, _ in sizes), sum(whole for _, whole in sizes))
+        kept, whole = (sum(size) for size in zip(*sizes, strict=True))
+        self.memory = KVMemory(kept, whole) if whole else None  # gradient checkpointing takes the cache away
 
 
 class PrunedLayer(Uncopyable):
@@ -359,46 +375,41 @@ class PrunedLayer(Uncopyable):
 
     def __init__(self, decoder: PrunedDecoder, layer: int, original: Callable[..., Any]) -> None:
         self.decoder, self.layer, self.original = decoder, layer, original
-        parameters = inspect.signature(type(decoder.modules[layer]).forward).parameters
-        self.names = list(parameters)[2:]  # behind self and the hidden states
+        self.parameters = Parameters(type(decoder.modules[layer]).forward)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        decoder, layer = self.decoder, self.layer
-        if args:
-            kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        decoder, layer, parameters = self.decoder, self.layer, self.parameters
+        kwargs = parameters.named(args, kwargs, skip=1)
         front = decoder.front(layer)
         if front is None:
-            return self.original(hidden_states, **decoder.whole_arguments(layer, hidden_states.shape[1], kwargs))
-        module = decoder.modules[layer]
-        checkpointed = bool(getattr(module, "gradient_checkpointing", False)) and module.training
-        if checkpointed:
-            kwargs["past_key_values"] = None  # as transformers does inside the layer, which is too late for us
-        cache = kwargs.get("past_key_values")
-        x = hidden_states
+            kwargs = decoder.whole_arguments(layer, hidden_states.shape[1], parameters, kwargs)
+            return self.original(hidden_states, **kwargs)
+        module, cache = decoder.modules[layer], CACHE.read(kwargs)
+        x, positions = hidden_states, None
         if front.short:
             x = decoder.shorten(layer, front, x)
-            kwargs = decoder.arguments(layer, front, kwargs)
+            kwargs, positions = decoder.arguments(layer, front, parameters, kwargs)
         else:
-            kwargs = decoder.whole_arguments(layer, x.shape[1], kwargs)
-        tap = None
-        if layer in decoder.steps:
-            tap = kwargs["past_key_values"] = KeyTap(cache)
-        query = LastQuery(module, f"{decoder.path} layer {layer}") if tap is not None and decoder.rows else None
+            kwargs = decoder.whole_arguments(layer, x.shape[1], parameters, kwargs)
+        view, chooses = CacheView(cache, positions), layer in decoder.steps
+        if chooses or positions is not None:
+            kwargs = parameters.put(kwargs, CACHE, view)
+        query = LastQuery(module, f"{decoder.path} layer {layer}") if chooses and decoder.rows else None
         with ExitStack() as stack:
-            if checkpointed:
-                stack.enter_context(_tapped(module, tap))
+            if chooses and module.training:
+                stack.enter_context(_returned(module, view))
             if query is not None:
                 stack.enter_context(query.watch())
             out = self.original(x, **kwargs)
         y = out[0] if isinstance(out, tuple) else out
         after = front
-        if tap is not None:
-            if tap.keys is None:
+        if chooses:
+            if view.keys is None:
                 raise HookNeverFiredError(
                     f"{decoder.path} layer {layer} put no keys into its cache, so there is nothing to score"
                 )
-            row = None if query is None else query.row(tap.held, front.tokens.valid)
-            after = decoder.choose(layer, front, tap.keys, y, row)
+            row = None if query is None else query.row(view.held, front.tokens.valid)
+            after = decoder.choose(layer, front, view.keys, y, row)
             if after is not front:
                 y = gather_tokens(y, after.slots, 0)
         decoder.fronts[layer + 1] = after
@@ -408,34 +419,24 @@ class PrunedLayer(Uncopyable):
         return (y, *out[1:]) if isinstance(out, tuple) else y
 
 
-class KeyTap:
-    """Stands in for the cache of one layer call and sees its keys, as cached: after rotary, before repetition over heads."""
-
-    def __init__(self, cache: Any) -> None:
-        self.cache = cache
-        self.keys: Tensor | None = None
-        self.held: tuple[Tensor, Tensor]  # all keys and values the attention sees
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.keys, self.held = key_states, (key_states, value_states)
-        if self.cache is not None:
-            self.held = self.cache.update(key_states, value_states, *args, **kwargs)
-        return self.held
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.cache, name)
-
-
 @contextmanager
-def _tapped(module: nn.Module, tap: KeyTap | None) -> Iterator[None]:
-    """Hand the tap to the attention itself: gradient checkpointing takes any cache away from the layer."""
-    attention = getattr(module, "self_attn", None)
-    if tap is None or attention is None:
+def _returned(module: nn.Module, view: CacheView) -> Iterator[None]:
+    """Give the view back to the attention where gradient checkpointing takes any cache away from the layer.
+
+    Whether it does depends on the release and on whether gradients are recorded; here it is seen, not predicted.
+    """
+    attention = ATTENTION.get(module)
+    if attention is None:
         yield
         return
+    parameters = Parameters(type(attention).forward)
 
     def insert(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, "past_key_values": tap}
+        given = parameters.named(args, kwargs)
+        if CACHE.read(given) is not None:
+            return None
+        view.cache = None
+        return (), parameters.put(given, CACHE, view)
 
     hook = attention.register_forward_pre_hook(insert, with_kwargs=True)
     try:

@@ -5,51 +5,15 @@ halves are composed of the block's own modules, and the composition is compared 
 anything is touched. Upstream drift becomes a :class:`~saint.errors.ParityError`, never a wrong number.
 """
 
-import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import HookNeverFiredError, ParityError
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """Names of the parts of a residual block, relative to the block.
-
-    ``first(x) = x + branch1(attn(norm1(x)))`` and ``second(x) = x + branch2(mlp(norm2(x)))``. A branch is a chain of
-    modules or per-channel parameters; parts that are None or absent in an instance are skipped, so one row covers blocks
-    with and without LayerScale, DropPath or post-norm.
-
-    Attributes:
-        norm1, attn, branch1, norm2, mlp, branch2: attribute names; ``attn`` may be a method of the block.
-        keys: what shows the keys: a module whose output is K ([B, H, N, D] or [B, N, H*D]), or a packed ``in_proj_weight``
-            from which they are recomputed. The first candidate that exists is used.
-        heads: attribute with the number of heads, needed for 3-D keys; the first candidate that exists is used.
-        mask: name of the block's attention-mask argument.
-        padding: nn.MultiheadAttention that takes ``key_padding_mask`` instead of ``mask``.
-        tables: names of block arguments that hold positional tables over the patch tokens (RoPE).
-        fused: what ``keys`` names emits queries, keys and values side by side.
-        segments: of a block on packed sequences [N, C]: name of the argument with the cumulative lengths of the segments that
-            attend to themselves.
-    """
-
-    attn: str
-    mlp: str
-    norm1: str | None = "norm1"
-    norm2: str | None = "norm2"
-    branch1: tuple[str, ...] = ()
-    branch2: tuple[str, ...] = ()
-    keys: tuple[str, ...] = ("attn.k_norm",)
-    heads: tuple[str, ...] = ()
-    mask: str | None = "attn_mask"
-    padding: str | None = None
-    tables: tuple[str, ...] = ()
-    fused: bool = False
-    segments: str | None = None
+from ..upstream.names import Parameters
+from ..upstream.specs import Anatomy
 
 
 def part(module: nn.Module, path: str) -> Any:
@@ -71,9 +35,13 @@ class Block:
         self.module, self.anatomy, self.name = module, anatomy, name
         self._keys: Tensor | None = None
         self._source: Any = None
-        parameters = inspect.signature(type(module).forward).parameters
-        self.arguments = list(parameters)[2:]  # behind self and the hidden states
-        self.takes_mask = anatomy.mask in parameters
+        self.parameters = Parameters(type(module).forward)
+        names = self.parameters.names
+        self.mask = None if anatomy.mask is None else anatomy.mask.among(names)
+        self.tables = tuple(found for table in anatomy.tables if (found := table.among(names)) is not None)
+        self.segments = None if anatomy.segments is None else anatomy.segments.among(names)
+        if self.segments is None and anatomy.segments is not None:
+            raise ParityError(f"{name} ({type(module).__name__}) takes no {anatomy.segments}, which ends its segments")
         source = next((path for path in anatomy.keys if part(module, path) is not None), None)
         if source is None:
             raise ParityError(
@@ -84,8 +52,7 @@ class Block:
 
     def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments of a call behind the hidden states, by name."""
-        # cut to equal length: torch 2.8's compiler takes every zip for a strict one
-        return {**dict(zip(self.arguments[: len(args)], args, strict=True)), **kwargs}
+        return self.parameters.named(args, kwargs, skip=1)
 
     # -- keys ---------------------------------------------------------------------------------------------------------
 
@@ -117,7 +84,7 @@ class Block:
         keys = keys.detach()
         if self.anatomy.fused:
             keys = keys.chunk(3, -1)[1]
-        if self.anatomy.segments is not None:
+        if self.segments is not None:
             keys = keys.unsqueeze(0)
         if not isinstance(self._source, nn.Module):
             return self._project(self._source, keys[:, prefix:])
@@ -175,12 +142,12 @@ class Block:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(2, prefix + 6, width, generator=generator).to(weight)
         kwargs: dict[str, Any] = {}
-        if self.anatomy.segments is not None:
+        if self.segments is not None:
             x = x.flatten(0, 1)
-            kwargs[self.anatomy.segments] = torch.tensor([0, 4, len(x)], dtype=torch.int32, device=x.device)
-        kwargs |= {name: table(name, x) for name in self.anatomy.tables if name in self.arguments}
-        if self.anatomy.mask in self.arguments:
-            kwargs[self.anatomy.mask or ""] = None
+            kwargs[self.segments] = torch.tensor([0, 4, len(x)], dtype=torch.int32, device=x.device)
+        kwargs |= {name: table(name, x) for name in self.tables}
+        if self.mask is not None:
+            kwargs[self.mask] = None
         training = [m for m in self.module.modules() if m.training]
         unwatch = self.watch_keys()
         try:

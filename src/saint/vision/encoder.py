@@ -36,8 +36,9 @@ from ..tokens import (
     square_groups,
     visible,
 )
+from ..upstream.names import GRID, IMPLEMENTATION, LONGEST, TIMM_ROTARY, Parameters
+from ..upstream.specs import EncoderRow
 from .blocks import Block, part
-from .rows import EncoderRow
 
 
 class _Uncopied:
@@ -103,6 +104,7 @@ class PrunedEncoder(_Uncopied):
         self.modules: list[nn.Module] = list(part(encoder, row.blocks))
         self.depth = len(self.modules)
         self.prefix = row.prefix(encoder)
+        self.parameters = Parameters(type(encoder).forward)
         self.steps = {layer: step for step, layer in enumerate(layers)}
         self.dense = False  # full-length block outputs, for callers that reshape to the grid
         self.grid: tuple[int, int] | None = None
@@ -149,11 +151,6 @@ class PrunedEncoder(_Uncopied):
         if self.beta:
             for index in range(self.layers[0] + 1, self.depth):
                 self._check_bias(index)
-        if self.row.order is not None and not hasattr(self.encoder, self.row.order):
-            raise UnsupportedModelError(
-                f"{name} has no method {self.row.order}, which shows the order of its windows: this version of its library "
-                "reorders tokens differently"
-            )
         if self.output == "nearest" and self.row.patch is None:
             raise UnsupportedModelError(f'{name} shows no patch grid: output="nearest" is not possible, use "similar"')
         self._prove()
@@ -203,8 +200,8 @@ class PrunedEncoder(_Uncopied):
                 stack.callback(hook.remove)
         if self.restored:
             stack.callback(self.encoder.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
-        if self.row.order is not None:
-            _override(stack, self.encoder, self.row.order, self._see_order)
+        if self.row.order is not None and (method := self.row.order.of(self.encoder)) is not None:
+            _override(stack, self.encoder, method, self._see_order)
         if self.row.patch is not None:
             stack.callback(part(self.encoder, self.row.patch).register_forward_hook(self._see_grid).remove)
         final = part(self.encoder, self.row.final) if self.row.final else None
@@ -230,7 +227,7 @@ class PrunedEncoder(_Uncopied):
         # NaN shows whether a merger lets a dropped token touch a kept one, but would spoil the gradient of its weights
         self.hole = 0.0 if torch.is_grad_enabled() else torch.nan
         if self.row.packed:
-            grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+            grid = GRID.read(self.parameters.named(args, kwargs))
             self.samples = torch.repeat_interleave(grid[:, 1] * grid[:, 2], grid[:, 0]).tolist()
             self.order = None
 
@@ -391,17 +388,18 @@ class PrunedEncoder(_Uncopied):
         tokens, block = self.maps[layer], self.blocks[layer]
         assert block is not None
         out = dict(kwargs)
-        for name in block.anatomy.tables:
+        for name in block.tables:
             value = kwargs.get(name)
             if value is not None:
                 out[name] = self._cached(name, layer, value, lambda v: _map_tables(v, tokens))
-        if block.anatomy.segments is not None:
-            ends = kwargs[block.anatomy.segments]
-            short = out[block.anatomy.segments] = self._cached("segments", layer, ends, lambda v: shorter(v, tokens))
-            if kwargs.get("max_seqlen") is not None:  # flash attention
-                out["max_seqlen"] = self._cached("longest", layer, short, lambda v: int((v[1:] - v[:-1]).max()))
-        mask = block.anatomy.mask
-        if mask is not None and block.takes_mask and block.anatomy.padding is None:
+        if block.segments is not None:
+            ends = kwargs[block.segments]
+            short = out[block.segments] = self._cached("segments", layer, ends, lambda v: shorter(v, tokens))
+            if LONGEST.read(kwargs) is not None:  # flash attention
+                longest = self._cached("longest", layer, short, lambda v: int((v[1:] - v[:-1]).max()))
+                out = block.parameters.put(out, LONGEST, longest)
+        mask = block.mask
+        if mask is not None and block.anatomy.padding is None:
             given = kwargs.get(mask)
             if given is not None or tokens.valid is not None or layer in self.sizes:
                 dtype = next(self.modules[layer].parameters()).dtype
@@ -444,20 +442,19 @@ class PrunedEncoder(_Uncopied):
 
         def short(part_x: Tensor, part_tokens: TokenMap) -> tuple[Tensor, ...]:
             part_kwargs = dict(kwargs)
-            for name in block.anatomy.tables:
+            for name in block.tables:
                 if kwargs.get(name) is not None:
                     part_kwargs[name] = _map_tables(kwargs[name], part_tokens)
-            if block.anatomy.mask in kwargs:
-                part_kwargs[block.anatomy.mask] = None  # it hides padding, of which nothing is left
+            if block.mask in kwargs:
+                part_kwargs[block.mask] = None  # it hides padding, of which nothing is left
             return with_keys(part_x, part_kwargs)
 
         # this attention takes no dense mask: samples of equal length run together, nothing is padded
         return _by_length(tokens, x, short)
 
     def _masks(self, block: Block) -> bool:
-        config = getattr(self.encoder, "config", None)
-        implementation = getattr(config, "_attn_implementation", None)
-        return block.takes_mask and (implementation is None or implementation in _DENSE_MASK)
+        implementation = IMPLEMENTATION.get(getattr(self.encoder, "config", None))
+        return block.mask is not None and (implementation is None or implementation in _DENSE_MASK)
 
     # -- results ------------------------------------------------------------------------------------------------------
 
@@ -533,7 +530,7 @@ class PrunedBlock(_Uncopied):
         if stage.row.packed:
             x = x.unsqueeze(0)
         if layer == 0:
-            stage.begin(x, kwargs.get(block.anatomy.mask) if block is not None and block.anatomy.mask else None)
+            stage.begin(x, kwargs.get(block.mask) if block is not None and block.mask else None)
         if layer not in stage.maps:
             raise RuntimeError(f"block {layer} ran without the blocks before it; the plan prunes whole forwards only")
         if layer in stage.expanded:
@@ -575,7 +572,7 @@ class PrunedBlock(_Uncopied):
 def _probe_table(dim: int, prefix: int, name: str, like: Tensor) -> Any:
     count = like.shape[-2] - prefix
     values = torch.randn(count, 2 * dim, generator=torch.Generator().manual_seed(1)).to(like)
-    return values if name == "rope" else (values[:, :dim], values[:, dim:])
+    return values if name in TIMM_ROTARY.spellings else (values[:, :dim], values[:, dim:])
 
 
 def _map_tables(value: Any, tokens: TokenMap) -> Any:

@@ -3,8 +3,8 @@
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from . import open_clip, timm, transformers
-from .rows import EncoderRow
+from ..upstream import open_clip, timm, transformers
+from ..upstream.specs import EncoderRow
 
 ROWS: tuple[EncoderRow, ...] = (*timm.ROWS, *transformers.ROWS, *open_clip.ROWS)
 _BY_CLASS = {row.encoder: row for row in ROWS}

@@ -3,8 +3,8 @@
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from .families import ROWS
-from .rows import FamilyRow
+from ..upstream.families import ROWS
+from ..upstream.specs import FamilyRow
 
 _BY_CLASS = {row.model: row for row in ROWS}
 

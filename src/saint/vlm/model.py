@@ -18,8 +18,10 @@ from ..errors import HookNeverFiredError, ParityError, UnsupportedModelError
 from ..language.decoder import PrunedDecoder
 from ..patch import Uncopyable, override
 from ..tokens import full_length
+from ..upstream.names import CACHE, ENCODED, IMAGE_TOKEN, Parameters
+from ..upstream.specs import FamilyRow
+from ..upstream.verify import merge_method
 from ..vision.encoder import PrunedEncoder
-from .rows import FamilyRow
 
 
 class PrunedVLM(Uncopyable):
@@ -37,6 +39,8 @@ class PrunedVLM(Uncopyable):
         self, path: str, model: Any, row: FamilyRow, decoder: PrunedDecoder, encoder: PrunedEncoder | None
     ) -> None:
         self.path, self.model, self.row, self.decoder, self.encoder = path, model, row, decoder, encoder
+        self.parameters = Parameters(type(model).forward)
+        self.merge, self.merges = merge_method(model)
         self.waiting = False  # images came in, and their places are not known yet
         self.features = 0  # map of the encoder its features belong to
         self.mergers: dict[str, int] = {}  # path -> map of the encoder it reads
@@ -62,7 +66,7 @@ class PrunedVLM(Uncopyable):
     def install(self, stack: ExitStack) -> None:
         """Patch the instance; ``stack`` undoes it."""
         stack.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
-        override(stack, self.model, self.row.merge, self._listen)
+        override(stack, self.model, self.merge, self._listen)
         # registered before the decoder's own hook, so it runs first
         text = self.decoder.model
         stack.callback(text.register_forward_pre_hook(self._check_fired).remove)
@@ -76,21 +80,20 @@ class PrunedVLM(Uncopyable):
                     mark = torch.nan if path == self.row.connector else 0.0
                     override(stack, self.model.get_submodule(path), "forward", partial(self._join, layer, mark))
 
-    def _begin(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.decoder.visual = None
-        self.waiting = any(kwargs.get(name) is not None for name in self.row.pixels)
-        cache = kwargs.get("past_key_values")
+        given = self.parameters.named(args, kwargs)
+        self.waiting = any(pixels.read(given) is not None for pixels in self.row.pixels)
+        cache, encoded = CACHE.read(given), ENCODED.read(given)
         fresh = cache is None or cache.get_seq_length() == 0
-        if self.encoder is not None and not self.waiting and not kwargs.get("mm_encoder_outputs") and fresh:
+        if self.encoder is not None and not self.waiting and (encoded is None or not len(encoded)) and fresh:
             self.encoder.reset()  # a new prompt without images
 
     def _listen(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def merge(*args: Any, **kwargs: Any) -> Any:
-            if self.row.merge == "inputs_merger":
-                masks: Any = placeholders(self.model, *args, **kwargs)
-                result = original(*args, **kwargs)
-            else:
-                result = masks = original(*args, **kwargs)
+            masks: Any = placeholders(self.model, *args, **kwargs) if self.merges else None
+            result = original(*args, **kwargs)
+            masks = result if masks is None else masks
             for mask in masks if isinstance(masks, tuple) else (masks,):
                 if mask is not None:
                     seen = mask[..., 0] if mask.ndim == 3 else mask
@@ -105,7 +108,7 @@ class PrunedVLM(Uncopyable):
         if self.waiting:
             self.waiting = False
             raise HookNeverFiredError(
-                f"{type(self.model).__name__} was given images and did not call {self.row.merge}, so nothing shows where its "
+                f"{type(self.model).__name__} was given images and did not call {self.merge}, so nothing shows where its "
                 "visual tokens are; this version of the model merges them differently"
             )
 
@@ -164,8 +167,8 @@ class PrunedVLM(Uncopyable):
 
 
 def placeholders(model: Any, input_ids: Tensor | None, inputs_embeds: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Where the image placeholders are, bool [B, L], as ``inputs_merger`` finds them."""
-    token = model.config.image_token_id
+    """Where the image placeholders are, bool [B, L], as the merging method finds them."""
+    token = IMAGE_TOKEN.get(model.config)
     if input_ids is not None:
         return (input_ids == token).to(inputs_embeds.device)
     row = model.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))

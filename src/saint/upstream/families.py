@@ -1,8 +1,9 @@
-"""Facts about the vision-language models of transformers (>= 5.20)."""
+"""Facts about the vision-language models of transformers."""
 
 from typing import Any
 
-from .rows import FamilyRow
+from .names import PIXELS, VIDEOS
+from .specs import FamilyRow
 
 
 def _row(title: str, module: str, cls: str, **facts: Any) -> FamilyRow:
@@ -16,7 +17,7 @@ def _feature_layer(model: Any, depth: int) -> int | None:
     return layer if layer >= 0 else depth + 1 + layer
 
 
-_BOTH = ("pixel_values", "pixel_values_videos")
+_BOTH = (PIXELS, VIDEOS)
 _USE = "; use the connector or language stage"
 
 ROWS: tuple[FamilyRow, ...] = (
@@ -77,7 +78,6 @@ ROWS: tuple[FamilyRow, ...] = (
         tower="vision_model",
         connector="connector",
         decoder="text_model",
-        merge="inputs_merger",
         joins=lambda m: m.connector.scale_factor,
     ),
     _row(

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from .blocks import Anatomy
-from .rows import EncoderRow
+from .specs import Anatomy, EncoderRow
 
 _DEFAULT = Anatomy(
     attn="attention",  # a method of the block: casts the mask and unpacks nn.MultiheadAttention

@@ -1,9 +1,9 @@
-"""Facts about timm's encoders (timm >= 1.0.20)."""
+"""Facts about timm's encoders."""
 
 from typing import Any
 
-from .blocks import Anatomy
-from .rows import EncoderRow
+from .names import TIMM_ROTARY
+from .specs import Anatomy, EncoderRow
 
 _VIT = Anatomy(attn="attn", mlp="mlp", branch1=("ls1", "drop_path1"), branch2=("ls2", "drop_path2"))
 _RES_POST = Anatomy(
@@ -11,7 +11,7 @@ _RES_POST = Anatomy(
 )
 # k_norm is an Identity when there is no qk-norm; a hook on attn.qkv would never fire, EVA calls F.linear on its weight
 _EVA = Anatomy(
-    attn="attn", mlp="mlp", branch1=("gamma_1", "drop_path1"), branch2=("gamma_2", "drop_path2"), tables=("rope",)
+    attn="attn", mlp="mlp", branch1=("gamma_1", "drop_path1"), branch2=("gamma_2", "drop_path2"), tables=(TIMM_ROTARY,)
 )
 _EVA_POST = Anatomy(
     attn="attn",
@@ -20,7 +20,7 @@ _EVA_POST = Anatomy(
     norm2=None,
     branch1=("norm1", "drop_path1"),
     branch2=("norm2", "drop_path2"),
-    tables=("rope",),
+    tables=(TIMM_ROTARY,),
 )
 
 

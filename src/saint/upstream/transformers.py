@@ -1,9 +1,9 @@
-"""Facts about the vision encoders of transformers (>= 5.10)."""
+"""Facts about the vision encoders of transformers."""
 
 from typing import Any
 
-from .blocks import Anatomy
-from .rows import EncoderRow
+from .names import MASK, ROTARY, SEGMENTS, WINDOW_ORDER
+from .specs import Anatomy, EncoderRow
 
 _VIT = Anatomy(
     attn="attention",
@@ -14,7 +14,7 @@ _VIT = Anatomy(
     branch2=("dropout",),
     keys=("attention.k_proj",),
     heads=("attention.num_attention_heads",),
-    mask="attention_mask",
+    mask=MASK,
 )
 _CLIP = Anatomy(
     attn="self_attn",
@@ -23,7 +23,7 @@ _CLIP = Anatomy(
     norm2="layer_norm2",
     keys=("self_attn.k_proj",),
     heads=("self_attn.num_heads",),
-    mask="attention_mask",
+    mask=MASK,
 )
 _INTERNVL = Anatomy(
     attn="attention",
@@ -42,9 +42,9 @@ _QWEN = Anatomy(
     keys=("attn.qkv",),
     heads=("attn.num_heads",),
     mask=None,
-    tables=("position_embeddings",),
+    tables=(ROTARY,),
     fused=True,
-    segments="cu_seqlens",
+    segments=SEGMENTS,
 )
 _DINOV2 = Anatomy(
     attn="attention",
@@ -53,8 +53,8 @@ _DINOV2 = Anatomy(
     branch2=("layer_scale2", "drop_path"),
     keys=("attention.k_proj", "attention.attention.key"),  # the second: transformers 5.10 and before
     heads=("attention.num_heads", "attention.num_attention_heads", "attention.attention.num_attention_heads"),
-    mask="attention_mask",
-    tables=("position_embeddings",),
+    mask=MASK,
+    tables=(ROTARY,),
 )
 
 
@@ -210,7 +210,7 @@ TOWERS: list[EncoderRow] = [
                 "qwen2_5_vl",
                 "Qwen2_5_VisionTransformerPretrainedModel",
                 "Qwen2_5_VLVisionBlock",
-                "permute_input_for_window_attn",
+                WINDOW_ORDER,
             ),
             ("Qwen3-VL", "qwen3_vl", "Qwen3VLVisionModel", "Qwen3VLVisionBlock", None),
         )

@@ -1,0 +1,110 @@
+"""Names of other people's arguments, methods and fields: where a release renames one, one line here is edited.
+
+A :class:`Role` is what this library means; its spellings are what releases have called it, newest first. Which one holds is
+read off the signatures and attributes of the modules at hand when a plan is applied, never off a version number.
+
+Hooks and overridden forwards run in front of upstream's own renaming shims: callers may still use an older spelling. So
+reading accepts every spelling, and writing leaves exactly one.
+"""
+
+import inspect
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Role:
+    """One thing of upstream's and its spellings, newest first."""
+
+    spellings: tuple[str, ...]
+
+    def __init__(self, *spellings: str) -> None:
+        object.__setattr__(self, "spellings", spellings)
+
+    def __str__(self) -> str:
+        return " or ".join(self.spellings)
+
+    def among(self, names: Container[str]) -> str | None:
+        """The newest spelling that is one of ``names``, or None."""
+        return next((name for name in self.spellings if name in names), None)
+
+    def read(self, given: Mapping[str, Any], default: Any = None) -> Any:
+        """The value under whatever spelling; where several are given the newest wins, as it does upstream."""
+        name = self.among(given)
+        return default if name is None else given[name]
+
+    def of(self, holder: Any) -> str | None:
+        """The newest spelling that ``holder`` has as an attribute, or None."""
+        return next((name for name in self.spellings if hasattr(holder, name)), None)
+
+    def get(self, holder: Any, default: Any = None) -> Any:
+        """The attribute of ``holder`` under whatever spelling."""
+        name = self.of(holder)
+        return default if name is None else getattr(holder, name)
+
+
+class Parameters:
+    """How one function spells its arguments.
+
+    Args:
+        function: unbound; decorators that set ``__wrapped__`` are seen through.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        own = list(inspect.signature(function).parameters.values())[1:]  # behind self
+        self.names = tuple(p.name for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+
+    def has(self, role: Role) -> bool:
+        """Whether the function takes it by name."""
+        return role.among(self.names) is not None
+
+    def missing(self, *roles: Role) -> list[str]:
+        """The roles that the function does not take by name, for messages."""
+        return [str(role) for role in roles if not self.has(role)]
+
+    def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], skip: int = 0) -> dict[str, Any]:
+        """The arguments of a call by name, without the first ``skip`` parameters, which ``args`` must not hold."""
+        # cut to equal length: torch 2.8's compiler takes every zip for a strict one
+        return {**dict(zip(self.names[skip : skip + len(args)], args, strict=True)), **kwargs}
+
+    def put(self, given: Mapping[str, Any], role: Role, value: Any) -> dict[str, Any]:
+        """``given`` with ``value`` under the one spelling that the function takes."""
+        out = {name: old for name, old in given.items() if name not in role.spellings}
+        out[role.among(self.names) or role.among(given) or role.spellings[0]] = value
+        return out
+
+
+# -- arguments --------------------------------------------------------------------------------------------------------
+
+CACHE = Role("cache", "past_key_values")  # also a field of outputs
+HIDDEN = Role("hidden_states")
+MASK = Role("attention_mask")
+ROTARY = Role("position_embeddings")
+POSITIONS = Role("position_ids")
+EMBEDDINGS = Role("inputs_embeds")
+ALL_STATES = Role("output_hidden_states")  # also a field of configs
+PIXELS = Role("pixel_values")
+VIDEOS = Role("pixel_values_videos")
+ENCODED = Role("mm_encoder_outputs")  # features computed earlier, in place of pixels
+GRID = Role("grid_thw")  # packed towers: rows and columns of patches of each image
+SEGMENTS = Role("cu_seqlens")  # packed towers: ends of the segments that attend to themselves
+LONGEST = Role("max_seqlen")
+TIMM_MASK = Role("attn_mask")
+TIMM_ROTARY = Role("rope")
+
+# -- methods ----------------------------------------------------------------------------------------------------------
+
+PLACEHOLDER_MASK = Role(
+    "get_placeholder_mask"
+)  # returns where features go; called whenever there are features to merge
+MERGER = Role("inputs_merger")  # merges features into embeddings itself
+WINDOW_ORDER = Role("permute_input_for_window_attn")  # reorders groups of patches, given their order
+
+# -- fields -----------------------------------------------------------------------------------------------------------
+
+IMPLEMENTATION = Role("_attn_implementation")  # of configs
+POOLED = Role("pooler_output")
+IMAGE_TOKEN = Role("image_token_id")  # of configs
+ATTENTION = Role("self_attn")  # of decoder layers
+LAYERS = Role("layers")  # of decoders

@@ -1,0 +1,116 @@
+"""What is known of other people's classes: one frozen row of plain facts each. The tables are the other files here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .names import PIXELS, TIMM_MASK, Role
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Names of the parts of a residual block, relative to the block.
+
+    ``first(x) = x + branch1(attn(norm1(x)))`` and ``second(x) = x + branch2(mlp(norm2(x)))``. A branch is a chain of
+    modules or per-channel parameters; parts that are None or absent in an instance are skipped, so one row covers blocks
+    with and without LayerScale, DropPath or post-norm.
+
+    Attributes:
+        norm1, attn, branch1, norm2, mlp, branch2: attribute names; ``attn`` may be a method of the block.
+        keys: what shows the keys: a module whose output is K ([B, H, N, D] or [B, N, H*D]), or a packed ``in_proj_weight``
+            from which they are recomputed. The first candidate that exists is used.
+        heads: attribute with the number of heads, needed for 3-D keys; the first candidate that exists is used.
+        mask: the block's attention-mask argument.
+        padding: nn.MultiheadAttention that takes ``key_padding_mask`` instead of ``mask``.
+        tables: block arguments that hold positional tables over the patch tokens (RoPE).
+        fused: what ``keys`` names emits queries, keys and values side by side.
+        segments: of a block on packed sequences [N, C]: the argument with the cumulative lengths of the segments that
+            attend to themselves.
+    """
+
+    attn: str
+    mlp: str
+    norm1: str | None = "norm1"
+    norm2: str | None = "norm2"
+    branch1: tuple[str, ...] = ()
+    branch2: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ("attn.k_norm",)
+    heads: tuple[str, ...] = ()
+    mask: Role | None = TIMM_MASK
+    padding: str | None = None
+    tables: tuple[Role, ...] = ()
+    fused: bool = False
+    segments: Role | None = None
+
+
+@dataclass(frozen=True)
+class EncoderRow:
+    """One supported encoder class.
+
+    Attributes:
+        title: how people call it.
+        library: distribution the class comes from.
+        encoder: qualified name of the class that owns the blocks.
+        blocks: dotted path to the ModuleList of blocks.
+        anatomies: block class name -> anatomy. A block class that is missing supports ``placement="post"`` only.
+        prefix: protected tokens in front (CLS, distillation, registers), from the instance.
+        patch: dotted path to the convolution whose output shows the patch grid, or None.
+        final: dotted path to the norm behind the last block, or None when it comes behind the pool or not at all.
+        pools: paths of modules that read the whole sequence behind the last block (attention pools).
+        pool_with_prefix: whether an average pool also averages the prefix.
+        dense_calls: methods whose maps must be full length (they reshape to the grid).
+        packed: samples lie one behind the other in one sequence without batch axis, told by an argument with their grids.
+        order: of a packed encoder: method that reorders groups of tokens and is given their order, or None.
+        refuse: reason why this instance cannot be pruned, or None.
+    """
+
+    title: str
+    library: str
+    encoder: str
+    blocks: str
+    anatomies: dict[str, Anatomy]
+    prefix: Callable[[Any], int]
+    patch: str | None
+    final: str | None = None
+    pools: tuple[str, ...] = ()
+    pool_with_prefix: Callable[[Any], bool] = lambda _: False
+    dense_calls: tuple[str, ...] = ()
+    packed: bool = False
+    order: Role | None = None
+    refuse: Callable[[Any], str | None] = field(default=lambda _: None)
+
+
+@dataclass(frozen=True)
+class FamilyRow:
+    """One supported family.
+
+    Attributes:
+        title: how people call it.
+        model: qualified name of the class that merges image features into the text (the model without its head).
+        tower: path of the vision tower.
+        connector: path of the module between tower and language model.
+        decoder: path of the language model.
+        pixels: arguments of the model's forward that bring images or videos.
+        no_vision: why the vision stage is not possible, or None.
+        joins: side of the square of patches that is joined into one token between tower and language model, from the
+            instance; None where every patch becomes a token.
+        taps: paths of further modules that join patches, and the tower's hidden states they read (0 = embeddings), from the
+            instance (DeepStack).
+        feature_layer: index into the tower's hidden states (0 = embeddings) of the features used, from the instance; None
+            where the features of several layers are joined.
+        between: layers behind which the model adds to the full sequence, from the instance (DeepStack).
+    """
+
+    title: str
+    model: str
+    tower: str = "vision_tower"
+    connector: str = "multi_modal_projector"
+    decoder: str = "language_model"
+    pixels: tuple[Role, ...] = (PIXELS,)
+    no_vision: str | None = None
+    joins: Callable[[Any], int | None] = lambda _: None
+    taps: Callable[[Any], dict[str, int]] = lambda _: {}
+    feature_layer: Callable[[nn.Module, int], int | None] = lambda _, depth: depth
+    between: Callable[[nn.Module], int] = lambda _: 0

@@ -1,0 +1,81 @@
+"""Holds the facts of a row against an instance, before anything is touched."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from .names import CACHE, EMBEDDINGS, LAYERS, MASK, MERGER, PLACEHOLDER_MASK, Parameters
+from .specs import EncoderRow, FamilyRow
+from .versions import known_from
+
+
+def _at(module: nn.Module, path: str) -> Any:
+    node: Any = module
+    for name in path.split("."):
+        node = getattr(node, name, None)
+    return node
+
+
+def _try(what: str, fact: Callable[[], Any]) -> list[str]:
+    """What a fact that is read off the instance lacks there."""
+    try:
+        fact()
+    except AttributeError as error:
+        return [f"{what}: {error}"]
+    return []
+
+
+def _refuse(module: nn.Module, title: str, library: str, missing: list[str]) -> None:
+    if missing:
+        raise UnsupportedModelError(
+            f"this {type(module).__name__} is not what saint knows as {title}: it has no {'; no '.join(missing)}. Its library "
+            f"may have changed: {known_from(library)}"
+        )
+
+
+def verify_encoder(encoder: nn.Module, row: EncoderRow) -> None:
+    """Raise ``UnsupportedModelError`` that names every path and method of ``row`` that ``encoder`` lacks."""
+    blocks = _at(encoder, row.blocks)
+    missing = [] if isinstance(blocks, nn.ModuleList) and len(blocks) else [f"{row.blocks} with blocks"]
+    missing += [f"{path} ({use})" for path, use in ((row.patch, "patch embedding"), (row.final, "last norm"))
+                if path is not None and _at(encoder, path) is None]  # fmt: skip
+    if row.order is not None and row.order.of(encoder) is None:
+        missing.append(f"method {row.order} (shows the order of its windows)")
+    missing += _try("protected tokens", lambda: row.prefix(encoder))
+    _refuse(encoder, row.title, row.library, missing)
+
+
+def verify_family(model: nn.Module, row: FamilyRow) -> None:
+    """Raise ``UnsupportedModelError`` that names every path, method and argument of ``row`` that ``model`` lacks."""
+    missing = [
+        f"{path} ({use})"
+        for path, use in ((row.tower, "tower"), (row.connector, "connector"), (row.decoder, "language model"))
+        if _at(model, path) is None
+    ]
+    forward = Parameters(type(model).forward)
+    missing += [f"argument {name}" for name in forward.missing(CACHE, MASK, *row.pixels)]
+    decoder = _at(model, row.decoder)
+    if decoder is not None:
+        names = Parameters(type(decoder).forward).missing(CACHE, MASK, EMBEDDINGS)
+        missing += [f"argument {name} of {row.decoder}" for name in names]
+        if LAYERS.of(decoder) is None:
+            missing.append(f"{row.decoder}.{LAYERS}")
+    missing += _try("size of merged squares", lambda: row.joins(model))
+    missing += _try("layer of its features", lambda: row.feature_layer(model, 1))
+    missing += _try("layers it adds to", lambda: row.between(model))
+    missing += _try("mergers", lambda: missing.extend(path for path in row.taps(model) if _at(model, path) is None))
+    if PLACEHOLDER_MASK.of(model) is None and MERGER.of(model) is None:
+        missing.append(f"method {PLACEHOLDER_MASK} or {MERGER} (shows where its visual tokens are)")
+    _refuse(model, row.title, "transformers", missing)
+
+
+def merge_method(model: Any) -> tuple[str, bool]:
+    """The method of a verified ``model`` that learns where the placeholders are, and whether it merges features itself.
+
+    One that does not returns the mask, or a tuple of masks (images, videos), each [B, L, 1 or C].
+    """
+    method = PLACEHOLDER_MASK.of(model) or MERGER.of(model)
+    assert method is not None
+    return method, method in MERGER.spellings
