@@ -1,8 +1,12 @@
-"""Rewrite the generated tables of README.md: the support table, and the speed table from its record."""
+"""Rewrite the generated tables of README.md: what is supported, and the speed table from its record."""
 
+import dataclasses
+import importlib
 import json
 from pathlib import Path
 
+from saint.upstream import families
+from saint.upstream.specs import FamilyRow
 from saint.vision.locate import ROWS
 
 ROOT = Path(__file__).parents[1]
@@ -15,6 +19,23 @@ def support_table() -> str:
     for row in ROWS:
         seen.setdefault((row.library, row.title), []).append(f"`{row.encoder.rpartition('.')[2]}`")
     lines += [f"| {library} | {title} | {', '.join(classes)} |" for (library, title), classes in seen.items()]
+    return "\n".join(lines)
+
+
+def vlm_table() -> str:
+    """What works in which family; flash attention by what the installed transformers says of its class."""
+    lines = [
+        "| family | in the encoder (`vision`) | between (`connector`) | in the language model (`language`) | flash attention |",
+        "|---|---|---|---|---|",
+    ]
+    every_patch = next(field.default for field in dataclasses.fields(FamilyRow) if field.name == "joins")
+    for row in families.ROWS:
+        vision = "yes" if row.joins is every_patch else "yes, by groups of patches"
+        if row.no_vision is not None:
+            vision = f"refused: {row.no_vision.partition(',')[0]}"
+        module, _, name = row.model.rpartition(".")
+        flash = getattr(importlib.import_module(module), name)._supports_flash_attn
+        lines.append(f"| {row.title} | {vision} | yes | yes | {'yes' if flash else 'refused by transformers'} |")
     return "\n".join(lines)
 
 
@@ -55,6 +76,7 @@ def replace(text: str, name: str, table: str) -> str:
 def main() -> None:
     readme = ROOT / "README.md"
     text = replace(readme.read_text(), "support", support_table())
+    text = replace(text, "families", vlm_table())
     if RECORD.exists():
         text = replace(text, "speed", speed_table())
     readme.write_text(text)

@@ -1,3 +1,4 @@
+import logging
 import sys
 from pathlib import Path
 
@@ -5,6 +6,32 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+class _Deprecated(logging.Handler):
+    """transformers says some deprecations by its logger, once: an error where our own call is the reason."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "deprecated" not in message:
+            return
+        frame = sys._getframe()
+        while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in (
+            __name__,
+            "conftest",
+            "logging",
+            "transformers",
+            "functools",
+        ):
+            frame = frame.f_back
+        caller = "" if frame is None else frame.f_globals.get("__name__", "")
+        if caller.split(".")[0] == "saint" or "test" in caller:
+            raise FutureWarning(f"{caller}: {message}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _deprecations_are_errors() -> None:
+    logging.getLogger("transformers").addHandler(_Deprecated())
 
 
 @pytest.fixture(autouse=True)

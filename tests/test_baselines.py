@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import build
 from test_vlm_oracle import PADDED, Oracle, relative_error
-from vlm_models import FAMILIES, IMAGE, cache_of, cached, oracle_model, prompts
+from vlm_models import FAMILIES, IMAGE, cache_of, cached, checkpoint, oracle_model, prompts
 
 import saint
 from saint import testing
@@ -361,7 +361,7 @@ def test_the_row_in_train_mode_has_no_dropout(checkpointing):
     text = model.model.language_model
     text.layers[1].self_attn.attention_dropout = 0.5
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        checkpoint(model)
     Spy.seen.clear()
     with saint.pruned(model, Plan(language=Spy(0.5))):
         model(**inputs, labels=inputs["input_ids"]).loss.backward()

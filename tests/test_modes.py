@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from models import backbones, build, enliven
+from vlm_models import checkpoint
 
 import saint
 from saint import testing
@@ -249,9 +250,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
         if hasattr(model, "set_grad_checkpointing"):
             model.set_grad_checkpointing()
         else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # renamed in transformers 5.2x; the new name is missing in 5.10
-                model.gradient_checkpointing_enable()
+            checkpoint(model)
         got = gradients()
     assert len(got) == len(want)
     assert all(torch.allclose(a, b, atol=1e-5 * max(1, b.abs().max())) for a, b in zip(got, want, strict=True))

@@ -360,15 +360,15 @@ def test_an_unknown_window_order_is_refused():
     model = FAMILIES["qwen2.5-vl"].build()
     cls = type("Other", (type(model.model.visual),), {})
     model.model.visual.__class__ = cls
-    row = locate_tower(model.model.visual)[2]
-    method = getattr(cls, row.order)
+    name = locate_tower(model.model.visual)[2].order.of(cls)
+    method = getattr(cls, name)
     parent = cls.__mro__[1]
-    delattr(parent, row.order)
+    delattr(parent, name)
     try:
         with pytest.raises(saint.UnsupportedModelError, match="order of its windows"):
             saint.apply(model, saint.Plan(vision=saint.Stage(saint.SaintFullGraph(keep=0.5), layers=[1])))
     finally:
-        setattr(parent, row.order, method)
+        setattr(parent, name, method)
 
 
 def test_a_changed_block_is_refused():

@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from test_vlm_oracle import SPECIAL
-from vlm_models import FAMILIES, cache_of, cached, prompts
+from vlm_models import FAMILIES, cache_of, cached, checkpoint, prompts
 
 import saint
 
@@ -142,7 +142,7 @@ def test_gradients(models, name, checkpointing):
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     if checkpointing:
         model.train()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint(model)
 
     def call():
         model.zero_grad()
@@ -183,7 +183,7 @@ def test_gradients_of_a_pruned_model(models, checkpointing):
     for again in (False, checkpointing):
         twin = copy.deepcopy(model).train()
         if again:
-            twin.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint(twin)
         with saint.pruned(twin, plan) as session:
             twin(**inputs, labels=labels).loss.backward()
             assert int(session.trace[-1].tokens_out[0]) < 36

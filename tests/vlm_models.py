@@ -13,7 +13,7 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from saint.upstream.names import CACHE, Parameters
+from saint.upstream.names import CACHE, Parameters, Role
 
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
@@ -171,6 +171,12 @@ def cache_of(output) -> object:
 def cached(model: nn.Module, cache) -> dict:
     """The keyword argument that hands ``cache`` to ``model``."""
     return Parameters(type(model).forward).put({}, CACHE, cache)
+
+
+def checkpoint(model: nn.Module) -> None:
+    """Switch on gradient checkpointing, without re-entrance."""
+    enable = Role("activation_checkpointing_enable", "gradient_checkpointing_enable").get(model)
+    enable({"use_reentrant": False})
 
 
 # -- pixels -----------------------------------------------------------------------------------------------------------

@@ -38,7 +38,11 @@ def _refuse(module: nn.Module, title: str, library: str, missing: list[str]) -> 
 def verify_encoder(encoder: nn.Module, row: EncoderRow) -> None:
     """Raise ``UnsupportedModelError`` that names every path and method of ``row`` that ``encoder`` lacks."""
     blocks = _at(encoder, row.blocks)
-    missing = [] if isinstance(blocks, nn.ModuleList) and len(blocks) else [f"{row.blocks} with blocks"]
+    missing = (
+        []
+        if isinstance(blocks, nn.Module) and next(blocks.children(), None) is not None
+        else [f"{row.blocks} (blocks)"]
+    )
     missing += [f"{path} ({use})" for path, use in ((row.patch, "patch embedding"), (row.final, "last norm"))
                 if path is not None and _at(encoder, path) is None]  # fmt: skip
     if row.order is not None and row.order.of(encoder) is None:

@@ -1,0 +1,399 @@
+"""What a release of transformers, timm or open_clip may change, and what must hold then.
+
+The first part is the *name contract*: every path, method and argument of every row of the tables, against the installed
+libraries, in seconds. Run it first when a release appears. The second part are the traps of one renaming (of the argument
+for the cache); each was a wrong number or a lost cache in a version that only knew the new name.
+"""
+
+import copy
+import functools
+import importlib.util
+import inspect
+import re
+import textwrap
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from models import BUILDERS, backbones
+from test_vlm_generate import BATCH, GREEDY, PLANS
+from test_vlm_oracle import LANGUAGE, VISION, Oracle, relative_error
+from torch import nn
+from vlm_models import FAMILIES, LAYERS, cache_of, cached, checkpoint, oracle_model, prompts
+
+import saint
+from saint import testing
+from saint.language.attention import check_attention
+from saint.language.cache import RaggedLayer
+from saint.language.decoder import _ARGUMENTS
+from saint.methods import FastV
+from saint.upstream import families, names, transformers, versions
+from saint.upstream.names import CACHE, Parameters, Role
+from saint.upstream.names import LAYERS as TEXT_LAYERS
+from saint.upstream.verify import verify_encoder, verify_family
+from saint.vision.blocks import Block, part
+from saint.vision.locate import ROWS, locate, locate_tower
+from saint.vlm.locate import locate as locate_vlm
+
+LLAVA = FAMILIES["llava-llama"]
+
+# -- the name contract ------------------------------------------------------------------------------------------------
+
+
+def on_meta(build) -> nn.Module:
+    with torch.device("meta"):
+        return build()
+
+
+def check_encoder_names(encoder: nn.Module, row) -> None:
+    verify_encoder(encoder, row)
+    for index, module in enumerate(part(encoder, row.blocks)):
+        anatomy = next(row.anatomies[c.__name__] for c in type(module).__mro__ if c.__name__ in row.anatomies)
+        block = Block(
+            module, anatomy, f"{row.blocks}.{index}"
+        )  # raises where no keys show, or a segment argument is gone
+        for name in (anatomy.attn, anatomy.mlp, anatomy.norm1, anatomy.norm2, anatomy.padding):
+            assert name is None or hasattr(module, name), f"{block.name} has no {name}"
+        assert not anatomy.heads or block.heads > 0
+        if row.packed:
+            assert block.tables
+    for name in row.dense_calls:
+        assert hasattr(encoder, name), f"{type(encoder).__name__} has no {name}"
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_names_of_encoders(name):
+    _, encoder, row = locate(BUILDERS[name]())
+    check_encoder_names(encoder, row)
+
+
+def test_names_of_backbones():
+    for model in backbones().values():
+        check_encoder_names(*locate(model)[1:])
+
+
+def test_names_of_every_branch_and_mask():
+    """A part that only some instances have, or a mask, may be renamed without an error: each must exist somewhere."""
+    seen: dict[str, set[str]] = {}
+    wanted: dict[str, set[str]] = {}
+    found = [locate(build()) for build in BUILDERS.values()]
+    found += [locate_tower(family.build().get_submodule("model")) for family in FAMILIES.values() if family.tower]
+    for _, encoder, row in found:
+        for module in part(encoder, row.blocks):
+            anatomy = next(row.anatomies[c.__name__] for c in type(module).__mro__ if c.__name__ in row.anatomies)
+            key = row.library + repr(anatomy)
+            facts = {*anatomy.branch1, *anatomy.branch2}
+            arguments = {str(role): role for role in (anatomy.mask, *anatomy.tables) if role is not None}
+            wanted.setdefault(key, set()).update(facts | set(arguments))
+            parameters = Parameters(type(module).forward)
+            seen.setdefault(key, set()).update(fact for fact in facts if getattr(module, fact, None) is not None)
+            seen[key].update(name for name, role in arguments.items() if parameters.has(role))
+    assert {key: sorted(names - seen[key]) for key, names in wanted.items() if names - seen[key]} == {}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_names_of_families(name):
+    model = on_meta(FAMILIES[name].build)
+    _, vlm, row = locate_vlm(model, "language")
+    verify_family(vlm, row)
+    decoder = vlm.get_submodule(row.decoder)
+    for layer in TEXT_LAYERS.get(decoder):
+        assert Parameters(type(layer).forward).missing(*_ARGUMENTS) == []
+        check_attention(layer, "layer", flash=False)
+    assert names.IMPLEMENTATION.of(decoder.config) is not None
+    assert names.IMAGE_TOKEN.of(vlm.config) is not None
+    if row.no_vision is None:
+        _, tower, tower_row = locate_tower(vlm.get_submodule(row.tower))
+        check_encoder_names(tower, tower_row)
+
+
+def test_every_family_and_tower_is_checked_for_its_names():
+    checked = {locate_vlm(on_meta(family.build), "language")[2].model for family in FAMILIES.values()}
+    assert checked == {row.model for row in families.ROWS}
+    towers = {locate_tower(on_meta(f.build).get_submodule("model"))[2].encoder for f in FAMILIES.values() if f.tower}
+    assert {row.encoder for row in transformers.TOWERS} <= towers
+    here = [locate(model)[2].encoder for model in [*(build() for build in BUILDERS.values()), *backbones().values()]]
+    assert {row.encoder for row in ROWS} == set(here)
+
+
+def test_names_of_the_cache():
+    layer = hf.cache_utils.DynamicLayer()
+    layer.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4))
+    for name in ("keys", "values", "is_initialized", "device", "is_sliding"):
+        assert hasattr(layer, name)
+    for method in ("update", "get_seq_length", "get_mask_sizes", "get_max_length", "crop", "reset", "reorder_cache",
+                   "batch_select_indices", "batch_repeat_interleave"):  # fmt: skip
+        ours, theirs = (inspect.signature(getattr(cls, method)) for cls in (RaggedLayer, type(layer)))
+        need = [p.name for p in theirs.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert need == [p.name for p in ours.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD], method
+    unknown = {
+        name for name, value in vars(hf.cache_utils.DynamicSlidingWindowLayer).items() if inspect.isfunction(value)
+    } - set(vars(RaggedLayer)) - {"__init__", "lazy_initialization", "activate_past_recording"}  # fmt: skip
+    assert not unknown, f"methods of upstream's cache layers that a ragged layer inherits unseen: {unknown}"
+    assert isinstance(hf.DynamicCache().layers, list)
+    assert hf.DynamicCache().layer_class_to_replicate is hf.cache_utils.DynamicLayer
+
+
+# -- a mock release ---------------------------------------------------------------------------------------------------
+
+
+class Renamed(nn.Module):
+    """A decoder layer of a release that has renamed the argument for the cache, with a shim for the old name."""
+
+    def forward(self, hidden_states, attention_mask=None, kv_store=None, position_embeddings=None):
+        return hidden_states if kv_store is None else kv_store.update(hidden_states, hidden_states, 0)[0]
+
+    @staticmethod
+    def shimmed(forward):
+        @functools.wraps(forward)
+        def shim(self, *args, **kwargs):
+            if "cache" in kwargs:
+                warnings.warn("`cache` is deprecated and will be removed", FutureWarning, stacklevel=2)
+                kwargs.setdefault("kv_store", kwargs.pop("cache"))
+            return forward(self, *args, **kwargs)
+
+        return shim
+
+
+Renamed.forward = Renamed.shimmed(Renamed.forward)
+
+
+def test_a_renamed_argument_is_one_more_spelling():
+    layer, store = Renamed(), object()
+    parameters = Parameters(type(layer).forward)
+    assert parameters.missing(CACHE) == ["cache or past_key_values"]  # refused, by name, until the line is written
+    role = Role("kv_store", *CACHE.spellings)
+    assert parameters.missing(role) == []
+    for spelling in role.spellings:
+        assert role.read({spelling: store}) is store
+        assert parameters.put({spelling: None, "attention_mask": 1}, role, store) == {
+            "kv_store": store,
+            "attention_mask": 1,
+        }
+    assert role.read({"past_key_values": 1, "kv_store": None}) is None  # newest wins, as in upstream's shims
+
+
+def test_a_mock_release_of_transformers(monkeypatch):
+    """Argument and merge method renamed once more, with shims: two spellings bring all back, results stay the same."""
+    model, plan = LLAVA.build(), PLANS["hybrid"]
+    inputs = prompts(LLAVA, model, BATCH)
+    with saint.pruned(model, plan), torch.no_grad():
+        want = model.generate(**inputs, max_new_tokens=5, **GREEDY)
+    old = CACHE.among(Parameters(type(model).forward).names)
+
+    def rename(cls):
+        forward = cls.forward
+        signature = inspect.signature(forward)
+
+        def renamed(self, *args, **kwargs):
+            assert old not in kwargs or "kv_store" not in kwargs, "two spellings at once"
+            if "kv_store" in kwargs:
+                kwargs[old] = kwargs.pop("kv_store")
+            return forward(self, *args, **kwargs)
+
+        renamed.__signature__ = signature.replace(
+            parameters=[p.replace(name="kv_store") if p.name == old else p for p in signature.parameters.values()]
+        )
+        monkeypatch.setattr(cls, "forward", renamed)
+
+    text = model.model.language_model
+    # the model's own code calls the merge method: its source with the other name is what a release would hold
+    vlm = type(model.model)
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(vlm.forward)))
+    scope = dict(vars(inspect.getmodule(vlm)))
+    exec(source[source.index("def forward") :].replace("get_placeholder_mask", "find_placeholders"), scope)
+    monkeypatch.setattr(vlm, "find_placeholders", vlm.get_placeholder_mask, raising=False)
+    monkeypatch.delattr(vlm, "get_placeholder_mask")
+    monkeypatch.setattr(vlm, "forward", scope["forward"])
+    for cls in (type(text.layers[0]), type(text.layers[0].self_attn), type(text), vlm):
+        rename(cls)
+
+    with pytest.raises(saint.UnsupportedModelError, match=r"argument cache or past_key_values.*get_placeholder_mask"):
+        saint.apply(model, plan)
+    monkeypatch.setitem(vars(names.CACHE), "spellings", ("kv_store", *CACHE.spellings))
+    monkeypatch.setitem(vars(names.PLACEHOLDER_MASK), "spellings", ("find_placeholders", "get_placeholder_mask"))
+    with saint.pruned(model, plan), torch.no_grad():
+        assert torch.equal(model.generate(**inputs, max_new_tokens=5, **GREEDY), want)
+
+
+@pytest.mark.parametrize(
+    ("lose", "named"),
+    [
+        (lambda m: delattr(m.model, "multi_modal_projector"), r"no multi_modal_projector \(connector\)"),
+        (lambda m: delattr(m.model, "vision_tower"), r"no vision_tower \(tower\)"),
+        (lambda m: delattr(m.model.language_model, "layers"), r"language_model\.layers"),
+    ],
+)
+def test_what_a_model_lacks_is_named_before_anything_is_touched(lose, named):
+    model = LLAVA.build()
+    lose(model)
+    before = testing.snapshot(model)
+    with pytest.raises(saint.UnsupportedModelError, match=named + r".*known from transformers .* installed is"):
+        saint.apply(model, saint.Plan(language=LANGUAGE))
+    assert testing.snapshot(model) == before
+
+
+def test_what_an_encoder_lacks_is_named():
+    vit = BUILDERS["timm/vit-augreg"]()
+    vit.trunk, vit.blocks = vit.blocks, None
+    with pytest.raises(saint.UnsupportedModelError, match=r"no blocks \(blocks\).*known from timm"):
+        saint.apply(vit, saint.Saint())
+
+
+def test_a_newer_release_than_tested_is_said_once(monkeypatch):
+    vit = BUILDERS["timm/vit-augreg"]()
+    monkeypatch.setattr(versions, "installed", lambda name: {"timm": "99.1.0.dev0"}.get(name, "0.1"))
+    monkeypatch.setattr(versions, "_told", set())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            saint.apply(vit, saint.Saint()).remove()
+    assert [warning.filename for warning in caught] == [__file__]
+    assert re.match(r"timm 99\.1\.0\.dev0 is newer .*`saint check MODEL`", str(caught[0].message))
+    assert versions.release("2.14.1+cpu") == (2, 14, 1)
+    assert versions.release("5.25.0.dev0") > versions.release("5.24.0") > versions.release("5.9.4")
+
+
+# -- the traps of a renamed cache -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return LLAVA.build()
+
+
+def test_vision_only_plans_tell_the_cache_its_logical_length(llava):
+    inputs = prompts(LLAVA, llava, BATCH)
+    length = inputs["input_ids"].shape[1]
+    with saint.pruned(llava, PLANS["vision"]) as session, torch.no_grad():
+        out = llava.generate(**inputs, max_new_tokens=8, output_logits=True, return_dict_in_generate=True, **GREEDY)
+        trace = session.trace
+    cache, gone = cache_of(out), 36 - int(trace[-1].tokens_out[0])
+    assert gone > 0
+    assert [cache.get_seq_length(layer) for layer in range(LAYERS)] == [length + 7] * LAYERS
+    assert [layer.keys.shape[-2] for layer in cache.layers] == [length + 7 - gone] * LAYERS
+    expected = Oracle(LLAVA, oracle_model(llava), trace, inputs).continued(out.sequences[:, length:])
+    assert relative_error(torch.stack(out.logits, 1), expected) < 1e-4
+
+
+def test_a_second_look_of_the_attention_adds_nothing_to_the_cache(llava):
+    inputs = prompts(LLAVA, llava, BATCH)
+    length = inputs["input_ids"].shape[1]
+    with saint.pruned(llava, saint.Plan(language=saint.Stage(FastV(keep=0.5), layers=[1]))), torch.no_grad():
+        cache = cache_of(llava(**inputs))
+    assert [layer.keys.shape[-2] for layer in cache.layers] == [length] * 2 + [length - 18] * (LAYERS - 2)
+
+
+@pytest.mark.parametrize("evict", [False, True])
+def test_applied_in_the_middle_of_a_conversation(llava, evict):
+    text, first = prompts(LLAVA, llava, [[6], [6]], seed=6), prompts(LLAVA, llava, [[4, "0", 7], [8, "0", 3]])
+    cache = hf.DynamicCache(config=llava.config.get_text_config())
+    stage = saint.Stage(LANGUAGE.method, layers=LANGUAGE.layers, evict=evict)
+    mask = torch.cat([text["attention_mask"], first["attention_mask"]], 1)
+    with torch.no_grad():
+        llava(**text, **cached(llava, cache))  # ordinary layers, filled by the unpatched model
+        with saint.pruned(llava, saint.Plan(vision=VISION, language=stage)) as session:
+            logits = llava(**{**first, "attention_mask": mask}, **cached(llava, cache)).logits
+            trace = session.trace
+    whole = {"input_ids": torch.cat([text["input_ids"], first["input_ids"]], 1), "attention_mask": mask}
+    oracle = Oracle(LLAVA, oracle_model(llava), trace, {**whole, "pixel_values": first["pixel_values"]})
+    here = mask.bool() & ~oracle.gone_before(99)
+    assert relative_error(logits[here[:, 6:]], oracle().logits[:, 6:][here[:, 6:]]) < 1e-4
+    stored = [layer.keys.shape[-2] for layer in cache.layers]
+    assert len(set(stored)) == (1 if evict else 3)
+
+
+def test_decode_steps_leave_the_trace_of_the_prompt(llava):
+    inputs = prompts(LLAVA, llava, BATCH)
+    with saint.pruned(llava, PLANS["hybrid"]) as session, torch.no_grad():
+        llava(**inputs)
+        want = [(e.stage, e.layer, [k.tolist() for k in e.kept]) for e in session.trace]
+        llava.generate(**inputs, max_new_tokens=4, **GREEDY)
+        assert [(e.stage, e.layer, [k.tolist() for k in e.kept]) for e in session.trace] == want
+        step = {"input_ids": torch.tensor([[7]] * 3)}
+        out = llava(**inputs)
+        llava(**step, **cached(llava, cache_of(out)))
+        assert [e.stage for e in session.trace] == [stage for stage, *_ in want]
+    assert {stage for stage, *_ in want} == {"vision", "connector", "language"}
+
+
+@pytest.mark.parametrize("plan", [*PLANS.values(), saint.Plan(language=saint.Stage(FastV(keep=0.5), layers=[1]))])
+def test_checkpointing_without_gradients_keeps_the_cache_where_upstream_does(llava, plan):
+    inputs = prompts(LLAVA, llava, BATCH)
+    twin = copy.deepcopy(llava).train()
+    checkpoint(twin)
+
+    def cached_positions(model):
+        cache = cache_of(model(**inputs, use_cache=True))
+        return 0 if cache is None else max((cache.get_seq_length(i) for i in range(len(cache.layers))), default=0)
+
+    with torch.no_grad():
+        unpruned = cached_positions(twin)
+        with saint.pruned(llava, plan):
+            want = llava(**inputs).logits
+        with saint.pruned(twin, plan) as session:
+            assert cached_positions(twin) == unpruned
+            assert (session.kv_memory is None) == (unpruned == 0)
+            assert torch.allclose(twin(**inputs).logits, want, atol=1e-5)
+            new = twin.generate(**inputs, max_new_tokens=4, **GREEDY)
+        with saint.pruned(llava, plan):
+            assert torch.equal(llava.generate(**inputs, max_new_tokens=4, **GREEDY), new)
+
+
+def test_croppable_is_answered_for_every_layer():
+    family = FAMILIES["llava-mistral"]
+    model = family.build()
+    inputs = prompts(family, model, [[4, "0", 20]])
+    with saint.pruned(model, PLANS["language"]), torch.no_grad():
+        assert all(layer.is_croppable for layer in cache_of(model(**inputs)).layers if isinstance(layer, RaggedLayer))
+    model.config.text_config.sliding_window = 40
+    with saint.pruned(model, PLANS["language"]), torch.no_grad():
+        layers = cache_of(model(**inputs)).layers
+        ragged = [layer for layer in layers if isinstance(layer, RaggedLayer)]
+        assert ragged
+        assert not any(layer.is_croppable for layer in ragged)
+        with pytest.raises(ValueError, match=r"crop|roll"):
+            model.generate(**inputs, max_new_tokens=24, prompt_lookup_num_tokens=4, **GREEDY)
+
+
+def test_outputs_of_a_tower_do_not_replace_those_of_the_model(llava):
+    inputs = prompts(LLAVA, llava, BATCH)
+    with torch.no_grad():
+        output = llava.model(**inputs)
+    read = testing.run(llava.model, inputs)
+    assert torch.equal(read["last_hidden_state"], output.last_hidden_state)
+    nested = {name for name in read if name.startswith("image_outputs.")}
+    assert bool(nested) == (getattr(output, "image_outputs", None) is not None)
+    made = {"last_hidden_state": torch.zeros(1), "image_outputs": {"last_hidden_state": torch.ones(1)}}
+    assert dict(testing.tensors(made)) == {
+        "last_hidden_state": made["last_hidden_state"],
+        "image_outputs.last_hidden_state": made["image_outputs"]["last_hidden_state"],
+    }
+
+
+@pytest.mark.parametrize("name", ["gemma3", "paligemma"])
+def test_the_readme_says_who_refuses_flash_attention(name):
+    path = Path(__file__).parents[1] / "docs" / "make_tables.py"
+    spec = importlib.util.spec_from_file_location("make_tables", path)
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    model = on_meta(FAMILIES[name].build)
+    row = next(line for line in tables.vlm_table().splitlines() if locate_vlm(model, "language")[2].title in line)
+    assert row.endswith("| yes |") == bool(type(model)._supports_flash_attn)
+
+
+def test_older_spellings_of_callers_are_read(llava):
+    """Hooks run in front of upstream's shims: a caller may still use the name of an older release."""
+    inputs = prompts(LLAVA, llava, BATCH)
+    step = {"input_ids": torch.tensor([[7], [8], [9]])}
+    newest = CACHE.among(Parameters(type(llava).forward).names)
+    with saint.pruned(llava, PLANS["hybrid"]), torch.no_grad():
+        want = llava(**step, **cached(llava, cache_of(llava(**inputs)))).logits
+        for spelling in CACHE.spellings[CACHE.spellings.index(newest) :]:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                assert torch.equal(llava(**step, **{spelling: cache_of(llava(**inputs))}).logits, want)
+                inner = llava.model(**step, **{spelling: cache_of(llava(**inputs))}).last_hidden_state
+            assert torch.equal(llava.lm_head(inner), want)
