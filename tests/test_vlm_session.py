@@ -248,9 +248,7 @@ def test_videos(name):
             "pixel_values_videos": torch.randn(128, 96, generator=g),
             "video_grid_thw": torch.tensor([[2, 8, 8]]),
         }
-    with torch.no_grad():
-        features = model.get_video_features(*inputs.values(), return_dict=True)  # by position: the names have changed
-        count = sum(len(part) for part in features.pooler_output)
+    count = 28 if name == "llava-onevision" else 32  # 3 frames of 3 x 3 and a newline; 2 of 4 x 4 groups
     inputs["input_ids"] = torch.tensor([[5, 6, *[VIDEO] * count, 7, 8]])
     if name != "llava-onevision":
         # Qwen3-VL places each frame (temporal patch) on its own, behind a time stamp

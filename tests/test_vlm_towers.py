@@ -57,7 +57,7 @@ def features(model, inputs):
         out = model.get_image_features(**pictures(inputs), return_dict=True)
     rows = [torch.cat([part.flatten(0, -2) for part in out.pooler_output])]
     for deep in getattr(out, "deepstack_features", None) or []:
-        rows.append(torch.cat(list(deep)))
+        rows.append(deep if isinstance(deep, torch.Tensor) else torch.cat(list(deep)))
     return rows
 
 

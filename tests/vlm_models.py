@@ -17,7 +17,7 @@ from saint.upstream.names import CACHE, Parameters, Role
 
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
-IMAGE, VIDEO, PAD, VOCAB = 100, 101, 0, 128
+IMAGE, VIDEO, START, END, PAD, VOCAB = 100, 101, 102, 103, 0, 128
 LAYERS = 5  # of the language models; real ones have 28..48
 
 
@@ -94,8 +94,8 @@ _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2,
 def _qwen2_vl():
     config = hf.Qwen2VLConfig(
         vision_config={"depth": 4, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "patch_size": 4},
-        text_config=_text(rope_parameters=_MROPE), image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=102,
-        vision_end_token_id=103,
+        text_config=_text(rope_parameters=_MROPE), image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START,
+        vision_end_token_id=END,
     )  # fmt: skip
     return _make(hf.Qwen2VLForConditionalGeneration, config)
 
@@ -106,8 +106,8 @@ def _qwen25_vl():
             "depth": 4, "hidden_size": 32, "out_hidden_size": 48, "num_heads": 2, "patch_size": 4, "intermediate_size": 48,
             "window_size": 16, "fullatt_block_indexes": [2],
         },
-        text_config=_text(rope_parameters=_MROPE), image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=102,
-        vision_end_token_id=103,
+        text_config=_text(rope_parameters=_MROPE), image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START,
+        vision_end_token_id=END,
     )  # fmt: skip
     return _make(hf.Qwen2_5_VLForConditionalGeneration, config)
 
@@ -119,7 +119,7 @@ def _qwen3_vl():
             "deepstack_visual_indexes": [0, 2], "num_position_embeddings": 64,
         },
         text_config={**_text(rope_parameters=_MROPE), "bos_token_id": 1}, image_token_id=IMAGE, video_token_id=VIDEO,
-        vision_start_token_id=102, vision_end_token_id=103,
+        vision_start_token_id=START, vision_end_token_id=END,
     )  # fmt: skip
     return _make(hf.Qwen3VLForConditionalGeneration, config)
 
@@ -245,7 +245,10 @@ def prompts(family: Family, model: nn.Module, samples: list[list[object]], seed:
         row = []
         for part in sample:
             if isinstance(part, str):
-                row += [IMAGE] * next(counts)
+                places = [IMAGE] * next(counts)
+                row += (
+                    [START, *places, END] if family.types == "mm_token_type_ids" else places
+                )  # as processors of Qwen do
             else:
                 row += torch.randint(2, 99, (part,), generator=g).tolist()
         rows.append(row)

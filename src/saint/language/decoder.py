@@ -130,7 +130,7 @@ class PrunedDecoder(Uncopyable):
         self.fronts: dict[int, Front] = {}
         self.whole: set[int] = set()  # layers whose input is full length although tokens were dropped
         self.full_outputs = False
-        self.trace: list[LayerTrace] = []
+        self._trace: dict[tuple[str, int], LayerTrace] = {}  # a layer that is run again for its gradients says it once
         self.memory: KVMemory | None = None
         self._cache: dict[Any, Any] = {}  # masks and tables of the running forward
         self._checked: weakref.ref[Any] | None = None
@@ -169,7 +169,12 @@ class PrunedDecoder(Uncopyable):
         """Forget the last forward."""
         self.visual, self.marked, self.full_outputs = None, False, False
         self.fronts, self.whole, self._cache = {}, set(), {}
-        self.trace, self.memory = [], None
+        self._trace, self.memory = {}, None
+
+    @property
+    def trace(self) -> list[LayerTrace]:
+        """The drop points of the last prompt, in order."""
+        return list(self._trace.values())
 
     # -- start of a forward -------------------------------------------------------------------------------------------
 
@@ -184,7 +189,7 @@ class PrunedDecoder(Uncopyable):
             self._checked = weakref.ref(cache)
         if visual is None:
             if cache is None or cache.get_seq_length() == 0:  # a new prompt without images
-                self.trace, self.memory = [], None
+                self._trace, self.memory = {}, None
             return None
         x = EMBEDDINGS.read(kwargs)
         if x is None:
@@ -192,7 +197,7 @@ class PrunedDecoder(Uncopyable):
                 f"{self.path} ({type(module).__name__}) was not given {EMBEDDINGS}; this version of the model passes "
                 "its embeddings differently"
             )
-        self.trace, self.memory = [], None
+        self._trace, self.memory = {}, None
         wanted = ALL_STATES.read(kwargs, ALL_STATES.get(self.model.config))
         self.full_outputs = wanted is not None and wanted is not False
         batch, length = x.shape[:2]
@@ -290,10 +295,8 @@ class PrunedDecoder(Uncopyable):
                     lengths[sample] = n
                 selection = Selection.from_mask(keep, tuple(lengths))
         after = front if selection is None else _drop(front, selection)
-        self.trace.append(
-            LayerTrace(
-                stage, layer, torch.tensor(visual.lengths), torch.tensor(after.visual.lengths), after.visual.kept()
-            )
+        self._trace[stage, layer] = LayerTrace(
+            stage, layer, torch.tensor(visual.lengths), torch.tensor(after.visual.lengths), after.visual.kept()
         )
         return after
 

@@ -36,6 +36,7 @@ from ..tokens import (
     square_groups,
     visible,
 )
+from ..upstream.autograd import in_backward
 from ..upstream.names import GRID, IMPLEMENTATION, LONGEST, TIMM_ROTARY, Parameters
 from ..upstream.specs import EncoderRow
 from .blocks import Block, part
@@ -529,7 +530,7 @@ class PrunedBlock(_Uncopied):
             args = ()
         if stage.row.packed:
             x = x.unsqueeze(0)
-        if layer == 0:
+        if layer == 0 and not (stage.maps and in_backward()):
             stage.begin(x, kwargs.get(block.mask) if block is not None and block.mask else None)
         if layer not in stage.maps:
             raise RuntimeError(f"block {layer} ran without the blocks before it; the plan prunes whole forwards only")
