@@ -1,21 +1,23 @@
-# Every target works on a fresh machine with Python 3.10+ and nothing else: the environment is built on first use.
+# Every target works on a fresh machine with Python 3.11+ and nothing else: the environment is built on first use.
 PYTHON ?= python3
 STAMPS ?= /usr/share/tuxpaint/stamps
 FASHION ?= /usr/share/datasets/fashion-mnist
+# the versions that are installed; CONSTRAINTS= takes whatever the index has today
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin
 
-.PHONY: help setup demo test check fix bench results tables clean
+.PHONY: help setup demo test names matrix check fix bench results tables lock clean
 help:            ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml constraints.txt
 	@test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	@$(RUN)/python -c 'import torch, torchvision' 2>/dev/null || \
 		echo "installing torch and its companions: a few minutes and several GB the first time"
-	$(RUN)/python -m pip install --quiet torch torchvision
-	$(RUN)/python -m pip install --quiet -e '.[dev]'
+	$(RUN)/python -m pip install --quiet $(addprefix -c ,$(CONSTRAINTS)) torch torchvision
+	$(RUN)/python -m pip install --quiet $(addprefix -c ,$(CONSTRAINTS)) -e '.[dev]'
 	@touch $@
 
 setup: $(STAMP)  ## build .venv
@@ -23,6 +25,12 @@ demo: $(STAMP)   ## prune a real CLIP on real photographs, with pictures in demo
 	$(RUN)/saint demo $(ARGS)
 test: $(STAMP)   ## the whole suite
 	$(RUN)/python -m pytest $(ARGS)
+names: $(STAMP)  ## seconds: are all names of other libraries that saint relies on still there?
+	$(RUN)/python -m pytest tests/test_upstream.py -k names $(ARGS)
+matrix: $(STAMP) ## contracts and vision-language tests against other releases; writes docs/versions.md (NAMES=: some)
+	$(RUN)/python tools/matrix.py $(NAMES)
+lock: $(STAMP)   ## write constraints.txt from .venv
+	$(RUN)/python tools/lock.py
 check: $(STAMP)  ## format, lint, types
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
@@ -43,4 +51,4 @@ results: $(STAMP) ## re-measure docs/results.md (STAMPS=, FASHION=: folders, see
 tables: $(STAMP) ## regenerate the support table of the README
 	$(RUN)/python docs/make_tables.py
 clean:           ## remove caches, not the environment
-	rm -rf .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf .matrix .pytest_cache .mypy_cache .ruff_cache build dist

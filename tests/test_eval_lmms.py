@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import json
-import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +17,6 @@ from saint.demo import scenes
 from saint.eval import read_questions
 from saint.loading_vlm import load_vlm
 from saint.plan import Plan
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).parents[1]
 

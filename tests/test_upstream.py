@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import re
 import textwrap
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -242,9 +243,9 @@ def test_what_an_encoder_lacks_is_named():
         saint.apply(vit, saint.Saint())
 
 
-def test_a_newer_release_than_tested_is_said_once(monkeypatch):
+def test_a_release_that_was_not_tested_is_said_once(monkeypatch):
     vit = BUILDERS["timm/vit-augreg"]()
-    monkeypatch.setattr(versions, "installed", lambda name: {"timm": "99.1.0.dev0"}.get(name, "0.1"))
+    monkeypatch.setattr(versions, "installed", lambda name: {"timm": "99.1.0.dev0", "transformers": "5.12.0"}.get(name))
     monkeypatch.setattr(versions, "_told", set())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -252,8 +253,31 @@ def test_a_newer_release_than_tested_is_said_once(monkeypatch):
             saint.apply(vit, saint.Saint()).remove()
     assert [warning.filename for warning in caught] == [__file__]
     assert re.match(r"timm 99\.1\.0\.dev0 is newer .*`saint check MODEL`", str(caught[0].message))
+    with pytest.warns(UserWarning, match=r"transformers 5\.12\.0 is older .*5\.17\.0 to"):
+        saint.apply(LLAVA.build(), saint.Plan(language=LANGUAGE))
     assert versions.release("2.14.1+cpu") == (2, 14, 1)
     assert versions.release("5.25.0.dev0") > versions.release("5.24.0") > versions.release("5.9.4")
+
+
+def test_the_tested_ranges_are_those_of_the_package_and_of_the_lock():
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    floors = {
+        "torch": next(r for r in project["dependencies"] if r.startswith("torch>")),
+        "timm": extras["timm"][0],
+        "open_clip_torch": extras["open-clip"][0],
+        "transformers": extras["transformers"][0],
+    }
+    for name, floor in floors.items():
+        assert floor.partition(">=")[2] in versions.TESTED[name][0], name
+        assert "<" not in floor
+    assert extras["vlm"] == ["transformers>=" + ".".join(versions.VLM_FLOOR["transformers"].split(".")[:2])]
+    lines = [line for line in (root / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert not [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line)]
+    locked = dict(line.split("==") for line in lines)
+    for name, (_, newest) in versions.TESTED.items():
+        assert versions.release(locked[name.replace("_", "-")]) <= versions.release(newest), name
 
 
 # -- the traps of a renamed cache -------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def write_json(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
     head = {
         "version": VERSION,
         "saint": __version__,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     text = json.dumps(_plain({**head, **record}), indent=2, allow_nan=False) + "\n"
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -21,7 +21,7 @@ from .tokens import LayerTrace
 from .upstream.names import LAYERS
 from .upstream.specs import EncoderRow
 from .upstream.verify import verify_encoder, verify_family
-from .upstream.versions import warn_if_newer
+from .upstream.versions import warn_if_untested
 from .vision.encoder import PrunedEncoder
 from .vision.locate import locate, locate_tower
 from .vlm.locate import find as find_vlm
@@ -207,7 +207,7 @@ def apply(model: nn.Module, plan: Plan | Stage | Method | str) -> Session:
 
 def _encoder(stage: Stage, path: str, encoder: nn.Module, row: EncoderRow, joins: int | None = None) -> PrunedEncoder:
     verify_encoder(encoder, row)
-    warn_if_newer("torch", row.library)
+    warn_if_untested("torch", row.library)
     method = stage.method
     return PrunedEncoder(
         path,
@@ -229,7 +229,7 @@ def _vlm(model: nn.Module, plan: Plan) -> "tuple[PrunedVLM, PrunedEncoder | None
 
     path, vlm, row = locate_vlm(model, next(reversed(plan.stages)))
     verify_family(vlm, row)
-    warn_if_newer("torch", "transformers")
+    warn_if_untested("torch", "transformers", vlm=True)
     prefix = f"{path}." if path else ""
     encoder = None
     if plan.vision is not None:

@@ -80,16 +80,24 @@ def _first_line(method: Any) -> str:
 
 
 def env(json: Json = None) -> None:
-    """Versions, device and threads: what a bug report needs."""
+    """Versions, device and threads: what a bug report needs; and the releases that saint was tested on."""
     from .. import __version__
     from ..records import environment, write_json
+    from ..upstream.versions import TESTED, VLM_FLOOR
 
     facts = environment()
+    ranges = {name: f"{oldest} to {newest}" for name, (oldest, newest) in TESTED.items()}
+    for name, oldest in VLM_FLOOR.items():
+        ranges[f"{name}, vision-language models"] = f"{oldest} to {TESTED[name][1]}"
     table = Table(show_header=False, box=None)
     table.add_row("saint", __version__)
     for name, value in facts.items():
         shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
         table.add_row(name, "not installed" if shown is None else str(shown))
     out.print(table)
+    table = Table("library", "releases", title="tested on", title_justify="left")
+    for name, releases in ranges.items():
+        table.add_row(name, releases)
+    out.print(table)
     if json is not None:
-        write_json(json, {"kind": "env", "environment": facts})
+        write_json(json, {"kind": "env", "environment": facts, "tested": ranges})

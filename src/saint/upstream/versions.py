@@ -10,10 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 # distribution -> oldest and newest release that the suite has passed on; docs/versions.md has the runs
 TESTED: dict[str, tuple[str, str]] = {
     "torch": ("2.11.0", "2.14.1"),
-    "transformers": ("5.17.0", "5.24.0"),
+    "transformers": ("5.10.1", "5.24.0"),  # encoders
     "timm": ("1.0.20", "1.0.31"),
     "open_clip_torch": ("3.0.0", "3.3.0"),
 }
+VLM_FLOOR = {"transformers": "5.17.0"}  # the oldest for vision-language models
 _PACKAGES = {"open_clip": "open_clip_torch"}  # import name -> distribution, where they differ
 _told: set[str] = set()
 
@@ -39,16 +40,26 @@ def known_from(library: str) -> str:
     return f"known from {name} {oldest} to {newest}, installed is {installed(name) or 'none'}"
 
 
-def warn_if_newer(*libraries: str) -> None:
-    """One warning per process and library whose installed release is newer than any tested one."""
+def tested_range(name: str, vlm: bool = False) -> tuple[str, str]:
+    """Oldest and newest tested release of a distribution, for encoders or for vision-language models."""
+    oldest, newest = TESTED[name]
+    return (VLM_FLOOR.get(name, oldest) if vlm else oldest), newest
+
+
+def warn_if_untested(*libraries: str, vlm: bool = False) -> None:
+    """One warning per process and library whose installed release lies outside the tested ones."""
     for library in libraries:
         name = _PACKAGES.get(library, library)
         here = installed(name)
-        if name not in TESTED or name in _told or here is None or release(here) <= release(TESTED[name][1]):
+        if name not in TESTED or name in _told or here is None:
+            continue
+        oldest, newest = tested_range(name, vlm)
+        if release(oldest) <= release(here) <= release(newest):
             continue
         _told.add(name)
         warnings.warn(
-            f"{name} {here} is newer than the releases saint was tested on ({' to '.join(TESTED[name])}); a plan is refused "
-            "where a model has changed beyond what saint knows. `saint check MODEL` proves that yours is pruned right",
+            f"{name} {here} is {'newer' if release(here) > release(newest) else 'older'} than the releases saint was tested "
+            f"on ({oldest} to {newest}); a plan is refused where a model is not what saint knows. `saint check MODEL` proves "
+            "that yours is pruned right",
             stacklevel=4,
         )
