@@ -40,7 +40,7 @@ def known_from(library: str) -> str:
     return f"known from {name} {oldest} to {newest}, installed is {installed(name) or 'none'}"
 
 
-def tested_range(name: str, vlm: bool = False) -> tuple[str, str]:
+def releases(name: str, vlm: bool = False) -> tuple[str, str]:
     """Oldest and newest tested release of a distribution, for encoders or for vision-language models."""
     oldest, newest = TESTED[name]
     return (VLM_FLOOR.get(name, oldest) if vlm else oldest), newest
@@ -53,7 +53,7 @@ def warn_if_untested(*libraries: str, vlm: bool = False) -> None:
         here = installed(name)
         if name not in TESTED or name in _told or here is None:
             continue
-        oldest, newest = tested_range(name, vlm)
+        oldest, newest = releases(name, vlm)
         if release(oldest) <= release(here) <= release(newest):
             continue
         _told.add(name)
