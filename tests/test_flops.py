@@ -88,6 +88,17 @@ def test_integer_product():
     assert count_flops(lambda: torch._int_mm(left, right))[1].total == 2 * 32 * 16 * 24
 
 
+def test_products_with_packed_weights():
+    x, eight = torch.randn(16, 64, dtype=torch.bfloat16), torch.randint(-8, 8, (32, 64), dtype=torch.int8)
+    four = torch._convert_weight_to_int4pack_for_cpu(torch.randint(0, 15, (32, 64), dtype=torch.int32), 1)
+    scales, zeros = torch.ones(32, dtype=torch.bfloat16), torch.zeros(2, 32, 2, dtype=torch.bfloat16)
+    for product in (
+        lambda: torch._weight_int8pack_mm(x, eight, scales),
+        lambda: torch._weight_int4pack_mm_for_cpu(x, four, 32, zeros),
+    ):
+        assert count_flops(product)[1].total == 2 * 16 * 64 * 32
+
+
 def mha_by_hand(queries: int, keys: int, width: int) -> int:
     """One sample: q, k, v, output projection; QK^T and AV."""
     return 2 * width * width * (2 * queries + 2 * keys) + 2 * 2 * queries * keys * width

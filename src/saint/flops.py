@@ -77,12 +77,10 @@ _FORMULAS: dict[Callable[..., int], tuple[str, ...]] = {
     _row_product: (
         "mv",
         "dot",
-        "mkldnn_linear",
         "_int_mm",
         "_weight_int8pack_mm",
         "_weight_int4pack_mm",
         "_weight_int4pack_mm_for_cpu",
-        "_dyn_quant_matmul_4bit",
     ),
     _multihead: ("_native_multi_head_attention",),
     _encoder_layer: ("_transformer_encoder_layer_fwd",),
