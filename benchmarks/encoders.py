@@ -16,6 +16,7 @@ from rich.console import Console
 import saint
 from saint import demo
 from saint.bench.encoder import bench_encoder
+from saint.flops import left_out
 from saint.plan import Plan, Stage
 from saint.records import environment, write_json
 from saint.session import as_plan
@@ -68,7 +69,8 @@ def main() -> None:
             console.print(
                 f"{name} {size} px batch {batch} {label}: {1 / result.bound:.2f} of the FLOPs, "
                 f"x{result.speedup.median:.2f} [{result.speedup.p20:.2f}, {result.speedup.p80:.2f}], "
-                f"bound x{result.bound:.2f}, efficiency {result.efficiency:.2f}, pruning {overhead.share.median:.1%}, "
+                f"bound x{result.bound:.2f}{left_out(result.uncounted)}, "
+                f"efficiency {result.efficiency:.2f}, pruning {overhead.share.median:.1%}, "
                 f"nothing dropped {idle:+.1%}, eager attention x{row['eager_over_fused']:.2f} the time",
                 soft_wrap=True,
             )

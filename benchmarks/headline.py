@@ -18,6 +18,7 @@ from rich.console import Console
 
 import saint
 from saint.bench import bench_encoder, bench_generation
+from saint.flops import left_out
 from saint.plan import Plan, Stage
 from saint.records import environment, write_json
 
@@ -91,8 +92,8 @@ def encoder(shapes: dict[str, Any], device: str, dtype: torch.dtype, batches: li
         rows.append({"batch": batch, "images_per_second": rates, **result.to_dict()})
         console.print(
             f"ViT-H/14 shape, batch {batch}: {rates['unpruned']:.1f} -> {rates['pruned']:.1f} images/s, "
-            f"{1 / result.bound:.2f} of the FLOPs, speed-up {result.speedup.median:.3f} of {result.bound:.3f}, "
-            f"efficiency {result.efficiency:.3f}"
+            f"{1 / result.bound:.2f} of the FLOPs{left_out(result.uncounted)}, speed-up {result.speedup.median:.3f} of "
+            f"{result.bound:.3f}, efficiency {result.efficiency:.3f}"
         )
     return rows
 
@@ -142,7 +143,8 @@ def language(shapes: dict[str, Any], device: str, dtype: torch.dtype, lengths: t
             console.print(
                 f"{length} new, {name} ({equivalent[name] / 576:.1%} equivalent tokens): 13B TTFT "
                 f"{pruned.times['base'].first.median:.1f} -> {pruned.times[name].first.median:.1f} ms, speed-up "
-                f"{gain.first.median:.3f} of {gain.bound:.3f}, efficiency {gain.efficiency:.3f}{decode}; 7B unpruned "
+                f"{gain.first.median:.3f} of {gain.bound:.3f}{left_out(gain.uncounted)}, "
+                f"efficiency {gain.efficiency:.3f}{decode}; 7B unpruned "
                 f"{base.first.median:.1f} ms; 13B pruned / 7B: TTFT {ratio['first']:.3f}, end to end {ratio['total']:.3f}"
             )
     return rows

@@ -5,6 +5,7 @@ import importlib
 import json
 from pathlib import Path
 
+from saint.flops import left_out
 from saint.upstream import families
 from saint.upstream.specs import FamilyRow
 from saint.vision.locate import ROWS
@@ -53,13 +54,15 @@ def speed_table() -> str:
             f"| x{row['bound']:.2f} | x{speed['median']:.2f} [{speed['p20']:.2f}, {speed['p80']:.2f}] "
             f"| {row['efficiency']:.2f} | {share:.1%} |"
         )
+    missing = left_out(*(row["costs"][name]["uncounted"] for row in record["rows"] for name in ("base", "pruned")))
     where = record["environment"]
     conditions = record["rows"][0]["conditions"]
     lines += [
         "",
         f"{where['cpu']}, {conditions['threads']} threads, float32, torch {where['torch']}, "
         f"transformers {where['transformers']}, {conditions['repeats']} interleaved rounds after "
-        f"{conditions['warmup']} of warm-up, {record['date'][:10]}.",
+        f"{conditions['warmup']} of warm-up, {record['date'][:10]}."
+        + (f" FLOPs and bound{missing}." if missing else ""),
     ]
     return "\n".join(lines)
 

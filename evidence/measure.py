@@ -38,6 +38,7 @@ from saint.bench import bench_encoder
 from saint.bench.cost import cost
 from saint.eval import Sample, Samples, compare, evaluate_images
 from saint.eval.data import read_image
+from saint.flops import left_out
 from saint.methods import Grid, Random, ToMe
 from saint.plan import Plan, Stage
 from saint.records import environment, write_json
@@ -112,6 +113,8 @@ def flops(model: Any, plan: Plan, pictures: list[Tensor], part: str = "") -> flo
         costs = [
             cost(lambda pixels=pixels: model(pixel_values=pixels[None]), torch.device("cpu")) for pixels in pictures
         ]
+    if missing := left_out(*(found.uncounted for found in costs)):
+        raise SystemExit(f"no share of the FLOPs can be published{missing}")
     return sum(found.flops for found in costs) / len(costs)
 
 

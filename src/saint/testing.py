@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import AlreadyAppliedError, HookNeverFiredError, SaintError
+from .flops import count_flops, left_out
 from .methods.saint import Saint
 from .patch import override
 from .plan import Plan, Stage
@@ -697,7 +697,7 @@ def check_on(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
     one = {name: value[sample : sample + 1] for name, value in inputs.items()}
     _, encoder, row = locate(model)
     blocks = list(part(encoder, row.blocks))
-    base, base_flops = _flops(model, row, blocks, one)
+    base, base_flops, unknown = _flops(model, row, blocks, one)
     widths: list[int] = []
 
     def measure(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -707,7 +707,7 @@ def check_on(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
         session = stack.enter_context(pruned(model, plan))
         for block in blocks:  # what the parts of a block see, not the block: its input may be full length
             stack.callback(_first_part(block, row).register_forward_pre_hook(measure, with_kwargs=True).remove)
-        output, flops = _flops(model, row, blocks, one)
+        output, flops, unknown_pruned = _flops(model, row, blocks, one)
         trace = session.trace
     assert trace[-1].tokens_out[0] < trace[0].tokens_in[0], "no token was dropped"
     changed = [n for n, v in output.items() if v.shape != base[n].shape or not torch.equal(v, base[n])]
@@ -731,7 +731,7 @@ def check_on(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
     error = abs(measured / predicted - 1)
     assert error <= 0.02, f"FLOPs are {error:.1%} off what the token counts predict"
     share = measured / sum(a + m + s for _, a, m, s in base_flops)
-    return f"{share:.0%} of the blocks' FLOPs, {error:.1%} off the prediction"
+    return f"{share:.0%} of the blocks' FLOPs{left_out(unknown, unknown_pruned)}, {error:.1%} off the prediction"
 
 
 def _anatomy(block: nn.Module, row: EncoderRow) -> Anatomy:
@@ -745,35 +745,34 @@ def _first_part(block: nn.Module, row: EncoderRow) -> nn.Module:
 
 def _flops(
     model: nn.Module, row: EncoderRow, blocks: list[nn.Module], inputs: Inputs
-) -> tuple[dict[str, Tensor], list[tuple[int, float, float, float]]]:
-    """Outputs, and per block: tokens in, linear FLOPs of the attention half, of the MLP, and FLOPs quadratic in tokens."""
+) -> tuple[dict[str, Tensor], list[tuple[int, float, float, float]], list[str]]:
+    """Outputs; per block: tokens in, linear FLOPs of the attention half, of the MLP, and FLOPs quadratic in tokens; operators
+    that were not counted."""
     names = {
         module: f"{type(model).__name__}.{path}" if path else type(model).__name__
         for path, module in model.named_modules()
     }
     tokens: list[int] = []
 
-    def count(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def length(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens.append((args[0] if args else next(iter(kwargs.values()))).shape[1])
 
     fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
-        torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel is not counted
+        torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel does not say which half costs what
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         for block in blocks:
-            stack.callback(block.register_forward_pre_hook(count, with_kwargs=True).remove)
-        counter = stack.enter_context(FlopCounterMode(display=False))
-        with torch.enable_grad():  # the counter's module tracking fails without (pooling latents, torch 2.13)
-            output = {name: value.detach() for name, value in tensors(model(**inputs))}
-    by_module = counter.get_flop_counts()
+            stack.callback(block.register_forward_pre_hook(length, with_kwargs=True).remove)
+        output, counted = count_flops(lambda: run(model, inputs))
+    by_module = counted.by_module
     out = []
     for index, block in enumerate(blocks):
         anatomy = _anatomy(block, row)  # of the model's own parts: scoring is matrix products too
         attention = by_module[names[part(block, anatomy.padding or anatomy.attn)]]
         mlp = sum(by_module[names[part(block, anatomy.mlp)]].values())
-        squared = sum(v for op, v in attention.items() if "attention" in str(op))
+        squared = sum(v for op, v in attention.items() if "attention" in op)
         out.append((tokens[index], float(sum(attention.values()) - squared), float(mlp), float(squared)))
-    return output, out
+    return output, out, counted.uncounted
 
 
 def check_bad_input(model: nn.Module, plan: Plan, inputs: Inputs) -> str:

@@ -1,7 +1,6 @@
 """What a forward needs, counted instead of timed: FLOPs and memory."""
 
 import dataclasses
-import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -10,27 +9,23 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from ..flops import count_flops
 from .timing import synchronize
 
 MIB = 2**20
 
-_EXPENSIVE = re.compile(r"mm\b|mm_|conv|attention|linear|einsum|matmul|rnn|lstm|gru")
-
 
 class _Watch(TorchDispatchMode):
-    """Notes operators, and the peak of the bytes in live tensors that were made under it."""
+    """Notes the peak of the bytes in live tensors that were made under it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operators: set[Any] = set()
         self.live: dict[int, int] = {}
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.operators.add(func._overloadpacket)
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         output = func(*args, **kwargs)
         for tensor in tree_leaves(output):
@@ -58,7 +53,7 @@ class Cost:
     Attributes:
         flops: floating-point operations; a multiply-add is two.
         by_operator: the same, by operator.
-        uncounted: operators that look expensive and that torch's counter does not know.
+        uncounted: operators that look expensive and have no FLOP formula: ``flops`` is without them.
         memory: MiB of activations alive at once: on CUDA by the allocator, elsewhere tensors (a kernel's own
             workspace is not seen).
     """
@@ -71,11 +66,8 @@ class Cost:
 
 def cost(run: Callable[[], Any], device: torch.device) -> Cost:
     """Run once and count."""
-    # not inference_mode: there, composite operators reach the counter before they are taken apart
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, _Watch() as watch:
-        run()
-    by = {str(operator): int(n) for operator, n in counter.get_flop_counts().get("Global", {}).items()}
-    names = {str(operator) for operator in watch.operators if operator not in flop_registry}
+    with torch.no_grad(), _Watch() as watch:
+        counted = count_flops(run)[1]
     peak = watch.peak
     if device.type == "cuda":
         synchronize(device)
@@ -85,4 +77,4 @@ def cost(run: Callable[[], Any], device: torch.device) -> Cost:
             run()
         synchronize(device)
         peak = torch.cuda.max_memory_allocated(device) - before
-    return Cost(int(counter.get_total_flops()), by, sorted(filter(_EXPENSIVE.search, names)), peak / MIB)
+    return Cost(counted.total, counted.by_operator, counted.uncounted, peak / MIB)

@@ -59,6 +59,7 @@ class EncoderBench:
         costs: FLOPs and memory by variant: "base", "pruned" and, where the model has such a switch, "eager".
         bound: FLOPs of base / pruned: the speed-up if time were proportional to FLOPs.
         efficiency: speed-up / bound; 1 means that time followed the FLOPs.
+        uncounted: operators that the bound, and so the efficiency, leaves out.
         overhead: see :class:`Overhead`; None when not measured.
         eager: time of the same plan with the model's attention forced to eager; None when the model has no such switch.
         conditions: all else that the numbers depend on.
@@ -72,6 +73,7 @@ class EncoderBench:
     costs: dict[str, Cost]
     bound: float
     efficiency: float
+    uncounted: list[str]
     overhead: Overhead | None
     eager: Spread | None
     conditions: dict[str, Any]
@@ -182,6 +184,7 @@ def bench_encoder(
         costs=costs,
         bound=bound,
         efficiency=speedup.median / bound,
+        uncounted=sorted({*costs["base"].uncounted, *costs["pruned"].uncounted}),
         overhead=overhead,
         eager=Spread.of(times["eager"]) if "eager" in times else None,
         conditions={

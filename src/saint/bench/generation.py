@@ -49,6 +49,7 @@ class GenerationGain:
         decode: time per further token, pruned / base: above 1 means that decoding got slower.
         bound: prefill FLOPs, base / pruned: the speed-up of the first token if time were proportional to FLOPs.
         efficiency: first / bound; 1 means that time followed the FLOPs.
+        uncounted: operators that the bound, and so the efficiency, leaves out.
         kv: bytes of keys and values, pruned / base.
     """
 
@@ -57,6 +58,7 @@ class GenerationGain:
     decode: Spread | None
     bound: float
     efficiency: float
+    uncounted: list[str]
     kv: float
 
 
@@ -210,6 +212,7 @@ def bench_generation(
             decode=Spread.of(_ratios(step[name], step[BASE])) if step[name] else None,
             bound=bound,
             efficiency=ratio.median / bound,
+            uncounted=sorted({*costs[BASE].uncounted, *costs[name].uncounted}),
             kv=kept[name] / kept[BASE],
         )
     config: Any = getattr(model, "config", None)

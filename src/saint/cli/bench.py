@@ -110,7 +110,10 @@ def print_tokens(result: "EncoderBench") -> None:
 
 def print_times(result: "EncoderBench") -> None:
     """Times, FLOPs and memory of all variants, and what pruning itself costs."""
+    from ..flops import left_out
+
     table = Table("", "ms (median)", "p20 - p80", "GFLOPs", "activations MiB", title="forward", title_justify="left")
+    table.caption = _missing(left_out(*(cost.uncounted for cost in result.costs.values())))
     rows = {"base": result.base, "pruned": result.pruned, "eager": result.eager}
     names = {"base": "unpruned", "pruned": "pruned", "eager": "eager attention"}
     for key, spread in rows.items():
@@ -127,7 +130,7 @@ def print_times(result: "EncoderBench") -> None:
     speedup = result.speedup
     out.print(
         f"speed-up [bold]{speedup.median:.3f}x[/] (p20 {speedup.p20:.3f}, p80 {speedup.p80:.3f}); "
-        f"FLOPs bound {result.bound:.3f}x; efficiency {result.efficiency:.3f}",
+        f"FLOPs bound {result.bound:.3f}x{left_out(result.uncounted)}; efficiency {result.efficiency:.3f}",
         highlight=False,
     )
     if result.overhead is not None:
@@ -139,9 +142,6 @@ def print_times(result: "EncoderBench") -> None:
         )
         if own.keep_all is not None:
             out.print(f"the same plan when nothing goes: {_percent(own.keep_all)} extra time", highlight=False)
-    unknown = sorted({name for cost in result.costs.values() for name in cost.uncounted})
-    if unknown:
-        out.print(f"[yellow]not counted in the FLOPs[/]: {', '.join(unknown)}", highlight=False)
 
 
 def _generation(
@@ -198,7 +198,10 @@ def _generation(
 
 def print_generation(result: "GenerationBench") -> None:
     """Times, memory and FLOPs of all variants, then each plan against the unpruned model."""
+    from ..flops import left_out
+
     table = Table("", "first token ms", "ms per token", "total ms", "tokens/s", "KV MiB", "prefill GFLOPs")
+    table.caption = _missing(left_out(*(times.prefill.uncounted for times in result.times.values())))
     for name, times in result.times.items():
         cells = [times.first, times.per_token, times.total, times.tokens_per_second]
         shown = [f"{s.median:.2f} ({s.p20:.2f} - {s.p80:.2f})" if s is not None else "-" for s in cells]
@@ -209,10 +212,16 @@ def print_generation(result: "GenerationBench") -> None:
         decode = f"; decode takes {gain.decode.median:.3f}x the time" if gain.decode is not None else ""
         out.print(
             f"{name}: first token [bold]{gain.first.median:.3f}x[/] (p20 {gain.first.p20:.3f}, p80 {gain.first.p80:.3f}), FLOPs "
-            f"bound {gain.bound:.3f}x, efficiency {gain.efficiency:.3f}; end to end {gain.total.median:.3f}x{decode}; "
+            f"bound {gain.bound:.3f}x{left_out(gain.uncounted)}, "
+            f"efficiency {gain.efficiency:.3f}; end to end {gain.total.median:.3f}x{decode}; "
             f"KV {gain.kv:.0%}",
             highlight=False,
         )
+
+
+def _missing(text: str) -> str | None:
+    """Under a table with FLOPs in it."""
+    return f"FLOPs{text}" if text else None
 
 
 def _percent(spread: "Spread") -> str:

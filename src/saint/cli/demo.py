@@ -63,6 +63,7 @@ def demo(
     import torch
 
     from ..bench import agreement, bench_encoder
+    from ..flops import left_out
     from ..records import environment, write_json
     from ..session import pruned
 
@@ -87,9 +88,10 @@ def demo(
 
     speedup = sum(b.base.median for b in benches) / sum(b.pruned.median for b in benches)
     bound = sum(b.costs["base"].flops for b in benches) / sum(b.costs["pruned"].flops for b in benches)
-    _print(loaded, chosen, photos, traces, benches, agreements)
+    missing = left_out(*(b.uncounted for b in benches))
+    _print(loaded, chosen, photos, traces, benches, agreements, missing)
     out.print(
-        f"measured speed-up [bold]{speedup:.2f}x[/], FLOPs bound {bound:.2f}x "
+        f"measured speed-up [bold]{speedup:.2f}x[/], FLOPs bound {bound:.2f}x{missing} "
         f"({benches[0].conditions['threads']} threads, {loaded.device}, batch 1, {repeats} interleaved rounds each)",
         highlight=False,
     )
@@ -150,6 +152,7 @@ def _print(
     traces: Sequence[list["LayerTrace"]],
     benches: Sequence["EncoderBench"],
     agreements: Sequence["Agreement"],
+    missing: str,
 ) -> None:
     out.print(f"\n[bold]{loaded.title}[/]\n{describe(plan)}\n", highlight=False)
     total = int(traces[0][0].tokens_in[0])
@@ -163,7 +166,7 @@ def _print(
     heads = ["kept", "ms before", "after", "speed-up", "bound", "corr." if measure == "correlation" else measure]
     if agreements[0].same_top1 is not None:
         heads.append("same class")
-    table = Table(box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, caption=f"bound{missing}" if missing else None)
     table.add_column("photograph", no_wrap=True, max_width=18)
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)

@@ -65,7 +65,7 @@ class Parameters:
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], skip: int = 0) -> dict[str, Any]:
         """The arguments of a call by name, without the first ``skip`` parameters, which ``args`` must not hold."""
-        # cut to equal length: torch 2.8's compiler takes every zip for a strict one
+        # cut to equal length: the compiler of older torch takes every zip for a strict one
         return {**dict(zip(self.names[skip : skip + len(args)], args, strict=True)), **kwargs}
 
     def put(self, given: Mapping[str, Any], role: Role, value: Any) -> dict[str, Any]:

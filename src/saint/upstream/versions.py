@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 # distribution -> oldest and newest release that the suite has passed on; docs/versions.md has the runs
 TESTED: dict[str, tuple[str, str]] = {
-    "torch": ("2.11.0", "2.14.1"),
+    "torch": ("2.11.0", "2.15.0"),
     "transformers": ("5.10.1", "5.24.0"),  # encoders
     "timm": ("1.0.20", "1.0.31"),
     "open_clip_torch": ("3.0.0", "3.3.0"),

@@ -412,7 +412,7 @@ class PrunedEncoder(_Uncopied):
 
     def _cached(self, name: str, layer: int, source: Any, make: Callable[[Any], Any]) -> Any:
         # blocks behind the last drop point share one map: gather once, not once a layer
-        key = (name, id(self.maps[layer]), id(source))
+        key = (name, id(self.maps[layer]), None if source is None else id(source))  # dynamo of torch 2.11: no id(None)
         hit = self._cache.get(key)
         if hit is None or hit[0] is not source:
             hit = (source, make(source))
