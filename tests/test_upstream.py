@@ -6,6 +6,7 @@ for the cache); each was a wrong number or a lost cache in a version that only k
 """
 
 import copy
+import dataclasses
 import functools
 import importlib.util
 import inspect
@@ -243,6 +244,39 @@ def test_what_an_encoder_lacks_is_named():
         saint.apply(vit, saint.Saint())
 
 
+@pytest.mark.parametrize(
+    ("name", "fact", "named"),
+    [
+        ("llava-llama", {"pixels": (Role("pictures", "images"),)}, "argument pictures or images"),
+        ("qwen3-vl", {"taps": lambda m: {"visual.deep_mergers.0": 1}}, r"visual\.deep_mergers\.0"),
+        ("qwen3-vl", {"taps": lambda m: m.visual.deep_indexes}, "mergers: .*deep_indexes"),
+        ("qwen3-vl", {"between": lambda m: m.config.deep}, "layers it adds to: .*deep"),
+        ("gemma3", {"joins": lambda m: m.multi_modal_projector.side}, "size of merged squares: .*side"),
+        ("llava-llama", {"feature_layer": lambda m, depth: m.config.layer}, "layer of its features: .*layer"),
+    ],
+)
+def test_every_fact_of_a_family_is_verified(name, fact, named):
+    _, vlm, row = locate_vlm(on_meta(FAMILIES[name].build), "language")
+    verify_family(vlm, row)
+    with pytest.raises(saint.UnsupportedModelError, match=named):
+        verify_family(vlm, dataclasses.replace(row, **fact))
+
+
+@pytest.mark.parametrize(
+    ("fact", "named"),
+    [
+        ({"prefix": lambda m: m.prefix_length}, "protected tokens: .*prefix_length"),
+        ({"patch": "stem.conv"}, r"stem\.conv \(patch embedding\)"),
+        ({"final": "last"}, r"last \(last norm\)"),
+        ({"order": Role("shuffle", "reorder")}, "method shuffle or reorder"),
+    ],
+)
+def test_every_fact_of_an_encoder_is_verified(fact, named):
+    _, encoder, row = locate(BUILDERS["timm/vit-augreg"]())
+    with pytest.raises(saint.UnsupportedModelError, match=named):
+        verify_encoder(encoder, dataclasses.replace(row, **fact))
+
+
 def test_a_release_that_was_not_tested_is_said_once(monkeypatch):
     vit = BUILDERS["timm/vit-augreg"]()
     monkeypatch.setattr(versions, "installed", lambda name: {"timm": "99.1.0.dev0", "transformers": "5.12.0"}.get(name))
@@ -365,6 +399,31 @@ def test_checkpointing_without_gradients_keeps_the_cache_where_upstream_does(lla
         if unpruned:  # before 5.24 generation in train mode is wrong upstream, too
             with saint.pruned(llava, plan):
                 assert torch.equal(llava.generate(**inputs, max_new_tokens=4, **GREEDY), new)
+
+
+def test_a_cache_that_checkpointing_takes_away_holds_nothing(llava):
+    inputs = prompts(LLAVA, llava, BATCH)
+    twin = copy.deepcopy(llava).train()
+    checkpoint(twin)
+    cache = hf.DynamicCache(config=llava.config.get_text_config())
+    stage = saint.Stage(LANGUAGE.method, layers=LANGUAGE.layers, evict=True)
+    with saint.pruned(twin, saint.Plan(vision=VISION, language=stage)) as session:
+        twin(**inputs, **cached(twin, cache), labels=inputs["input_ids"]).loss.backward()
+        assert session.kv_memory is None
+        assert [entry.stage for entry in session.trace] == ["vision", "language", "language"]
+    assert cache.get_seq_length() == 0
+
+
+def test_a_checkpointed_encoder_keeps_its_trace_through_the_backward_pass():
+    vit = BUILDERS["timm/vit-augreg"]().train()
+    vit.set_grad_checkpointing()
+    images = torch.randn(2, 3, 96, 96)
+    with saint.pruned(vit, saint.Saint(budget=20)) as session:
+        loss = vit(images).square().sum()
+        before = [(entry.layer, entry.tokens_out.tolist()) for entry in session.trace]
+        loss.backward()
+        assert [(entry.layer, entry.tokens_out.tolist()) for entry in session.trace] == before
+    assert before[-1][1] == [20, 20]
 
 
 def test_croppable_is_answered_for_every_layer():

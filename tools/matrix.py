@@ -117,7 +117,11 @@ def run(name: str, environment: Environment) -> dict[str, object]:
         command += ["-k", environment.select]
     with log.open("w") as out:
         code = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(target)}, stdout=out, stderr=subprocess.STDOUT
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": f"{target}{os.pathsep}{ROOT / 'src'}"},
+            stdout=out,
+            stderr=subprocess.STDOUT,
         ).returncode
     versions = {d: importlib.metadata.version(d) for d in (*LIBRARIES, "torch")}
     versions |= {d: installed(target)[canonicalize_name(d)].version for d in environment.versions}
@@ -140,14 +144,14 @@ def run(name: str, environment: Environment) -> dict[str, object]:
     suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
     failed, errors, skipped, total = (int(suite.get(k, 0)) for k in ("failures", "errors", "skipped", "tests"))
     failures = [
-        f"{case.get('classname')}::{case.get('name')}: {(case.find('failure') or case.find('error')).get('message', '')[:120]}"
-        if case.find("failure") is not None or case.find("error") is not None
-        else ""
+        f"{case.get('classname')}::{case.get('name')}: {outcome.get('message', '')[:120]}"
         for case in suite.iter("testcase")
+        for outcome in case
+        if outcome.tag in ("failure", "error")
     ]
     return {
         **result, "passed": total - failed - errors - skipped, "failed": failed, "errors": errors, "skipped": skipped,
-        "failures": [line for line in failures if line],
+        "failures": failures,
     }  # fmt: skip
 
 
