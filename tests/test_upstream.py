@@ -308,10 +308,10 @@ def test_the_tested_ranges_are_those_of_the_package_and_of_the_lock():
         assert "<" not in floor
     assert extras["vlm"] == ["transformers>=" + ".".join(versions.VLM_FLOOR["transformers"].split(".")[:2])]
     lines = [line for line in (root / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-    assert not [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line)]
+    assert not [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9a-z.]*", line)]
     locked = dict(line.split("==") for line in lines)
     for name, (_, newest) in versions.TESTED.items():
-        assert versions.release(locked[name.replace("_", "-")]) <= versions.release(newest), name
+        assert versions.release(locked[name]) <= versions.release(newest), name
 
 
 # -- the traps of a renamed cache -------------------------------------------------------------------------------------

@@ -23,10 +23,10 @@ HEAD = """\
 def main() -> None:
     lines = []
     for distribution in importlib.metadata.distributions():
-        name = canonicalize_name(distribution.metadata["Name"])
-        if name not in OURS and not name.startswith(TORCHS):
+        name = distribution.metadata["Name"]
+        if canonicalize_name(name) not in OURS and not canonicalize_name(name).startswith(TORCHS):
             lines.append(f"{name}=={Version(distribution.version).public}")  # without a local part such as +cpu
-    PATH.write_text(HEAD + "\n".join(sorted(set(lines))) + "\n")
+    PATH.write_text(HEAD + "\n".join(sorted(set(lines), key=str.lower)) + "\n")
 
 
 if __name__ == "__main__":

@@ -115,11 +115,12 @@ def run(name: str, environment: Environment) -> dict[str, object]:
     command = [sys.executable, "-m", "pytest", "--junit-xml", str(report), *environment.tests]
     if environment.select:
         command += ["-k", environment.select]
+    path = f"{target}{os.pathsep}{ROOT / 'src'}"
     with log.open("w") as out:
         code = subprocess.run(
             command,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": f"{target}{os.pathsep}{ROOT / 'src'}"},
+            env={**os.environ, "PYTHONPATH": path},
             stdout=out,
             stderr=subprocess.STDOUT,
         ).returncode

@@ -97,7 +97,7 @@ def load_vlm(
     library, colon, name = spec.partition(":")
     if not colon or library != "hf" or not name:
         raise ValueError(f"a vision-language model is hf:NAME_OR_PATH or {DEMO}; got {spec!r}")
-    transformers = _library("transformers", "transformers")
+    transformers = _library("transformers", "vlm")
     auto = transformers.AutoModelForImageTextToText
     with _explained(spec):
         config = transformers.AutoConfig.from_pretrained(name)
