@@ -44,7 +44,7 @@ def reference(model, image, layers, r, beta):
         x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(image.double()))))[0]
         prefix = model.num_prefix_tokens
         groups = [[i] for i in range(len(x) - prefix)]
-        trace = []
+        trace, margins = [], [1.0]
         for layer, block in enumerate(model.blocks):
             attn, count = block.attn, len(x)
             qkv = attn.qkv(block.norm1(x)).reshape(count, 3, attn.num_heads, attn.head_dim).permute(1, 2, 0, 3)
@@ -59,7 +59,9 @@ def reference(model, image, layers, r, beta):
                 for a in range(0, len(groups), 2):
                     cosines = [float(metric[a] @ metric[b]) for b in range(1, len(groups), 2)]
                     edges.append((max(cosines), a, 2 * cosines.index(max(cosines)) + 1))
+                    margins += [high - low for high, low in [sorted(cosines)[:-3:-1]]]
                 edges.sort(reverse=True)
+                margins += [edges[r - 1][0] - edges[r][0]] if r < len(edges) else []
                 total = {i: x[prefix + i] * len(g) for i, g in enumerate(groups)}
                 for _, a, b in edges[: min(r, len(groups) // 2)]:
                     total[b] = total[b] + total.pop(a)
@@ -68,7 +70,7 @@ def reference(model, image, layers, r, beta):
                 groups = [groups[i] for i in total]
                 trace.append(list(groups))
             x = x + block.ls2(block.mlp(block.norm2(x)))
-        return model.forward_head(model.norm(x)[None])[0], trace
+        return model.forward_head(model.norm(x)[None])[0], trace, min(margins)
 
 
 @pytest.mark.parametrize("name", ["timm/vit-augreg", "timm/vit-qknorm", "timm/dinov2-reg", "timm/deit-distilled"])
@@ -78,13 +80,18 @@ def test_equal_to_a_float64_reference(name, r, beta, layers):
     images = testing.example_inputs(model)["x"]
     with saint.pruned(model, Stage(ToMe(r=r, beta=beta), layers=layers)) as session, torch.no_grad():
         out, trace = model(images), session.trace
+    clear = 0
     for sample, image in enumerate(images):
-        want, groups = reference(model, image[None], layers, r, beta)
+        want, groups, margin = reference(model, image[None], layers, r, beta)
+        if margin < 1e-6:
+            continue  # two edges that float32 cannot tell apart
+        clear += 1
         assert (out[sample] - want).abs().max() < 1e-5 * max(1, want.abs().max())
         for entry, group in zip(trace, groups, strict=True):
             assert entry.tokens_out[sample] == len(group)
             for i, members in enumerate(group):
                 assert entry.into[sample][members].unique().tolist() == [entry.kept[sample][i].item()]
+    assert clear >= 2
 
 
 # -- contracts --------------------------------------------------------------------------------------------------------
