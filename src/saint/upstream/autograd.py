@@ -1,13 +1,41 @@
-"""What torch tells of the backward pass around a call."""
+"""What torch and transformers tell of the backward pass and of checkpointing."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 
-def in_backward() -> bool:
-    """Whether autograd runs a backward pass on this thread: a layer that runs now is run again for its gradients.
+def backward_pass() -> int | None:
+    """Number of the backward pass that runs on this thread: a layer that runs now is run again for its gradients. None outside.
 
     torch's own checkpointing asks the same private function; there is no public one.
     """
     if torch.compiler.is_compiling():
-        return False  # and cannot be traced; a compiled backward pass calls no module
-    return torch._C._current_graph_task_id() != -1
+        return None  # cannot be traced; a compiled backward pass calls no module
+    task = torch._C._current_graph_task_id()
+    return None if task == -1 else task
+
+
+def checkpointed(module: nn.Module, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``function``, a part of ``module``'s forward, under the module's own gradient checkpointing where that is on.
+
+    transformers checkpoints inside ``forward`` (5.23 and later), which does not run where a block runs in parts; before, around
+    ``__call__``, which does.
+    """
+    inside = type(module).__call__ is nn.Module.__call__
+    on = getattr(module, "gradient_checkpointing", False) and module.training and torch.is_grad_enabled()
+    run = getattr(module, "_gradient_checkpointing_func", None)
+    if not (inside and on and run is not None):
+        return function
+
+    def checkpointing(x: Tensor, *args: Any) -> Tensor:
+        return run(partial(_behind, function, args), x)  # the hidden states by position, as its users must
+
+    return checkpointing
+
+
+def _behind(function: Callable[..., Tensor], args: tuple[Any, ...], x: Tensor) -> Tensor:
+    return function(x, *args)

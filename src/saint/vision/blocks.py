@@ -29,12 +29,10 @@ def _chain(block: nn.Module, names: tuple[str, ...]) -> list[Any]:
 
 
 class Block:
-    """One block seen through its anatomy; holds no state of a forward except the keys just computed."""
+    """One block seen through its anatomy; holds no state of a forward."""
 
     def __init__(self, module: nn.Module, anatomy: Anatomy, name: str) -> None:
         self.module, self.anatomy, self.name = module, anatomy, name
-        self._keys: Tensor | None = None
-        self._source: Any = None
         self.parameters = Parameters(type(module).forward)
         names = self.parameters.names
         self.mask = None if anatomy.mask is None else anatomy.mask.among(names)
@@ -48,6 +46,7 @@ class Block:
                 f"{name} ({type(module).__name__}) has none of {', '.join(anatomy.keys)} to read keys from"
             )
         self.key_source = source
+        self._source = part(module, source)
         self.heads = next((n for path in anatomy.heads if (n := part(module, path)) is not None), 0)
 
     def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -56,26 +55,25 @@ class Block:
 
     # -- keys ---------------------------------------------------------------------------------------------------------
 
-    def watch_keys(self) -> Callable[[], None]:
-        """Start keeping the keys of each call; returns the undo."""
-        self._source = part(self.module, self.key_source)
+    def watch_keys(self, keep: Callable[[Tensor], None]) -> Callable[[], None]:
+        """Call ``keep`` with what shows the keys of each call; returns the undo."""
         shown = self._source if isinstance(self._source, nn.Module) else part(self.module, self.anatomy.norm1 or "")
 
-        def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            self._keys = output
+        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            keep(output)
 
-        return shown.register_forward_hook(keep).remove
+        return shown.register_forward_hook(hook).remove
 
-    def head_mean_keys(self, prefix: int) -> Tensor:
-        """Keys of the call that just ran, averaged over heads, without the prefix: float32 or the weights' dtype, [B, N, D].
+    def head_mean_keys(self, keys: Tensor | None, prefix: int) -> Tensor:
+        """Keys averaged over heads, without the prefix: float32 or the weights' dtype, [B, N, D].
 
         Args:
+            keys: what :meth:`watch_keys` kept of the call.
             prefix: P.
 
         Raises:
-            HookNeverFiredError: the module that shows the keys was not called.
+            HookNeverFiredError: nothing was kept: the module that shows the keys was not called.
         """
-        keys, self._keys = self._keys, None
         if keys is None:
             raise HookNeverFiredError(
                 f"{self.name}.{self.key_source} was not called during the forward, so there are no keys to score: this "
@@ -149,14 +147,15 @@ class Block:
         if self.mask is not None:
             kwargs[self.mask] = None
         training = [m for m in self.module.modules() if m.training]
-        unwatch = self.watch_keys()
+        shown: list[Tensor] = []
+        unwatch = self.watch_keys(shown.append)
         try:
             for module in training:
                 module.training = False
             with torch.no_grad():
                 expected = self.module.forward(x, **kwargs)
                 composed = self.second(self.first(x, kwargs))
-                self.head_mean_keys(prefix)
+                self.head_mean_keys(shown[-1] if shown else None, prefix)
         except (TypeError, RuntimeError, AttributeError) as error:
             raise ParityError(
                 f"{self.name} ({type(self.module).__name__}) does not have the anatomy known for its class: {error}. "

@@ -2,19 +2,22 @@
 
 Each block's ``forward`` is replaced, on the instance, by a :class:`PrunedBlock`, which gives the block what its tokens
 need (mask, positional tables), runs it, and at a drop point gathers the survivors. The state of a forward is one token
-map per layer, so a layer can be run again (gradient checkpointing) and does the same.
+map per layer, so a layer can be run again (gradient checkpointing) and does the same; `forwards.Forwards` finds the right one.
 """
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
+from ..forwards import Flag, Forwards
 from ..graph import metric
+from ..patch import Uncopyable
 from ..patch import override as _override
 from ..tokens import (
     Candidates,
@@ -36,23 +39,10 @@ from ..tokens import (
     square_groups,
     visible,
 )
-from ..upstream.autograd import in_backward
+from ..upstream.autograd import checkpointed
 from ..upstream.names import GRID, IMPLEMENTATION, LONGEST, TIMM_ROTARY, Parameters
 from ..upstream.specs import EncoderRow
 from .blocks import Block, part
-
-
-class _Uncopied:
-    """Tied to one model: a copy would silently run the original's weights."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise RuntimeError(
-            "a model cannot be copied or pickled while a plan is applied; call saint.remove(model) first"
-        )
-
-    def __reduce__(self) -> NoReturn:
-        self.__deepcopy__({})
-
 
 Select = Callable[[Candidates], Selection | None]
 
@@ -60,7 +50,38 @@ Select = Callable[[Candidates], Selection | None]
 _DENSE_MASK = {"sdpa", "eager"}
 
 
-class PrunedEncoder(_Uncopied):
+@dataclass
+class EncoderState:
+    """What one forward knows. Keys of the dictionaries are layers: what holds in front of them; the depth: behind the last.
+
+    Attributes:
+        maps: token map.
+        owners: for each original candidate the slot that stands for it, int64 [B, N].
+        sizes: merging: original candidates in each slot, float32 [B, K].
+        merged: merging: for each original candidate the slot it is part of, int64 [B, N].
+        groups: where groups of tokens are the candidates.
+        expanded: layers whose input is full length although tokens were dropped.
+        shown: what showed the keys of a layer, until they are scored.
+        memo: masks and tables that layers share.
+        grid: rows and columns of patches.
+        samples: packed: tokens per image or frame.
+        order: packed: group at each place.
+    """
+
+    maps: dict[int, TokenMap] = field(default_factory=dict)
+    owners: dict[int, Tensor] = field(default_factory=dict)
+    sizes: dict[int, Tensor] = field(default_factory=dict)
+    merged: dict[int, Tensor] = field(default_factory=dict)
+    groups: dict[int, Groups] = field(default_factory=dict)
+    expanded: set[int] = field(default_factory=set)
+    shown: dict[int, Tensor] = field(default_factory=dict)
+    memo: dict[Any, Any] = field(default_factory=dict)
+    grid: tuple[int, int] | None = None
+    samples: list[int] = field(default_factory=list)
+    order: Tensor | None = None
+
+
+class PrunedEncoder(Uncopyable):
     """The vision stage of a session.
 
     Args:
@@ -75,6 +96,7 @@ class PrunedEncoder(_Uncopied):
         beta: of merging methods: attention adds beta * log(size) to the logits of a merged token's key.
         joins: side of the square of patches that a merger behind the encoder joins into one token. Those squares are the
             candidates then: a method sees their mean keys, and their tokens stay or go together.
+        restored: layers in front of which the sequence is full length again, for a merger that reads it there.
 
     Raises:
         UnsupportedModelError: an unknown block class with ``placement="mid"``, parameters on ``meta``, a compiled model.
@@ -94,29 +116,25 @@ class PrunedEncoder(_Uncopied):
         validate: Callable[[int, int], None],
         beta: float = 0.0,
         joins: int | None = None,
+        restored: frozenset[int] = frozenset(),
     ) -> None:
         self.path, self.encoder, self.row = path, encoder, row
         self.layers, self.placement, self.output = layers, placement, output
         self.select, self.validate, self.beta, self.joins = select, validate, beta, joins
-        self.restored: set[int] = set()  # layers whose input is full length, with holes (see `restore`)
+        self.restored = restored  # layers whose input is full length, with holes (see `restore`)
         self.hole = torch.nan
-        self.samples: list[int] = []  # packed: tokens per image or frame
-        self.order: Tensor | None = None  # packed: group at each place
         self.modules: list[nn.Module] = list(part(encoder, row.blocks))
         self.depth = len(self.modules)
         self.prefix = row.prefix(encoder)
         self.parameters = Parameters(type(encoder).forward)
         self.steps = {layer: step for step, layer in enumerate(layers)}
-        self.dense = False  # full-length block outputs, for callers that reshape to the grid
-        self.grid: tuple[int, int] | None = None
-        self.maps: dict[int, TokenMap] = {}  # token map in front of each layer; `depth` = behind the last
-        self.owners: dict[int, Tensor] = {}  # same keys: for each original candidate the slot that stands for it
-        self.sizes: dict[int, Tensor] = {}  # merging: original candidates in each slot, float32 [B, K]
-        self.merged: dict[int, Tensor] = {}  # merging: for each original candidate the slot it is part of
-        self.expanded: set[int] = set()  # layers whose input is full length although tokens were dropped
-        self.groups: dict[int, Groups] = {}  # same keys, where groups of tokens are the candidates
-        self._cache: dict[Any, Any] = {}  # masks and tables of the running forward
+        self.forwards = Forwards(EncoderState, path or type(encoder).__name__)
+        self.dense = Flag()  # full-length block outputs, for callers that reshape to the grid
         self._check()
+
+    @property
+    def state(self) -> EncoderState:
+        return self.forwards.state
 
     # -- checks (before anything is touched) --------------------------------------------------------------------------
 
@@ -194,7 +212,7 @@ class PrunedEncoder(_Uncopied):
             block = self.blocks[index]
             _override(stack, self.modules[index], "forward", partial(PrunedBlock, self, index))
             if block is not None and index in self.steps:
-                stack.callback(block.watch_keys())
+                stack.callback(block.watch_keys(partial(self._keep_keys, index)))
             if block is not None and index > self.layers[0] and block.anatomy.padding:
                 attention = part(block.module, block.anatomy.padding)
                 hook = attention.register_forward_pre_hook(self._padding_hook(index), with_kwargs=True)
@@ -218,9 +236,8 @@ class PrunedEncoder(_Uncopied):
         stack.callback(self.reset)
 
     def reset(self) -> None:
-        """Forget the last forward."""
-        self.maps, self.owners, self.groups, self.expanded, self._cache, self.grid = {}, {}, {}, set(), {}, None
-        self.sizes, self.merged = {}, {}
+        """Forget all forwards."""
+        self.forwards.forget()
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
@@ -229,23 +246,27 @@ class PrunedEncoder(_Uncopied):
         self.hole = 0.0 if torch.is_grad_enabled() else torch.nan
         if self.row.packed:
             grid = GRID.read(self.parameters.named(args, kwargs))
-            self.samples = torch.repeat_interleave(grid[:, 1] * grid[:, 2], grid[:, 0]).tolist()
-            self.order = None
+            state = self.forwards.prelude()
+            state.samples = torch.repeat_interleave(grid[:, 1] * grid[:, 2], grid[:, 0]).tolist()
+            state.order = None
 
     def _see_order(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def permute(x: Tensor, order: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            self.order = order
+            self.forwards.prelude().order = order
             return original(x, order, *args, **kwargs)
 
         return permute
 
     def _see_grid(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
         if output.ndim == 4:
-            self.grid = (output.shape[-2], output.shape[-1])
+            self.forwards.prelude().grid = (output.shape[-2], output.shape[-1])
+
+    def _keep_keys(self, layer: int, shown: Tensor) -> None:
+        self.state.shown[layer] = shown
 
     def _padding_hook(self, layer: int) -> Callable[..., Any]:
         def add_padding(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            keys, bias = visible(self.maps[layer], self.prefix), self._bias(layer)
+            keys, bias = visible(self.state.maps[layer], self.prefix), self._bias(layer)
             if bias is not None:
                 hidden = bias if keys is None else bias.masked_fill(~keys, -torch.inf)
                 return args, {**kwargs, "key_padding_mask": hidden}
@@ -254,8 +275,9 @@ class PrunedEncoder(_Uncopied):
         return add_padding
 
     def _fill_hook(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-        tokens = self.maps.get(self.depth)
-        if tokens is None or self.depth in self.expanded or tokens.whole:
+        state = self.state
+        tokens = state.maps.get(self.depth)
+        if tokens is None or self.depth in state.expanded or tokens.whole:
             return None
         if output.ndim != 3 or output.shape[1] != self.prefix + tokens.slots:
             return None  # the norm of a pooled vector, or of an intermediate map
@@ -263,8 +285,9 @@ class PrunedEncoder(_Uncopied):
 
     def _pool(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def pool(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            tokens = self.maps.get(self.depth)
-            if tokens is None or self.depth in self.expanded or tokens.whole:
+            state = self.state
+            tokens = state.maps.get(self.depth)
+            if tokens is None or self.depth in state.expanded or tokens.whole:
                 return original(x, *args, **kwargs)
             # any mask the caller passed is full length and masks only padding, which is gone
             return _by_length(tokens, x, lambda part_x, _: (original(part_x),))[0]
@@ -273,11 +296,11 @@ class PrunedEncoder(_Uncopied):
 
     def _dense_call(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def dense(*args: Any, **kwargs: Any) -> Any:
-            before, self.dense = self.dense, True
+            before = self.dense.set(True)
             try:
                 return original(*args, **kwargs)
             finally:
-                self.dense = before
+                self.dense.set(before)
 
         return dense
 
@@ -285,9 +308,7 @@ class PrunedEncoder(_Uncopied):
 
     def begin(self, x: Tensor, mask: Tensor | None) -> None:
         """Start of a forward: everything is there. x [B, P + N, C]."""
-        grid = self.grid
-        self.reset()
-        self.grid = grid
+        state = self.forwards.start()
         if x.shape[0] == 0:
             raise ValueError("empty batch: got 0 samples, expected at least one image")
         count = x.shape[1] - self.prefix
@@ -301,8 +322,8 @@ class PrunedEncoder(_Uncopied):
             seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
             seen = seen.any(2).any(1)[:, self.prefix :].expand(x.shape[0], -1)  # keys that some query may see
             valid = None if bool(seen.all()) else seen
-        self.maps[0] = TokenMap.full(x.shape[0], count, x.device, valid)
-        for total in set(self.maps[0].total):
+        state.maps[0] = TokenMap.full(x.shape[0], count, x.device, valid)
+        for total in set(state.maps[0].total):
             self.validate(total, len(self.layers))
 
     def _begin_groups(self, x: Tensor, count: int, mask: Tensor | None) -> None:
@@ -312,15 +333,16 @@ class PrunedEncoder(_Uncopied):
                 f"{type(self.encoder).__name__} masks the padding of its images in a way that cannot follow dropped tokens; "
                 'load the model with attn_implementation="sdpa"'
             )
-        # padding of an image is a candidate as well: the language model would receive it
-        self.maps[0] = TokenMap.full(x.shape[0], count, x.device)
+        state = self.state
         if self.row.packed:
-            if sum(self.samples) != count:
-                raise ValueError(f"grid_thw announces {sum(self.samples)} patches, and there are {count}")
-            self.groups[0] = packed_groups(self.samples, self.joins**2, self.order, x.device)
+            if sum(state.samples) != count:
+                raise ValueError(f"grid_thw announces {sum(state.samples)} patches, and there are {count}")
+            state.groups[0] = packed_groups(state.samples, self.joins**2, state.order, x.device)
         else:
-            self.groups[0] = square_groups(x.shape[0], count, self.joins, x.device)
-        for total in set(self.groups[0].map.total):
+            state.groups[0] = square_groups(x.shape[0], count, self.joins, x.device)
+        # padding of an image is a candidate as well: the language model would receive it
+        state.maps[0] = TokenMap.full(x.shape[0], count, x.device)
+        for total in set(state.groups[0].map.total):
             self.validate(total, len(self.layers))
 
     def prune(self, layer: int, x: Tensor, keys: Tensor) -> Tensor:
@@ -334,7 +356,8 @@ class PrunedEncoder(_Uncopied):
         Returns:
             [B, P + K, C].
         """
-        tokens = self.maps[layer]
+        state = self.state
+        tokens = state.maps[layer]
         step = self.steps[layer]
         if step == 0 and not torch.compiler.is_compiling():
             _refuse_non_finite(keys, f"{self.row.blocks}.{layer}")
@@ -342,28 +365,28 @@ class PrunedEncoder(_Uncopied):
         if selection is None:
             return x
         after = tokens.select(selection)
-        self.maps[layer + 1] = after
-        self.owners.pop(layer + 1, None)
+        state.maps[layer + 1] = after
+        state.owners.pop(layer + 1, None)
         owner = selection.owner
         if owner is not None:
-            earlier = self.merged.get(layer)
-            self.merged[layer + 1] = owner if earlier is None else owner.gather(1, earlier)
+            earlier = state.merged.get(layer)
+            state.merged[layer + 1] = owner if earlier is None else owner.gather(1, earlier)
         if self.output == "similar":
             owner = similar_survivor(metric(keys), selection) if owner is None else owner
-            earlier = self.owners.get(layer)
-            self.owners[layer + 1] = owner if earlier is None else owner.gather(1, earlier)
+            earlier = state.owners.get(layer)
+            state.owners[layer + 1] = owner if earlier is None else owner.gather(1, earlier)
         if selection.owner is None:
             return gather_tokens(x, selection.slots, self.prefix)
-        sizes = self.sizes.get(layer)
+        sizes = state.sizes.get(layer)
         if sizes is None:
             like = torch.ones_like(tokens.index) if tokens.valid is None else tokens.valid
             sizes = like.to(torch.float32)
-        x, self.sizes[layer + 1] = merge_tokens(x, sizes, selection, self.prefix)
+        x, state.sizes[layer + 1] = merge_tokens(x, sizes, selection, self.prefix)
         return x
 
     def _bias(self, layer: int) -> Tensor | None:
         """What proportional attention adds to the logits of each key, [B, P + K]; None when all count alike."""
-        sizes = self.sizes.get(layer)
+        sizes = self.state.sizes.get(layer)
         if sizes is None or not self.beta:
             return None
         self._check_bias(layer)  # the attention implementation may have been switched since
@@ -373,7 +396,8 @@ class PrunedEncoder(_Uncopied):
 
     def _select(self, layer: int, keys: Tensor, features: Tensor) -> Selection | None:
         """The method's decision, for tokens."""
-        tokens, groups, step = self.maps[layer], self.groups.get(layer), self.steps[layer]
+        state, step = self.state, self.steps[layer]
+        tokens, groups = state.maps[layer], state.groups.get(layer)
         if groups is None:
             return self.select(Candidates(keys, features, tokens, step, len(self.layers)))
         slots = groups.slots(tokens)
@@ -381,12 +405,12 @@ class PrunedEncoder(_Uncopied):
         chosen = self.select(Candidates(keys, features, groups.map, step, len(self.layers)))
         if chosen is None:
             return None
-        self.groups[layer + 1], selection = groups.select(chosen, slots, tokens)
+        state.groups[layer + 1], selection = groups.select(chosen, slots, tokens)
         return selection
 
     def attention_inputs(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The block's arguments for the tokens that are still there."""
-        tokens, block = self.maps[layer], self.blocks[layer]
+        tokens, block = self.state.maps[layer], self.blocks[layer]
         assert block is not None
         out = dict(kwargs)
         for name in block.tables:
@@ -402,7 +426,7 @@ class PrunedEncoder(_Uncopied):
         mask = block.mask
         if mask is not None and block.anatomy.padding is None:
             given = kwargs.get(mask)
-            if given is not None or tokens.valid is not None or layer in self.sizes:
+            if given is not None or tokens.valid is not None or layer in self.state.sizes:
                 dtype = next(self.modules[layer].parameters()).dtype
                 bias = self._bias
                 out[mask] = self._cached(
@@ -412,12 +436,12 @@ class PrunedEncoder(_Uncopied):
 
     def _cached(self, name: str, layer: int, source: Any, make: Callable[[Any], Any]) -> Any:
         # blocks behind the last drop point share one map: gather once, not once a layer
-        key = (name, id(self.maps[layer]), None if source is None else id(source))  # dynamo of torch 2.11: no id(None)
-        hit = self._cache.get(key)
-        if hit is None or hit[0] is not source:
-            hit = (source, make(source))
-            self._cache[key] = hit
-        return hit[1]
+        state = self.state
+        key = (name, id(state.maps[layer]), None if source is None else id(source))  # dynamo of torch 2.11: no id(None)
+        hit = state.memo.get(key)
+        if hit is None:
+            hit = state.memo[key] = (make(source), source)  # kept alive, so that the id stays its own
+        return hit[0]
 
     def run(
         self, layer: int, forward: Callable[[Tensor, dict[str, Any]], Tensor], x: Tensor, kwargs: dict[str, Any]
@@ -427,14 +451,15 @@ class PrunedEncoder(_Uncopied):
         Returns:
             The output [B, P + N, C] and, at a drop point, the head-mean keys [B, N, D].
         """
-        tokens, block = self.maps[layer], self.blocks[layer]
+        state, block = self.state, self.blocks[layer]
+        tokens = state.maps[layer]
 
         def with_keys(part_x: Tensor, part_kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
             y = forward(part_x[0], part_kwargs)[None] if self.row.packed else forward(part_x, part_kwargs)
             if layer not in self.steps:
                 return (y,)
             assert block is not None
-            return y, block.head_mean_keys(self.prefix)
+            return y, block.head_mean_keys(state.shown.pop(layer, None), self.prefix)
 
         if block is None or tokens.whole:
             return with_keys(x, kwargs)
@@ -461,26 +486,28 @@ class PrunedEncoder(_Uncopied):
 
     def restore(self, x: Tensor, layer: int) -> Tensor:
         """Full length again for a merger: survivors at their places, holes elsewhere. [B, P + K, C] -> [B, P + N, C]."""
-        return full_length(x, self.maps[layer], self.prefix, self.hole)
+        return full_length(x, self.state.maps[layer], self.prefix, self.hole)
 
     def lost(self, layer: int) -> Tensor | None:
         """Which groups are gone in front of ``layer``, in the order of the merger's output, bool [B, G]; None: nobody."""
-        if layer not in self.maps or self.maps[layer].whole:
+        state = self.state
+        if layer not in state.maps or state.maps[layer].whole:
             return None
-        gone, members = dropped(self.maps[layer]), self.groups[layer].members
+        gone, members = dropped(state.maps[layer]), state.groups[layer].members
         return gone[:, :: members.shape[2]] if self.row.packed else gone.gather(1, members[:, :, 0])
 
     def owner(self, layer: int) -> Tensor:
         """For each original candidate the slot in front of ``layer`` that stands for it, int64 [B, N]."""
-        tokens = self.maps[layer]
+        state = self.state
+        tokens = state.maps[layer]
         if self.output == "similar":
-            return self.owners[layer]
-        if self.grid is None or self.grid[0] * self.grid[1] != tokens.width:
+            return state.owners[layer]
+        if state.grid is None or state.grid[0] * state.grid[1] != tokens.width:
             raise ValueError(
-                f"the patch grid {self.grid} does not hold the {tokens.width} candidates, so a dropped token has no "
+                f"the patch grid {state.grid} does not hold the {tokens.width} candidates, so a dropped token has no "
                 'nearest survivor on it; use Stage(..., output="similar")'
             )
-        return nearest_survivor(tokens, self.grid)
+        return nearest_survivor(tokens, state.grid)
 
     def expand(self, x: Tensor, layer: int) -> Tensor:
         """Full length again: every original candidate gets the row of the survivor that stands for it.
@@ -491,22 +518,25 @@ class PrunedEncoder(_Uncopied):
         Returns:
             [B, P + N, C].
         """
-        if self.maps[layer].whole:
+        state = self.state
+        if state.maps[layer].whole:
             return x
-        if layer not in self.owners:
-            self.owners[layer] = self.owner(layer)
-        return gather_tokens(x, self.owners[layer], self.prefix)
+        if layer not in state.owners:
+            state.owners[layer] = self.owner(layer)
+        return gather_tokens(x, state.owners[layer], self.prefix)
 
     def trace(self) -> list[LayerTrace]:
         """One entry per drop point of the last forward."""
-        out = []
+        out, state = [], self.state
         for layer in self.layers:
-            if layer + 1 not in self.maps:
+            if layer + 1 not in state.maps:
                 continue
-            before, after = (self.groups[at].map if at in self.groups else self.maps[at] for at in (layer, layer + 1))
-            merged = self.merged.get(layer + 1)
+            before, after = (
+                state.groups[at].map if at in state.groups else state.maps[at] for at in (layer, layer + 1)
+            )
+            merged = state.merged.get(layer + 1)
             into = None if merged is None else list(after.index.gather(1, merged).unbind(0))
-            if into is not None and (real := self.maps[0].valid) is not None:
+            if into is not None and (real := state.maps[0].valid) is not None:
                 into = [row[ok] for row, ok in zip(into, real, strict=True)]
             out.append(
                 LayerTrace(
@@ -516,7 +546,7 @@ class PrunedEncoder(_Uncopied):
         return out
 
 
-class PrunedBlock(_Uncopied):
+class PrunedBlock(Uncopyable):
     """Stands in for ``block.forward`` on one instance."""
 
     def __init__(self, stage: PrunedEncoder, layer: int, original: Callable[..., Any]) -> None:
@@ -528,23 +558,27 @@ class PrunedBlock(_Uncopied):
         if block is not None:
             kwargs = block.named(args, kwargs)
             args = ()
+        given = x
         if stage.row.packed:
             x = x.unsqueeze(0)
-        if layer == 0 and not (stage.maps and in_backward()):
+        again = stage.forwards.enter(layer, given)
+        if layer == 0 and not (again and stage.state.maps):
             stage.begin(x, kwargs.get(block.mask) if block is not None and block.mask else None)
-        if layer not in stage.maps:
+        stage.forwards.remember(layer, given)
+        state = stage.state
+        if layer not in state.maps:
             raise RuntimeError(f"block {layer} ran without the blocks before it; the plan prunes whole forwards only")
-        if layer in stage.expanded:
-            x = gather_tokens(x, stage.maps[layer].index, stage.prefix)
-        stage.maps[layer + 1] = stage.maps[layer]
-        carried: tuple[dict[int, Any], ...] = (stage.owners, stage.sizes, stage.merged, stage.groups)
+        if layer in state.expanded:
+            x = gather_tokens(x, state.maps[layer].index, stage.prefix)
+        state.maps[layer + 1] = state.maps[layer]
+        carried: tuple[dict[int, Any], ...] = (state.owners, state.sizes, state.merged, state.groups)
         for values in carried:
             if layer in values:
                 values[layer + 1] = values[layer]
         if layer in stage.steps and stage.placement == "mid":
             assert block is not None
-            y, keys = stage.run(layer, block.first, x, kwargs)
-            y = block.second(stage.prune(layer, y, keys))
+            y, keys = stage.run(layer, checkpointed(block.module, block.first), x, kwargs)
+            y = checkpointed(block.module, block.second)(stage.prune(layer, y, keys))
         else:
             y, *shown = stage.run(layer, lambda part_x, given: self.original(part_x, *args, **given), x, kwargs)
             if layer in stage.steps:
@@ -553,17 +587,17 @@ class PrunedBlock(_Uncopied):
         return y.squeeze(0) if stage.row.packed else y
 
     def _hand_on(self, y: Tensor) -> Tensor:
-        stage, after = self.stage, self.layer + 1
-        tokens = stage.maps[after]
-        stage.expanded.discard(after)
+        stage, state, after = self.stage, self.stage.state, self.layer + 1
+        tokens = state.maps[after]
+        state.expanded.discard(after)
         if tokens.whole:
             return y
         if after in stage.restored:
-            stage.expanded.add(after)
+            state.expanded.add(after)
             return stage.restore(y, after)
         last = after == stage.depth
-        if stage.dense or (last and stage.output != "survivors"):
-            stage.expanded.add(after)
+        if stage.dense.up or (last and stage.output != "survivors"):
+            state.expanded.add(after)
             return stage.expand(y, after)
         if last:
             return fill_padding(y, tokens, stage.prefix, with_prefix=stage.row.pool_with_prefix(stage.encoder))

@@ -1,0 +1,166 @@
+"""Finds the state of the forward that a layer runs in.
+
+A state belongs to one forward. Threads that share a patched model have one each; a layer that is run again for its gradients
+(checkpointing) finds the state its input was first seen with, however many forwards have run since.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from .upstream.autograd import backward_pass
+
+S = TypeVar("S")
+
+
+class Forwards(Generic[S]):
+    """The states of one patched module.
+
+    Args:
+        make: makes the state of a new forward.
+        name: of the module, for messages.
+    """
+
+    def __init__(self, make: Callable[[], S], name: str) -> None:
+        self._make, self._name = make, name
+        self._latest = make()  # of any thread
+        self._own = threading.local()  # state, open, replayed
+        self._compiled = False  # dynamo cannot trace a thread's own storage: a compiled forward is the latest
+        self._open = False  # a compiled forward has begun and not reached its first layer
+        self._inputs: dict[tuple[int, int], tuple[weakref.ref[Tensor], S]] = {}
+
+    @property
+    def state(self) -> S:
+        """The forward that runs on this thread, or ran last; of any thread where this one ran none."""
+        if torch.compiler.is_compiling() or self._compiled:
+            return self._latest
+        if (replayed := self._replayed()) is not None:
+            return replayed[1]
+        return getattr(self._own, "state", self._latest)
+
+    def _replayed(self) -> tuple[int, S] | None:
+        """In a backward pass, the layer that was run again last and its state."""
+        task = backward_pass()
+        found = None if task is None else getattr(self._own, "replayed", None)
+        return found[1:] if found is not None and found[0] == task else None
+
+    def begin(self) -> S:
+        """A new forward on this thread; inside a backward pass, one that is run again as a whole."""
+        task = backward_pass()
+        if task is not None:
+            self._own.replayed = (task, -1, self._make())
+            return self._own.replayed[2]
+        self._latest = self._make()
+        self._compiled = torch.compiler.is_compiling()
+        if not self._compiled:
+            self._own.state = self._latest
+        return self._latest
+
+    def prelude(self) -> S:
+        """The forward that has not reached its first layer yet, begun now where there is none."""
+        if torch.compiler.is_compiling():
+            return self._latest if self._open else self._opened()
+        return self.state if getattr(self._own, "open", False) else self._opened()
+
+    def _opened(self) -> S:
+        state = self.begin()
+        self._set_open(True)
+        return state
+
+    def _set_open(self, value: bool) -> None:
+        if torch.compiler.is_compiling():
+            self._open = value
+        else:
+            self._own.open = value
+
+    def start(self) -> S:
+        """Called by the first layer: what comes before it is known."""
+        state = self.prelude()
+        self._set_open(False)
+        return state
+
+    def enter(self, layer: int, x: Tensor) -> bool:
+        """Called by every layer with its input. True when it is run again for its gradients: ``state`` is that of its forward.
+
+        Raises:
+            RuntimeError: run again, and its forward cannot be told.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        task = backward_pass()
+        if task is not None:
+            self._own.replayed = (task, layer, self._first_state(layer, x))
+            return True
+        if layer and not self._compiled and not hasattr(self._own, "state"):
+            raise RuntimeError(
+                f"layer {layer} of {self._name} ran on a thread on which the layers before it did not: a pruned forward runs "
+                "on one thread"
+            )
+        return False
+
+    def remember(self, layer: int, x: Tensor) -> None:
+        """Note with which input ``layer`` runs in the current forward, while that input lives; checkpointing keeps it."""
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or x.requires_grad):
+            return
+        if (where := _address(x)) is not None:
+            key, inputs = (layer, where), self._inputs
+            inputs[key] = (weakref.ref(x, lambda dead: _forget(inputs, key, dead)), self.state)
+
+    def _first_state(self, layer: int, x: Tensor) -> S:
+        found = self._inputs.get((layer, _address(x) or 0))
+        if found is not None and found[0]() is not None:
+            return found[1]
+        before = self._replayed()
+        if before is not None and before[0] == layer - 1:
+            return before[1]  # inside a checkpointed segment of several layers, whose first one was found
+        if layer == 0:
+            return self._make()  # the whole model is run again
+        raise RuntimeError(
+            f"layer {layer} of {self._name} is run again for its gradients with an input that no forward has seen (are saved "
+            "tensors packed or moved to another device?), so its tokens are not known: switch gradient checkpointing off"
+        )
+
+    def forget(self) -> None:
+        """Drop all states."""
+        self._latest, self._own = self._make(), threading.local()
+        self._compiled = self._open = False
+        self._inputs.clear()
+
+
+def _address(x: Tensor) -> int | None:
+    """Where the data of ``x`` lies, which detaching does not change; None for a tensor without data of its own."""
+    return x.data_ptr() if type(x) in (Tensor, torch.nn.Parameter) and not _wrapped(x) else None
+
+
+def _wrapped(x: Any) -> bool:
+    return x.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _forget(inputs: dict[Any, tuple[weakref.ref[Tensor], Any]], key: Any, dead: "weakref.ref[Tensor]") -> None:
+    if key in inputs and inputs[key][0] is dead:  # its place may have been taken by a later forward
+        del inputs[key]
+
+
+class Flag:
+    """Raised for the length of a call, on the calling thread."""
+
+    def __init__(self) -> None:
+        self._own = threading.local()
+        self._compiled = False
+
+    @property
+    def up(self) -> bool:
+        return self._compiled if torch.compiler.is_compiling() else getattr(self._own, "up", False)
+
+    def set(self, up: bool) -> bool:
+        """Raise or lower it; returns how it was."""
+        before = self.up
+        if torch.compiler.is_compiling():
+            self._compiled = up
+        else:
+            self._own.up = up
+        return before
