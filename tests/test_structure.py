@@ -22,9 +22,10 @@ ALLOWED = {
     "plan": {"methods", "plan"},
     "cookbook": {"methods", "plan"},
     "upstream": {"errors", "upstream"},
-    "vision": {"graph", "tokens", "errors", "patch", "upstream", "vision"},
-    "language": {"graph", "tokens", "errors", "patch", "upstream", "language"},
-    "vlm": {"graph", "tokens", "errors", "patch", "upstream", "vision", "language", "vlm"},
+    "forwards": {"upstream"},
+    "vision": {"graph", "tokens", "errors", "patch", "forwards", "upstream", "vision"},
+    "language": {"graph", "tokens", "errors", "patch", "forwards", "upstream", "language"},
+    "vlm": {"graph", "tokens", "errors", "patch", "forwards", "upstream", "vision", "language", "vlm"},
 }
 UPPER = {"bench", "eval", "view", "demo", "cli", "testing", "loading", "records"}
 

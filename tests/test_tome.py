@@ -116,7 +116,7 @@ def test_sizes_and_budgets(name):
     testing.check_oracle(model, plan, inputs)
     with saint.pruned(model, plan) as session:
         testing.run(model, inputs)
-        trace, sizes = session.trace, session._encoder.sizes
+        trace, sizes = session.trace, session._encoder.state.sizes
     total = trace[0].tokens_in.tolist()
     assert trace[-1].tokens_out.tolist() == [int(0.4 * n + 0.5) for n in total]
     for layer in (1, 2, 3, 4):

@@ -115,8 +115,8 @@ class Forwards(Generic[S]):
         if found is not None and found[0]() is not None:
             return found[1]
         before = self._replayed()
-        if before is not None and before[0] == layer - 1:
-            return before[1]  # inside a checkpointed segment of several layers, whose first one was found
+        if before is not None and before[0] in (-1, layer - 1):
+            return before[1]  # inside a checkpointed model or segment of several layers, whose beginning was seen
         if layer == 0:
             return self._make()  # the whole model is run again
         raise RuntimeError(

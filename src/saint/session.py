@@ -1,10 +1,9 @@
 """Apply a plan to a model and take it off again.
 
-A session owns every change: checks come first, one ``ExitStack`` holds the undo of each patch, and nothing is kept on the
-user's modules. Two models in one process are independent.
+A session owns every change: checks come first, one ``ExitStack`` holds the undo of each patch, and after it nothing is left on
+the user's modules. Two models in one process are independent.
 """
 
-import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -31,8 +30,8 @@ if TYPE_CHECKING:  # these import transformers
     from .language.decoder import Drop, KVMemory
     from .vlm.model import PrunedVLM
 
-# patched module -> its session; weak, so that a forgotten model can be freed
-_SESSIONS: "weakref.WeakKeyDictionary[nn.Module, Session]" = weakref.WeakKeyDictionary()
+# where a patched module keeps its session, in its `__dict__`: they are freed together
+_SLOT = "_saint_session"
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,6 @@ class Session:
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.plan = plan
-        self._model = weakref.ref(model)
         self._stack = ExitStack()
         self._encoder: PrunedEncoder | None = None
         self._vlm: PrunedVLM | None = None
@@ -114,12 +112,13 @@ class Session:
             ValueError: ``features`` is not a map of that layer.
         """
         stage = self._encoder
-        if stage is None or not stage.maps:
+        maps = {} if stage is None else stage.state.maps
+        if stage is None or not maps:
             raise RuntimeError("expand() needs the tokens of a forward: run the model first")
         layer = stage.depth if layer is None else layer
-        if layer not in stage.maps:
+        if layer not in maps:
             raise ValueError(f"layer must be in 0..{stage.depth}, got {layer}")
-        slots = stage.maps[layer].slots
+        slots = maps[layer].slots
         if features.ndim == 3 and features.shape[1] == stage.prefix + slots:
             return stage.expand(features, layer)
         if features.ndim == 3 and features.shape[1] == slots:
@@ -133,21 +132,24 @@ class Session:
     def remove(self) -> None:
         """Undo everything. A second call does nothing."""
         self._stack.close()
-        for module in [m for m, session in _SESSIONS.items() if session is self]:
-            del _SESSIONS[module]
         self._encoder = self._vlm = None
 
     def _install(self, model: nn.Module) -> None:
         with ExitStack() as stack:  # undone again if anything below fails
             if self._vlm is not None:
                 self._vlm.install(stack)
-                _SESSIONS[self._vlm.model] = self
+                self._mark(stack, self._vlm.model)
             elif self._encoder is not None:
                 self._encoder.install(stack)
             if self._encoder is not None:
-                _SESSIONS[self._encoder.encoder] = self
-            _SESSIONS[model] = self
+                self._mark(stack, self._encoder.encoder)
+            self._mark(stack, model)
             self._stack = stack.pop_all()
+
+    def _mark(self, stack: ExitStack, module: nn.Module) -> None:
+        if _SLOT not in vars(module):
+            vars(module)[_SLOT] = self
+            stack.callback(vars(module).pop, _SLOT)
 
 
 def as_plan(plan: Plan | Stage | Method | str) -> Plan:
@@ -190,7 +192,7 @@ def apply(model: nn.Module, plan: Plan | Stage | Method | str) -> Session:
         raise UnsupportedModelError(
             "the model is compiled: apply the plan to the original model, then torch.compile it"
         )
-    carried = next((m for m in model.modules() if m in _SESSIONS), None)
+    carried = next((m for m in model.modules() if _SLOT in vars(m)), None)
     if carried is not None:
         raise AlreadyAppliedError(
             f"a plan is already applied to this {type(carried).__name__}; call saint.remove(model) first"
@@ -205,7 +207,14 @@ def apply(model: nn.Module, plan: Plan | Stage | Method | str) -> Session:
     return session
 
 
-def _encoder(stage: Stage, path: str, encoder: nn.Module, row: EncoderRow, joins: int | None = None) -> PrunedEncoder:
+def _encoder(
+    stage: Stage,
+    path: str,
+    encoder: nn.Module,
+    row: EncoderRow,
+    joins: int | None = None,
+    restored: frozenset[int] = frozenset(),
+) -> PrunedEncoder:
     verify_encoder(encoder, row)
     warn_if_untested("torch", row.library)
     method = stage.method
@@ -220,18 +229,19 @@ def _encoder(stage: Stage, path: str, encoder: nn.Module, row: EncoderRow, joins
         validate=method.validate,
         beta=method.size_bias(),
         joins=joins,
+        restored=restored,
     )
 
 
 def _vlm(model: nn.Module, plan: Plan) -> "tuple[PrunedVLM, PrunedEncoder | None]":
-    from .language.decoder import Drop, PrunedDecoder
-    from .vlm.model import PrunedVLM
+    from .language.decoder import Drop, Handover, PrunedDecoder
+    from .vlm.model import PrunedVLM, read_maps
 
     path, vlm, row = locate_vlm(model, next(reversed(plan.stages)))
     verify_family(vlm, row)
     warn_if_untested("torch", "transformers", vlm=True)
     prefix = f"{path}." if path else ""
-    encoder = None
+    encoder, mergers, handover = None, {}, Handover()
     if plan.vision is not None:
         if row.no_vision is not None:
             raise UnsupportedModelError(f"{row.title} cannot do the vision stage: {row.no_vision}")
@@ -249,7 +259,10 @@ def _vlm(model: nn.Module, plan: Plan) -> "tuple[PrunedVLM, PrunedEncoder | None
                 f"{row.title} joins squares of {joins} x {joins} patches behind its tower, and {name} merges patches of "
                 "different squares; use a method that drops"
             )
-        encoder = _encoder(plan.vision, place, tower, tower_row, joins)
+        verify_encoder(tower, tower_row)
+        mergers = read_maps(vlm, row, len(list(_blocks(tower, tower_row.blocks))))
+        restored = frozenset() if joins is None else frozenset(mergers.values())
+        encoder = _encoder(plan.vision, place, tower, tower_row, joins, restored)
     text = vlm.get_submodule(row.decoder)
     layers: list[nn.Module] = list(LAYERS.get(text).children())
     for stage in (plan.connector, plan.language):
@@ -271,10 +284,12 @@ def _vlm(model: nn.Module, plan: Plan) -> "tuple[PrunedVLM, PrunedEncoder | None
         layers,
         connector=drop(plan.connector, ()),
         language=drop(plan.language, chosen),
+        handover=handover,
         between=row.between(vlm),
         evict=plan.language is not None and plan.language.evict,
+        enters=encoder is not None,
     )
-    return PrunedVLM(path, vlm, row, decoder, encoder), encoder
+    return PrunedVLM(path, vlm, row, decoder, encoder, mergers, handover), encoder
 
 
 def _blocks(encoder: nn.Module, path: str) -> Any:
@@ -300,7 +315,7 @@ def status(model: nn.Module) -> Status | None:
 
 
 def _session(model: nn.Module) -> Session | None:
-    return next((_SESSIONS[m] for m in model.modules() if m in _SESSIONS), None)
+    return next((vars(m)[_SLOT] for m in model.modules() if _SLOT in vars(m)), None)
 
 
 @contextmanager

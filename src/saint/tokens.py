@@ -385,6 +385,17 @@ def fill_padding(x: Tensor, tokens: TokenMap, prefix: int, *, with_prefix: bool 
     return torch.cat([head, torch.where(real, body, total / count.clamp_min(1))], 1)
 
 
+# fills the rows of features that an encoder dropped, on their way through a model that expects full length: finite, and no
+# row of real features has the same number in every channel. Copies, dtypes and scaling leave such a row recognisable.
+DROPPED = 2.0**-10
+
+
+def is_dropped(x: Tensor) -> Tensor:
+    """Rows of :data:`DROPPED`, also after scaling: x [..., C] -> bool [...]."""
+    first = x[..., :1]
+    return (x == first).all(-1) & (first[..., 0] != 0)
+
+
 def full_length(x: Tensor, tokens: TokenMap, prefix: int, hole: float) -> Tensor:
     """Every survivor back at its place, ``hole`` in the rows of the others.
 

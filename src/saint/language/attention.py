@@ -7,6 +7,7 @@ caps and sinks are therefore the model's own; the keys are those the layer has j
 Letters: B batch, H heads, S tokens of the sequence, T entries of the cache with the sequence, C channels.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -92,8 +93,8 @@ class LastQuery:
         again = call
         for role, value in changes.items():
             again = self.parameters.put(again, role, value)
-        with torch.no_grad(), _eager(self.attention):
-            weights = self.attention.forward(**again)[1]
+        with torch.no_grad(), _eager(self.attention) as eager:
+            weights = eager.forward(**again)[1]
         if not isinstance(weights, Tensor) or weights.shape[:1] + weights.shape[2:] != (batch, 1, held[0].shape[2]):
             raise UnsupportedModelError(
                 f"the attention of {self.path} ({type(self.attention).__name__}) returned no attention weights of its eager "
@@ -122,15 +123,24 @@ class _EagerConfig:
 
 
 @contextmanager
-def _eager(attention: nn.Module) -> Iterator[None]:
-    """The module's eager implementation without dropout; the config that the model shares is not touched."""
-    kept = vars(attention)
-    config, training = kept["config"], kept["training"]
-    kept["config"], kept["training"] = _EagerConfig(config), False
-    try:
-        yield
-    finally:
-        kept["config"], kept["training"] = config, training
+def _eager(attention: nn.Module) -> Iterator[Any]:
+    """The module with its eager implementation and without dropout; neither it nor the config that it shares is touched."""
+    own = {"config": _EagerConfig(vars(attention)["config"]), "training": False}
+    if "forward" not in vars(attention):
+        copy: Any = object.__new__(type(attention))  # the same parameters, submodules and hooks
+        vars(copy).update(vars(attention), **own)
+        yield copy
+        return
+    with _WRAPPED:  # accelerate has wrapped the forward of this very module, to bring its weights
+        kept = {name: vars(attention)[name] for name in own}
+        vars(attention).update(own)
+        try:
+            yield attention
+        finally:
+            vars(attention).update(kept)
+
+
+_WRAPPED = threading.Lock()
 
 
 def _seen(mask: Tensor) -> Tensor:

@@ -11,10 +11,11 @@ Only a prompt is pruned. Steps that add no visual tokens cost one look at the ca
 Letters: B batch, L positions of the forward, S survivors of the longest sample, N visual candidates, H KV heads, D head dim.
 """
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HookNeverFiredError, UnsupportedModelError
+from ..forwards import Forwards
 from ..patch import Uncopyable, override
-from ..tokens import Candidates, LayerTrace, Selection, TokenMap, gather_tokens
+from ..tokens import Candidates, LayerTrace, Selection, TokenMap, gather_tokens, is_dropped
 from ..upstream.names import (
     ALL_STATES,
     ATTENTION,
@@ -82,6 +84,52 @@ class Front:
         return self.tokens.slots != self.tokens.width or self.tokens.valid is not None
 
 
+class Handover(threading.local):
+    """What the glue of a model learns of a prompt before its language model starts, on each thread.
+
+    Attributes:
+        visual: the visual tokens, bool [B, L]; None when the prompt brings none.
+        marked: rows of features that the encoder dropped are among them (``tokens.is_dropped``).
+        waiting: images came in, and their places are not known yet.
+    """
+
+    visual: Tensor | None = None
+    marked: bool = False
+    waiting: bool = False
+
+
+@dataclass
+class Prompt:
+    """What is told of the last prompt; decode steps pass it on.
+
+    Attributes:
+        trace: by stage and layer, so that a layer that is run again for its gradients says it once.
+        memory: bytes of the cache behind it.
+    """
+
+    trace: dict[tuple[str, int], LayerTrace] = field(default_factory=dict)
+    memory: "KVMemory | None" = None
+
+
+@dataclass
+class DecoderState:
+    """What one forward knows.
+
+    Attributes:
+        fronts: by layer, what is in front of it; empty in a forward without visual tokens.
+        whole: layers whose input is full length although tokens were dropped.
+        full_outputs: the caller wants every hidden state.
+        memo: masks and tables that layers share.
+        prompt: what is told of it.
+    """
+
+    fronts: dict[int, Front] = field(default_factory=dict)
+    whole: set[int] = field(default_factory=set)
+    full_outputs: bool = False
+    memo: dict[Any, Any] = field(default_factory=dict)
+    prompt: Prompt = field(default_factory=Prompt)
+
+
 @dataclass(frozen=True)
 class KVMemory:
     """Bytes of keys and values cached by the last prompt, and what the unpruned model would cache."""
@@ -101,6 +149,8 @@ class PrunedDecoder(Uncopyable):
         language: drops after layers, or None.
         between: layers behind which the model itself works on the full sequence (DeepStack).
         evict: behind a prompt, no layer's cache keeps a token that any layer dropped.
+        handover: where the model's glue says which tokens are visual.
+        enters: tokens may have been dropped by the encoder.
 
     Raises:
         UnsupportedModelError: the layers cannot be given shortened sequences.
@@ -114,8 +164,10 @@ class PrunedDecoder(Uncopyable):
         *,
         connector: Drop | None,
         language: Drop | None,
+        handover: Handover,
         between: int = 0,
         evict: bool = False,
+        enters: bool = False,
     ) -> None:
         self.path, self.model, self.modules = path, model, layers
         self.connector, self.language, self.between, self.evict = connector, language, between, evict
@@ -124,15 +176,8 @@ class PrunedDecoder(Uncopyable):
         self.rows = language is not None and "last_query" in language.needs
         self.owner = Owner()
         self.parameters = Parameters(type(model).forward)
-        self.visual: Tensor | None = None  # bool [B, L], set by the model's glue in front of each forward
-        self.marked = False  # NaN rows among them are tokens that the encoder dropped
-        self.enters = False  # something may be dropped in front of layer 0
-        self.fronts: dict[int, Front] = {}
-        self.whole: set[int] = set()  # layers whose input is full length although tokens were dropped
-        self.full_outputs = False
-        self._trace: dict[tuple[str, int], LayerTrace] = {}  # a layer that is run again for its gradients says it once
-        self.memory: KVMemory | None = None
-        self._cache: dict[Any, Any] = {}  # masks and tables of the running forward
+        self.handover, self.enters = handover, enters
+        self.forwards = Forwards(DecoderState, path)
         self._checked: weakref.ref[Any] | None = None
         self._check()
 
@@ -166,30 +211,37 @@ class PrunedDecoder(Uncopyable):
         self.reset()
 
     def reset(self) -> None:
-        """Forget the last forward."""
-        self.visual, self.marked, self.full_outputs = None, False, False
-        self.fronts, self.whole, self._cache = {}, set(), {}
-        self._trace, self.memory = {}, None
+        """Forget all forwards."""
+        self.forwards.forget()
+
+    @property
+    def state(self) -> DecoderState:
+        return self.forwards.state
 
     @property
     def trace(self) -> list[LayerTrace]:
         """The drop points of the last prompt, in order."""
-        return list(self._trace.values())
+        return list(self.state.prompt.trace.values())
+
+    @property
+    def memory(self) -> KVMemory | None:
+        """Bytes of the cache behind the last prompt."""
+        return self.state.prompt.memory
 
     # -- start of a forward -------------------------------------------------------------------------------------------
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        visual, marked = self.visual, self.marked
-        self.visual, self.marked = None, False
-        self.fronts, self.whole, self._cache = {}, set(), {}
+        visual, marked = self.handover.visual, self.handover.marked
+        self.handover.visual, self.handover.marked = None, False
+        before, state = self.state, self.forwards.begin()
         kwargs = self.parameters.named(args, kwargs)
         cache = CACHE.read(kwargs)
         if cache is not None and (self._checked is None or self._checked() is not cache):
             check_cache(cache, self.owner)
             self._checked = weakref.ref(cache)
         if visual is None:
-            if cache is None or cache.get_seq_length() == 0:  # a new prompt without images
-                self._trace, self.memory = {}, None
+            if cache is not None and cache.get_seq_length():  # no new prompt
+                state.prompt = before.prompt
             return None
         x = EMBEDDINGS.read(kwargs)
         if x is None:
@@ -197,9 +249,8 @@ class PrunedDecoder(Uncopyable):
                 f"{self.path} ({type(module).__name__}) was not given {EMBEDDINGS}; this version of the model passes "
                 "its embeddings differently"
             )
-        self._trace, self.memory = {}, None
         wanted = ALL_STATES.read(kwargs, ALL_STATES.get(self.model.config))
-        self.full_outputs = wanted is not None and wanted is not False
+        state.full_outputs = wanted is not None and wanted is not False
         batch, length = x.shape[:2]
         lengths = tuple(visual.sum(1).tolist())
         picked = Selection.from_mask(visual, lengths)
@@ -208,7 +259,7 @@ class PrunedDecoder(Uncopyable):
         tokens = TokenMap.full(batch, length, x.device)
         front = Front(tokens, TokenMap(index, lengths, lengths, count, picked.valid), picked.slots, tokens.index)
         if marked:
-            gone = torch.isnan(x[..., 0]) & visual
+            gone = is_dropped(x) & visual
             x = torch.where(gone.unsqueeze(-1), torch.zeros_like(x), x)
             here = ~gone.gather(1, front.where)
             here = here if picked.valid is None else here & picked.valid
@@ -227,20 +278,21 @@ class PrunedDecoder(Uncopyable):
             front = _restart(front)
         if self.language is not None:
             _validate(self.language, front.visual, len(self.language.layers))
-        self.fronts[0] = front
+        state.fronts[0] = front
         if front.short:
-            self.whole.add(0)
+            state.whole.add(0)
         return ((), self.parameters.put(kwargs, EMBEDDINGS, x)) if marked else None
 
     # -- one layer ----------------------------------------------------------------------------------------------------
 
     def front(self, layer: int) -> Front | None:
         """Who is there in front of ``layer``; None in a forward without visual tokens."""
-        if not self.fronts:
+        fronts = self.state.fronts
+        if not fronts:
             return None
-        while layer not in self.fronts:  # layers in front of the first drop point are not patched
+        while layer not in fronts:  # layers in front of the first drop point are not patched
             layer -= 1
-        return self.fronts[layer]
+        return fronts[layer]
 
     def choose(self, layer: int, front: Front, keys: Tensor, x: Tensor, row: Tensor | None) -> Front:
         """The front behind a drop point. keys [B, H, S, D], x [B, S, C], row [B, S] for methods that need it."""
@@ -295,14 +347,14 @@ class PrunedDecoder(Uncopyable):
                     lengths[sample] = n
                 selection = Selection.from_mask(keep, tuple(lengths))
         after = front if selection is None else _drop(front, selection)
-        self._trace[stage, layer] = LayerTrace(
+        self.state.prompt.trace[stage, layer] = LayerTrace(
             stage, layer, torch.tensor(visual.lengths), torch.tensor(after.visual.lengths), after.visual.kept()
         )
         return after
 
     def shorten(self, layer: int, front: Front, x: Tensor) -> Tensor:
         """The layer's input [B, S, C], from the full sequence where the model works on it between layers."""
-        return gather_tokens(x, front.tokens.index, 0) if layer in self.whole else x
+        return gather_tokens(x, front.tokens.index, 0) if layer in self.state.whole else x
 
     def arguments(
         self, layer: int, front: Front, parameters: Parameters, kwargs: dict[str, Any]
@@ -338,39 +390,43 @@ class PrunedDecoder(Uncopyable):
         flash = IMPLEMENTATION.get(self.model.config) in FLASH
         # layers with the same mask, survivors and cache content share the result
         key = ("mask", id(mask), id(tokens), id(past), first)
-        if key not in self._cache:
+        memo = self.state.memo
+        if key not in memo:
             cut = survivors_mask(mask, tokens, past, before=before, first=first, queries=queries, flash=flash)
-            self._cache[key] = (cut, mask, tokens, past)  # kept alive, so that the ids stay theirs
-        return self._cache[key][0]
+            memo[key] = (cut, mask, tokens, past)  # kept alive, so that the ids stay theirs
+        return memo[key][0]
 
     def _once(self, name: str, tokens: TokenMap, source: Any, make: Callable[[Any, TokenMap], Any]) -> Any:
         key = (name, id(tokens), id(source))
-        if key not in self._cache:
-            self._cache[key] = (make(source, tokens), tokens, source)
-        return self._cache[key][0]
+        memo = self.state.memo
+        if key not in memo:
+            memo[key] = (make(source, tokens), tokens, source)
+        return memo[key][0]
 
     def hand_on(self, layer: int, after: Front, y: Tensor) -> Tensor:
         """The layer's output for whoever comes next: full length at the end and where the model looks at it."""
-        self.whole.discard(layer + 1)
-        if not after.short or not (layer + 1 == self.depth or self.full_outputs or layer < self.between):
+        state = self.state
+        state.whole.discard(layer + 1)
+        if not after.short or not (layer + 1 == self.depth or state.full_outputs or layer < self.between):
             return y
-        self.whole.add(layer + 1)
+        state.whole.add(layer + 1)
         return gather_tokens(y, self._once("owners", after.tokens, None, lambda _, t: owners(t)), 0)
 
     def finish(self, cache: Any) -> None:
         """Behind the last layer of a prompt: what its cache takes."""
         if cache is None:
             return
+        state = self.state
         if self.evict:
-            left = self.fronts[self.depth].tokens
+            left = state.fronts[self.depth].tokens
             for layer in range(self.depth):
                 entry = ragged_layer(cache, layer, self.owner)
-                if self.fronts[layer].tokens is not left and entry.is_initialized:
+                if state.fronts[layer].tokens is not left and entry.is_initialized:
                     before = entry.length - left.width
                     entry.evict(*self._once("left", left, entry.map, partial(remaining, before=before)))
         sizes = [stored_bytes(layer) for layer in cache.layers]
         kept, whole = (sum(size) for size in zip(*sizes, strict=True))
-        self.memory = KVMemory(kept, whole) if whole else None  # gradient checkpointing takes the cache away
+        state.prompt.memory = KVMemory(kept, whole) if whole else None  # gradient checkpointing takes the cache away
 
 
 class PrunedLayer(Uncopyable):
@@ -383,6 +439,8 @@ class PrunedLayer(Uncopyable):
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         decoder, layer, parameters = self.decoder, self.layer, self.parameters
         kwargs = parameters.named(args, kwargs, skip=1)
+        decoder.forwards.enter(layer, hidden_states)
+        decoder.forwards.remember(layer, hidden_states)
         front = decoder.front(layer)
         if front is None:
             kwargs = decoder.whole_arguments(layer, hidden_states.shape[1], parameters, kwargs)
@@ -415,7 +473,7 @@ class PrunedLayer(Uncopyable):
             after = decoder.choose(layer, front, view.keys, y, row)
             if after is not front:
                 y = gather_tokens(y, after.slots, 0)
-        decoder.fronts[layer + 1] = after
+        decoder.state.fronts[layer + 1] = after
         y = decoder.hand_on(layer, after, y)
         if layer + 1 == decoder.depth:
             decoder.finish(cache)

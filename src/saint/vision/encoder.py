@@ -20,6 +20,7 @@ from ..graph import metric
 from ..patch import Uncopyable
 from ..patch import override as _override
 from ..tokens import (
+    DROPPED,
     Candidates,
     Groups,
     LayerTrace,
@@ -122,7 +123,6 @@ class PrunedEncoder(Uncopyable):
         self.layers, self.placement, self.output = layers, placement, output
         self.select, self.validate, self.beta, self.joins = select, validate, beta, joins
         self.restored = restored  # layers whose input is full length, with holes (see `restore`)
-        self.hole = torch.nan
         self.modules: list[nn.Module] = list(part(encoder, row.blocks))
         self.depth = len(self.modules)
         self.prefix = row.prefix(encoder)
@@ -217,7 +217,7 @@ class PrunedEncoder(Uncopyable):
                 attention = part(block.module, block.anatomy.padding)
                 hook = attention.register_forward_pre_hook(self._padding_hook(index), with_kwargs=True)
                 stack.callback(hook.remove)
-        if self.restored:
+        if self.row.packed:
             stack.callback(self.encoder.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
         if self.row.order is not None and (method := self.row.order.of(self.encoder)) is not None:
             _override(stack, self.encoder, method, self._see_order)
@@ -242,13 +242,10 @@ class PrunedEncoder(Uncopyable):
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # NaN shows whether a merger lets a dropped token touch a kept one, but would spoil the gradient of its weights
-        self.hole = 0.0 if torch.is_grad_enabled() else torch.nan
-        if self.row.packed:
-            grid = GRID.read(self.parameters.named(args, kwargs))
-            state = self.forwards.prelude()
-            state.samples = torch.repeat_interleave(grid[:, 1] * grid[:, 2], grid[:, 0]).tolist()
-            state.order = None
+        grid = GRID.read(self.parameters.named(args, kwargs))
+        state = self.forwards.prelude()
+        state.samples = torch.repeat_interleave(grid[:, 1] * grid[:, 2], grid[:, 0]).tolist()
+        state.order = None
 
     def _see_order(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def permute(x: Tensor, order: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -277,8 +274,11 @@ class PrunedEncoder(Uncopyable):
     def _fill_hook(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
         state = self.state
         tokens = state.maps.get(self.depth)
-        if tokens is None or self.depth in state.expanded or tokens.whole:
+        if tokens is None or tokens.whole:
             return None
+        if self.depth in state.expanded:
+            full = self.depth in self.restored and output.shape[-2] == self.prefix + tokens.width
+            return self._mark(output, tokens) if full else None  # the norm has blurred the rows of dropped tokens
         if output.ndim != 3 or output.shape[1] != self.prefix + tokens.slots:
             return None  # the norm of a pooled vector, or of an intermediate map
         return fill_padding(output, tokens, self.prefix, with_prefix=self.row.pool_with_prefix(self.encoder))
@@ -485,8 +485,13 @@ class PrunedEncoder(Uncopyable):
     # -- results ------------------------------------------------------------------------------------------------------
 
     def restore(self, x: Tensor, layer: int) -> Tensor:
-        """Full length again for a merger: survivors at their places, holes elsewhere. [B, P + K, C] -> [B, P + N, C]."""
-        return full_length(x, self.state.maps[layer], self.prefix, self.hole)
+        """Full length again for a merger: survivors at their places, marks elsewhere. [B, P + K, C] -> [B, P + N, C]."""
+        return full_length(x, self.state.maps[layer], self.prefix, DROPPED)
+
+    def _mark(self, x: Tensor, tokens: TokenMap) -> Tensor:
+        """Mark the rows of dropped tokens of a full-length map, [B, P + N, C] or packed [N, C]."""
+        gone = torch.nn.functional.pad(dropped(tokens), (self.prefix, 0))
+        return x.masked_fill((gone[0] if self.row.packed else gone).unsqueeze(-1), DROPPED)
 
     def lost(self, layer: int) -> Tensor | None:
         """Which groups are gone in front of ``layer``, in the order of the merger's output, bool [B, G]; None: nobody."""

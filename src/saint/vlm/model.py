@@ -1,11 +1,10 @@
 """A pruned vision-language model: tells the pruned decoder which tokens are visual and which the encoder dropped.
 
 Outside, everything keeps its full length: pixel counts, placeholders in ``input_ids``, ``attention_mask``, positions. Inside,
-features that the encoder dropped travel as rows of NaN from the connector to the front of the language model, whatever the
-model does with them on the way (unpadding, tiles, newlines), and are removed there.
+features that the encoder dropped travel as marked rows (``tokens.DROPPED``) from the connector to the front of the language
+model, whatever the model does with them on the way (unpadding, tiles, newlines), and are removed there.
 """
 
-import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HookNeverFiredError, ParityError, UnsupportedModelError
-from ..language.decoder import PrunedDecoder
+from ..language.decoder import Handover, PrunedDecoder
 from ..patch import Uncopyable, override
-from ..tokens import full_length
+from ..tokens import DROPPED, full_length, is_dropped
 from ..upstream.names import CACHE, ENCODED, IMAGE_TOKEN, Parameters
 from ..upstream.specs import FamilyRow
 from ..upstream.verify import merge_method
@@ -33,35 +32,32 @@ class PrunedVLM(Uncopyable):
         row: what is known of the family.
         decoder: the language and connector stages.
         encoder: the vision stage, or None.
+        mergers: paths of the modules that read the tower, the connector first, and the map of the encoder that each reads.
+        handover: between this and the decoder.
+
+    Raises:
+        ValueError: the encoder drops behind the features that the model uses.
     """
 
     def __init__(
-        self, path: str, model: Any, row: FamilyRow, decoder: PrunedDecoder, encoder: PrunedEncoder | None
+        self,
+        path: str,
+        model: Any,
+        row: FamilyRow,
+        decoder: PrunedDecoder,
+        encoder: PrunedEncoder | None,
+        mergers: dict[str, int],
+        handover: Handover,
     ) -> None:
         self.path, self.model, self.row, self.decoder, self.encoder = path, model, row, decoder, encoder
+        self.mergers, self.handover = mergers, handover
         self.parameters = Parameters(type(model).forward)
         self.merge, self.merges = merge_method(model)
-        self.waiting = False  # images came in, and their places are not known yet
-        self.features = 0  # map of the encoder its features belong to
-        self.mergers: dict[str, int] = {}  # path -> map of the encoder it reads
-        if encoder is not None:
-            layer = row.feature_layer(model, encoder.depth)
-            if layer is None:
-                raise UnsupportedModelError(
-                    f"{type(model).__name__} joins the features of several layers of its tower "
-                    f"(vision_feature_layer={model.config.vision_feature_layer}), which would hold different tokens; use the "
-                    "connector or language stage"
-                )
-            if encoder.layers[-1] >= layer:
-                raise ValueError(
-                    f"layer {encoder.layers[-1]} of the vision stage lies behind the features that {type(model).__name__} "
-                    f"uses, those of layer {layer - 1}: name layers < {layer}"
-                )
-            self.features = layer
-            self.mergers = {row.connector: layer, **row.taps(model)}
-            if encoder.joins is not None:
-                encoder.restored = set(self.mergers.values())
-        decoder.enters = encoder is not None
+        if encoder is not None and encoder.layers[-1] >= mergers[row.connector]:
+            raise ValueError(
+                f"layer {encoder.layers[-1]} of the vision stage lies behind the features that {type(model).__name__} "
+                f"uses, those of layer {mergers[row.connector] - 1}: name layers < {mergers[row.connector]}"
+            )
 
     def install(self, stack: ExitStack) -> None:
         """Patch the instance; ``stack`` undoes it."""
@@ -77,17 +73,17 @@ class PrunedVLM(Uncopyable):
                 override(stack, self.model.get_submodule(self.row.connector), "forward", self._connect)
             else:
                 for path, layer in self.mergers.items():
-                    mark = torch.nan if path == self.row.connector else 0.0
+                    mark = DROPPED if path == self.row.connector else 0.0
                     override(stack, self.model.get_submodule(path), "forward", partial(self._join, layer, mark))
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.decoder.visual = None
+        self.handover.visual = None
         given = self.parameters.named(args, kwargs)
-        self.waiting = any(pixels.read(given) is not None for pixels in self.row.pixels)
+        self.handover.waiting = any(pixels.read(given) is not None for pixels in self.row.pixels)
         cache, encoded = CACHE.read(given), ENCODED.read(given)
         fresh = cache is None or cache.get_seq_length() == 0
-        if self.encoder is not None and not self.waiting and (encoded is None or not len(encoded)) and fresh:
-            self.encoder.reset()  # a new prompt without images
+        if self.encoder is not None and not self.handover.waiting and (encoded is None or not len(encoded)) and fresh:
+            self.encoder.forwards.begin()  # a new prompt without images
 
     def _listen(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def merge(*args: Any, **kwargs: Any) -> Any:
@@ -97,51 +93,54 @@ class PrunedVLM(Uncopyable):
             for mask in masks if isinstance(masks, tuple) else (masks,):
                 if mask is not None:
                     seen = mask[..., 0] if mask.ndim == 3 else mask
-                    self.decoder.visual = seen if self.decoder.visual is None else self.decoder.visual | seen
-            self.decoder.marked = self.encoder is not None
-            self.waiting = False
+                    self.handover.visual = seen if self.handover.visual is None else self.handover.visual | seen
+            self.handover.marked = self.encoder is not None
+            self.handover.waiting = False
             return result
 
         return merge
 
     def _check_fired(self, _module: nn.Module, _args: Any) -> None:
-        if self.waiting:
-            self.waiting = False
+        if self.handover.waiting:
+            self.handover.waiting = False
             raise HookNeverFiredError(
                 f"{type(self.model).__name__} was given images and did not call {self.merge}, so nothing shows where its "
                 "visual tokens are; this version of the model merges them differently"
             )
 
     def _connect(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The connector sees the survivors; what it returns has full length, NaN where a token was dropped."""
+        """The connector sees the survivors; what it returns has full length, marked where a token was dropped."""
 
         def connect(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             encoder = self.encoder
             assert encoder is not None
             y = original(x, *args, **kwargs)
-            tokens = encoder.maps.get(self.features)
+            features = self.mergers[self.row.connector]
+            tokens = encoder.state.maps.get(features)
             if tokens is None or (tokens.slots == tokens.width and tokens.valid is None):
                 return y
             head = y.shape[1] - tokens.slots
             if y.shape[0] != tokens.index.shape[0] or head not in (0, encoder.prefix):
                 raise ValueError(
                     f"the connector of {type(self.model).__name__} returned features of shape {tuple(y.shape)} for "
-                    f"{tokens.slots} survivors of the vision stage; vision_feature_layer must stay {self.features}"
+                    f"{tokens.slots} survivors of the vision stage; vision_feature_layer must stay {features}"
                 )
             if bool(torch.isnan(y).any()):
                 raise ValueError("image features are NaN: check the pixels for NaN or Inf, and fp16 overflow")
-            return full_length(y, tokens, head, torch.nan)
+            return full_length(y, tokens, head, DROPPED)
 
         return connect
 
     def _join(self, layer: int, mark: float, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The merger sees full length with holes; each group it returns is whole, or dropped and ``mark``."""
+        """The merger sees full length; each group it returns is whole, or dropped and ``mark``."""
 
         def join(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             encoder = self.encoder
             assert encoder is not None
-            y = original(x, *args, **kwargs)
             lost = encoder.lost(layer)
+            # NaN shows whether a merger lets a dropped token touch a kept one, but would spoil the gradient of its weights
+            shows = lost is not None and not torch.is_grad_enabled()
+            y = original(x.masked_fill(is_dropped(x).unsqueeze(-1), torch.nan) if shows else x, *args, **kwargs)
             if lost is None:
                 return y
             if lost.numel() != y[..., 0].numel():
@@ -156,7 +155,7 @@ class PrunedVLM(Uncopyable):
                     "image features are NaN: check the pixels for NaN or Inf, and fp16 overflow; if they are fine, this version "
                     f"of {type(self.model).__name__} joins patches of different groups"
                 )
-            if math.isnan(encoder.hole) and bool((lost & ~holes).any()):
+            if shows and bool((lost & ~holes).any()):
                 raise ParityError(
                     f"{type(self.model).__name__} joins other patches than groups of {encoder.joins} x {encoder.joins}: its "
                     "library may have changed"
@@ -164,6 +163,22 @@ class PrunedVLM(Uncopyable):
             return y.masked_fill(lost.unsqueeze(-1), mark)
 
         return join
+
+
+def read_maps(model: Any, row: FamilyRow, depth: int) -> dict[str, int]:
+    """Paths of the modules that read the tower's hidden states, the connector first, and which (0 = embeddings).
+
+    Raises:
+        UnsupportedModelError: the connector reads several layers.
+    """
+    layer = row.feature_layer(model, depth)
+    if layer is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} joins the features of several layers of its tower "
+            f"(vision_feature_layer={model.config.vision_feature_layer}), which would hold different tokens; use the "
+            "connector or language stage"
+        )
+    return {row.connector: layer, **row.taps(model)}
 
 
 def placeholders(model: Any, input_ids: Tensor | None, inputs_embeds: Tensor, *_: Any, **__: Any) -> Tensor:
