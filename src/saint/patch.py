@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
 
@@ -22,6 +23,29 @@ def override(stack: ExitStack, module: nn.Module, name: str, wrap: Callable[[Cal
             vars(module)[slot] = before
 
     stack.callback(undo)
+
+
+def refuse_replicas(stack: ExitStack, module: nn.Module) -> None:
+    """``DataParallel`` copies a module's ``__dict__``, so its replicas would run the original's weights: refuse that."""
+
+    def wrap(_original: Callable[..., Any]) -> Callable[..., NoReturn]:
+        def replicate(*_: Any, **__: Any) -> NoReturn:
+            raise RuntimeError(
+                "a patched model cannot be replicated by DataParallel; use DistributedDataParallel, one process and one "
+                "saint.apply() per device, or call saint.remove(model) first"
+            )
+
+        return replicate
+
+    override(stack, module, "_replicate_for_data_parallel", wrap)
+
+
+def refuse_tracing() -> None:
+    """A trace would fix the tokens of the pictures it was made with."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise RuntimeError(
+            "torch.jit.trace would fix the tokens of one picture for all; use torch.compile, or torch.export with a fixed budget"
+        )
 
 
 class Uncopyable:

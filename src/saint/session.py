@@ -4,6 +4,7 @@ A session owns every change: checks come first, one ``ExitStack`` holds the undo
 the user's modules. Two models in one process are independent.
 """
 
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ if TYPE_CHECKING:  # these import transformers
 
 # where a patched module keeps its session, in its `__dict__`: they are freed together
 _SLOT = "_saint_session"
+# models with an empty plan, which are not touched at all; these sessions hold no model
+_UNTOUCHED: "weakref.WeakKeyDictionary[nn.Module, Session]" = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,8 @@ class Session:
     def remove(self) -> None:
         """Undo everything. A second call does nothing."""
         self._stack.close()
+        for module in [m for m, session in _UNTOUCHED.items() if session is self]:
+            del _UNTOUCHED[module]
         self._encoder = self._vlm = None
 
     def _install(self, model: nn.Module) -> None:
@@ -143,7 +148,10 @@ class Session:
                 self._encoder.install(stack)
             if self._encoder is not None:
                 self._mark(stack, self._encoder.encoder)
-            self._mark(stack, model)
+            if self._vlm is None and self._encoder is None:
+                _UNTOUCHED[model] = self
+            else:
+                self._mark(stack, model)
             self._stack = stack.pop_all()
 
     def _mark(self, stack: ExitStack, module: nn.Module) -> None:
@@ -192,7 +200,7 @@ def apply(model: nn.Module, plan: Plan | Stage | Method | str) -> Session:
         raise UnsupportedModelError(
             "the model is compiled: apply the plan to the original model, then torch.compile it"
         )
-    carried = next((m for m in model.modules() if _SLOT in vars(m)), None)
+    carried = next((m for m in model.modules() if _carried(m) is not None), None)
     if carried is not None:
         raise AlreadyAppliedError(
             f"a plan is already applied to this {type(carried).__name__}; call saint.remove(model) first"
@@ -314,8 +322,12 @@ def status(model: nn.Module) -> Status | None:
     return None if session is None else session.status
 
 
+def _carried(module: nn.Module) -> Session | None:
+    return vars(module).get(_SLOT) or _UNTOUCHED.get(module)
+
+
 def _session(model: nn.Module) -> Session | None:
-    return next((vars(m)[_SLOT] for m in model.modules() if _SLOT in vars(m)), None)
+    return next((found for m in model.modules() if (found := _carried(m)) is not None), None)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ _ARGUMENTS = (HIDDEN, ROTARY, MASK, CACHE)
 
 
 def check_attention(layer: nn.Module, path: str, flash: bool) -> None:
-    """Raise ``UnsupportedModelError`` unless :class:`LastQuery` can work on this layer."""
+    """Raise ``UnsupportedModelError`` unless :func:`last_row` can work on this layer."""
     attention = ATTENTION.get(layer)
     why = None
     if attention is None or IMPLEMENTATION.of(getattr(attention, "config", None)) is None:
@@ -42,65 +42,55 @@ def check_attention(layer: nn.Module, path: str, flash: bool) -> None:
         )
 
 
-class LastQuery:
-    """Watches one call of a layer's attention, then computes the row."""
+def last_row(
+    layer: nn.Module, path: str, call: dict[str, Any] | None, held: tuple[Tensor, Tensor], valid: Tensor | None
+) -> Tensor:
+    """Attention of each sample's last real token, averaged over heads, over the tokens of the sequence.
 
-    def __init__(self, layer: nn.Module, path: str) -> None:
-        self.attention: Any = ATTENTION.get(layer)
-        self.parameters = Parameters(type(self.attention).forward)
-        self.path = path
-        self.call: dict[str, Any] | None = None
+    Args:
+        layer: has just run.
+        path: of the layer, for messages.
+        call: arguments with which its attention ran, by name.
+        held: keys and values of the layer, the sequence's last, [B, H, T, D].
+        valid: bool [B, S], False for padding that we added; None when there is none.
 
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.call = self.parameters.named(args, kwargs)
+    Returns:
+        float32 [B, S], from probabilities of the model's dtype.
 
-        hook = self.attention.register_forward_pre_hook(keep, with_kwargs=True)
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    def row(self, held: tuple[Tensor, Tensor], valid: Tensor | None) -> Tensor:
-        """Attention of each sample's last real token, averaged over heads, over the tokens of the sequence.
-
-        Args:
-            held: keys and values of the layer, the sequence's last, [B, H, T, D].
-            valid: bool [B, S], False for padding that we added; None when there is none.
-
-        Returns:
-            float32 [B, S], from probabilities of the model's dtype.
-        """
-        call, self.call = self.call, None
-        if call is None:
-            raise HookNeverFiredError(f"the attention of {self.path} was not called, so its queries are not known")
-        hidden, mask = HIDDEN.read(call).detach(), MASK.read(call)
-        batch, count = hidden.shape[:2]
-        real = _real(mask, batch, count, hidden.device)
-        real = real if valid is None else real & valid
-        place = torch.arange(count, device=hidden.device)
-        last = torch.where(real, place, -1).amax(1).clamp_min(0).unsqueeze(1)  # [B, 1]
-        one = TokenMap(last, (1,) * batch, (count,) * batch, count)
-        changes: dict[Role, Any] = {
-            HIDDEN: gather_tokens(hidden, last, 0),
-            ROTARY: gather_rotary(ROTARY.read(call), one),
-            MASK: _row(mask, last, hidden.dtype),
-            CACHE: _Held(held),
-        }
-        if isinstance(ids := POSITIONS.read(call), Tensor):
-            changes[POSITIONS] = gather_ids(ids, one)
-        again = call
-        for role, value in changes.items():
-            again = self.parameters.put(again, role, value)
-        with torch.no_grad(), _eager(self.attention) as eager:
-            weights = eager.forward(**again)[1]
-        if not isinstance(weights, Tensor) or weights.shape[:1] + weights.shape[2:] != (batch, 1, held[0].shape[2]):
-            raise UnsupportedModelError(
-                f"the attention of {self.path} ({type(self.attention).__name__}) returned no attention weights of its eager "
-                "implementation, so the row of the last token is not known; use a method that does without"
-            )
-        return weights.float().mean(1)[:, 0, -count:]
+    Raises:
+        HookNeverFiredError: the attention did not run.
+        UnsupportedModelError: it returned no weights.
+    """
+    attention: Any = ATTENTION.get(layer)
+    parameters = Parameters(type(attention).forward)
+    if call is None:
+        raise HookNeverFiredError(f"the attention of {path} was not called, so its queries are not known")
+    hidden, mask = HIDDEN.read(call).detach(), MASK.read(call)
+    batch, count = hidden.shape[:2]
+    real = _real(mask, batch, count, hidden.device)
+    real = real if valid is None else real & valid
+    place = torch.arange(count, device=hidden.device)
+    last = torch.where(real, place, -1).amax(1).clamp_min(0).unsqueeze(1)  # [B, 1]
+    one = TokenMap(last, (1,) * batch, (count,) * batch, count)
+    changes: dict[Role, Any] = {
+        HIDDEN: gather_tokens(hidden, last, 0),
+        ROTARY: gather_rotary(ROTARY.read(call), one),
+        MASK: _row(mask, last, hidden.dtype),
+        CACHE: _Held(held),
+    }
+    if isinstance(ids := POSITIONS.read(call), Tensor):
+        changes[POSITIONS] = gather_ids(ids, one)
+    again = call
+    for role, value in changes.items():
+        again = parameters.put(again, role, value)
+    with torch.no_grad(), _eager(attention) as eager:
+        weights = eager.forward(**again)[1]
+    if not isinstance(weights, Tensor) or weights.shape[:1] + weights.shape[2:] != (batch, 1, held[0].shape[2]):
+        raise UnsupportedModelError(
+            f"the attention of {path} ({type(attention).__name__}) returned no attention weights of its eager "
+            "implementation, so the row of the last token is not known; use a method that does without"
+        )
+    return weights.float().mean(1)[:, 0, -count:]
 
 
 class _Held:

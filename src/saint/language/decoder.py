@@ -13,8 +13,8 @@ Letters: B batch, L positions of the forward, S survivors of the longest sample,
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..errors import HookNeverFiredError, UnsupportedModelError
 from ..forwards import Forwards
-from ..patch import Uncopyable, override
+from ..patch import Uncopyable, override, refuse_replicas, refuse_tracing
 from ..tokens import Candidates, LayerTrace, Selection, TokenMap, gather_tokens, is_dropped
 from ..upstream.names import (
     ALL_STATES,
@@ -38,7 +38,7 @@ from ..upstream.names import (
     Parameters,
 )
 from ..upstream.versions import known_from
-from .attention import LastQuery, check_attention
+from .attention import check_attention, last_row
 from .cache import CacheView, KeyMap, Owner, RaggedLayer, check_cache, extended, ragged_layer, remaining, stored_bytes
 from .masks import DENSE, FLASH, survivors_mask
 from .positions import gather_ids, gather_rotary
@@ -121,6 +121,8 @@ class DecoderState:
         full_outputs: the caller wants every hidden state.
         memo: masks and tables that layers share.
         prompt: what is told of it.
+        views: of layers that run, the cache as they see it.
+        calls: arguments of the attention of layers that run, by name.
     """
 
     fronts: dict[int, Front] = field(default_factory=dict)
@@ -128,6 +130,8 @@ class DecoderState:
     full_outputs: bool = False
     memo: dict[Any, Any] = field(default_factory=dict)
     prompt: Prompt = field(default_factory=Prompt)
+    views: dict[int, CacheView] = field(default_factory=dict)
+    calls: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -201,10 +205,38 @@ class PrunedDecoder(Uncopyable):
     def install(self, stack: ExitStack) -> None:
         """Patch the instance; ``stack`` undoes it."""
         stack.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+        refuse_replicas(stack, self.model)
+        for index in self.steps:
+            attention = ATTENTION.get(self.modules[index])
+            if attention is not None:
+                parameters = Parameters(type(attention).forward)
+                hook = attention.register_forward_pre_hook(partial(self._attend, index, parameters), with_kwargs=True)
+                stack.callback(hook.remove)
         first = 0 if self.enters or self.connector is not None or self.evict else min(self.steps)
         for index in range(first, self.depth):
+            refuse_replicas(stack, self.modules[index])
             override(stack, self.modules[index], "forward", partial(PrunedLayer, self, index))
         stack.callback(self._close)
+
+    def _attend(
+        self, layer: int, parameters: Parameters, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """In front of the attention of a drop point: note its call, and give it a cache that shows its keys.
+
+        Gradient checkpointing takes any cache away from a layer. Whether it does depends on the release and on whether
+        gradients are recorded; here it is seen, not predicted.
+        """
+        state = self.state
+        view = state.views.get(layer)
+        if view is None:
+            return None
+        given = parameters.named(args, kwargs)
+        if self.rows:
+            state.calls[layer] = given
+        if CACHE.read(given) is not None:
+            return None
+        view.cache = None
+        return (), parameters.put(given, CACHE, view)
 
     def _close(self) -> None:
         self.owner.closed = True
@@ -231,6 +263,7 @@ class PrunedDecoder(Uncopyable):
     # -- start of a forward -------------------------------------------------------------------------------------------
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        refuse_tracing()
         visual, marked = self.handover.visual, self.handover.marked
         self.handover.visual, self.handover.marked = None, False
         before, state = self.state, self.forwards.begin()
@@ -455,13 +488,14 @@ class PrunedLayer(Uncopyable):
         view, chooses = CacheView(cache, positions), layer in decoder.steps
         if chooses or positions is not None:
             kwargs = parameters.put(kwargs, CACHE, view)
-        query = LastQuery(module, f"{decoder.path} layer {layer}") if chooses and decoder.rows else None
-        with ExitStack() as stack:
-            if chooses and module.training:
-                stack.enter_context(_returned(module, view))
-            if query is not None:
-                stack.enter_context(query.watch())
+        state = decoder.state
+        if chooses:
+            state.views[layer] = view
+        try:
             out = self.original(x, **kwargs)
+        finally:
+            state.views.pop(layer, None)
+            call = state.calls.pop(layer, None)
         y = out[0] if isinstance(out, tuple) else out
         after = front
         if chooses:
@@ -469,7 +503,9 @@ class PrunedLayer(Uncopyable):
                 raise HookNeverFiredError(
                     f"{decoder.path} layer {layer} put no keys into its cache, so there is nothing to score"
                 )
-            row = None if query is None else query.row(view.held, front.tokens.valid)
+            row = None
+            if decoder.rows:
+                row = last_row(module, f"{decoder.path} layer {layer}", call, view.held, front.tokens.valid)
             after = decoder.choose(layer, front, view.keys, y, row)
             if after is not front:
                 y = gather_tokens(y, after.slots, 0)
@@ -478,32 +514,6 @@ class PrunedLayer(Uncopyable):
         if layer + 1 == decoder.depth:
             decoder.finish(cache)
         return (y, *out[1:]) if isinstance(out, tuple) else y
-
-
-@contextmanager
-def _returned(module: nn.Module, view: CacheView) -> Iterator[None]:
-    """Give the view back to the attention where gradient checkpointing takes any cache away from the layer.
-
-    Whether it does depends on the release and on whether gradients are recorded; here it is seen, not predicted.
-    """
-    attention = ATTENTION.get(module)
-    if attention is None:
-        yield
-        return
-    parameters = Parameters(type(attention).forward)
-
-    def insert(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = parameters.named(args, kwargs)
-        if CACHE.read(given) is not None:
-            return None
-        view.cache = None
-        return (), parameters.put(given, CACHE, view)
-
-    hook = attention.register_forward_pre_hook(insert, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def owners(tokens: TokenMap) -> Tensor:

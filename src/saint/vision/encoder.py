@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from ..forwards import Flag, Forwards
 from ..graph import metric
-from ..patch import Uncopyable
+from ..patch import Uncopyable, refuse_replicas, refuse_tracing
 from ..patch import override as _override
 from ..tokens import (
     DROPPED,
@@ -208,8 +208,10 @@ class PrunedEncoder(Uncopyable):
 
     def install(self, stack: ExitStack) -> None:
         """Patch the instance; ``stack`` undoes it."""
+        refuse_replicas(stack, self.encoder)
         for index in range(self.depth):
             block = self.blocks[index]
+            refuse_replicas(stack, self.modules[index])
             _override(stack, self.modules[index], "forward", partial(PrunedBlock, self, index))
             if block is not None and index in self.steps:
                 stack.callback(block.watch_keys(partial(self._keep_keys, index)))
@@ -308,6 +310,7 @@ class PrunedEncoder(Uncopyable):
 
     def begin(self, x: Tensor, mask: Tensor | None) -> None:
         """Start of a forward: everything is there. x [B, P + N, C]."""
+        refuse_tracing()
         state = self.forwards.start()
         if x.shape[0] == 0:
             raise ValueError("empty batch: got 0 samples, expected at least one image")
