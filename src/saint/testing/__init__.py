@@ -19,19 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .errors import AlreadyAppliedError, HookNeverFiredError, SaintError
-from .flops import count_flops, left_out
-from .methods.saint import Saint
-from .patch import override
-from .plan import Plan, Stage
-from .session import apply, pruned, remove, status
-from .tokens import LayerTrace
-from .upstream.names import EMBEDDINGS, GRID, POOLED, SEGMENTS, Parameters
-from .upstream.specs import Anatomy, EncoderRow, FamilyRow
-from .upstream.verify import merge_method
-from .vision.blocks import Block, part
-from .vision.locate import locate, locate_tower
-from .vlm.locate import find as find_vlm
+from ..errors import AlreadyAppliedError, HookNeverFiredError, SaintError
+from ..flops import count_flops, left_out
+from ..methods.saint import Saint
+from ..patch import override
+from ..plan import Plan, Stage
+from ..session import apply, pruned, remove, status
+from ..tokens import LayerTrace
+from ..upstream.names import EMBEDDINGS, GRID, POOLED, SEGMENTS, Parameters
+from ..upstream.specs import Anatomy, EncoderRow, FamilyRow
+from ..upstream.verify import merge_method
+from ..vision.blocks import Block, part
+from ..vision.locate import locate, locate_tower
+from ..vlm.locate import find as find_vlm
 
 Inputs = Mapping[str, Any]
 
@@ -370,7 +370,7 @@ def _hide_in_decoder(
     visual: list[Tensor] = []  # bool [B, L] of images, of videos
     seen: Tensor | None = None  # bool [B, L], who is still there
 
-    from .vlm.model import placeholders  # imports transformers
+    from ..vlm.model import placeholders  # imports transformers
 
     method, merges = merge_method(vlm)
 
