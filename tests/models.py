@@ -64,6 +64,7 @@ for title, make in {
     "timm/eva02-clip": _timm("eva02_base_patch16_clip_224", img_size=96, **_TIMM),
     "timm/dinov3": _timm("vit_small_patch16_dinov3", img_size=96, **_TIMM),
     "timm/pe-core": _timm("vit_pe_core_tiny_patch16_384", img_size=96, **_TIMM),
+    "timm/map-without-registers": _timm("vit_so150m_patch16_reg4_map_256", img_size=96, **_TIMM),
     "timm/vit-rope-mixed": _timm("vit_small_patch16_rope_mixed_224", img_size=96, **_TIMM),
 }.items():
     BUILDERS[title] = make

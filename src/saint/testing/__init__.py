@@ -320,8 +320,19 @@ def _hide_in_encoder(
     final = part(encoder, row.final) if row.final else None
     if final is not None:
         stack.callback(final.register_forward_hook(pooled).remove)
+    _hide_in_pools(stack, mode, encoder, row)
     if row.order is not None:
         stack.callback(encoder.register_forward_pre_hook(see_order, with_kwargs=True).remove)
+
+
+def _hide_in_pools(stack: ExitStack, mode: _HideKeys, encoder: nn.Module, row: EncoderRow) -> None:
+    def trim(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        if mode.visible is not None:  # a pool may be shown the candidates alone, without the prefix
+            mode.visible = mode.visible[:, -args[0].shape[1] :]
+
+    for path in row.pools:
+        if (pool := part(encoder, path)) is not None:
+            stack.callback(pool.register_forward_pre_hook(trim).remove)
 
 
 def _flags(entry: LayerTrace, trace: list[LayerTrace]) -> list[Tensor]:
@@ -529,6 +540,7 @@ def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
         final = part(encoder, row.final) if row.final else None
         if final is not None:
             stack.callback(final.register_forward_hook(pooled).remove)
+        _hide_in_pools(stack, mode, encoder, row)
         stack.enter_context(mode)
         return run(model, inputs), trace
 
