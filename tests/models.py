@@ -65,6 +65,20 @@ for title, make in {
     "timm/dinov3": _timm("vit_small_patch16_dinov3", img_size=96, **_TIMM),
     "timm/pe-core": _timm("vit_pe_core_tiny_patch16_384", img_size=96, **_TIMM),
     "timm/map-without-registers": _timm("vit_so150m_patch16_reg4_map_256", img_size=96, **_TIMM),
+    "timm/vit-parallel": _timm("vit_small_patch16_18x2_224", img_size=96, **_TIMM),
+    "timm/vit-parallel-scaling": _timm("vit_base_patch16_xp_224", img_size=96, **_TIMM),
+    "timm/vit-diff-parallel": _timm("vit_dpwee_patch16_reg1_gap_256", img_size=96, **{**_TIMM, "num_heads": 2}),
+    "timm/vit-diff": _timm("vit_dwee_patch16_reg1_gap_256", img_size=96, **{**_TIMM, "num_heads": 2}),
+    "timm/beit": _timm("beit_base_patch16_224", img_size=96, **_TIMM),
+    "timm/beit-shared": _timm(
+        "beit_base_patch16_224", img_size=96, use_shared_rel_pos_bias=True, use_rel_pos_bias=False, **_TIMM
+    ),
+    "timm/relpos": _timm("vit_relpos_small_patch16_224", img_size=96, **_TIMM),
+    "timm/relpos-cls": _timm("vit_relpos_base_patch16_clsgap_224", img_size=96, **_TIMM),
+    "timm/relpos-shared": _timm("vit_srelpos_small_patch16_224", img_size=96, **_TIMM),
+    "timm/relpos-post": _timm("vit_relpos_base_patch32_plus_rpn_256", img_size=96, patch_size=16, **_TIMM),
+    "timm/naflex": _timm("naflexvit_base_patch16_gap", pos_embed_grid_size=(6, 6), **_TIMM),
+    "timm/naflex-map": _timm("naflexvit_base_patch16_map", pos_embed_grid_size=(6, 6), **_TIMM),
     "timm/vit-rope-mixed": _timm("vit_small_patch16_rope_mixed_224", img_size=96, **_TIMM),
 }.items():
     BUILDERS[title] = make

@@ -145,7 +145,7 @@ def test_check_model_reports_every_contract():
             "SwinTransformer.*no global tokens",
         ),
         ("convnext_atto", {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1)}, "ConvNeXt.*no tokens"),
-        ("beit_base_patch16_224", {"embed_dim": 48, "depth": 1, "num_heads": 3}, "Beit.*relative-position"),
+        ("cait_xxs24_224", {"embed_dim": 48, "depth": 1, "num_heads": 3}, "Cait.*mixes heads"),
     ],
 )
 def test_architectures_without_global_tokens_are_refused_by_name(name, small, reason):
@@ -166,15 +166,33 @@ def test_two_encoders_ask_which():
         saint.apply(both, saint.Saint())
 
 
+class Unheard(torch.nn.Module):
+    def __init__(self, dim, **_):
+        super().__init__()
+        self.norm1 = torch.nn.LayerNorm(dim)
+
+    def forward(self, x):
+        return x + self.norm1(x)
+
+
 def test_unknown_blocks_are_refused():
     import timm
 
-    model = timm.create_model(
-        "vit_tiny_patch16_224", block_fn=timm.models.vision_transformer.ParallelScalingBlock, depth=2
-    )
-    with pytest.raises(saint.UnsupportedModelError, match="ParallelScalingBlock.*known: Block"):
+    model = timm.create_model("vit_tiny_patch16_224", block_fn=Unheard, depth=2)
+    with pytest.raises(saint.UnsupportedModelError, match="Unheard.*known: Block"):
         saint.apply(model, saint.Saint())
     assert saint.status(model) is None
+
+
+@pytest.mark.parametrize("name", ["timm/vit-parallel-scaling", "timm/vit-diff-parallel"])
+def test_where_attention_and_mlp_are_one_there_is_no_middle(name):
+    model = build(name)
+    with pytest.raises(saint.UnsupportedModelError, match=r'same input, so there is no place between.*"post"'):
+        saint.apply(model, Stage(saint.Saint(), placement="mid"))
+    assert saint.status(model) is None
+    for placement in (None, "post"):
+        with saint.pruned(model, Stage(saint.Saint(), placement=placement)) as session:
+            assert session.status.stages["vision"].placement == "post"
 
 
 def test_meta_weights_are_refused_and_nothing_is_touched():

@@ -214,7 +214,7 @@ def _encoder(stage: Stage, path: str, encoder: nn.Module, row: EncoderRow, joins
         encoder,
         row,
         layers=stage.resolve_layers("vision", len(list(_blocks(encoder, row.blocks)))),
-        placement=stage.placement or "mid",
+        placement=stage.placement,
         output=stage.output,
         select=method.select,
         validate=method.validate,
