@@ -124,6 +124,20 @@ def _siglip2() -> nn.Module:
     return Siglip2VisionModel(Siglip2VisionConfig(**sizes, num_patches=36))
 
 
+@register("transformers/beit")
+def _beit() -> nn.Module:
+    from transformers import BeitConfig, BeitModel
+
+    return BeitModel(BeitConfig(**_HF, use_relative_position_bias=True, use_mean_pooling=False))
+
+
+@register("transformers/beit-shared")
+def _beit_shared() -> nn.Module:
+    from transformers import BeitConfig, BeitForImageClassification
+
+    return BeitForImageClassification(BeitConfig(**_HF, use_shared_relative_position_bias=True, num_labels=7))
+
+
 @register("transformers/dinov2")
 def _dinov2() -> nn.Module:
     from transformers import Dinov2Config, Dinov2ForImageClassification
@@ -176,6 +190,8 @@ def _open_clip_coca() -> nn.Module:
 def backbones() -> dict[str, nn.Module]:
     """Encoders that return feature maps laid on the grid, from every row that has one."""
     from transformers import (
+        BeitBackbone,
+        BeitConfig,
         Dinov2Backbone,
         Dinov2Config,
         Dinov2WithRegistersBackbone,
@@ -186,6 +202,7 @@ def backbones() -> dict[str, nn.Module]:
 
     sizes = {name: value for name, value in _HF.items() if name != "intermediate_size"} | {"out_indices": [2, 4]}
     return {
+        "beit": BeitBackbone(BeitConfig(**_HF, out_indices=[2, 4], use_relative_position_bias=True)),
         "dinov2": Dinov2Backbone(Dinov2Config(**sizes, mlp_ratio=2)),
         "dinov2-registers": Dinov2WithRegistersBackbone(Dinov2WithRegistersConfig(**sizes, mlp_ratio=2)),
         "dinov3": DINOv3ViTBackbone(DINOv3ViTConfig(**_HF, out_indices=[2, 4])),

@@ -295,7 +295,7 @@ def test_unknown_blocks_are_refused():
 )
 def test_where_attention_and_mlp_are_one_there_is_no_middle(name):
     model = build(name)
-    with pytest.raises(saint.UnsupportedModelError, match=r'same input, so there is no place between.*"post"'):
+    with pytest.raises(saint.UnsupportedModelError, match=r'between whose attention and MLP there is no place.*"post"'):
         saint.apply(model, Stage(saint.Saint(), placement="mid"))
     assert saint.status(model) is None
     for placement in (None, "post"):

@@ -19,7 +19,8 @@ class Anatomy:
 
     Attributes:
         norm1, attn, branch1, norm2, mlp, branch2: attribute names; ``attn`` may be a method of the block. Without ``attn``
-            and ``mlp`` the block computes both halves from one input: it has no seam, and tokens go behind it.
+            and ``mlp`` the block has no seam (it computes both from one input, or does more than call its parts), and
+            tokens go behind it.
         keys: what shows the keys: a module whose output is K ([B, H, N, D] or [B, N, H*D]), or a packed ``in_proj_weight``
             from which they are recomputed. The first candidate that exists is used.
         keys_by_token: the module's output is [B, N, H, D].

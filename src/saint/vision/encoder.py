@@ -145,8 +145,8 @@ class PrunedEncoder(_Uncopied):
         whole = next((b for i in self.layers if (b := self.blocks[i]) is not None and not b.anatomy.seam), None)
         if whole is not None and placement == "mid":
             raise UnsupportedModelError(
-                f"{whole.name} is a {type(whole.module).__name__}, which computes attention and MLP from the same input, so "
-                'there is no place between them: use placement="post", or leave placement out'
+                f"{whole.name} is a {type(whole.module).__name__}, between whose attention and MLP there is no place to "
+                'drop tokens: use placement="post", or leave placement out'
             )
         placement = placement or ("mid" if whole is None else "post")
         if self.beta:
