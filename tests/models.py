@@ -3,7 +3,10 @@
 from collections.abc import Callable
 
 import torch
+from timm.models import vision_transformer
 from torch import nn
+
+from saint.testing.zoo import enliven
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {}
 _TIMM = {"embed_dim": 48, "depth": 4, "num_heads": 3}  # real: 192..1280, 12..32, 3..16
@@ -21,20 +24,6 @@ def build(name: str) -> nn.Module:
     """The model called ``name``, in eval mode, with weights lively enough that layers matter."""
     torch.manual_seed(0)
     return enliven(BUILDERS[name]().eval())
-
-
-def enliven(model: nn.Module) -> nn.Module:
-    """Weights under which every layer and every branch shows in the output."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if any(word in key for word in ("gamma", "lambda1", "ls1", "ls2", "layer_scale")):
-                parameter.copy_(0.5 + 0.1 * torch.randn(parameter.shape, generator=generator))  # 1e-5 hides every error
-            elif parameter.ndim == 1 or "token" in key or "pos" in key or "probe" in key or "latent" in key:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-            else:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter[0].numel() ** -0.5)
-    return model
 
 
 def _timm(name: str, **kwargs: object) -> Callable[[], nn.Module]:
@@ -64,9 +53,30 @@ for title, make in {
     "timm/eva02-clip": _timm("eva02_base_patch16_clip_224", img_size=96, **_TIMM),
     "timm/dinov3": _timm("vit_small_patch16_dinov3", img_size=96, **_TIMM),
     "timm/pe-core": _timm("vit_pe_core_tiny_patch16_384", img_size=96, **_TIMM),
+    "timm/map-without-registers": _timm("vit_so150m_patch16_reg4_map_256", img_size=96, **_TIMM),
+    "timm/vit-parallel": _timm("vit_small_patch16_18x2_224", img_size=96, **_TIMM),
+    "timm/vit-parallel-scaling": _timm("vit_base_patch16_xp_224", img_size=96, **_TIMM),
+    "timm/beit": _timm("beit_base_patch16_224", img_size=96, **_TIMM),
+    "timm/beit-shared": _timm(
+        "beit_base_patch16_224", img_size=96, use_shared_rel_pos_bias=True, use_rel_pos_bias=False, **_TIMM
+    ),
+    "timm/relpos": _timm("vit_relpos_small_patch16_224", img_size=96, **_TIMM),
+    "timm/relpos-cls": _timm("vit_relpos_base_patch16_clsgap_224", img_size=96, **_TIMM),
+    "timm/relpos-shared": _timm("vit_srelpos_small_patch16_224", img_size=96, **_TIMM),
+    "timm/relpos-post": _timm("vit_relpos_base_patch32_plus_rpn_256", img_size=96, patch_size=16, **_TIMM),
+    "timm/naflex": _timm("naflexvit_base_patch16_gap", pos_embed_grid_size=(6, 6), **_TIMM),
+    "timm/naflex-map": _timm("naflexvit_base_patch16_map", pos_embed_grid_size=(6, 6), **_TIMM),
     "timm/vit-rope-mixed": _timm("vit_small_patch16_rope_mixed_224", img_size=96, **_TIMM),
 }.items():
     BUILDERS[title] = make
+
+_DIFF = {**_TIMM, "num_heads": 2}  # halves of heads
+for title, make in {
+    "timm/vit-diff": _timm("vit_dwee_patch16_reg1_gap_256", img_size=96, **_DIFF),
+    "timm/vit-diff-parallel": _timm("vit_dpwee_patch16_reg1_gap_256", img_size=96, **_DIFF),
+}.items():
+    if hasattr(vision_transformer, "DiffParallelScalingBlock"):  # not in timm 1.0.20
+        BUILDERS[title] = make
 
 _HF = {
     "hidden_size": 48,  # real: 384..1280
@@ -112,6 +122,20 @@ def _siglip2() -> nn.Module:
 
     sizes = {name: value for name, value in _HF.items() if name != "image_size"}
     return Siglip2VisionModel(Siglip2VisionConfig(**sizes, num_patches=36))
+
+
+@register("transformers/beit")
+def _beit() -> nn.Module:
+    from transformers import BeitConfig, BeitModel
+
+    return BeitModel(BeitConfig(**_HF, use_relative_position_bias=True, use_mean_pooling=False))
+
+
+@register("transformers/beit-shared")
+def _beit_shared() -> nn.Module:
+    from transformers import BeitConfig, BeitForImageClassification
+
+    return BeitForImageClassification(BeitConfig(**_HF, use_shared_relative_position_bias=True, num_labels=7))
 
 
 @register("transformers/dinov2")
@@ -166,6 +190,8 @@ def _open_clip_coca() -> nn.Module:
 def backbones() -> dict[str, nn.Module]:
     """Encoders that return feature maps laid on the grid, from every row that has one."""
     from transformers import (
+        BeitBackbone,
+        BeitConfig,
         Dinov2Backbone,
         Dinov2Config,
         Dinov2WithRegistersBackbone,
@@ -176,6 +202,7 @@ def backbones() -> dict[str, nn.Module]:
 
     sizes = {name: value for name, value in _HF.items() if name != "intermediate_size"} | {"out_indices": [2, 4]}
     return {
+        "beit": BeitBackbone(BeitConfig(**_HF, out_indices=[2, 4], use_relative_position_bias=True)),
         "dinov2": Dinov2Backbone(Dinov2Config(**sizes, mlp_ratio=2)),
         "dinov2-registers": Dinov2WithRegistersBackbone(Dinov2WithRegistersConfig(**sizes, mlp_ratio=2)),
         "dinov3": DINOv3ViTBackbone(DINOv3ViTConfig(**_HF, out_indices=[2, 4])),

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from models import BUILDERS, backbones, build
+from models import BUILDERS, backbones, build, enliven
 
 import saint
 from saint import testing
@@ -85,6 +85,112 @@ def test_example_plans_really_are_ragged():
     assert ragged == len(NAMES)
 
 
+# -- inputs and keys of some architectures ------------------------------------------------------------------------------
+
+
+def patches(model):
+    """Patches of three pictures, 6 x 6, 4 x 5 and 6 x 3, behind them padding."""
+    generator = torch.Generator().manual_seed(3)
+    x, coordinates = torch.randn(3, 36, 768, generator=generator), torch.zeros(3, 36, 2, dtype=torch.long)
+    valid = torch.zeros(3, 36, dtype=torch.bool)
+    for sample, (rows, columns) in enumerate(((6, 6), (4, 5), (6, 3))):
+        count = rows * columns
+        coordinates[sample, :count] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+        valid[sample, :count] = True
+        x[sample, : count // 2] = x[sample, :1] + 0.1 * x[sample, : count // 2]
+    return {"x": x, "patch_coord": coordinates, "patch_valid": valid}
+
+
+@pytest.mark.parametrize(
+    ("pool", "rope"), [("avg", "none"), ("avgmax", "axial"), ("map", "none"), ("token", "mixed"), ("avg", "dinov3")]
+)
+def test_patches_of_pictures_of_several_shapes(pool, rope):
+    """NaFlexViT with what its collator gives: per-sample grids, padding, rotary tables of every sample."""
+    import timm
+
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 48, "depth": 4, "num_heads": 3, "pos_embed_grid_size": (6, 6), "num_classes": 7}
+    extra = {"global_pool": pool, "rope_type": rope, "class_token": True, "reg_tokens": 2, "fc_norm": False}
+    model = enliven(timm.create_model("naflexvit_base_patch16_gap", **sizes, **extra).eval())
+    inputs = patches(model)
+    plan = testing.example_plan(model, inputs)
+    for contract in testing.CONTRACTS.values():
+        contract(model, plan, inputs)
+    testing.check_oracle(model, restage(plan, placement="post", layers=[0, 2]), inputs)
+    with saint.pruned(model, plan) as session:
+        testing.run(model, inputs)
+        assert session.trace[0].tokens_in.tolist() == [36, 20, 18]  # padding is nobody
+    with saint.pruned(model, restage(plan, output="similar")):
+        full = testing.run(model, inputs)["output"]
+    assert torch.isfinite(full).all()
+
+
+@pytest.mark.parametrize("placement", [None, "post"])
+@pytest.mark.parametrize(
+    "name",
+    ["timm/vit-parallel", "timm/vit-parallel-scaling", "timm/vit-diff", "timm/vit-diff-parallel", "timm/beit",
+     "timm/beit-shared", "timm/relpos", "timm/relpos-shared", "timm/relpos-post"],
+)  # fmt: skip
+def test_what_is_scored_is_what_attention_received(name, placement, monkeypatch):
+    if name not in NAMES:
+        pytest.skip("not in this timm")
+    model, _, inputs = prepared(name)
+    received: list[torch.Tensor] = []
+    shown = []
+    own = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, key, value, *args, **kwargs):
+        received.append(key)
+        return own(query, key, value, *args, **kwargs)
+
+    def select(candidates):
+        shown.append(candidates.keys)
+        return None
+
+    with saint.pruned(model, Stage(saint.Saint(), placement=placement, layers=[0, 1, 2, 3])) as session:
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+        session._encoder.select = select
+        testing.run(model, inputs)
+        prefix = session._encoder.prefix
+    assert len(shown) == 4
+    calls = len(received) // 4
+    for layer, keys in enumerate(shown):
+        want = torch.cat(received[layer * calls : (layer + 1) * calls], 1).mean(1)[:, prefix:]
+        assert torch.allclose(keys, want, atol=1e-5 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["timm/relpos", "timm/relpos-shared", "timm/beit", "timm/beit-shared"])
+def test_merged_tokens_keep_the_bias_of_their_survivor(name):
+    model, _, inputs = prepared(name)
+    for beta in (1.0, 0.5):
+        plan = Plan(vision=Stage(saint.methods.ToMe(r=6, beta=beta), layers=[0, 2]))
+        assert "merged oracle" in testing.check_oracle(model, plan, inputs)
+        testing.check_batch(model, plan, inputs)
+
+
+def test_a_model_with_two_biases():
+    """Own and shared: sizes and padding count once."""
+    import timm
+
+    torch.manual_seed(0)
+    small = {"embed_dim": 48, "depth": 4, "num_heads": 3, "img_size": 96}
+    both = {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": True}
+    model = enliven(timm.create_model("beit_base_patch16_224", **small, **both).eval())
+    inputs = testing.example_inputs(model)
+    plan = testing.example_plan(model, inputs)
+    testing.check_oracle(model, plan, inputs)
+    testing.check_batch(model, plan, inputs)
+    testing.check_oracle(model, Plan(vision=Stage(saint.methods.ToMe(r=6), layers=[0, 2])), inputs)
+
+
+@pytest.mark.parametrize("name", ["timm/beit", "timm/relpos-shared", "timm/naflex"])
+def test_maps_of_other_encoders_stay_on_the_grid(name):
+    model, plan, inputs = prepared(name)
+    with saint.pruned(model, restage(plan, output="nearest")):
+        maps = model.forward_intermediates(**inputs, intermediates_only=True)
+    assert {m.shape for m in maps} == {(3, 48, 6, 6)}
+
+
 # -- the battery itself can fail ----------------------------------------------------------------------------------------
 
 
@@ -145,7 +251,7 @@ def test_check_model_reports_every_contract():
             "SwinTransformer.*no global tokens",
         ),
         ("convnext_atto", {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1)}, "ConvNeXt.*no tokens"),
-        ("beit_base_patch16_224", {"embed_dim": 48, "depth": 1, "num_heads": 3}, "Beit.*relative-position"),
+        ("cait_xxs24_224", {"embed_dim": 48, "depth": 1, "num_heads": 3}, "Cait.*mixes heads"),
     ],
 )
 def test_architectures_without_global_tokens_are_refused_by_name(name, small, reason):
@@ -166,15 +272,35 @@ def test_two_encoders_ask_which():
         saint.apply(both, saint.Saint())
 
 
+class Unheard(torch.nn.Module):
+    def __init__(self, dim, **_):
+        super().__init__()
+        self.norm1 = torch.nn.LayerNorm(dim)
+
+    def forward(self, x):
+        return x + self.norm1(x)
+
+
 def test_unknown_blocks_are_refused():
     import timm
 
-    model = timm.create_model(
-        "vit_tiny_patch16_224", block_fn=timm.models.vision_transformer.ParallelScalingBlock, depth=2
-    )
-    with pytest.raises(saint.UnsupportedModelError, match="ParallelScalingBlock.*known: Block"):
+    model = timm.create_model("vit_tiny_patch16_224", block_fn=Unheard, depth=2)
+    with pytest.raises(saint.UnsupportedModelError, match="Unheard.*known: Block"):
         saint.apply(model, saint.Saint())
     assert saint.status(model) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["timm/vit-parallel-scaling"] + ["timm/vit-diff-parallel"] * ("timm/vit-diff-parallel" in NAMES)
+)
+def test_where_attention_and_mlp_are_one_there_is_no_middle(name):
+    model = build(name)
+    with pytest.raises(saint.UnsupportedModelError, match=r'between whose attention and MLP there is no place.*"post"'):
+        saint.apply(model, Stage(saint.Saint(), placement="mid"))
+    assert saint.status(model) is None
+    for placement in (None, "post"):
+        with saint.pruned(model, Stage(saint.Saint(), placement=placement)) as session:
+            assert session.status.stages["vision"].placement == "post"
 
 
 def test_meta_weights_are_refused_and_nothing_is_touched():

@@ -35,7 +35,7 @@ from saint.upstream import families, names, transformers, versions
 from saint.upstream.names import CACHE, Parameters, Role
 from saint.upstream.names import LAYERS as TEXT_LAYERS
 from saint.upstream.verify import verify_encoder, verify_family
-from saint.vision.blocks import Block, part
+from saint.vision.blocks import Block, part, units
 from saint.vision.locate import ROWS, locate, locate_tower
 from saint.vlm.locate import locate as locate_vlm
 
@@ -56,12 +56,17 @@ def check_encoder_names(encoder: nn.Module, row) -> None:
         block = Block(
             module, anatomy, f"{row.blocks}.{index}"
         )  # raises where no keys show, or a segment argument is gone
-        for name in (anatomy.attn, anatomy.mlp, anatomy.norm1, anatomy.norm2, anatomy.padding):
-            assert name is None or hasattr(module, name), f"{block.name} has no {name}"
+        halves = (anatomy.attn, anatomy.norm1, anatomy.padding), (anatomy.mlp, anatomy.norm2)
+        for parallel, paths in zip(units(module, anatomy), halves, strict=True):
+            for unit in parallel:
+                for name in paths:
+                    assert name is None or hasattr(unit, name), f"{block.name} has no {name}"
+        for method, _ in anatomy.bias:
+            assert block.bias != method or callable(part(module, method))
         assert not anatomy.heads or block.heads > 0
         if row.packed:
             assert block.tables
-    for name in row.dense_calls:
+    for name in (*row.dense_calls, *row.masked_pools):
         assert hasattr(encoder, name), f"{type(encoder).__name__} has no {name}"
 
 
@@ -90,7 +95,10 @@ def test_names_of_every_branch_and_mask():
             arguments = {str(role): role for role in (anatomy.mask, *anatomy.tables) if role is not None}
             wanted.setdefault(key, set()).update(facts | set(arguments))
             parameters = Parameters(type(module).forward)
-            seen.setdefault(key, set()).update(fact for fact in facts if getattr(module, fact, None) is not None)
+            parallel = [unit for half in units(module, anatomy) for unit in half]
+            seen.setdefault(key, set()).update(
+                f for f in facts for unit in parallel if getattr(unit, f, None) is not None
+            )
             seen[key].update(name for name, role in arguments.items() if parameters.has(role))
     assert {key: sorted(names - seen[key]) for key, names in wanted.items() if names - seen[key]} == {}
 
@@ -269,6 +277,7 @@ def test_every_fact_of_a_family_is_verified(name, fact, named):
         ({"patch": "stem.conv"}, r"stem\.conv \(patch embedding\)"),
         ({"final": "last"}, r"last \(last norm\)"),
         ({"order": Role("shuffle", "reorder")}, "method shuffle or reorder"),
+        ({"masked_pools": {"_reduce": Role("valid")}}, r"method _reduce \(pools\)"),
     ],
 )
 def test_every_fact_of_an_encoder_is_verified(fact, named):

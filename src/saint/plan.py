@@ -24,7 +24,7 @@ class Stage:
         method: what decides.
         layers: 0-based drop points: "first_half", a range, a list, or None for the method's own default.
         placement: "mid" drops between attention and MLP of the layer, "post" after the layer; None means "mid" for
-            vision (as published) and "post" for language.
+            vision (as published; "post" where a block has no place between the two) and "post" for language.
         output: what a vision encoder hands on. "survivors": the shortened sequence, batches padded to the longest
             sample with the mean of its survivors (an average pool averages the survivors). Full length, every dropped
             token standing for its survivor: "nearest" (closest on the patch grid; for dense heads) or "similar" (most

@@ -231,7 +231,7 @@ def _encoder(
         encoder,
         row,
         layers=stage.resolve_layers("vision", len(list(_blocks(encoder, row.blocks)))),
-        placement=stage.placement or "mid",
+        placement=stage.placement,
         output=stage.output,
         select=method.select,
         validate=method.validate,

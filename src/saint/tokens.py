@@ -324,12 +324,15 @@ def gather_table(table: Tensor, tokens: TokenMap) -> Tensor:
     """Rows of a positional table (RoPE) for the survivors.
 
     Args:
-        table: [N, D], or [H, N, D] when every head has its own.
+        table: [N, D], or [H, N, D] when every head has its own, or [B, 1 or H, N, D] when every sample has.
         tokens: the survivors.
 
     Returns:
         [B, 1, K, D] or [B, H, K, D]; for one sample the batch axis is left out.
     """
+    if table.ndim == 4:
+        rows = tokens.index[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3])
+        return table.expand(tokens.index.shape[0], -1, -1, -1).gather(2, rows)
     if tokens.index.shape[0] == 1:
         return table.index_select(-2, tokens.index[0])
     if table.ndim == 2:

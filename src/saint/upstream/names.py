@@ -92,6 +92,10 @@ SEGMENTS = Role("cu_seqlens")  # packed towers: ends of the segments that attend
 LONGEST = Role("max_seqlen")
 TIMM_MASK = Role("attn_mask")
 TIMM_ROTARY = Role("rope")
+TIMM_PAIRS = Role(
+    "shared_rel_pos", "shared_rel_pos_bias"
+)  # a bias over all pairs of tokens; two classes, two spellings
+TIMM_VALID = Role("patch_valid")  # NaFlex: which patches are none of the padding
 
 # -- methods ----------------------------------------------------------------------------------------------------------
 

@@ -18,31 +18,47 @@ class Anatomy:
     with and without LayerScale, DropPath or post-norm.
 
     Attributes:
-        norm1, attn, branch1, norm2, mlp, branch2: attribute names; ``attn`` may be a method of the block.
+        norm1, attn, branch1, norm2, mlp, branch2: attribute names; ``attn`` may be a method of the block. Without ``attn``
+            and ``mlp`` the block has no seam (it computes both from one input, or does more than call its parts), and
+            tokens go behind it.
         keys: what shows the keys: a module whose output is K ([B, H, N, D] or [B, N, H*D]), or a packed ``in_proj_weight``
             from which they are recomputed. The first candidate that exists is used.
+        keys_by_token: the module's output is [B, N, H, D].
         heads: attribute with the number of heads, needed for 3-D keys; the first candidate that exists is used.
         mask: the block's attention-mask argument.
         padding: nn.MultiheadAttention that takes ``key_padding_mask`` instead of ``mask``.
         tables: block arguments that hold positional tables over the patch tokens (RoPE).
         fused: what ``keys`` names emits queries, keys and values side by side.
+        units: lists of modules, parallel attentions and parallel MLPs, whose branches are added; the names of the parts,
+            ``keys`` and ``heads`` are then relative to a member.
+        bias: (method, what it reads): methods that return a bias over all pairs of tokens, [1, H, P + N, P + N], which the
+            attention adds to its logits; what is read is None in instances without. ``mask`` then is an argument for such a
+            bias ([H, P + N, P + N] or with a batch axis), shared by all blocks.
         segments: of a block on packed sequences [N, C]: the argument with the cumulative lengths of the segments that
             attend to themselves.
     """
 
-    attn: str
-    mlp: str
+    attn: str | None
+    mlp: str | None
     norm1: str | None = "norm1"
     norm2: str | None = "norm2"
     branch1: tuple[str, ...] = ()
     branch2: tuple[str, ...] = ()
     keys: tuple[str, ...] = ("attn.k_norm",)
+    keys_by_token: bool = False
     heads: tuple[str, ...] = ()
     mask: Role | None = TIMM_MASK
     padding: str | None = None
     tables: tuple[Role, ...] = ()
     fused: bool = False
+    units: tuple[str, str] | None = None
+    bias: tuple[tuple[str, str], ...] = ()
     segments: Role | None = None
+
+    @property
+    def seam(self) -> bool:
+        """Whether tokens can go between attention and MLP."""
+        return self.attn is not None and self.mlp is not None
 
 
 @dataclass(frozen=True)
@@ -56,10 +72,12 @@ class EncoderRow:
         blocks: dotted path to the ModuleList of blocks.
         anatomies: block class name -> anatomy. A block class that is missing supports ``placement="post"`` only.
         prefix: protected tokens in front (CLS, distillation, registers), from the instance.
-        patch: dotted path to the convolution whose output shows the patch grid, or None.
+        patch: dotted path to the module whose output shows the patch grid (a map [B, C, rows, columns], or a pair of which
+            the grid is the second), or None.
         final: dotted path to the norm behind the last block, or None when it comes behind the pool or not at all.
         pools: paths of modules that read the whole sequence behind the last block (attention pools).
         pool_with_prefix: whether an average pool also averages the prefix.
+        masked_pools: methods that pool behind the last block, and their argument that marks padding.
         dense_calls: methods whose maps must be full length (they reshape to the grid).
         packed: samples lie one behind the other in one sequence without batch axis, told by an argument with their grids.
         order: of a packed encoder: method that reorders groups of tokens and is given their order, or None.
@@ -76,6 +94,7 @@ class EncoderRow:
     final: str | None = None
     pools: tuple[str, ...] = ()
     pool_with_prefix: Callable[[Any], bool] = lambda _: False
+    masked_pools: dict[str, Role] = field(default_factory=dict)
     dense_calls: tuple[str, ...] = ()
     packed: bool = False
     order: Role | None = None

@@ -16,6 +16,17 @@ _VIT = Anatomy(
     heads=("attention.num_attention_heads",),
     mask=MASK,
 )
+# the block joins its own bias and the mask, and no part of it alone does
+_BEIT = Anatomy(
+    attn=None,
+    mlp=None,
+    norm1="layernorm_before",
+    norm2="layernorm_after",
+    keys=("attention.k_proj",),
+    heads=("attention.num_attention_heads",),
+    mask=MASK,
+    bias=(("relative_position_bias.forward", "relative_position_bias"),),
+)
 _CLIP = Anatomy(
     attn="self_attn",
     mlp="mlp",
@@ -132,6 +143,27 @@ ROWS = [
         final="post_layernorm",
         pools=("head",),
     ),
+    _row(
+        "BEiT",
+        "beit",
+        "BeitModel",
+        "layers",
+        {"BeitLayer": _BEIT},
+        "embeddings.patch_embeddings.projection",
+        prefix=lambda m: 1,
+        final="layernorm",
+    ),
+    _row(
+        "BEiT",
+        "beit",
+        "BeitBackbone",
+        "beit.layers",
+        {"BeitLayer": _BEIT},
+        "beit.embeddings.patch_embeddings.projection",
+        prefix=lambda m: 1,
+        final="beit.layernorm",
+        dense_calls=("forward",),
+    ),
     *[
         _row(
             "DINOv2",
@@ -223,5 +255,4 @@ REFUSED = {
     "transformers.models.convnext.modeling_convnext.ConvNextModel": "convolutions, no tokens",
     "transformers.models.convnextv2.modeling_convnextv2.ConvNextV2Model": "convolutions, no tokens",
     "transformers.models.dinov3_convnext.modeling_dinov3_convnext.DINOv3ConvNextModel": "convolutions, no tokens",
-    "transformers.models.beit.modeling_beit.BeitModel": "its attention adds a relative-position bias fixed to the full grid",
 }

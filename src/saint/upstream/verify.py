@@ -47,6 +47,7 @@ def verify_encoder(encoder: nn.Module, row: EncoderRow) -> None:
                 if path is not None and _at(encoder, path) is None]  # fmt: skip
     if row.order is not None and row.order.of(encoder) is None:
         missing.append(f"method {row.order} (shows the order of its windows)")
+    missing += [f"method {name} (pools)" for name in row.masked_pools if not hasattr(encoder, name)]
     missing += _try("protected tokens", lambda: row.prefix(encoder))
     _refuse(encoder, row.title, row.library, missing)
 

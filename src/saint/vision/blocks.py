@@ -6,6 +6,7 @@ anything is touched. Upstream drift becomes a :class:`~saint.errors.ParityError`
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -28,6 +29,14 @@ def _chain(block: nn.Module, names: tuple[str, ...]) -> list[Any]:
     return [step for name in names if (step := getattr(block, name, None)) is not None]
 
 
+def units(module: nn.Module, anatomy: Anatomy) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The modules that hold the names of each half: the block itself, or its parallel attentions and MLPs."""
+    if anatomy.units is None:
+        return [module], [module]
+    first, second = (list(part(module, path) or ()) for path in anatomy.units)
+    return first, second
+
+
 class Block:
     """One block seen through its anatomy; holds no state of a forward."""
 
@@ -40,14 +49,17 @@ class Block:
         self.segments = None if anatomy.segments is None else anatomy.segments.among(names)
         if self.segments is None and anatomy.segments is not None:
             raise ParityError(f"{name} ({type(module).__name__}) takes no {anatomy.segments}, which ends its segments")
-        source = next((path for path in anatomy.keys if part(module, path) is not None), None)
+        self.units = units(module, anatomy)
+        parallel = self.units[0]
+        source = next((path for path in anatomy.keys if parallel and part(parallel[0], path) is not None), None)
         if source is None:
             raise ParityError(
                 f"{name} ({type(module).__name__}) has none of {', '.join(anatomy.keys)} to read keys from"
             )
         self.key_source = source
-        self._source = part(module, source)
-        self.heads = next((n for path in anatomy.heads if (n := part(module, path)) is not None), 0)
+        self._source = part(parallel[0], source)
+        self.heads = next((n for path in anatomy.heads if (n := part(parallel[0], path)) is not None), 0)
+        self.bias = next((method for method, table in anatomy.bias if part(module, table) is not None), None)
 
     def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments of a call behind the hidden states, by name."""
@@ -55,14 +67,21 @@ class Block:
 
     # -- keys ---------------------------------------------------------------------------------------------------------
 
-    def watch_keys(self, keep: Callable[[Tensor], None]) -> Callable[[], None]:
-        """Call ``keep`` with what shows the keys of each call; returns the undo."""
-        shown = self._source if isinstance(self._source, nn.Module) else part(self.module, self.anatomy.norm1 or "")
+    def watch_keys(self, keep: Callable[[int, Tensor], None]) -> Callable[[], None]:
+        """Call ``keep`` with the number of the parallel attention and what shows its keys, at each call; returns the undo."""
 
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            keep(output)
+        def watch(index: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+                keep(index, output)
 
-        return shown.register_forward_hook(hook).remove
+            return hook
+
+        undo = ExitStack()
+        for index, unit in enumerate(self.units[0]):
+            source = part(unit, self.key_source)
+            shown = source if isinstance(source, nn.Module) else part(unit, self.anatomy.norm1 or "")
+            undo.callback(shown.register_forward_hook(watch(index)).remove)
+        return undo.close
 
     def head_mean_keys(self, keys: Tensor | None, prefix: int) -> Tensor:
         """Keys averaged over heads, without the prefix: float32 or the weights' dtype, [B, N, D].
@@ -86,6 +105,8 @@ class Block:
             keys = keys.unsqueeze(0)
         if not isinstance(self._source, nn.Module):
             return self._project(self._source, keys[:, prefix:])
+        if self.anatomy.keys_by_token:
+            return keys[:, prefix:].sum(2, dtype=torch.float32) / keys.shape[2]
         if keys.ndim == 4:
             return keys[:, :, prefix:].sum(1, dtype=torch.float32) / keys.shape[1]
         batch, count, width = keys.shape
@@ -105,23 +126,33 @@ class Block:
 
     def first(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """x + attention branch. x [B, P + N, C]."""
-        y = self._normed("norm1", x)
-        y = getattr(self.module, self.anatomy.attn)(y, **kwargs)
-        return x + self._branch(self.anatomy.branch1, y[0] if isinstance(y, tuple) else y)
+        names = self.anatomy
+        assert names.attn is not None
+        return self._add(x, self.units[0], names.norm1, names.attn, names.branch1, kwargs)
 
     def second(self, x: Tensor) -> Tensor:
         """x + MLP branch."""
-        y = getattr(self.module, self.anatomy.mlp)(self._normed("norm2", x))
-        return x + self._branch(self.anatomy.branch2, y)
+        names = self.anatomy
+        assert names.mlp is not None
+        return self._add(x, self.units[1], names.norm2, names.mlp, names.branch2, {})
 
-    def _normed(self, which: str, x: Tensor) -> Tensor:
-        name = getattr(self.anatomy, which)
-        return x if name is None else getattr(self.module, name)(x)
-
-    def _branch(self, names: tuple[str, ...], y: Tensor) -> Tensor:
-        for step in _chain(self.module, names):
-            y = step(y) if isinstance(step, nn.Module) else y * step
-        return y
+    def _add(
+        self,
+        x: Tensor,
+        parallel: list[nn.Module],
+        norm: str | None,
+        name: str,
+        branch: tuple[str, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        branches = []
+        for unit in parallel:
+            y = getattr(unit, name)(x if norm is None else getattr(unit, norm)(x), **kwargs)
+            y = y[0] if isinstance(y, tuple) else y
+            for step in _chain(unit, branch):
+                y = step(y) if isinstance(step, nn.Module) else y * step
+            branches.append(y)
+        return x + (branches[0] if len(branches) == 1 else torch.stack(branches).sum(0))
 
     # -- proof --------------------------------------------------------------------------------------------------------
 
@@ -138,7 +169,9 @@ class Block:
         """
         weight = next(p for p in self.module.parameters() if p.is_floating_point())
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(2, prefix + 6, width, generator=generator).to(weight)
+        # a bias over all pairs of tokens fits one number of tokens only
+        count = prefix + 6 if self.bias is None else part(self.module, self.bias)().shape[-1]
+        x = torch.randn(2, count, width, generator=generator).to(weight)
         kwargs: dict[str, Any] = {}
         if self.segments is not None:
             x = x.flatten(0, 1)
@@ -147,15 +180,15 @@ class Block:
         if self.mask is not None:
             kwargs[self.mask] = None
         training = [m for m in self.module.modules() if m.training]
-        shown: list[Tensor] = []
-        unwatch = self.watch_keys(shown.append)
+        shown: dict[int, Tensor] = {}
+        unwatch = self.watch_keys(shown.__setitem__)
         try:
             for module in training:
                 module.training = False
             with torch.no_grad():
                 expected = self.module.forward(x, **kwargs)
                 composed = self.second(self.first(x, kwargs))
-                self.head_mean_keys(shown[-1] if shown else None, prefix)
+                self.head_mean_keys(torch.cat(list(shown.values()), 1) if shown else None, prefix)
         except (TypeError, RuntimeError, AttributeError) as error:
             raise ParityError(
                 f"{self.name} ({type(self.module).__name__}) does not have the anatomy known for its class: {error}. "

@@ -41,7 +41,7 @@ from ..tokens import (
     visible,
 )
 from ..upstream.autograd import checkpointed
-from ..upstream.names import GRID, IMPLEMENTATION, LONGEST, TIMM_ROTARY, Parameters
+from ..upstream.names import GRID, IMPLEMENTATION, LONGEST, TIMM_ROTARY, Parameters, Role
 from ..upstream.specs import EncoderRow
 from .blocks import Block, part
 
@@ -90,7 +90,7 @@ class PrunedEncoder(Uncopyable):
         encoder: the module that owns the blocks.
         row: what is known of its class.
         layers: drop points, ascending.
-        placement: "mid" or "post".
+        placement: "mid", "post", or None: "mid" where every drop point has a seam between attention and MLP.
         output: see :class:`saint.Stage`.
         select: the method's decision.
         validate: the method's check of numbers of candidates.
@@ -100,7 +100,8 @@ class PrunedEncoder(Uncopyable):
         restored: layers in front of which the sequence is full length again, for a merger that reads it there.
 
     Raises:
-        UnsupportedModelError: an unknown block class with ``placement="mid"``, parameters on ``meta``, a compiled model.
+        UnsupportedModelError: an unknown block class, ``placement="mid"`` at a block without a seam, parameters on
+            ``meta``, a compiled model.
         ParityError: the blocks are not what the table says.
     """
 
@@ -111,7 +112,7 @@ class PrunedEncoder(Uncopyable):
         row: EncoderRow,
         *,
         layers: list[int],
-        placement: str,
+        placement: str | None,
         output: str,
         select: Select,
         validate: Callable[[int, int], None],
@@ -120,7 +121,7 @@ class PrunedEncoder(Uncopyable):
         restored: frozenset[int] = frozenset(),
     ) -> None:
         self.path, self.encoder, self.row = path, encoder, row
-        self.layers, self.placement, self.output = layers, placement, output
+        self.layers, self.output = layers, output
         self.select, self.validate, self.beta, self.joins = select, validate, beta, joins
         self.restored = restored  # layers whose input is full length, with holes (see `restore`)
         self.modules: list[nn.Module] = list(part(encoder, row.blocks))
@@ -130,7 +131,7 @@ class PrunedEncoder(Uncopyable):
         self.steps = {layer: step for step, layer in enumerate(layers)}
         self.forwards = Forwards(EncoderState, path or type(encoder).__name__)
         self.dense = Flag()  # full-length block outputs, for callers that reshape to the grid
-        self._check()
+        self.placement = self._check(placement)
 
     @property
     def state(self) -> EncoderState:
@@ -138,7 +139,7 @@ class PrunedEncoder(Uncopyable):
 
     # -- checks (before anything is touched) --------------------------------------------------------------------------
 
-    def _check(self) -> None:
+    def _check(self, placement: str | None) -> str:
         name = type(self.encoder).__name__
         for parameter in self.encoder.parameters():
             if parameter.is_meta:
@@ -152,27 +153,27 @@ class PrunedEncoder(Uncopyable):
                 (self.row.anatomies[c.__name__] for c in type(module).__mro__ if c.__name__ in self.row.anatomies), None
             )
             label = f"{self.row.blocks}.{index}"
-            if anatomy is None:
-                if index in self.steps and self.placement == "mid":
-                    raise UnsupportedModelError(
-                        f"{label} is a {type(module).__name__}, whose anatomy is not known "
-                        f"(known: {', '.join(self.row.anatomies)})"
-                    )
-                self.blocks.append(None)
-            else:
-                self.blocks.append(Block(module, anatomy, label))
+            self.blocks.append(None if anatomy is None else Block(module, anatomy, label))
         unknown = [i for i, block in enumerate(self.blocks) if block is None and i >= self.layers[0]]
         if unknown:
             kind = type(self.modules[unknown[0]]).__name__
             raise UnsupportedModelError(
                 f"{self.row.blocks}.{unknown[0]} is a {kind}; known: {', '.join(self.row.anatomies)}"
             )
+        whole = next((b for i in self.layers if (b := self.blocks[i]) is not None and not b.anatomy.seam), None)
+        if whole is not None and placement == "mid":
+            raise UnsupportedModelError(
+                f"{whole.name} is a {type(whole.module).__name__}, between whose attention and MLP there is no place to "
+                'drop tokens: use placement="post", or leave placement out'
+            )
+        placement = placement or ("mid" if whole is None else "post")
         if self.beta:
             for index in range(self.layers[0] + 1, self.depth):
                 self._check_bias(index)
         if self.output == "nearest" and self.row.patch is None:
             raise UnsupportedModelError(f'{name} shows no patch grid: output="nearest" is not possible, use "similar"')
-        self._prove()
+        if placement == "mid":
+            self._prove()
         count = getattr(getattr(self.encoder, "patch_embed", None), "num_patches", None)
         if count is None:
             config = getattr(self.encoder, "config", None)
@@ -182,6 +183,7 @@ class PrunedEncoder(Uncopyable):
             count = grid[0] * grid[1]
         if count:
             self.validate(count // (self.joins or 1) ** 2, len(self.layers))
+        return placement
 
     def _check_bias(self, layer: int) -> None:
         block = self.blocks[layer]
@@ -192,13 +194,13 @@ class PrunedEncoder(Uncopyable):
             )
 
     def _prove(self) -> None:
-        if self.placement == "post":
-            return
         for index in self.layers:
             block = self.blocks[index]
             assert block is not None
-            attn = part(block.module, block.anatomy.attn)
-            norm = part(block.module, block.anatomy.norm1 or block.anatomy.norm2 or "norm1")
+            assert block.anatomy.attn is not None
+            unit = block.units[0][0]
+            attn = part(unit, block.anatomy.attn)
+            norm = part(unit, block.anatomy.norm1 or block.anatomy.norm2 or "norm1")
             width = norm.weight.shape[-1]
             # timm 1.0.20 keeps no head_dim
             dim = getattr(attn, "head_dim", None) or width // getattr(attn, "num_heads", width)
@@ -219,10 +221,13 @@ class PrunedEncoder(Uncopyable):
                 attention = part(block.module, block.anatomy.padding)
                 hook = attention.register_forward_pre_hook(self._padding_hook(index), with_kwargs=True)
                 stack.callback(hook.remove)
+            if block is not None and index > self.layers[0] and block.bias is not None:
+                holder, _, method = block.bias.rpartition(".")
+                _override(stack, part(block.module, holder), method, partial(self._pairs, index))
         if self.row.packed:
             stack.callback(self.encoder.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
-        if self.row.order is not None and (method := self.row.order.of(self.encoder)) is not None:
-            _override(stack, self.encoder, method, self._see_order)
+        if self.row.order is not None and (reorder := self.row.order.of(self.encoder)) is not None:
+            _override(stack, self.encoder, reorder, self._see_order)
         if self.row.patch is not None:
             stack.callback(part(self.encoder, self.row.patch).register_forward_hook(self._see_grid).remove)
         final = part(self.encoder, self.row.final) if self.row.final else None
@@ -232,6 +237,8 @@ class PrunedEncoder(Uncopyable):
             pool = part(self.encoder, path)
             if pool is not None:
                 _override(stack, pool, "forward", self._pool)
+        for name, valid in self.row.masked_pools.items():
+            _override(stack, self.encoder, name, partial(self._masked_pool, valid))
         for name in self.row.dense_calls:
             if hasattr(self.encoder, name):
                 _override(stack, self.encoder, name, self._dense_call)
@@ -256,12 +263,16 @@ class PrunedEncoder(Uncopyable):
 
         return permute
 
-    def _see_grid(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
-        if output.ndim == 4:
+    def _see_grid(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        if isinstance(output, tuple):
+            self.forwards.prelude().grid = output[1] and tuple(output[1])  # None: every sample has its own
+        elif output.ndim == 4:
             self.forwards.prelude().grid = (output.shape[-2], output.shape[-1])
 
-    def _keep_keys(self, layer: int, shown: Tensor) -> None:
-        self.state.shown[layer] = shown
+    def _keep_keys(self, layer: int, index: int, shown: Tensor) -> None:
+        keys = self.state.shown
+        # heads of parallel attentions are heads like any other: [B, units * H, N, D]
+        keys[layer] = shown if index == 0 else torch.cat([keys[layer], shown], 1)
 
     def _padding_hook(self, layer: int) -> Callable[..., Any]:
         def add_padding(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -295,6 +306,26 @@ class PrunedEncoder(Uncopyable):
             return _by_length(tokens, x, lambda part_x, _: (original(part_x),))[0]
 
         return pool
+
+    def _masked_pool(self, valid: Role, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def pool(*args: Any, **kwargs: Any) -> Tensor:
+            state = self.state
+            tokens = state.maps.get(self.depth)
+            if tokens is not None and self.depth not in state.expanded and not tokens.whole:
+                # of full length; rows behind the survivors hold their mean, which no pool notices
+                kwargs = {name: value for name, value in kwargs.items() if name not in valid.spellings}
+            return original(*args, **kwargs)
+
+        return pool
+
+    def _pairs(self, layer: int, original: Callable[..., Tensor]) -> Callable[..., Tensor | None]:
+        def pairs(*args: Any, **kwargs: Any) -> Tensor | None:
+            bias, tokens = original(*args, **kwargs), self.state.maps.get(layer)
+            if tokens is None or tokens.whole:
+                return bias
+            return _mask(bias, tokens, self.prefix, bias.dtype, self._bias(layer))
+
+        return pairs
 
     def _dense_call(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def dense(*args: Any, **kwargs: Any) -> Any:
@@ -429,12 +460,16 @@ class PrunedEncoder(Uncopyable):
         mask = block.mask
         if mask is not None and block.anatomy.padding is None:
             given = kwargs.get(mask)
-            if given is not None or tokens.valid is not None or layer in self.state.sizes:
+            own = block.bias is not None  # hides padding and weighs merged tokens: once is enough
+            if given is not None or (not own and (tokens.valid is not None or layer in self.state.sizes)):
                 dtype = next(self.modules[layer].parameters()).dtype
-                bias = self._bias
-                out[mask] = self._cached(
-                    mask, layer, given, lambda m: _mask(m, tokens, self.prefix, dtype, bias(layer))
-                )
+
+                def short_mask(m: Tensor | None) -> Tensor | None:
+                    if m is not None and m.ndim == 3 and block.anatomy.bias:
+                        m = m.unsqueeze(0)  # [1, H, P + N, P + N]
+                    return _mask(m, tokens, self.prefix, dtype, None if own else self._bias(layer))
+
+                out[mask] = self._cached(mask, layer, given, short_mask)
         return out
 
     def _cached(self, name: str, layer: int, source: Any, make: Callable[[Any], Any]) -> Any:
@@ -466,7 +501,7 @@ class PrunedEncoder(Uncopyable):
 
         if block is None or tokens.whole:
             return with_keys(x, kwargs)
-        if tokens.valid is None or block.anatomy.padding is not None or self._masks(block):
+        if tokens.valid is None or block.anatomy.padding is not None or block.anatomy.bias or self._masks(block):
             return with_keys(x, self.attention_inputs(layer, kwargs))
 
         def short(part_x: Tensor, part_tokens: TokenMap) -> tuple[Tensor, ...]:
@@ -571,7 +606,8 @@ class PrunedBlock(Uncopyable):
             x = x.unsqueeze(0)
         again = stage.forwards.enter(layer, given)
         if layer == 0 and not (again and stage.state.maps):
-            stage.begin(x, kwargs.get(block.mask) if block is not None and block.mask else None)
+            mask = None if block is None or block.anatomy.bias else block.mask  # a bias hides nobody
+            stage.begin(x, None if mask is None else kwargs.get(mask))
         stage.forwards.remember(layer, given)
         state = stage.state
         if layer not in state.maps:

@@ -19,19 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .errors import AlreadyAppliedError, HookNeverFiredError, SaintError
-from .flops import count_flops, left_out
-from .methods.saint import Saint
-from .patch import override
-from .plan import Plan, Stage
-from .session import apply, pruned, remove, status
-from .tokens import LayerTrace
-from .upstream.names import EMBEDDINGS, GRID, POOLED, SEGMENTS, Parameters
-from .upstream.specs import Anatomy, EncoderRow, FamilyRow
-from .upstream.verify import merge_method
-from .vision.blocks import Block, part
-from .vision.locate import locate, locate_tower
-from .vlm.locate import find as find_vlm
+from ..errors import AlreadyAppliedError, HookNeverFiredError, SaintError
+from ..flops import count_flops, left_out
+from ..methods.saint import Saint
+from ..patch import override
+from ..plan import Plan, Stage
+from ..session import apply, pruned, remove, status
+from ..tokens import LayerTrace
+from ..upstream.names import EMBEDDINGS, GRID, POOLED, SEGMENTS, Parameters
+from ..upstream.specs import Anatomy, EncoderRow, FamilyRow
+from ..upstream.verify import merge_method
+from ..vision.blocks import Block, part, units
+from ..vision.locate import locate, locate_tower
+from ..vlm.locate import find as find_vlm
 
 Inputs = Mapping[str, Any]
 
@@ -88,6 +88,7 @@ def example_inputs(model: nn.Module, batch: int = 3, seed: int = 0) -> dict[str,
         getattr(config, "image_size", None)
         or getattr(encoder, "image_size", None)
         or getattr(getattr(encoder, "patch_embed", None), "img_size", None)
+        or _grid_in_pixels(getattr(encoder, "embeds", None))
     )
     height, width = (size, size) if isinstance(size, int) else tuple(size or (224, 224))
     noise = torch.randn(batch, 3, height, width, generator=generator)
@@ -100,6 +101,12 @@ def example_inputs(model: nn.Module, batch: int = 3, seed: int = 0) -> dict[str,
     if not hasattr(model, "main_input_name") and config is not None:
         name = "pixel_values"
     return {name: images.to(parameter)}
+
+
+def _grid_in_pixels(embeds: Any) -> tuple[int, int] | None:
+    """Height and width that the position table of timm's NaFlex embeddings is made for."""
+    grid = getattr(embeds, "pos_embed_grid_size", None)
+    return None if grid is None else (grid[0] * embeds.patch_size[0], grid[1] * embeds.patch_size[1])
 
 
 def _flattened_inputs(config: Any, batch: int, generator: torch.Generator, like: Tensor) -> dict[str, Tensor]:
@@ -320,8 +327,19 @@ def _hide_in_encoder(
     final = part(encoder, row.final) if row.final else None
     if final is not None:
         stack.callback(final.register_forward_hook(pooled).remove)
+    _hide_in_pools(stack, mode, encoder, row)
     if row.order is not None:
         stack.callback(encoder.register_forward_pre_hook(see_order, with_kwargs=True).remove)
+
+
+def _hide_in_pools(stack: ExitStack, mode: _HideKeys, encoder: nn.Module, row: EncoderRow) -> None:
+    def trim(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        if mode.visible is not None:  # a pool may be shown the candidates alone, without the prefix
+            mode.visible = mode.visible[:, -args[0].shape[1] :]
+
+    for path in row.pools:
+        if (pool := part(encoder, path)) is not None:
+            stack.callback(pool.register_forward_pre_hook(trim).remove)
 
 
 def _flags(entry: LayerTrace, trace: list[LayerTrace]) -> list[Tensor]:
@@ -370,7 +388,7 @@ def _hide_in_decoder(
     visual: list[Tensor] = []  # bool [B, L] of images, of videos
     seen: Tensor | None = None  # bool [B, L], who is still there
 
-    from .vlm.model import placeholders  # imports transformers
+    from ..vlm.model import placeholders  # imports transformers
 
     method, merges = merge_method(vlm)
 
@@ -453,7 +471,7 @@ def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
     beta, survivors = stage.method.size_bias(), stage.output == "survivors"
     with pruned(model, plan) as session:
         run(model, inputs)
-        trace = session.trace
+        trace, placement = session.trace, session.status.stages["vision"].placement
     _, encoder, row = locate(model)
     blocks = list(part(encoder, row.blocks))
     prefix, mode = row.prefix(encoder), _HideKeys()
@@ -486,6 +504,13 @@ def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
         rows = torch.stack([table[..., into, :] for into in groups])
         return rows.unsqueeze(1) if table.ndim == 2 else rows
 
+    def pairs(bias: Tensor | None) -> Tensor | None:
+        """A bias over all pairs of tokens, in which copies take rows and columns of the survivor."""
+        if bias is None or groups is None:
+            return bias
+        rows = [torch.cat([torch.arange(prefix, device=into.device), prefix + into]) for into in groups]
+        return torch.stack([bias.flatten(0, -3)[:, row][:, :, row] for row in rows])
+
     def wrap(layer: int, block: Block, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             nonlocal groups
@@ -493,8 +518,10 @@ def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
             kwargs = block.named(args, kwargs)
             if groups is not None:
                 kwargs |= {n: positions(kwargs[n]) for n in block.tables if kwargs.get(n) is not None}
+            if block.anatomy.bias and block.mask in kwargs:
+                kwargs[block.mask] = pairs(kwargs[block.mask])
             mode.visible, mode.masked = logits(x.shape[1], x), 0
-            halves = layer in by_layer and (stage.placement or "mid") == "mid"
+            halves = layer in by_layer and placement == "mid"
             y = block.first(x, kwargs) if halves else original(x, **kwargs)
             if mode.visible is not None and mode.masked == 0:
                 raise HookNeverFiredError(f"the attention of block {layer} does not go through torch's fused functions")
@@ -526,9 +553,13 @@ def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
         for layer, module in enumerate(blocks):
             anatomy = Block(module, _anatomy(module, row), f"{row.blocks}.{layer}")
             override(stack, module, "forward", partial(wrap, layer, anatomy))
+            if anatomy.bias is not None:
+                holder, _, method = anatomy.bias.rpartition(".")
+                override(stack, part(module, holder), method, lambda own: lambda *a, **k: pairs(own(*a, **k)))
         final = part(encoder, row.final) if row.final else None
         if final is not None:
             stack.callback(final.register_forward_hook(pooled).remove)
+        _hide_in_pools(stack, mode, encoder, row)
         stack.enter_context(mode)
         return run(model, inputs), trace
 
@@ -708,11 +739,11 @@ def check_on(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
         for block in blocks:  # what the parts of a block see, not the block: its input may be full length
             stack.callback(_first_part(block, row).register_forward_pre_hook(measure, with_kwargs=True).remove)
         output, flops, unknown_pruned = _flops(model, row, blocks, one)
-        trace = session.trace
+        trace, placement = session.trace, session.status.stages["vision"].placement
     assert trace[-1].tokens_out[0] < trace[0].tokens_in[0], "no token was dropped"
     changed = [n for n, v in output.items() if v.shape != base[n].shape or not torch.equal(v, base[n])]
     assert changed, "tokens were dropped and no output changed"
-    prefix, mid = row.prefix(encoder), (plan.stages["vision"].placement or "mid") == "mid"
+    prefix, mid = row.prefix(encoder), placement == "mid"
     behind = dict(enumerate(widths))  # tokens that reach the MLP of each block
     for entry in trace:
         if entry.tokens_out[0] == entry.tokens_in[0]:
@@ -740,7 +771,7 @@ def _anatomy(block: nn.Module, row: EncoderRow) -> Anatomy:
 
 def _first_part(block: nn.Module, row: EncoderRow) -> nn.Module:
     anatomy = _anatomy(block, row)
-    return part(block, anatomy.norm1 or anatomy.attn)
+    return part(units(block, anatomy)[0][0], anatomy.norm1 or anatomy.attn or "norm1")
 
 
 def _flops(
@@ -768,9 +799,20 @@ def _flops(
     out = []
     for index, block in enumerate(blocks):
         anatomy = _anatomy(block, row)  # of the model's own parts: scoring is matrix products too
-        attention = by_module[names[part(block, anatomy.padding or anatomy.attn)]]
-        mlp = sum(by_module[names[part(block, anatomy.mlp)]].values())
-        squared = sum(v for op, v in attention.items() if "attention" in op)
+        halves: list[list[dict[str, int]]] = [[by_module[names[block]]], []]  # without a seam all counts as one half
+        if anatomy.seam:
+            paths = (anatomy.padding or anatomy.attn, anatomy.mlp)
+            halves = [
+                [by_module[names[part(unit, path or "")]] for unit in parallel]
+                for path, parallel in zip(paths, units(block, anatomy), strict=True)
+            ]
+        for _, table in anatomy.bias:  # computed for all pairs, whoever is left
+            if isinstance(holder := part(block, table), nn.Module):
+                parts = [by_module[names[child]] for child in holder.children() if names[child] in by_module]
+                halves[0] += [{op: -flops for op, flops in counts.items()} for counts in parts]
+        attention = {op: sum(half.get(op, 0) for half in halves[0]) for op in {op for half in halves[0] for op in half}}
+        mlp = sum(sum(half.values()) for half in halves[1])
+        squared = sum(v for op, v in attention.items() if "attention" in op or "bmm" in op)  # bmm: unfused
         out.append((tokens[index], float(sum(attention.values()) - squared), float(mlp), float(squared)))
     return output, out, counted.uncounted
 
