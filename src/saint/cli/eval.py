@@ -42,7 +42,7 @@ Plans = Annotated[
 JournalFile = Annotated[
     Path | None,
     typer.Option(
-        "--journal", help="per-sample results; a killed run continues [default: beside --json, .journal.jsonl]"
+        "--journal", help="per-sample results; a killed run continues [default: beside --json, .journal.sqlite]"
     ),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="at most so many samples, evenly spaced [default: all]")]
@@ -210,7 +210,15 @@ def _main_process() -> bool:
 
 
 def _journal(journal: Path | None, json: Path | None) -> Path | None:
-    return journal if journal is not None or json is None else json.with_suffix(".journal.jsonl")
+    if journal is not None or json is None:
+        return journal
+    made, old = json.with_suffix(".journal.sqlite"), json.with_suffix(".journal.jsonl")
+    if old.exists() and not made.exists():
+        raise ValueError(
+            f"{old} is a journal of an earlier release (JSON lines), which does not say with which batch size it was made: "
+            "delete it, or give --journal FILE"
+        )
+    return made
 
 
 @contextmanager
