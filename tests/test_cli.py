@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,6 +180,7 @@ def test_missing_empty_and_wholly_unreadable_inputs(run, tmp_path, broken):
         (["timm:test_vit", "--layers", "x"], ["0-based", "'x'"]),
         (["timm:test_vit", "--plan", "vit/publishd"], ["vit/published"]),
         (["timm:test_vit", "--plan", "{oops"], ["JSON"]),
+        (["timm:test_vit", "--plan", "[1,2]"], ["a plan is an object", "[1, 2]"]),
         (["timm:test_vit", "--plan", "nowhere.json"], ["nowhere.json"]),
         (["timm:test_vit", "--device", "cuda:99"], ["cuda:99", "--device cpu"]),
         (["timm:test_vit", "--device", "toaster"], ["toaster"]),
@@ -285,6 +287,54 @@ def test_images_are_read_upright_opaque_and_by_name(folder):
     assert bad == []
     assert good[0].image.getpixel((0, 0)) == (255, 255, 255)
     assert [photo.name for photo in load_images(folder, limit=1)[0]] == ["clear"]
+
+
+def test_files_that_share_a_name_get_pictures_of_their_own(tmp_path, run):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name, colour in (("photo.jpg", "red"), ("photo.png", "blue"), ("other.png", "green")):
+        Image.new("RGB", (64, 64), colour).save(photos / name)
+    assert [photo.name for photo in load_images(photos)[0]] == ["other", "photo.jpg", "photo.png"]
+    out = tmp_path / "out"
+    code, said, err = run("demo", *TINY, "--image", photos, "--out", out, "--repeats", 1)
+    assert code == 0, err
+    assert "wrote 4 pictures" in " ".join(said.split())
+    pictures = {f.name: f.read_bytes() for f in out.glob("*.png")}
+    assert set(pictures) == {"overview.png", "kept_other.png", "kept_photo.jpg.png", "kept_photo.png.png"}
+    assert len(set(pictures.values())) == 4
+    files = json.loads((out / "record.json").read_text())["files"]
+    assert sorted(files) == sorted(pictures)
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (["a.jpg", "b.jpg"], ["a", "b"]),
+        (["a.jpg", "a.png", "b.jpg"], ["a.jpg", "a.png", "b"]),
+        (["A.jpg", "a.png"], ["A.jpg", "a.png"]),  # the same file where case does not count
+        (["a.jpg", "a.jpg.png", "a.png"], ["a.jpg", "a.jpg.png", "a.png"]),
+    ],
+)
+def test_names_of_photographs(files, names):
+    assert loading._names([Path(f) for f in files]) == names
+
+
+def test_a_pickle_that_runs_code_is_refused_in_one_line(run, tmp_path, folder):
+    import transformers
+    from models import build
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    model = build("transformers/vit")
+    model.config.save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 96, "width": 96}).save_pretrained(tmp_path)
+    torch.save({**model.state_dict(), "evil": Evil()}, tmp_path / "pytorch_model.bin")
+    code, _, err = run("bench", f"hf:{tmp_path}", "--image", folder)
+    assert code == 2
+    one_line(err, "pickle", "not loaded", "safetensors")
+    assert not (tmp_path / "ran").exists()
 
 
 # -- check ------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from .common import (
     pictures,
     progress,
 )
-from .view import draw_strips, faded, layer_facts, legend, title
+from .view import dimmed, draw_strips, layer_facts, legend, title
 
 if TYPE_CHECKING:
     from ..bench import Agreement, EncoderBench
@@ -212,7 +212,7 @@ def _overview(
         top.append(Cell(seen, title(photos[i]), f"{total} patches"))
         bottom.append(
             Cell(
-                faded(loaded, seen, traces[i][-1]),
+                dimmed(loaded, seen, traces[i][-1]),
                 f"{kept} kept ({kept / total:.0%})",
                 f"{found.measure} {found.values[0]:.3f}",
             )
@@ -246,7 +246,7 @@ def _maps(
                 Cell(seen, title(photos[i]), f"{total} patches"),
                 Cell(heatmap(base, seen.size), "unpruned", "saliency map"),
                 Cell(heatmap(short, seen.size), "pruned", f"correlation {agreements[i].values[0]:.3f}"),
-                Cell(faded(loaded, seen, traces[i][-1]), "kept", f"{kept} of {total} patches ({kept / total:.0%})"),
+                Cell(dimmed(loaded, seen, traces[i][-1]), "kept", f"{kept} of {total} patches ({kept / total:.0%})"),
             ]
         )
     path = folder / "maps.png"

@@ -102,10 +102,10 @@ def title(photo: "Photo") -> str:
 
 def legend(plan: "Plan") -> str:
     """What the pictures show."""
-    return f"{describe(plan)}  \u00b7  faded patches were dropped"
+    return f"{describe(plan)}  \u00b7  hatched patches were dropped"
 
 
-def faded(loaded: "Loaded", photo: "Picture.Image", trace: "LayerTrace") -> "Picture.Image":
+def dimmed(loaded: "Loaded", photo: "Picture.Image", trace: "LayerTrace") -> "Picture.Image":
     """The photograph with what a drop point left of it."""
     from ..view import overlay
 
@@ -131,7 +131,7 @@ def draw_strips(
             after = f"after layer {step.layer}"
             if step is shown[-1] and step is not trace[-1]:
                 after = f"after layers {step.layer} to {trace[-1].layer}"  # the others dropped nothing
-            cells.append(Cell(faded(loaded, seen, step), after, note))
+            cells.append(Cell(dimmed(loaded, seen, step), after, note))
         path = folder / f"kept_{photo.name}.png"
         save_png(sheet([cells[i : i + 4] for i in range(0, len(cells), 4)], loaded.title, legend(plan)), path)
         files.append(path)
