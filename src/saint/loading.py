@@ -165,6 +165,12 @@ def load_model(
     )
 
 
+def names_a_model(spec: str) -> bool:
+    """Whether ``spec`` looks like one of ``FORMS``; it need not exist."""
+    library, colon, name = spec.partition(":")
+    return bool(colon and name) and library in _SOURCES
+
+
 def resolve_device(device: str | torch.device) -> torch.device:
     """A device that exists; "auto" is CUDA where there is one.
 
@@ -221,8 +227,8 @@ def _explained(spec: str) -> Iterator[None]:
         while cause is not None:
             if isinstance(cause, pickle.UnpicklingError):
                 raise UnsafeCheckpointError(
-                    f"the weights of {spec} are a pickle that holds more than tensors, or is damaged; loading such a file can run "
-                    "any code in it, so it was not loaded: give safetensors weights (load it where you trust it, then "
+                    f"the weights of {spec} are a pickle that holds more than tensors, or is damaged; loading such a file can "
+                    "run any code in it, so it was not loaded: give safetensors weights (load it where you trust it, then "
                     "save_pretrained, or safetensors.torch.save_file)"
                 ) from error
             if not _UNREACHABLE.isdisjoint(cls.__name__ for cls in type(cause).__mro__):
@@ -354,6 +360,10 @@ def _hf(name: str, pretrained: bool, size: int | None) -> Source:
 def _demo(name: str, pretrained: bool, size: int | None) -> Source:
     from . import demo
 
+    if f"demo:{name}" == _DEMO_VLM:
+        raise ValueError(
+            f"demo:{name} is a vision-language model: saint chat, view, bench and eval vqa take it; an encoder is expected here"
+        )
     if name not in demo.MODELS:
         raise ValueError(f"there is no demo:{name}; there are {', '.join(f'demo:{known}' for known in demo.MODELS)}")
     facts = demo.MODELS[name]
@@ -377,6 +387,8 @@ def _demo(name: str, pretrained: bool, size: int | None) -> Source:
         licence=facts.licence,
     )
 
+
+_DEMO_VLM = "demo:small-llava"  # `loading_vlm` knows it
 
 _SOURCES: dict[str, Callable[[str, bool, int | None], Source]] = {
     "timm": _timm,

@@ -275,6 +275,8 @@ def _finish(kind: str, report: "Report", model: str, device: Any, json: Path | N
 
 def print_report(report: "Report") -> None:
     """Scores with the interval of their difference, per category where there are some, and agreement."""
+    from ..eval.report import YES_OR_NO
+
     for name, plan in report.plans.items():
         out.print(f"[bold]{name}[/]  {describe(plan)}", highlight=False)
         rows = [("", report.scores[name])]
@@ -282,6 +284,9 @@ def print_report(report: "Report") -> None:
         _print_scores(rows, ("unpruned", "pruned"))
         table = Table("agreement with the unpruned model", "mean", "median", "p20 - p80", "n")
         for measure, s in report.agreement[name].items():
+            if measure in YES_OR_NO:  # of zeros and ones the mean says all
+                table.add_row(measure, f"{s.mean:.1%}", f"{round(s.mean * s.n)} of {s.n}", "-", str(s.n))
+                continue
             table.add_row(measure, f"{s.mean:.4f}", f"{s.median:.4f}", f"{s.p20:.4f} - {s.p80:.4f}", str(s.n))
         out.print(table)
         out.print()
