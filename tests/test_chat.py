@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -10,7 +11,10 @@ from test_cli import one_line, run  # noqa: F401  (a fixture)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from vlm_models import FAMILIES, IMAGE
 
+import saint
 from saint.loading_vlm import is_vlm, load_vlm
+from saint.plan import Stage
+from saint.view.tiles import Tile, _laid, placed, tiles
 
 TEMPLATE = (
     "{% for m in messages %}USER: {% for part in m['content'] %}"
@@ -68,7 +72,7 @@ def test_prompts_follow_the_template_or_the_image_token(spec, plain, picture):
 def test_chat(run, spec, picture, tmp_path):  # noqa: F811
     file = tmp_path / "chat.json"
     code, out, err = run(
-        "chat", "--model", spec, "--image", picture, "--prompt", "what", "--plan", PLAN, "--max-new-tokens", 5, "--json", file,
+        "chat", spec, "--image", picture, "--prompt", "what", "--plan", PLAN, "--max-new-tokens", 5, "--json", file,
     )  # fmt: skip
     assert code == 0, err
     assert all(word in out for word in ("unpruned", "\npruned", "saint_full_graph"))
@@ -109,12 +113,81 @@ def test_encoders_are_no_vlm(spec, tmp_path):
 
 
 def test_errors(run, spec, picture, tmp_path):  # noqa: F811
-    ask = ["chat", "--image", picture, "--model"]
+    ask = ["chat", "--image", picture]
     one_line(run(*ask, "timm:test_vit")[2], "hf:NAME_OR_PATH")
     one_line(run(*ask, spec, "--plan", "llava-1.5/vti")[2], "unknown recipe")
     one_line(run(*ask, spec, "--plan", "llava-1.5/vit")[2], "out of range")
     one_line(run(*ask, spec, "--dtype", "int8")[2], "float32")
-    one_line(run("chat", "--model", spec, "--image", tmp_path / "none.png")[2], "no such image")
+    one_line(run("chat", spec, "--image", tmp_path / "none.png")[2], "no such image")
+    one_line(run("chat", spec, "--image", picture.parent)[2], "one picture", "is a folder")
+    one_line(run("chat", "--image", picture)[2], "needs a MODEL")
+    old = run("chat", "--model", spec, "--image", picture, "--dtype", "int8")[2]
+    assert "--model is deprecated" in old
+    one_line(old, "float32")
+    one_line(run("view", spec, "--image", picture, "--size", 64)[2], "--size is for encoders")
+    one_line(run("view", "demo:small-llava", "--image", picture, "--no-pretrained")[2], "a demo model is its weights")
+    one_line(run("demo", "demo:small-llava", "--image", picture)[2], "vision-language model", "saint chat, view")
     one_line(run("bench", spec, "--threshold", 0.5)[2], "--plan")
     hf.CLIPConfig(architectures=["CLIPModel"]).save_pretrained(tmp_path / "clip")
     one_line(run(*ask, f"hf:{tmp_path / 'clip'}")[2], "does not answer")
+
+
+def test_view_draws_what_each_stage_keeps(run, spec, picture, tmp_path):  # noqa: F811
+    out, file = tmp_path / "out", tmp_path / "v.json"
+    plan = saint.Plan(
+        vision=Stage(saint.SaintFullGraph(keep=20), layers=[0]),
+        language=Stage(saint.SaintFullGraph(keep=7), layers=[1]),
+    )
+    code, said, err = run(
+        "view", spec, "--image", picture, "--prompt", "what", "--plan", json.dumps(plan.to_dict()), "--out", out, "--json", file
+    )  # fmt: skip
+    assert code == 0, err
+    assert "kept_noise.png" in said.replace("\n", "")
+    assert [f.name for f in out.iterdir()] == ["kept_noise.png"]
+    record = json.loads(file.read_text())
+    assert (record["kind"], record["prompt"], record["model"]) == ("view", "what", spec)
+    (photo,) = record["photos"]
+    assert (photo["visual_tokens"], photo["tiles"]) == (36, [[6, 6]])
+    vision, language = photo["layers"]
+    assert (vision["stage"], vision["tokens_in"], vision["tokens_out"]) == ("vision", 36, 20)
+    assert (language["stage"], language["tokens_in"], language["tokens_out"]) == ("language", 20, 7)
+    assert set(language["kept"]) < set(vision["kept"])
+
+    loaded = load_vlm(spec)
+    inputs = loaded.inputs(["what"], [Image.open(picture)])
+    (tile,) = tiles(loaded.model, loaded.processor, inputs)
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1)
+        for v in (loaded.processor.image_processor.image_mean, loaded.processor.image_processor.image_std)
+    )
+    pixels = ((inputs["pixel_values"][0] * std + mean) * 255).round().byte().permute(1, 2, 0)
+    small = tile.picture.resize((24, 24), Image.Resampling.BOX)
+    assert (torch.tensor(np.asarray(small)).float() - pixels.float()).abs().mean() < 12
+
+
+def test_view_of_a_model_with_a_default_plan(run, spec, picture, tmp_path):  # noqa: F811
+    code, _, err = run("view", spec, "--image", picture, "--out", tmp_path, "--json", tmp_path / "v.json")
+    assert code == 0, err
+    stages = {step["stage"] for step in json.loads((tmp_path / "v.json").read_text())["photos"][0]["layers"]}
+    assert stages == {"vision", "language"}
+
+
+def test_tokens_are_placed_on_their_tiles():
+    seen = [Tile(Image.new("RGB", (8, 8)), (2, 3)), Tile(Image.new("RGB", (8, 8)), (2, 2))]
+    first, second = placed(seen, torch.tensor([0, 5, 6, 9]), 10)
+    assert (first.tolist(), second.tolist()) == ([0, 5], [0, 3])
+    assert placed(seen, torch.tensor([0]), 12) is None  # newlines: the grids do not say which
+
+
+def test_patches_that_arrive_flattened_are_laid_out():
+    """As Qwen's processors flatten them: square by square, each patch channel by frame by row by column."""
+    for rows, columns, side, patch in ((6, 3, 1, 4), (6, 4, 2, 3)):
+        picture = torch.arange(rows * patch * columns * patch * 3).float().view(rows * patch, columns * patch, 3)
+        flat = []
+        for row in range(0, rows, side):
+            for column in range(0, columns, side):
+                for r in range(row, row + side):
+                    for c in range(column, column + side):
+                        one = picture[r * patch : (r + 1) * patch, c * patch : (c + 1) * patch].permute(2, 0, 1)
+                        flat.append(torch.stack([one, one + 0.5], 1).flatten())  # two frames
+        assert torch.equal(_laid(torch.stack(flat), (1, rows, columns), side, patch), picture)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from saint.cli.common import make_plan, parse_layers
 from saint.loading import DownloadError, load_images, load_model
 from saint.plan import Plan
 
-TINY = ["--model", "timm:test_vit", "--no-pretrained", "--threads", "1", "--device", "cpu"]
+TINY = ["timm:test_vit", "--no-pretrained", "--threads", "1", "--device", "cpu"]
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_demo_writes_pictures_and_a_record(run, folder, tmp_path):
 
 def test_bench_writes_a_record(run, folder, tmp_path):
     code, said, _ = run(
-        "bench", "timm:test_vit", *TINY[2:], "--image", folder, "--batch", 3, "--repeats", 2, "--warmup", 0,
+        "bench", *TINY, "--image", folder, "--batch", 3, "--repeats", 2, "--warmup", 0,
         "--threshold", "0.9", "--layers", "0-1", "--json", tmp_path / "r.json",
     )  # fmt: skip
 
@@ -118,11 +119,85 @@ def test_bench_writes_a_record(run, folder, tmp_path):
 
 def test_view_draws_and_records(run, folder, tmp_path):
     out = tmp_path / "out"
-    code, said, _ = run("view", folder / "sky.png", *TINY, "--out", out, "--json", tmp_path / "v.json")
+    code, said, _ = run("view", *TINY, "--image", folder / "sky.png", "--out", out, "--json", tmp_path / "v.json")
     assert code == 0
     assert "kept_sky.png" in said
     assert [f.name for f in out.iterdir()] == ["kept_sky.png"]
     assert json.loads((tmp_path / "v.json").read_text())["grid"] == [10, 10]
+
+
+def test_the_old_way_to_name_model_and_picture_still_works_with_a_note(run, folder, tmp_path):
+    rest = [*TINY[1:], "--out", tmp_path / "out"]
+    for args in (
+        ["view", folder / "sky.png", "--model", TINY[0], *rest],
+        ["view", "--model", TINY[0], "--image", folder / "sky.png", *rest],
+        ["demo", "--model", TINY[0], "--image", folder / "sky.png", "--repeats", 1, *rest],
+    ):
+        code, said, err = run(*args)
+        assert code == 0, err
+        assert "--model is deprecated" in err
+        assert "sky" in said
+    code, _, err = run("view", TINY[0], "--model", TINY[0], "--image", folder / "sky.png", *rest)
+    assert code == 2
+    one_line(err, "one MODEL", TINY[0])
+    code, _, err = run("view", *TINY, "--image", folder / "sky.png", "--prompt", "what", "--out", tmp_path / "out")
+    one_line(err, "--prompt is for vision-language models")
+    assert "--model" not in run("view", "--help")[1]
+
+
+def test_a_picture_alone_is_not_taken_for_a_model(monkeypatch, folder):
+    from saint.cli.view import _old_arguments
+
+    assert _old_arguments(str(folder / "sky.png"), None, None) == ("demo:clip-b16", folder / "sky.png")
+    assert _old_arguments("timm:x", None, None) == ("timm:x", None)
+    assert _old_arguments("nonsense", None, None) == ("nonsense", None)  # refused as a model, by name
+
+
+def test_a_busy_machine_is_told(run, folder, tmp_path, monkeypatch):
+    from saint.bench import Spread, encoder
+    from saint.bench.timing import disturbances
+
+    quiet = {"unpruned": Spread(100, 95, 110, 20), "pruned": Spread(50, 48, 55, 20)}
+    assert disturbances(0.0, quiet) == disturbances(None, quiet) == []
+    (said,) = disturbances(1000.0, quiet)
+    assert "load average 1000.0" in said
+    (said,) = disturbances(None, {**quiet, "pruned": Spread(50, 45, 90, 20)})
+    assert "pruned: 45.0 to 90.0 ms around 50.0" in said
+    assert disturbances(None, {"one": Spread(50, 20, 90, 2)}) == []  # two values have no spread to speak of
+
+    monkeypatch.setattr(encoder, "load_average", lambda: 1000.0)
+    rest = ["--image", folder / "sky.png", "--repeats", 1]
+    for args in (["bench", *TINY, *rest, "--warmup", 0], ["demo", *TINY, *rest, "--out", tmp_path / "out"]):
+        code, _, err = run(*args)
+        assert code == 0, err
+        assert "load average 1000.0" in " ".join(err.split())
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert record["photos"][0]["bench"]["conditions"]["load_average"] == 1000.0
+
+
+def test_torchaos_two_lines_are_silenced_in_the_command_only(run, caplog, monkeypatch):
+    import logging
+
+    from saint.cli import tables
+
+    logger = logging.getLogger("torch.utils._pytree")
+    line = "<enum 'X'> is an Enum subclass. Calling register_constant() on Enum subclasses is deprecated"
+
+    def speak(*_, **__):
+        logger.warning(line)
+        logger.warning("something else")
+
+    monkeypatch.setattr(tables, "_first_line", lambda method: speak() or "")
+    with caplog.at_level(logging.WARNING, logger="torch.utils._pytree"):
+        logger.propagate, before = True, logger.propagate
+        try:
+            assert run("list")[0] == 0
+            said = {record.getMessage() for record in caplog.records}
+            assert said == {"something else"}
+            logger.warning(line)
+            assert line in {record.getMessage() for record in caplog.records}
+        finally:
+            logger.propagate = before
 
 
 def test_list_and_env(run, tmp_path):
@@ -141,8 +216,10 @@ def test_list_and_env(run, tmp_path):
 
 @pytest.mark.parametrize("command", ["demo", "view"])
 def test_an_unreadable_image_is_skipped_and_the_status_says_so(run, broken, tmp_path, command):
-    picture = ["--image", broken, "--repeats", 1] if command == "demo" else [broken]
-    code, _, err = run(command, *picture, *TINY, "--out", tmp_path / "out", "--json", tmp_path / "r.json")
+    more = ["--repeats", 1] if command == "demo" else []
+    code, _, err = run(
+        command, *TINY, "--image", broken, *more, "--out", tmp_path / "out", "--json", tmp_path / "r.json"
+    )
 
     assert code == 1
     assert "broken.jpg" in err
@@ -157,10 +234,10 @@ def test_missing_empty_and_wholly_unreadable_inputs(run, tmp_path, broken):
     assert code == 2
     one_line(err, "no such image", "nowhere.png")
     (tmp_path / "empty").mkdir()
-    code, _, err = run("view", tmp_path / "empty", *TINY)
+    code, _, err = run("view", *TINY, "--image", tmp_path / "empty")
     assert code == 2
     one_line(err, "no images in the folder")
-    code, _, err = run("view", broken / "broken.jpg", *TINY)
+    code, _, err = run("view", *TINY, "--image", broken / "broken.jpg")
     assert code == 2
     one_line(err, "broken.jpg", "none of the 1 image", "not an image that Pillow can read")
 
@@ -172,6 +249,7 @@ def test_missing_empty_and_wholly_unreadable_inputs(run, tmp_path, broken):
         (["tim:vit"], ["did you mean timm:vit"]),
         (["timm:vit_bas_patch16_224"], ["did you mean", "vit_base_patch16_224"]),
         (["open_clip:ViT-B-32/nonsense"], ["openai", "none"]),
+        (["demo:small-lava"], ["demo:clip-b16"]),
         (["demo:nothing"], ["demo:clip-b16", "demo:dinov2-s"]),
         (["timm:test_vit", "--threshold", "nan"], ["(-1, 1]", "nan"]),
         (["timm:test_vit", "--threshold", "1.5"], ["(-1, 1]", "1.5"]),
@@ -179,6 +257,7 @@ def test_missing_empty_and_wholly_unreadable_inputs(run, tmp_path, broken):
         (["timm:test_vit", "--layers", "x"], ["0-based", "'x'"]),
         (["timm:test_vit", "--plan", "vit/publishd"], ["vit/published"]),
         (["timm:test_vit", "--plan", "{oops"], ["JSON"]),
+        (["timm:test_vit", "--plan", "[1,2]"], ["a plan is an object", "[1, 2]"]),
         (["timm:test_vit", "--plan", "nowhere.json"], ["nowhere.json"]),
         (["timm:test_vit", "--device", "cuda:99"], ["cuda:99", "--device cpu"]),
         (["timm:test_vit", "--device", "toaster"], ["toaster"]),
@@ -285,6 +364,54 @@ def test_images_are_read_upright_opaque_and_by_name(folder):
     assert bad == []
     assert good[0].image.getpixel((0, 0)) == (255, 255, 255)
     assert [photo.name for photo in load_images(folder, limit=1)[0]] == ["clear"]
+
+
+def test_files_that_share_a_name_get_pictures_of_their_own(tmp_path, run):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name, colour in (("photo.jpg", "red"), ("photo.png", "blue"), ("other.png", "green")):
+        Image.new("RGB", (64, 64), colour).save(photos / name)
+    assert [photo.name for photo in load_images(photos)[0]] == ["other", "photo.jpg", "photo.png"]
+    out = tmp_path / "out"
+    code, said, err = run("demo", *TINY, "--image", photos, "--out", out, "--repeats", 1)
+    assert code == 0, err
+    assert "wrote 4 pictures" in " ".join(said.split())
+    pictures = {f.name: f.read_bytes() for f in out.glob("*.png")}
+    assert set(pictures) == {"overview.png", "kept_other.png", "kept_photo.jpg.png", "kept_photo.png.png"}
+    assert len(set(pictures.values())) == 4
+    files = json.loads((out / "record.json").read_text())["files"]
+    assert sorted(files) == sorted(pictures)
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (["a.jpg", "b.jpg"], ["a", "b"]),
+        (["a.jpg", "a.png", "b.jpg"], ["a.jpg", "a.png", "b"]),
+        (["A.jpg", "a.png"], ["A.jpg", "a.png"]),  # the same file where case does not count
+        (["a.jpg", "a.jpg.png", "a.png"], ["a.jpg", "a.jpg.png", "a.png"]),
+    ],
+)
+def test_names_of_photographs(files, names):
+    assert loading._names([Path(f) for f in files]) == names
+
+
+def test_a_pickle_that_runs_code_is_refused_in_one_line(run, tmp_path, folder):
+    import transformers
+    from models import build
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    model = build("transformers/vit")
+    model.config.save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 96, "width": 96}).save_pretrained(tmp_path)
+    torch.save({**model.state_dict(), "evil": Evil()}, tmp_path / "pytorch_model.bin")
+    code, _, err = run("bench", f"hf:{tmp_path}", "--image", folder)
+    assert code == 2
+    one_line(err, "pickle", "not loaded", "safetensors")
+    assert not (tmp_path / "ran").exists()
 
 
 # -- check ------------------------------------------------------------------------------------------------------------

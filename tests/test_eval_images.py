@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import tarfile
@@ -393,10 +394,8 @@ def test_record_resume_and_refusal(run, folder, tmp_path):  # noqa: F811
     assert record["conditions"]["image_size"] == [160, 160]
     assert str(tmp_path) not in file.read_text()
 
-    journal = tmp_path / "r.journal.jsonl"
-    data = journal.read_bytes()
-    lines = data.splitlines(keepends=True)
-    journal.write_bytes(b"".join(lines[:5]) + lines[5][:40])  # killed in the middle of the fifth result
+    journal = sqlite3.connect(tmp_path / "r.journal.sqlite", isolation_level=None)
+    journal.execute("DELETE FROM results WHERE rowid > 4")  # killed behind the fourth result
     code, out, err = run(*args[:3], folder, *args[3:])
     assert code == 0, err
     assert "4 of them from" in out
@@ -404,7 +403,8 @@ def test_record_resume_and_refusal(run, folder, tmp_path):  # noqa: F811
     assert again["scores"] == record["scores"]
     for measure, values in again["agreement"]["plan1"].items():
         assert values == pytest.approx(record["agreement"]["plan1"][measure], abs=1e-5)
-    assert len(journal.read_bytes().splitlines()) == 11
+    assert journal.execute("SELECT count(*) FROM results").fetchone() == (10,)
+    journal.close()
 
     code, _, err = run(*args[:3], folder, *args[3:], "--plan", "vit/published")
     assert code == 2
@@ -457,22 +457,24 @@ def test_an_interruption_says_how_to_go_on(run, folder, tmp_path, monkeypatch): 
 
 
 def test_a_full_disk_is_one_line(run, folder, tmp_path, monkeypatch):  # noqa: F811
-    from saint.eval import journal
+    from saint.eval import Journal
 
-    real, calls = os.write, []
+    real, calls = Journal.append, []
 
-    def full(file, data):
+    def full(self, entries):
         calls.append(1)
-        if len(calls) > 2:
-            raise OSError(28, "No space left on device")
-        return real(file, data)
+        if len(calls) == 2:
+            pages = self._connection.execute("PRAGMA page_count").fetchone()[0]
+            self._connection.execute(f"PRAGMA max_page_count = {pages}")
+            entries = [{**entry, "much": "x" * 10_000} for entry in entries]
+        return real(self, entries)
 
-    monkeypatch.setattr(journal.os, "write", full)
+    monkeypatch.setattr(Journal, "append", full)
     code, _, err = run(
         "eval", "images", *TINY[:1], folder, *TINY[1:], "--plan", PLAN, "--batch", 5, "--json", tmp_path / "r.json"
     )
     assert code == 2
-    one_line(err, "No space left on device", "r.journal.jsonl", "5 result(s) are safe")
+    one_line(err, "disk is full", "r.journal.sqlite", "5 result(s) are safe")
 
 
 @pytest.mark.parametrize(
@@ -509,7 +511,7 @@ def test_two_processes_make_the_same_record(folder, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("10 of 10 evaluated") == 1
-    assert len(list(tmp_path.glob("two.journal.rank*of2.jsonl"))) == 2
+    assert len(list(tmp_path.glob("two.journal.rank*of2.sqlite"))) == 2
     subprocess.run([sys.executable, "-m", "saint.cli", *command, str(tmp_path / "one.json")], check=True, timeout=120)
     two, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("two", "one"))
     assert two["conditions"]["processes"] == 2

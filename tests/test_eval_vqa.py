@@ -2,6 +2,7 @@
 
 import json
 import math
+import sqlite3
 
 import numpy as np
 import pytest
@@ -296,9 +297,9 @@ def test_command(run, spec, images, tmp_path):  # noqa: F811
     assert record["agreement"]["plan1"]["kl"]["n"] == 3
     assert record["conditions"]["with_answers"] == 2
 
-    journal = tmp_path / "r.journal.jsonl"
-    entries = [json.loads(line) for line in journal.read_text().splitlines()]
-    assert [e.get("id") for e in entries] == [None, "line 1", "line 5", "line 6"]
+    journal = sqlite3.connect(tmp_path / "r.journal.sqlite")
+    assert [name for (name,) in journal.execute("SELECT id FROM results")] == ["line 1", "line 5", "line 6"]
+    journal.close()
     noise(5).save(images / "broken.png")  # repaired: the next run does just this one
     code, out, err = run(*args)
     assert code == 1

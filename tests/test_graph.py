@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from saint import graph
 
@@ -200,3 +202,70 @@ def test_elimination_keeps_everything_when_asked_to():
     assert graph.eliminate(torch.randn(1, 9, 2), 9).all()
     with pytest.raises(ValueError, match="step.*0"):
         graph.eliminate(torch.randn(1, 9, 2), 3, step=0)
+
+
+# -- what a sample loses does not depend on its batch mates ------------------------------------------------------------
+
+
+@st.composite
+def ragged(draw):
+    """Samples of one to 40 tokens with ties of every kind, how many each keeps, and settings."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    width = draw(st.integers(1, 70))
+    samples = []
+    for _ in range(draw(st.integers(1, 5))):
+        keys = torch.randn(draw(st.integers(1, 40)), width, generator=generator)
+        match draw(st.sampled_from(["random", "doubled", "same", "zeros", "small whole numbers", "common part"])):
+            case "doubled":
+                keys[1::2] = keys[: len(keys[1::2])]
+            case "same":
+                keys[:] = keys[0].clone()
+            case "zeros":
+                keys[::3] = 0
+            case "small whole numbers":
+                keys = keys.round()
+            case "common part":
+                keys += 30
+        samples.append(keys)
+    keep = [draw(st.integers(1, len(keys))) for keys in samples]
+    return samples, keep, draw(st.integers(1, 20)), draw(st.booleans()), draw(st.integers(0, 3))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(ragged())
+def test_elimination_is_the_same_in_every_batch_and_padding(case):
+    samples, keep, step, center, more = case
+    alone = [graph.eliminate(k[None], n, step, center=center)[0] for k, n in zip(samples, keep, strict=True)]
+    longest = max(map(len, samples)) + more
+    padded = torch.full((len(samples), longest, samples[0].shape[1]), 7.0)
+    valid = torch.zeros(len(samples), longest, dtype=torch.bool)
+    for row, keys in enumerate(samples):
+        padded[row, : len(keys)] = keys
+        valid[row, : len(keys)] = True
+    together = graph.eliminate(padded, keep, step, center=center, valid=valid)
+    for row, keys in enumerate(samples):
+        assert torch.equal(together[row, : len(keys)], alone[row]), row
+        assert not together[row, len(keys) :].any()
+        assert int(alone[row].sum()) == keep[row]
+        copies = graph.eliminate(keys.expand(3, -1, -1), keep[row], step, center=center)
+        assert all(torch.equal(copy, alone[row]) for copy in copies)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 2**31), st.integers(1, 130), st.integers(1, 9))
+def test_of_two_tokens_the_first_goes_whatever_the_batch(seed, width, batch):
+    keys = torch.randn(batch, 2, width, generator=torch.Generator().manual_seed(seed))
+    for center in (False, True):
+        assert graph.eliminate(keys, 1, center=center).tolist() == [[False, True]] * batch  # an exact tie: by index
+
+
+def test_equal_tokens_go_by_index():
+    keys = torch.randn(7, 1, 33).expand(-1, 50, -1)
+    alive = graph.eliminate(keys, 20, step=7)
+    assert alive.tolist() == [[False] * 30 + [True] * 20] * 7
+
+
+def test_elimination_of_many_long_samples_equals_that_of_each():
+    keys = torch.randn(6, 197, 64) + torch.randn(6, 1, 64)
+    together = graph.eliminate(keys, 60)
+    assert all(torch.equal(together[i], graph.eliminate(keys[i : i + 1], 60)[0]) for i in range(6))

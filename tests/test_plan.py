@@ -1,9 +1,12 @@
+import dataclasses
 import json
 
 import pytest
 import torch
 
 import saint
+from saint import graph
+from saint.loading import read_plan
 from saint.methods import base
 from saint.plan import Plan, Stage
 
@@ -35,6 +38,26 @@ def test_round_trip_through_json(plan):
         ({"version": 1, "vision": {"method": {"method": "saint", "tresh": 1}}}, "tresh"),
         ({"version": 1, "vision": {"layers": [1]}}, "method"),
         ({"version": 1, "vision": {"method": {"method": "saint"}, "depth": 3}}, "depth"),
+        ([], r"a plan is an object like \{\"version\": 1.*Plan.to_dict\(\).*got \[\]"),
+        (None, "a plan is an object.*got None"),
+        ("x" * 1000, r"a plan is an object.*got 'x{79}$"),
+        ({}, "version None is not one of 1..2"),
+        ({"version": True}, "version True"),
+        ({"version": 1.0}, r"version 1\.0"),
+        ({"version": [1]}, r"version \[1\]"),
+        ({"version": 1, 5: {}, "b": {}}, r"unknown plan entries \['5', 'b'\]"),
+        ({"version": 1, "vision": 5}, "a stage is an object.*Stage.to_dict.*got 5"),
+        ({"version": 2, "vision": [0.5]}, r"a stage is an object.*got \[0\.5\]"),
+        ({"version": 1, "vision": {"method": "saint"}}, "a method is an object.*got 'saint'"),
+        ({"version": 1, "vision": {"method": None}}, "a method is an object.*got None"),
+        ({"version": 1, "vision": {"method": {"method": ["saint"]}}}, "registry name under 'method'"),
+        ({"version": 1, "vision": {"method": {"method": "saint"}, "layers": 1.5}}, r"layers must be.*1\.5"),
+        ({"version": 1, "vision": {"method": {"method": "saint"}, "layers": [[1]]}}, r"layers must be.*\[\[1\]\]"),
+        ({"version": 1, "vision": {"method": {"method": "saint"}, "output": []}}, r"output must be one of.*\[\]"),
+        (
+            {"version": 1, "vision": {"method": {"method": "saint", "center": "false"}}},
+            "center must be True or False.*'false'",
+        ),
     ],
 )
 def test_bad_plan_data(data, words):
@@ -43,8 +66,27 @@ def test_bad_plan_data(data, words):
 
 
 def test_bad_json():
-    with pytest.raises(ValueError, match="JSON"):
-        Plan.from_json("{")
+    for text in ("{", "", "[" * 100_000):
+        with pytest.raises(ValueError, match="a plan in JSON is expected"):
+            Plan.from_json(text)
+    with pytest.raises(ValueError, match="a plan is an object"):
+        Plan.from_json("null")
+
+
+@pytest.mark.parametrize("text", ["[1,2]", "5", "null", '"vit/published"', " [] "])
+def test_json_that_is_no_plan_is_not_taken_for_a_recipe(text):
+    with pytest.raises(ValueError, match="a plan is an object"):
+        read_plan(text)
+
+
+def test_an_unknown_recipe_gets_the_closest_names_only():
+    with pytest.raises(ValueError, match="unknown recipe") as raised:
+        read_plan("llava-1.5/hybird")
+    assert "'llava-1.5/hybrid'" in str(raised.value)
+    assert "saint list" in str(raised.value)
+    assert len(str(raised.value)) < 200
+    with pytest.raises(ValueError, match=r"unknown recipe 'zzz'; all \d+: saint.recipes\(\), saint list"):
+        read_plan("zzz")
 
 
 @pytest.mark.parametrize(
@@ -56,6 +98,9 @@ def test_bad_json():
         (lambda: saint.Saint(neighbors=0), "neighbors.*0"),
         (lambda: saint.Saint(gamma=float("inf")), "gamma.*inf"),
         (lambda: saint.Saint(floor=1.5), r"floor.*1\.5"),
+        (lambda: saint.Saint(gamma=10**30), "gamma must be a number in .0, 256.*10{30}"),
+        (lambda: saint.Saint(gamma=257), r"gamma.*\(1 - threshold\)\) must not overflow"),
+        (lambda: saint.Saint(neighbors=10**30), f"neighbors must be an integer >= 1 and <= {2**31}, got 10{{30}}"),
         (lambda: saint.Saint(budget="sampel"), "budget.*sampel"),
         (lambda: saint.Saint(budget=0), "budget.*0"),
         (lambda: saint.Saint(budget=1.2), r"budget.*1\.2"),
@@ -134,3 +179,59 @@ def test_methods_are_frozen_and_registered():
         with pytest.raises(AttributeError):
             method.threshold = 3
         assert saint.methods.from_dict(method.to_dict()) == method
+
+
+FIELDS = [
+    pytest.param(saint.methods.get(name), field, id=f"{name}-{field.name}")
+    for name in saint.methods.names()
+    for field in dataclasses.fields(saint.methods.get(name))
+]
+WRONG = {
+    "bool": [True, False],
+    "text": ["", "x", "false", "0.5", "1"],
+    "none": [None],
+    "other": [[0], {}, (1,), 1j, b"1", object()],
+    "not finite": [float("nan"), float("inf"), -float("inf")],
+    "huge": [10**30, -(10**30), 1e308, -1e308, 10**400],
+    "negative": [-1, -0.5, -(2**31)],
+}
+
+
+@pytest.mark.parametrize(("cls", "field"), FIELDS)
+def test_every_setting_of_every_method_refuses_what_it_cannot_mean(cls, field):
+    """A new method is held to this by being registered: its fields are checked with the functions of methods/base.py."""
+    kind, default = field.type, getattr(cls(), field.name)
+    right = set()
+    if kind is bool:
+        right = {"bool"}
+    elif "str" in str(kind):
+        assert default in ("sample", "batch")  # words of its own, none of the ones above
+    if "None" in str(kind):
+        right |= {"none"}
+    if field.name == "threshold":
+        right |= {"negative"}  # a cosine: -0.5 is one; -1 is tested above
+    for what, values in WRONG.items():
+        if what in right:
+            continue
+        for value in values:
+            with pytest.raises(ValueError, match=field.name if field.name != "keep" else "keep|budget"):
+                cls(**{field.name: value})
+    assert getattr(cls(**{field.name: default} if default is not None else {}), field.name) == default
+
+
+def test_a_setting_that_says_no_in_words_is_refused_from_json():
+    data = saint.Plan(vision=saint.Saint(center=False)).to_dict()
+    assert Plan.from_json(json.dumps(data)).vision.method.center is False
+    for wrong in ("false", "x", float("nan"), [0], 0, 1, None):
+        data["vision"]["method"]["center"] = wrong
+        with pytest.raises(ValueError, match="center must be True or False"):
+            Plan.from_json(json.dumps(data))
+
+
+def test_the_largest_settings_still_choose(recwarn):
+    keys = torch.randn(2, 12, 4)
+    keys[:, 1::2] = keys[:, 0::2]  # cosine 1: the largest exponent there is
+    largest = saint.Saint(gamma=256, threshold=0.75, neighbors=1, budget=0.5)
+    ballot = graph.vote(keys, largest.threshold, largest.neighbors, largest.gamma)
+    assert torch.isfinite(ballot.score).all()
+    assert int(graph.vote(keys, 0.75, 2**31).votes.sum()) == 0

@@ -115,5 +115,5 @@ def recipe(name: str) -> Plan:
     if name in _RECIPES:
         return _RECIPES[name].plan
     close = difflib.get_close_matches(name, _RECIPES)
-    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-    raise ValueError(f"unknown recipe {name!r}{hint} Known: {', '.join(_RECIPES)}")
+    hint = f"did you mean {' or '.join(map(repr, close))}? All" if close else "all"
+    raise ValueError(f"unknown recipe {name!r:.80}; {hint} {len(_RECIPES)}: saint.recipes(), saint list")

@@ -44,8 +44,8 @@ def check_threshold(threshold: float) -> None:
 
 
 def check_neighbors(neighbors: int) -> None:
-    """Raise ``ValueError`` unless ``neighbors`` is an integer >= 1."""
-    if not isinstance(neighbors, int) or isinstance(neighbors, bool) or neighbors < 1:
+    """Raise ``ValueError`` unless ``neighbors`` is an integer in [1, 2^31]."""
+    if not isinstance(neighbors, int) or isinstance(neighbors, bool) or not 1 <= neighbors <= 2**31:
         raise ValueError(f"neighbors must be an integer >= 1, got {neighbors!r}; the published value is 5")
 
 
@@ -168,6 +168,25 @@ def drop_order(vote: Vote) -> Tensor:
     return vote.sources[torch.sort(vote.score, dim=-1, descending=True, stable=True).indices]
 
 
+_GRID = 2.0**20  # see `eliminate`
+
+
+def _exact_points(keys: Tensor, center: bool, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Unit keys times 2^20, rounded, and what is missing from their squares to 2^40 (zero keys: 0); float64.
+
+    MPS has no float64: float32 there, and near-ties may fall otherwise in another batch.
+    """
+    wide = torch.float32 if keys.device.type == "mps" else torch.float64
+    mean = keys.sum(1, dtype=wide) if keys.ndim == 4 else keys.to(wide)
+    if center:
+        real = torch.ones_like(mean[..., :1]) if valid is None else valid.unsqueeze(-1).to(wide)
+        mean = mean - (mean * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
+    points = mean / torch.linalg.vector_norm(mean, dim=-1, keepdim=True).clamp_min(1e-12)
+    points = points.mul_(_GRID).round_()
+    square = points.square().sum(-1, keepdim=True)
+    return points, (square > 0).to(wide) * _GRID**2 - square
+
+
 def eliminate(
     keys: Tensor,
     keep: int | list[int],
@@ -178,8 +197,13 @@ def eliminate(
 ) -> Tensor:
     """Full-graph elimination: drop the tokens most similar to all that are left, a share at a time.
 
-    The N x N cosine matrix is computed once. While more than ``keep`` tokens remain: score_i = sum of S_ij over the
-    tokens still there; the ``max(1, remaining // step)`` highest go (never more than needed).
+    While more than ``keep`` tokens remain: score_i = sum of the cosines S_ij over the tokens j still there, itself included; the
+    ``max(1, remaining // step)`` highest go (never more than needed), ties by index.
+
+    The sum over j is taken before the product, ``sum_j S_ij = p_i . sum_j p_j``, so no N x N matrix is needed. Unit keys p are
+    rounded to multiples of 2^-20 (which moves a cosine by some 4e-7), and S_ii is 1: in float64, sums over at most 2^13 tokens
+    are then exact in any order. What a sample loses does not depend on its batch mates or on padding, and equal scores are equal:
+    two tokens that are left always tie.
 
     Args:
         keys: [B, H, N, D] or [B, N, D].
@@ -194,10 +218,9 @@ def eliminate(
     if not isinstance(step, int) or isinstance(step, bool) or step < 1:
         raise ValueError(f"step must be an integer >= 1, got {step!r}; the published value is 16")
     with full_precision(keys.device):
-        points = metric(keys, center=center, valid=valid)
+        points, own = _exact_points(keys, center, valid)  # [B, N, D], [B, N, 1]
         batch, count = points.shape[:2]
         alive = torch.ones(batch, count, dtype=torch.bool, device=keys.device) if valid is None else valid.clone()
-        similarity = points @ points.mT
         left = [count] * batch if valid is None else valid.sum(1).tolist()
         goal = [keep] * batch if isinstance(keep, int) else list(keep)
         rank = torch.arange(count, device=keys.device)
@@ -205,7 +228,8 @@ def eliminate(
             out = [min(n - k, max(1, n // step)) if n > k else 0 for n, k in zip(left, goal, strict=True)]
             if not any(out):
                 return alive
-            score = (similarity @ alive.unsqueeze(-1).to(similarity.dtype)).squeeze(-1)
+            total = alive.unsqueeze(1).to(points.dtype) @ points  # [B, 1, D]
+            score = (points @ total.mT + own).squeeze(-1)
             order = torch.sort(score.masked_fill(~alive, -torch.inf), dim=-1, descending=True, stable=True).indices
             if len(set(out)) == 1:
                 alive = alive.scatter(1, order[:, : out[0]], False)

@@ -7,7 +7,10 @@ A model comes from its own library's loader with its own preprocessing: ``timm:N
 import contextlib
 import difflib
 import inspect
+import json
+import pickle
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -29,6 +32,10 @@ FORMS = "timm:NAME, hf:NAME_OR_PATH, open_clip:NAME/TAG (NAME/none: random weigh
 
 class DownloadError(SaintError, OSError):
     """A model's weights could not be fetched."""
+
+
+class UnsafeCheckpointError(SaintError, ValueError):
+    """A model's weights are a pickle that could run any code; it was not loaded."""
 
 
 class Source(NamedTuple):
@@ -135,6 +142,7 @@ def load_model(
         ValueError: not such a name, or the device is not there.
         MissingExtraError: the library is not installed.
         DownloadError: the weights cannot be fetched.
+        UnsafeCheckpointError: the weights are a pickle of more than tensors.
 
     Example:
         >>> load_model("timm:test_vit", pretrained=False).image_size
@@ -155,6 +163,12 @@ def load_model(
     return Loaded(
         model, spec, source.title or spec, device, source.plan or recipe("vit/published"), source.licence, source
     )
+
+
+def names_a_model(spec: str) -> bool:
+    """Whether ``spec`` looks like one of ``FORMS``; it need not exist."""
+    library, colon, name = spec.partition(":")
+    return bool(colon and name) and library in _SOURCES
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -211,6 +225,12 @@ def _explained(spec: str) -> Iterator[None]:
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None:
+            if isinstance(cause, pickle.UnpicklingError):
+                raise UnsafeCheckpointError(
+                    f"the weights of {spec} are a pickle that holds more than tensors, or is damaged; loading such a file can "
+                    "run any code in it, so it was not loaded: give safetensors weights (load it where you trust it, then "
+                    "save_pretrained, or safetensors.torch.save_file)"
+                ) from error
             if not _UNREACHABLE.isdisjoint(cls.__name__ for cls in type(cause).__mro__):
                 raise DownloadError(
                     f"could not download {spec} ({_line(cause)}): no network, or the hub does not answer. "
@@ -340,6 +360,10 @@ def _hf(name: str, pretrained: bool, size: int | None) -> Source:
 def _demo(name: str, pretrained: bool, size: int | None) -> Source:
     from . import demo
 
+    if f"demo:{name}" == _DEMO_VLM:
+        raise ValueError(
+            f"demo:{name} is a vision-language model: saint chat, view, bench and eval vqa take it; an encoder is expected here"
+        )
     if name not in demo.MODELS:
         raise ValueError(f"there is no demo:{name}; there are {', '.join(f'demo:{known}' for known in demo.MODELS)}")
     facts = demo.MODELS[name]
@@ -364,6 +388,8 @@ def _demo(name: str, pretrained: bool, size: int | None) -> Source:
     )
 
 
+_DEMO_VLM = "demo:small-llava"  # `loading_vlm` knows it
+
 _SOURCES: dict[str, Callable[[str, bool, int | None], Source]] = {
     "timm": _timm,
     "hf": _hf,
@@ -383,11 +409,19 @@ def read_plan(text: str) -> Plan:
         OSError: the file cannot be read.
     """
     text = text.strip()
-    if text.startswith("{"):
-        return Plan.from_json(text)
     if text.endswith(".json"):
         return Plan.from_json(Path(text).read_text(encoding="utf-8"))
+    if text.startswith(("{", "[")) or _is_json(text):
+        return Plan.from_json(text)
     return recipe(text)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True  # 5, null or "text": no plan, and no recipe either
 
 
 # -- images -----------------------------------------------------------------------------------------------------------
@@ -396,7 +430,7 @@ def read_plan(text: str) -> Plan:
 class Photo(NamedTuple):
     """An image that could be read."""
 
-    name: str
+    name: str  # the file's without its ending, or with it where two files would share a name
     image: Image.Image  # upright, opaque, 8-bit RGB
 
 
@@ -435,10 +469,11 @@ def load_images(path: str | Path, limit: int | None = None) -> tuple[list[Photo]
         files = [path]
     good: list[Photo] = []
     bad: list[Unreadable] = []
-    for file in files[:limit]:
+    files = files[:limit]
+    for name, file in zip(_names(files), files, strict=True):
         try:
             with Image.open(file) as image:
-                good.append(Photo(file.stem, as_rgb(image)))
+                good.append(Photo(name, as_rgb(image)))
         except UnidentifiedImageError:
             bad.append(Unreadable(file.name, "not an image that Pillow can read"))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -447,3 +482,11 @@ def load_images(path: str | Path, limit: int | None = None) -> tuple[list[Photo]
         reasons = "; ".join(f"{name}: {reason}" for name, reason in bad[:3])
         raise ValueError(f"none of the {len(bad)} image(s) at {path} can be read ({reasons})")
     return good, bad
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """A name per file, no two alike (also where upper and lower case are the same): pictures are written under them."""
+    stems = Counter(file.stem.casefold() for file in files)
+    names = [file.stem if stems[file.stem.casefold()] == 1 else file.name for file in files]
+    whole = len({name.casefold() for name in names}) == len(names)
+    return names if whole else [file.name for file in files]  # a.jpg, a.png and a.jpg.png

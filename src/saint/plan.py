@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from . import methods
@@ -50,7 +50,7 @@ class Stage:
             if self.layers != "first_half":
                 raise ValueError(f'layers must be "first_half", a range or a list of ints, got {self.layers!r}')
         elif self.layers is not None:
-            if isinstance(self.layers, int) or not all(
+            if not isinstance(self.layers, Collection) or not all(
                 isinstance(i, int) and not isinstance(i, bool) for i in self.layers
             ):
                 raise ValueError(f'layers must be "first_half", a range or a list of ints, got {self.layers!r}')
@@ -91,6 +91,15 @@ class Stage:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Stage":
+        """Rebuild a stage.
+
+        Raises:
+            ValueError: not such data, or an unknown or wrong setting.
+        """
+        if not isinstance(data, Mapping):
+            raise ValueError(
+                f'a stage is an object with an entry "method", as Stage.to_dict() makes it; got {data!r:.80}'
+            )
         settings = dict(data)
         try:
             return cls(methods.from_dict(settings.pop("method")), **settings)
@@ -163,16 +172,20 @@ class Plan:
         """Rebuild a plan.
 
         Raises:
-            ValueError: another version, or an unknown stage or setting.
+            ValueError: not such data, another version, or an unknown stage or setting.
         """
+        if not isinstance(data, Mapping):
+            raise ValueError(
+                f'a plan is an object like {{"version": 1, "vision": {{...}}}}, as Plan.to_dict() makes it; got {data!r:.80}'
+            )
         version = data.get("version")
-        if version not in range(1, VERSION + 1):
-            raise ValueError(f"plan version {version!r} is not one of 1..{VERSION}, which this release reads")
-        unknown = set(data) - {"version", *STAGES}
+        if isinstance(version, bool) or not isinstance(version, int) or version not in range(1, VERSION + 1):
+            raise ValueError(f"plan version {version!r:.80} is not one of 1..{VERSION}, which this release reads")
+        unknown = sorted(str(name) for name in set(data) - {"version", *STAGES})
         if unknown:
-            raise ValueError(f"unknown plan entries {sorted(unknown)}; known: {', '.join(STAGES)}")
+            raise ValueError(f"unknown plan entries {unknown}; known: {', '.join(STAGES)}")
         entries = {name: data[name] for name in STAGES if data.get(name) is not None}
-        if version == 1 and any("evict" in entry for entry in entries.values()):
+        if version == 1 and any(isinstance(entry, Mapping) and "evict" in entry for entry in entries.values()):
             raise ValueError("a plan of version 1 has no entry evict; write version 2")
         return cls(**{name: Stage.from_dict(entry) for name, entry in entries.items()})
 
@@ -180,6 +193,7 @@ class Plan:
     def from_json(cls, text: str) -> "Plan":
         """Like :meth:`from_dict`, from JSON text."""
         try:
-            return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
+            data = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"a plan in JSON is expected: {error}") from error
+        return cls.from_dict(data)

@@ -90,24 +90,41 @@ def write_json(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"--json needs a file name, {path} is a directory")
-    path.parent.mkdir(parents=True, exist_ok=True)
     head = {
         "version": VERSION,
         "saint": __version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     text = json.dumps(_plain({**head, **record}), indent=2, allow_nan=False) + "\n"
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    write_whole(path, text.encode())
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file so that readers see all of it or what was there before: into a temporary file beside it, then renamed.
+
+    Args:
+        path: the file; its folder is made.
+        data: its contents.
+
+    Raises:
+        OSError: it cannot be written (a full disk, say); nothing is left behind, and the message names ``path``.
+    """
+    path = Path(path)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(partial, 0o666 & ~umask)  # mkstemp's files are private
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(partial, 0o666 & ~umask)  # mkstemp's files are private
+            os.replace(partial, path)
+        except BaseException:
+            os.unlink(partial)
+            raise
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write the file ({error.strerror or error})", str(path)) from error
 
 
 def _plain(value: Any) -> Any:

@@ -16,7 +16,7 @@ from ..plan import Plan, Stage
 from ..session import Session, apply, as_plan, status
 from ..tokens import LayerTrace
 from .cost import Cost, cost
-from .timing import Spread, interleave, synchronize
+from .timing import Spread, interleave, load_average, synchronize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +124,7 @@ def bench_encoder(
         raise ValueError(f"repeats must be >= 1 and warmup >= 0, got {repeats} and {warmup}")
     if status(model) is not None:
         raise AlreadyAppliedError("the model to measure carries a plan; call saint.remove(model) first")
+    load = load_average()
     plan = as_plan(plan)
     parameter = next(p for p in model.parameters() if p.is_floating_point())
     device = parameter.device
@@ -198,6 +199,7 @@ def bench_encoder(
             "attention": _attention(model),
             "repeats": repeats,
             "warmup": warmup,
+            "load_average": load,
             "interleaved": list(runs),
             "mode": "torch.inference_mode, data already on the device",
             "times_ms": {name: [round(t, 4) for t in values] for name, values in times.items()},

@@ -13,7 +13,7 @@ from ..plan import Plan
 from ..session import Session, apply, status
 from .cost import Cost, cost
 from .encoder import twin
-from .timing import Spread, interleave, synchronize
+from .timing import Spread, interleave, load_average, synchronize
 
 BASE = "base"
 
@@ -146,6 +146,7 @@ def bench_generation(
         raise ValueError(f"inputs need input_ids, as the model's processor makes them; got {list(inputs)}")
     if status(model) is not None:
         raise AlreadyAppliedError("the model to measure carries a plan; call saint.remove(model) first")
+    load = load_average()
     parameter = next(p for p in model.parameters() if p.is_floating_point())
     device = parameter.device
     clocks = {name: Clock(device) for name in (BASE, *plans)}
@@ -233,6 +234,7 @@ def bench_generation(
             "attention": getattr(config, "_attn_implementation", None),
             "repeats": repeats,
             "warmup": warmup,
+            "load_average": load,
             "interleaved": list(variants),
             "mode": "greedy generate of a fixed length, torch.no_grad, data already on the device; the step counts are "
             "stamped by a stopping criterion that synchronises",

@@ -1,9 +1,10 @@
 """Interleaved timing."""
 
 import gc
+import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,42 @@ class Spread:
             return cls(values[0], values[0], values[0], 1)
         fifths = statistics.quantiles(values, n=5, method="inclusive")
         return cls(statistics.median(values), fifths[0], fifths[-1], len(values))
+
+
+def load_average() -> float | None:
+    """Processes that ran or waited for a core over the last minute; None where the system does not say."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
+
+
+_BUSY = 0.5  # load per core from which others' work is likely in the times
+_WIDE = 0.25  # (p80 - p20) / median of a quiet machine stays well below
+
+
+def disturbances(load: float | None, spreads: Mapping[str, Spread]) -> list[str]:
+    """Why these times may not mean much, in sentences; empty on a quiet machine.
+
+    Args:
+        load: :func:`load_average` before the timing.
+        spreads: times by name.
+    """
+    found = []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if load is not None and load > _BUSY * cores:
+        found.append(
+            f"this machine was busy before the timing (load average {load:.1f} on {cores} core(s)): repeat it when it is not"
+        )
+    wide = {name: s for name, s in spreads.items() if s.n > 2 and s.p80 - s.p20 > _WIDE * s.median}
+    if wide:
+        worst = max(wide, key=lambda name: (wide[name].p80 - wide[name].p20) / wide[name].median)
+        s = wide[worst]
+        found.append(
+            f"times differ much from round to round ({worst}: {s.p20:.1f} to {s.p80:.1f} ms around {s.median:.1f}): "
+            "something else ran, or more --repeats are needed"
+        )
+    return found
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,5 +1,6 @@
 """The command `saint`. Nothing here imports torch: help must be fast."""
 
+import logging
 import os
 import sys
 import warnings
@@ -55,6 +56,8 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: without the program's name; None means those of the process.
     """
+    said = logging.getLogger("torch.utils._pytree")
+    said.addFilter(_not_enums)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_rest, **_named: print(f"saint: note: {message}", file=sys.stderr)
         try:
@@ -65,3 +68,10 @@ def main(args: list[str] | None = None) -> None:
             print(f"saint: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
             print("       (saint --debug COMMAND ... shows where)", file=sys.stderr)
             sys.exit(2)
+        finally:
+            said.removeFilter(_not_enums)
+
+
+def _not_enums(record: logging.LogRecord) -> bool:
+    """Two lines that torchao causes on import (transformers and peft import it), which nobody can do anything about."""
+    return "register_constant() on Enum subclasses" not in record.getMessage()

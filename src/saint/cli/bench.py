@@ -26,6 +26,7 @@ from .common import (
     pictures,
     progress,
     save,
+    warn_busy,
 )
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def bench(
     )
     print_tokens(result)
     print_times(result)
+    warn_busy(conditions["load_average"], {"unpruned": result.base, "pruned": result.pruned})
     if json is not None:
         facts = {
             "kind": "bench/encoder",
@@ -181,6 +183,8 @@ def _generation(
         highlight=False,
     )
     print_generation(result)
+    firsts = {"unpruned" if name == "base" else name: times.first for name, times in result.times.items()}
+    warn_busy(conditions["load_average"], firsts)
     if json is not None:
         facts = {
             "kind": "bench/generation",

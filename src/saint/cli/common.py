@@ -1,6 +1,6 @@
 """Options and habits that several commands share."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
+    from ..bench import Spread
     from ..loading import Loaded, Photo, Unreadable
     from ..loading_vlm import LoadedVLM
     from ..plan import Plan
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 out = Console()
 err = Console(stderr=True)
 
+DEFAULT_MODEL = "demo:clip-b16"
 MODEL_HELP = "timm:NAME, hf:NAME_OR_PATH, open_clip:NAME/TAG or demo:NAME"
+OldModel = Annotated[str | None, typer.Option("--model", hidden=True, help="deprecated: MODEL is the first argument")]
 Image = Annotated[Path | None, typer.Option("--image", help="an image, or a folder of them [default: photographs]")]
 PlanText = Annotated[str | None, typer.Option("--plan", help="a recipe's name, JSON, or a .json file")]
 Threshold = Annotated[float | None, typer.Option(help="cosine from which two tokens count as similar, in (-1, 1]")]
@@ -28,6 +31,30 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads [default: 
 Pretrained = Annotated[bool, typer.Option(help="--no-pretrained: random weights, nothing is downloaded")]
 Limit = Annotated[int, typer.Option(min=1, help="use at most so many images")]
 Json = Annotated[Path | None, typer.Option("--json", help="also write the results to this file")]
+
+
+def given_model(command: str, model: str | None, old: str | None, default: str | None = None) -> str:
+    """MODEL, or what the deprecated ``--model`` said, with a note.
+
+    Raises:
+        ValueError: none, or two.
+    """
+    if old is not None:
+        err.print(f"[yellow]note[/] --model is deprecated: saint {command} {old} ...", highlight=False)
+        if model is not None:
+            raise ValueError(f"saint {command} takes one MODEL, got {model} and --model {old}")
+    chosen = model or old or default
+    if chosen is None:
+        raise ValueError(f"saint {command} needs a MODEL as its first argument")
+    return chosen
+
+
+def warn_busy(load: float | None, spreads: "Mapping[str, Spread]") -> None:
+    """Say so when this machine was too busy for its times to mean much."""
+    from ..bench.timing import disturbances
+
+    for reason in disturbances(load, spreads):
+        err.print(f"[yellow]note[/] {reason}", highlight=False)
 
 
 def make_plan(default: "Plan", plan: str | None, threshold: float | None, layers: str | None) -> "Plan":

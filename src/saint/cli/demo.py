@@ -10,12 +10,14 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .common import (
+    DEFAULT_MODEL,
     MODEL_HELP,
     Device,
     Image,
     Json,
     Layers,
     Limit,
+    OldModel,
     PlanText,
     Pretrained,
     Size,
@@ -24,13 +26,15 @@ from .common import (
     bar,
     describe,
     finish,
+    given_model,
     load,
     make_plan,
     out,
     pictures,
     progress,
+    warn_busy,
 )
-from .view import draw_strips, faded, layer_facts, legend, title
+from .view import dimmed, draw_strips, layer_facts, legend, title
 
 if TYPE_CHECKING:
     from ..bench import Agreement, EncoderBench
@@ -42,7 +46,7 @@ WARMUP = 1
 
 
 def demo(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "demo:clip-b16",
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=DEFAULT_MODEL)] = None,
     image: Image = None,
     plan: PlanText = None,
     threshold: Threshold = None,
@@ -55,6 +59,7 @@ def demo(
     limit: Limit = 12,
     folder: Annotated[Path, typer.Option("--out", help="folder for the pictures and the record")] = Path("demo_out"),
     json: Json = None,
+    old_model: OldModel = None,
 ) -> None:
     """Run a model unpruned and pruned on photographs: tokens, time, agreement, pictures of what was kept.
 
@@ -67,6 +72,7 @@ def demo(
     from ..records import environment, write_json
     from ..session import pruned
 
+    model = given_model("demo", model, old_model, DEFAULT_MODEL)
     photos, bad = pictures(image, limit)
     loaded = load(model, device, size=size, threads=threads, pretrained=pretrained)
     chosen = make_plan(loaded.plan, plan, threshold, layers)
@@ -95,6 +101,9 @@ def demo(
         f"({benches[0].conditions['threads']} threads, {loaded.device}, batch 1, {repeats} interleaved rounds each)",
         highlight=False,
     )
+    spreads = {f"{photo.name}, unpruned": b.base for photo, b in zip(photos, benches, strict=True)}
+    spreads |= {f"{photo.name}, pruned": b.pruned for photo, b in zip(photos, benches, strict=True)}
+    warn_busy(benches[0].conditions["load_average"], spreads)
     values = [value for found in agreements for value in found.values]
     name = agreements[0]
     out.print(
@@ -212,7 +221,7 @@ def _overview(
         top.append(Cell(seen, title(photos[i]), f"{total} patches"))
         bottom.append(
             Cell(
-                faded(loaded, seen, traces[i][-1]),
+                dimmed(loaded, seen, traces[i][-1]),
                 f"{kept} kept ({kept / total:.0%})",
                 f"{found.measure} {found.values[0]:.3f}",
             )
@@ -246,7 +255,7 @@ def _maps(
                 Cell(seen, title(photos[i]), f"{total} patches"),
                 Cell(heatmap(base, seen.size), "unpruned", "saliency map"),
                 Cell(heatmap(short, seen.size), "pruned", f"correlation {agreements[i].values[0]:.3f}"),
-                Cell(faded(loaded, seen, traces[i][-1]), "kept", f"{kept} of {total} patches ({kept / total:.0%})"),
+                Cell(dimmed(loaded, seen, traces[i][-1]), "kept", f"{kept} of {total} patches ({kept / total:.0%})"),
             ]
         )
     path = folder / "maps.png"

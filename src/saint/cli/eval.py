@@ -42,7 +42,7 @@ Plans = Annotated[
 JournalFile = Annotated[
     Path | None,
     typer.Option(
-        "--journal", help="per-sample results; a killed run continues [default: beside --json, .journal.jsonl]"
+        "--journal", help="per-sample results; a killed run continues [default: beside --json, .journal.sqlite]"
     ),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="at most so many samples, evenly spaced [default: all]")]
@@ -210,7 +210,15 @@ def _main_process() -> bool:
 
 
 def _journal(journal: Path | None, json: Path | None) -> Path | None:
-    return journal if journal is not None or json is None else json.with_suffix(".journal.jsonl")
+    if journal is not None or json is None:
+        return journal
+    made, old = json.with_suffix(".journal.sqlite"), json.with_suffix(".journal.jsonl")
+    if old.exists() and not made.exists():
+        raise ValueError(
+            f"{old} is a journal of an earlier release (JSON lines), which does not say with which batch size it was made: "
+            "delete it, or give --journal FILE"
+        )
+    return made
 
 
 @contextmanager
@@ -267,6 +275,8 @@ def _finish(kind: str, report: "Report", model: str, device: Any, json: Path | N
 
 def print_report(report: "Report") -> None:
     """Scores with the interval of their difference, per category where there are some, and agreement."""
+    from ..eval.report import YES_OR_NO
+
     for name, plan in report.plans.items():
         out.print(f"[bold]{name}[/]  {describe(plan)}", highlight=False)
         rows = [("", report.scores[name])]
@@ -274,6 +284,9 @@ def print_report(report: "Report") -> None:
         _print_scores(rows, ("unpruned", "pruned"))
         table = Table("agreement with the unpruned model", "mean", "median", "p20 - p80", "n")
         for measure, s in report.agreement[name].items():
+            if measure in YES_OR_NO:  # of zeros and ones the mean says all
+                table.add_row(measure, f"{s.mean:.1%}", f"{round(s.mean * s.n)} of {s.n}", "-", str(s.n))
+                continue
             table.add_row(measure, f"{s.mean:.4f}", f"{s.median:.4f}", f"{s.p20:.4f} - {s.p80:.4f}", str(s.n))
         out.print(table)
         out.print()

@@ -1,4 +1,4 @@
-"""`saint view IMAGE`, and the pictures of `saint demo`."""
+"""`saint view MODEL`, and the pictures of `saint demo`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,23 +7,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .common import (
+    DEFAULT_MODEL,
     MODEL_HELP,
     Device,
+    Image,
     Json,
     Layers,
     Limit,
+    OldModel,
     PlanText,
     Pretrained,
     Size,
     Threads,
     Threshold,
     describe,
+    err,
     finish,
+    given_model,
     load,
+    load_generator,
     make_plan,
     out,
     pictures,
     progress,
+    save,
 )
 
 if TYPE_CHECKING:
@@ -32,11 +39,12 @@ if TYPE_CHECKING:
     from ..loading import Loaded, Photo
     from ..plan import Plan
     from ..tokens import LayerTrace
+    from ..view.tiles import Tile
 
 
 def view(
-    image: Annotated[Path, typer.Argument(help="an image, or a folder of them")],
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "demo:clip-b16",
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=DEFAULT_MODEL)] = None,
+    image: Image = None,
     plan: PlanText = None,
     threshold: Threshold = None,
     layers: Layers = None,
@@ -47,13 +55,31 @@ def view(
     limit: Limit = 24,
     folder: Annotated[Path, typer.Option("--out", help="folder for the pictures")] = Path("view_out"),
     json: Json = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="vision-language models: the question [default: Describe the image.]")
+    ] = None,
+    old_model: OldModel = None,
 ) -> None:
-    """Draw which patches of IMAGE each layer keeps."""
+    """Draw which patches of --image each layer of MODEL keeps.
+
+    Of a vision-language model: what its tower sees (an image, or its tiles), and which visual tokens each stage keeps for the
+    question. Without --image, photographs that are there anyway.
+    """
     import torch
 
-    from ..records import environment, write_json
+    from ..loading_vlm import is_vlm
+    from ..records import environment
     from ..session import pruned
 
+    model, image = _old_arguments(model, image, old_model)
+    if is_vlm(model):
+        if size is not None:
+            raise ValueError("--size is for encoders: the processor of a vision-language model chooses the size")
+        question = "Describe the image." if prompt is None else prompt
+        _view_vlm(model, image, plan, threshold, layers, device, threads, pretrained, limit, folder, json, question)
+        return
+    if prompt is not None:
+        raise ValueError(f"--prompt is for vision-language models, {model} is none")
     photos, bad = pictures(image, limit)
     loaded = load(model, device, size=size, threads=threads, pretrained=pretrained)
     chosen = make_plan(loaded.plan, plan, threshold, layers)
@@ -81,8 +107,107 @@ def view(
             "files": [file.name for file in files],
             "environment": environment(loaded.device),
         }
-        write_json(json, record)
+        save(json, record)
     finish(bad)
+
+
+def _old_arguments(model: str | None, image: Path | None, old: str | None) -> tuple[str, Path | None]:
+    """MODEL and --image, also from ``saint view IMAGE [--model MODEL]``, which is how it was until 0.1."""
+    from ..loading import names_a_model
+
+    if model is not None and image is None and not names_a_model(model) and (old is not None or Path(model).exists()):
+        err.print(f"[yellow]note[/] the picture comes with --image: saint view MODEL --image {model}", highlight=False)
+        image = Path(model)
+        model = None
+    return given_model("view", model, old, DEFAULT_MODEL), image
+
+
+def _view_vlm(
+    model: str,
+    image: Path | None,
+    plan: str | None,
+    threshold: float | None,
+    layers: str | None,
+    device: str,
+    threads: int | None,
+    pretrained: bool,
+    limit: int,
+    folder: Path,
+    json: Path | None,
+    prompt: str,
+) -> None:
+    import torch
+
+    from ..records import environment
+    from ..session import pruned
+    from ..view.tiles import tiles, visual_tokens
+    from .chat import modes
+
+    photos, bad = pictures(image, limit)
+    loaded = load_generator(model, device, threads=threads, pretrained=pretrained)
+    own = modes(loaded.model)
+    chosen = make_plan(own.get("hybrid", own["language"]), plan, threshold, layers)
+    files: list[Path] = []
+    facts = []
+    with progress("drawing", len(photos)) as tick, pruned(loaded.model, chosen) as session, torch.no_grad():
+        for photo in photos:
+            inputs = loaded.inputs([prompt], [photo.image])
+            loaded.model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1)
+            trace, total = session.trace, visual_tokens(loaded.model, inputs)
+            seen = tiles(loaded.model, loaded.processor, inputs)
+            files.append(draw_tiles(f"{model}: {title(photo)}", f"{prompt!r}  \u00b7  {legend(chosen)}", seen, trace, total,
+                                    folder / f"kept_{photo.name}.png"))  # fmt: skip
+            steps = [
+                {"stage": t.stage, **layer_facts(t, sample), "sample": sample}
+                for t in trace
+                for sample in range(len(t.kept))
+            ]
+            facts.append(
+                {"name": photo.name, "visual_tokens": total, "tiles": [tile.grid for tile in seen], "layers": steps}
+            )
+            tick()
+    for file in files:
+        out.print(str(file), highlight=False)
+    if json is not None:
+        save(json, {
+            "kind": "view",
+            "model": model,
+            "prompt": prompt,
+            "plan": chosen.to_dict(),
+            "photos": facts,
+            "skipped": [list(entry) for entry in bad],
+            "files": [file.name for file in files],
+            "environment": environment(loaded.device),
+        })  # fmt: skip
+    finish(bad)
+
+
+def draw_tiles(
+    head: str, about: str, seen: "Sequence[Tile]", trace: Sequence["LayerTrace"], total: int, path: Path
+) -> Path:
+    """One PNG: a row per tile, with what is left of it after the stages; tokens that no grid shows are only counted."""
+    from ..view import Cell, overlay, save_png, sheet
+    from ..view.tiles import placed
+
+    rows = []
+    for i, tile in enumerate(seen):
+        name = f"tile {i + 1} of {len(seen)}" if len(seen) > 1 else "the image"
+        rows.append([Cell(tile.picture, name, f"{tile.grid[0] * tile.grid[1]} tokens")])
+    shown = [t for t in trace if bool((t.tokens_out < t.tokens_in).any())] or list(trace[-1:])
+    counted = []
+    for step in _spaced(shown, 5):
+        name = step.stage if step.stage == "connector" else f"{step.stage}, after layer {step.layer}"
+        per_tile = step.kept if step.stage == "vision" else placed(list(seen), step.kept[0].cpu(), total)
+        if per_tile is None or len(per_tile) != len(seen):
+            counted.append(f"{name}: {int(step.tokens_out.sum())} of {total} tokens")
+            continue
+        for row, tile, kept in zip(rows, seen, per_tile, strict=True):
+            count = tile.grid[0] * tile.grid[1]
+            picture = overlay(tile.picture, kept.cpu(), tile.grid)
+            row.append(Cell(picture, name, f"{len(kept)} of {count} kept ({len(kept) / count:.0%})"))
+    extra = f"  \u00b7  not drawn (laid on no grid): {'; '.join(counted)}" if counted else ""
+    save_png(sheet(rows, head, about + extra), path)
+    return path
 
 
 def layer_facts(trace: "LayerTrace", sample: int = 0) -> dict[str, Any]:
@@ -102,10 +227,10 @@ def title(photo: "Photo") -> str:
 
 def legend(plan: "Plan") -> str:
     """What the pictures show."""
-    return f"{describe(plan)}  \u00b7  faded patches were dropped"
+    return f"{describe(plan)}  \u00b7  hatched patches were dropped"
 
 
-def faded(loaded: "Loaded", photo: "Picture.Image", trace: "LayerTrace") -> "Picture.Image":
+def dimmed(loaded: "Loaded", photo: "Picture.Image", trace: "LayerTrace") -> "Picture.Image":
     """The photograph with what a drop point left of it."""
     from ..view import overlay
 
@@ -131,7 +256,7 @@ def draw_strips(
             after = f"after layer {step.layer}"
             if step is shown[-1] and step is not trace[-1]:
                 after = f"after layers {step.layer} to {trace[-1].layer}"  # the others dropped nothing
-            cells.append(Cell(faded(loaded, seen, step), after, note))
+            cells.append(Cell(dimmed(loaded, seen, step), after, note))
         path = folder / f"kept_{photo.name}.png"
         save_png(sheet([cells[i : i + 4] for i in range(0, len(cells), 4)], loaded.title, legend(plan)), path)
         files.append(path)

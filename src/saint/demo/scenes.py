@@ -5,6 +5,7 @@ The pictures need small details and several places at once, so that dropping the
 
 import dataclasses
 import functools
+import io
 import json
 import math
 import random
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
+from ..records import write_whole
 from .pictures import photos
 
 SIDE = 224  # pixels
@@ -131,12 +133,14 @@ def save(folder: Path, count: int, first: int = HELD_OUT) -> Path:
     lines = []
     for seed in range(first, first + count):
         made = scene(seed)
-        made.image().save(folder / f"{seed}.png")
+        png = io.BytesIO()
+        made.image().save(png, "PNG")
+        write_whole(folder / f"{seed}.png", png.getvalue())
         for number, asked in enumerate(made.questions()):
             facts = {"id": f"{seed}-{number}", "image": f"{seed}.png", "question": asked.text}
             lines.append(json.dumps(facts | {"answer": asked.answer, "category": asked.category}))
     file = folder / "questions.jsonl"
-    file.write_text("\n".join(lines) + "\n")
+    write_whole(file, ("\n".join(lines) + "\n").encode())
     return file
 
 

@@ -104,7 +104,7 @@ class Loop(Generic[I, P]):
         read: loads what an item needs; may raise, the item then fails. Runs in threads, ahead of the model.
         score: results of a batch, one per item, as plain data without ``id``.
         journal: file for the results, or None.
-        key: what the results depend on, for the journal.
+        key: what the results depend on, for the journal; the batch size is added.
         batch: items per call of ``score``.
         processes: among which the items are split.
         tick: called with the number of items dealt with since the last call.
@@ -137,7 +137,8 @@ class Loop(Generic[I, P]):
             JournalError, OSError: the journal cannot be used.
         """
         own = self.processes
-        journal = None if self.path is None else Journal(self.path, self.key, own.rank, own.world)
+        key = {**self.key, "batch": self.batch}  # results move with it: by rounding, and with budget="batch" by more
+        journal = None if self.path is None else Journal(self.path, key, own.rank, own.world)
         try:
             own.wait()  # nobody writes before everybody has read
             done = dict(journal.done) if journal is not None else {}
@@ -148,7 +149,7 @@ class Loop(Generic[I, P]):
             made: dict[str, dict[str, Any]] = {}
             for entries in self._batches(left[own.rank :: own.world], bool(done)):
                 if journal is not None:
-                    journal.append(entries)
+                    entries = journal.append(entries)
                 made.update({entry["id"]: entry for entry in entries})
         finally:
             if journal is not None:

@@ -16,6 +16,7 @@ from .compare import Paired, compare
 from .loop import Failure
 
 BASE = "base"
+YES_OR_NO = ("same_top1", "same_answer", "same_first_token")  # agreement that a sample has or has not
 BySample = dict[str, dict[str, dict[str, float]]]  # by "base" or plan, by score, by sample id
 
 

@@ -4,6 +4,7 @@ Third parties register theirs through the entry-point group ``saint.methods`` (n
 """
 
 import difflib
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
@@ -48,8 +49,12 @@ def get(name: str) -> type[Method]:
     raise ValueError(f"unknown method {name!r}{hint} Known: {', '.join(names())}")
 
 
-def from_dict(data: dict[str, Any]) -> Method:
+def from_dict(data: Mapping[str, Any]) -> Method:
     """Rebuild a method from its ``to_dict``."""
+    if not isinstance(data, Mapping):
+        raise ValueError(
+            f'a method is an object like {{"method": "saint", ...}}, as to_dict() makes it; got {data!r:.80}'
+        )
     settings = dict(data)
     name = settings.pop("method", None)
     if not isinstance(name, str):

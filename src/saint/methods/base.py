@@ -79,6 +79,30 @@ def _host_counts(counts: Tensor) -> tuple[int, ...]:
     return tuple(counts.tolist())
 
 
+# -- checks of settings: every method uses these, so that none takes what another refuses --------------------------------
+
+HUGE = 2**31  # no count of tokens, layers or neighbours gets here; beyond 2**63 tensors overflow
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` is True or False: "false", 0 and NaN are somebody's mistake."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False (true or false in JSON, without quotes), got {_shown(value)}")
+
+
+def check_integer(name: str, value: Any, low: int, high: int = HUGE, hint: str = "") -> None:
+    """Raise ``ValueError`` unless ``value`` is an int in [``low``, ``high``]; bools and floats are none."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        most = f" and <= {high}" if _above(value, high) else ""
+        raise ValueError(f"{name} must be an integer >= {low}{most}, got {_shown(value)}{hint and f'; {hint}'}")
+
+
+def check_number(name: str, value: Any, low: float, high: float, hint: str = "") -> None:
+    """Raise ``ValueError`` unless ``value`` is a finite int or float in [``low``, ``high``]; bools are none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{name} must be a number in [{low:g}, {high:g}], got {_shown(value)}{hint and f'; {hint}'}")
+
+
 def check_budget(budget: Budget, dynamic: tuple[str, ...] = (), name: str = "budget") -> None:
     """Raise ``ValueError`` unless ``budget`` is one of ``dynamic``, an int >= 1 or a fraction in (0, 1]."""
     if isinstance(budget, str):
@@ -86,15 +110,27 @@ def check_budget(budget: Budget, dynamic: tuple[str, ...] = (), name: str = "bud
     elif isinstance(budget, bool):
         ok = False
     elif isinstance(budget, int):
-        ok = budget >= 1
+        ok = 1 <= budget <= HUGE
     else:
         ok = isinstance(budget, float) and 0.0 < budget <= 1.0
     if not ok:
         words = "".join(f"'{word}', " for word in dynamic)
         raise ValueError(
             f"{name} must be {words}an int >= 1 (tokens kept) or a float in (0, 1] (fraction of candidates kept), "
-            f"got {budget!r}"
+            f"got {_shown(budget)}"
         )
+
+
+def _above(value: Any, high: int) -> bool:
+    return isinstance(value, int) and value > high
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if not _above(value, 10**300) else "a larger int"  # Python refuses to print ints of 4300 digits
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# -- budgets over drop points -----------------------------------------------------------------------------------------
 
 
 def final_keep(budget: int | float, total: int, name: str = "budget") -> int:

@@ -6,7 +6,7 @@ from typing import ClassVar, TypeVar
 from torch import Tensor
 
 from ..tokens import Candidates, Selection
-from .base import FixedBudget
+from .base import FixedBudget, check_integer
 from .saint import Saint
 
 Word = TypeVar("Word", int, Tensor)
@@ -24,12 +24,11 @@ class Random(FixedBudget):
     paper: ClassVar[str] = "https://arxiv.org/abs/2208.07220"  # PatchDropout: patches dropped at random
     stages: ClassVar[frozenset[str]] = frozenset({"vision", "connector", "language"})
 
-    seed: int = 0  # >= 0; another seed, another choice
+    seed: int = 0  # in [0, 2^63); another seed, another choice
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
-            raise ValueError(f"seed must be an integer >= 0, got {self.seed!r}")
+        check_integer("seed", self.seed, 0, 2**63 - 1)
 
     def layers(self, stage: str, depth: int) -> list[int]:
         return Saint().layers(stage, depth)  # where SAINT drops, so that the two differ in the choice only

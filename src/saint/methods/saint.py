@@ -1,12 +1,24 @@
 """SAINT's voting graph: drop the tokens that many others resemble. arXiv 2503.11549, section 3."""
 
 import dataclasses
-import math
 from typing import ClassVar
 
 from .. import graph
 from ..tokens import Candidates, Selection
-from .base import Budget, Method, check_budget, check_steps, floored, goals, host_counts
+from .base import (
+    Budget,
+    Method,
+    check_budget,
+    check_flag,
+    check_integer,
+    check_number,
+    check_steps,
+    floored,
+    goals,
+    host_counts,
+)
+
+_LARGEST_EXPONENT = 64.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,19 +36,26 @@ class Saint(Method):
 
     threshold: float = 0.75  # cosine from which two tokens count as similar, in (-1, 1]
     neighbors: int = 5  # edges a source needs to vote, >= 1
-    gamma: float = 10.0  # sharpness of the score, >= 0
+    gamma: float = 10.0  # sharpness of the score, in [0, 64 / (1 - threshold)]
     budget: Budget = "sample"  # "sample" | "batch" | tokens kept (int) | fraction of the candidates kept (float)
     center: bool = False  # subtract the mean key first; for encoders whose keys share a large common component
     floor: float = 0.1  # fraction of the stage's original candidates that always survives, in [0, 1]
 
     def __post_init__(self) -> None:
         graph.check_threshold(self.threshold)
-        graph.check_neighbors(self.neighbors)
-        if not isinstance(self.gamma, (int, float)) or not math.isfinite(self.gamma) or self.gamma < 0:
-            raise ValueError(f"gamma must be a finite number >= 0, got {self.gamma!r}; the published value is 10")
-        if not isinstance(self.floor, (int, float)) or not 0.0 <= self.floor <= 1.0:
-            raise ValueError(f"floor must be a fraction in [0, 1], got {self.floor!r}")
+        check_integer("neighbors", self.neighbors, 1, hint="the published value is 5")
+        # with c <= 2^31 edges the score c * exp(gamma * (s - threshold)) stays a finite float32
+        most = _LARGEST_EXPONENT / max(1.0 - self.threshold, 1e-3)
+        check_number(
+            "gamma",
+            self.gamma,
+            0,
+            most,
+            "the published value is 10, and exp(gamma * (1 - threshold)) must not overflow",
+        )
+        check_number("floor", self.floor, 0, 1, "a fraction of the stage's original candidates")
         check_budget(self.budget, ("sample", "batch"))
+        check_flag("center", self.center)
 
     def layers(self, stage: str, depth: int) -> list[int]:
         # ViT: the authors' scripts use the first half; LLM: their layers 7..16 of 32 and of 40, cut at the depth

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from .. import graph
 from ..tokens import Candidates, Selection
-from .base import FixedBudget, check_budget, final_keep
+from .base import FixedBudget, check_budget, check_flag, check_integer, final_keep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +22,8 @@ class SaintFullGraph(FixedBudget):
 
     def __post_init__(self) -> None:
         check_budget(self.keep)
-        if not isinstance(self.step, int) or isinstance(self.step, bool) or self.step < 1:
-            raise ValueError(f"step must be an integer >= 1, got {self.step!r}; the published value is 16")
+        check_integer("step", self.step, 1, hint="the published value is 16")
+        check_flag("center", self.center)
 
     def layers(self, stage: str, depth: int) -> list[int]:
         return [depth * 4 // 5]  # layer 19 of CLIP ViT-L's 24, as published

@@ -1,20 +1,25 @@
-"""Photographs with the dropped patches faded out, and sheets of them."""
+"""Photographs with the dropped patches darkened and hatched, and sheets of them."""
 
 import io
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..records import write_whole
+
 _PAPER = (255, 255, 255)
 _INK = (24, 28, 36)
 _FAINT = (112, 118, 130)
-_EDGE = (24, 28, 36)
-_FADE = 0.84  # share of white in a dropped patch: the scene stays recognisable, what was kept stands out
+# What a dropped patch becomes has to be told from a kept one on any picture. Darkening alone says nothing on black, fading alone
+# nothing on white, and flat areas of either colour are common; stripes of a light and a dark tone show on both.
+_SHADE = 0.35  # share of its brightness that a dropped patch keeps
+_STRIPE = (150, 158, 172)  # blended over it, along diagonals
+_STRIPE_SHARE = 0.55
+_EDGE = (255, 196, 0)  # amber: neither dark nor white, and rare in photographs; runs inside the dropped patches
 
 # dark violet to light yellow, evenly spaced in lightness (anchors of matplotlib's "inferno")
 _HEAT = [(0, 0, 4), (40, 11, 84), (101, 21, 110), (159, 42, 99), (212, 72, 66), (245, 125, 21), (250, 193, 39)]
@@ -30,7 +35,7 @@ class Cell(NamedTuple):
 
 
 def overlay(photo: Image.Image, kept: Tensor | Sequence[int], grid: tuple[int, int]) -> Image.Image:
-    """``photo`` with the dropped patches faded to white and a dark line around what was kept.
+    """``photo`` with the dropped patches darkened and hatched, and an amber line around what was kept.
 
     Args:
         photo: RGB, the whole of it covered by the grid.
@@ -55,9 +60,13 @@ def overlay(photo: Image.Image, kept: Tensor | Sequence[int], grid: tuple[int, i
     posts = np.arange(width) * columns // width
     stays = cells.reshape(grid)[lines[:, None], posts]  # [height, width]
 
-    faded = (pixels * (1 - _FADE) + 255 * _FADE).round().astype(np.uint8)
-    out = np.where(stays[..., None], pixels, faded)
-    reach = max(1, min(height // rows, width // columns) // 16)
+    patch = min(height // rows, width // columns)
+    period = max(4, patch // 3)
+    diagonal = (np.arange(height)[:, None] + np.arange(width)) % period < max(1, period // 4)
+    share = np.where(diagonal, _STRIPE_SHARE, 0.0)[..., None]
+    dropped = (pixels * _SHADE * (1 - share) + np.array(_STRIPE) * share).round().astype(np.uint8)
+    out = np.where(stays[..., None], pixels, dropped)
+    reach = max(1, patch // 16)
     near = np.zeros_like(stays)
     for step in range(1, reach + 1):
         near[step:] |= stays[:-step]
@@ -128,7 +137,11 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str], limit: int = 1_000_000) -> None:
-    """Write a PNG of at most ``limit`` bytes, scaled down as far as that needs."""
+    """Write a PNG of at most ``limit`` bytes, scaled down as far as that needs; whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     while True:
         buffer = io.BytesIO()
         image.save(buffer, "PNG", optimize=True)
@@ -136,6 +149,4 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], limit: int = 1_00
             break
         factor = max(0.5, min(0.92, (limit / buffer.tell()) ** 0.5))
         image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.LANCZOS)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(buffer.getvalue())
+    write_whole(path, buffer.getvalue())
