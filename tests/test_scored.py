@@ -340,6 +340,7 @@ def test_a_language_model_scores_the_keys_and_the_row_that_attention_computed(na
     for hook in hooks:
         hook.remove()
 
+    assert [(given.step, given.steps) for given in spy.seen] == [(0, 2), (1, 2)]
     seen = (inputs["input_ids"] == IMAGE).tolist()
     length = len(seen[0])
     for given, layer, before in zip(spy.seen, (1, 3), (None, trace[0]), strict=True):
@@ -409,6 +410,7 @@ def test_the_connector_is_shown_what_enters_the_language_model():
         spy = Spy(0.5)
         with saint.pruned(model, Plan(connector=spy)), torch.no_grad():
             model(**inputs)
+        assert [(given.step, given.steps) for given in spy.seen] == [(0, 1)]
         for sample, places in enumerate(inputs["input_ids"] == IMAGE):
             want = embeddings[0][sample, places]
             for got in (spy.seen[0].keys, spy.seen[0].features):
