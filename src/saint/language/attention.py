@@ -75,7 +75,7 @@ def last_row(
     changes: dict[Role, Any] = {
         HIDDEN: gather_tokens(hidden, last, 0),
         ROTARY: gather_rotary(ROTARY.read(call), one),
-        MASK: _row(mask, last, hidden.dtype),
+        MASK: _row(mask, last, hidden.dtype, valid, held[0].shape[2]),
         CACHE: _Held(held),
     }
     if isinstance(ids := POSITIONS.read(call), Tensor):
@@ -147,10 +147,12 @@ def _real(mask: Tensor | None, batch: int, count: int, device: torch.device) -> 
     return _seen(own).expand(batch, count)
 
 
-def _row(mask: Tensor | None, last: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The additive mask of one query per sample, [B, 1 or H, 1, T]."""
+def _row(mask: Tensor | None, last: Tensor, dtype: torch.dtype, valid: Tensor | None, total: int) -> Tensor | None:
+    """The additive mask of one query per sample, [B, 1 or H, 1, T]; ``valid`` [B, S] is used where causality masks alone."""
     if mask is None:
-        return None  # a last token sees everything
+        if valid is None:
+            return None  # a last token sees everything
+        mask = torch.nn.functional.pad(valid, (total - valid.shape[1], 0), value=True)  # padding stands behind it
     if mask.ndim == 2:
         mask = mask.bool()[:, None, None]
     elif mask.shape[2] > 1:
