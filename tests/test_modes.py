@@ -7,10 +7,11 @@ import warnings
 import pytest
 import torch
 from models import backbones, build, enliven
-from vlm_models import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from vlm_models import FAMILIES, checkpoint, prompts
 
 import saint
-from saint import testing
+from saint import testing, tokens
 from saint.plan import Plan, Stage
 
 
@@ -360,3 +361,118 @@ def test_open_clip_through_its_own_factory():
         out = model.encode_image(torch.randn(2, 3, 224, 224))
     assert out.shape[0] == 2
     assert session.plan.stages["vision"].method.threshold == 0.2
+
+
+# -- host reads -----------------------------------------------------------------------------------------------------------
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operators that make the host wait for a device."""
+
+    NAMES = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "unique_consecutive")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._overloadpacket.__name__
+        if name in self.NAMES:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """The path of a device whose values cost a wait; counts of votes are read with one `tolist` each, which is counted too."""
+    from saint.language import decoder
+    from saint.methods import base
+    from saint.vision import encoder
+
+    for module in (tokens, encoder, decoder):
+        monkeypatch.setattr(module, "reads_are_free", lambda device: False)
+    reads, real = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(tuple(self.shape)) or real(self))
+    assert base.host_counts(torch.tensor([2, 3])) == (2, 3)
+    reads.clear()
+    return reads
+
+
+METHODS = {
+    "saint": saint.Saint(budget=0.5),
+    "full-graph": saint.SaintFullGraph(keep=0.5),
+    "random": saint.methods.Random(keep=0.5),
+    "grid": saint.methods.Grid(keep=0.5),
+    "tome": saint.methods.ToMe(budget=0.5),
+}
+
+
+@pytest.mark.parametrize("name", ["timm/vit-augreg", "transformers/clip", "open_clip/vit"])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_fixed_budget_reads_nothing_back(name, method, as_on_cuda):
+    model = build(name)
+    inputs = testing.example_inputs(model)
+    with saint.pruned(model, Stage(method, layers=[1, 2])), torch.no_grad(), HostReads() as mode:
+        model(**inputs)
+    assert mode.seen == []
+    assert as_on_cuda == []
+
+
+def test_votes_are_read_once_per_drop_point(vit, images, as_on_cuda):
+    with saint.pruned(vit, Stage(loose(), layers=[0, 1, 2])), torch.no_grad(), HostReads() as mode:
+        vit(images)
+    assert mode.seen == []
+    assert as_on_cuda == [(3,)] * 3
+
+
+def test_a_prompt_reads_its_numbers_of_visual_tokens_once(as_on_cuda):
+    family = FAMILIES["llava-llama"]
+    model = family.build()
+    inputs = prompts(family, model, [[4, "0", 7], [3, "0", 2]])
+    keep = saint.SaintFullGraph(keep=0.5)
+    plan = Plan(vision=Stage(keep, layers=[1]), connector=keep, language=Stage(saint.Saint(budget=0.5), layers=[1, 2]))
+
+    def reads():
+        as_on_cuda.clear()
+        with torch.no_grad(), HostReads() as mode:
+            model(**inputs)
+        return [*mode.seen, *as_on_cuda]
+
+    upstream = reads()
+    with saint.pruned(model, plan):
+        reads()
+        ours = reads()
+    assert len(ours) - len(upstream) == 1
+
+
+# -- budgets and the size of the input --------------------------------------------------------------------------------------
+
+
+def test_the_input_decides_whether_a_budget_fits():
+    """A position table says nothing where pictures of any size may come."""
+    model = build("transformers/dinov2")  # 6 x 6 patches by its config, interpolated for other pictures
+    with saint.pruned(model, Stage(saint.Saint(budget=60), layers=[0, 1])) as session:
+        with torch.no_grad():
+            model(torch.randn(1, 3, 160, 160))
+        assert session.trace[-1].tokens_out.tolist() == [60]
+        with pytest.raises(ValueError, match=r"budget=60 .*36 candidates"):
+            model(torch.randn(1, 3, 96, 96))
+
+
+def test_a_dynamic_vit_takes_the_budget_of_its_input():
+    import timm
+
+    vit = timm.create_model("vit_tiny_patch16_224", embed_dim=48, depth=2, num_heads=3, dynamic_img_size=True).eval()
+    with saint.pruned(vit, Stage(saint.Saint(budget=9), layers=[0, 1])) as session, torch.no_grad():
+        vit(torch.randn(1, 3, 64, 128))
+        assert session.trace[0].tokens_in.tolist() == [32]
+        assert session.trace[-1].tokens_out.tolist() == [9]
+
+
+def test_votes_under_compile_are_warned_of(vit, images, monkeypatch):
+    from saint.methods import base
+
+    monkeypatch.setattr(base, "_warned_of_recompiling", False)
+    told = pytest.warns(UserWarning, match="recompile limit.*fraction as budget")
+    with saint.pruned(vit, Stage(loose(), layers=[1])), torch.no_grad(), told:
+        torch.compile(vit, backend="eager")(images)

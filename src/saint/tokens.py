@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 
 
+def reads_are_free(device: torch.device) -> bool:
+    """Whether a look at a tensor's values costs no wait for the device; where it does, only what must be known is read."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 @dataclass(frozen=True)
 class TokenMap:
     """The survivors of one point in the network.
@@ -85,7 +90,7 @@ class Selection:
     def from_mask(keep: Tensor, lengths: tuple[int, ...]) -> "Selection":
         """From a bool mask [B, N] with ``lengths[b]`` True in row b."""
         even = min(lengths) == max(lengths)
-        if even and keep.device.type == "cpu" and not torch.compiler.is_compiling():
+        if even and reads_are_free(keep.device):
             return Selection(keep.nonzero()[:, 1].view(keep.shape[0], -1), lengths)  # no sort, and no sync to fear
         slots = torch.sort((~keep).to(torch.uint8), dim=1, stable=True).indices[:, : max(lengths)]
         if even:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..errors import HookNeverFiredError, UnsupportedModelError
 from ..forwards import Forwards
 from ..patch import Uncopyable, override, refuse_replicas, refuse_tracing
-from ..tokens import Candidates, LayerTrace, Selection, TokenMap, gather_tokens, is_dropped
+from ..tokens import Candidates, LayerTrace, Selection, TokenMap, gather_tokens, is_dropped, reads_are_free
 from ..upstream.names import (
     ALL_STATES,
     ATTENTION,
@@ -285,24 +285,27 @@ class PrunedDecoder(Uncopyable):
         wanted = ALL_STATES.read(kwargs, ALL_STATES.get(self.model.config))
         state.full_outputs = wanted is not None and wanted is not False
         batch, length = x.shape[:2]
-        lengths = tuple(visual.sum(1).tolist())
+        gone = is_dropped(x) & visual if marked else None
+        # the one look at the device: which numbers of visual tokens there are, and are left of the encoder
+        there = visual.sum(1)
+        both = (there if gone is None else torch.cat([there, (visual & ~gone).sum(1)])).tolist()
+        lengths, left = tuple(both[:batch]), tuple(both[batch:])
         picked = Selection.from_mask(visual, lengths)
         count = picked.slots.shape[1]
         index = torch.arange(count, device=x.device).expand(batch, count)
         tokens = TokenMap.full(batch, length, x.device)
         front = Front(tokens, TokenMap(index, lengths, lengths, count, picked.valid), picked.slots, tokens.index)
-        if marked:
-            gone = is_dropped(x) & visual
+        if gone is not None:
             x = torch.where(gone.unsqueeze(-1), torch.zeros_like(x), x)
             here = ~gone.gather(1, front.where)
             here = here if picked.valid is None else here & picked.valid
-            if bool(gone.any()):
-                front = _drop(front, Selection.from_mask(here, tuple(here.sum(1).tolist())))
+            if left != lengths:
+                front = _drop(front, Selection.from_mask(here, left))
                 front = _restart(front)
         if self.connector is not None:
             _validate(self.connector, front.visual, 1)
             at = _at(x, front)
-            if not bool(torch.isfinite(at).all()):
+            if reads_are_free(at.device) and not bool(torch.isfinite(at).all()):
                 raise ValueError(
                     "image features are NaN or Inf in front of the language model: check the pixels for NaN or Inf, and fp16 "
                     "overflow"
@@ -337,7 +340,7 @@ class PrunedDecoder(Uncopyable):
         mean = keys.detach().mean(1, dtype=torch.float32)
         at = _at(mean, front)
         step = self.steps[layer]
-        if step == 0 and not bool(torch.isfinite(at).all()):
+        if step == 0 and reads_are_free(at.device) and not bool(torch.isfinite(at).all()):
             raise ValueError(
                 f"the keys of {self.path} layer {layer} are NaN or Inf: check the inputs, and fp16 overflow"
             )

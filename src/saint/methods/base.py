@@ -71,7 +71,24 @@ class FixedBudget(Method):
 
 def host_counts(counts: Tensor) -> tuple[int, ...]:
     """Votes [B] as Python ints; under ``torch.compile`` the one place where the graph breaks."""
+    if torch.compiler.is_compiling():
+        _warn_of_recompiling()
     return _host_counts(counts) if torch.compiler.is_compiling() else tuple(counts.tolist())
+
+
+@torch.compiler.disable
+def _warn_of_recompiling() -> None:
+    global _warned_of_recompiling
+    if not _warned_of_recompiling:
+        _warned_of_recompiling = True
+        warnings.warn(
+            "a budget by votes gives every batch other lengths: under torch.compile each is compiled anew until the recompile "
+            "limit, then runs eagerly; give a number or a fraction as budget for one graph",
+            stacklevel=2,
+        )
+
+
+_warned_of_recompiling = False
 
 
 @torch.compiler.disable

@@ -41,6 +41,7 @@ ROWS = [
         anatomies={"ResidualAttentionBlock": _DEFAULT, "CustomResidualAttentionBlock": _CUSTOM},
         prefix=lambda m: 1,
         patch="conv1",
+        candidates=lambda m: m.grid_size[0] * m.grid_size[1],
         final="ln_post",
         pools=("attn_pool", "attn_pool_contrastive"),
         dense_calls=("forward_intermediates",),

@@ -81,6 +81,7 @@ class EncoderRow:
         dense_calls: methods whose maps must be full length (they reshape to the grid).
         packed: samples lie one behind the other in one sequence without batch axis, told by an argument with their grids.
         order: of a packed encoder: method that reorders groups of tokens and is given their order, or None.
+        candidates: how many the instance always has, or None where the size of the pictures decides.
         refuse: reason why this instance cannot be pruned, or None.
     """
 
@@ -98,6 +99,7 @@ class EncoderRow:
     dense_calls: tuple[str, ...] = ()
     packed: bool = False
     order: Role | None = None
+    candidates: Callable[[Any], int | None] = lambda _: None
     refuse: Callable[[Any], str | None] = field(default=lambda _: None)
 
 

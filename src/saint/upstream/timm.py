@@ -65,6 +65,12 @@ _BLOCKS = {
     "DiffParallelScalingBlock": _DIFF_PARALLEL,
 }
 
+
+def _candidates(model: Any) -> int | None:
+    embed = model.patch_embed
+    return embed.num_patches if getattr(embed, "strict_img_size", False) else None
+
+
 ROWS = [
     EncoderRow(
         title="ViT (AugReg, DeiT/DeiT-3, MAE, CLIP, SigLIP/SigLIP 2, DINOv2 with and without registers, AIMv2, hybrids, "
@@ -75,6 +81,7 @@ ROWS = [
         anatomies=_BLOCKS,
         prefix=lambda m: m.num_prefix_tokens,
         patch="patch_embed.proj",
+        candidates=_candidates,
         final="norm",
         pools=("attn_pool",),
         pool_with_prefix=lambda m: bool(getattr(m, "pool_include_prefix", False)),
@@ -89,6 +96,7 @@ ROWS = [
         anatomies={"EvaBlock": _EVA, "EvaBlockPostNorm": _EVA_POST},
         prefix=lambda m: m.num_prefix_tokens,
         patch="patch_embed.proj",
+        candidates=_candidates,
         final="norm",
         pools=("attn_pool",),
         dense_calls=("forward_intermediates",),
@@ -102,6 +110,7 @@ ROWS = [
         anatomies={"Block": _BEIT},
         prefix=lambda m: m.num_prefix_tokens,
         patch="patch_embed.proj",
+        candidates=_candidates,
         final="norm",
         dense_calls=("forward_intermediates",),
     ),
@@ -113,6 +122,7 @@ ROWS = [
         anatomies={"RelPosBlock": _RELPOS, "ResPostRelPosBlock": _RELPOS_POST},
         prefix=lambda m: m.num_prefix_tokens,
         patch="patch_embed.proj",
+        candidates=_candidates,
         final="norm",
         dense_calls=("forward_intermediates",),
     ),

@@ -35,6 +35,7 @@ from ..tokens import (
     merge_tokens,
     nearest_survivor,
     packed_groups,
+    reads_are_free,
     shorter,
     similar_survivor,
     square_groups,
@@ -174,15 +175,9 @@ class PrunedEncoder(Uncopyable):
             raise UnsupportedModelError(f'{name} shows no patch grid: output="nearest" is not possible, use "similar"')
         if placement == "mid":
             self._prove()
-        count = getattr(getattr(self.encoder, "patch_embed", None), "num_patches", None)
-        if count is None:
-            config = getattr(self.encoder, "config", None)
-            size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-            count = (size // patch) ** 2 if isinstance(size, int) and isinstance(patch, int) and patch else None
-        if count is None and (grid := getattr(self.encoder, "grid_size", None)) is not None:
-            count = grid[0] * grid[1]
-        if count:
-            self.validate(count // (self.joins or 1) ** 2, len(self.layers))
+        count = self.row.candidates(self.encoder)
+        if count is not None:
+            self.validate(count, len(self.layers))
         return placement
 
     def _check_bias(self, layer: int) -> None:
@@ -393,7 +388,7 @@ class PrunedEncoder(Uncopyable):
         state = self.state
         tokens = state.maps[layer]
         step = self.steps[layer]
-        if step == 0 and not torch.compiler.is_compiling():
+        if step == 0 and reads_are_free(keys.device):
             _refuse_non_finite(keys, f"{self.row.blocks}.{layer}")
         selection = self._select(layer, keys, x.detach()[:, self.prefix :])
         if selection is None:
