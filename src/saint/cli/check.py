@@ -1,11 +1,20 @@
 """`saint check MODEL`: run the contracts on a user's model."""
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..loading_vlm import LoadedVLM
+    from ..plan import Plan
+    from ..testing import Result
 
 
 def check(
@@ -14,15 +23,30 @@ def check(
     pretrained: Annotated[bool, typer.Option(help="--no-pretrained: random weights, no download")] = True,
     json: Annotated[Path | None, typer.Option(help="write the results to this file")] = None,
 ) -> None:
-    """Prove that pruning MODEL is correct: identity, exact undo, masked oracle, batch independence, FLOPs, bad input."""
+    """Prove that pruning MODEL is correct: identity, exact undo, masked oracle, batch independence, FLOPs, bad input.
+
+    Of a vision-language model: the same over all its stages, and generation.
+    """
     from .. import testing
     from ..loading import load_model
+    from ..loading_vlm import is_vlm, load_vlm
     from ..methods.saint import Saint
-    from ..records import environment, write_json
     from ..session import pruned
+    from ..testing.vlm import check_vlm, hybrid_plan
     from ..vision.locate import locate
+    from ..vlm.locate import locate as locate_vlm
 
     console = Console()
+    if is_vlm(model):
+        with console.status(f"loading {model}"):
+            vlm = load_vlm(model, device=device, pretrained=pretrained)
+        path, module, family = locate_vlm(vlm.model, "language")
+        console.print(f"{model}: {type(module).__name__} (transformers: {family.title})")
+        with console.status("checking"):
+            plan = hybrid_plan(vlm.model)
+            results = check_vlm(vlm.model, partial(_samples, vlm), plan)
+        _report(console, model, plan, results, json)
+        return
     with console.status(f"loading {model}"):
         loaded = load_model(model, device=device, pretrained=pretrained)
     path, encoder, row = locate(loaded.model)
@@ -41,6 +65,21 @@ def check(
             inputs = testing.example_inputs(target)
         plan = testing.example_plan(target, inputs)
         results = testing.check_model(target, plan, inputs)
+    _report(console, model, plan, results, json)
+
+
+def _samples(vlm: "LoadedVLM", which: Sequence[int]) -> dict[str, Any]:
+    """Two pictures with questions of different length."""
+    generator = np.random.default_rng(0)
+    noise = [generator.integers(0, 256, (336, 336, 3), dtype=np.uint8) for _ in range(2)]
+    noise[1][:168] = noise[1][:168] // 16 + 100  # half of it is calm
+    questions = ("What is in the picture?", "Which of the two halves of the picture is calm, and which one is not?")
+    return vlm.inputs([questions[i] for i in which], [Image.fromarray(noise[i]) for i in which])
+
+
+def _report(console: Console, model: str, plan: "Plan", results: "Sequence[Result]", json: Path | None) -> None:
+    from ..records import environment, write_json
+
     table = Table("contract", "outcome", "detail")
     for result in results:
         style = {"passed": "green", "failed": "bold red"}.get(result.outcome, "yellow")

@@ -110,5 +110,6 @@ WINDOW_ORDER = Role("permute_input_for_window_attn")  # reorders groups of patch
 IMPLEMENTATION = Role("_attn_implementation")  # of configs
 POOLED = Role("pooler_output")
 IMAGE_TOKEN = Role("image_token_id")  # of configs
+VIDEO_TOKEN = Role("video_token_id")  # of configs
 ATTENTION = Role("self_attn")  # of decoder layers
 LAYERS = Role("layers")  # of decoders

@@ -1,0 +1,206 @@
+"""The contracts of a pruned vision-language model, as functions to run on your own.
+
+Letters: B batch, L positions of the prompt, T new tokens, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HookNeverFiredError
+from ..methods.saint import Saint
+from ..methods.saint_full_graph import SaintFullGraph
+from ..plan import Plan, Stage
+from ..session import pruned
+from ..tokens import LayerTrace
+from ..upstream.names import IMAGE_TOKEN, LAYERS, MASK, VIDEO_TOKEN
+from ..vlm.locate import locate
+from . import Inputs, Result, _eval, _poison, check_undo, masked_oracle, run, snapshot
+
+Make = Callable[[Sequence[int]], Inputs]
+
+
+def hybrid_plan(model: nn.Module) -> Plan:
+    """Half to two thirds of the visual tokens go, at every stage that the family has."""
+    _, vlm, row = locate(model, "language")
+    depth = len(list(LAYERS.get(vlm.get_submodule(row.decoder)).children()))
+    vision = None if row.no_vision is not None else Stage(SaintFullGraph(keep=0.8), layers=[1])
+    language = Stage(Saint(threshold=0.9, budget=0.6), layers=sorted({min(1, depth - 1), depth // 2}))
+    return Plan(vision=vision, connector=SaintFullGraph(keep=0.8), language=language)
+
+
+def _placeholders(model: nn.Module) -> list[int]:
+    """Tokens that stand for images and videos."""
+    _, vlm, _ = locate(model, "language")
+    return [token for role in (IMAGE_TOKEN, VIDEO_TOKEN) if (token := role.get(vlm.config)) is not None]
+
+
+def _words(model: nn.Module, inputs: Inputs) -> Tensor:
+    """Positions that no plan can drop and that are no padding, bool [B, L]."""
+    places = torch.isin(inputs["input_ids"], torch.tensor(_placeholders(model), device=inputs["input_ids"].device))
+    mask = MASK.read(inputs)
+    return ~places if mask is None else ~places & mask.bool()
+
+
+def _off(got: Tensor, want: Tensor) -> float:
+    return float((got - want).abs().max() / want.abs().max().clamp_min(1e-12))
+
+
+def check_identity(model: nn.Module, plan: Plan, make: Make) -> str:
+    """A plan that keeps everything changes nothing (float32: 1e-5 of the size of the logits)."""
+    inputs = make([0, 1])
+    keep = Stage(Saint(threshold=1.0, budget=1.0), layers=plan.stages["language"].layers)
+    everything = SaintFullGraph(keep=1.0)
+    nothing = Plan(
+        vision=Stage(everything, layers=plan.vision.layers) if plan.vision else None,
+        connector=everything,
+        language=keep,
+    )
+    base = run(model, inputs)["logits"]
+    with pruned(model, nothing) as session:
+        same = run(model, inputs)["logits"]
+        assert all(torch.equal(entry.tokens_in, entry.tokens_out) for entry in session.trace), "tokens were dropped"
+    worst = _off(same, base)
+    assert worst <= 1e-5, f"logits differ by {worst:.1e} of their size though nothing was dropped"
+    return "bitwise equal" if worst == 0 else f"largest difference {worst:.1e}"
+
+
+def check_oracle(model: nn.Module, plan: Plan, make: Make) -> str:
+    """Logits of the prompt equal those of :func:`saint.testing.masked_oracle`."""
+    inputs = make([0, 1])
+    words = _words(model, inputs)
+    want, _ = masked_oracle(model, plan, inputs)
+    with pruned(model, plan):
+        got = run(model, inputs)["logits"]
+    worst = _off(got[words], want["logits"][words])
+    assert worst <= 1e-4, f"logits differ by {worst:.1e} of their size from the masked oracle's"
+    return f"{int(words.sum())} positions within {worst:.1e}"
+
+
+def check_generation(model: Any, plan: Plan, make: Make, steps: int = 8) -> str:
+    """Greedy tokens equal those that the masked oracle chooses, recomputing everything at every step."""
+    inputs = make([0, 1])
+    with pruned(model, plan), torch.no_grad():
+        made = model.generate(
+            **inputs, max_new_tokens=steps, do_sample=False, output_logits=True, return_dict_in_generate=True,
+            suppress_tokens=_placeholders(model),
+        )  # fmt: skip
+    length = inputs["input_ids"].shape[1]
+    new = made.sequences[:, length:]
+    grown = dict(inputs)
+    # by induction over the steps, one forward over prompt and new tokens gives what recomputing at every step gives
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.shape == inputs["input_ids"].shape:
+            more = value[:, -1:].expand(-1, new.shape[1])
+            if name == "token_type_ids" and model.config.model_type == "paligemma":
+                more = torch.ones_like(more)  # what is not part of the bidirectional prefix
+            grown[name] = torch.cat([value, new if name == "input_ids" else more], 1)
+    want = masked_oracle(model, plan, grown)[0]["logits"][:, length - 1 : -1]
+    real = torch.ones_like(new, dtype=torch.bool)  # behind the first end of a sample generate only pads
+    ends = model.generation_config.eos_token_id
+    if ends is not None:
+        over = torch.isin(new, torch.tensor(ends, device=new.device))
+        real = over.cumsum(1) - over.long() == 0
+    got = torch.stack(made.logits, 1)
+    worst = _off(got[real], want[real])
+    assert worst <= 1e-4, f"logits of new tokens differ by {worst:.1e} of their size from the masked oracle's"
+    return f"{int(real.sum())} new tokens within {worst:.1e}"
+
+
+def check_batch(model: nn.Module, plan: Plan, make: Make) -> str:
+    """A sample's survivors and logits do not depend on its batch mates or on padding."""
+    together, per_entry = make([0, 1]), []
+    words = _words(model, together)
+    with pruned(model, plan) as session:
+        logits, trace = run(model, together)["logits"], session.trace
+        alone: list[tuple[Tensor, list[LayerTrace]]] = []
+        for sample in (0, 1):
+            inputs = make([sample])
+            alone.append((run(model, inputs)["logits"][_words(model, inputs)], session.trace))
+    for sample in (0, 1):
+        got = logits[sample][words[sample]]
+        assert got.shape == alone[sample][0].shape, "the processor makes other prompts in a batch than alone"
+        for entry, single in zip(trace, alone[sample][1], strict=True):
+            if entry.stage != "vision":  # those count images, of which a sample may have several tiles
+                per_entry.append(torch.equal(entry.kept[sample], single.kept[0]))
+        worst = _off(got, alone[sample][0])
+        assert worst <= 1e-3, f"sample {sample}: its batch changes its logits by {worst:.1e} of their size"
+    assert all(per_entry), "other survivors in a batch than alone"
+    return "2 samples, together and alone"
+
+
+def check_on(model: nn.Module, plan: Plan, make: Make) -> str:
+    """Tokens are dropped at every stage, the logits change, and the cache holds less."""
+    inputs = make([0, 1])
+    base = run(model, inputs)["logits"]
+    with pruned(model, plan) as session:
+        got = run(model, {**inputs, "use_cache": True})["logits"]
+        trace, memory = session.trace, session.kv_memory
+    stages = {entry.stage for entry in trace if bool((entry.tokens_out < entry.tokens_in).any())}
+    assert stages == set(plan.stages), f"tokens were dropped at {sorted(stages)} of {sorted(plan.stages)}"
+    assert not torch.equal(got, base), "tokens were dropped and no logit changed"
+    assert memory is not None, "the prompt left no cache"
+    assert memory.kept < memory.unpruned, "the cache holds as much as without pruning"
+    return f"{memory.kept / memory.unpruned:.0%} of the KV cache"
+
+
+def check_bad_input(model: nn.Module, plan: Plan, make: Make) -> str:
+    """Bad budgets and bad pixels raise a clear error and leave the model alone."""
+    inputs, before = make([0, 1]), snapshot(model)
+    pixels = {n: _poison(v) if n.startswith("pixel_values") else v for n, v in inputs.items()}
+    bad = {
+        "keep": (Plan(connector=SaintFullGraph(keep=10**6)), inputs),
+        "budget": (Plan(language=Stage(Saint(budget=10**6), layers=[0])), inputs),
+        "NaN": (plan, pixels),
+    }
+    for word, (wrong, given) in bad.items():
+        try:
+            with pruned(model, wrong):
+                run(model, given)
+        except ValueError as error:
+            assert word in str(error), f"the error for a bad {word} does not name it: {error}"
+        else:
+            raise AssertionError(f"a bad {word} was accepted")
+        assert snapshot(model) == before, f"the model is not as before after a bad {word}"
+    return f"{len(bad)} kinds refused"
+
+
+CONTRACTS: dict[str, Callable[[Any, Plan, Make], str]] = {
+    "identity": check_identity,
+    "exact undo": lambda model, plan, make: check_undo(model, plan, make([0, 1])),
+    "masked oracle": check_oracle,
+    "generation": check_generation,
+    "batch independence": check_batch,
+    "really on": check_on,
+    "bad input": check_bad_input,
+}
+
+
+def check_vlm(model: nn.Module, make: Make, plan: Plan | None = None) -> list[Result]:
+    """Run every contract on a vision-language model.
+
+    Args:
+        model: of a supported family; in eval mode during the checks.
+        make: keyword inputs of the model for these samples, of two (0 and 1) with one image each and prompts of different
+            length.
+        plan: with a language stage; None takes :func:`hybrid_plan`.
+
+    Returns:
+        One result per contract.
+
+    Raises:
+        UnsupportedModelError: the model is not of a supported family.
+    """
+    plan = hybrid_plan(model) if plan is None else plan
+    results = []
+    with _eval(model):
+        for name, contract in CONTRACTS.items():
+            try:
+                results.append(Result(name, "passed", contract(model, plan, make)))
+            except AssertionError as error:
+                results.append(Result(name, "failed", str(error)))
+            except HookNeverFiredError as error:
+                results.append(Result(name, "skipped", str(error)))
+    return results
