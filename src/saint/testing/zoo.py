@@ -150,7 +150,8 @@ def _shapes(create: Callable[..., nn.Module], name: str, given: dict[str, Any]) 
     width = getattr(real, "embed_dim", None)
     # the width of a stem of convolutions decides the width of what comes behind it
     if heads is not None and isinstance(width, int) and count > WIDEST and not name.startswith("vitamin"):
-        return [shape | {"embed_dim": width // heads * count, "num_heads": count} for count in NARROW]
+        narrow = [shape | {"embed_dim": width // heads * count, "num_heads": count} for count in NARROW]
+        return [*narrow, shape]
     return [shape]
 
 
