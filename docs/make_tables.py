@@ -1,5 +1,6 @@
 """Rewrite the generated tables of README.md: what is supported, and the speed table from its record."""
 
+import csv
 import dataclasses
 import importlib
 import json
@@ -11,6 +12,7 @@ from saint.upstream.specs import FamilyRow
 from saint.vision.locate import ROWS
 
 ROOT = Path(__file__).parents[1]
+ZOO = ROOT / "docs" / "zoo.csv"
 RECORD = ROOT / "benchmarks" / "results" / "encoders-cpu.json"
 
 
@@ -20,6 +22,22 @@ def support_table() -> str:
     for row in ROWS:
         seen.setdefault((row.library, row.title), []).append(f"`{row.encoder.rpartition('.')[2]}`")
     lines += [f"| {library} | {title} | {', '.join(classes)} |" for (library, title), classes in seen.items()]
+    return "\n".join(lines)
+
+
+def zoo_table() -> str:
+    """How many names of each module hold, from the record of the sweep."""
+    rows = list(csv.DictReader(ZOO.read_text().splitlines()))
+    lines = ["| library | names of | hold | refused | not tried |", "|---|---|---|---|---|"]
+    groups: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        groups.setdefault((row["library"], row["module"]), []).append(row["outcome"])
+    for (library, module), outcomes in groups.items():
+        counts = " | ".join(str(outcomes.count(outcome) or "") for outcome in ("refused", "not tried"))
+        lines.append(f"| {library} | {module} | {outcomes.count('holds')} of {len(outcomes)} | {counts} |")
+    held = sum(row["outcome"] == "holds" for row in rows)
+    versions = "; ".join(sorted({row["versions"] for row in rows}))
+    lines += ["", f"{held} of {len(rows)} names hold ({versions})."]
     return "\n".join(lines)
 
 
@@ -79,6 +97,7 @@ def replace(text: str, name: str, table: str) -> str:
 def main() -> None:
     readme = ROOT / "README.md"
     text = replace(readme.read_text(), "support", support_table())
+    text = replace(text, "zoo", zoo_table())
     text = replace(text, "families", vlm_table())
     if RECORD.exists():
         text = replace(text, "speed", speed_table())

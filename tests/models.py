@@ -172,6 +172,11 @@ def _open_clip_default() -> nn.Module:
     return _open_clip(ls_init_value=1e-5)
 
 
+@register("open_clip/vit-tokens")
+def _open_clip_tokens() -> nn.Module:
+    return _open_clip(output_tokens=True)  # beside the pooled vector the patches alone, without the class token
+
+
 @register("open_clip/vit-avg")
 def _open_clip_avg() -> nn.Module:
     return _open_clip(pool_type="avg", final_ln_after_pool=True)

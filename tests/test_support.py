@@ -101,9 +101,7 @@ def patches(model):
     return {"x": x, "patch_coord": coordinates, "patch_valid": valid}
 
 
-@pytest.mark.parametrize(
-    ("pool", "rope"), [("avg", "none"), ("avgmax", "axial"), ("map", "none"), ("token", "mixed"), ("avg", "dinov3")]
-)
+@pytest.mark.parametrize(("pool", "rope"), [("avg", "none"), ("avgmax", "axial"), ("map", "none"), ("token", "mixed")])
 def test_patches_of_pictures_of_several_shapes(pool, rope):
     """NaFlexViT with what its collator gives: per-sample grids, padding, rotary tables of every sample."""
     import timm

@@ -565,7 +565,7 @@ def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
 
 
 def _survivor_rows(
-    name: str, got: Tensor, want: Tensor, entry: LayerTrace, prefix: int, full: bool
+    name: str, got: Tensor, want: Tensor, trace: list[LayerTrace], prefix: int, full: bool
 ) -> list[tuple[Tensor, Tensor]]:
     """Pairs to compare: whole tensors, or for a sequence of tokens the rows of each sample's survivors.
 
@@ -573,10 +573,13 @@ def _survivor_rows(
         name: of the output, for the message.
         got: from the pruned forward.
         want: from the oracle.
-        entry: the last drop point.
-        prefix: P.
+        trace: of the pruned forward.
+        prefix: P; an output may hold the candidates alone.
         full: the pruned forward hands on full-length maps.
     """
+    entry = trace[-1]
+    if want.ndim == 3 and want.shape[1] < prefix + int(trace[0].tokens_in.max()):
+        prefix = 0
     tokens = want.ndim == 3 and want.shape[1] >= prefix + max(int(k.max()) + 1 if len(k) else 0 for k in entry.kept)
     tokens = (
         tokens and got.ndim == 3 and got.shape[1] == (want.shape[1] if full else prefix + int(entry.tokens_out.max()))
@@ -679,7 +682,7 @@ def check_oracle(model: nn.Module, plan: Plan, inputs: Inputs, atol: float = 1e-
     full = plan.stages["vision"].output != "survivors"
     for name in want:
         scale = max(1.0, float(want[name].abs().max()))
-        for a, b in _survivor_rows(name, got[name], want[name], trace[-1], row.prefix(encoder), full):
+        for a, b in _survivor_rows(name, got[name], want[name], trace, row.prefix(encoder), full):
             worst = float((a - b).abs().max())
             assert worst <= _tolerance(want, atol) * scale, f"{name}: differs by {worst:.2e} (size {scale:.1f})"
     oracle = "the merged oracle (nothing is masked)" if merges else "the masked oracle"
@@ -710,7 +713,9 @@ def check_batch(model: nn.Module, plan: Plan, inputs: Inputs, atol: float = 1e-5
         for sample in range(size):
             want, got = alone[sample][name][0], value[sample]
             if got.ndim == 2 and not full:  # behind the survivors of this sample comes padding
-                got, want = got[: prefix + len(trace[-1].kept[sample])], want[: prefix + len(trace[-1].kept[sample])]
+                length = len(trace[-1].kept[sample])
+                length += 0 if len(got) == int(trace[-1].tokens_out.max()) else prefix  # 0: candidates alone
+                got, want = got[:length], want[:length]
             scale = max(1.0, float(want.abs().max()))
             worst = float((got - want).abs().max())
             assert worst <= _tolerance(together, atol) * scale, (

@@ -128,12 +128,18 @@ def _timm(name: str, **given: Any) -> nn.Module:
 
 def _shapes(create: Callable[..., nn.Module], name: str, given: dict[str, Any]) -> list[dict[str, Any]]:
     """Arguments of a factory for a small model of the same architecture, the best first."""
-    try:
-        with torch.device("meta"):
-            real: Any = create(name, pretrained=False, depth=DEPTH, **given)
-    except Exception:  # whatever a factory does with an argument it does not know
+    real: Any = None
+    shape: dict[str, Any] = {}
+    # some factories count heads of keys and values for each block
+    for shape in ({"depth": DEPTH}, {"depth": DEPTH, "num_kv_heads": 2}):
+        try:
+            with torch.device("meta"):
+                real = create(name, pretrained=False, **given, **shape)
+            break
+        except Exception:  # whatever a factory does with an argument it does not know
+            continue
+    if real is None:
         return [{}]  # a factory that takes none of this; its size is what it is
-    shape: dict[str, Any] = {"depth": DEPTH}
     embed: Any = getattr(real, "patch_embed", None)
     if hasattr(real, "embeds"):
         shape["pos_embed_grid_size"] = (SIDE, SIDE)
@@ -144,7 +150,8 @@ def _shapes(create: Callable[..., nn.Module], name: str, given: dict[str, Any]) 
     width = getattr(real, "embed_dim", None)
     # the width of a stem of convolutions decides the width of what comes behind it
     if heads is not None and isinstance(width, int) and count > WIDEST and not name.startswith("vitamin"):
-        return [shape | {"embed_dim": width // heads * count, "num_heads": count} for count in NARROW]
+        narrow = [shape | {"embed_dim": width // heads * count, "num_heads": count} for count in NARROW]
+        return [*narrow, shape]
     return [shape]
 
 

@@ -70,7 +70,7 @@ class EncoderRow:
         library: distribution the class comes from.
         encoder: qualified name of the class that owns the blocks.
         blocks: dotted path to the ModuleList of blocks.
-        anatomies: block class name -> anatomy. A block class that is missing supports ``placement="post"`` only.
+        anatomies: block class name -> anatomy. Blocks of another class are refused from the first drop point on.
         prefix: protected tokens in front (CLS, distillation, registers), from the instance.
         patch: dotted path to the module whose output shows the patch grid (a map [B, C, rows, columns], or a pair of which
             the grid is the second), or None.

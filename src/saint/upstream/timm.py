@@ -160,6 +160,7 @@ REFUSED = {
     "timm.models.crossvit.CrossVit": "two sequences that exchange their class tokens",
     "timm.models.tnt.TNT": "an inner sequence for each token",
     "timm.models.pit.PoolingVisionTransformer": "pooling on the grid between its stages",
+    "timm.models.fastvit.FastVit": "convolutions, and attention on a small grid at most",
     "timm.models.swin_transformer.SwinTransformer": "windows, no global tokens",
     "timm.models.swin_transformer_v2.SwinTransformerV2": "windows, no global tokens",
     "timm.models.convnext.ConvNeXt": "convolutions, no tokens",
