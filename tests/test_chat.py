@@ -9,12 +9,12 @@ import transformers as hf
 from PIL import Image
 from test_cli import one_line, run  # noqa: F401  (a fixture)
 from tokenizers import Tokenizer, models, pre_tokenizers
-from vlm_models import FAMILIES, IMAGE
+from vlm_models import FAMILIES, IMAGE, prompts
 
 import saint
 from saint.loading_vlm import is_vlm, load_vlm
 from saint.plan import Stage
-from saint.view.tiles import Tile, _laid, placed, tiles
+from saint.view.tiles import Tile, _laid, placed, tiles, visual_tokens
 
 TEMPLATE = (
     "{% for m in messages %}USER: {% for part in m['content'] %}"
@@ -170,6 +170,31 @@ def test_view_of_a_model_with_a_default_plan(run, spec, picture, tmp_path):  # n
     assert code == 0, err
     stages = {step["stage"] for step in json.loads((tmp_path / "v.json").read_text())["photos"][0]["layers"]}
     assert stages == {"vision", "language"}
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "llava-onevision"])
+def test_tiles_of_every_family_have_the_grid_that_its_trace_counts(name):
+    family = FAMILIES[name]
+    model = family.build()
+    images = ["0", "1"] if name.startswith("qwen") else ["1"]  # of LLaVA-NeXT, one whose tiles are not padded
+    inputs = prompts(family, model, [[3, *images, 2]])
+    seen = tiles(model, object(), inputs)
+    with (
+        saint.pruned(model, saint.Plan(vision=Stage(saint.SaintFullGraph(keep=0.5), layers=[0]))) as session,
+        torch.no_grad(),
+    ):
+        model(**inputs)
+        (step,) = session.trace
+    counts = [rows * columns for rows, columns in (tile.grid for tile in seen)]
+    assert step.tokens_in.tolist()[: len(counts)] == counts
+    if "image_grid_thw" in inputs:
+        assert [tile.grid for tile in seen] == [(4, 6), (4, 4)]
+        assert all(tile.picture.width * tile.grid[0] == tile.picture.height * tile.grid[1] for tile in seen)
+    total = visual_tokens(model, inputs)
+    found = placed(seen, torch.arange(total), total)
+    assert (found is None) == (name == "llava-next")  # it unpads and adds newlines
+    if found is not None:
+        assert [len(kept) for kept in found] == counts
 
 
 def test_tokens_are_placed_on_their_tiles():

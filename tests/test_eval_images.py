@@ -387,6 +387,13 @@ def test_record_resume_and_refusal(run, folder, tmp_path):  # noqa: F811
     code, out, err = run(*args[:3], folder, *args[3:])
     assert code == 0, err
     assert "10 of 10 evaluated" in out
+    (row,) = [line for line in out.splitlines() if "same_top1" in line]
+    share, count, spread, n = (cell.strip() for cell in row.strip("│ ").split("│")[1:])
+    assert (count, spread, n) == (
+        f"{round(float(share.rstrip('%')) / 10)} of 10",
+        "-",
+        "10",
+    )  # a yes or no has no percentiles
     record = json.loads(file.read_text())
     assert (record["kind"], record["given"], record["evaluated"]) == ("eval/images", 10, 10)
     assert record["environment"]["torch"]
@@ -415,6 +422,13 @@ def test_record_resume_and_refusal(run, folder, tmp_path):  # noqa: F811
     assert set(json.loads((tmp_path / "two.json").read_text())["against_first"]) == {"vit/published"}
     picture("noise", 7).save(folder / "noise" / "new.png")
     one_line(run(*args[:3], folder, *args[3:])[2], "another run", "data")
+
+
+def test_a_journal_of_an_earlier_release_is_not_passed_over(run, folder, tmp_path):  # noqa: F811
+    (tmp_path / "r.journal.jsonl").write_text('{"journal": 1, "key": {}}\n')
+    code, _, err = run("eval", "images", TINY[0], folder, *TINY[1:], "--plan", PLAN, "--json", tmp_path / "r.json")
+    assert code == 2
+    one_line(err, "r.journal.jsonl", "earlier release", "delete it")
 
 
 def test_broken_images_are_told_and_the_status_says_so(run, folder, tmp_path):  # noqa: F811

@@ -112,7 +112,7 @@ def view(
 
 
 def _old_arguments(model: str | None, image: Path | None, old: str | None) -> tuple[str, Path | None]:
-    """MODEL and --image, also from ``saint view IMAGE [--model MODEL]``, which is how it was until 0.1."""
+    """MODEL and --image, also from ``saint view IMAGE [--model MODEL]``, the deprecated form."""
     from ..loading import names_a_model
 
     if model is not None and image is None and not names_a_model(model) and (old is not None or Path(model).exists()):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import sqlite3
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ class Journal:
         OSError: it cannot be read or written.
     """
 
-    def __init__(self, path: str | Path, key: Mapping[str, Any], rank: int = 0, world: int = 1) -> None:
+    def __init__(self, path: str | os.PathLike[str], key: Mapping[str, Any], rank: int = 0, world: int = 1) -> None:
         path = Path(path)
         if path.is_dir():
             raise IsADirectoryError(f"the journal needs a file name, {path} is a directory")
