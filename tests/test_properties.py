@@ -599,3 +599,32 @@ def test_plans_survive_json(plan):
     for name, stage in plan.stages.items():
         for key, value in vars(stage.method).items():
             assert data[name]["method"][key] == value
+
+
+def test_default_layers():
+    """Saint: the first half of an encoder, layers 7 to 16 of a language model; the full graph at four fifths; ToMe everywhere."""
+    for method in (methods.Saint(), methods.Grid(), methods.Random()):
+        assert [method.layers("vision", depth) for depth in (1, 2, 5, 12)] == [[0], [0], [0, 1], [*range(6)]]
+        assert method.layers("language", 32) == method.layers("language", 40) == list(range(7, 17))
+        assert [method.layers("language", depth) for depth in (1, 5, 8, 12)] == [[0], [4], [7], [*range(7, 12)]]
+    assert [methods.SaintFullGraph().layers("vision", depth) for depth in (24, 12, 4, 1)] == [[19], [9], [3], [0]]
+    assert methods.ToMe().layers("vision", 4) == [0, 1, 2, 3]
+    assert [methods.FastV().layers("language", depth) for depth in (1, 2, 32)] == [[0], [1], [1]]
+    first_half = Stage(methods.Saint(), layers="first_half")
+    assert [first_half.resolve_layers("vision", depth) for depth in (1, 3, 12)] == [[0], [0], [*range(6)]]
+    assert Stage(methods.Saint(), layers=[3, 1]).resolve_layers("vision", 4) == [1, 3]
+    with pytest.raises(ValueError, match=r"layer 3 is out of range.*0\.\.2"):
+        Stage(methods.Saint(), layers=[1, 3]).resolve_layers("vision", 3)
+
+
+def test_published_settings():
+    saint = methods.Saint()
+    assert (saint.threshold, saint.neighbors, saint.gamma, saint.budget, saint.center, saint.floor) == (
+        0.75, 5, 10.0, "sample", False, 0.1,
+    )  # fmt: skip
+    full = methods.SaintFullGraph()
+    assert (full.keep, full.step, full.center) == (375, 16, False)
+    assert (methods.ToMe().r, methods.ToMe().beta, methods.ToMe(budget=0.5).r) == (8, 1.0, None)
+    assert methods.DivPrune().keep == 0.25
+    assert methods.Grid().keep == methods.Random().keep == methods.FastV().keep == 0.5
+    assert (methods.ToMe(beta=2).size_bias(), saint.size_bias()) == (2, 0)
