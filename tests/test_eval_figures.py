@@ -263,6 +263,10 @@ def test_the_share_that_is_kept():
     assert kept(Done, 1) is None  # counted per tile, say
     Done.trace = [entry([10, 8], [9, 6]), entry([9], [5])]
     assert kept(Done, 2) is None
+    Done.trace = [entry([9], [5]), entry([10, 8], [9, 6])]
+    assert kept(Done, 2) is None
+    Done.trace = [entry([10, 8], [5, 2])]
+    assert kept(Done, 2) == [0.5, 0.25]
     Done.trace = []
     assert kept(Done, 2) is None
 
