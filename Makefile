@@ -8,7 +8,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin
 
-.PHONY: help setup demo test names matrix check fix bench results tables lock clean
+.PHONY: help setup demo test mutants names matrix check fix bench results tables lock clean
 help:            ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -25,6 +25,8 @@ demo: $(STAMP)   ## prune a real CLIP on real photographs, with pictures in demo
 	$(RUN)/saint demo $(ARGS)
 test: $(STAMP)   ## the whole suite
 	$(RUN)/python -m pytest $(ARGS)
+mutants: $(STAMP) ## do the tests notice small errors? writes docs/testing.md (ARGS='--only graph --minutes 10')
+	$(RUN)/python tools/mutants.py $(ARGS)
 names: $(STAMP)  ## seconds: are all names of other libraries that saint relies on still there?
 	$(RUN)/python -m pytest tests/test_upstream.py -k names $(ARGS)
 matrix: $(STAMP) ## contracts and vision-language tests against other releases; writes docs/versions.md (NAMES=: some)

@@ -178,6 +178,7 @@ def test_rounds_are_paired_and_their_order_alternates():
 
 def test_spread():
     assert Spread.of([float(i) for i in range(11)]) == Spread(5.0, 2.0, 8.0, 11)
+    assert Spread.of([float(i * i) for i in reversed(range(11))]) == Spread(25.0, 4.0, 64.0, 11)  # the mean is 35
     assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0, 1)
 
 

@@ -4,6 +4,7 @@ A clock of our own says how long each run took: the times are uneven, so that a 
 variant resembles another.
 """
 
+import inspect
 import json
 import re
 import statistics
@@ -18,7 +19,7 @@ from saint import bench
 from saint.bench import encoder as encoder_bench
 from saint.bench import generation as generation_bench
 from saint.bench import timing
-from saint.bench.cost import MIB, cost
+from saint.bench.cost import cost
 from saint.bench.timing import Spread
 from saint.cli import bench as bench_command
 from saint.plan import Plan, Stage
@@ -245,13 +246,15 @@ def test_token_counts_of_a_ragged_batch():
 
 
 def test_memory_is_the_peak_of_what_lives_at_once():
+    mib = 2**20
+
     def run():
-        a = torch.zeros(MIB // 4)  # 1 MiB
-        b = torch.zeros(MIB // 2)  # 2 MiB more
+        a = torch.zeros(mib // 4)  # 1 MiB
+        b = torch.zeros(mib // 2)  # 2 MiB more
         c = a + 1  # 1 MiB more
         c.add_(1).view(-1, 2)  # no more
         del a, b
-        return torch.zeros(MIB // 4)
+        return torch.zeros(mib // 4)
 
     assert cost(run, torch.device("cpu")).memory == pytest.approx(4.0, abs=0.01)
 
@@ -432,3 +435,10 @@ def test_agreement_is_cosine_or_correlation():
     assert bench.agreement((a, b), (b, a)).values == pytest.approx(want)
     with pytest.raises(ValueError, match="no answer"):
         bench.agreement({"attentions": a}, {"attentions": a})
+
+
+def test_how_long_is_measured_unless_told():
+    defaults = {name: p.default for name, p in inspect.signature(bench.bench_generation).parameters.items()}
+    assert (defaults["new_tokens"], defaults["repeats"], defaults["warmup"]) == (32, 10, 2)
+    defaults = {name: p.default for name, p in inspect.signature(bench.bench_encoder).parameters.items()}
+    assert (defaults["repeats"], defaults["warmup"], defaults["extras"]) == (20, 3, True)

@@ -30,6 +30,7 @@ from saint.tokens import Selection, TokenMap
 
 CPU = torch.device("cpu")
 few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+many = settings(few, max_examples=200)
 LOW = torch.finfo(torch.float32).min
 
 
@@ -99,7 +100,7 @@ def check(layer: RaggedLayer, plain: Plain) -> None:
         )
 
 
-@few
+@many
 @given(st.integers(1, 3), st.sampled_from([None, None, 1, 3, 6, 12]), st.data())
 def test_a_layer_is_a_list_of_positions(batch, window, data):
     layer, plain = RaggedLayer(Owner(), window), Plain(batch, window)
@@ -308,7 +309,7 @@ def test_whose_cache_it_is():
 @st.composite
 def situations(draw):
     """Positions held per sample, the survivors of a new sequence (or None), and how long both are."""
-    batch, before, queries = draw(st.integers(1, 3)), draw(st.integers(0, 6)), draw(st.integers(1, 5))
+    batch, before, queries = draw(st.integers(1, 3)), draw(st.integers(0, 6)), draw(st.sampled_from([1, 1, 2, 3, 5]))
     held = None
     if before and draw(st.booleans()):
         end = draw(st.integers(1, before))
@@ -329,7 +330,7 @@ def split(index: Tensor, valid: Tensor | None) -> list[list[int]]:
     return [row.tolist() if valid is None else row[valid[b]].tolist() for b, row in enumerate(index)]
 
 
-@few
+@many
 @given(situations())
 def test_entries_are_positions(made):
     lists, held, before, new, tokens, queries = made
@@ -348,7 +349,7 @@ def test_entries_are_positions(made):
         assert split(*after.columns(after.end + 2)) == [[*own, after.end, after.end + 1] for own in want]
 
 
-@few
+@many
 @given(situations(), st.data())
 def test_what_remains_of_the_last_sequence(made, data):
     lists, held, before, new, tokens, queries = made
@@ -363,7 +364,7 @@ def test_what_remains_of_the_last_sequence(made, data):
     assert split(index.gather(1, chosen.slots), chosen.valid) == want
 
 
-@few
+@many
 @given(
     situations(), st.sampled_from(["bool", "additive", "flash"]), st.integers(0, 3), st.booleans(), st.integers(0, 99)
 )
@@ -400,7 +401,7 @@ def test_masks_are_rows_and_columns(made, kind, first, shared, seed):
                 assert kind == "bool" or float(got) in (0.0, LOW)
 
 
-@few
+@many
 @given(situations(), st.integers(0, 3))
 def test_no_mask_means_causality_alone(made, first):
     _lists, held, before, _new, tokens, queries = made
@@ -426,6 +427,15 @@ def test_no_mask_means_causality_alone(made, first):
         want = want & (index >= first)
         assert torch.equal(cut if flash else cut[:, 0, 0], want)
         assert cut.ndim == (2 if flash else 4)
+
+
+def test_a_step_over_a_ragged_prompt_hides_its_padding():
+    past = extended(None, 0, survivors([[0, 2, 3], [1]], 4))
+    for flash in (False, True):
+        cut = survivors_mask(None, None, past, before=4, first=0, queries=1, flash=flash)
+        assert (cut if flash else cut[:, 0, 0]).tolist() == [[True] * 4, [True, False, False, True]]
+    even = extended(None, 0, survivors([[0, 2], [1, 3]], 4))
+    assert survivors_mask(None, None, even, before=4, first=0, queries=1, flash=False) is None
 
 
 def test_windows_hide_what_lies_before_them():

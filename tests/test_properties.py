@@ -480,6 +480,14 @@ def test_the_batch_budget_is_the_mean_rounded_down_and_capped_by_sources():
     assert rows_of(got)[1] == [1]
     sample = methods.Saint(threshold=0.9, neighbors=1, floor=0.0)
     assert sample.select(shown(padded_map, keys=alike(padded_map, [15, 1, 9]))).lengths == (15, 2, 21)
+    assert sample.select(shown(even, keys=alike(even, [5, 0, 3]))).lengths == (7, 12, 9)  # one sample without votes
+    assert sample.select(shown(even, keys=alike(even, [0, 0, 0]))) is None
+    held = methods.Saint(threshold=0.9, neighbors=1, floor=1.0)
+    with pytest.warns(UserWarning, match="floor of 1 "):
+        assert held.select(shown(even, keys=alike(even, [5, 0, 3]))) is None
+    some = methods.Saint(threshold=0.9, neighbors=1, floor=0.75)
+    with pytest.warns(UserWarning, match="floor of 0.75"):
+        assert some.select(shown(even, keys=alike(even, [5, 0, 3]))).lengths == (9, 12, 9)
     assert host_counts(torch.tensor([3, 1])) == (3, 1)
 
 
@@ -492,6 +500,8 @@ def test_a_fixed_budget_of_saint_ignores_the_votes():
         gone = set(graph.drop_order(ballot)[b, : n - k].tolist())
         assert rows_of(got)[b] == [s for s in range(n) if s not in gone]
     assert methods.Saint(budget=1.0).select(shown(current)) is None
+    uneven = methods.Saint(budget=0.6).select(shown(whole(20, 1)))
+    assert uneven.lengths == (12, 1)  # the one token of a sample stays
 
 
 @pytest.mark.parametrize("most", [lambda n: (n + 1) // 2, lambda n: n // 2], ids=["sources", "pairs"])
@@ -599,3 +609,54 @@ def test_plans_survive_json(plan):
     for name, stage in plan.stages.items():
         for key, value in vars(stage.method).items():
             assert data[name]["method"][key] == value
+
+
+def test_default_layers():
+    """Saint: the first half of an encoder, layers 7 to 16 of a language model; the full graph at four fifths; ToMe everywhere."""
+    for method in (methods.Saint(), methods.Grid(), methods.Random()):
+        assert [method.layers("vision", depth) for depth in (1, 2, 5, 12)] == [[0], [0], [0, 1], [*range(6)]]
+        assert method.layers("language", 32) == method.layers("language", 40) == list(range(7, 17))
+        assert [method.layers("language", depth) for depth in (1, 5, 8, 12)] == [[0], [4], [7], [*range(7, 12)]]
+    assert [methods.SaintFullGraph().layers("vision", depth) for depth in (24, 12, 4, 1)] == [[19], [9], [3], [0]]
+    assert methods.ToMe().layers("vision", 4) == [0, 1, 2, 3]
+    assert [methods.FastV().layers("language", depth) for depth in (1, 2, 32)] == [[0], [1], [1]]
+    first_half = Stage(methods.Saint(), layers="first_half")
+    assert [first_half.resolve_layers("vision", depth) for depth in (1, 3, 12)] == [[0], [0], [*range(6)]]
+    assert Stage(methods.Saint(), layers=[3, 1]).resolve_layers("vision", 4) == [1, 3]
+    with pytest.raises(ValueError, match=r"layer 3 is out of range.*0\.\.2"):
+        Stage(methods.Saint(), layers=[1, 3]).resolve_layers("vision", 3)
+
+
+def test_published_settings():
+    saint = methods.Saint()
+    assert (saint.threshold, saint.neighbors, saint.gamma, saint.budget, saint.center, saint.floor) == (
+        0.75, 5, 10.0, "sample", False, 0.1,
+    )  # fmt: skip
+    full = methods.SaintFullGraph()
+    assert (full.keep, full.step, full.center) == (375, 16, False)
+    assert (methods.ToMe().r, methods.ToMe().beta, methods.ToMe(budget=0.5).r) == (8, 1.0, None)
+    assert methods.DivPrune().keep == 0.25
+    assert methods.Grid().keep == methods.Random().keep == methods.FastV().keep == 0.5
+    assert (methods.ToMe(beta=2).size_bias(), saint.size_bias()) == (2, 0)
+
+
+def test_the_least_settings():
+    methods.SaintFullGraph(keep=1, step=1)
+    methods.Saint(neighbors=1, gamma=0, floor=0, budget=1)
+    methods.ToMe(r=1, beta=0)
+    methods.Random(keep=1, seed=0)
+    graph.eliminate(noise(1, 3, 2, seed=0), 1, step=1)
+    for bad in (lambda: methods.SaintFullGraph(step=0), lambda: methods.Saint(neighbors=0), lambda: methods.ToMe(r=0)):
+        with pytest.raises(ValueError, match=">= 1"):
+            bad()
+
+
+def test_equal_pairs_merge_from_the_front():
+    current = whole(200)
+    got = methods.ToMe(r=30).select(shown(current, keys=torch.ones(1, 200, 4)))
+    gone = sorted(set(range(200)) - set(rows_of(got)[0]))
+    assert gone == list(range(0, 60, 2))
+    ballot = graph.vote(torch.ones(1, 200, 4), 0.5, 1)
+    assert graph.drop_order(ballot)[0].tolist() == list(range(0, 200, 2))
+    scores = torch.zeros(1, 200)
+    assert rows_of(Selection.from_scores(scores, (70,), current)) == [list(range(70))]

@@ -451,3 +451,19 @@ def test_rows_and_columns_of_the_grid(height, width):
         assert torch.allclose(cells, short[sample, 1:][owner], atol=1e-5)
     with saint.pruned(model, Stage(Random(5, seed=1), layers=[1], output="nearest")), torch.no_grad():
         assert torch.allclose(model.forward_features(images), full, atol=1e-5)
+
+
+def test_hidden_states_of_every_layer_are_expanded_by_the_map_in_front_of_it():
+    model, inputs = prepared("transformers/vit")
+    with saint.pruned(model, Stage(Random(9, seed=2), layers=[0, 2])) as session, torch.no_grad():
+        states = model(**inputs, output_hidden_states=True).hidden_states
+        left = [None, session.trace[0].kept, session.trace[0].kept, session.trace[1].kept, session.trace[1].kept]
+        for layer, state in enumerate(states[:4]):  # behind the last block comes a norm
+            full = session.expand(state, layer)
+            bare = session.expand(state[:, 1:], layer)
+            assert full.shape == (3, 37, 48)
+            assert torch.equal(bare, full[:, 1:])
+            for sample in range(3):
+                kept = list(range(36)) if left[layer] is None else left[layer][sample].tolist()
+                assert torch.equal(full[sample, 0], state[sample, 0])
+                assert torch.equal(full[sample, 1:], state[sample, 1:][nearest(kept, 6, 6)])

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import pytest
 import torch
 from models import BUILDERS, backbones, build, enliven
+from test_scored import nearest
 
 import saint
 from saint import testing
@@ -42,16 +44,71 @@ def test_post_placement(name):
     testing.check_batch(model, plan, inputs)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "transformers/siglip2"])
+class Recorder(saint.Saint):
+    """Votes, and keeps what it saw and chose."""
+
+    seen: ClassVar[list] = []
+
+    def select(self, candidates):
+        chosen = super().select(candidates)
+        Recorder.seen.append((candidates, chosen))
+        return chosen
+
+
+def behind_the_blocks(model, plan, inputs):
+    """The sequence behind the last block [B, P + K or N, C], the outputs, and the trace."""
+    _, encoder, row = locate(model)
+    last = encoder.get_submodule(row.blocks)[-1]
+    rows = []
+    hook = last.register_forward_hook(lambda _m, _a, y: rows.append((y[0] if isinstance(y, tuple) else y).clone()))
+    with saint.pruned(model, plan) as session:
+        out = testing.run(model, inputs)
+        trace = session.trace
+    hook.remove()
+    return rows[0], out, trace
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_full_length_outputs(name):
-    model, _, inputs = prepared(name)
+    """Every dropped token shows the survivor that stands for it: the nearest on the grid, or the most similar when it went."""
+    model, plan, inputs = prepared(name)
     base = testing.run(model, inputs)
+    _, encoder, row = locate(model)
+    prefix = row.prefix(encoder)
+    method = Recorder(**{**vars(plan.vision.method), "budget": 0.6})
+    plan = restage(plan, method=method, layers=[0, 2])
+    short, _, trace = behind_the_blocks(model, plan, inputs)
     for output in ("nearest", "similar"):
-        full = testing.example_plan(model, inputs, output=output)
-        with saint.pruned(model, full):
-            got = testing.run(model, inputs)
+        if output == "nearest" and row.patch is None:
+            with pytest.raises(saint.UnsupportedModelError, match="no patch grid"):
+                saint.apply(model, restage(plan, output=output))
+            continue
+        Recorder.seen.clear()
+        full, got, again = behind_the_blocks(model, restage(plan, output=output), inputs)
         assert {k: v.shape for k, v in got.items()} == {k: v.shape for k, v in base.items()}
-        testing.check_batch(model, full, inputs)
+        seen = Recorder.seen[:]
+        testing.check_batch(model, restage(plan, output=output), inputs)
+        for sample, kept in enumerate(trace[-1].kept):
+            assert torch.equal(kept, again[-1].kept[sample])
+            total = int(trace[0].tokens_in[sample])
+            assert len(kept) < total
+            owner = nearest(kept.tolist(), 6, 6) if output == "nearest" else similar(seen, sample)
+            want = short[sample, prefix:][owner]
+            assert torch.equal(full[sample, :prefix], short[sample, :prefix])
+            assert torch.equal(full[sample, prefix : prefix + total], want)
+
+
+def similar(seen: list, sample: int) -> list[int]:
+    """Slot of the survivor of each candidate: at its drop point the one with the most similar key, and so on."""
+    owner = list(range(seen[0][0].tokens.lengths[sample]))
+    for given, chosen in seen:
+        keys = torch.nn.functional.normalize(given.keys[sample].double(), dim=-1)
+        stay = chosen.slots[sample, : chosen.lengths[sample]].tolist()
+        to = [
+            stay.index(slot) if slot in stay else int((keys[stay] @ keys[slot]).argmax()) for slot in range(len(keys))
+        ]
+        owner = [to[slot] for slot in owner]
+    return owner
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -708,8 +708,7 @@ def check_batch(model: nn.Module, plan: Plan, inputs: Inputs, atol: float = 1e-5
                 f"layer {entry.layer}, sample {sample}: other survivors in a batch than alone"
             )
     for name, value in together.items():
-        if value.shape[:1] != (size,):
-            continue
+        assert value.shape[:1] == (size,), f"{name} of shape {tuple(value.shape)} has no row for each of {size} samples"
         for sample in range(size):
             want, got = alone[sample][name][0], value[sample]
             if got.ndim == 2 and not full:  # behind the survivors of this sample comes padding
