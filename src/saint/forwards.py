@@ -54,11 +54,11 @@ class Forwards(Generic[S]):
         if task is not None:
             self._own.replayed = (task, -1, self._make())
             return self._own.replayed[2]
-        self._latest = self._make()
+        self._latest = state = self._make()
         self._compiled = torch.compiler.is_compiling()
         if not self._compiled:
-            self._own.state = self._latest
-        return self._latest
+            self._own.state = state
+        return state
 
     def prelude(self) -> S:
         """The forward that has not reached its first layer yet, begun now where there is none."""

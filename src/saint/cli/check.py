@@ -5,9 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -70,6 +68,9 @@ def check(
 
 def _samples(vlm: "LoadedVLM", which: Sequence[int]) -> dict[str, Any]:
     """Two pictures with questions of different length."""
+    import numpy as np
+    from PIL import Image
+
     generator = np.random.default_rng(0)
     noise = [generator.integers(0, 256, (336, 336, 3), dtype=np.uint8) for _ in range(2)]
     noise[1][:168] = noise[1][:168] // 16 + 100  # half of it is calm
