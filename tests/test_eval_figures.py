@@ -322,7 +322,8 @@ def test_a_second_result_for_a_sample_does_not_replace_the_first(tmp_path):
     path = tmp_path / "run.jsonl"
     evaluate(["one", "three"], path)
     again = Journal(path, {"k": 1, "batch": 2})
-    again.append([{"id": "new", "value": 1}, {"id": "one", "value": 99}])
+    with pytest.raises(JournalError, match="already has a result for one"):
+        again.append([{"id": "new", "value": 1}, {"id": "one", "value": 99}])
     again.close()
     outcome, scored = evaluate(["one", "three"], path)
     assert (scored, outcome.entries["one"]["value"]) == ([], 3)
