@@ -13,6 +13,7 @@ from scipy import stats
 from saint import LayerTrace
 from saint.eval import Journal, compare, scores
 from saint.eval.compare import detectable_binary, tango_interval
+from saint.eval.journal import JournalError
 from saint.eval.loop import Loop, Processes
 from saint.eval.report import Report, Summary, between, by_sample, check_plans, digest, fingerprint, kept, summaries
 from saint.plan import Plan
