@@ -886,6 +886,19 @@ def _eval(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def outcomes(contracts: Mapping[str, Callable[..., str]], *given: Any) -> list[Result]:
+    """One result per contract: what each says of ``given``."""
+    results = []
+    for name, contract in contracts.items():
+        try:
+            results.append(Result(name, "passed", contract(*given)))
+        except AssertionError as error:
+            results.append(Result(name, "failed", str(error)))
+        except HookNeverFiredError as error:
+            results.append(Result(name, "skipped", str(error)))
+    return results
+
+
 def check_model(model: nn.Module, plan: Plan | None = None, inputs: Inputs | None = None) -> list[Result]:
     """Run every contract.
 
@@ -904,12 +917,4 @@ def check_model(model: nn.Module, plan: Plan | None = None, inputs: Inputs | Non
     with _eval(model):
         inputs = example_inputs(model) if inputs is None else inputs
         plan = example_plan(model, inputs) if plan is None else plan
-        results = []
-        for name, contract in CONTRACTS.items():
-            try:
-                results.append(Result(name, "passed", contract(model, plan, inputs)))
-            except AssertionError as error:
-                results.append(Result(name, "failed", str(error)))
-            except HookNeverFiredError as error:
-                results.append(Result(name, "skipped", str(error)))
-        return results
+        return outcomes(CONTRACTS, model, plan, inputs)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import HookNeverFiredError
 from ..methods.saint import Saint
 from ..methods.saint_full_graph import SaintFullGraph
 from ..plan import Plan, Stage
@@ -17,7 +16,7 @@ from ..session import pruned
 from ..tokens import LayerTrace
 from ..upstream.names import IMAGE_TOKEN, LAYERS, MASK, VIDEO_TOKEN
 from ..vlm.locate import locate
-from . import Inputs, Result, _eval, _poison, check_undo, masked_oracle, run, snapshot
+from . import Inputs, Result, _eval, _poison, check_undo, masked_oracle, outcomes, run, snapshot
 
 Make = Callable[[Sequence[int]], Inputs]
 
@@ -194,13 +193,5 @@ def check_vlm(model: nn.Module, make: Make, plan: Plan | None = None) -> list[Re
         UnsupportedModelError: the model is not of a supported family.
     """
     plan = hybrid_plan(model) if plan is None else plan
-    results = []
     with _eval(model):
-        for name, contract in CONTRACTS.items():
-            try:
-                results.append(Result(name, "passed", contract(model, plan, make)))
-            except AssertionError as error:
-                results.append(Result(name, "failed", str(error)))
-            except HookNeverFiredError as error:
-                results.append(Result(name, "skipped", str(error)))
-    return results
+        return outcomes(CONTRACTS, model, plan, make)
