@@ -29,8 +29,11 @@ LIBRARIES = ("transformers", "timm", "open_clip_torch")
 ENCODERS = ["tests/test_upstream.py", "tests/test_support.py", "tests/test_modes.py", "tests/test_tome.py"]
 MODELS = [  # vision-language models, and methods on both kinds
     "tests/test_baselines.py",
+    "tests/test_check_vlm.py",
+    "tests/test_forwards.py",
     "tests/test_language.py",
     "tests/test_published_mistakes.py",
+    "tests/test_scored.py",
     *(f"tests/{path.name}" for path in sorted((ROOT / "tests").glob("test_vlm_*.py"))),
 ]
 
