@@ -74,6 +74,10 @@ def test_another_forward_before_backward(name, plan):
     """With checkpointing, layers are run again in the backward pass: each with the tokens of its own forward."""
     model = build(name).train()
     first, second = views(model)
+    try:
+        saint.apply(model, plan).remove()
+    except saint.UnsupportedModelError as error:
+        pytest.skip(str(error))  # attention without a mask cannot weigh merged tokens
 
     def one():
         loss = output_of(model, first).square().sum()

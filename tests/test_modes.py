@@ -416,8 +416,9 @@ def as_on_cuda(monkeypatch):
     from saint.language import decoder
     from saint.methods import base
     from saint.vision import encoder
+    from saint.vlm import model
 
-    for module in (tokens, encoder, decoder):
+    for module in (tokens, encoder, decoder, model):
         monkeypatch.setattr(module, "reads_are_free", lambda device: False)
     reads, real = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(tuple(self.shape)) or real(self))
