@@ -34,8 +34,9 @@ from saint.methods import FastV
 from saint.upstream import families, names, transformers, versions
 from saint.upstream.names import CACHE, Parameters, Role
 from saint.upstream.names import LAYERS as TEXT_LAYERS
+from saint.upstream.specs import part
 from saint.upstream.verify import verify_encoder, verify_family
-from saint.vision.blocks import Block, part, units
+from saint.vision.blocks import Block, units
 from saint.vision.locate import ROWS, locate, locate_tower
 from saint.vlm.locate import locate as locate_vlm
 

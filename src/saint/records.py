@@ -7,11 +7,11 @@ import platform
 import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .upstream.versions import installed
 
 VERSION = 1
 
@@ -41,7 +41,7 @@ def environment(device: Any = None) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
         "cores": _cores(),
-        **{name: _installed(distribution) for name, distribution in _PACKAGES.items()},
+        **{name: installed(distribution) for name, distribution in _PACKAGES.items()},
         "torch_build": {
             "cuda": torch.version.cuda,
             "hip": torch.version.hip,
@@ -71,13 +71,6 @@ def _cores() -> int | None:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))  # those this process may use, not those of the machine
     return os.cpu_count()
-
-
-def _installed(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
 
 
 def write_json(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:

@@ -43,14 +43,18 @@ def check_attention(layer: nn.Module, path: str, flash: bool) -> None:
 
 
 def last_row(
-    layer: nn.Module, path: str, call: dict[str, Any] | None, held: tuple[Tensor, Tensor], valid: Tensor | None
+    layer: nn.Module,
+    path: str,
+    call: tuple[Parameters, dict[str, Any]] | None,
+    held: tuple[Tensor, Tensor],
+    valid: Tensor | None,
 ) -> Tensor:
     """Attention of each sample's last real token, averaged over heads, over the tokens of the sequence.
 
     Args:
         layer: has just run.
         path: of the layer, for messages.
-        call: arguments with which its attention ran, by name.
+        call: how its attention spells its arguments, and those it ran with; None when it did not run.
         held: keys and values of the layer, the sequence's last, [B, H, T, D].
         valid: bool [B, S], False for padding that we added; None when there is none.
 
@@ -62,10 +66,10 @@ def last_row(
         UnsupportedModelError: it returned no weights.
     """
     attention: Any = ATTENTION.get(layer)
-    parameters = Parameters(type(attention).forward)
     if call is None:
         raise HookNeverFiredError(f"the attention of {path} was not called, so its queries are not known")
-    hidden, mask = HIDDEN.read(call).detach(), MASK.read(call)
+    parameters, given = call
+    hidden, mask = HIDDEN.read(given).detach(), MASK.read(given)
     batch, count = hidden.shape[:2]
     real = _real(mask, batch, count, hidden.device)
     real = real if valid is None else real & valid
@@ -74,13 +78,13 @@ def last_row(
     one = TokenMap(last, (1,) * batch, (count,) * batch, count)
     changes: dict[Role, Any] = {
         HIDDEN: gather_tokens(hidden, last, 0),
-        ROTARY: gather_rotary(ROTARY.read(call), one),
+        ROTARY: gather_rotary(ROTARY.read(given), one),
         MASK: _row(mask, last, hidden.dtype, valid, held[0].shape[2]),
         CACHE: _Held(held),
     }
-    if isinstance(ids := POSITIONS.read(call), Tensor):
+    if isinstance(ids := POSITIONS.read(given), Tensor):
         changes[POSITIONS] = gather_ids(ids, one)
-    again = call
+    again = given
     for role, value in changes.items():
         again = parameters.put(again, role, value)
     with torch.no_grad(), _eager(attention) as eager:

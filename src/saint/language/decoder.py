@@ -122,7 +122,7 @@ class DecoderState:
         memo: masks and tables that layers share.
         prompt: what is told of it.
         views: of layers that run, the cache as they see it.
-        calls: arguments of the attention of layers that run, by name.
+        calls: how the attention of layers that run spells its arguments, and those it got.
     """
 
     fronts: dict[int, Front] = field(default_factory=dict)
@@ -131,7 +131,7 @@ class DecoderState:
     memo: dict[Any, Any] = field(default_factory=dict)
     prompt: Prompt = field(default_factory=Prompt)
     views: dict[int, CacheView] = field(default_factory=dict)
-    calls: dict[int, dict[str, Any]] = field(default_factory=dict)
+    calls: dict[int, tuple[Parameters, dict[str, Any]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class PrunedDecoder(Uncopyable):
             return None
         given = parameters.named(args, kwargs)
         if self.rows:
-            state.calls[layer] = given
+            state.calls[layer] = parameters, given
         if CACHE.read(given) is not None:
             return None
         view.cache = None

@@ -27,9 +27,9 @@ from ..plan import Plan, Stage
 from ..session import apply, pruned, remove, status
 from ..tokens import LayerTrace
 from ..upstream.names import EMBEDDINGS, GRID, POOLED, SEGMENTS, Parameters
-from ..upstream.specs import Anatomy, EncoderRow, FamilyRow
+from ..upstream.specs import Anatomy, EncoderRow, FamilyRow, part
 from ..upstream.verify import merge_method
-from ..vision.blocks import Block, part, units
+from ..vision.blocks import Block, units
 from ..vision.locate import locate, locate_tower
 from ..vlm.locate import find as find_vlm
 

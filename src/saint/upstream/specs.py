@@ -9,6 +9,14 @@ from torch import nn
 from .names import PIXELS, TIMM_MASK, Role
 
 
+def part(module: nn.Module, path: str) -> Any:
+    """Attribute at a dotted path, or None where any step is missing."""
+    node: Any = module
+    for name in path.split("."):
+        node = getattr(node, name, None)
+    return node
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """Names of the parts of a residual block, relative to the block.

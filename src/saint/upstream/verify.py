@@ -7,15 +7,8 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from .names import CACHE, EMBEDDINGS, LAYERS, MASK, MERGER, PLACEHOLDER_MASK, Parameters
-from .specs import EncoderRow, FamilyRow
+from .specs import EncoderRow, FamilyRow, part
 from .versions import known_from
-
-
-def _at(module: nn.Module, path: str) -> Any:
-    node: Any = module
-    for name in path.split("."):
-        node = getattr(node, name, None)
-    return node
 
 
 def _try(what: str, fact: Callable[[], Any]) -> list[str]:
@@ -37,14 +30,14 @@ def _refuse(module: nn.Module, title: str, library: str, missing: list[str]) -> 
 
 def verify_encoder(encoder: nn.Module, row: EncoderRow) -> None:
     """Raise ``UnsupportedModelError`` that names every path and method of ``row`` that ``encoder`` lacks."""
-    blocks = _at(encoder, row.blocks)
+    blocks = part(encoder, row.blocks)
     missing = (
         []
         if isinstance(blocks, nn.Module) and next(blocks.children(), None) is not None
         else [f"{row.blocks} (blocks)"]
     )
     missing += [f"{path} ({use})" for path, use in ((row.patch, "patch embedding"), (row.final, "last norm"))
-                if path is not None and _at(encoder, path) is None]  # fmt: skip
+                if path is not None and part(encoder, path) is None]  # fmt: skip
     if row.order is not None and row.order.of(encoder) is None:
         missing.append(f"method {row.order} (shows the order of its windows)")
     missing += [f"method {name} (pools)" for name in row.masked_pools if not hasattr(encoder, name)]
@@ -57,11 +50,11 @@ def verify_family(model: nn.Module, row: FamilyRow) -> None:
     missing = [
         f"{path} ({use})"
         for path, use in ((row.tower, "tower"), (row.connector, "connector"), (row.decoder, "language model"))
-        if _at(model, path) is None
+        if part(model, path) is None
     ]
     forward = Parameters(type(model).forward)
     missing += [f"argument {name}" for name in forward.missing(CACHE, MASK, *row.pixels)]
-    decoder = _at(model, row.decoder)
+    decoder = part(model, row.decoder)
     if decoder is not None:
         names = Parameters(type(decoder).forward).missing(CACHE, MASK, EMBEDDINGS)
         missing += [f"argument {name} of {row.decoder}" for name in names]
@@ -70,7 +63,7 @@ def verify_family(model: nn.Module, row: FamilyRow) -> None:
     missing += _try("size of merged squares", lambda: row.joins(model))
     missing += _try("layer of its features", lambda: row.feature_layer(model, 1))
     missing += _try("layers it adds to", lambda: row.between(model))
-    missing += _try("mergers", lambda: missing.extend(path for path in row.taps(model) if _at(model, path) is None))
+    missing += _try("mergers", lambda: missing.extend(path for path in row.taps(model) if part(model, path) is None))
     if PLACEHOLDER_MASK.of(model) is None and MERGER.of(model) is None:
         missing.append(f"method {PLACEHOLDER_MASK} or {MERGER} (shows where its visual tokens are)")
     _refuse(model, row.title, "transformers", missing)

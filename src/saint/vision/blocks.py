@@ -14,15 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import HookNeverFiredError, ParityError
 from ..upstream.names import Parameters
-from ..upstream.specs import Anatomy
-
-
-def part(module: nn.Module, path: str) -> Any:
-    """Attribute at a dotted path, or None where any step is missing."""
-    node: Any = module
-    for name in path.split("."):
-        node = getattr(node, name, None)
-    return node
+from ..upstream.specs import Anatomy, part
 
 
 def _chain(block: nn.Module, names: tuple[str, ...]) -> list[Any]:

@@ -43,8 +43,8 @@ from ..tokens import (
 )
 from ..upstream.autograd import checkpointed
 from ..upstream.names import GRID, IMPLEMENTATION, LONGEST, TIMM_ROTARY, Parameters, Role
-from ..upstream.specs import EncoderRow
-from .blocks import Block, part
+from ..upstream.specs import EncoderRow, part
+from .blocks import Block
 
 Select = Callable[[Candidates], Selection | None]
 
