@@ -13,11 +13,13 @@ three blocks at the real width hold too many parameters. Weights are random and 
 - ``not tried``: the model could not be built at this size, or took too long
 """
 
+import _thread
 import argparse
 import csv
 import json
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -194,11 +196,14 @@ def _limit(seconds: int) -> Iterator[None]:
         raise _LateError(f"more than {seconds} s")
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
+    # not signal.alarm: a process may have been started with that signal blocked, and the model would run forever
+    timer = threading.Timer(seconds, _thread.interrupt_main, [signal.SIGALRM])
+    timer.daemon = True
+    timer.start()
     try:
         yield
     finally:
-        signal.alarm(0)
+        timer.cancel()
         signal.signal(signal.SIGALRM, before)
 
 
