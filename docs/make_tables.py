@@ -8,8 +8,8 @@ from pathlib import Path
 
 from saint.flops import left_out
 from saint.upstream import families
-from saint.upstream.specs import FamilyRow
-from saint.vision.locate import ROWS
+from saint.upstream.specs import FamilySpec
+from saint.vision.locate import SPECS
 
 ROOT = Path(__file__).parents[1]
 ZOO = ROOT / "docs" / "zoo.csv"
@@ -19,7 +19,7 @@ RECORD = ROOT / "benchmarks" / "results" / "encoders-cpu.json"
 def support_table() -> str:
     lines = ["| library | encoders | class |", "|---|---|---|"]
     seen = {}
-    for row in ROWS:
+    for row in SPECS:
         seen.setdefault((row.library, row.title), []).append(f"`{row.encoder.rpartition('.')[2]}`")
     lines += [f"| {library} | {title} | {', '.join(classes)} |" for (library, title), classes in seen.items()]
     return "\n".join(lines)
@@ -47,9 +47,9 @@ def vlm_table() -> str:
         "| family | in the encoder (`vision`) | between (`connector`) | in the language model (`language`) | flash attention |",
         "|---|---|---|---|---|",
     ]
-    every_patch = next(field.default for field in dataclasses.fields(FamilyRow) if field.name == "joins")
-    for row in families.ROWS:
-        vision = "yes" if row.joins is every_patch else "yes, by groups of patches"
+    every_patch = next(field.default for field in dataclasses.fields(FamilySpec) if field.name == "merge_size")
+    for row in families.SPECS:
+        vision = "yes" if row.merge_size is every_patch else "yes, by groups of patches"
         if row.no_vision is not None:
             vision = f"refused: {row.no_vision.partition(',')[0]}"
         module, _, name = row.model.rpartition(".")

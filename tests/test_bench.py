@@ -9,7 +9,7 @@ from models import build
 
 import saint
 from saint import bench
-from saint.bench.encoder import twin
+from saint.bench.encoder import copy_sharing_weights
 from saint.bench.timing import Spread, interleave
 from saint.plan import Plan, Stage
 from saint.records import environment, write_json
@@ -93,7 +93,7 @@ def test_the_model_is_left_as_it_was(vit, inputs):
 
 
 def test_a_twin_shares_weights_and_nothing_else(vit):
-    other = twin(vit)
+    other = copy_sharing_weights(vit)
 
     assert all(a is b for a, b in zip(vit.parameters(), other.parameters(), strict=True))
     assert not set(map(id, vit.modules())) & set(map(id, other.modules()))

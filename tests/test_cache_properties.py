@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from saint.language.cache import (
+    CachePositions,
     CacheView,
-    KeyMap,
-    Owner,
     RaggedLayer,
+    SessionToken,
     check_cache,
     entries,
     extended,
@@ -103,7 +103,7 @@ def check(layer: RaggedLayer, plain: Plain) -> None:
 @many
 @given(st.integers(1, 3), st.sampled_from([None, None, 1, 3, 6, 12]), st.data())
 def test_a_layer_is_a_list_of_positions(batch, window, data):
-    layer, plain = RaggedLayer(Owner(), window), Plain(batch, window)
+    layer, plain = RaggedLayer(SessionToken(), window), Plain(batch, window)
     assert layer.is_sliding == (window is not None)
     assert layer.get_max_length() == (-1 if window is None else window)
     assert layer.is_croppable == (window is None)
@@ -173,7 +173,9 @@ def test_a_layer_is_a_list_of_positions(batch, window, data):
             names = plain.names
             plain = Plain(held, window)
             plain.names = names
-            layer = RaggedLayer(Owner(), window)  # transformers keeps the tensors and zeroes them; a prompt starts anew
+            layer = RaggedLayer(
+                SessionToken(), window
+            )  # transformers keeps the tensors and zeroes them; a prompt starts anew
         check(layer, plain)
         queries = data.draw(st.integers(1, 4))
         first = 0 if window is None else max(plain.length - window + 1, 0)
@@ -181,7 +183,7 @@ def test_a_layer_is_a_list_of_positions(batch, window, data):
 
 
 def filled(window: int | None = None, *, kept: list[list[int]] | None = None, width: int = 8) -> RaggedLayer:
-    layer = RaggedLayer(Owner(), window)
+    layer = RaggedLayer(SessionToken(), window)
     kept = [[0, 2, 3, 7], [1, 5]] if kept is None else kept
     tokens = survivors(kept, width)
     keys = tagged([0, 1], tokens.index)
@@ -208,11 +210,11 @@ def test_what_cannot_be_rolled_back_is_refused_and_left_alone():
     sliding.update(step, step)
     with pytest.raises(ValueError, match="sliding window"):
         sliding.crop(-1)
-    plain_sliding = RaggedLayer(Owner(), 4)
+    plain_sliding = RaggedLayer(SessionToken(), 4)
     plain_sliding.update(step, step)
     with pytest.raises(ValueError, match="sliding window"):
         plain_sliding.crop(-1)
-    RaggedLayer(Owner(), None).crop(-3)  # nothing is there to take off
+    RaggedLayer(SessionToken(), None).crop(-3)  # nothing is there to take off
 
 
 def test_every_way_to_change_the_batch_changes_the_map():
@@ -244,7 +246,7 @@ def test_an_ordinary_layer_is_taken_over(window):
     ordinary = DynamicLayer() if window is None else DynamicSlidingWindowLayer(sliding_window=window)
     keys = tagged([0, 1], torch.arange(9).expand(2, 9))
     ordinary.update(keys, -keys)
-    cache, owner = hf.DynamicCache(), Owner()
+    cache, owner = hf.DynamicCache(), SessionToken()
     cache.layers = [ordinary]
     layer = ragged_layer(cache, 0, owner)
     assert cache.layers[0] is layer is ragged_layer(cache, 0, owner)
@@ -269,7 +271,7 @@ def test_bytes_of_a_layer():
     kept, whole = stored_bytes(filled(window=5))
     assert whole == 4 * entry  # positions 4..7 of 8
     assert kept < whole
-    assert stored_bytes(RaggedLayer(Owner(), None)) == (0, 0)
+    assert stored_bytes(RaggedLayer(SessionToken(), None)) == (0, 0)
     ordinary = DynamicSlidingWindowLayer(sliding_window=5)
     keys = tagged([0, 1], torch.arange(8).expand(2, 8))
     ordinary.update(keys, keys)
@@ -294,7 +296,7 @@ def test_a_view_appends_once_and_keeps_what_it_was_given():
 
 
 def test_whose_cache_it_is():
-    owner, cache = Owner(), hf.DynamicCache()
+    owner, cache = SessionToken(), hf.DynamicCache()
     cache.layers = [filled()]
     with pytest.raises(ValueError, match="another plan"):
         check_cache(cache, owner)
@@ -439,7 +441,7 @@ def test_a_step_over_a_ragged_prompt_hides_its_padding():
 
 
 def test_windows_hide_what_lies_before_them():
-    past = KeyMap(torch.tensor([[0, 4, 6], [2, 3, 5]]), None, 8)
+    past = CachePositions(torch.tensor([[0, 4, 6], [2, 3, 5]]), None, 8)
     cut = survivors_mask(None, None, past, before=9, first=4, queries=1, flash=False)
     assert cut[:, 0, 0].tolist() == [[False, True, True, True, True], [False, False, True, True, True]]
     mask = torch.ones(1, 1, 1, 6, dtype=torch.bool)

@@ -8,7 +8,7 @@ from test_vlm_oracle import LANGUAGE, Oracle, relative_error
 from vlm_models import FAMILIES, cache_of, cached, prompts
 
 import saint
-from saint.language.cache import KeyMap, entries, extended
+from saint.language.cache import CachePositions, entries, extended
 from saint.language.decoder import owners
 from saint.language.masks import survivors_mask
 from saint.tokens import TokenMap
@@ -76,7 +76,7 @@ def test_no_mask_stays_no_mask():
 
 
 def test_window_that_left_the_prompt_behind_needs_no_gather():
-    past = KeyMap(torch.empty(2, 0, dtype=torch.long), None, 9)
+    past = CachePositions(torch.empty(2, 0, dtype=torch.long), None, 9)
     mask = torch.ones(2, 1, 1, 5, dtype=torch.bool)
     assert survivors_mask(mask, None, past, before=13, first=9, queries=1, flash=False) is mask
 

@@ -255,11 +255,11 @@ def family_model(name: str) -> nn.Module:
 
 def patches_of_groups(family, model, inputs, total: tuple[int, ...]) -> list[torch.Tensor]:
     """For each image, the places in the tower's sequence of the patches of each visual token, int64 [N, M]."""
-    if family.joins == 1:
+    if family.merge_size == 1:
         return [torch.arange(n).unsqueeze(1) + family.prefix for n in total]
     if "image_grid_thw" not in inputs:
         return [members(family, n) + family.prefix for n in total]
-    size = family.joins**2
+    size = family.merge_size**2
     order = Oracle(family, model, [], inputs).in_sequence(torch.arange(sum(total)))  # group at each place
     places = torch.argsort(order, stable=True).view(-1, size)
     return list(places.split(list(total)))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_cli import one_line, run  # noqa: F401  (a fixture)
 
-from saint import cookbook, demo
+from saint import demo, presets
 from saint.demo import scenes, small_llava
 from saint.demo.easy_vqa import CATEGORIES, easy_vqa
 from saint.demo.models import clip_names
@@ -45,7 +45,7 @@ def test_it_answers_and_a_hybrid_plan_hardly_hurts(loaded, tmp_path):
         loaded.model,
         loaded.processor,
         questions,
-        {"hybrid": cookbook.recipe("small-llava/hybrid")},
+        {"hybrid": presets.recipe("small-llava/hybrid")},
         batch=16,
         max_new_tokens=3,
     )

@@ -20,7 +20,7 @@ ALLOWED = {
     "patch": set(),
     "methods": {"graph", "tokens", "errors", "methods"},
     "plan": {"methods", "plan"},
-    "cookbook": {"methods", "plan"},
+    "presets": {"methods", "plan"},
     "upstream": {"errors", "upstream"},
     "forwards": {"upstream"},
     "vision": {"graph", "tokens", "errors", "patch", "forwards", "upstream", "vision"},

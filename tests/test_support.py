@@ -12,7 +12,7 @@ from test_scored import nearest
 import saint
 from saint import testing
 from saint.plan import Plan, Stage
-from saint.vision.locate import ROWS, locate
+from saint.vision.locate import SPECS, locate
 
 NAMES = list(BUILDERS)
 
@@ -129,7 +129,7 @@ def test_ragged_batches_without_masks(name):
 
 def test_every_row_has_a_model():
     models = [prepared(name)[0] for name in NAMES] + list(backbones().values())
-    assert {row.encoder for row in ROWS} == {locate(model)[2].encoder for model in models}
+    assert {row.encoder for row in SPECS} == {locate(model)[2].encoder for model in models}
 
 
 def test_example_plans_really_are_ragged():

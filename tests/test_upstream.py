@@ -37,7 +37,7 @@ from saint.upstream.names import LAYERS as TEXT_LAYERS
 from saint.upstream.specs import part
 from saint.upstream.verify import verify_encoder, verify_family
 from saint.vision.blocks import Block, units
-from saint.vision.locate import ROWS, locate, locate_tower
+from saint.vision.locate import SPECS, locate, locate_tower
 from saint.vlm.locate import locate as locate_vlm
 
 LLAVA = FAMILIES["llava-llama"]
@@ -53,18 +53,16 @@ def on_meta(build) -> nn.Module:
 def check_encoder_names(encoder: nn.Module, row) -> None:
     verify_encoder(encoder, row)
     for index, module in enumerate(part(encoder, row.blocks)):
-        anatomy = next(row.anatomies[c.__name__] for c in type(module).__mro__ if c.__name__ in row.anatomies)
-        block = Block(
-            module, anatomy, f"{row.blocks}.{index}"
-        )  # raises where no keys show, or a segment argument is gone
-        halves = (anatomy.attn, anatomy.norm1, anatomy.padding), (anatomy.mlp, anatomy.norm2)
-        for parallel, paths in zip(units(module, anatomy), halves, strict=True):
+        spec = next(row.block_specs[c.__name__] for c in type(module).__mro__ if c.__name__ in row.block_specs)
+        block = Block(module, spec, f"{row.blocks}.{index}")  # raises where no keys show, or a segment argument is gone
+        halves = (spec.attn, spec.norm1, spec.padding), (spec.mlp, spec.norm2)
+        for parallel, paths in zip(units(module, spec), halves, strict=True):
             for unit in parallel:
                 for name in paths:
                     assert name is None or hasattr(unit, name), f"{block.name} has no {name}"
-        for method, _ in anatomy.bias:
+        for method, _ in spec.bias:
             assert block.bias != method or callable(part(module, method))
-        assert not anatomy.heads or block.heads > 0
+        assert not spec.heads or block.heads > 0
         if row.packed:
             assert block.tables
     for name in (*row.dense_calls, *row.masked_pools):
@@ -90,13 +88,13 @@ def test_names_of_every_branch_and_mask():
     found += [locate_tower(family.build().get_submodule("model")) for family in FAMILIES.values() if family.tower]
     for _, encoder, row in found:
         for module in part(encoder, row.blocks):
-            anatomy = next(row.anatomies[c.__name__] for c in type(module).__mro__ if c.__name__ in row.anatomies)
-            key = row.library + repr(anatomy)
-            facts = {*anatomy.branch1, *anatomy.branch2}
-            arguments = {str(role): role for role in (anatomy.mask, *anatomy.tables) if role is not None}
+            spec = next(row.block_specs[c.__name__] for c in type(module).__mro__ if c.__name__ in row.block_specs)
+            key = row.library + repr(spec)
+            facts = {*spec.branch1, *spec.branch2}
+            arguments = {str(role): role for role in (spec.mask, *spec.tables) if role is not None}
             wanted.setdefault(key, set()).update(facts | set(arguments))
             parameters = Parameters(type(module).forward)
-            parallel = [unit for half in units(module, anatomy) for unit in half]
+            parallel = [unit for half in units(module, spec) for unit in half]
             seen.setdefault(key, set()).update(
                 f for f in facts for unit in parallel if getattr(unit, f, None) is not None
             )
@@ -122,11 +120,11 @@ def test_names_of_families(name):
 
 def test_every_family_and_tower_is_checked_for_its_names():
     checked = {locate_vlm(on_meta(family.build), "language")[2].model for family in FAMILIES.values()}
-    assert checked == {row.model for row in families.ROWS}
+    assert checked == {row.model for row in families.SPECS}
     towers = {locate_tower(on_meta(f.build).get_submodule("model"))[2].encoder for f in FAMILIES.values() if f.tower}
     assert {row.encoder for row in transformers.TOWERS} <= towers
     here = [locate(model)[2].encoder for model in [*(build() for build in BUILDERS.values()), *backbones().values()]]
-    assert {row.encoder for row in ROWS} == set(here)
+    assert {row.encoder for row in SPECS} == set(here)
 
 
 def test_names_of_the_cache():
@@ -257,10 +255,10 @@ def test_what_an_encoder_lacks_is_named():
     ("name", "fact", "named"),
     [
         ("llava-llama", {"pixels": (Role("pictures", "images"),)}, "argument pictures or images"),
-        ("qwen3-vl", {"taps": lambda m: {"visual.deep_mergers.0": 1}}, r"visual\.deep_mergers\.0"),
-        ("qwen3-vl", {"taps": lambda m: m.visual.deep_indexes}, "mergers: .*deep_indexes"),
+        ("qwen3-vl", {"deepstack_mergers": lambda m: {"visual.deep_mergers.0": 1}}, r"visual\.deep_mergers\.0"),
+        ("qwen3-vl", {"deepstack_mergers": lambda m: m.visual.deep_indexes}, "mergers: .*deep_indexes"),
         ("qwen3-vl", {"between": lambda m: m.config.deep}, "layers it adds to: .*deep"),
-        ("gemma3", {"joins": lambda m: m.multi_modal_projector.side}, "size of merged squares: .*side"),
+        ("gemma3", {"merge_size": lambda m: m.multi_modal_projector.side}, "size of merged squares: .*side"),
         ("llava-llama", {"feature_layer": lambda m, depth: m.config.layer}, "layer of its features: .*layer"),
     ],
 )

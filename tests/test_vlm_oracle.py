@@ -86,7 +86,7 @@ class Oracle:
                 hide_packed(stack, attentions, lambda i, e=entry, gone=inside: gone if i > e.layer else None)
                 continue
             gone = torch.stack(self.lost(entry))
-            inside = torch.zeros(len(gone), gone.shape[1] * self.family.joins**2, dtype=torch.bool)
+            inside = torch.zeros(len(gone), gone.shape[1] * self.family.merge_size**2, dtype=torch.bool)
             for row, lost in zip(inside, gone, strict=True):
                 row[members(self.family, gone.shape[1])[lost].flatten()] = True
             inside = torch.nn.functional.pad(inside, (self.family.prefix, 0))
@@ -100,7 +100,7 @@ class Oracle:
                 self.inputs["image_grid_thw"], tower.spatial_merge_size, tower.window_size, tower.patch_size
             )
             flags = flags[order]
-        return flags.repeat_interleave(self.family.joins**2)
+        return flags.repeat_interleave(self.family.merge_size**2)
 
     def __call__(self, **changes):
         with ExitStack() as stack, torch.no_grad():

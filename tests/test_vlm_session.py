@@ -12,7 +12,7 @@ from test_vlm_oracle import CONNECTOR, LANGUAGE, VISION
 from vlm_models import FAMILIES, IMAGE, LAYERS, VIDEO, cache_of, prompts
 
 import saint
-from saint import cookbook
+from saint import presets
 
 LLAVA = FAMILIES["llava-llama"]
 BATCH = [[4, "0", 7], [3, "0", 2]]
@@ -269,7 +269,7 @@ def test_videos(name):
 def test_published_recipes():
     for name in ("llava-1.5/vit", "llava-1.5/llm", "llava-1.5/hybrid"):
         assert "published" in saint.recipes()[name]
-    plan = cookbook.recipe("llava-1.5/hybrid")
+    plan = presets.recipe("llava-1.5/hybrid")
     assert plan.vision == saint.Stage(saint.SaintFullGraph(keep=375, step=16), layers=[19])
     assert plan.language == saint.Stage(saint.Saint(threshold=0.83), layers=range(7, 17))
 

@@ -15,7 +15,7 @@ from saint.tokens import is_dropped
 from saint.vision import encoder as encoders
 from saint.vision.locate import locate_tower
 
-JOINED = [name for name, family in FAMILIES.items() if family.joins > 1]
+JOINED = [name for name, family in FAMILIES.items() if family.merge_size > 1]
 PACKED = [name for name in JOINED if name.startswith("qwen")]
 SAMPLES = [[4, "0", 3, "1", 2], [9], [2, "1", 3]]  # several images, none, one
 
@@ -151,13 +151,13 @@ def test_a_method_sees_the_mean_keys_of_groups(models, name):
         features(model, inputs)
     given = seen[0]
     if fused:
-        flat = keys[0].unflatten(0, (-1, family.joins**2)).mean(1)
-        order = Oracle(family, model, [], inputs).in_sequence(torch.arange(len(flat)))[:: family.joins**2]
+        flat = keys[0].unflatten(0, (-1, family.merge_size**2)).mean(1)
+        order = Oracle(family, model, [], inputs).in_sequence(torch.arange(len(flat)))[:: family.merge_size**2]
         expected = torch.empty_like(flat)
         expected[order] = flat  # back to the order of the language model
         got = torch.cat([rows[:n] for rows, n in zip(given.keys, given.tokens.lengths, strict=True)])
     else:
-        expected = keys[:, members(family, keys.shape[1] // family.joins**2)].mean(2)
+        expected = keys[:, members(family, keys.shape[1] // family.merge_size**2)].mean(2)
         got = given.keys
     assert given.tokens.lengths == given.tokens.total
     assert torch.allclose(got, expected, atol=1e-6)

@@ -29,7 +29,7 @@ class Family:
     decoder: str  # path of the language model's layers
     tower: str | None = None  # path of the tower's layers, where the vision stage works
     types: str | None = None  # name of the token-type input
-    joins: int = 1  # side of the squares of patches that become one visual token
+    merge_size: int = 1  # side of the squares of patches that become one visual token
     prefix: int = 0  # tokens in front of the patches in the tower
     attention: str = ""  # path of the module in a layer of the tower that takes the mask
 
@@ -212,17 +212,17 @@ FAMILIES = {
         Family("llava-qwen2", _llava(hf.Qwen2Config), _plain(24), _LLAMA, _CLIP, prefix=1),
         Family("llava-next", _llava_next, _tiles, _LLAMA, _CLIP, prefix=1),
         Family("llava-onevision", _onevision, _tiles, _LLAMA),
-        Family("qwen2-vl", _qwen2_vl, _patches, _LLAMA, _QWEN, types="mm_token_type_ids", joins=2, attention="attn"),
-        Family("qwen2.5-vl", _qwen25_vl, _patches, _LLAMA, _QWEN, types="mm_token_type_ids", joins=2, attention="attn"),
-        Family("qwen3-vl", _qwen3_vl, _patches, _LLAMA, _QWEN, types="mm_token_type_ids", joins=2, attention="attn"),
-        Family("internvl", _internvl, _plain(24), _LLAMA, "model.vision_tower.encoder.layer", joins=2, prefix=1,
+        Family("qwen2-vl", _qwen2_vl, _patches, _LLAMA, _QWEN, types="mm_token_type_ids", merge_size=2, attention="attn"),
+        Family("qwen2.5-vl", _qwen25_vl, _patches, _LLAMA, _QWEN, types="mm_token_type_ids", merge_size=2, attention="attn"),
+        Family("qwen3-vl", _qwen3_vl, _patches, _LLAMA, _QWEN, types="mm_token_type_ids", merge_size=2, attention="attn"),
+        Family("internvl", _internvl, _plain(24), _LLAMA, "model.vision_tower.encoder.layer", merge_size=2, prefix=1,
                attention="attention"),
-        Family("gemma3", _gemma3, _plain(48), _LLAMA, _CLIP, types="token_type_ids", joins=2),
+        Family("gemma3", _gemma3, _plain(48), _LLAMA, _CLIP, types="token_type_ids", merge_size=2),
         Family("paligemma", _paligemma, _plain(24), _LLAMA, _CLIP, types="token_type_ids"),
         Family("idefics3", _idefics3(hf.Idefics3Config, hf.Idefics3ForConditionalGeneration), _plain(24),
-               "model.text_model.layers", "model.vision_model.encoder.layers", joins=2),
+               "model.text_model.layers", "model.vision_model.encoder.layers", merge_size=2),
         Family("smolvlm", _idefics3(hf.SmolVLMConfig, hf.SmolVLMForConditionalGeneration), _plain(24),
-               "model.text_model.layers", "model.vision_model.encoder.layers", joins=2),
+               "model.text_model.layers", "model.vision_model.encoder.layers", merge_size=2),
     ]
 }  # fmt: skip
 
@@ -324,7 +324,7 @@ def hide_packed(stack, attentions: list[nn.Module], gone_before: Callable[[int],
 
 def members(family: Family, groups: int) -> Tensor:
     """Patches of each visual token of one image, int64 [G, M]: squares of the patch grid, row by row."""
-    side, k = round(groups**0.5), family.joins
+    side, k = round(groups**0.5), family.merge_size
     return torch.tensor(
         [
             [(k * row + i) * k * side + k * column + j for i in range(k) for j in range(k)]

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from . import graph as graph
     from . import methods as methods
     from . import testing as testing
-    from .cookbook import recipes as recipes
     from .errors import AlreadyAppliedError as AlreadyAppliedError
     from .errors import HookNeverFiredError as HookNeverFiredError
     from .errors import ParityError as ParityError
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from .methods.saint_full_graph import SaintFullGraph as SaintFullGraph
     from .plan import Plan as Plan
     from .plan import Stage as Stage
+    from .presets import recipes as recipes
     from .session import Session as Session
     from .session import apply as apply
     from .session import pruned as pruned
@@ -45,7 +45,7 @@ _LAZY = {
     "graph": None,
     "methods": None,
     "pruned": "session",
-    "recipes": "cookbook",
+    "recipes": "presets",
     "remove": "session",
     "status": "session",
     "testing": None,

@@ -22,9 +22,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
-from .cookbook import recipe
 from .errors import MissingExtraError, SaintError
 from .plan import Plan
+from .presets import recipe
 from .vision.locate import locate
 
 FORMS = "timm:NAME, hf:NAME_OR_PATH, open_clip:NAME/TAG (NAME/none: random weights) or demo:NAME"

@@ -11,11 +11,11 @@ from torch import nn
 from .demo import small_llava
 from .errors import UnsupportedModelError
 from .loading import _explained, _library, resolve_device
-from .upstream.families import ROWS
+from .upstream.families import SPECS
 from .vlm.locate import find
 
 DEMO = f"demo:{small_llava.NAME}"
-_PACKAGES = {row.model.split(".")[2] for row in ROWS}  # transformers.models.<this>
+_PACKAGES = {spec.model.split(".")[2] for spec in SPECS}  # transformers.models.<this>
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def load_vlm(
                 model = auto.from_config(config, dtype=dtype or torch.float32)
         processor = transformers.AutoProcessor.from_pretrained(name)
     if find(model) is None:
-        known = ", ".join(row.title for row in ROWS)
+        known = ", ".join(spec.title for spec in SPECS)
         raise UnsupportedModelError(f"{spec} is a {type(model).__name__}, which cannot be pruned; known: {known}")
     if getattr(processor, "tokenizer", None) is not None:
         processor.tokenizer.padding_side = "left"

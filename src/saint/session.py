@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .cookbook import recipe
 from .errors import AlreadyAppliedError, UnsupportedModelError
 from .methods.base import Method
 from .plan import Plan, Stage
+from .presets import recipe
 from .tokens import LayerTrace
 from .upstream.names import LAYERS
-from .upstream.specs import EncoderRow
+from .upstream.specs import EncoderSpec
 from .upstream.verify import verify_encoder, verify_family
 from .upstream.versions import warn_if_untested
 from .vision.encoder import PrunedEncoder
@@ -219,24 +219,24 @@ def _encoder(
     stage: Stage,
     path: str,
     encoder: nn.Module,
-    row: EncoderRow,
-    joins: int | None = None,
+    spec: EncoderSpec,
+    merge_size: int | None = None,
     restored: frozenset[int] = frozenset(),
 ) -> PrunedEncoder:
-    verify_encoder(encoder, row)
-    warn_if_untested("torch", row.library)
+    verify_encoder(encoder, spec)
+    warn_if_untested("torch", spec.library)
     method = stage.method
     return PrunedEncoder(
         path,
         encoder,
-        row,
-        layers=stage.resolve_layers("vision", len(list(_blocks(encoder, row.blocks)))),
+        spec,
+        layers=stage.resolve_layers("vision", len(list(_blocks(encoder, spec.blocks)))),
         placement=stage.placement,
         output=stage.output,
         select=method.select,
         validate=method.validate,
         beta=method.size_bias(),
-        joins=joins,
+        merge_size=merge_size,
         restored=restored,
     )
 
@@ -245,33 +245,33 @@ def _vlm(model: nn.Module, plan: Plan) -> "tuple[PrunedVLM, PrunedEncoder | None
     from .language.decoder import Drop, Handover, PrunedDecoder
     from .vlm.model import PrunedVLM, read_maps
 
-    path, vlm, row = locate_vlm(model, next(reversed(plan.stages)))
-    verify_family(vlm, row)
+    path, vlm, spec = locate_vlm(model, next(reversed(plan.stages)))
+    verify_family(vlm, spec)
     warn_if_untested("torch", "transformers", vlm=True)
     prefix = f"{path}." if path else ""
     encoder, mergers, handover = None, {}, Handover()
     if plan.vision is not None:
-        if row.no_vision is not None:
-            raise UnsupportedModelError(f"{row.title} cannot do the vision stage: {row.no_vision}")
+        if spec.no_vision is not None:
+            raise UnsupportedModelError(f"{spec.title} cannot do the vision stage: {spec.no_vision}")
         if plan.vision.output != "survivors":
             raise ValueError(
                 f"output={plan.vision.output!r} gives back full-length features; in front of a language model only "
                 '"survivors" saves anything'
             )
-        inner, tower, tower_row = locate_tower(vlm.get_submodule(row.tower))
-        place = f"{prefix}{row.tower}" + (f".{inner}" if inner else "")
-        joins = row.joins(vlm)
-        if joins is not None and plan.vision.method.merges:
+        inner, tower, tower_spec = locate_tower(vlm.get_submodule(spec.tower))
+        place = f"{prefix}{spec.tower}" + (f".{inner}" if inner else "")
+        merge_size = spec.merge_size(vlm)
+        if merge_size is not None and plan.vision.method.merges:
             name = type(plan.vision.method).__name__
             raise UnsupportedModelError(
-                f"{row.title} joins squares of {joins} x {joins} patches behind its tower, and {name} merges patches of "
-                "different squares; use a method that drops"
+                f"{spec.title} joins squares of {merge_size} x {merge_size} patches behind its tower, and {name} merges patches "
+                "of different squares; use a method that drops"
             )
-        verify_encoder(tower, tower_row)
-        mergers = read_maps(vlm, row, len(list(_blocks(tower, tower_row.blocks))))
-        restored = frozenset() if joins is None else frozenset(mergers.values())
-        encoder = _encoder(plan.vision, place, tower, tower_row, joins, restored)
-    text = vlm.get_submodule(row.decoder)
+        verify_encoder(tower, tower_spec)
+        mergers = read_maps(vlm, spec, len(list(_blocks(tower, tower_spec.blocks))))
+        restored = frozenset() if merge_size is None else frozenset(mergers.values())
+        encoder = _encoder(plan.vision, place, tower, tower_spec, merge_size, restored)
+    text = vlm.get_submodule(spec.decoder)
     layers: list[nn.Module] = list(LAYERS.get(text).children())
     for stage in (plan.connector, plan.language):
         if stage is not None and stage.placement == "mid":
@@ -287,17 +287,17 @@ def _vlm(model: nn.Module, plan: Plan) -> "tuple[PrunedVLM, PrunedEncoder | None
 
     chosen = () if plan.language is None else tuple(plan.language.resolve_layers("language", len(layers)))
     decoder = PrunedDecoder(
-        f"{prefix}{row.decoder}",
+        f"{prefix}{spec.decoder}",
         text,
         layers,
         connector=drop(plan.connector, ()),
         language=drop(plan.language, chosen),
         handover=handover,
-        between=row.between(vlm),
+        between=spec.between(vlm),
         evict=plan.language is not None and plan.language.evict,
         enters=encoder is not None,
     )
-    return PrunedVLM(path, vlm, row, decoder, encoder, mergers, handover), encoder
+    return PrunedVLM(path, vlm, spec, decoder, encoder, mergers, handover), encoder
 
 
 def _blocks(encoder: nn.Module, path: str) -> Any:

@@ -404,20 +404,20 @@ def is_dropped(x: Tensor) -> Tensor:
     return (x == first).all(-1) & (first[..., 0] != 0)
 
 
-def full_length(x: Tensor, tokens: TokenMap, prefix: int, hole: float) -> Tensor:
-    """Every survivor back at its place, ``hole`` in the rows of the others.
+def full_length(x: Tensor, tokens: TokenMap, prefix: int, fill_value: float) -> Tensor:
+    """Every survivor back at its place, ``fill_value`` in the rows of the others.
 
     Args:
         x: [B, P + K, C].
         tokens: the survivors.
         prefix: P.
-        hole: fills the rows of dropped tokens.
+        fill_value: fills the rows of dropped tokens.
 
     Returns:
         [B, P + N, C].
     """
     index = tokens.index if tokens.valid is None else tokens.index.masked_fill(~tokens.valid, tokens.width)
-    full = x.new_full((x.shape[0], prefix + tokens.width + 1, x.shape[2]), hole)
+    full = x.new_full((x.shape[0], prefix + tokens.width + 1, x.shape[2]), fill_value)
     full[:, :prefix] = x[:, :prefix]
     return full.scatter(1, (index + prefix).unsqueeze(-1).expand(-1, -1, x.shape[2]), x[:, prefix:])[:, :-1]
 

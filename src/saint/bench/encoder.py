@@ -129,18 +129,18 @@ def bench_encoder(
     parameter = next(p for p in model.parameters() if p.is_floating_point())
     device = parameter.device
 
-    variants: dict[str, nn.Module] = {"base": model, "pruned": twin(model)}
+    variants: dict[str, nn.Module] = {"base": model, "pruned": copy_sharing_weights(model)}
     session = apply(variants["pruned"], plan)
     sessions = [session]
     meter: _Meter | None = None
     if extras:
-        variants["metered"] = twin(model)
+        variants["metered"] = copy_sharing_weights(model)
         sessions.append(apply(variants["metered"], plan))
         meter = _Meter(sessions[-1], device)
         if (idle := _keep_all(plan)) is not None:
-            variants["keep_all"] = twin(model)
+            variants["keep_all"] = copy_sharing_weights(model)
             sessions.append(apply(variants["keep_all"], idle))
-        eager = twin(model)
+        eager = copy_sharing_weights(model)
         if _force_eager(eager):
             variants["eager"] = eager
             sessions.append(apply(eager, plan))
@@ -217,7 +217,7 @@ def layer_tokens(trace: list[LayerTrace]) -> list[LayerTokens]:
     ]
 
 
-def twin(model: nn.Module) -> nn.Module:
+def copy_sharing_weights(model: nn.Module) -> nn.Module:
     """A second model on the same weights: its own modules, hooks and config, but shared parameters and buffers."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)

@@ -12,7 +12,7 @@ from ..errors import AlreadyAppliedError
 from ..plan import Plan
 from ..session import Session, apply, status
 from .cost import Cost, cost
-from .encoder import twin
+from .encoder import copy_sharing_weights
 from .timing import Spread, interleave, load_average, synchronize
 
 BASE = "base"
@@ -168,7 +168,7 @@ def bench_generation(
 
     try:
         for name, plan in plans.items():
-            variants[name] = twin(model)
+            variants[name] = copy_sharing_weights(model)
             sessions[name] = apply(variants[name], plan)
         costs = {name: cost(generation(name, 1), device) for name in variants}
         memories = {name: session.kv_memory for name, session in sessions.items()}

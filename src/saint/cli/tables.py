@@ -10,13 +10,13 @@ from .common import Json, out
 def list_(json: Json = None) -> None:
     """What is supported: encoders, methods, recipes and demo models."""
     from .. import demo, methods
-    from ..cookbook import recipes
     from ..demo import scenes, small_llava
-    from ..vision.locate import _REFUSED, ROWS
+    from ..presets import recipes
+    from ..vision.locate import _REFUSED, SPECS
 
     encoders: dict[tuple[str, str], list[str]] = {}
-    for row in ROWS:
-        encoders.setdefault((row.library, row.title), []).append(row.encoder.rpartition(".")[2])
+    for spec in SPECS:
+        encoders.setdefault((spec.library, spec.title), []).append(spec.encoder.rpartition(".")[2])
     table = Table("library", "models", "class that is pruned", title="vision encoders", title_justify="left")
     for (library, title), classes in encoders.items():
         table.add_row(library, title, ", ".join(classes))

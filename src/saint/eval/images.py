@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..bench.agreement import answer
-from ..bench.encoder import twin
+from ..bench.encoder import copy_sharing_weights
 from ..errors import AlreadyAppliedError
 from ..plan import Plan
 from ..session import Session, apply, status
@@ -123,9 +123,9 @@ def evaluate_images(
         return entries
 
     try:
-        probes[BASE] = _Probe(twin(model))
+        probes[BASE] = _Probe(copy_sharing_weights(model))
         for plan, what in plans.items():
-            copy = twin(model)
+            copy = copy_sharing_weights(model)
             sessions[plan] = apply(copy, what)
             probes[plan] = _Probe(copy)
         loop = Loop(

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..bench.encoder import twin
+from ..bench.encoder import copy_sharing_weights
 from ..errors import AlreadyAppliedError
 from ..loading_vlm import LoadedVLM
 from ..plan import Plan
@@ -253,7 +253,7 @@ def evaluate_vqa(
 
     try:
         for plan, what in plans.items():
-            variants[plan] = twin(model)
+            variants[plan] = copy_sharing_weights(model)
             sessions[plan] = apply(variants[plan], what)
         loop = Loop(
             lambda question: question.image if isinstance(question.image, Image.Image) else read_image(Path(question.image)),

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cookbook import recipe
 from ..loading import Loaded, _explained, _library, load_model
+from ..presets import recipe
 
 TEMPLATES = ("a photo of a {}.",)
 

@@ -19,7 +19,7 @@ from ..upstream.names import CACHE
 
 
 @dataclass(frozen=True)
-class KeyMap:
+class CachePositions:
     """Which positions the entries of a cache layer hold.
 
     Attributes:
@@ -43,21 +43,21 @@ class KeyMap:
         valid = None if self.valid is None else torch.cat([self.valid, self.valid.new_ones(batch, more)], 1)
         return torch.cat([self.index, tail], 1), valid
 
-    def rows(self, samples: Tensor) -> "KeyMap":
+    def rows(self, samples: Tensor) -> "CachePositions":
         """The map of these samples, in this order; layers that shared a map share the result."""
         if not self._rows or self._rows[0] is not samples:
             pick = samples.to(self.index.device)
             valid = None if self.valid is None else self.valid[pick]
-            self._rows[:] = [samples, KeyMap(self.index[pick], valid, self.end)]
+            self._rows[:] = [samples, CachePositions(self.index[pick], valid, self.end)]
         return self._rows[1]
 
-    def repeat(self, times: int) -> "KeyMap":
+    def repeat(self, times: int) -> "CachePositions":
         valid = None if self.valid is None else self.valid.repeat_interleave(times, 0)
-        return KeyMap(self.index.repeat_interleave(times, 0), valid, self.end)
+        return CachePositions(self.index.repeat_interleave(times, 0), valid, self.end)
 
 
 def entries(
-    tokens: TokenMap | None, past: KeyMap | None, before: int, queries: int
+    tokens: TokenMap | None, past: CachePositions | None, before: int, queries: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """Position and validity of every entry once a sequence is appended to ``before`` cached positions.
 
@@ -85,14 +85,14 @@ def entries(
     return torch.cat([held, index], 1), valid
 
 
-def extended(past: KeyMap | None, before: int, tokens: TokenMap) -> KeyMap:
+def extended(past: CachePositions | None, before: int, tokens: TokenMap) -> CachePositions:
     """What a layer holds after the survivors of a new sequence were appended to ``before`` cached positions."""
     index, valid = entries(tokens, past, before, tokens.width)
     assert index is not None
-    return KeyMap(index, valid, before + tokens.width)
+    return CachePositions(index, valid, before + tokens.width)
 
 
-def remaining(past: KeyMap | None, tokens: TokenMap, *, before: int) -> tuple[Selection, KeyMap]:
+def remaining(past: CachePositions | None, tokens: TokenMap, *, before: int) -> tuple[Selection, CachePositions]:
     """What is left of a layer's entries when of the last sequence only ``tokens`` are.
 
     Args:
@@ -115,16 +115,16 @@ def remaining(past: KeyMap | None, tokens: TokenMap, *, before: int) -> tuple[Se
     keep = here.scatter_(1, index, True).gather(1, held)
     keep = keep if held_valid is None else keep & held_valid
     chosen = Selection.from_mask(keep, tuple(keep.sum(1).tolist()))
-    return chosen, KeyMap(held.gather(1, chosen.slots), chosen.valid, total)
+    return chosen, CachePositions(held.gather(1, chosen.slots), chosen.valid, total)
 
 
-class Owner:
+class SessionToken:
     """Identity of the plan a cache was filled under; survives a copy of the cache."""
 
     def __init__(self) -> None:
         self.closed = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Owner":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SessionToken":
         return self
 
 
@@ -134,16 +134,16 @@ class RaggedLayer(DynamicLayer):
     keys: Any  # Tensor once initialised; transformers sets these in untyped code
     values: Any
 
-    def __init__(self, owner: Owner, window: int | None) -> None:
+    def __init__(self, owner: SessionToken, window: int | None) -> None:
         super().__init__()
         self.owner, self.sliding_window = owner, window
         self.is_sliding = window is not None  # read by transformers when it sizes masks
         self.length = 0  # logical
-        self.map: KeyMap | None = None  # None: all positions are stored
+        self.map: CachePositions | None = None  # None: all positions are stored
         self._starts: list[int] = []  # sliding: highest position (over the samples) of each entry of `map`
 
     @classmethod
-    def adopt(cls, layer: DynamicLayer, owner: Owner) -> "RaggedLayer":
+    def adopt(cls, layer: DynamicLayer, owner: SessionToken) -> "RaggedLayer":
         """Take over the content of an ordinary layer."""
         new = cls(owner, layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None)
         if layer.is_initialized:
@@ -155,7 +155,7 @@ class RaggedLayer(DynamicLayer):
             batch, stored = new.keys.shape[0], new.keys.shape[-2]
             if stored < new.length:  # a sliding layer has let go of the positions outside its window
                 empty = torch.empty(batch, 0, dtype=torch.long, device=new.device)
-                new._set_map(KeyMap(empty, None, new.length - stored))
+                new._set_map(CachePositions(empty, None, new.length - stored))
         return new
 
     @property
@@ -168,7 +168,7 @@ class RaggedLayer(DynamicLayer):
         key_states: Tensor,
         value_states: Tensor,
         *args: Any,
-        positions: KeyMap | None = None,
+        positions: CachePositions | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Append [B, H, S, D]; ``positions`` is what the entries are afterwards, None when the sequence is whole."""
@@ -186,12 +186,12 @@ class RaggedLayer(DynamicLayer):
         self._let_go()
         return keys, values
 
-    def evict(self, stay: Selection, keys: KeyMap) -> None:
+    def evict(self, stay: Selection, keys: CachePositions) -> None:
         """Keep only these entries, which are ``keys``."""
         self.keys, self.values = gather_entries(self.keys, stay.slots), gather_entries(self.values, stay.slots)
         self._set_map(keys)
 
-    def _set_map(self, keys: KeyMap) -> None:
+    def _set_map(self, keys: CachePositions) -> None:
         self.map = keys
         if self.sliding_window is not None:
             reach = keys.index if keys.valid is None else keys.index.masked_fill(~keys.valid, -1)
@@ -213,7 +213,7 @@ class RaggedLayer(DynamicLayer):
         else:
             index = self.map.index[:, mapped:]
             valid = None if self.map.valid is None else self.map.valid[:, mapped:]
-        self.map, self._starts = KeyMap(index, valid, end + plain), self._starts[mapped:]
+        self.map, self._starts = CachePositions(index, valid, end + plain), self._starts[mapped:]
         self.keys, self.values = self.keys[:, :, mapped + plain :], self.values[:, :, mapped + plain :]
 
     def get_seq_length(self) -> int:
@@ -271,7 +271,7 @@ class CacheView:
         positions: what the layer's entries are after the call, None when the call brings a whole sequence.
     """
 
-    def __init__(self, cache: Any, positions: KeyMap | None) -> None:
+    def __init__(self, cache: Any, positions: CachePositions | None) -> None:
         self.cache, self.positions = cache, positions
         self.keys: Tensor | None = None  # of the call, after rotary, before repetition over heads, [B, H, S, D]
         self.held: tuple[Tensor, Tensor]  # all keys and values the attention sees, [B, H, T, D]
@@ -287,7 +287,7 @@ class CacheView:
         return getattr(self.cache, name)
 
 
-def check_cache(cache: Any, owner: Owner) -> None:
+def check_cache(cache: Any, owner: SessionToken) -> None:
     """Raise ``ValueError`` unless ``cache`` can become ragged under this plan."""
     if not isinstance(cache, Cache):
         raise ValueError(f"{CACHE.spellings[0]} must be a transformers Cache, got {type(cache).__name__}")
@@ -309,7 +309,7 @@ def check_cache(cache: Any, owner: Owner) -> None:
         )
 
 
-def ragged_layer(cache: DynamicCache, layer: int, owner: Owner) -> RaggedLayer:
+def ragged_layer(cache: DynamicCache, layer: int, owner: SessionToken) -> RaggedLayer:
     """The cache layer, swapped for a ragged one if it is not yet."""
     while len(cache.layers) <= layer:
         cache.layers.append(DynamicLayer())

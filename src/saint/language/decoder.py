@@ -39,7 +39,17 @@ from ..upstream.names import (
 )
 from ..upstream.versions import known_from
 from .attention import check_attention, last_row
-from .cache import CacheView, KeyMap, Owner, RaggedLayer, check_cache, extended, ragged_layer, remaining, stored_bytes
+from .cache import (
+    CachePositions,
+    CacheView,
+    RaggedLayer,
+    SessionToken,
+    check_cache,
+    extended,
+    ragged_layer,
+    remaining,
+    stored_bytes,
+)
 from .masks import DENSE, FLASH, survivors_mask
 from .positions import gather_ids, gather_rotary
 
@@ -178,7 +188,7 @@ class PrunedDecoder(Uncopyable):
         self.depth = len(layers)
         self.steps = {} if language is None else {layer: step for step, layer in enumerate(language.layers)}
         self.rows = language is not None and "last_query" in language.needs
-        self.owner = Owner()
+        self.owner = SessionToken()
         self.parameters = Parameters(type(model).forward)
         self.handover, self.enters = handover, enters
         self.forwards = Forwards(DecoderState, path)
@@ -394,7 +404,7 @@ class PrunedDecoder(Uncopyable):
 
     def arguments(
         self, layer: int, front: Front, parameters: Parameters, kwargs: dict[str, Any]
-    ) -> tuple[dict[str, Any], KeyMap | None]:
+    ) -> tuple[dict[str, Any], CachePositions | None]:
         """Rotary tables, positions and mask of the survivors, and what their cache layer holds with them."""
         tokens, cache = front.tokens, CACHE.read(kwargs)
         entry = None if cache is None else ragged_layer(cache, layer, self.owner)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from ..tokens import TokenMap
-from .cache import KeyMap, entries
+from .cache import CachePositions, entries
 
 # implementations of transformers whose mask is dense [B, 1, Q, L] or, for flash, the padding mask [B, L]
 DENSE = {"sdpa", "eager"}
@@ -18,7 +18,7 @@ FLASH = {"flash_attention_2", "flash_attention_3"}
 def survivors_mask(
     mask: Tensor | None,
     tokens: TokenMap | None,
-    past: KeyMap | None,
+    past: CachePositions | None,
     *,
     before: int,
     first: int,

@@ -27,7 +27,7 @@ from ..plan import Plan, Stage
 from ..session import apply, pruned, remove, status
 from ..tokens import LayerTrace
 from ..upstream.names import EMBEDDINGS, GRID, POOLED, SEGMENTS, Parameters
-from ..upstream.specs import Anatomy, EncoderRow, FamilyRow, part
+from ..upstream.specs import BlockSpec, EncoderSpec, FamilySpec, part
 from ..upstream.verify import merge_method
 from ..vision.blocks import Block, units
 from ..vision.locate import locate, locate_tower
@@ -241,7 +241,7 @@ def masked_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
             if plan.vision is not None:
                 _, encoder, row = locate_tower(vlm.get_submodule(facts.tower))
                 drops = [entry for entry in trace if entry.stage == "vision"]
-                _hide_in_encoder(stack, mode, encoder, row, drops, facts.joins(vlm))
+                _hide_in_encoder(stack, mode, encoder, row, drops, facts.merge_size(vlm))
                 _mark_features(stack, vlm, facts, row, drops)
             _hide_in_decoder(stack, mode, vlm, facts, [entry for entry in trace if entry.stage != "vision"])
         stack.enter_context(mode)
@@ -249,7 +249,12 @@ def masked_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
 
 
 def _hide_in_encoder(
-    stack: ExitStack, mode: _HideKeys, encoder: nn.Module, row: EncoderRow, trace: list[LayerTrace], joins: int | None
+    stack: ExitStack,
+    mode: _HideKeys,
+    encoder: nn.Module,
+    row: EncoderSpec,
+    trace: list[LayerTrace],
+    merge_size: int | None,
 ) -> None:
     blocks = list(part(encoder, row.blocks))
     prefix = row.prefix(encoder)
@@ -260,14 +265,14 @@ def _hide_in_encoder(
 
     def mask_of(entry: LayerTrace, count: int) -> Tensor:
         if row.packed:
-            assert joins is not None
+            assert merge_size is not None
             rows = torch.cat(_flags(entry, trace))
             rows = rows if order is None else rows[order]
-            return rows.repeat_interleave(joins**2).unsqueeze(0)
+            return rows.repeat_interleave(merge_size**2).unsqueeze(0)
         rows = torch.zeros(len(entry.kept), count, dtype=torch.bool)
         rows[:, :prefix] = True
         for sample, kept in enumerate(entry.kept):
-            tokens = kept.cpu() if joins is None else _square(kept.cpu(), count - prefix, joins)
+            tokens = kept.cpu() if merge_size is None else _square(kept.cpu(), count - prefix, merge_size)
             rows[sample, tokens + prefix] = True
         return rows
 
@@ -332,7 +337,7 @@ def _hide_in_encoder(
         stack.callback(encoder.register_forward_pre_hook(see_order, with_kwargs=True).remove)
 
 
-def _hide_in_pools(stack: ExitStack, mode: _HideKeys, encoder: nn.Module, row: EncoderRow) -> None:
+def _hide_in_pools(stack: ExitStack, mode: _HideKeys, encoder: nn.Module, row: EncoderSpec) -> None:
     def trim(_module: nn.Module, args: tuple[Any, ...]) -> None:
         if mode.visible is not None:  # a pool may be shown the candidates alone, without the prefix
             mode.visible = mode.visible[:, -args[0].shape[1] :]
@@ -360,7 +365,7 @@ def _square(groups: Tensor, count: int, side: int) -> Tensor:
 
 
 def _mark_features(
-    stack: ExitStack, vlm: nn.Module, facts: FamilyRow, row: EncoderRow, trace: list[LayerTrace]
+    stack: ExitStack, vlm: nn.Module, facts: FamilySpec, row: EncoderSpec, trace: list[LayerTrace]
 ) -> None:
     """Rows of NaN, for features that the encoder dropped, show where the model puts them."""
 
@@ -381,7 +386,7 @@ def _mark_features(
 
 
 def _hide_in_decoder(
-    stack: ExitStack, mode: _HideKeys, vlm: nn.Module, facts: FamilyRow, trace: list[LayerTrace]
+    stack: ExitStack, mode: _HideKeys, vlm: nn.Module, facts: FamilySpec, trace: list[LayerTrace]
 ) -> None:
     layers = list(vlm.get_submodule(facts.decoder).get_submodule("layers").children())
     parameters = Parameters(type(vlm.get_submodule(facts.decoder)).forward)
@@ -518,7 +523,7 @@ def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
             kwargs = block.named(args, kwargs)
             if groups is not None:
                 kwargs |= {n: positions(kwargs[n]) for n in block.tables if kwargs.get(n) is not None}
-            if block.anatomy.bias and block.mask in kwargs:
+            if block.spec.bias and block.mask in kwargs:
                 kwargs[block.mask] = pairs(kwargs[block.mask])
             mode.visible, mode.masked = logits(x.shape[1], x), 0
             halves = layer in by_layer and placement == "mid"
@@ -551,10 +556,10 @@ def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         for layer, module in enumerate(blocks):
-            anatomy = Block(module, _anatomy(module, row), f"{row.blocks}.{layer}")
-            override(stack, module, "forward", partial(wrap, layer, anatomy))
-            if anatomy.bias is not None:
-                holder, _, method = anatomy.bias.rpartition(".")
+            spec = Block(module, _block_spec(module, row), f"{row.blocks}.{layer}")
+            override(stack, module, "forward", partial(wrap, layer, spec))
+            if spec.bias is not None:
+                holder, _, method = spec.bias.rpartition(".")
                 override(stack, part(module, holder), method, lambda own: lambda *a, **k: pairs(own(*a, **k)))
         final = part(encoder, row.final) if row.final else None
         if final is not None:
@@ -769,17 +774,17 @@ def check_on(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
     return f"{share:.0%} of the blocks' FLOPs{left_out(unknown, unknown_pruned)}, {error:.1%} off the prediction"
 
 
-def _anatomy(block: nn.Module, row: EncoderRow) -> Anatomy:
-    return next(row.anatomies[c.__name__] for c in type(block).__mro__ if c.__name__ in row.anatomies)
+def _block_spec(block: nn.Module, row: EncoderSpec) -> BlockSpec:
+    return next(row.block_specs[c.__name__] for c in type(block).__mro__ if c.__name__ in row.block_specs)
 
 
-def _first_part(block: nn.Module, row: EncoderRow) -> nn.Module:
-    anatomy = _anatomy(block, row)
-    return part(units(block, anatomy)[0][0], anatomy.norm1 or anatomy.attn or "norm1")
+def _first_part(block: nn.Module, row: EncoderSpec) -> nn.Module:
+    spec = _block_spec(block, row)
+    return part(units(block, spec)[0][0], spec.norm1 or spec.attn or "norm1")
 
 
 def _flops(
-    model: nn.Module, row: EncoderRow, blocks: list[nn.Module], inputs: Inputs
+    model: nn.Module, row: EncoderSpec, blocks: list[nn.Module], inputs: Inputs
 ) -> tuple[dict[str, Tensor], list[tuple[int, float, float, float]], list[str]]:
     """Outputs; per block: tokens in, linear FLOPs of the attention half, of the MLP, and FLOPs quadratic in tokens; operators
     that were not counted."""
@@ -802,15 +807,15 @@ def _flops(
     by_module = counted.by_module
     out = []
     for index, block in enumerate(blocks):
-        anatomy = _anatomy(block, row)  # of the model's own parts: scoring is matrix products too
+        spec = _block_spec(block, row)  # of the model's own parts: scoring is matrix products too
         halves: list[list[dict[str, int]]] = [[by_module[names[block]]], []]  # without a seam all counts as one half
-        if anatomy.seam:
-            paths = (anatomy.padding or anatomy.attn, anatomy.mlp)
+        if spec.seam:
+            paths = (spec.padding or spec.attn, spec.mlp)
             halves = [
                 [by_module[names[part(unit, path or "")]] for unit in parallel]
-                for path, parallel in zip(paths, units(block, anatomy), strict=True)
+                for path, parallel in zip(paths, units(block, spec), strict=True)
             ]
-        for _, table in anatomy.bias:  # computed for all pairs, whoever is left
+        for _, table in spec.bias:  # computed for all pairs, whoever is left
             if isinstance(holder := part(block, table), nn.Module):
                 parts = [by_module[names[child]] for child in holder.children() if names[child] in by_module]
                 halves[0] += [{op: -flops for op, flops in counts.items()} for counts in parts]

@@ -3,11 +3,11 @@
 from typing import Any
 
 from .names import PIXELS, VIDEOS
-from .specs import FamilyRow
+from .specs import FamilySpec
 
 
-def _row(title: str, module: str, cls: str, **facts: Any) -> FamilyRow:
-    return FamilyRow(title=title, model=f"transformers.models.{module}.modeling_{module}.{cls}", **facts)
+def _row(title: str, module: str, cls: str, **facts: Any) -> FamilySpec:
+    return FamilySpec(title=title, model=f"transformers.models.{module}.modeling_{module}.{cls}", **facts)
 
 
 def _feature_layer(model: Any, depth: int) -> int | None:
@@ -20,7 +20,7 @@ def _feature_layer(model: Any, depth: int) -> int | None:
 _BOTH = (PIXELS, VIDEOS)
 _USE = "; use the connector or language stage"
 
-ROWS: tuple[FamilyRow, ...] = (
+SPECS: tuple[FamilySpec, ...] = (
     _row("LLaVA-1.5", "llava", "LlavaModel", feature_layer=_feature_layer),
     _row("LLaVA-NeXT", "llava_next", "LlavaNextModel", feature_layer=_feature_layer),
     _row(
@@ -38,7 +38,7 @@ ROWS: tuple[FamilyRow, ...] = (
         tower="visual",
         connector="visual.merger",
         pixels=_BOTH,
-        joins=lambda m: m.visual.spatial_merge_size,
+        merge_size=lambda m: m.visual.spatial_merge_size,
     ),
     _row(
         "Qwen2.5-VL",
@@ -47,7 +47,7 @@ ROWS: tuple[FamilyRow, ...] = (
         tower="visual",
         connector="visual.merger",
         pixels=_BOTH,
-        joins=lambda m: m.visual.spatial_merge_size,
+        merge_size=lambda m: m.visual.spatial_merge_size,
     ),
     _row(
         "Qwen3-VL",
@@ -56,8 +56,8 @@ ROWS: tuple[FamilyRow, ...] = (
         tower="visual",
         connector="visual.merger",
         pixels=_BOTH,
-        joins=lambda m: m.visual.spatial_merge_size,
-        taps=lambda m: {
+        merge_size=lambda m: m.visual.spatial_merge_size,
+        deepstack_mergers=lambda m: {
             f"visual.deepstack_merger_list.{i}": layer + 1 for i, layer in enumerate(m.visual.deepstack_visual_indexes)
         },
         between=lambda m: len(m.config.vision_config.deepstack_visual_indexes),
@@ -66,10 +66,10 @@ ROWS: tuple[FamilyRow, ...] = (
         "InternVL",
         "internvl",
         "InternVLModel",
-        joins=lambda m: round(1 / m.config.downsample_ratio),
+        merge_size=lambda m: round(1 / m.config.downsample_ratio),
         feature_layer=_feature_layer,
     ),
-    _row("Gemma 3", "gemma3", "Gemma3Model", joins=lambda m: m.multi_modal_projector.kernel_size),
+    _row("Gemma 3", "gemma3", "Gemma3Model", merge_size=lambda m: m.multi_modal_projector.kernel_size),
     _row("PaliGemma", "paligemma", "PaliGemmaModel"),
     _row(
         "Idefics3",
@@ -78,7 +78,7 @@ ROWS: tuple[FamilyRow, ...] = (
         tower="vision_model",
         connector="connector",
         decoder="text_model",
-        joins=lambda m: m.connector.scale_factor,
+        merge_size=lambda m: m.connector.scale_factor,
     ),
     _row(
         "SmolVLM",
@@ -87,6 +87,6 @@ ROWS: tuple[FamilyRow, ...] = (
         tower="vision_model",
         connector="connector",
         decoder="text_model",
-        joins=lambda m: m.connector.scale_factor,
+        merge_size=lambda m: m.connector.scale_factor,
     ),
 )

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from .specs import Anatomy, EncoderRow
+from .specs import BlockSpec, EncoderSpec
 
-_DEFAULT = Anatomy(
+_DEFAULT = BlockSpec(
     attn="attention",  # a method of the block: casts the mask and unpacks nn.MultiheadAttention
     mlp="mlp",
     norm1="ln_1",
@@ -15,7 +15,7 @@ _DEFAULT = Anatomy(
     heads=("attn.num_heads",),
     padding="attn",
 )
-_CUSTOM = Anatomy(
+_CUSTOM = BlockSpec(
     attn="attn",
     mlp="mlp",
     norm1="ln_1",
@@ -32,13 +32,13 @@ def _refuse(model: Any) -> str | None:
     return None
 
 
-ROWS = [
-    EncoderRow(
+SPECS = [
+    EncoderSpec(
         title="ViT tower (both attention layouts)",
         library="open_clip",
         encoder="open_clip.transformer.VisionTransformer",
         blocks="transformer.resblocks",
-        anatomies={"ResidualAttentionBlock": _DEFAULT, "CustomResidualAttentionBlock": _CUSTOM},
+        block_specs={"ResidualAttentionBlock": _DEFAULT, "CustomResidualAttentionBlock": _CUSTOM},
         prefix=lambda m: 1,
         patch="conv1",
         candidates=lambda m: m.grid_size[0] * m.grid_size[1],

@@ -18,7 +18,7 @@ def part(module: nn.Module, path: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class BlockSpec:
     """Names of the parts of a residual block, relative to the block.
 
     ``first(x) = x + branch1(attn(norm1(x)))`` and ``second(x) = x + branch2(mlp(norm2(x)))``. A branch is a chain of
@@ -70,7 +70,7 @@ class Anatomy:
 
 
 @dataclass(frozen=True)
-class EncoderRow:
+class EncoderSpec:
     """One supported encoder class.
 
     Attributes:
@@ -78,7 +78,7 @@ class EncoderRow:
         library: distribution the class comes from.
         encoder: qualified name of the class that owns the blocks.
         blocks: dotted path to the ModuleList of blocks.
-        anatomies: block class name -> anatomy. Blocks of another class are refused from the first drop point on.
+        block_specs: block class name -> anatomy. Blocks of another class are refused from the first drop point on.
         prefix: protected tokens in front (CLS, distillation, registers), from the instance.
         patch: dotted path to the module whose output shows the patch grid (a map [B, C, rows, columns], or a pair of which
             the grid is the second), or None.
@@ -97,7 +97,7 @@ class EncoderRow:
     library: str
     encoder: str
     blocks: str
-    anatomies: dict[str, Anatomy]
+    block_specs: dict[str, BlockSpec]
     prefix: Callable[[Any], int]
     patch: str | None
     final: str | None = None
@@ -112,7 +112,7 @@ class EncoderRow:
 
 
 @dataclass(frozen=True)
-class FamilyRow:
+class FamilySpec:
     """One supported family.
 
     Attributes:
@@ -123,10 +123,10 @@ class FamilyRow:
         decoder: path of the language model.
         pixels: arguments of the model's forward that bring images or videos.
         no_vision: why the vision stage is not possible, or None.
-        joins: side of the square of patches that is joined into one token between tower and language model, from the
+        merge_size: side of the square of patches that is joined into one token between tower and language model, from the
             instance; None where every patch becomes a token.
-        taps: paths of further modules that join patches, and the tower's hidden states they read (0 = embeddings), from the
-            instance (DeepStack).
+        deepstack_mergers: paths of further modules that join patches, and the tower's hidden states they read (0 = embeddings),
+            from the instance.
         feature_layer: index into the tower's hidden states (0 = embeddings) of the features used, from the instance; None
             where the features of several layers are joined.
         between: layers behind which the model adds to the full sequence, from the instance (DeepStack).
@@ -139,7 +139,7 @@ class FamilyRow:
     decoder: str = "language_model"
     pixels: tuple[Role, ...] = (PIXELS,)
     no_vision: str | None = None
-    joins: Callable[[Any], int | None] = lambda _: None
-    taps: Callable[[Any], dict[str, int]] = lambda _: {}
+    merge_size: Callable[[Any], int | None] = lambda _: None
+    deepstack_mergers: Callable[[Any], dict[str, int]] = lambda _: {}
     feature_layer: Callable[[nn.Module, int], int | None] = lambda _, depth: depth
     between: Callable[[nn.Module], int] = lambda _: 0

@@ -4,17 +4,17 @@ from dataclasses import replace
 from typing import Any
 
 from .names import TIMM_PAIRS, TIMM_ROTARY, TIMM_VALID
-from .specs import Anatomy, EncoderRow
+from .specs import BlockSpec, EncoderSpec
 
-_VIT = Anatomy(attn="attn", mlp="mlp", branch1=("ls1", "drop_path1"), branch2=("ls2", "drop_path2"))
-_RES_POST = Anatomy(
+_VIT = BlockSpec(attn="attn", mlp="mlp", branch1=("ls1", "drop_path1"), branch2=("ls2", "drop_path2"))
+_RES_POST = BlockSpec(
     attn="attn", mlp="mlp", norm1=None, norm2=None, branch1=("norm1", "drop_path1"), branch2=("norm2", "drop_path2")
 )
 # k_norm is an Identity when there is no qk-norm; a hook on attn.qkv would never fire, EVA calls F.linear on its weight
-_EVA = Anatomy(
+_EVA = BlockSpec(
     attn="attn", mlp="mlp", branch1=("gamma_1", "drop_path1"), branch2=("gamma_2", "drop_path2"), tables=(TIMM_ROTARY,)
 )
-_EVA_POST = Anatomy(
+_EVA_POST = BlockSpec(
     attn="attn",
     mlp="mlp",
     norm1=None,
@@ -23,7 +23,7 @@ _EVA_POST = Anatomy(
     branch2=("norm2", "drop_path2"),
     tables=(TIMM_ROTARY,),
 )
-_THINGS = Anatomy(
+_THINGS = BlockSpec(
     attn="attn",
     mlp="mlp",
     norm1="norm",
@@ -33,9 +33,9 @@ _THINGS = Anatomy(
     units=("attns", "ffns"),
 )
 # one matrix product brings forth queries, keys, values and the hidden layer of the MLP
-_PARALLEL = Anatomy(attn=None, mlp=None, norm1="in_norm", norm2=None, keys=("k_norm",), keys_by_token=True)
-_DIFF_PARALLEL = Anatomy(attn=None, mlp=None, norm1="in_norm", norm2=None, keys=("k_norm",))
-_BEIT = Anatomy(
+_PARALLEL = BlockSpec(attn=None, mlp=None, norm1="in_norm", norm2=None, keys=("k_norm",), keys_by_token=True)
+_DIFF_PARALLEL = BlockSpec(attn=None, mlp=None, norm1="in_norm", norm2=None, keys=("k_norm",))
+_BEIT = BlockSpec(
     attn="attn",
     mlp="mlp",
     branch1=("gamma_1", "drop_path1"),
@@ -71,14 +71,14 @@ def _candidates(model: Any) -> int | None:
     return embed.num_patches if getattr(embed, "strict_img_size", False) else None
 
 
-ROWS = [
-    EncoderRow(
+SPECS = [
+    EncoderSpec(
         title="ViT (AugReg, DeiT/DeiT-3, MAE, CLIP, SigLIP/SigLIP 2, DINOv2 with and without registers, AIMv2, hybrids, "
         "ViTamin, parallel blocks)",
         library="timm",
         encoder="timm.models.vision_transformer.VisionTransformer",
         blocks="blocks",
-        anatomies=_BLOCKS,
+        block_specs=_BLOCKS,
         prefix=lambda m: m.num_prefix_tokens,
         patch="patch_embed.proj",
         candidates=_candidates,
@@ -88,12 +88,12 @@ ROWS = [
         dense_calls=("forward_intermediates", "get_intermediate_layers"),
         refuse=_refuse,
     ),
-    EncoderRow(
+    EncoderSpec(
         title="EVA, EVA-02, DINOv3, Perception Encoder",
         library="timm",
         encoder="timm.models.eva.Eva",
         blocks="blocks",
-        anatomies={"EvaBlock": _EVA, "EvaBlockPostNorm": _EVA_POST},
+        block_specs={"EvaBlock": _EVA, "EvaBlockPostNorm": _EVA_POST},
         prefix=lambda m: m.num_prefix_tokens,
         patch="patch_embed.proj",
         candidates=_candidates,
@@ -102,36 +102,36 @@ ROWS = [
         dense_calls=("forward_intermediates",),
         refuse=_refuse,
     ),
-    EncoderRow(
+    EncoderSpec(
         title="BEiT, BEiT-2",
         library="timm",
         encoder="timm.models.beit.Beit",
         blocks="blocks",
-        anatomies={"Block": _BEIT},
+        block_specs={"Block": _BEIT},
         prefix=lambda m: m.num_prefix_tokens,
         patch="patch_embed.proj",
         candidates=_candidates,
         final="norm",
         dense_calls=("forward_intermediates",),
     ),
-    EncoderRow(
+    EncoderSpec(
         title="ViT with relative position bias (own or shared)",
         library="timm",
         encoder="timm.models.vision_transformer_relpos.VisionTransformerRelPos",
         blocks="blocks",
-        anatomies={"RelPosBlock": _RELPOS, "ResPostRelPosBlock": _RELPOS_POST},
+        block_specs={"RelPosBlock": _RELPOS, "ResPostRelPosBlock": _RELPOS_POST},
         prefix=lambda m: m.num_prefix_tokens,
         patch="patch_embed.proj",
         candidates=_candidates,
         final="norm",
         dense_calls=("forward_intermediates",),
     ),
-    EncoderRow(
+    EncoderSpec(
         title="NaFlexViT (pictures, or patches with padding)",
         library="timm",
         encoder="timm.models.naflexvit.NaFlexVit",
         blocks="blocks",
-        anatomies={**_BLOCKS, "EvaBlock": _EVA},
+        block_specs={**_BLOCKS, "EvaBlock": _EVA},
         prefix=lambda m: m.num_prefix_tokens,
         patch="embeds",
         final="norm",

@@ -3,9 +3,9 @@
 from typing import Any
 
 from .names import MASK, ROTARY, SEGMENTS, WINDOW_ORDER
-from .specs import Anatomy, EncoderRow
+from .specs import BlockSpec, EncoderSpec
 
-_VIT = Anatomy(
+_VIT = BlockSpec(
     attn="attention",
     mlp="mlp",
     norm1="layernorm_before",
@@ -17,7 +17,7 @@ _VIT = Anatomy(
     mask=MASK,
 )
 # the block joins its own bias and the mask, and no part of it alone does
-_BEIT = Anatomy(
+_BEIT = BlockSpec(
     attn=None,
     mlp=None,
     norm1="layernorm_before",
@@ -27,7 +27,7 @@ _BEIT = Anatomy(
     mask=MASK,
     bias=(("relative_position_bias.forward", "relative_position_bias"),),
 )
-_CLIP = Anatomy(
+_CLIP = BlockSpec(
     attn="self_attn",
     mlp="mlp",
     norm1="layer_norm1",
@@ -36,7 +36,7 @@ _CLIP = Anatomy(
     heads=("self_attn.num_heads",),
     mask=MASK,
 )
-_INTERNVL = Anatomy(
+_INTERNVL = BlockSpec(
     attn="attention",
     mlp="mlp",
     norm1="layernorm_before",
@@ -47,7 +47,7 @@ _INTERNVL = Anatomy(
     heads=("attention.num_heads",),
     mask=None,
 )
-_QWEN = Anatomy(
+_QWEN = BlockSpec(
     attn="attn",
     mlp="mlp",
     keys=("attn.qkv",),
@@ -57,7 +57,7 @@ _QWEN = Anatomy(
     fused=True,
     segments=SEGMENTS,
 )
-_DINOV2 = Anatomy(
+_DINOV2 = BlockSpec(
     attn="attention",
     mlp="mlp",
     branch1=("layer_scale1", "drop_path"),
@@ -78,20 +78,20 @@ def _dense(cls: str) -> tuple[str, ...]:
 
 
 def _row(
-    title: str, module: str, cls: str, blocks: str, anatomy: dict[str, Anatomy], patch: str | None, **facts: Any
-) -> EncoderRow:
-    return EncoderRow(
+    title: str, module: str, cls: str, blocks: str, spec: dict[str, BlockSpec], patch: str | None, **facts: Any
+) -> EncoderSpec:
+    return EncoderSpec(
         title=title,
         library="transformers",
         encoder=f"transformers.models.{module}.modeling_{module}.{cls}",
         blocks=blocks,
-        anatomies=anatomy,
+        block_specs=spec,
         patch=patch,
         **facts,
     )
 
 
-ROWS = [
+SPECS = [
     _row(
         "ViT",
         "vit",
@@ -209,7 +209,7 @@ ROWS = [
 ]
 
 # encoders whose output only their own vision-language model can read: it joins groups of their tokens
-TOWERS: list[EncoderRow] = [
+TOWERS: list[EncoderSpec] = [
     *[
         _row(
             title,

@@ -1,4 +1,4 @@
-"""Holds the facts of a row against an instance, before anything is touched."""
+"""Holds the facts of a spec against an instance, before anything is touched."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from .names import CACHE, EMBEDDINGS, LAYERS, MASK, MERGER, PLACEHOLDER_MASK, Parameters
-from .specs import EncoderRow, FamilyRow, part
+from .specs import EncoderSpec, FamilySpec, part
 from .versions import known_from
 
 
@@ -28,45 +28,47 @@ def _refuse(module: nn.Module, title: str, library: str, missing: list[str]) -> 
         )
 
 
-def verify_encoder(encoder: nn.Module, row: EncoderRow) -> None:
-    """Raise ``UnsupportedModelError`` that names every path and method of ``row`` that ``encoder`` lacks."""
-    blocks = part(encoder, row.blocks)
+def verify_encoder(encoder: nn.Module, spec: EncoderSpec) -> None:
+    """Raise ``UnsupportedModelError`` that names every path and method of ``spec`` that ``encoder`` lacks."""
+    blocks = part(encoder, spec.blocks)
     missing = (
         []
         if isinstance(blocks, nn.Module) and next(blocks.children(), None) is not None
-        else [f"{row.blocks} (blocks)"]
+        else [f"{spec.blocks} (blocks)"]
     )
-    missing += [f"{path} ({use})" for path, use in ((row.patch, "patch embedding"), (row.final, "last norm"))
+    missing += [f"{path} ({use})" for path, use in ((spec.patch, "patch embedding"), (spec.final, "last norm"))
                 if path is not None and part(encoder, path) is None]  # fmt: skip
-    if row.order is not None and row.order.of(encoder) is None:
-        missing.append(f"method {row.order} (shows the order of its windows)")
-    missing += [f"method {name} (pools)" for name in row.masked_pools if not hasattr(encoder, name)]
-    missing += _try("protected tokens", lambda: row.prefix(encoder))
-    _refuse(encoder, row.title, row.library, missing)
+    if spec.order is not None and spec.order.of(encoder) is None:
+        missing.append(f"method {spec.order} (shows the order of its windows)")
+    missing += [f"method {name} (pools)" for name in spec.masked_pools if not hasattr(encoder, name)]
+    missing += _try("protected tokens", lambda: spec.prefix(encoder))
+    _refuse(encoder, spec.title, spec.library, missing)
 
 
-def verify_family(model: nn.Module, row: FamilyRow) -> None:
-    """Raise ``UnsupportedModelError`` that names every path, method and argument of ``row`` that ``model`` lacks."""
+def verify_family(model: nn.Module, spec: FamilySpec) -> None:
+    """Raise ``UnsupportedModelError`` that names every path, method and argument of ``spec`` that ``model`` lacks."""
     missing = [
         f"{path} ({use})"
-        for path, use in ((row.tower, "tower"), (row.connector, "connector"), (row.decoder, "language model"))
+        for path, use in ((spec.tower, "tower"), (spec.connector, "connector"), (spec.decoder, "language model"))
         if part(model, path) is None
     ]
     forward = Parameters(type(model).forward)
-    missing += [f"argument {name}" for name in forward.missing(CACHE, MASK, *row.pixels)]
-    decoder = part(model, row.decoder)
+    missing += [f"argument {name}" for name in forward.missing(CACHE, MASK, *spec.pixels)]
+    decoder = part(model, spec.decoder)
     if decoder is not None:
         names = Parameters(type(decoder).forward).missing(CACHE, MASK, EMBEDDINGS)
-        missing += [f"argument {name} of {row.decoder}" for name in names]
+        missing += [f"argument {name} of {spec.decoder}" for name in names]
         if LAYERS.of(decoder) is None:
-            missing.append(f"{row.decoder}.{LAYERS}")
-    missing += _try("size of merged squares", lambda: row.joins(model))
-    missing += _try("layer of its features", lambda: row.feature_layer(model, 1))
-    missing += _try("layers it adds to", lambda: row.between(model))
-    missing += _try("mergers", lambda: missing.extend(path for path in row.taps(model) if part(model, path) is None))
+            missing.append(f"{spec.decoder}.{LAYERS}")
+    missing += _try("size of merged squares", lambda: spec.merge_size(model))
+    missing += _try("layer of its features", lambda: spec.feature_layer(model, 1))
+    missing += _try("layers it adds to", lambda: spec.between(model))
+    missing += _try(
+        "mergers", lambda: missing.extend(path for path in spec.deepstack_mergers(model) if part(model, path) is None)
+    )
     if PLACEHOLDER_MASK.of(model) is None and MERGER.of(model) is None:
         missing.append(f"method {PLACEHOLDER_MASK} or {MERGER} (shows where its visual tokens are)")
-    _refuse(model, row.title, "transformers", missing)
+    _refuse(model, spec.title, "transformers", missing)
 
 
 def merge_method(model: Any) -> tuple[str, bool]:

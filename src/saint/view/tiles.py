@@ -32,10 +32,10 @@ def tiles(model: Any, processor: Any, inputs: Mapping[str, Any]) -> list[Tile]:
     Raises:
         ValueError: the model takes its pixels in a way that shows no grid.
     """
-    _, vlm, row = locate(model, "language")
-    _, tower, tower_row = locate_tower(vlm.get_submodule(row.tower))
+    _, vlm, spec = locate(model, "language")
+    _, tower, tower_spec = locate_tower(vlm.get_submodule(spec.tower))
     config: Any = tower.config
-    side = row.joins(vlm) or 1
+    side = spec.merge_size(vlm) or 1
     pixels: Tensor = inputs["pixel_values"].float().cpu()
     images = getattr(processor, "image_processor", processor)
     mean, std = (torch.tensor(getattr(images, name, None) or [default] * 3) for name, default in _NORM)
@@ -58,8 +58,8 @@ def tiles(model: Any, processor: Any, inputs: Mapping[str, Any]) -> list[Tile]:
             f"{type(vlm).__name__} takes pixels of shape {tuple(pixels.shape)}: there is no grid to draw on"
         )
     high, wide = (patch, patch) if isinstance(patch, int) else tuple(patch)
-    if tower_row.patch is not None:
-        stride: Any = tower.get_submodule(tower_row.patch).stride
+    if tower_spec.patch is not None:
+        stride: Any = tower.get_submodule(tower_spec.patch).stride
         high, wide = stride
     pixels = pixels.flatten(0, -4)  # [tiles, 3, height, width]
     grid = pixels.shape[-2] // high // side, pixels.shape[-1] // wide // side

@@ -1,4 +1,4 @@
-"""Anatomy of a residual block: run its two halves from its own modules.
+"""BlockSpec of a residual block: run its two halves from its own modules.
 
 Pruning between attention and MLP needs a seam inside the block. No forward is copied: a fact table names the parts, the
 halves are composed of the block's own modules, and the composition is compared with the block's own forward before
@@ -14,44 +14,42 @@ from torch import Tensor, nn
 
 from ..errors import HookNeverFiredError, ParityError
 from ..upstream.names import Parameters
-from ..upstream.specs import Anatomy, part
+from ..upstream.specs import BlockSpec, part
 
 
 def _chain(block: nn.Module, names: tuple[str, ...]) -> list[Any]:
     return [step for name in names if (step := getattr(block, name, None)) is not None]
 
 
-def units(module: nn.Module, anatomy: Anatomy) -> tuple[list[nn.Module], list[nn.Module]]:
+def units(module: nn.Module, spec: BlockSpec) -> tuple[list[nn.Module], list[nn.Module]]:
     """The modules that hold the names of each half: the block itself, or its parallel attentions and MLPs."""
-    if anatomy.units is None:
+    if spec.units is None:
         return [module], [module]
-    first, second = (list(part(module, path) or ()) for path in anatomy.units)
+    first, second = (list(part(module, path) or ()) for path in spec.units)
     return first, second
 
 
 class Block:
     """One block seen through its anatomy; holds no state of a forward."""
 
-    def __init__(self, module: nn.Module, anatomy: Anatomy, name: str) -> None:
-        self.module, self.anatomy, self.name = module, anatomy, name
+    def __init__(self, module: nn.Module, spec: BlockSpec, name: str) -> None:
+        self.module, self.spec, self.name = module, spec, name
         self.parameters = Parameters(type(module).forward)
         names = self.parameters.names
-        self.mask = None if anatomy.mask is None else anatomy.mask.among(names)
-        self.tables = tuple(found for table in anatomy.tables if (found := table.among(names)) is not None)
-        self.segments = None if anatomy.segments is None else anatomy.segments.among(names)
-        if self.segments is None and anatomy.segments is not None:
-            raise ParityError(f"{name} ({type(module).__name__}) takes no {anatomy.segments}, which ends its segments")
-        self.units = units(module, anatomy)
+        self.mask = None if spec.mask is None else spec.mask.among(names)
+        self.tables = tuple(found for table in spec.tables if (found := table.among(names)) is not None)
+        self.segments = None if spec.segments is None else spec.segments.among(names)
+        if self.segments is None and spec.segments is not None:
+            raise ParityError(f"{name} ({type(module).__name__}) takes no {spec.segments}, which ends its segments")
+        self.units = units(module, spec)
         parallel = self.units[0]
-        source = next((path for path in anatomy.keys if parallel and part(parallel[0], path) is not None), None)
+        source = next((path for path in spec.keys if parallel and part(parallel[0], path) is not None), None)
         if source is None:
-            raise ParityError(
-                f"{name} ({type(module).__name__}) has none of {', '.join(anatomy.keys)} to read keys from"
-            )
+            raise ParityError(f"{name} ({type(module).__name__}) has none of {', '.join(spec.keys)} to read keys from")
         self.key_source = source
         self._source = part(parallel[0], source)
-        self.heads = next((n for path in anatomy.heads if (n := part(parallel[0], path)) is not None), 0)
-        self.bias = next((method for method, table in anatomy.bias if part(module, table) is not None), None)
+        self.heads = next((n for path in spec.heads if (n := part(parallel[0], path)) is not None), 0)
+        self.bias = next((method for method, table in spec.bias if part(module, table) is not None), None)
 
     def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments of a call behind the hidden states, by name."""
@@ -71,7 +69,7 @@ class Block:
         undo = ExitStack()
         for index, unit in enumerate(self.units[0]):
             source = part(unit, self.key_source)
-            shown = source if isinstance(source, nn.Module) else part(unit, self.anatomy.norm1 or "")
+            shown = source if isinstance(source, nn.Module) else part(unit, self.spec.norm1 or "")
             undo.callback(shown.register_forward_hook(watch(index)).remove)
         return undo.close
 
@@ -91,13 +89,13 @@ class Block:
                 "version of the model computes its attention differently from what the support table knows"
             )
         keys = keys.detach()
-        if self.anatomy.fused:
+        if self.spec.fused:
             keys = keys.chunk(3, -1)[1]
         if self.segments is not None:
             keys = keys.unsqueeze(0)
         if not isinstance(self._source, nn.Module):
             return self._project(self._source, keys[:, prefix:])
-        if self.anatomy.keys_by_token:
+        if self.spec.keys_by_token:
             return keys[:, prefix:].sum(2, dtype=torch.float32) / keys.shape[2]
         if keys.ndim == 4:
             return keys[:, :, prefix:].sum(1, dtype=torch.float32) / keys.shape[1]
@@ -118,13 +116,13 @@ class Block:
 
     def first(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """x + attention branch. x [B, P + N, C]."""
-        names = self.anatomy
+        names = self.spec
         assert names.attn is not None
         return self._add(x, self.units[0], names.norm1, names.attn, names.branch1, kwargs)
 
     def second(self, x: Tensor) -> Tensor:
         """x + MLP branch."""
-        names = self.anatomy
+        names = self.spec
         assert names.mlp is not None
         return self._add(x, self.units[1], names.norm2, names.mlp, names.branch2, {})
 

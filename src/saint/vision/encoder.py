@@ -43,7 +43,7 @@ from ..tokens import (
 )
 from ..upstream.autograd import checkpointed
 from ..upstream.names import GRID, IMPLEMENTATION, LONGEST, TIMM_ROTARY, Parameters, Role
-from ..upstream.specs import EncoderRow, part
+from ..upstream.specs import EncoderSpec, part
 from .blocks import Block
 
 Select = Callable[[Candidates], Selection | None]
@@ -89,14 +89,14 @@ class PrunedEncoder(Uncopyable):
     Args:
         path: where the encoder sits in the user's model, for messages.
         encoder: the module that owns the blocks.
-        row: what is known of its class.
+        spec: what is known of its class.
         layers: drop points, ascending.
         placement: "mid", "post", or None: "mid" where every drop point has a seam between attention and MLP.
         output: see :class:`saint.Stage`.
         select: the method's decision.
         validate: the method's check of numbers of candidates.
         beta: of merging methods: attention adds beta * log(size) to the logits of a merged token's key.
-        joins: side of the square of patches that a merger behind the encoder joins into one token. Those squares are the
+        merge_size: side of the square of patches that a merger behind the encoder joins into one token. Those squares are the
             candidates then: a method sees their mean keys, and their tokens stay or go together.
         restored: layers in front of which the sequence is full length again, for a merger that reads it there.
 
@@ -110,7 +110,7 @@ class PrunedEncoder(Uncopyable):
         self,
         path: str,
         encoder: nn.Module,
-        row: EncoderRow,
+        spec: EncoderSpec,
         *,
         layers: list[int],
         placement: str | None,
@@ -118,16 +118,16 @@ class PrunedEncoder(Uncopyable):
         select: Select,
         validate: Callable[[int, int], None],
         beta: float = 0.0,
-        joins: int | None = None,
+        merge_size: int | None = None,
         restored: frozenset[int] = frozenset(),
     ) -> None:
-        self.path, self.encoder, self.row = path, encoder, row
+        self.path, self.encoder, self.spec = path, encoder, spec
         self.layers, self.output = layers, output
-        self.select, self.validate, self.beta, self.joins = select, validate, beta, joins
+        self.select, self.validate, self.beta, self.merge_size = select, validate, beta, merge_size
         self.restored = restored  # layers whose input is full length, with holes (see `restore`)
-        self.modules: list[nn.Module] = list(part(encoder, row.blocks))
+        self.modules: list[nn.Module] = list(part(encoder, spec.blocks))
         self.depth = len(self.modules)
-        self.prefix = row.prefix(encoder)
+        self.prefix = spec.prefix(encoder)
         self.parameters = Parameters(type(encoder).forward)
         self.steps = {layer: step for step, layer in enumerate(layers)}
         self.forwards = Forwards(EncoderState, path or type(encoder).__name__)
@@ -150,18 +150,23 @@ class PrunedEncoder(Uncopyable):
                 )
         self.blocks: list[Block | None] = []
         for index, module in enumerate(self.modules):
-            anatomy = next(
-                (self.row.anatomies[c.__name__] for c in type(module).__mro__ if c.__name__ in self.row.anatomies), None
+            spec = next(
+                (
+                    self.spec.block_specs[c.__name__]
+                    for c in type(module).__mro__
+                    if c.__name__ in self.spec.block_specs
+                ),
+                None,
             )
-            label = f"{self.row.blocks}.{index}"
-            self.blocks.append(None if anatomy is None else Block(module, anatomy, label))
+            label = f"{self.spec.blocks}.{index}"
+            self.blocks.append(None if spec is None else Block(module, spec, label))
         unknown = [i for i, block in enumerate(self.blocks) if block is None and i >= self.layers[0]]
         if unknown:
             kind = type(self.modules[unknown[0]]).__name__
             raise UnsupportedModelError(
-                f"{self.row.blocks}.{unknown[0]} is a {kind}; known: {', '.join(self.row.anatomies)}"
+                f"{self.spec.blocks}.{unknown[0]} is a {kind}; known: {', '.join(self.spec.block_specs)}"
             )
-        whole = next((b for i in self.layers if (b := self.blocks[i]) is not None and not b.anatomy.seam), None)
+        whole = next((b for i in self.layers if (b := self.blocks[i]) is not None and not b.spec.seam), None)
         if whole is not None and placement == "mid":
             raise UnsupportedModelError(
                 f"{whole.name} is a {type(whole.module).__name__}, between whose attention and MLP there is no place to "
@@ -171,20 +176,20 @@ class PrunedEncoder(Uncopyable):
         if self.beta:
             for index in range(self.layers[0] + 1, self.depth):
                 self._check_bias(index)
-        if self.output == "nearest" and self.row.patch is None:
+        if self.output == "nearest" and self.spec.patch is None:
             raise UnsupportedModelError(f'{name} shows no patch grid: output="nearest" is not possible, use "similar"')
         if placement == "mid":
             self._prove()
-        count = self.row.candidates(self.encoder)
+        count = self.spec.candidates(self.encoder)
         if count is not None:
             self.validate(count, len(self.layers))
         return placement
 
     def _check_bias(self, layer: int) -> None:
         block = self.blocks[layer]
-        if block is not None and block.anatomy.padding is None and not self._masks(block):
+        if block is not None and block.spec.padding is None and not self._masks(block):
             raise UnsupportedModelError(
-                f"{self.row.blocks}.{layer} ({type(block.module).__name__}) takes no dense attention mask, through which "
+                f"{self.spec.blocks}.{layer} ({type(block.module).__name__}) takes no dense attention mask, through which "
                 f"beta={self.beta:g} weighs merged tokens: set beta=0, or load the model with SDPA or eager attention"
             )
 
@@ -192,10 +197,10 @@ class PrunedEncoder(Uncopyable):
         for index in self.layers:
             block = self.blocks[index]
             assert block is not None
-            assert block.anatomy.attn is not None
+            assert block.spec.attn is not None
             unit = block.units[0][0]
-            attn = part(unit, block.anatomy.attn)
-            norm = part(unit, block.anatomy.norm1 or block.anatomy.norm2 or "norm1")
+            attn = part(unit, block.spec.attn)
+            norm = part(unit, block.spec.norm1 or block.spec.norm2 or "norm1")
             width = norm.weight.shape[-1]
             # timm 1.0.20 keeps no head_dim
             dim = getattr(attn, "head_dim", None) or width // getattr(attn, "num_heads", width)
@@ -212,29 +217,29 @@ class PrunedEncoder(Uncopyable):
             _override(stack, self.modules[index], "forward", partial(PrunedBlock, self, index))
             if block is not None and index in self.steps:
                 stack.callback(block.watch_keys(partial(self._keep_keys, index)))
-            if block is not None and index > self.layers[0] and block.anatomy.padding:
-                attention = part(block.module, block.anatomy.padding)
+            if block is not None and index > self.layers[0] and block.spec.padding:
+                attention = part(block.module, block.spec.padding)
                 hook = attention.register_forward_pre_hook(self._padding_hook(index), with_kwargs=True)
                 stack.callback(hook.remove)
             if block is not None and index > self.layers[0] and block.bias is not None:
                 holder, _, method = block.bias.rpartition(".")
                 _override(stack, part(block.module, holder), method, partial(self._pairs, index))
-        if self.row.packed:
+        if self.spec.packed:
             stack.callback(self.encoder.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
-        if self.row.order is not None and (reorder := self.row.order.of(self.encoder)) is not None:
+        if self.spec.order is not None and (reorder := self.spec.order.of(self.encoder)) is not None:
             _override(stack, self.encoder, reorder, self._see_order)
-        if self.row.patch is not None:
-            stack.callback(part(self.encoder, self.row.patch).register_forward_hook(self._see_grid).remove)
-        final = part(self.encoder, self.row.final) if self.row.final else None
+        if self.spec.patch is not None:
+            stack.callback(part(self.encoder, self.spec.patch).register_forward_hook(self._see_grid).remove)
+        final = part(self.encoder, self.spec.final) if self.spec.final else None
         if final is not None:
             stack.callback(final.register_forward_hook(self._fill_hook).remove)
-        for path in self.row.pools:
+        for path in self.spec.pools:
             pool = part(self.encoder, path)
             if pool is not None:
                 _override(stack, pool, "forward", self._pool)
-        for name, valid in self.row.masked_pools.items():
+        for name, valid in self.spec.masked_pools.items():
             _override(stack, self.encoder, name, partial(self._masked_pool, valid))
-        for name in self.row.dense_calls:
+        for name in self.spec.dense_calls:
             if hasattr(self.encoder, name):
                 _override(stack, self.encoder, name, self._dense_call)
         stack.callback(self.reset)
@@ -289,7 +294,7 @@ class PrunedEncoder(Uncopyable):
             return self._mark(output, tokens) if full else None  # the norm has blurred the rows of dropped tokens
         if output.ndim != 3 or output.shape[1] != self.prefix + tokens.slots:
             return None  # the norm of a pooled vector, or of an intermediate map
-        return fill_padding(output, tokens, self.prefix, with_prefix=self.row.pool_with_prefix(self.encoder))
+        return fill_padding(output, tokens, self.prefix, with_prefix=self.spec.pool_with_prefix(self.encoder))
 
     def _pool(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def pool(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -343,7 +348,7 @@ class PrunedEncoder(Uncopyable):
         count = x.shape[1] - self.prefix
         if count < 1:
             raise ValueError(f"no candidates: {x.shape[1]} tokens of which {self.prefix} are protected")
-        if self.joins is not None:
+        if self.merge_size is not None:
             self._begin_groups(x, count, mask)
             return
         valid = None
@@ -356,19 +361,19 @@ class PrunedEncoder(Uncopyable):
             self.validate(total, len(self.layers))
 
     def _begin_groups(self, x: Tensor, count: int, mask: Tensor | None) -> None:
-        assert self.joins is not None
+        assert self.merge_size is not None
         if mask is not None and mask.ndim != 4:
             raise ValueError(
                 f"{type(self.encoder).__name__} masks the padding of its images in a way that cannot follow dropped tokens; "
                 'load the model with attn_implementation="sdpa"'
             )
         state = self.state
-        if self.row.packed:
+        if self.spec.packed:
             if sum(state.samples) != count:
                 raise ValueError(f"grid_thw announces {sum(state.samples)} patches, and there are {count}")
-            state.groups[0] = packed_groups(state.samples, self.joins**2, state.order, x.device)
+            state.groups[0] = packed_groups(state.samples, self.merge_size**2, state.order, x.device)
         else:
-            state.groups[0] = square_groups(x.shape[0], count, self.joins, x.device)
+            state.groups[0] = square_groups(x.shape[0], count, self.merge_size, x.device)
         # padding of an image is a candidate as well: the language model would receive it
         state.maps[0] = TokenMap.full(x.shape[0], count, x.device)
         for total in set(state.groups[0].map.total):
@@ -389,7 +394,7 @@ class PrunedEncoder(Uncopyable):
         tokens = state.maps[layer]
         step = self.steps[layer]
         if step == 0 and reads_are_free(keys.device):
-            _refuse_non_finite(keys, f"{self.row.blocks}.{layer}")
+            _refuse_non_finite(keys, f"{self.spec.blocks}.{layer}")
         selection = self._select(layer, keys, x.detach()[:, self.prefix :])
         if selection is None:
             return x
@@ -453,14 +458,14 @@ class PrunedEncoder(Uncopyable):
                 longest = self._cached("longest", layer, short, lambda v: int((v[1:] - v[:-1]).max()))
                 out = block.parameters.put(out, LONGEST, longest)
         mask = block.mask
-        if mask is not None and block.anatomy.padding is None:
+        if mask is not None and block.spec.padding is None:
             given = kwargs.get(mask)
             own = block.bias is not None  # hides padding and weighs merged tokens: once is enough
             if given is not None or (not own and (tokens.valid is not None or layer in self.state.sizes)):
                 dtype = next(self.modules[layer].parameters()).dtype
 
                 def short_mask(m: Tensor | None) -> Tensor | None:
-                    if m is not None and m.ndim == 3 and block.anatomy.bias:
+                    if m is not None and m.ndim == 3 and block.spec.bias:
                         m = m.unsqueeze(0)  # [1, H, P + N, P + N]
                     return _mask(m, tokens, self.prefix, dtype, None if own else self._bias(layer))
 
@@ -488,7 +493,7 @@ class PrunedEncoder(Uncopyable):
         tokens = state.maps[layer]
 
         def with_keys(part_x: Tensor, part_kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-            y = forward(part_x[0], part_kwargs)[None] if self.row.packed else forward(part_x, part_kwargs)
+            y = forward(part_x[0], part_kwargs)[None] if self.spec.packed else forward(part_x, part_kwargs)
             if layer not in self.steps:
                 return (y,)
             assert block is not None
@@ -496,7 +501,7 @@ class PrunedEncoder(Uncopyable):
 
         if block is None or tokens.whole:
             return with_keys(x, kwargs)
-        if tokens.valid is None or block.anatomy.padding is not None or block.anatomy.bias or self._masks(block):
+        if tokens.valid is None or block.spec.padding is not None or block.spec.bias or self._masks(block):
             return with_keys(x, self.attention_inputs(layer, kwargs))
 
         def short(part_x: Tensor, part_tokens: TokenMap) -> tuple[Tensor, ...]:
@@ -524,7 +529,7 @@ class PrunedEncoder(Uncopyable):
     def _mark(self, x: Tensor, tokens: TokenMap) -> Tensor:
         """Mark the rows of dropped tokens of a full-length map, [B, P + N, C] or packed [N, C]."""
         gone = torch.nn.functional.pad(dropped(tokens), (self.prefix, 0))
-        return x.masked_fill((gone[0] if self.row.packed else gone).unsqueeze(-1), DROPPED)
+        return x.masked_fill((gone[0] if self.spec.packed else gone).unsqueeze(-1), DROPPED)
 
     def lost(self, layer: int) -> Tensor | None:
         """Which groups are gone in front of ``layer``, in the order of the merger's output, bool [B, G]; None: nobody."""
@@ -532,7 +537,7 @@ class PrunedEncoder(Uncopyable):
         if layer not in state.maps or state.maps[layer].whole:
             return None
         gone, members = dropped(state.maps[layer]), state.groups[layer].members
-        return gone[:, :: members.shape[2]] if self.row.packed else gone.gather(1, members[:, :, 0])
+        return gone[:, :: members.shape[2]] if self.spec.packed else gone.gather(1, members[:, :, 0])
 
     def owner(self, layer: int) -> Tensor:
         """For each original candidate the slot in front of ``layer`` that stands for it, int64 [B, N]."""
@@ -597,11 +602,11 @@ class PrunedBlock(Uncopyable):
             kwargs = block.named(args, kwargs)
             args = ()
         given = x
-        if stage.row.packed:
+        if stage.spec.packed:
             x = x.unsqueeze(0)
         again = stage.forwards.enter(layer, given)
         if layer == 0 and not (again and stage.state.maps):
-            mask = None if block is None or block.anatomy.bias else block.mask  # a bias hides nobody
+            mask = None if block is None or block.spec.bias else block.mask  # a bias hides nobody
             stage.begin(x, None if mask is None else kwargs.get(mask))
         stage.forwards.remember(layer, given)
         state = stage.state
@@ -623,7 +628,7 @@ class PrunedBlock(Uncopyable):
             if layer in stage.steps:
                 y = stage.prune(layer, y, shown[0])
         y = self._hand_on(y)
-        return y.squeeze(0) if stage.row.packed else y
+        return y.squeeze(0) if stage.spec.packed else y
 
     def _hand_on(self, y: Tensor) -> Tensor:
         stage, state, after = self.stage, self.stage.state, self.layer + 1
@@ -639,7 +644,7 @@ class PrunedBlock(Uncopyable):
             state.expanded.add(after)
             return stage.expand(y, after)
         if last:
-            return fill_padding(y, tokens, stage.prefix, with_prefix=stage.row.pool_with_prefix(stage.encoder))
+            return fill_padding(y, tokens, stage.prefix, with_prefix=stage.spec.pool_with_prefix(stage.encoder))
         return y
 
 

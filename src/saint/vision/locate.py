@@ -4,11 +4,11 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..upstream import open_clip, timm, transformers
-from ..upstream.specs import EncoderRow
+from ..upstream.specs import EncoderSpec
 
-ROWS: tuple[EncoderRow, ...] = (*timm.ROWS, *transformers.ROWS, *open_clip.ROWS)
-_BY_CLASS = {row.encoder: row for row in ROWS}
-_TOWERS = {row.encoder: row for row in transformers.TOWERS}
+SPECS: tuple[EncoderSpec, ...] = (*timm.SPECS, *transformers.SPECS, *open_clip.SPECS)
+_BY_CLASS = {spec.encoder: spec for spec in SPECS}
+_TOWERS = {spec.encoder: spec for spec in transformers.TOWERS}
 _REFUSED = {**timm.REFUSED, **transformers.REFUSED, **open_clip.REFUSED}
 
 
@@ -17,7 +17,7 @@ def _lineage(module: nn.Module) -> list[str]:
     return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
 
 
-def locate_tower(model: nn.Module) -> tuple[str, nn.Module, EncoderRow]:
+def locate_tower(model: nn.Module) -> tuple[str, nn.Module, EncoderSpec]:
     """The encoder of a vision-language model: also one of those that only make sense inside of theirs.
 
     Raises:
@@ -30,18 +30,18 @@ def locate_tower(model: nn.Module) -> tuple[str, nn.Module, EncoderRow]:
     return locate(model)
 
 
-def find(model: nn.Module) -> list[tuple[str, nn.Module, EncoderRow]]:
-    """All known encoders in ``model``, outermost only: (dotted path, module, row)."""
-    found: list[tuple[str, nn.Module, EncoderRow]] = []
+def find(model: nn.Module) -> list[tuple[str, nn.Module, EncoderSpec]]:
+    """All known encoders in ``model``, outermost only: (dotted path, module, spec)."""
+    found: list[tuple[str, nn.Module, EncoderSpec]] = []
     for path, module in model.named_modules():
-        row = next((_BY_CLASS[name] for name in _lineage(module) if name in _BY_CLASS), None)
-        if row is None or any(not outer or path.startswith(f"{outer}.") for outer, _, _ in found):
+        spec = next((_BY_CLASS[name] for name in _lineage(module) if name in _BY_CLASS), None)
+        if spec is None or any(not outer or path.startswith(f"{outer}.") for outer, _, _ in found):
             continue
-        found.append((path, module, row))
+        found.append((path, module, spec))
     return found
 
 
-def locate(model: nn.Module) -> tuple[str, nn.Module, EncoderRow]:
+def locate(model: nn.Module) -> tuple[str, nn.Module, EncoderSpec]:
     """The encoder of ``model``.
 
     Raises:
@@ -54,18 +54,18 @@ def locate(model: nn.Module) -> tuple[str, nn.Module, EncoderRow]:
             f"{type(model).__name__} holds {len(found)} encoders: {paths}; pass the one to prune instead of the whole model"
         )
     if found:
-        path, module, row = found[0]
-        reason = row.refuse(module)
+        path, module, spec = found[0]
+        reason = spec.refuse(module)
         if reason:
             raise UnsupportedModelError(f"{type(module).__name__} cannot be pruned as it is: {reason}")
-        return path, module, row
+        return path, module, spec
     for path, module in model.named_modules():
         for name in _lineage(module):
             if name in _REFUSED:
                 where = f" (at {path})" if path else ""
                 raise UnsupportedModelError(f"{type(module).__name__}{where} cannot be pruned: {_REFUSED[name]}")
-    known = "; ".join(sorted({f"{row.library} {row.encoder.rpartition('.')[2]}" for row in ROWS}))
+    known = "; ".join(sorted({f"{spec.library} {spec.encoder.rpartition('.')[2]}" for spec in SPECS}))
     raise UnsupportedModelError(
         f"{type(model).__name__} ({type(model).__module__}) contains no encoder of the support table; looked for the "
-        f"classes {known}. `saint list` prints the table; CONTRIBUTING says how to add a row"
+        f"classes {known}. `saint list` prints the table; CONTRIBUTING says how to add a spec"
     )

@@ -3,23 +3,23 @@
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..upstream.families import ROWS
-from ..upstream.specs import FamilyRow
+from ..upstream.families import SPECS
+from ..upstream.specs import FamilySpec
 
-_BY_CLASS = {row.model: row for row in ROWS}
+_BY_CLASS = {spec.model: spec for spec in SPECS}
 
 
-def find(model: nn.Module) -> tuple[str, nn.Module, FamilyRow] | None:
-    """The outermost known vision-language model in ``model`` as (dotted path, module, row); None when there is none."""
+def find(model: nn.Module) -> tuple[str, nn.Module, FamilySpec] | None:
+    """The outermost known vision-language model in ``model`` as (dotted path, module, spec); None when there is none."""
     for path, module in model.named_modules():
         for cls in type(module).__mro__:
-            row = _BY_CLASS.get(f"{cls.__module__}.{cls.__qualname__}")
-            if row is not None:
-                return path, module, row
+            spec = _BY_CLASS.get(f"{cls.__module__}.{cls.__qualname__}")
+            if spec is not None:
+                return path, module, spec
     return None
 
 
-def locate(model: nn.Module, stage: str) -> tuple[str, nn.Module, FamilyRow]:
+def locate(model: nn.Module, stage: str) -> tuple[str, nn.Module, FamilySpec]:
     """Like :func:`find`.
 
     Raises:
@@ -27,7 +27,7 @@ def locate(model: nn.Module, stage: str) -> tuple[str, nn.Module, FamilyRow]:
     """
     found = find(model)
     if found is None:
-        known = ", ".join(row.title for row in ROWS)
+        known = ", ".join(spec.title for spec in SPECS)
         raise UnsupportedModelError(
             f"the {stage} stage needs a vision-language model, and {type(model).__name__} ({type(model).__module__}) contains "
             f"none that is known, so there are no visual tokens to drop; known families: {known}"

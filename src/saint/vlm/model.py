@@ -18,7 +18,7 @@ from ..language.decoder import Handover, PrunedDecoder
 from ..patch import Uncopyable, override
 from ..tokens import DROPPED, full_length, is_dropped, reads_are_free
 from ..upstream.names import CACHE, ENCODED, IMAGE_TOKEN, Parameters
-from ..upstream.specs import FamilyRow
+from ..upstream.specs import FamilySpec
 from ..upstream.verify import merge_method
 from ..vision.encoder import PrunedEncoder
 
@@ -28,8 +28,8 @@ class PrunedVLM(Uncopyable):
 
     Args:
         path: where the model sits in the user's, for messages.
-        model: the module of the family's row.
-        row: what is known of the family.
+        model: the module of the family's spec.
+        spec: what is known of the family.
         decoder: the language and connector stages.
         encoder: the vision stage, or None.
         mergers: paths of the modules that read the tower, the connector first, and the map of the encoder that each reads.
@@ -43,21 +43,21 @@ class PrunedVLM(Uncopyable):
         self,
         path: str,
         model: Any,
-        row: FamilyRow,
+        spec: FamilySpec,
         decoder: PrunedDecoder,
         encoder: PrunedEncoder | None,
         mergers: dict[str, int],
         handover: Handover,
     ) -> None:
-        self.path, self.model, self.row, self.decoder, self.encoder = path, model, row, decoder, encoder
+        self.path, self.model, self.spec, self.decoder, self.encoder = path, model, spec, decoder, encoder
         self.mergers, self.handover = mergers, handover
         self.proved: set[str] = set()  # mergers that were seen to join the groups that they should
         self.parameters = Parameters(type(model).forward)
         self.merge, self.merges = merge_method(model)
-        if encoder is not None and encoder.layers[-1] >= mergers[row.connector]:
+        if encoder is not None and encoder.layers[-1] >= mergers[spec.connector]:
             raise ValueError(
                 f"layer {encoder.layers[-1]} of the vision stage lies behind the features that {type(model).__name__} "
-                f"uses, those of layer {mergers[row.connector] - 1}: name layers < {mergers[row.connector]}"
+                f"uses, those of layer {mergers[spec.connector] - 1}: name layers < {mergers[spec.connector]}"
             )
 
     def install(self, stack: ExitStack) -> None:
@@ -70,8 +70,8 @@ class PrunedVLM(Uncopyable):
         self.decoder.install(stack)
         if self.encoder is not None:
             self.encoder.install(stack)
-            if self.encoder.joins is None:
-                override(stack, self.model.get_submodule(self.row.connector), "forward", self._connect)
+            if self.encoder.merge_size is None:
+                override(stack, self.model.get_submodule(self.spec.connector), "forward", self._connect)
             else:
                 for path, layer in self.mergers.items():
                     override(stack, self.model.get_submodule(path), "forward", partial(self._join, path, layer))
@@ -79,7 +79,7 @@ class PrunedVLM(Uncopyable):
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.handover.visual = None
         given = self.parameters.named(args, kwargs)
-        self.handover.waiting = any(pixels.read(given) is not None for pixels in self.row.pixels)
+        self.handover.waiting = any(pixels.read(given) is not None for pixels in self.spec.pixels)
         cache, encoded = CACHE.read(given), ENCODED.read(given)
         fresh = cache is None or cache.get_seq_length() == 0
         if self.encoder is not None and not self.handover.waiting and (encoded is None or not len(encoded)) and fresh:
@@ -115,7 +115,7 @@ class PrunedVLM(Uncopyable):
             encoder = self.encoder
             assert encoder is not None
             y = original(x, *args, **kwargs)
-            features = self.mergers[self.row.connector]
+            features = self.mergers[self.spec.connector]
             tokens = encoder.state.maps.get(features)
             if tokens is None or (tokens.slots == tokens.width and tokens.valid is None):
                 return y
@@ -137,6 +137,7 @@ class PrunedVLM(Uncopyable):
         def join(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             encoder = self.encoder
             assert encoder is not None
+            side = encoder.merge_size
             lost = encoder.lost(layer)
             # NaN shows whether a merger lets a dropped token touch a kept one, but would spoil the gradient of its weights
             shows = lost is not None and not torch.is_grad_enabled()
@@ -146,10 +147,10 @@ class PrunedVLM(Uncopyable):
             if lost.numel() != y[..., 0].numel():
                 raise ParityError(
                     f"the merger of {type(self.model).__name__} returned features of shape {tuple(y.shape)} for "
-                    f"{lost.numel()} groups of {encoder.joins} x {encoder.joins} patches"
+                    f"{lost.numel()} groups of {side} x {side} patches"
                 )
             lost = lost.reshape(y.shape[:-1]).to(y.device)
-            mark = DROPPED if path == self.row.connector else 0.0
+            mark = DROPPED if path == self.spec.connector else 0.0
             if path in self.proved and not reads_are_free(y.device):
                 return y.masked_fill(lost.unsqueeze(-1), mark)  # modules do not change between forwards
             holes = torch.isnan(y).any(-1)
@@ -160,7 +161,7 @@ class PrunedVLM(Uncopyable):
                 )
             if shows and bool((lost & ~holes).any()):
                 raise ParityError(
-                    f"{type(self.model).__name__} joins other patches than groups of {encoder.joins} x {encoder.joins}: its "
+                    f"{type(self.model).__name__} joins other patches than groups of {side} x {side}: its "
                     "library may have changed"
                 )
             if shows:
@@ -170,20 +171,20 @@ class PrunedVLM(Uncopyable):
         return join
 
 
-def read_maps(model: Any, row: FamilyRow, depth: int) -> dict[str, int]:
+def read_maps(model: Any, spec: FamilySpec, depth: int) -> dict[str, int]:
     """Paths of the modules that read the tower's hidden states, the connector first, and which (0 = embeddings).
 
     Raises:
         UnsupportedModelError: the connector reads several layers.
     """
-    layer = row.feature_layer(model, depth)
+    layer = spec.feature_layer(model, depth)
     if layer is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} joins the features of several layers of its tower "
             f"(vision_feature_layer={model.config.vision_feature_layer}), which would hold different tokens; use the "
             "connector or language stage"
         )
-    return {row.connector: layer, **row.taps(model)}
+    return {spec.connector: layer, **spec.deepstack_mergers(model)}
 
 
 def placeholders(model: Any, input_ids: Tensor | None, inputs_embeds: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -191,5 +192,5 @@ def placeholders(model: Any, input_ids: Tensor | None, inputs_embeds: Tensor, *_
     token = IMAGE_TOKEN.get(model.config)
     if input_ids is not None:
         return (input_ids == token).to(inputs_embeds.device)
-    row = model.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))
-    return (inputs_embeds == row).all(-1)
+    spec = model.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))
+    return (inputs_embeds == spec).all(-1)
