@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HookNeverFiredError, UnsupportedModelError
-from ..tokens import TokenMap, gather_tokens
+from ..gathers import gather_tokens
+from ..tokens import TokenMap
 from ..upstream.names import ATTENTION, CACHE, HIDDEN, IMPLEMENTATION, MASK, POSITIONS, ROTARY, Parameters, Role
 from .positions import gather_ids, gather_rotary
 

@@ -7,14 +7,17 @@ Letters: B batch, H KV heads, K stored entries, L logical length, D head dim.
 """
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..tokens import Selection, TokenMap, gather_entries
+from ..gathers import gather_entries
+from ..tokens import Selection, TokenMap
 from ..upstream.names import CACHE
 
 
@@ -26,11 +29,13 @@ class CachePositions:
         index: position of each of the first K entries, int64 [B, K]; entry K + j holds position ``end + j``.
         valid: bool [B, K], False for padding (samples that kept fewer tokens), or None.
         end: positions covered by ``index``.
+        bias: what is added to the logits of each entry (proportional attention to merged tokens), float32 [B, K], or None.
     """
 
     index: Tensor
     valid: Tensor | None
     end: int
+    bias: Tensor | None = None
     _rows: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     def columns(self, total: int) -> tuple[Tensor, Tensor | None]:
@@ -47,13 +52,16 @@ class CachePositions:
         """The map of these samples, in this order; layers that shared a map share the result."""
         if not self._rows or self._rows[0] is not samples:
             pick = samples.to(self.index.device)
-            valid = None if self.valid is None else self.valid[pick]
-            self._rows[:] = [samples, CachePositions(self.index[pick], valid, self.end)]
+            self._rows[:] = [samples, self._each(lambda x: x[pick])]
         return self._rows[1]
 
     def repeat(self, times: int) -> "CachePositions":
-        valid = None if self.valid is None else self.valid.repeat_interleave(times, 0)
-        return CachePositions(self.index.repeat_interleave(times, 0), valid, self.end)
+        """Every sample ``times`` times in a row."""
+        return self._each(lambda x: x.repeat_interleave(times, 0))
+
+    def _each(self, change: Callable[[Tensor], Tensor], end: int | None = None) -> "CachePositions":
+        valid, bias = (None if x is None else change(x) for x in (self.valid, self.bias))
+        return CachePositions(change(self.index), valid, self.end if end is None else end, bias)
 
 
 def entries(
@@ -85,11 +93,31 @@ def entries(
     return torch.cat([held, index], 1), valid
 
 
-def extended(past: CachePositions | None, before: int, tokens: TokenMap) -> CachePositions:
+def biases(past: CachePositions | None, before: int, bias: Tensor | None, more: int) -> Tensor | None:
+    """What is added to the logits of every entry once a sequence of ``more`` tokens is appended, [B, K + more].
+
+    Args:
+        past: what the layer holds, None when it holds all ``before`` positions.
+        before: L before.
+        bias: of the new tokens, float32 [B, more]; None: nothing.
+        more: tokens that are appended.
+    """
+    old = None if past is None else past.bias
+    some = bias if old is None else old
+    if some is None:
+        return None
+    held = before if past is None else past.index.shape[1] + before - past.end
+    left = some.new_zeros(len(some), held) if old is None else pad(old, (0, held - old.shape[1]))
+    return torch.cat([left, some.new_zeros(len(some), more) if bias is None else bias], 1)
+
+
+def extended(
+    past: CachePositions | None, before: int, tokens: TokenMap, bias: Tensor | None = None
+) -> CachePositions:
     """What a layer holds after the survivors of a new sequence were appended to ``before`` cached positions."""
     index, valid = entries(tokens, past, before, tokens.width)
     assert index is not None
-    return CachePositions(index, valid, before + tokens.width)
+    return CachePositions(index, valid, before + tokens.width, biases(past, before, bias, tokens.slots))
 
 
 def remaining(past: CachePositions | None, tokens: TokenMap, *, before: int) -> tuple[Selection, CachePositions]:
@@ -115,7 +143,9 @@ def remaining(past: CachePositions | None, tokens: TokenMap, *, before: int) -> 
     keep = here.scatter_(1, index, True).gather(1, held)
     keep = keep if held_valid is None else keep & held_valid
     chosen = Selection.from_mask(keep, tuple(keep.sum(1).tolist()))
-    return chosen, CachePositions(held.gather(1, chosen.slots), chosen.valid, total)
+    bias = None if past is None or past.bias is None else pad(past.bias, (0, held.shape[1] - past.bias.shape[1]))
+    bias = None if bias is None else bias.gather(1, chosen.slots)
+    return chosen, CachePositions(held.gather(1, chosen.slots), chosen.valid, total, bias)
 
 
 class SessionToken:
@@ -123,6 +153,10 @@ class SessionToken:
 
     def __init__(self) -> None:
         self.closed = False
+
+    def close(self) -> None:
+        """The plan has been removed."""
+        self.closed = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SessionToken":
         return self
@@ -209,11 +243,11 @@ class RaggedLayer(DynamicLayer):
         if mapped + plain == 0:
             return
         if self.map is None:
-            index, valid = torch.empty(self.keys.shape[0], 0, dtype=torch.long, device=self.keys.device), None
+            index = torch.empty(self.keys.shape[0], 0, dtype=torch.long, device=self.keys.device)
+            self.map = CachePositions(index, None, end + plain)
         else:
-            index = self.map.index[:, mapped:]
-            valid = None if self.map.valid is None else self.map.valid[:, mapped:]
-        self.map, self._starts = CachePositions(index, valid, end + plain), self._starts[mapped:]
+            self.map = self.map._each(lambda x: x[:, mapped:], end + plain)
+        self._starts = self._starts[mapped:]
         self.keys, self.values = self.keys[:, :, mapped + plain :], self.values[:, :, mapped + plain :]
 
     def get_seq_length(self) -> int:

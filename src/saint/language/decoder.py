@@ -1,10 +1,9 @@
-"""A pruned decoder: runs the layers of one language model on shrinking sequences.
+"""A pruned decoder: what layers on shrinking sequences need, and what callers of a language model expect.
 
-The ``forward`` of each layer from the first drop point on is replaced, on the instance, by a :class:`PrunedLayer`, which
-gives the layer what its tokens need (hidden states, rotary tables, mask), runs it, and at a drop point lets the method choose
-among the visual tokens. Outside the layers every sequence has its full length: a dropped position shows the nearest
-survivor before it, the token whose prediction continues the text at that place once the dropped ones are gone. Logits of
-text positions, ``logits_to_keep`` and losses therefore mean what they meant.
+The layers from the first drop point on run on the tokens that are left (``runtime.layer``). Outside the layers every sequence
+has its full length: a dropped position shows the nearest survivor before it, the token whose prediction continues the text at
+that place once the dropped ones are gone. Logits of text positions, ``logits_to_keep`` and losses therefore mean what they
+meant.
 
 Only a prompt is pruned. Steps that add no visual tokens cost one look at the cache per patched layer.
 
@@ -13,9 +12,9 @@ Letters: B batch, L positions of the forward, S survivors of the longest sample,
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,9 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HookNeverFiredError, UnsupportedModelError
-from ..forwards import Forwards
-from ..patch import Uncopyable, override, refuse_replicas, refuse_tracing
-from ..tokens import Candidates, LayerTrace, Selection, TokenMap, gather_tokens, is_dropped, reads_are_free
+from ..gathers import gather_tokens, is_dropped
+from ..patch import refuse_tracing
+from ..runtime.blocks import Block
+from ..runtime.layer import DropPoint, LayerStack, Seen
+from ..runtime.observe import Observers
+from ..runtime.state import Forward, LayerState, some_tokens
+from ..tokens import Selection, TokenMap
+from ..upstream.decoders import BLOCKS
 from ..upstream.names import (
     ALL_STATES,
     ATTENTION,
@@ -39,59 +43,13 @@ from ..upstream.names import (
 )
 from ..upstream.versions import known_from
 from .attention import check_attention, last_row
-from .cache import (
-    CachePositions,
-    CacheView,
-    RaggedLayer,
-    SessionToken,
-    check_cache,
-    extended,
-    ragged_layer,
-    remaining,
-    stored_bytes,
-)
+from .cache import CachePositions, CacheView, RaggedLayer, SessionToken, check_cache, extended, ragged_layer, remaining
+from .cache import stored_bytes as stored_bytes
 from .masks import DENSE, FLASH, survivors_mask
 from .positions import gather_ids, gather_rotary
 
-Select = Callable[[Candidates], Selection | None]
-Validate = Callable[[int, int], None]
-
 # what a decoder layer must take by name; the rotary tables carry the true positions to the survivors
 _ARGUMENTS = (MASK, CACHE, ROTARY)
-
-
-@dataclass(frozen=True)
-class Drop:
-    """Who decides at one stage, and where: ``layers`` is empty for the connector, which drops in front of layer 0.
-
-    ``needs`` may hold "last_query": the decision takes the attention of the last prompt token.
-    """
-
-    select: Select
-    validate: Validate
-    layers: tuple[int, ...] = ()
-    needs: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Front:
-    """Who is there in front of a layer.
-
-    Attributes:
-        tokens: the sequence, positions 0..L-1 of this forward.
-        visual: the visual tokens among them; indices count the visual tokens of the prompt.
-        where: slot in the sequence of each slot of ``visual``, int64 [B, N].
-        slots: slot each token had in front of the last drop, int64 [B, S].
-    """
-
-    tokens: TokenMap
-    visual: TokenMap
-    where: Tensor
-    slots: Tensor
-
-    @property
-    def short(self) -> bool:
-        return self.tokens.slots != self.tokens.width or self.tokens.valid is not None
 
 
 class Handover(threading.local):
@@ -99,49 +57,13 @@ class Handover(threading.local):
 
     Attributes:
         visual: the visual tokens, bool [B, L]; None when the prompt brings none.
-        marked: rows of features that the encoder dropped are among them (``tokens.is_dropped``).
+        marked: rows of features that the encoder dropped are among them (``gathers.is_dropped``).
         waiting: images came in, and their places are not known yet.
     """
 
     visual: Tensor | None = None
     marked: bool = False
     waiting: bool = False
-
-
-@dataclass
-class Prompt:
-    """What is told of the last prompt; decode steps pass it on.
-
-    Attributes:
-        trace: by stage and layer, so that a layer that is run again for its gradients says it once.
-        memory: bytes of the cache behind it.
-    """
-
-    trace: dict[tuple[str, int], LayerTrace] = field(default_factory=dict)
-    memory: "KVMemory | None" = None
-
-
-@dataclass
-class DecoderState:
-    """What one forward knows.
-
-    Attributes:
-        fronts: by layer, what is in front of it; empty in a forward without visual tokens.
-        whole: layers whose input is full length although tokens were dropped.
-        full_outputs: the caller wants every hidden state.
-        memo: masks and tables that layers share.
-        prompt: what is told of it.
-        views: of layers that run, the cache as they see it.
-        calls: how the attention of layers that run spells its arguments, and those it got.
-    """
-
-    fronts: dict[int, Front] = field(default_factory=dict)
-    whole: set[int] = field(default_factory=set)
-    full_outputs: bool = False
-    memo: dict[Any, Any] = field(default_factory=dict)
-    prompt: Prompt = field(default_factory=Prompt)
-    views: dict[int, CacheView] = field(default_factory=dict)
-    calls: dict[int, tuple[Parameters, dict[str, Any]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -152,52 +74,71 @@ class KVMemory:
     unpruned: int
 
 
-class PrunedDecoder(Uncopyable):
+@dataclass
+class DecoderForward(Forward):
+    """What one forward of a decoder knows besides; decode steps go on telling the ``drops`` and ``memory`` of their prompt.
+
+    Attributes:
+        memory: bytes of the cache behind the prompt.
+        all_states: the caller wants every hidden state.
+        views: of layers that run, the cache as they see it.
+        calls: how the attention of layers that run spells its arguments, and those it got.
+    """
+
+    memory: KVMemory | None = None
+    all_states: bool = False
+    views: dict[int, CacheView] = field(default_factory=dict)
+    calls: dict[int, tuple[Parameters, dict[str, Any]]] = field(default_factory=dict)
+
+
+class PrunedDecoder(LayerStack[DecoderForward]):
     """The language and connector stages of a session.
 
     Args:
         path: where the decoder sits in the user's model, for messages.
         model: the module that owns the layers.
         layers: the layers.
-        connector: drops in front of layer 0, or None.
-        language: drops after layers, or None.
+        points: drop points: of the connector in front of layer 0, of the language stage in and behind layers.
+        observers: of the session.
+        handover: where the model's glue says which tokens are visual.
         between: layers behind which the model itself works on the full sequence (DeepStack).
         evict: behind a prompt, no layer's cache keeps a token that any layer dropped.
-        handover: where the model's glue says which tokens are visual.
         enters: tokens may have been dropped by the encoder.
 
     Raises:
         UnsupportedModelError: the layers cannot be given shortened sequences.
+        ParityError: ``placement="mid"``, and a layer is not what the table says.
     """
+
+    stage = "language"
 
     def __init__(
         self,
         path: str,
         model: nn.Module,
-        layers: list[nn.Module],
+        layers: Sequence[nn.Module],
+        points: Sequence[DropPoint],
         *,
-        connector: Drop | None,
-        language: Drop | None,
+        observers: Observers,
         handover: Handover,
         between: int = 0,
         evict: bool = False,
         enters: bool = False,
     ) -> None:
-        self.path, self.model, self.modules = path, model, layers
-        self.connector, self.language, self.between, self.evict = connector, language, between, evict
-        self.depth = len(layers)
-        self.steps = {} if language is None else {layer: step for step, layer in enumerate(language.layers)}
-        self.rows = language is not None and "last_query" in language.needs
-        self.owner = SessionToken()
+        super().__init__(path, model, layers, points, DecoderForward, observers)
+        self.model, self.between, self.evict = model, between, evict
+        if not (enters or self.entries or evict):
+            self.first = min(self.points, default=self.depth)
+        self.token = SessionToken()
         self.parameters = Parameters(type(model).forward)
-        self.handover, self.enters = handover, enters
-        self.forwards = Forwards(DecoderState, path)
+        self.layer_parameters = [Parameters(type(module).forward) for module in self.modules]
+        self.handover = handover
         self._checked: weakref.ref[Any] | None = None
         self._check()
 
     def _check(self) -> None:
         for index, module in enumerate(self.modules):
-            missing = Parameters(type(module).forward).missing(*_ARGUMENTS)
+            missing = self.layer_parameters[index].missing(*_ARGUMENTS)
             if missing:
                 raise UnsupportedModelError(
                     f"{self.path}.{index} ({type(module).__name__}) takes no {', '.join(missing)}: shortened sequences cannot "
@@ -209,24 +150,48 @@ class PrunedDecoder(Uncopyable):
                 f"attention implementation {implementation!r} of the language model cannot be given the masks of shortened "
                 f"sequences; load the model with one of {', '.join(sorted(DENSE | FLASH))}"
             )
-        for index in self.steps if self.rows else ():
-            check_attention(self.modules[index], f"{self.path} layer {index}", implementation in FLASH)
+        for index, point in self.points.items():
+            if "last_query" in point.needs:
+                check_attention(self.modules[index], f"{self.path} layer {index}", implementation in FLASH)
+            if point.method is not None and point.method.size_bias() and implementation in FLASH:
+                raise UnsupportedModelError(
+                    "flash attention takes no mask through which merged tokens are weighed: set beta=0, or load the model "
+                    'with attn_implementation="sdpa"'
+                )
+            if point.placement == "mid":
+                self.blocks[index] = self._proved(index)
+
+    def _proved(self, index: int) -> Block:
+        """The layer seen through its parts, once these were seen to make up the layer."""
+        module = self.modules[index]
+        spec = next((BLOCKS[c.__name__] for c in type(module).__mro__ if c.__name__ in BLOCKS), None)
+        if spec is None:
+            raise UnsupportedModelError(
+                f"{self.path}.{index} is a {type(module).__name__}, of which the place between attention and MLP is not known: "
+                f'use placement="post"; known: {", ".join(sorted(BLOCKS))}'
+            )
+        block = Block(module, spec, f"{self.path}.{index}")
+        width = block.module.get_parameter(f"{spec.norm1}.weight").shape[-1]
+        dim = ATTENTION.get(module).head_dim
+
+        def table(_: str, like: Tensor) -> tuple[Tensor, Tensor]:
+            values = torch.randn(2, 1, like.shape[-2], dim, generator=torch.Generator().manual_seed(1)).to(like)
+            return values[0], values[1]
+
+        block.prove(width, 0, table)
+        return block
 
     def install(self, stack: ExitStack) -> None:
         """Patch the instance; ``stack`` undoes it."""
         stack.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
-        refuse_replicas(stack, self.model)
-        for index in self.steps:
+        for index in self.points:
             attention = ATTENTION.get(self.modules[index])
             if attention is not None:
                 parameters = Parameters(type(attention).forward)
                 hook = attention.register_forward_pre_hook(partial(self._attend, index, parameters), with_kwargs=True)
                 stack.callback(hook.remove)
-        first = 0 if self.enters or self.connector is not None or self.evict else min(self.steps)
-        for index in range(first, self.depth):
-            refuse_replicas(stack, self.modules[index])
-            override(stack, self.modules[index], "forward", partial(PrunedLayer, self, index))
-        stack.callback(self._close)
+        self.replace_layers(stack)
+        stack.callback(self.token.close)
 
     def _attend(
         self, layer: int, parameters: Parameters, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -236,39 +201,22 @@ class PrunedDecoder(Uncopyable):
         Gradient checkpointing takes any cache away from a layer. Whether it does depends on the release and on whether
         gradients are recorded; here it is seen, not predicted.
         """
-        state = self.state
-        view = state.views.get(layer)
+        forward = self.forward
+        view = forward.views.get(layer)
         if view is None:
             return None
         given = parameters.named(args, kwargs)
-        if self.rows:
-            state.calls[layer] = parameters, given
+        if "last_query" in self.points[layer].needs:
+            forward.calls[layer] = parameters, given
         if CACHE.read(given) is not None:
             return None
         view.cache = None
         return (), parameters.put(given, CACHE, view)
 
-    def _close(self) -> None:
-        self.owner.closed = True
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all forwards."""
-        self.forwards.forget()
-
-    @property
-    def state(self) -> DecoderState:
-        return self.forwards.state
-
-    @property
-    def trace(self) -> list[LayerTrace]:
-        """The drop points of the last prompt, in order."""
-        return list(self.state.prompt.trace.values())
-
     @property
     def memory(self) -> KVMemory | None:
         """Bytes of the cache behind the last prompt."""
-        return self.state.prompt.memory
+        return self.forward.memory
 
     # -- start of a forward -------------------------------------------------------------------------------------------
 
@@ -276,15 +224,15 @@ class PrunedDecoder(Uncopyable):
         refuse_tracing()
         visual, marked = self.handover.visual, self.handover.marked
         self.handover.visual, self.handover.marked = None, False
-        before, state = self.state, self.forwards.begin()
+        before, forward = self.forward, self.forwards.begin()
         kwargs = self.parameters.named(args, kwargs)
         cache = CACHE.read(kwargs)
         if cache is not None and (self._checked is None or self._checked() is not cache):
-            check_cache(cache, self.owner)
+            check_cache(cache, self.token)
             self._checked = weakref.ref(cache)
         if visual is None:
             if cache is not None and cache.get_seq_length():  # no new prompt
-                state.prompt = before.prompt
+                forward.drops, forward.memory, forward.origin = before.drops, before.memory, before.origin
             return None
         x = EMBEDDINGS.read(kwargs)
         if x is None:
@@ -293,240 +241,152 @@ class PrunedDecoder(Uncopyable):
                 "its embeddings differently"
             )
         wanted = ALL_STATES.read(kwargs, ALL_STATES.get(self.model.config))
-        state.full_outputs = wanted is not None and wanted is not False
-        batch, length = x.shape[:2]
+        forward.all_states = wanted is not None and wanted is not False
         gone = is_dropped(x) & visual if marked else None
         # the one look at the device: which numbers of visual tokens there are, and are left of the encoder
         there = visual.sum(1)
         both = (there if gone is None else torch.cat([there, (visual & ~gone).sum(1)])).tolist()
-        lengths, left = tuple(both[:batch]), tuple(both[batch:])
-        picked = Selection.from_mask(visual, lengths)
-        count = picked.slots.shape[1]
-        index = torch.arange(count, device=x.device).expand(batch, count)
-        tokens = TokenMap.full(batch, length, x.device)
-        front = Front(tokens, TokenMap(index, lengths, lengths, count, picked.valid), picked.slots, tokens.index)
+        lengths, left = tuple(both[: len(x)]), tuple(both[len(x) :])
+        state = some_tokens(visual, lengths)
         if gone is not None:
             x = torch.where(gone.unsqueeze(-1), torch.zeros_like(x), x)
-            here = ~gone.gather(1, front.where)
-            here = here if picked.valid is None else here & picked.valid
             if left != lengths:
-                front = _drop(front, Selection.from_mask(here, left))
-                front = _restart(front)
-        if self.connector is not None:
-            _validate(self.connector, front.visual, 1)
-            at = _at(x, front)
-            if reads_are_free(at.device) and not bool(torch.isfinite(at).all()):
-                raise ValueError(
-                    "image features are NaN or Inf in front of the language model: check the pixels for NaN or Inf, and fp16 "
-                    "overflow"
-                )
-            front = self._choose("connector", self.connector, 0, front, at, at)
-            front = _restart(front)
-        if self.language is not None:
-            _validate(self.language, front.visual, len(self.language.layers))
-        state.fronts[0] = front
-        if front.short:
-            state.whole.add(0)
+                state = _without(state, gone, left)
+        forward.origin = state
+        features = x
+        for point in self.entries:
+            state, chosen, _ = self.choose(forward, point, state, features, Seen(features))
+            features = features if chosen is None else gather_tokens(features, chosen.slots, 0)
+        forward.states[self.first] = state if state.tokens.whole else replace(state, full_length=True)
         return ((), self.parameters.put(kwargs, EMBEDDINGS, x)) if marked else None
+
+    def where(self, point: DropPoint) -> str:
+        return super().where(point) if point.placement != "input" else "image features in front of the language model"
 
     # -- one layer ----------------------------------------------------------------------------------------------------
 
-    def front(self, layer: int) -> Front | None:
-        """Who is there in front of ``layer``; None in a forward without visual tokens."""
-        fronts = self.state.fronts
-        if not fronts:
-            return None
-        while layer not in fronts:  # layers in front of the first drop point are not patched
-            layer -= 1
-        return fronts[layer]
+    def named(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (), self.layer_parameters[layer].named(args, kwargs, skip=1)
 
-    def choose(self, layer: int, front: Front, keys: Tensor, x: Tensor, row: Tensor | None) -> Front:
-        """The front behind a drop point. keys [B, H, S, D], x [B, S, C], row [B, S] for methods that need it."""
-        assert self.language is not None
-        if keys.shape[2] != front.tokens.slots:
-            raise HookNeverFiredError(
-                f"{self.path} layer {layer} cached {keys.shape[2]} keys for a sequence of {front.tokens.slots} tokens"
-            )
-        mean = keys.detach().mean(1, dtype=torch.float32)
-        at = _at(mean, front)
-        step = self.steps[layer]
-        if step == 0 and reads_are_free(at.device) and not bool(torch.isfinite(at).all()):
-            raise ValueError(
-                f"the keys of {self.path} layer {layer} are NaN or Inf: check the inputs, and fp16 overflow"
-            )
-        seen = None if row is None else row.gather(1, front.where)
-        return self._choose("language", self.language, layer, front, at, _at(x.detach(), front), seen)
+    def arrive(self, layer: int, x: Tensor, kwargs: dict[str, Any]) -> tuple[DecoderForward, LayerState | None]:
+        self.forwards.enter(layer, x)
+        self.forwards.remember(layer, x)
+        forward = self.forward
+        return forward, forward.states[layer] if forward.states else None
 
-    def _choose(
+    def run(
         self,
-        stage: str,
-        drop: Drop,
+        forward: DecoderForward,
         layer: int,
-        front: Front,
-        keys: Tensor,
-        features: Tensor,
-        attention: Tensor | None = None,
-    ) -> Front:
-        visual = front.visual
-        step, steps = (0, 1) if stage == "connector" else (self.steps[layer], len(self.steps))
-        some = [sample for sample, n in enumerate(visual.lengths) if n]
-        selection = None
-        if len(some) == len(visual.lengths):
-            selection = drop.select(Candidates(keys, features, visual, step, steps, attention))
-        elif some:
-            # samples without visual tokens have nothing to decide: the method sees the others
-            pick = torch.tensor(some, device=keys.device)
-            part = TokenMap(
-                visual.index[pick],
-                tuple(visual.lengths[i] for i in some),
-                tuple(visual.total[i] for i in some),
-                visual.width,
-                None if visual.valid is None else visual.valid[pick],
-            )
-            seen = None if attention is None else attention[pick]
-            chosen = drop.select(Candidates(keys[pick], features[pick], part, step, steps, seen))
-            if chosen is not None:
-                keep = torch.zeros_like(visual.index, dtype=torch.bool)
-                keep[pick] = _mask(chosen, visual.slots)
-                lengths = [0] * len(visual.lengths)
-                for sample, n in zip(some, chosen.lengths, strict=True):
-                    lengths[sample] = n
-                selection = Selection.from_mask(keep, tuple(lengths))
-        after = front if selection is None else _drop(front, selection)
-        self.state.prompt.trace[stage, layer] = LayerTrace(
-            stage, layer, torch.tensor(visual.lengths), torch.tensor(after.visual.lengths), after.visual.kept()
-        )
-        return after
-
-    def shorten(self, layer: int, front: Front, x: Tensor) -> Tensor:
-        """The layer's input [B, S, C], from the full sequence where the model works on it between layers."""
-        return gather_tokens(x, front.tokens.index, 0) if layer in self.state.whole else x
+        state: LayerState,
+        call: Callable[..., Any],
+        x: Tensor,
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, Seen | None]:
+        parameters, point = self.layer_parameters[layer], self.points.get(layer)
+        cache, positions = CACHE.read(kwargs), None
+        if state.tokens.whole and state.sizes is None:
+            kwargs = self.unpruned(layer, x, kwargs)
+        else:
+            kwargs, positions = self.arguments(forward, layer, state, x.dtype, kwargs)
+        view = CacheView(cache, positions)
+        if point is not None or positions is not None:
+            kwargs = parameters.put(kwargs, CACHE, view)
+        if point is not None:
+            forward.views[layer] = view
+        try:
+            out = call(x, **kwargs)
+        finally:
+            forward.views.pop(layer, None)
+            attended = forward.calls.pop(layer, None)
+        if point is None:
+            return out, None
+        name, count = f"{self.path} layer {layer}", state.tokens.slots
+        if view.keys is None:
+            raise HookNeverFiredError(f"{name} put no keys into its cache, so there is nothing to score")
+        if view.keys.shape[2] != count:
+            raise HookNeverFiredError(f"{name} cached {view.keys.shape[2]} keys for a sequence of {count} tokens")
+        row = None
+        if "last_query" in point.needs:
+            row = last_row(self.modules[layer], name, attended, view.held, state.tokens.valid)
+        return out, Seen(view.keys.detach().mean(1, dtype=torch.float32), row)
 
     def arguments(
-        self, layer: int, front: Front, parameters: Parameters, kwargs: dict[str, Any]
+        self, forward: DecoderForward, layer: int, state: LayerState, dtype: torch.dtype, kwargs: dict[str, Any]
     ) -> tuple[dict[str, Any], CachePositions | None]:
         """Rotary tables, positions and mask of the survivors, and what their cache layer holds with them."""
-        tokens, cache = front.tokens, CACHE.read(kwargs)
-        entry = None if cache is None else ragged_layer(cache, layer, self.owner)
-        out = parameters.put(kwargs, ROTARY, self._once("rotary", tokens, ROTARY.read(kwargs), gather_rotary))
-        if isinstance(ids := POSITIONS.read(kwargs), Tensor):
-            out = parameters.put(out, POSITIONS, self._once("ids", tokens, ids, gather_ids))
-        out = parameters.put(out, MASK, self._mask(MASK.read(kwargs), tokens, entry, tokens.width))
+        tokens, cache, parameters = state.tokens, CACHE.read(kwargs), self.layer_parameters[layer]
+        entry = None if cache is None else ragged_layer(cache, layer, self.token)
+        table, ids = ROTARY.read(kwargs), POSITIONS.read(kwargs)
+        out = parameters.put(kwargs, ROTARY, forward.once("rotary", partial(gather_rotary, table, tokens), tokens, table))
+        if isinstance(ids, Tensor):
+            out = parameters.put(out, POSITIONS, forward.once("ids", partial(gather_ids, ids, tokens), tokens, ids))
+        bias = None if state.sizes is None else forward.once("bias", state.key_bias, tokens, state.sizes)
+        out = parameters.put(out, MASK, self._mask(forward, MASK.read(kwargs), tokens, entry, tokens.width, bias, dtype))
         if entry is None:
             return out, None
-        before = entry.length
-        return out, self._once("keys", tokens, entry.map, lambda past, t: extended(past, before, t))
+        past, before = entry.map, entry.length
+        return out, forward.once("keys", lambda: extended(past, before, tokens, bias), tokens, past)
 
-    def whole_arguments(
-        self, layer: int, queries: int, parameters: Parameters, kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
-        """The mask of a sequence that is all there, over a cache that is not."""
+    def unpruned(self, layer: int, x: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The mask of a sequence from which nothing is missing, over a cache from which something may be."""
         cache = CACHE.read(kwargs)
         if cache is None or layer >= len(cache.layers):
             return kwargs
         entry = cache.layers[layer]
         if not isinstance(entry, RaggedLayer) or entry.map is None:
             return kwargs
-        return parameters.put(kwargs, MASK, self._mask(MASK.read(kwargs), None, entry, queries))
+        mask = self._mask(self.forward, MASK.read(kwargs), None, entry, x.shape[1], None, x.dtype)
+        return self.layer_parameters[layer].put(kwargs, MASK, mask)
 
-    def _mask(self, mask: Any, tokens: TokenMap | None, entry: RaggedLayer | None, queries: int) -> Any:
+    def _mask(
+        self,
+        forward: DecoderForward,
+        mask: Any,
+        tokens: TokenMap | None,
+        entry: RaggedLayer | None,
+        queries: int,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Any:
         past, before, first = None, 0, 0
         if entry is not None:
             past, before, (_, first) = entry.map, entry.length, entry.get_mask_sizes(queries)
-        flash = IMPLEMENTATION.get(self.model.config) in FLASH
+
+        def make() -> Tensor | None:
+            flash = IMPLEMENTATION.get(self.model.config) in FLASH
+            return survivors_mask(
+                mask, tokens, past, before=before, first=first, queries=queries, flash=flash, bias=bias, dtype=dtype
+            )
+
         # layers with the same mask, survivors and cache content share the result
-        key = ("mask", id(mask), id(tokens), id(past), first)
-        memo = self.state.memo
-        if key not in memo:
-            cut = survivors_mask(mask, tokens, past, before=before, first=first, queries=queries, flash=flash)
-            memo[key] = (cut, mask, tokens, past)  # kept alive, so that the ids stay theirs
-        return memo[key][0]
+        return forward.once(f"mask from {first}", make, mask, tokens, past)
 
-    def _once(self, name: str, tokens: TokenMap, source: Any, make: Callable[[Any, TokenMap], Any]) -> Any:
-        key = (name, id(tokens), id(source))
-        memo = self.state.memo
-        if key not in memo:
-            memo[key] = (make(source, tokens), tokens, source)
-        return memo[key][0]
+    def leave(
+        self, forward: DecoderForward, layer: int, state: LayerState, y: Tensor, kwargs: dict[str, Any]
+    ) -> Tensor:
+        after, tokens = layer + 1, state.tokens
+        forward.states[after] = state
+        if not tokens.whole and (after == self.depth or forward.all_states or layer < self.between):
+            forward.states[after] = replace(state, full_length=True)
+            y = gather_tokens(y, forward.once("shown", partial(owners, tokens), tokens), 0)
+        cache = CACHE.read(kwargs)
+        if after == self.depth and cache is not None:
+            self._finish(forward, cache)
+        return y
 
-    def hand_on(self, layer: int, after: Front, y: Tensor) -> Tensor:
-        """The layer's output for whoever comes next: full length at the end and where the model looks at it."""
-        state = self.state
-        state.whole.discard(layer + 1)
-        if not after.short or not (layer + 1 == self.depth or state.full_outputs or layer < self.between):
-            return y
-        state.whole.add(layer + 1)
-        return gather_tokens(y, self._once("owners", after.tokens, None, lambda _, t: owners(t)), 0)
-
-    def finish(self, cache: Any) -> None:
+    def _finish(self, forward: DecoderForward, cache: Any) -> None:
         """Behind the last layer of a prompt: what its cache takes."""
-        if cache is None:
-            return
-        state = self.state
         if self.evict:
-            left = state.fronts[self.depth].tokens
+            left = forward.states[self.depth].tokens
             for layer in range(self.depth):
-                entry = ragged_layer(cache, layer, self.owner)
-                if state.fronts[layer].tokens is not left and entry.is_initialized:
-                    before = entry.length - left.width
-                    entry.evict(*self._once("left", left, entry.map, partial(remaining, before=before)))
+                entry = ragged_layer(cache, layer, self.token)
+                if forward.states[layer].tokens is not left and entry.is_initialized:
+                    past, before = entry.map, entry.length - left.width
+                    entry.evict(*forward.once("left", partial(remaining, past, left, before=before), left, past))
         sizes = [stored_bytes(layer) for layer in cache.layers]
         kept, whole = (sum(size) for size in zip(*sizes, strict=True))
-        state.prompt.memory = KVMemory(kept, whole) if whole else None  # gradient checkpointing takes the cache away
-
-
-class PrunedLayer(Uncopyable):
-    """Stands in for ``layer.forward`` on one instance."""
-
-    def __init__(self, decoder: PrunedDecoder, layer: int, original: Callable[..., Any]) -> None:
-        self.decoder, self.layer, self.original = decoder, layer, original
-        self.parameters = Parameters(type(decoder.modules[layer]).forward)
-
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        decoder, layer, parameters = self.decoder, self.layer, self.parameters
-        kwargs = parameters.named(args, kwargs, skip=1)
-        decoder.forwards.enter(layer, hidden_states)
-        decoder.forwards.remember(layer, hidden_states)
-        front = decoder.front(layer)
-        if front is None:
-            kwargs = decoder.whole_arguments(layer, hidden_states.shape[1], parameters, kwargs)
-            return self.original(hidden_states, **kwargs)
-        module, cache = decoder.modules[layer], CACHE.read(kwargs)
-        x, positions = hidden_states, None
-        if front.short:
-            x = decoder.shorten(layer, front, x)
-            kwargs, positions = decoder.arguments(layer, front, parameters, kwargs)
-        else:
-            kwargs = decoder.whole_arguments(layer, x.shape[1], parameters, kwargs)
-        view, chooses = CacheView(cache, positions), layer in decoder.steps
-        if chooses or positions is not None:
-            kwargs = parameters.put(kwargs, CACHE, view)
-        state = decoder.state
-        if chooses:
-            state.views[layer] = view
-        try:
-            out = self.original(x, **kwargs)
-        finally:
-            state.views.pop(layer, None)
-            call = state.calls.pop(layer, None)
-        y = out[0] if isinstance(out, tuple) else out
-        after = front
-        if chooses:
-            if view.keys is None:
-                raise HookNeverFiredError(
-                    f"{decoder.path} layer {layer} put no keys into its cache, so there is nothing to score"
-                )
-            row = None
-            if decoder.rows:
-                row = last_row(module, f"{decoder.path} layer {layer}", call, view.held, front.tokens.valid)
-            after = decoder.choose(layer, front, view.keys, y, row)
-            if after is not front:
-                y = gather_tokens(y, after.slots, 0)
-        decoder.state.fronts[layer + 1] = after
-        y = decoder.hand_on(layer, after, y)
-        if layer + 1 == decoder.depth:
-            decoder.finish(cache)
-        return (y, *out[1:]) if isinstance(out, tuple) else y
+        forward.memory = KVMemory(kept, whole) if whole else None  # gradient checkpointing takes the cache away
 
 
 def owners(tokens: TokenMap) -> Tensor:
@@ -537,49 +397,9 @@ def owners(tokens: TokenMap) -> Tensor:
     return (here[:, : tokens.width].cumsum(1) - 1).clamp_min(0)
 
 
-def _at(x: Tensor, front: Front) -> Tensor:
-    """Rows of x [B, S, C] of the visual tokens, [B, N, C]."""
-    return x.gather(1, front.where.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
-def _mask(selection: Selection, count: int) -> Tensor:
-    """bool [B, N], True for the slots that stay."""
-    slots = selection.slots if selection.valid is None else selection.slots.masked_fill(~selection.valid, count)
-    keep = torch.zeros(slots.shape[0], count + 1, dtype=torch.bool, device=slots.device)
-    return keep.scatter_(1, slots, True)[:, :count]
-
-
-def _stays(front: Front, selection: Selection) -> Selection:
-    """What a choice among the visual tokens means for the sequence."""
-    tokens, visual = front.tokens, front.visual
-    here = tokens.valid if tokens.valid is not None else torch.ones_like(tokens.index, dtype=torch.bool)
-    # one column more, for the padding among the visual slots
-    keep = torch.cat([here, here.new_zeros(here.shape[0], 1)], 1)
-    where = front.where if visual.valid is None else front.where.masked_fill(~visual.valid, tokens.slots)
-    keep = keep.scatter(1, where, _mask(selection, visual.slots))[:, : tokens.slots]
-    lengths = tuple(
-        n - before + after for n, before, after in zip(tokens.lengths, visual.lengths, selection.lengths, strict=True)
-    )
-    return Selection.from_mask(keep, lengths)
-
-
-def _drop(front: Front, selection: Selection) -> Front:
-    chosen = _stays(front, selection)
-    count = front.tokens.slots
-    slots = chosen.slots if chosen.valid is None else chosen.slots.masked_fill(~chosen.valid, count)
-    new = torch.zeros(slots.shape[0], count + 1, dtype=torch.long, device=slots.device)
-    new.scatter_(1, slots, torch.arange(slots.shape[1], device=slots.device).expand_as(slots))
-    where = new.gather(1, front.where.gather(1, selection.slots))
-    return Front(front.tokens.select(chosen), front.visual.select(selection), where, chosen.slots)
-
-
-def _restart(front: Front) -> Front:
-    """The next stage counts its candidates from here."""
-    visual = front.visual
-    fresh = TokenMap(visual.index, visual.lengths, visual.lengths, visual.width, visual.valid)
-    return Front(front.tokens, fresh, front.where, front.slots)
-
-
-def _validate(drop: Drop, visual: TokenMap, steps: int) -> None:
-    for total in sorted({n for n in visual.lengths if n}):
-        drop.validate(total, steps)
+def _without(state: LayerState, gone: Tensor, left: tuple[int, ...]) -> LayerState:
+    """The state without the visual tokens that the encoder dropped: gone [B, L], ``left[b]`` visual tokens stay in row b."""
+    here = ~state.of_candidates(gone.unsqueeze(-1)).squeeze(-1)
+    valid = state.candidates.valid
+    after, _ = state.after(Selection.from_mask(here if valid is None else here & valid, left))
+    return after

@@ -30,7 +30,7 @@ class BlockSpec:
             and ``mlp`` the block has no seam (it computes both from one input, or does more than call its parts), and
             tokens go behind it.
         keys: what shows the keys: a module whose output is K ([B, H, N, D] or [B, N, H*D]), or a packed ``in_proj_weight``
-            from which they are recomputed. The first candidate that exists is used.
+            from which they are recomputed. The first candidate that exists is used; none where a cache shows them.
         keys_by_token: the module's output is [B, N, H, D].
         heads: attribute with the number of heads, needed for 3-D keys; the first candidate that exists is used.
         mask: the block's attention-mask argument.

@@ -1,13 +1,11 @@
-"""A pruned encoder: runs the blocks of one model on shrinking sequences.
+"""A pruned encoder: what blocks on shrinking sequences need, and what callers of an encoder expect.
 
-Each block's ``forward`` is replaced, on the instance, by a :class:`PrunedBlock`, which gives the block what its tokens
-need (mask, positional tables), runs it, and at a drop point gathers the survivors. The state of a forward is one token
-map per layer, so a layer can be run again (gradient checkpointing) and does the same; `forwards.Forwards` finds the right one.
+Letters: B batch, P prefix tokens, N candidates, K survivors, C channels, D head dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,132 +13,98 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from ..forwards import Flag, Forwards
-from ..graph import metric
-from ..patch import Uncopyable, refuse_replicas, refuse_tracing
-from ..patch import override as _override
-from ..tokens import (
+from ..gathers import (
     DROPPED,
-    Candidates,
-    Groups,
-    LayerTrace,
-    Selection,
-    TokenMap,
     dropped,
     fill_padding,
     full_length,
     gather_mask,
     gather_table,
     gather_tokens,
-    merge_tokens,
     nearest_survivor,
-    packed_groups,
-    reads_are_free,
     shorter,
     similar_survivor,
-    square_groups,
     visible,
 )
-from ..upstream.autograd import checkpointed
+from ..graph import metric
+from ..patch import override, refuse_tracing
+from ..runtime.blocks import Block
+from ..runtime.forwards import Flag
+from ..runtime.layer import DropPoint, LayerStack, Seen
+from ..runtime.observe import Observers
+from ..runtime.state import Forward, LayerState, all_tokens, packed_groups, squares
+from ..tokens import Selection, TokenMap
 from ..upstream.names import GRID, IMPLEMENTATION, LONGEST, TIMM_ROTARY, Parameters, Role
 from ..upstream.specs import EncoderSpec, part
-from .blocks import Block
-
-Select = Callable[[Candidates], Selection | None]
 
 # attention implementations of transformers that take a dense mask; the others run samples of equal length together
 _DENSE_MASK = {"sdpa", "eager"}
 
 
 @dataclass
-class EncoderState:
-    """What one forward knows. Keys of the dictionaries are layers: what holds in front of them; the depth: behind the last.
+class EncoderForward(Forward):
+    """What one forward of an encoder knows besides.
 
     Attributes:
-        maps: token map.
-        owners: for each original candidate the slot that stands for it, int64 [B, N].
-        sizes: merging: original candidates in each slot, float32 [B, K].
-        merged: merging: for each original candidate the slot it is part of, int64 [B, N].
-        groups: where groups of tokens are the candidates.
-        expanded: layers whose input is full length although tokens were dropped.
         shown: what showed the keys of a layer, until they are scored.
-        memo: masks and tables that layers share.
         grid: rows and columns of patches.
         samples: packed: tokens per image or frame.
         order: packed: group at each place.
     """
 
-    maps: dict[int, TokenMap] = field(default_factory=dict)
-    owners: dict[int, Tensor] = field(default_factory=dict)
-    sizes: dict[int, Tensor] = field(default_factory=dict)
-    merged: dict[int, Tensor] = field(default_factory=dict)
-    groups: dict[int, Groups] = field(default_factory=dict)
-    expanded: set[int] = field(default_factory=set)
     shown: dict[int, Tensor] = field(default_factory=dict)
-    memo: dict[Any, Any] = field(default_factory=dict)
     grid: tuple[int, int] | None = None
     samples: list[int] = field(default_factory=list)
     order: Tensor | None = None
 
 
-class PrunedEncoder(Uncopyable):
+class PrunedEncoder(LayerStack[EncoderForward]):
     """The vision stage of a session.
 
     Args:
         path: where the encoder sits in the user's model, for messages.
         encoder: the module that owns the blocks.
         spec: what is known of its class.
-        layers: drop points, ascending.
-        placement: "mid", "post", or None: "mid" where every drop point has a seam between attention and MLP.
+        points: drop points; a placement of "" means "mid" where every such point has a place between attention and MLP, else
+            "post".
         output: see :class:`saint.Stage`.
-        select: the method's decision.
-        validate: the method's check of numbers of candidates.
-        beta: of merging methods: attention adds beta * log(size) to the logits of a merged token's key.
+        observers: of the session.
         merge_size: side of the square of patches that a merger behind the encoder joins into one token. Those squares are the
             candidates then: a method sees their mean keys, and their tokens stay or go together.
         restored: layers in front of which the sequence is full length again, for a merger that reads it there.
 
     Raises:
-        UnsupportedModelError: an unknown block class, ``placement="mid"`` at a block without a seam, parameters on
+        UnsupportedModelError: an unknown block class, ``placement="mid"`` at a block without a place for it, parameters on
             ``meta``, a compiled model.
         ParityError: the blocks are not what the table says.
     """
+
+    stage = "vision"
 
     def __init__(
         self,
         path: str,
         encoder: nn.Module,
         spec: EncoderSpec,
+        points: Sequence[DropPoint],
         *,
-        layers: list[int],
-        placement: str | None,
-        output: str,
-        select: Select,
-        validate: Callable[[int, int], None],
-        beta: float = 0.0,
+        output: str = "survivors",
+        observers: Observers,
         merge_size: int | None = None,
         restored: frozenset[int] = frozenset(),
     ) -> None:
-        self.path, self.encoder, self.spec = path, encoder, spec
-        self.layers, self.output = layers, output
-        self.select, self.validate, self.beta, self.merge_size = select, validate, beta, merge_size
-        self.restored = restored  # layers whose input is full length, with holes (see `restore`)
-        self.modules: list[nn.Module] = list(part(encoder, spec.blocks))
-        self.depth = len(self.modules)
-        self.prefix = spec.prefix(encoder)
+        self.encoder, self.spec, self.output = encoder, spec, output
+        self.merge_size, self.restored = merge_size, restored
+        blocks = list(part(encoder, spec.blocks))
+        self.prefix, self.packed = spec.prefix(encoder), spec.packed
         self.parameters = Parameters(type(encoder).forward)
-        self.steps = {layer: step for step, layer in enumerate(layers)}
-        self.forwards = Forwards(EncoderState, path or type(encoder).__name__)
         self.dense = Flag()  # full-length block outputs, for callers that reshape to the grid
-        self.placement = self._check(placement)
-
-    @property
-    def state(self) -> EncoderState:
-        return self.forwards.state
+        super().__init__(path, encoder, blocks, _placed(spec, blocks, points), EncoderForward, observers)
+        self._check()
 
     # -- checks (before anything is touched) --------------------------------------------------------------------------
 
-    def _check(self, placement: str | None) -> str:
+    def _check(self) -> None:
         name = type(self.encoder).__name__
         for parameter in self.encoder.parameters():
             if parameter.is_meta:
@@ -148,53 +112,48 @@ class PrunedEncoder(Uncopyable):
                     f"{name} has parameters on the meta device: load its weights before applying a plan "
                     "(no offloading of vision weights)"
                 )
-        self.blocks: list[Block | None] = []
         for index, module in enumerate(self.modules):
-            spec = next(
-                (
-                    self.spec.block_specs[c.__name__]
-                    for c in type(module).__mro__
-                    if c.__name__ in self.spec.block_specs
-                ),
-                None,
-            )
-            label = f"{self.spec.blocks}.{index}"
-            self.blocks.append(None if spec is None else Block(module, spec, label))
-        unknown = [i for i, block in enumerate(self.blocks) if block is None and i >= self.layers[0]]
+            spec = _block_spec(self.spec, module)
+            self.blocks[index] = None if spec is None else Block(module, spec, f"{self.spec.blocks}.{index}")
+        first = min((0, *self.points) if self.entries else self.points, default=self.depth)
+        unknown = [i for i, block in enumerate(self.blocks) if block is None and i >= first]
         if unknown:
             kind = type(self.modules[unknown[0]]).__name__
             raise UnsupportedModelError(
                 f"{self.spec.blocks}.{unknown[0]} is a {kind}; known: {', '.join(self.spec.block_specs)}"
             )
-        whole = next((b for i in self.layers if (b := self.blocks[i]) is not None and not b.spec.seam), None)
-        if whole is not None and placement == "mid":
-            raise UnsupportedModelError(
-                f"{whole.name} is a {type(whole.module).__name__}, between whose attention and MLP there is no place to "
-                'drop tokens: use placement="post", or leave placement out'
-            )
-        placement = placement or ("mid" if whole is None else "post")
-        if self.beta:
-            for index in range(self.layers[0] + 1, self.depth):
+        for index, point in self.points.items():
+            block = self.blocks[index]
+            if point.placement == "mid" and block is not None and not block.spec.seam:
+                raise UnsupportedModelError(
+                    f"{block.name} is a {type(block.module).__name__}, between whose attention and MLP there is no place to "
+                    'drop tokens: use placement="post", or leave placement out'
+                )
+        if any(point.method is not None and point.method.size_bias() for point in self.points.values()):
+            for index in range(self.first_short, self.depth):
                 self._check_bias(index)
         if self.output == "nearest" and self.spec.patch is None:
-            raise UnsupportedModelError(f'{name} shows no patch grid: output="nearest" is not possible, use "similar"')
-        if placement == "mid":
-            self._prove()
+            raise UnsupportedModelError(
+                f'{name} shows no patch grid: output="nearest" is not possible, use "similar"'
+            )
+        self._prove()
         count = self.spec.candidates(self.encoder)
-        if count is not None:
-            self.validate(count, len(self.layers))
-        return placement
+        first_point = next((p for p in (*self.entries, *self.points.values()) if p.method is not None), None)
+        if count is not None and first_point is not None and first_point.method is not None:
+            first_point.method.validate(count, first_point.steps)
 
     def _check_bias(self, layer: int) -> None:
         block = self.blocks[layer]
         if block is not None and block.spec.padding is None and not self._masks(block):
             raise UnsupportedModelError(
                 f"{self.spec.blocks}.{layer} ({type(block.module).__name__}) takes no dense attention mask, through which "
-                f"beta={self.beta:g} weighs merged tokens: set beta=0, or load the model with SDPA or eager attention"
+                "merged tokens are weighed: set beta=0, or load the model with SDPA or eager attention"
             )
 
     def _prove(self) -> None:
-        for index in self.layers:
+        for index, point in self.points.items():
+            if point.placement != "mid":
+                continue
             block = self.blocks[index]
             assert block is not None
             assert block.spec.attn is not None
@@ -210,24 +169,24 @@ class PrunedEncoder(Uncopyable):
 
     def install(self, stack: ExitStack) -> None:
         """Patch the instance; ``stack`` undoes it."""
-        refuse_replicas(stack, self.encoder)
+        self.replace_layers(stack)
         for index in range(self.depth):
             block = self.blocks[index]
-            refuse_replicas(stack, self.modules[index])
-            _override(stack, self.modules[index], "forward", partial(PrunedBlock, self, index))
-            if block is not None and index in self.steps:
+            if block is None:
+                continue
+            if index in self.points:
                 stack.callback(block.watch_keys(partial(self._keep_keys, index)))
-            if block is not None and index > self.layers[0] and block.spec.padding:
+            if index >= self.first_short and block.spec.padding:
                 attention = part(block.module, block.spec.padding)
                 hook = attention.register_forward_pre_hook(self._padding_hook(index), with_kwargs=True)
                 stack.callback(hook.remove)
-            if block is not None and index > self.layers[0] and block.bias is not None:
+            if index >= self.first_short and block.bias is not None:
                 holder, _, method = block.bias.rpartition(".")
-                _override(stack, part(block.module, holder), method, partial(self._pairs, index))
-        if self.spec.packed:
+                override(stack, part(block.module, holder), method, partial(self._pairs, index))
+        if self.packed:
             stack.callback(self.encoder.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
         if self.spec.order is not None and (reorder := self.spec.order.of(self.encoder)) is not None:
-            _override(stack, self.encoder, reorder, self._see_order)
+            override(stack, self.encoder, reorder, self._see_order)
         if self.spec.patch is not None:
             stack.callback(part(self.encoder, self.spec.patch).register_forward_hook(self._see_grid).remove)
         final = part(self.encoder, self.spec.final) if self.spec.final else None
@@ -236,25 +195,20 @@ class PrunedEncoder(Uncopyable):
         for path in self.spec.pools:
             pool = part(self.encoder, path)
             if pool is not None:
-                _override(stack, pool, "forward", self._pool)
+                override(stack, pool, "forward", self._pool)
         for name, valid in self.spec.masked_pools.items():
-            _override(stack, self.encoder, name, partial(self._masked_pool, valid))
+            override(stack, self.encoder, name, partial(self._masked_pool, valid))
         for name in self.spec.dense_calls:
             if hasattr(self.encoder, name):
-                _override(stack, self.encoder, name, self._dense_call)
-        stack.callback(self.reset)
-
-    def reset(self) -> None:
-        """Forget all forwards."""
-        self.forwards.forget()
+                override(stack, self.encoder, name, self._dense_call)
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         grid = GRID.read(self.parameters.named(args, kwargs))
-        state = self.forwards.prelude()
-        state.samples = torch.repeat_interleave(grid[:, 1] * grid[:, 2], grid[:, 0]).tolist()
-        state.order = None
+        forward = self.forwards.prelude()
+        forward.samples = torch.repeat_interleave(grid[:, 1] * grid[:, 2], grid[:, 0]).tolist()
+        forward.order = None
 
     def _see_order(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def permute(x: Tensor, order: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -270,13 +224,14 @@ class PrunedEncoder(Uncopyable):
             self.forwards.prelude().grid = (output.shape[-2], output.shape[-1])
 
     def _keep_keys(self, layer: int, index: int, shown: Tensor) -> None:
-        keys = self.state.shown
+        keys = self.forward.shown
         # heads of parallel attentions are heads like any other: [B, units * H, N, D]
         keys[layer] = shown if index == 0 else torch.cat([keys[layer], shown], 1)
 
     def _padding_hook(self, layer: int) -> Callable[..., Any]:
         def add_padding(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            keys, bias = visible(self.state.maps[layer], self.prefix), self._bias(layer)
+            state = self.forward.states[layer]
+            keys, bias = visible(state.tokens, self.prefix), self._bias(layer, state)
             if bias is not None:
                 hidden = bias if keys is None else bias.masked_fill(~keys, -torch.inf)
                 return args, {**kwargs, "key_padding_mask": hidden}
@@ -284,12 +239,17 @@ class PrunedEncoder(Uncopyable):
 
         return add_padding
 
+    def _behind(self) -> LayerState | None:
+        """The state behind the last layer, where tokens are missing from it."""
+        state = self.forward.states.get(self.depth)
+        return None if state is None or state.tokens.whole else state
+
     def _fill_hook(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-        state = self.state
-        tokens = state.maps.get(self.depth)
-        if tokens is None or tokens.whole:
+        state = self._behind()
+        if state is None:
             return None
-        if self.depth in state.expanded:
+        tokens = state.tokens
+        if state.full_length:
             full = self.depth in self.restored and output.shape[-2] == self.prefix + tokens.width
             return self._mark(output, tokens) if full else None  # the norm has blurred the rows of dropped tokens
         if output.ndim != 3 or output.shape[1] != self.prefix + tokens.slots:
@@ -298,20 +258,18 @@ class PrunedEncoder(Uncopyable):
 
     def _pool(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def pool(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            state = self.state
-            tokens = state.maps.get(self.depth)
-            if tokens is None or self.depth in state.expanded or tokens.whole:
+            state = self._behind()
+            if state is None or state.full_length:
                 return original(x, *args, **kwargs)
             # any mask the caller passed is full length and masks only padding, which is gone
-            return _by_length(tokens, x, lambda part_x, _: (original(part_x),))[0]
+            return _by_length(state.tokens, x, lambda part_x, _: (original(part_x),))[0]
 
         return pool
 
     def _masked_pool(self, valid: Role, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def pool(*args: Any, **kwargs: Any) -> Tensor:
-            state = self.state
-            tokens = state.maps.get(self.depth)
-            if tokens is not None and self.depth not in state.expanded and not tokens.whole:
+            state = self._behind()
+            if state is not None and not state.full_length:
                 # of full length; rows behind the survivors hold their mean, which no pool notices
                 kwargs = {name: value for name, value in kwargs.items() if name not in valid.spellings}
             return original(*args, **kwargs)
@@ -320,10 +278,10 @@ class PrunedEncoder(Uncopyable):
 
     def _pairs(self, layer: int, original: Callable[..., Tensor]) -> Callable[..., Tensor | None]:
         def pairs(*args: Any, **kwargs: Any) -> Tensor | None:
-            bias, tokens = original(*args, **kwargs), self.state.maps.get(layer)
-            if tokens is None or tokens.whole:
+            bias, state = original(*args, **kwargs), self.forward.states.get(layer)
+            if state is None or state.tokens.whole:
                 return bias
-            return _mask(bias, tokens, self.prefix, bias.dtype, self._bias(layer))
+            return _mask(bias, state.tokens, self.prefix, bias.dtype, self._bias(layer, state))
 
         return pairs
 
@@ -337,220 +295,205 @@ class PrunedEncoder(Uncopyable):
 
         return dense
 
-    # -- one forward --------------------------------------------------------------------------------------------------
+    # -- one layer ----------------------------------------------------------------------------------------------------
 
-    def begin(self, x: Tensor, mask: Tensor | None) -> None:
-        """Start of a forward: everything is there. x [B, P + N, C]."""
+    def named(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        block = self.blocks[layer]
+        return (args, kwargs) if block is None else ((), block.named(args, kwargs))
+
+    def arrive(self, layer: int, x: Tensor, kwargs: dict[str, Any]) -> tuple[EncoderForward, LayerState | None]:
+        again = self.forwards.enter(layer, x)
+        if layer == 0 and not (again and self.forward.states):
+            block = self.blocks[layer]
+            mask = None if block is None or block.spec.bias or block.mask is None else kwargs.get(block.mask)
+            self._begin(x.unsqueeze(0) if self.packed else x, mask)  # a bias hides no token
+        self.forwards.remember(layer, x)
+        forward = self.forward
+        if layer not in forward.states:
+            raise RuntimeError(f"block {layer} ran without the blocks before it; the plan prunes whole forwards only")
+        return forward, forward.states[layer]
+
+    def _begin(self, x: Tensor, mask: Tensor | None) -> None:
+        """Start of a forward: nothing is missing. x [B, P + N, C]."""
         refuse_tracing()
-        state = self.forwards.start()
+        forward = self.forwards.start()
         if x.shape[0] == 0:
             raise ValueError("empty batch: got 0 samples, expected at least one image")
         count = x.shape[1] - self.prefix
         if count < 1:
             raise ValueError(f"no candidates: {x.shape[1]} tokens of which {self.prefix} are protected")
+        state = forward.origin = self._origin(forward, x, count, mask)
+        features = x[:, self.prefix :]
+        for point in self.entries:
+            state, chosen, _ = self.choose(forward, point, state, features, Seen(features))
+            features = features if chosen is None else gather_tokens(features, chosen.slots, 0)
+        forward.states[0] = state if state.tokens.whole else replace(state, full_length=True)
+
+    def _origin(self, forward: EncoderForward, x: Tensor, count: int, mask: Tensor | None) -> LayerState:
         if self.merge_size is not None:
-            self._begin_groups(x, count, mask)
-            return
+            if mask is not None and mask.ndim != 4:
+                raise ValueError(
+                    f"{type(self.encoder).__name__} masks the padding of its images in a way that cannot follow dropped tokens; "
+                    'load the model with attn_implementation="sdpa"'
+                )
+            # padding of an image is a candidate as well: the language model would receive it
+            if not self.packed:
+                return squares(x.shape[0], count, self.merge_size, x.device)
+            if sum(forward.samples) != count:
+                raise ValueError(f"grid_thw announces {sum(forward.samples)} patches, and there are {count}")
+            return packed_groups(forward.samples, self.merge_size**2, forward.order, x.device)
         valid = None
         if mask is not None and mask.ndim == 4:
             seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
             seen = seen.any(2).any(1)[:, self.prefix :].expand(x.shape[0], -1)  # keys that some query may see
             valid = None if bool(seen.all()) else seen
-        state.maps[0] = TokenMap.full(x.shape[0], count, x.device, valid)
-        for total in set(state.maps[0].total):
-            self.validate(total, len(self.layers))
+        return all_tokens(x.shape[0], count, x.device, valid)
 
-    def _begin_groups(self, x: Tensor, count: int, mask: Tensor | None) -> None:
-        assert self.merge_size is not None
-        if mask is not None and mask.ndim != 4:
-            raise ValueError(
-                f"{type(self.encoder).__name__} masks the padding of its images in a way that cannot follow dropped tokens; "
-                'load the model with attn_implementation="sdpa"'
-            )
-        state = self.state
-        if self.spec.packed:
-            if sum(state.samples) != count:
-                raise ValueError(f"grid_thw announces {sum(state.samples)} patches, and there are {count}")
-            state.groups[0] = packed_groups(state.samples, self.merge_size**2, state.order, x.device)
-        else:
-            state.groups[0] = square_groups(x.shape[0], count, self.merge_size, x.device)
-        # padding of an image is a candidate as well: the language model would receive it
-        state.maps[0] = TokenMap.full(x.shape[0], count, x.device)
-        for total in set(state.groups[0].map.total):
-            self.validate(total, len(self.layers))
+    def stand_in(self, keys: Tensor, selection: Selection) -> Tensor | None:
+        if self.output != "similar":
+            return None
+        return similar_survivor(metric(keys), selection) if selection.owner is None else selection.owner
 
-    def prune(self, layer: int, x: Tensor, keys: Tensor) -> Tensor:
-        """Drop or merge tokens at a drop point and set the map in front of the next layer.
+    def where(self, point: DropPoint) -> str:
+        if point.placement == "input":
+            return f"the patch embeddings of {self.path or type(self.encoder).__name__}"
+        return f"the attention keys of {self.spec.blocks}.{point.layer}"
 
-        Args:
-            layer: the drop point.
-            x: [B, P + N, C].
-            keys: head-mean keys of the candidates, [B, N, D].
-
-        Returns:
-            [B, P + K, C].
-        """
-        state = self.state
-        tokens = state.maps[layer]
-        step = self.steps[layer]
-        if step == 0 and reads_are_free(keys.device):
-            _refuse_non_finite(keys, f"{self.spec.blocks}.{layer}")
-        selection = self._select(layer, keys, x.detach()[:, self.prefix :])
-        if selection is None:
-            return x
-        after = tokens.select(selection)
-        state.maps[layer + 1] = after
-        state.owners.pop(layer + 1, None)
-        owner = selection.owner
-        if owner is not None:
-            earlier = state.merged.get(layer)
-            state.merged[layer + 1] = owner if earlier is None else owner.gather(1, earlier)
-        if self.output == "similar":
-            owner = similar_survivor(metric(keys), selection) if owner is None else owner
-            earlier = state.owners.get(layer)
-            state.owners[layer + 1] = owner if earlier is None else owner.gather(1, earlier)
-        if selection.owner is None:
-            return gather_tokens(x, selection.slots, self.prefix)
-        sizes = state.sizes.get(layer)
-        if sizes is None:
-            like = torch.ones_like(tokens.index) if tokens.valid is None else tokens.valid
-            sizes = like.to(torch.float32)
-        x, state.sizes[layer + 1] = merge_tokens(x, sizes, selection, self.prefix)
-        return x
-
-    def _bias(self, layer: int) -> Tensor | None:
+    def _bias(self, layer: int, state: LayerState) -> Tensor | None:
         """What proportional attention adds to the logits of each key, [B, P + K]; None when all count alike."""
-        sizes = self.state.sizes.get(layer)
-        if sizes is None or not self.beta:
+        bias = state.key_bias()
+        if bias is None:
             return None
         self._check_bias(layer)  # the attention implementation may have been switched since
         dtype = next(self.modules[layer].parameters()).dtype
-        bias = self.beta * sizes.to(torch.promote_types(dtype, torch.float32)).clamp_min(1).log()
         return torch.nn.functional.pad(bias, (self.prefix, 0)).to(dtype)
 
-    def _select(self, layer: int, keys: Tensor, features: Tensor) -> Selection | None:
-        """The method's decision, for tokens."""
-        state, step = self.state, self.steps[layer]
-        tokens, groups = state.maps[layer], state.groups.get(layer)
-        if groups is None:
-            return self.select(Candidates(keys, features, tokens, step, len(self.layers)))
-        slots = groups.slots(tokens)
-        keys, features = (y.flatten(0, 1)[slots].mean(2) for y in (keys, features))
-        chosen = self.select(Candidates(keys, features, groups.map, step, len(self.layers)))
-        if chosen is None:
-            return None
-        state.groups[layer + 1], selection = groups.select(chosen, slots, tokens)
-        return selection
-
-    def attention_inputs(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The block's arguments for the tokens that are still there."""
-        tokens, block = self.state.maps[layer], self.blocks[layer]
+    def arguments(
+        self, forward: EncoderForward, layer: int, state: LayerState, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The block's arguments for the tokens that are left."""
+        tokens, block = state.tokens, self.blocks[layer]
         assert block is not None
         out = dict(kwargs)
         for name in block.tables:
             value = kwargs.get(name)
             if value is not None:
-                out[name] = self._cached(name, layer, value, lambda v: _map_tables(v, tokens))
+                out[name] = forward.once(name, partial(_map_tables, value, tokens), tokens, value)
         if block.segments is not None:
             ends = kwargs[block.segments]
-            short = out[block.segments] = self._cached("segments", layer, ends, lambda v: shorter(v, tokens))
+            short = out[block.segments] = forward.once("segments", partial(shorter, ends, tokens), tokens, ends)
             if LONGEST.read(kwargs) is not None:  # flash attention
-                longest = self._cached("longest", layer, short, lambda v: int((v[1:] - v[:-1]).max()))
+                longest = forward.once("longest", lambda: int((short[1:] - short[:-1]).max()), short)
                 out = block.parameters.put(out, LONGEST, longest)
         mask = block.mask
         if mask is not None and block.spec.padding is None:
             given = kwargs.get(mask)
             own = block.bias is not None  # hides padding and weighs merged tokens: once is enough
-            if given is not None or (not own and (tokens.valid is not None or layer in self.state.sizes)):
+            if given is not None or (not own and (tokens.valid is not None or state.sizes is not None)):
                 dtype = next(self.modules[layer].parameters()).dtype
 
-                def short_mask(m: Tensor | None) -> Tensor | None:
+                def short_mask() -> Tensor | None:
+                    m = given
                     if m is not None and m.ndim == 3 and block.spec.bias:
                         m = m.unsqueeze(0)  # [1, H, P + N, P + N]
-                    return _mask(m, tokens, self.prefix, dtype, None if own else self._bias(layer))
+                    return _mask(m, tokens, self.prefix, dtype, None if own else self._bias(layer, state))
 
-                out[mask] = self._cached(mask, layer, given, short_mask)
+                out[mask] = forward.once(mask, short_mask, tokens, given)
         return out
 
-    def _cached(self, name: str, layer: int, source: Any, make: Callable[[Any], Any]) -> Any:
-        # blocks behind the last drop point share one map: gather once, not once a layer
-        state = self.state
-        key = (name, id(state.maps[layer]), None if source is None else id(source))  # dynamo of torch 2.11: no id(None)
-        hit = state.memo.get(key)
-        if hit is None:
-            hit = state.memo[key] = (make(source), source)  # kept alive, so that the id stays its own
-        return hit[0]
-
     def run(
-        self, layer: int, forward: Callable[[Tensor, dict[str, Any]], Tensor], x: Tensor, kwargs: dict[str, Any]
-    ) -> tuple[Tensor, ...]:
-        """Run a block, or its attention half, on the survivors in front of ``layer``.
+        self,
+        forward: EncoderForward,
+        layer: int,
+        state: LayerState,
+        call: Callable[..., Any],
+        x: Tensor,
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, Seen | None]:
+        block, tokens, shows = self.blocks[layer], state.tokens, layer in self.points
 
-        Returns:
-            The output [B, P + N, C] and, at a drop point, the head-mean keys [B, N, D].
-        """
-        state, block = self.state, self.blocks[layer]
-        tokens = state.maps[layer]
-
-        def with_keys(part_x: Tensor, part_kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-            y = forward(part_x[0], part_kwargs)[None] if self.spec.packed else forward(part_x, part_kwargs)
-            if layer not in self.steps:
-                return (y,)
-            assert block is not None
-            return y, block.head_mean_keys(state.shown.pop(layer, None), self.prefix)
+        def on_part(part_x: Tensor, part_kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+            y = call(part_x[0], **part_kwargs)[None] if self.packed else call(part_x, **part_kwargs)
+            return (y, self.keys(forward, layer)) if shows else (y,)
 
         if block is None or tokens.whole:
-            return with_keys(x, kwargs)
-        if tokens.valid is None or block.spec.padding is not None or block.spec.bias or self._masks(block):
-            return with_keys(x, self.attention_inputs(layer, kwargs))
+            out = on_part(x, kwargs)
+        elif tokens.valid is None or block.spec.padding is not None or block.spec.bias or self._masks(block):
+            out = on_part(x, self.arguments(forward, layer, state, kwargs))
+        else:
 
-        def short(part_x: Tensor, part_tokens: TokenMap) -> tuple[Tensor, ...]:
-            part_kwargs = dict(kwargs)
-            for name in block.tables:
-                if kwargs.get(name) is not None:
-                    part_kwargs[name] = _map_tables(kwargs[name], part_tokens)
-            if block.mask in kwargs:
-                part_kwargs[block.mask] = None  # it hides padding, of which nothing is left
-            return with_keys(part_x, part_kwargs)
+            def short(part_x: Tensor, part_tokens: TokenMap) -> tuple[Tensor, ...]:
+                part_kwargs = dict(kwargs)
+                for name in block.tables:
+                    if kwargs.get(name) is not None:
+                        part_kwargs[name] = _map_tables(kwargs[name], part_tokens)
+                if block.mask in kwargs:
+                    part_kwargs[block.mask] = None  # it hides padding, of which nothing is left
+                return on_part(part_x, part_kwargs)
 
-        # this attention takes no dense mask: samples of equal length run together, nothing is padded
-        return _by_length(tokens, x, short)
+            # this attention takes no dense mask: samples of equal length run together, nothing is padded
+            out = _by_length(tokens, x, short)
+        return out[0], Seen(out[1]) if shows else None
+
+    def keys(self, forward: EncoderForward, layer: int) -> Tensor:
+        """Head-mean keys of the call of a layer that has just run, [B, N, D]."""
+        block = self.blocks[layer]
+        assert block is not None
+        return block.head_mean_keys(forward.shown.pop(layer, None), self.prefix)
 
     def _masks(self, block: Block) -> bool:
         implementation = IMPLEMENTATION.get(getattr(self.encoder, "config", None))
         return block.mask is not None and (implementation is None or implementation in _DENSE_MASK)
 
-    # -- results ------------------------------------------------------------------------------------------------------
+    def leave(self, forward: EncoderForward, layer: int, state: LayerState, y: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        after, tokens = layer + 1, state.tokens
+        forward.states[after] = state
+        if tokens.whole:
+            return y
+        last = after == self.depth
+        if after in self.restored:
+            y = full_length(y, tokens, self.prefix, DROPPED)  # survivors at their places, marks elsewhere
+        elif self.dense.up or (last and self.output != "survivors"):
+            y = self.expand(y, after)
+        elif last:
+            return fill_padding(y, tokens, self.prefix, with_prefix=self.spec.pool_with_prefix(self.encoder))
+        else:
+            return y
+        forward.states[after] = replace(state, full_length=True)
+        return y
 
-    def restore(self, x: Tensor, layer: int) -> Tensor:
-        """Full length again for a merger: survivors at their places, marks elsewhere. [B, P + K, C] -> [B, P + N, C]."""
-        return full_length(x, self.state.maps[layer], self.prefix, DROPPED)
+    # -- results ------------------------------------------------------------------------------------------------------
 
     def _mark(self, x: Tensor, tokens: TokenMap) -> Tensor:
         """Mark the rows of dropped tokens of a full-length map, [B, P + N, C] or packed [N, C]."""
         gone = torch.nn.functional.pad(dropped(tokens), (self.prefix, 0))
-        return x.masked_fill((gone[0] if self.spec.packed else gone).unsqueeze(-1), DROPPED)
+        return x.masked_fill((gone[0] if self.packed else gone).unsqueeze(-1), DROPPED)
 
     def lost(self, layer: int) -> Tensor | None:
-        """Which groups are gone in front of ``layer``, in the order of the merger's output, bool [B, G]; None: nobody."""
-        state = self.state
-        if layer not in state.maps or state.maps[layer].whole:
+        """Which groups are gone in front of ``layer``, in the order of the merger's output, bool [B, G]; None: none is."""
+        forward = self.forward
+        if layer not in forward.states or forward.states[layer].tokens.whole:
             return None
-        gone, members = dropped(state.maps[layer]), state.groups[layer].members
-        return gone[:, :: members.shape[2]] if self.spec.packed else gone.gather(1, members[:, :, 0])
+        gone = dropped(forward.states[layer].tokens)
+        assert forward.origin is not None
+        assert forward.origin.places is not None
+        places = forward.origin.places
+        return gone[:, :: places.shape[2]] if self.packed else gone.flatten()[places[:, :, 0]]
 
-    def owner(self, layer: int) -> Tensor:
+    def stand_ins(self, layer: int) -> Tensor:
         """For each original candidate the slot in front of ``layer`` that stands for it, int64 [B, N]."""
-        state = self.state
-        tokens = state.maps[layer]
+        forward = self.forward
+        state, grid = forward.states[layer], forward.grid
+        tokens = state.tokens
         if self.output == "similar":
-            return state.owners[layer]
-        if state.grid is None or state.grid[0] * state.grid[1] != tokens.width:
+            assert state.stand_ins is not None
+            return state.stand_ins
+        if grid is None or grid[0] * grid[1] != tokens.width:
             raise ValueError(
-                f"the patch grid {state.grid} does not hold the {tokens.width} candidates, so a dropped token has no "
+                f"the patch grid {grid} does not hold the {tokens.width} candidates, so a dropped token has no "
                 'nearest survivor on it; use Stage(..., output="similar")'
             )
-        return nearest_survivor(tokens, state.grid)
+        return forward.once("nearest", lambda: nearest_survivor(tokens, grid), tokens)
 
     def expand(self, x: Tensor, layer: int) -> Tensor:
         """Full length again: every original candidate gets the row of the survivor that stands for it.
@@ -561,91 +504,20 @@ class PrunedEncoder(Uncopyable):
         Returns:
             [B, P + N, C].
         """
-        state = self.state
-        if state.maps[layer].whole:
+        if self.forward.states[layer].tokens.whole:
             return x
-        if layer not in state.owners:
-            state.owners[layer] = self.owner(layer)
-        return gather_tokens(x, state.owners[layer], self.prefix)
-
-    def trace(self) -> list[LayerTrace]:
-        """One entry per drop point of the last forward."""
-        out, state = [], self.state
-        for layer in self.layers:
-            if layer + 1 not in state.maps:
-                continue
-            before, after = (
-                state.groups[at].map if at in state.groups else state.maps[at] for at in (layer, layer + 1)
-            )
-            merged = state.merged.get(layer + 1)
-            into = None if merged is None else list(after.index.gather(1, merged).unbind(0))
-            if into is not None and (real := state.maps[0].valid) is not None:
-                into = [row[ok] for row, ok in zip(into, real, strict=True)]
-            out.append(
-                LayerTrace(
-                    "vision", layer, torch.tensor(before.lengths), torch.tensor(after.lengths), after.kept(), into
-                )
-            )
-        return out
+        return gather_tokens(x, self.stand_ins(layer), self.prefix)
 
 
-class PrunedBlock(Uncopyable):
-    """Stands in for ``block.forward`` on one instance."""
+def _block_spec(spec: EncoderSpec, module: nn.Module) -> Any:
+    return next((spec.block_specs[c.__name__] for c in type(module).__mro__ if c.__name__ in spec.block_specs), None)
 
-    def __init__(self, stage: PrunedEncoder, layer: int, original: Callable[..., Any]) -> None:
-        self.stage, self.layer, self.original = stage, layer, original
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        stage, layer = self.stage, self.layer
-        block = stage.blocks[layer]
-        if block is not None:
-            kwargs = block.named(args, kwargs)
-            args = ()
-        given = x
-        if stage.spec.packed:
-            x = x.unsqueeze(0)
-        again = stage.forwards.enter(layer, given)
-        if layer == 0 and not (again and stage.state.maps):
-            mask = None if block is None or block.spec.bias else block.mask  # a bias hides nobody
-            stage.begin(x, None if mask is None else kwargs.get(mask))
-        stage.forwards.remember(layer, given)
-        state = stage.state
-        if layer not in state.maps:
-            raise RuntimeError(f"block {layer} ran without the blocks before it; the plan prunes whole forwards only")
-        if layer in state.expanded:
-            x = gather_tokens(x, state.maps[layer].index, stage.prefix)
-        state.maps[layer + 1] = state.maps[layer]
-        carried: tuple[dict[int, Any], ...] = (state.owners, state.sizes, state.merged, state.groups)
-        for values in carried:
-            if layer in values:
-                values[layer + 1] = values[layer]
-        if layer in stage.steps and stage.placement == "mid":
-            assert block is not None
-            y, keys = stage.run(layer, checkpointed(block.module, block.first), x, kwargs)
-            y = checkpointed(block.module, block.second)(stage.prune(layer, y, keys))
-        else:
-            y, *shown = stage.run(layer, lambda part_x, given: self.original(part_x, *args, **given), x, kwargs)
-            if layer in stage.steps:
-                y = stage.prune(layer, y, shown[0])
-        y = self._hand_on(y)
-        return y.squeeze(0) if stage.spec.packed else y
-
-    def _hand_on(self, y: Tensor) -> Tensor:
-        stage, state, after = self.stage, self.stage.state, self.layer + 1
-        tokens = state.maps[after]
-        state.expanded.discard(after)
-        if tokens.whole:
-            return y
-        if after in stage.restored:
-            state.expanded.add(after)
-            return stage.restore(y, after)
-        last = after == stage.depth
-        if stage.dense.up or (last and stage.output != "survivors"):
-            state.expanded.add(after)
-            return stage.expand(y, after)
-        if last:
-            return fill_padding(y, tokens, stage.prefix, with_prefix=stage.spec.pool_with_prefix(stage.encoder))
-        return y
+def _placed(spec: EncoderSpec, modules: Sequence[nn.Module], points: Sequence[DropPoint]) -> list[DropPoint]:
+    """The drop points, with the placement that the plan leaves to the model."""
+    known = (_block_spec(spec, modules[p.layer]) for p in points if not p.placement and p.method is not None)
+    placement = "mid" if all(found is not None and found.seam for found in known) else "post"
+    return [point if point.placement else replace(point, placement=placement) for point in points]
 
 
 def _probe_table(dim: int, prefix: int, name: str, like: Tensor) -> Any:
@@ -713,13 +585,3 @@ def _by_length(
         order += samples
     back = torch.argsort(torch.tensor(order, device=x.device))
     return tuple(torch.cat(part)[back] for part in zip(*parts, strict=True))
-
-
-def _refuse_non_finite(keys: Tensor, name: str) -> None:
-    bad = ~torch.isfinite(keys).flatten(1).all(1)
-    if bool(bad.any()):
-        samples = bad.nonzero().flatten().tolist()
-        raise ValueError(
-            f"the attention keys of {name} are NaN or Inf for sample(s) {samples}: check the pixels of these images for NaN "
-            "or Inf, and fp16 overflow"
-        )

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..errors import HookNeverFiredError, ParityError, UnsupportedModelError
 from ..language.decoder import Handover, PrunedDecoder
 from ..patch import Uncopyable, override
-from ..tokens import DROPPED, full_length, is_dropped, reads_are_free
+from ..gathers import DROPPED, full_length, is_dropped
+from ..tokens import reads_are_free
 from ..upstream.names import CACHE, ENCODED, IMAGE_TOKEN, Parameters
 from ..upstream.specs import FamilySpec
 from ..upstream.verify import merge_method
@@ -54,9 +55,11 @@ class PrunedVLM(Uncopyable):
         self.proved: set[str] = set()  # mergers that were seen to join the groups that they should
         self.parameters = Parameters(type(model).forward)
         self.merge, self.merges = merge_method(model)
-        if encoder is not None and encoder.layers[-1] >= mergers[spec.connector]:
+        points = () if encoder is None else encoder.points.values()
+        last = max((point.layer for point in points if point.method is not None), default=-1)
+        if last >= mergers.get(spec.connector, last + 1):
             raise ValueError(
-                f"layer {encoder.layers[-1]} of the vision stage lies behind the features that {type(model).__name__} "
+                f"layer {last} of the vision stage lies behind the features that {type(model).__name__} "
                 f"uses, those of layer {mergers[spec.connector] - 1}: name layers < {mergers[spec.connector]}"
             )
 
@@ -116,9 +119,10 @@ class PrunedVLM(Uncopyable):
             assert encoder is not None
             y = original(x, *args, **kwargs)
             features = self.mergers[self.spec.connector]
-            tokens = encoder.state.maps.get(features)
-            if tokens is None or (tokens.slots == tokens.width and tokens.valid is None):
+            state = encoder.forward.states.get(features)
+            if state is None or state.tokens.whole:
                 return y
+            tokens = state.tokens
             head = y.shape[1] - tokens.slots
             if y.shape[0] != tokens.index.shape[0] or head not in (0, encoder.prefix):
                 raise ValueError(

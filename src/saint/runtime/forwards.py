@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from .upstream.autograd import backward_pass
+from ..upstream.autograd import backward_pass
 
 S = TypeVar("S")
 

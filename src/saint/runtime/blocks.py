@@ -43,11 +43,11 @@ class Block:
             raise ParityError(f"{name} ({type(module).__name__}) takes no {spec.segments}, which ends its segments")
         self.units = units(module, spec)
         parallel = self.units[0]
-        source = next((path for path in spec.keys if parallel and part(parallel[0], path) is not None), None)
-        if source is None:
+        source = next((path for path in spec.keys if parallel and part(parallel[0], path) is not None), "")
+        if spec.keys and not source:
             raise ParityError(f"{name} ({type(module).__name__}) has none of {', '.join(spec.keys)} to read keys from")
         self.key_source = source
-        self._source = part(parallel[0], source)
+        self._source = part(parallel[0], source) if source else None
         self.heads = next((n for path in spec.heads if (n := part(parallel[0], path)) is not None), 0)
         self.bias = next((method for method, table in spec.bias if part(module, table) is not None), None)
 
@@ -67,7 +67,7 @@ class Block:
             return hook
 
         undo = ExitStack()
-        for index, unit in enumerate(self.units[0]):
+        for index, unit in enumerate(self.units[0] if self.key_source else ()):
             source = part(unit, self.key_source)
             shown = source if isinstance(source, nn.Module) else part(unit, self.spec.norm1 or "")
             undo.callback(shown.register_forward_hook(watch(index)).remove)
@@ -178,7 +178,8 @@ class Block:
             with torch.no_grad():
                 expected = self.module.forward(x, **kwargs)
                 composed = self.second(self.first(x, kwargs))
-                self.head_mean_keys(torch.cat(list(shown.values()), 1) if shown else None, prefix)
+                if self.key_source:
+                    self.head_mean_keys(torch.cat(list(shown.values()), 1) if shown else None, prefix)
         except (TypeError, RuntimeError, AttributeError) as error:
             raise ParityError(
                 f"{self.name} ({type(self.module).__name__}) does not have the anatomy known for its class: {error}. "

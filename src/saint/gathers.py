@@ -1,0 +1,219 @@
+"""Every gather along the token axis, and how full length comes back.
+
+Letters: B batch, N candidate slots, P protected prefix tokens, K survivors of the longest sample, C channels. Slots and indices:
+see :mod:`saint.tokens`.
+"""
+
+import torch
+from torch import Tensor
+
+from .tokens import Selection, TokenMap
+
+
+def gather_tokens(x: Tensor, slots: Tensor, prefix: int) -> Tensor:
+    """Keep the prefix and the given candidate slots.
+
+    Args:
+        x: [B, P + N, C].
+        slots: int64 [B, K] into the N candidates.
+        prefix: P.
+
+    Returns:
+        [B, P + K, C].
+    """
+    batch, count, channels = x.shape
+    rows = slots + prefix
+    if prefix:
+        rows = torch.cat([torch.arange(prefix, device=x.device).expand(batch, prefix), rows], 1)
+    if batch == 1:
+        return x.index_select(1, rows[0])
+    # one row-wise copy instead of an element-wise gather with an expanded index
+    rows = rows + torch.arange(0, batch * count, count, device=x.device).unsqueeze(1)
+    return x.reshape(batch * count, channels).index_select(0, rows.reshape(-1)).view(batch, -1, channels)
+
+
+def merge_tokens(x: Tensor, sizes: Tensor, selection: Selection, prefix: int) -> tuple[Tensor, Tensor]:
+    """Keep the prefix, and average the candidates that become one, weighted by what they stand for.
+
+    Args:
+        x: [B, P + N, C].
+        sizes: original candidates in each slot, float [B, N]; 0 for padding.
+        selection: with ``owner``.
+        prefix: P.
+
+    Returns:
+        [B, P + K, C], and the new sizes [B, K]. A token nothing was merged into is exactly as before.
+    """
+    owner = selection.owner
+    assert owner is not None
+    batch, kept = selection.slots.shape
+    total = sizes.new_zeros(batch, kept).scatter_add(1, owner, sizes)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    share = sizes.to(dtype) / total.to(dtype).gather(1, owner).clamp_min(1)
+    body = x[:, prefix:] * share.unsqueeze(-1)
+    rows = owner.unsqueeze(-1).expand_as(body)
+    merged = body.new_zeros(batch, kept, x.shape[2]).scatter_add(1, rows, body).to(x.dtype)
+    return torch.cat([x[:, :prefix], merged], 1), total
+
+
+def gather_entries(x: Tensor, slots: Tensor) -> Tensor:
+    """Keep entries of cached keys or values: x [B, H, N, D], slots int64 [B, K] -> [B, H, K, D]."""
+    return x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def gather_table(table: Tensor, tokens: TokenMap) -> Tensor:
+    """Rows of a positional table (RoPE) for the survivors.
+
+    Args:
+        table: [N, D], or [H, N, D] when every head has its own, or [B, 1 or H, N, D] when every sample has.
+        tokens: the survivors.
+
+    Returns:
+        [B, 1, K, D] or [B, H, K, D]; for one sample the batch axis is left out.
+    """
+    if table.ndim == 4:
+        rows = tokens.index[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3])
+        return table.expand(tokens.index.shape[0], -1, -1, -1).gather(2, rows)
+    if tokens.index.shape[0] == 1:
+        return table.index_select(-2, tokens.index[0])
+    if table.ndim == 2:
+        return table[tokens.index].unsqueeze(1)
+    return table[:, tokens.index].transpose(0, 1)
+
+
+def gather_mask(mask: Tensor, tokens: TokenMap, prefix: int) -> Tensor:
+    """The attention mask of the survivors: rows and columns of the original one.
+
+    Args:
+        mask: bool (True = attend) or additive float, [B or 1, heads or 1, Q or 1, P + N].
+
+    Returns:
+        [B, heads or 1, Q' or 1, P + K].
+    """
+    batch = tokens.index.shape[0]
+    rows = torch.arange(prefix, device=mask.device).expand(batch, prefix)
+    rows = torch.cat([rows, tokens.index + prefix], 1)  # [B, P + K]
+    mask = mask.expand(batch, *mask.shape[1:])
+    columns = rows[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
+    mask = mask.gather(-1, columns)
+    if mask.shape[2] == prefix + tokens.width:
+        mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    return mask
+
+
+def visible(tokens: TokenMap, prefix: int) -> Tensor | None:
+    """Which keys may be attended to: bool [B, P + K] (True = real), or None when nothing is padded."""
+    if tokens.valid is None:
+        return None
+    head = tokens.valid.new_ones(tokens.valid.shape[0], prefix)
+    return torch.cat([head, tokens.valid], 1)
+
+
+def fill_padding(x: Tensor, tokens: TokenMap, prefix: int, *, with_prefix: bool = False) -> Tensor:
+    """Overwrite padding rows with the mean of the real ones, so that an average pool is unchanged by them.
+
+    Args:
+        x: [B, P + K, C].
+        tokens: the survivors.
+        prefix: P.
+        with_prefix: the pool also averages the prefix tokens.
+    """
+    if tokens.valid is None:
+        return x
+    head, body = x[:, :prefix], x[:, prefix:]
+    real = tokens.valid.unsqueeze(-1)
+    total = torch.where(real, body, 0).sum(1, keepdim=True)
+    count = real.sum(1, keepdim=True)
+    if with_prefix:
+        total, count = total + head.sum(1, keepdim=True), count + prefix
+    return torch.cat([head, torch.where(real, body, total / count.clamp_min(1))], 1)
+
+
+# fills the rows of features that an encoder dropped, on their way through a model that expects full length: finite, and no
+# row of real features has the same number in every channel. Copies, dtypes and scaling leave such a row recognisable.
+DROPPED = 2.0**-10
+
+
+def is_dropped(x: Tensor) -> Tensor:
+    """Rows of :data:`DROPPED`, also after scaling: x [..., C] -> bool [...]."""
+    first = x[..., :1]
+    return (x == first).all(-1) & (first[..., 0] != 0)
+
+
+def full_length(x: Tensor, tokens: TokenMap, prefix: int, fill_value: float) -> Tensor:
+    """Every survivor back at its place, ``fill_value`` in the rows of the others.
+
+    Args:
+        x: [B, P + K, C].
+        tokens: the survivors.
+        prefix: P.
+        fill_value: fills the rows of dropped tokens.
+
+    Returns:
+        [B, P + N, C].
+    """
+    index = tokens.index if tokens.valid is None else tokens.index.masked_fill(~tokens.valid, tokens.width)
+    full = x.new_full((x.shape[0], prefix + tokens.width + 1, x.shape[2]), fill_value)
+    full[:, :prefix] = x[:, :prefix]
+    return full.scatter(1, (index + prefix).unsqueeze(-1).expand(-1, -1, x.shape[2]), x[:, prefix:])[:, :-1]
+
+
+def shorter(ends: Tensor, tokens: TokenMap) -> Tensor:
+    """Cumulative lengths of the segments of a packed sequence, counting survivors only; segments that are empty go.
+
+    Args:
+        ends: int [segments + 1], from 0 to N.
+        tokens: of the one sequence.
+    """
+    here = torch.nn.functional.pad((~dropped(tokens)[0]).cumsum(0), (1, 0))
+    return torch.unique_consecutive(here[ends.long()]).to(ends.dtype)
+
+
+def dropped(tokens: TokenMap) -> Tensor:
+    """Which original tokens are gone, bool [B, N]."""
+    index = tokens.index if tokens.valid is None else tokens.index.masked_fill(~tokens.valid, tokens.width)
+    gone = torch.ones(index.shape[0], tokens.width + 1, dtype=torch.bool, device=index.device)
+    return gone.scatter_(1, index, False)[:, :-1]
+
+
+def nearest_survivor(tokens: TokenMap, grid: tuple[int, int]) -> Tensor:
+    """For each cell of the original grid, the slot of the survivor closest to it on the grid.
+
+    Args:
+        tokens: the survivors.
+        grid: (rows, columns) of the patch grid; rows * columns = ``tokens.width``.
+
+    Returns:
+        int64 [B, N]; ties go to the earlier survivor.
+    """
+    cells = torch.arange(tokens.width, device=tokens.index.device)
+    place = torch.stack([cells // grid[1], cells % grid[1]], 1).float()  # [N, 2]
+    distance = torch.cdist(place, place[tokens.index], compute_mode="donot_use_mm_for_euclid_dist")  # [B, N, K]
+    if tokens.valid is not None:
+        distance = distance.masked_fill(~tokens.valid[:, None], torch.inf)
+    return distance.argmin(-1)
+
+
+def similar_survivor(points: Tensor, selection: Selection) -> Tensor:
+    """For each current slot, the new slot of the survivor with the most similar key (itself for a survivor).
+
+    Args:
+        points: unit metric of the current slots, [B, N, D] (see ``graph.metric``).
+        selection: who stays.
+
+    Returns:
+        int64 [B, N] into the new slots.
+    """
+    batch, count, dim = points.shape
+    survivors = points.gather(1, selection.slots.unsqueeze(-1).expand(-1, -1, dim))
+    similarity = points @ survivors.mT
+    if selection.valid is not None:
+        similarity = similarity.masked_fill(~selection.valid[:, None], -torch.inf)
+    owner = similarity.argmax(-1)
+    new = torch.arange(selection.slots.shape[1], device=points.device).expand(batch, -1)
+    if selection.valid is None:
+        return owner.scatter(1, selection.slots, new)
+    # padding slots name tokens that went: they must not claim to be their own survivors
+    own = torch.full((batch, count), -1, device=points.device, dtype=new.dtype)
+    own = own.scatter(1, selection.slots, torch.where(selection.valid, new, -1))
+    return torch.where(own >= 0, own, owner)

@@ -1,0 +1,379 @@
+"""The one mechanism: a layer runs on the tokens that are left.
+
+The ``forward`` of each layer is replaced, on the instance, by a :class:`PrunedLayer`. It takes the state in front of the layer,
+gives the layer what its tokens need, lets the method choose at a drop point, gathers what stays, and hands the state on. What
+differs between encoders and decoders is behind :class:`LayerStack`: how a layer's arguments are cut to the tokens, where its
+keys show, and what the caller must see at full length.
+
+Letters: Q sequences, S tokens of a sequence, P prefix tokens, B samples, N candidates, C channels, D head dim.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..gathers import gather_tokens, merge_tokens
+from ..patch import Uncopyable, override, refuse_replicas
+from ..tokens import Candidates, LayerTrace, Selection, reads_are_free
+from ..upstream.autograd import checkpointed
+from .blocks import Block
+from .forwards import Forwards
+from .observe import Observers, Stopwatch, seconds
+from .state import Forward, LayerState
+
+
+class Decides(Protocol):
+    """What the mechanism asks of a method."""
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    @property
+    def merges(self) -> bool: ...
+
+    def select(self, candidates: Candidates) -> Selection | None: ...
+
+    def validate(self, total: int, steps: int) -> None: ...
+
+    def size_bias(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class DropPoint:
+    """A place at which tokens may go.
+
+    Attributes:
+        stage: "vision", "connector" or "language".
+        layer: 0-based.
+        placement: "input": in front of the layer, "mid": between its attention and its MLP, "post": behind it.
+        method: what decides; None where candidates are only shown to observers.
+        step: this is drop point ``step`` (0-based) of ``steps`` of its stage in the plan.
+        steps: drop points of that stage.
+        needs: what is computed on demand for whoever looks at the candidates.
+        shown: observers see the candidates.
+    """
+
+    stage: str
+    layer: int
+    placement: str
+    method: Decides | None
+    step: int = 0
+    steps: int = 1
+    needs: frozenset[str] = frozenset()
+    shown: bool = False
+
+
+class Seen(NamedTuple):
+    """What a layer shows at a drop point.
+
+    Attributes:
+        keys: attention keys averaged over heads, of the tokens behind the prefix, [Q, S, D].
+        attention: attention of the last prompt token, float32 [Q, S], where it is needed.
+    """
+
+    keys: Tensor
+    attention: Tensor | None = None
+
+
+F = TypeVar("F", bound=Forward)
+
+
+class LayerStack(ABC, Uncopyable, Generic[F]):
+    """The layers of one module.
+
+    Args:
+        path: where the module sits in the user's model, for messages.
+        module: owns the layers.
+        layers: its layers.
+        points: where tokens may go or are shown, in the order of the forward.
+        make: makes what a new forward knows.
+        observers: of the session.
+    """
+
+    stage: str
+    prefix = 0  # protected tokens in front of every sequence, P
+    packed = False  # hidden states come without batch axis
+
+    def __init__(
+        self,
+        path: str,
+        module: nn.Module,
+        layers: Sequence[nn.Module],
+        points: Sequence[DropPoint],
+        make: Callable[[], F],
+        observers: Observers,
+    ) -> None:
+        self.path, self.module, self.modules = path, module, list(layers)
+        self.depth = len(self.modules)
+        self.entries = [point for point in points if point.placement == "input"]
+        self.points = {point.layer: point for point in points if point.placement != "input"}
+        self.forwards: Forwards[F] = Forwards(make, path or type(module).__name__)
+        self.observers = observers
+        self.first = 0  # the first layer that is patched
+        self.blocks: list[Block | None] = [None] * self.depth
+        self.watch: Stopwatch | None = None
+        if observers.pruning_time:
+            self._time_steps()
+
+    @property
+    def forward(self) -> F:
+        """The forward that runs, or ran last."""
+        return self.forwards.state
+
+    def trace(self) -> list[LayerTrace]:
+        """The drop points of the last forward, in order."""
+        return self.forward.trace()
+
+    def reset(self) -> None:
+        """Forget all forwards."""
+        self.forwards.forget()
+
+    @property
+    def first_short(self) -> int:
+        """The first layer that tokens may be missing from."""
+        drops = [layer for layer, point in self.points.items() if point.method is not None]
+        return 0 if any(point.method is not None for point in self.entries) else min(drops, default=self.depth - 1) + 1
+
+    def replace_layers(self, stack: ExitStack) -> None:
+        """Patch the layers from ``first`` on; ``stack`` undoes it."""
+        refuse_replicas(stack, self.module)
+        for index in range(self.first, self.depth):
+            refuse_replicas(stack, self.modules[index])
+            override(stack, self.modules[index], "forward", lambda original, i=index: PrunedLayer(self, i, original))
+        stack.callback(self.reset)
+
+    # -- what differs -------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def named(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call behind the hidden states, by name as far as names are known."""
+
+    @abstractmethod
+    def arrive(self, layer: int, x: Tensor, kwargs: dict[str, Any]) -> tuple[F, LayerState | None]:
+        """The forward and the state in front of ``layer``; None where nothing can go in this forward. x [Q, P + S, C]."""
+
+    @abstractmethod
+    def run(
+        self,
+        forward: F,
+        layer: int,
+        state: LayerState,
+        call: Callable[..., Any],
+        x: Tensor,
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, Seen | None]:
+        """Run a layer, or its first half, on its tokens; at a drop point also what it shows."""
+
+    @abstractmethod
+    def leave(self, forward: F, layer: int, state: LayerState, y: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Note the state behind ``layer``, and give the hidden states the length that is expected there.
+
+        ``kwargs`` are the arguments that the layer was called with.
+        """
+
+    def unpruned(self, layer: int, x: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a layer in a forward in which nothing can go."""
+        return kwargs
+
+    def stand_in(self, keys: Tensor, selection: Selection) -> Tensor | None:
+        """For each candidate the new slot that stands for it at full length, int64 [B, N]; None: not asked for."""
+        return None
+
+    def where(self, point: DropPoint) -> str:
+        """The keys of a drop point, for messages."""
+        return f"the keys of {self.path} layer {point.layer}"
+
+    # -- a drop point -------------------------------------------------------------------------------------------------
+
+    def choose(
+        self, forward: F, point: DropPoint, state: LayerState, features: Tensor, seen: Seen
+    ) -> tuple[LayerState, Selection | None, Selection | None]:
+        """Let the method choose.
+
+        Args:
+            forward: the forward.
+            point: the drop point.
+            state: in front of it.
+            features: residual stream behind the prefix, [Q, S, C].
+            seen: what shows there.
+
+        Returns:
+            The state behind it, which tokens of the sequences stay, and which candidates (None: all).
+        """
+        if point.step == 0 and point.method is not None:
+            state = replace(state, began=state.candidates.lengths)
+            for total in sorted({n for n in state.began if n}):
+                point.method.validate(total, point.steps)
+        keys, features = state.of_candidates(seen.keys), state.of_candidates(features.detach())
+        if point.step == 0 and reads_are_free(keys.device):
+            _refuse_non_finite(keys, self.where(point))
+        attention = seen.attention
+        if attention is not None:
+            attention = state.of_candidates(attention.unsqueeze(-1)).squeeze(-1)
+        selection = self.select(point, Candidates(keys, features, state.counted, point.step, point.steps, attention))
+        if selection is None:
+            after, chosen = state, None
+        else:
+            after, chosen = state.after(selection, self.stand_in(keys, selection))
+        if point.method is not None:
+            forward.drops[point.stage, point.placement, point.layer] = state, after
+        return after, chosen, selection
+
+    def select(self, point: DropPoint, candidates: Candidates) -> Selection | None:
+        """The method's decision, told to observers; samples without candidates have nothing to decide."""
+        tokens = candidates.tokens
+        if point.shown:
+            for _, tell in self.observers.candidates:
+                tell(point.stage, point.layer, candidates)
+        if point.method is None:
+            return None
+        some = [sample for sample, n in enumerate(tokens.lengths) if n]
+        if len(some) == len(tokens.lengths):
+            selection = point.method.select(candidates)
+        else:
+            selection = _select_some(point.method, candidates, some) if some else None
+        if self.observers.selected:
+            stays = selection
+            if stays is None:
+                slots = torch.arange(tokens.slots, device=tokens.index.device).expand_as(tokens.index)
+                stays = Selection(slots, tokens.lengths, tokens.valid)
+            for _, tell in self.observers.selected:
+                tell(point.stage, point.layer, stays)
+        return selection
+
+    def drop(
+        self, forward: F, point: DropPoint, state: LayerState, y: Tensor, seen: Seen
+    ) -> tuple[LayerState, Tensor]:
+        """The state behind a drop point and its tokens: y [Q, P + S, C] -> [Q, P + K, C]."""
+        after, chosen, selection = self.choose(forward, point, state, y[:, self.prefix :], seen)
+        if chosen is None or selection is None:
+            return after, y
+        if selection.owner is None:
+            return after, gather_tokens(y, chosen.slots, self.prefix)
+        assert point.method is not None
+        tokens, sizes = state.candidates, state.sizes
+        if sizes is None:
+            like = torch.ones_like(tokens.index) if tokens.valid is None else tokens.valid
+            sizes = like.to(torch.float32)
+        if state.places is None:
+            y, sizes = merge_tokens(y, sizes, selection, self.prefix)
+        else:
+            rows, sizes = merge_tokens(state.of_candidates(y), sizes, selection, 0)
+            y = after.put(gather_tokens(y, chosen.slots, self.prefix), rows)
+        after = replace(after, sizes=sizes, beta=point.method.size_bias())
+        forward.drops[point.stage, point.placement, point.layer] = state, after
+        return after, y
+
+    # -- time ---------------------------------------------------------------------------------------------------------
+
+    def _time_steps(self) -> None:
+        self.watch = watch = Stopwatch(next(self.module.parameters()).device)
+        for kind, names in (("scoring", ("select", "keys")), ("gathering", ("drop", "arguments", "leave"))):
+            for name in names:
+                if hasattr(self, name):
+                    setattr(self, name, watch.timed(kind, getattr(self, name)))
+
+
+class PrunedLayer(Uncopyable):
+    """Stands in for ``layer.forward`` on one instance."""
+
+    def __init__(self, stack: LayerStack[Any], layer: int, original: Callable[..., Any]) -> None:
+        self.stack, self.layer, self.original = stack, layer, original
+        self.point = stack.points.get(layer)
+        self.split = self.point is not None and self.point.placement == "mid"
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        observers = self.stack.observers
+        if not observers.layer_time and not observers.pruning_time:
+            return self._run(x, args, kwargs)
+        start = seconds(x.device)
+        out = self._run(x, args, kwargs)
+        self._tell(seconds(x.device) - start)
+        return out
+
+    def _run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        stack, layer, point = self.stack, self.layer, self.point
+        args, kwargs = stack.named(layer, args, kwargs)
+        forward, state = stack.arrive(layer, x, kwargs)
+        if state is None:
+            return self.original(x, *args, **stack.unpruned(layer, x, kwargs))
+        x = x.unsqueeze(0) if stack.packed else x
+        if state.full_length:
+            x = gather_tokens(x, state.tokens.index, stack.prefix)
+            state = replace(state, full_length=False)
+        block = stack.blocks[layer]
+        if self.split:
+            assert block is not None
+            out, seen = stack.run(forward, layer, state, checkpointed(block.module, block.first), x, kwargs)
+        else:
+            call = (lambda x, **given: self.original(x, *args, **given)) if args else self.original
+            out, seen = stack.run(forward, layer, state, call, x, kwargs)
+        y = out[0] if isinstance(out, tuple) else out
+        if point is not None:
+            assert seen is not None
+            state, y = stack.drop(forward, point, state, y, seen)
+        if self.split:
+            assert block is not None
+            y = checkpointed(block.module, block.second)(y)
+        y = stack.leave(forward, layer, state, y, kwargs)
+        y = y.squeeze(0) if stack.packed else y
+        return (y, *out[1:]) if isinstance(out, tuple) else y
+
+    def _tell(self, elapsed: float) -> None:
+        stack, observers, stage = self.stack, self.stack.observers, self.stack.stage
+        for _, tell in observers.layer_time:
+            tell(stage, self.layer, elapsed)
+        if stack.watch is not None:
+            spent = stack.watch.take("scoring"), stack.watch.take("gathering")
+            for _, tell in observers.pruning_time:
+                tell(stage, self.layer, *spent)
+
+
+def _select_some(method: Decides, candidates: Candidates, some: list[int]) -> Selection | None:
+    """The decision for the samples that have candidates."""
+    tokens = candidates.tokens
+    pick = torch.tensor(some, device=tokens.index.device)
+    part = replace(
+        tokens,
+        index=tokens.index[pick],
+        lengths=tuple(tokens.lengths[i] for i in some),
+        total=tuple(tokens.total[i] for i in some),
+        valid=None if tokens.valid is None else tokens.valid[pick],
+    )
+    attention = None if candidates.attention is None else candidates.attention[pick]
+    chosen = method.select(
+        replace(
+            candidates,
+            keys=candidates.keys[pick],
+            features=candidates.features[pick],
+            tokens=part,
+            attention=attention,
+        )
+    )
+    if chosen is None:
+        return None
+    keep = torch.zeros_like(tokens.index, dtype=torch.bool)
+    keep[pick] = chosen.mask(tokens.slots)
+    lengths = [0] * len(tokens.lengths)
+    for sample, n in zip(some, chosen.lengths, strict=True):
+        lengths[sample] = n
+    stays = Selection.from_mask(keep, tuple(lengths))
+    if chosen.owner is None:
+        return stays
+    owner = torch.zeros_like(tokens.index)
+    owner[pick] = chosen.owner
+    return replace(stays, owner=owner)
+
+
+def _refuse_non_finite(keys: Tensor, where: str) -> None:
+    bad = ~torch.isfinite(keys).flatten(1).all(1)
+    if bool(bad.any()):
+        raise ValueError(
+            f"{where} are NaN or Inf for sample(s) {bad.nonzero().flatten().tolist()}: check the pixels for NaN or Inf, and "
+            "fp16 overflow"
+        )

@@ -1,0 +1,151 @@
+"""What looks at a pruned forward from outside.
+
+An observer is any object with some of the methods of :class:`Observer`. A method that an observer lacks costs nothing; a plan
+without observers runs as if there were none.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..tokens import Candidates, Selection
+
+EVENTS = ("candidates", "selected", "layer_time", "pruning_time")
+
+
+class Observer:
+    """The events. Deriving from this class is not required; only methods that are defined are called.
+
+    An observer may have two attributes. ``layers``: in which layers ``candidates`` is wanted: a list of ints or "all"; without
+    it those in which the plan drops, and all where the plan is empty. ``needs``: what shall be computed for it, as for methods:
+    ``{"last_query"}`` fills ``candidates.attention`` in the language stage.
+    """
+
+    def candidates(self, stage: str, layer: int, candidates: Candidates) -> None:
+        """What a method sees at a layer: keys, residual stream and map of the candidates.
+
+        Cost: a mean of the keys over heads, per layer; nothing is copied or read back. Where nothing is dropped the residual
+        stream is that behind the layer.
+        """
+
+    def selected(self, stage: str, layer: int, selection: Selection) -> None:
+        """The slots that stay at a drop point. No cost."""
+
+    def layer_time(self, stage: str, layer: int, seconds: float) -> None:
+        """Duration of a layer with all that pruning adds to it. Cost: on a GPU, every layer is waited for."""
+
+    def pruning_time(self, stage: str, layer: int, scoring: float, gathering: float) -> None:
+        """Seconds of a layer spent on choosing tokens, and on gathering hidden states, tables and masks. Cost: as above."""
+
+
+class Observers:
+    """The observers of one session, by event.
+
+    Args:
+        observers: objects with at least one method of :class:`Observer`.
+
+    Raises:
+        TypeError: one without any.
+        ValueError: ``layers`` of one is no list of layers.
+    """
+
+    def __init__(self, observers: Sequence[Any] = ()) -> None:
+        self._all = tuple(observers)
+        for observer in self._all:
+            if not any(callable(getattr(observer, event, None)) for event in EVENTS):
+                raise TypeError(f"an observer has at least one of the methods {', '.join(EVENTS)}; got {observer!r:.80}")
+            _check_layers(observer)
+        self.candidates = self._listeners("candidates")
+        self.selected = self._listeners("selected")
+        self.layer_time = self._listeners("layer_time")
+        self.pruning_time = self._listeners("pruning_time")
+
+    def __bool__(self) -> bool:
+        return bool(self._all)
+
+    def _listeners(self, event: str) -> list[tuple[Any, Callable[..., None]]]:
+        return [(o, call) for o in self._all if callable(call := getattr(o, event, None)) and not _empty(call, event)]
+
+    def layers(self, depth: int, drops: Sequence[int], idle: bool) -> list[int]:
+        """Layers of a stage of ``depth`` layers at which candidates are to be shown.
+
+        Args:
+            depth: number of layers.
+            drops: where the plan drops.
+            idle: the plan drops nowhere at all.
+        """
+        chosen: set[int] = set()
+        for observer, _ in self.candidates:
+            wanted = getattr(observer, "layers", None)
+            if wanted is None:
+                wanted = range(depth) if idle else drops
+            elif wanted == "all":
+                wanted = range(depth)
+            elif max(wanted, default=-1) >= depth:
+                raise ValueError(f"an observer wants layer {max(wanted)}, and there are layers 0..{depth - 1}")
+            chosen.update(wanted)
+        return sorted(chosen)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What shall be computed at layers that are shown."""
+        return frozenset[str]().union(*(getattr(o, "needs", ()) for o, _ in self.candidates))
+
+
+def _check_layers(observer: Any) -> None:
+    layers = getattr(observer, "layers", None)
+    if layers is None or layers == "all":
+        return
+    if isinstance(layers, str) or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in layers):
+        raise ValueError(f'layers of an observer are a list of ints, "all" or None; got {layers!r:.80}')
+
+
+def _empty(call: Callable[..., None], event: str) -> bool:
+    return getattr(call, "__func__", None) is getattr(Observer, event)
+
+
+class Stopwatch:
+    """Adds up the time of named steps; of steps within each other the innermost is charged."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._spent: dict[str, float] = {}
+        self._open: list[str] = []
+        self._last = 0.0
+
+    def timed(self, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, charged to ``kind``."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._switch(kind)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._switch(None)
+
+        return call
+
+    def take(self, kind: str) -> float:
+        """Seconds of ``kind`` since they were taken last."""
+        return self._spent.pop(kind, 0.0)
+
+    def _switch(self, kind: str | None) -> None:
+        now = seconds(self._device)
+        if self._open:
+            self._spent[self._open[-1]] = self._spent.get(self._open[-1], 0.0) + now - self._last
+        if kind is None:
+            self._open.pop()
+        else:
+            self._open.append(kind)
+        self._last = time.perf_counter()
+
+
+def seconds(device: torch.device) -> float:
+    """Now, once the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()

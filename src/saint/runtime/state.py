@@ -1,0 +1,231 @@
+"""What is in front of a layer, and what one forward knows.
+
+A :class:`LayerState` is a value: a layer takes one in and hands another on. A :class:`Forward` holds those of one forward.
+
+Letters: B samples, Q sequences (B; 1 where all samples are packed into one sequence), S tokens of a sequence, N candidates of a
+sample, M tokens that a candidate consists of, C channels.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tokens import LayerTrace, Selection, TokenMap, leading
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """The tokens in front of a layer.
+
+    Attributes:
+        tokens: of the sequences, without protected prefix tokens.
+        began: candidates of each sample when the current stage began, B Python ints.
+        subset: the candidates, where they are not simply all of ``tokens``: visual tokens of a prompt, or groups of patches.
+        places: where the members of each of ``subset`` are in the flattened sequences, int64 [B, N, M] into Q * S rows; padding
+            slots hold any row.
+        sizes: merging: original candidates in each slot, float32 [B, N].
+        merged: merging: for each original candidate the slot it is part of, int64 [B, N of the beginning].
+        beta: merging: later attention adds beta * log(size) to the logits of a candidate's key.
+        stand_ins: for each original candidate the slot that stands for it in a full-length map, int64 [B, N of the beginning].
+        full_length: the hidden states arrive at the length of the beginning although ``tokens`` are fewer.
+    """
+
+    tokens: TokenMap
+    began: tuple[int, ...]
+    subset: TokenMap | None = None
+    places: Tensor | None = None
+    sizes: Tensor | None = None
+    merged: Tensor | None = None
+    beta: float = 0.0
+    stand_ins: Tensor | None = None
+    full_length: bool = False
+
+    @property
+    def candidates(self) -> TokenMap:
+        """The map of what a method chooses from."""
+        return self.tokens if self.subset is None else self.subset
+
+    @property
+    def counted(self) -> TokenMap:
+        """The candidates, counted from the beginning of the current stage."""
+        tokens = self.candidates
+        return tokens if tokens.total == self.began else replace(tokens, total=self.began)
+
+    def of_candidates(self, x: Tensor) -> Tensor:
+        """Rows of the candidates, means over their members: x [Q, S, C] -> [B, N, C]."""
+        if self.places is None:
+            return x
+        rows = x.reshape(-1, x.shape[-1])[self.places]  # [B, N, M, C]
+        return rows[:, :, 0] if rows.shape[2] == 1 else rows.mean(2)
+
+    def after(self, selection: Selection, stand_in: Tensor | None = None) -> tuple["LayerState", Selection]:
+        """The state behind a decision.
+
+        Args:
+            selection: of candidates.
+            stand_in: for each current candidate the new slot that stands for it, int64 [B, N]; None: not asked for.
+
+        Returns:
+            The state, and which tokens of the sequences stay.
+        """
+        stand_ins = None if stand_in is None else _chain(self.stand_ins, stand_in)
+        merged = self.merged if selection.owner is None else _chain(self.merged, selection.owner)
+        if self.places is None:
+            tokens = self.tokens.select(selection)
+            return replace(self, tokens=tokens, merged=merged, stand_ins=stand_ins), selection
+        assert self.subset is not None
+        sequences, count = self.tokens.index.shape
+        size, end = self.places.shape[2], sequences * count
+        here = self.tokens.valid
+        keep = torch.ones(end + 1, dtype=torch.bool, device=self.places.device)  # one row more, for padding slots
+        if here is not None:
+            keep[:end] = here.flatten()
+        rows = self.places if self.subset.valid is None else self.places.masked_fill(~self.subset.valid[..., None], end)
+        stays = selection.mask(self.subset.slots).unsqueeze(-1).expand_as(rows)
+        keep = keep.scatter(0, rows.flatten(), stays.flatten())[:end].view(sequences, count)
+        gone = [(n - k) * size for n, k in zip(self.subset.lengths, selection.lengths, strict=True)]
+        gone = gone if len(gone) == sequences else [sum(gone)]
+        chosen = Selection.from_mask(keep, tuple(n - g for n, g in zip(self.tokens.lengths, gone, strict=True)))
+        slots = chosen.slots + torch.arange(0, end, count, device=keep.device).unsqueeze(1)
+        slots = slots if chosen.valid is None else slots.masked_fill(~chosen.valid, end)
+        moved = torch.zeros(end + 1, dtype=torch.long, device=keep.device)
+        moved.scatter_(0, slots.flatten(), torch.arange(slots.numel(), device=keep.device))
+        places = moved[self.places.gather(1, selection.slots.unsqueeze(-1).expand(-1, -1, size))]
+        state = replace(
+            self,
+            tokens=self.tokens.select(chosen),
+            subset=self.subset.select(selection),
+            places=places,
+            merged=merged,
+            stand_ins=stand_ins,
+        )
+        return state, chosen
+
+    def key_bias(self) -> Tensor | None:
+        """What proportional attention adds to the logits of each token's key, float32 [Q, S]; None when all weigh alike."""
+        if self.sizes is None or not self.beta:
+            return None
+        bias = self.beta * self.sizes.clamp_min(1).log()
+        if self.places is None:
+            return bias
+        out = bias.new_zeros(self.tokens.index.numel() + 1)
+        return out.scatter(0, self._real_places().flatten(), bias.flatten())[:-1].view(self.tokens.index.shape)
+
+    def put(self, x: Tensor, rows: Tensor) -> Tensor:
+        """``x`` [Q, S, C] with ``rows`` [B, N, C] at the places of the candidates (of one member each)."""
+        flat = torch.cat([x.reshape(-1, x.shape[-1]), x.new_zeros(1, x.shape[-1])])
+        return flat.index_put((self._real_places().flatten(),), rows.flatten(0, 1))[:-1].view_as(x)
+
+    def _real_places(self) -> Tensor:
+        """Places of candidates of one member, those of padding slots behind the last row, [B, N]."""
+        assert self.places is not None
+        assert self.subset is not None
+        rows = self.places[..., 0]
+        valid = self.subset.valid
+        return rows if valid is None else rows.masked_fill(~valid, self.tokens.index.numel())
+
+
+def _chain(earlier: Tensor | None, owner: Tensor) -> Tensor:
+    return owner if earlier is None else owner.gather(1, earlier)
+
+
+@dataclass
+class Forward:
+    """What one forward knows; never shared between forwards.
+
+    Attributes:
+        origin: everything, in front of the first drop point; None in a forward in which nothing can go.
+        states: by layer, the state in front of it; behind the last: the number of layers.
+        drops: by stage, placement and layer, the states in front of and behind a drop point, in the order of the forward.
+        memo: tables and masks that layers share.
+    """
+
+    origin: LayerState | None = None
+    states: dict[int, LayerState] = field(default_factory=dict)
+    drops: dict[tuple[str, str, int], tuple[LayerState, LayerState]] = field(default_factory=dict)
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+    def once(self, name: str, make: Callable[[], Any], *sources: Any) -> Any:
+        """``make()`` once for a name and what it is made from; layers behind one drop point share the result."""
+        # dynamo of torch 2.11: no id(None); the sources are kept alive, so that the ids stay theirs
+        key = (name, *(None if source is None else id(source) for source in sources))
+        hit = self.memo.get(key)
+        if hit is None:
+            hit = self.memo[key] = (make(), sources)
+        return hit[0]
+
+    def trace(self) -> list[LayerTrace]:
+        """One entry per drop point, in order."""
+        out = []
+        for (stage, placement, layer), (before, after) in self.drops.items():
+            left = after.candidates
+            into = None if after.merged is None else list(left.index.gather(1, after.merged).unbind(0))
+            if into is not None and self.origin is not None and (real := self.origin.candidates.valid) is not None:
+                into = [row[ok] for row, ok in zip(into, real, strict=True)]
+            counts = torch.tensor(before.candidates.lengths), torch.tensor(left.lengths)
+            out.append(LayerTrace(stage, layer, *counts, left.kept(), into, placement))
+        return out
+
+
+# -- candidates that are not simply all tokens ------------------------------------------------------------------------
+
+
+def all_tokens(sequences: int, count: int, device: torch.device, valid: Tensor | None = None) -> LayerState:
+    """Every token is a candidate; ``valid`` [Q, S] marks the model's own padding."""
+    tokens = TokenMap.full(sequences, count, device, valid)
+    return LayerState(tokens, tokens.total)
+
+
+def some_tokens(mask: Tensor, lengths: tuple[int, ...]) -> LayerState:
+    """The tokens of ``mask`` [B, S], ``lengths[b]`` of them in row b, are the candidates."""
+    batch, count = mask.shape
+    picked = Selection.from_mask(mask, lengths)
+    most = picked.slots.shape[1]
+    index = torch.arange(most, device=mask.device).expand(batch, most)
+    subset = TokenMap(index, lengths, lengths, most, picked.valid)
+    rows = picked.slots + torch.arange(0, batch * count, count, device=mask.device).unsqueeze(1)
+    return LayerState(TokenMap.full(batch, count, mask.device), lengths, subset, rows.unsqueeze(-1))
+
+
+def squares(batch: int, count: int, side: int, device: torch.device) -> LayerState:
+    """Groups of ``side`` x ``side`` neighbours on a square grid of ``count`` patches, row by row, are the candidates.
+
+    Raises:
+        ValueError: the grid is not square, or not a multiple of ``side``.
+    """
+    edge = math.isqrt(count)
+    if edge * edge != count or edge % side:
+        raise ValueError(
+            f"{count} patches are joined in groups of {side} x {side}, so their grid must be square with sides that are a "
+            f"multiple of {side}: resize the images as the model's processor does"
+        )
+    cells = torch.arange(count, device=device).view(edge // side, side, edge // side, side)
+    members = cells.transpose(1, 2).reshape(-1, side * side)
+    places = members + torch.arange(0, batch * count, count, device=device).view(-1, 1, 1)
+    groups = TokenMap.full(batch, len(members), device)
+    return LayerState(TokenMap.full(batch, count, device), groups.total, groups, places)
+
+
+def packed_groups(lengths: list[int], size: int, order: Tensor | None, device: torch.device) -> LayerState:
+    """Groups of ``size`` consecutive tokens of samples that are packed into one sequence are the candidates.
+
+    Args:
+        lengths: tokens of each sample, in the order of the sequence.
+        size: M.
+        order: for each place in the sequence, counted in groups, the group that stands there; None when in order.
+        device: of the indices.
+    """
+    counts = [n // size for n in lengths]
+    total = sum(counts)
+    place = torch.arange(total, device=device) if order is None else torch.argsort(order.to(device))
+    first = torch.tensor([sum(counts[:i]) for i in range(len(counts))], device=device).unsqueeze(1)
+    most = max(counts)
+    place = place[(first + torch.arange(most, device=device)).clamp_max(total - 1)]  # [B, G]
+    places = place.unsqueeze(-1) * size + torch.arange(size, device=device)
+    valid = None if min(counts) == most else leading(counts, most, device)
+    groups = TokenMap.full(len(counts), most, device, valid)
+    return LayerState(TokenMap.full(1, sum(lengths), device), groups.total, groups, places)
