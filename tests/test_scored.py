@@ -24,6 +24,7 @@ import saint
 from saint import testing
 from saint.methods import Random
 from saint.plan import Plan, Stage
+from saint.testing.blocks import block_spec
 from saint.vision.locate import locate
 
 TOWERS = [name for name, family in FAMILIES.items() if family.tower]
@@ -197,7 +198,7 @@ def test_an_encoder_scores_the_keys_that_attention_received(name, placement, mon
     model, inputs = prepared(name)
     _, encoder, row = locate(model)
     blocks, prefix = encoder.get_submodule(row.blocks), row.prefix(encoder)
-    if placement == "mid" and not all(testing._anatomy(block, row).seam for block in blocks):
+    if placement == "mid" and not all(block_spec(block, row).seam for block in blocks):
         pytest.skip("tokens cannot go between attention and MLP of this block")
     spy = Spy(0.5, seed=1)
 

@@ -13,6 +13,7 @@ from saint import graph, testing
 from saint.methods import ToMe
 from saint.plan import Plan, Stage
 from saint.tokens import Candidates, Selection, TokenMap, merge_tokens
+from saint.vision.locate import locate
 
 ROWS = [
     "timm/vit-augreg",
@@ -338,7 +339,7 @@ def test_settings_survive_a_round_trip():
 def test_attention_without_a_mask_needs_beta_zero():
     model = build("transformers/clip")
     inputs = testing.example_inputs(model)
-    encoder = testing.locate(model)[1]
+    encoder = locate(model)[1]
     before = testing.snapshot(model)
     encoder.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(saint.UnsupportedModelError, match=r"layers\.1 .*beta=1 .*set beta=0"):

@@ -16,7 +16,10 @@ from ..session import pruned
 from ..tokens import LayerTrace
 from ..upstream.names import IMAGE_TOKEN, LAYERS, MASK, VIDEO_TOKEN
 from ..vlm.locate import locate
-from . import Inputs, Result, _eval, _poison, check_undo, masked_oracle, outcomes, run, snapshot
+from .contracts import Result, check_undo, evaluating, outcomes, snapshot
+from .examples import poisoned
+from .oracle import masked_oracle
+from .outputs import Inputs, run
 
 Make = Callable[[Sequence[int]], Inputs]
 
@@ -148,7 +151,7 @@ def check_on(model: nn.Module, plan: Plan, make: Make) -> str:
 def check_bad_input(model: nn.Module, plan: Plan, make: Make) -> str:
     """Bad budgets and bad pixels raise a clear error and leave the model alone."""
     inputs, before = make([0, 1]), snapshot(model)
-    pixels = {n: _poison(v) if n.startswith("pixel_values") else v for n, v in inputs.items()}
+    pixels = {n: poisoned(v) if n.startswith("pixel_values") else v for n, v in inputs.items()}
     bad = {
         "keep": (Plan(connector=SaintFullGraph(keep=10**6)), inputs),
         "budget": (Plan(language=Stage(Saint(budget=10**6), layers=[0])), inputs),
@@ -193,5 +196,5 @@ def check_vlm(model: nn.Module, make: Make, plan: Plan | None = None) -> list[Re
         UnsupportedModelError: the model is not of a supported family.
     """
     plan = hybrid_plan(model) if plan is None else plan
-    with _eval(model):
+    with evaluating(model):
         return outcomes(CONTRACTS, model, plan, make)

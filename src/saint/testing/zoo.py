@@ -36,7 +36,8 @@ from ..errors import UnsupportedModelError
 from ..plan import Plan
 from ..upstream.versions import installed
 from ..vision.locate import locate
-from . import check_batch, check_model, check_oracle, example_inputs, example_plan
+from .contracts import check_batch, check_model, check_oracle
+from .examples import example_inputs, example_plan
 
 # modules of timm whose models are vision transformers or near relatives
 MODULES = (

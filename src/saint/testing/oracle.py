@@ -1,0 +1,261 @@
+"""The masked oracle: the forward of unpruned length in which each dropped token is hidden, as a key, behind its drop point.
+
+It shares no code with the pruning path: it knows the model's attention only through torch's own functions.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HookNeverFiredError
+from ..patch import override
+from ..plan import Plan
+from ..session import pruned
+from ..tokens import LayerTrace
+from ..upstream.names import EMBEDDINGS, GRID, POOLED, SEGMENTS, Parameters
+from ..upstream.specs import EncoderSpec, FamilySpec, part
+from ..upstream.verify import merge_method
+from ..vision.locate import locate, locate_tower
+from ..vlm.locate import find as find_vlm
+from .hiding import HideKeys, hide_in_pools, unfused
+from .outputs import Inputs, run
+
+
+def masked_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[str, Tensor], list[LayerTrace]]:
+    """The unpruned-length forward in which the tokens that ``plan`` drops are hidden from every later attention.
+
+    Args:
+        model: an encoder or a vision-language model, not patched; left as it was.
+        plan: decides, in a pruned forward run first, which tokens are dropped where.
+        inputs: keyword inputs of the model.
+
+    Returns:
+        The outputs, by name as in :func:`run`, and the trace. Rows of dropped tokens hold what the token would have been, or
+        in a language model something arbitrary; behind the last block of an encoder they are replaced by the mean of the
+        survivors where an average pool may read them.
+
+    Raises:
+        HookNeverFiredError: an attention behind a drop point was not seen (not computed by torch's fused functions).
+    """
+    family = find_vlm(model)
+    if family is not None:
+        inputs = {**inputs, "use_cache": False}
+    with pruned(model, plan) as session:
+        run(model, inputs)
+        trace = session.trace
+    mode = HideKeys()
+    with ExitStack() as stack:
+        stack.enter_context(unfused())
+        if family is None:
+            _, encoder, row = locate(model)
+            _hide_in_encoder(stack, mode, encoder, row, trace, None)
+        else:
+            _, vlm, facts = family
+            if plan.vision is not None:
+                _, encoder, row = locate_tower(vlm.get_submodule(facts.tower))
+                drops = [entry for entry in trace if entry.stage == "vision"]
+                _hide_in_encoder(stack, mode, encoder, row, drops, facts.merge_size(vlm))
+                _mark_features(stack, vlm, facts, row, drops)
+            _hide_in_decoder(stack, mode, vlm, facts, [entry for entry in trace if entry.stage != "vision"])
+        stack.enter_context(mode)
+        return run(model, inputs), trace
+
+
+def _hide_in_encoder(
+    stack: ExitStack,
+    mode: HideKeys,
+    encoder: nn.Module,
+    row: EncoderSpec,
+    trace: list[LayerTrace],
+    merge_size: int | None,
+) -> None:
+    blocks = list(part(encoder, row.blocks))
+    prefix = row.prefix(encoder)
+    current: Tensor | None = None  # bool [B, P + N], tokens not dropped so far
+    by_layer = {entry.layer: entry for entry in trace}
+    total: int | None = None
+    order: Tensor | None = None  # of the groups of a packed sequence
+
+    def mask_of(entry: LayerTrace, count: int) -> Tensor:
+        if row.packed:
+            assert merge_size is not None
+            rows = torch.cat(_flags(entry, trace))
+            rows = rows if order is None else rows[order]
+            return rows.repeat_interleave(merge_size**2).unsqueeze(0)
+        rows = torch.zeros(len(entry.kept), count, dtype=torch.bool)
+        rows[:, :prefix] = True
+        for sample, kept in enumerate(entry.kept):
+            tokens = kept.cpu() if merge_size is None else _square(kept.cpu(), count - prefix, merge_size)
+            rows[sample, tokens + prefix] = True
+        return rows
+
+    def enter(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal current, total
+            x = args[0] if args else next(iter(kwargs.values()))
+            if layer == 0:
+                current, total = None, x.shape[1]
+            mode.visible, mode.masked = current, 0
+            if row.packed and current is not None:
+                pieces = current.split(SEGMENTS.read(kwargs).diff().tolist(), 1)
+                # a segment without survivors has no query whose result counts, and softmax needs a key
+                mode.visible, mode.pieces = None, [p if bool(p.any()) else torch.ones_like(p) for p in pieces]
+
+        return hook
+
+    def leave(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+            nonlocal current
+            if current is not None and (mode.masked == 0 or mode.pieces):
+                raise HookNeverFiredError(
+                    f"the attention of block {layer} does not go through torch's scaled_dot_product_attention; switch the "
+                    'model to its fused attention (attn_implementation="sdpa", timm fused_attn) to test it'
+                )
+            y = output[0] if isinstance(output, tuple) else output
+            if layer in by_layer:
+                rows = mask_of(by_layer[layer], y.shape[-2]).to(y.device)
+                current = current if bool(rows.all()) else rows
+            mode.visible = None if row.packed else current
+            return pooled(_module, _args, output) if layer == len(blocks) - 1 else None
+
+        return hook
+
+    def pooled(_module: nn.Module, _args: Any, output: Any) -> Any:
+        y = output[0] if isinstance(output, tuple) else output
+        if current is None or y.ndim != 3 or y.shape[1] != total:
+            return None
+        first = 0 if row.pool_with_prefix(encoder) else prefix
+        y = y.clone()
+        for sample, seen in enumerate(current):
+            mean = y[sample, first:][seen[first:]].mean(0)
+            y[sample, ~seen] = mean
+        return (y, *output[1:]) if isinstance(output, tuple) else y
+
+    def see_order(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal order
+        from transformers.vision_utils import get_vision_window_index
+
+        grid = GRID.read(Parameters(type(encoder).forward).named(args, kwargs))
+        facts: Any = encoder
+        order = get_vision_window_index(grid, facts.spatial_merge_size, facts.window_size, facts.patch_size)[0].cpu()
+
+    for layer, block in enumerate(blocks):
+        stack.callback(block.register_forward_pre_hook(enter(layer), with_kwargs=True).remove)
+        stack.callback(block.register_forward_hook(leave(layer)).remove)
+    final = part(encoder, row.final) if row.final else None
+    if final is not None:
+        stack.callback(final.register_forward_hook(pooled).remove)
+    hide_in_pools(stack, mode, encoder, row)
+    if row.order is not None:
+        stack.callback(encoder.register_forward_pre_hook(see_order, with_kwargs=True).remove)
+
+
+def _flags(entry: LayerTrace, trace: list[LayerTrace]) -> list[Tensor]:
+    """Candidates that are kept, a bool tensor [N] per image."""
+    out = [torch.zeros(int(n), dtype=torch.bool) for n in trace[0].tokens_in]
+    for flags, kept in zip(out, entry.kept, strict=True):
+        flags[kept.cpu()] = True
+    return out
+
+
+def _square(groups: Tensor, count: int, side: int) -> Tensor:
+    """Patches, of ``count`` on a square grid, that lie in the given squares of ``side`` x ``side``."""
+    edge = round(count**0.5)
+    across = edge // side
+    corner = groups // across * side * edge + groups % across * side
+    inside = torch.arange(side)
+    return (corner[:, None, None] + inside[:, None] * edge + inside).flatten()
+
+
+def _mark_features(
+    stack: ExitStack, vlm: nn.Module, facts: FamilySpec, row: EncoderSpec, trace: list[LayerTrace]
+) -> None:
+    """Rows of NaN, for features that the encoder dropped, show where the model puts them."""
+
+    def connected(_module: nn.Module, _args: Any, y: Tensor) -> Tensor:
+        lost = ~torch.stack(_flags(trace[-1], trace)).to(y.device)
+        lost = nn.functional.pad(lost, (y.shape[1] - lost.shape[1], 0))
+        return y.masked_fill(lost.unsqueeze(-1), torch.nan)
+
+    def towered(_module: nn.Module, _args: Any, output: Any) -> None:
+        field = POOLED.of(output)
+        assert field is not None
+        features = getattr(output, field)
+        lost = ~torch.cat(_flags(trace[-1], trace)).to(features.device)
+        setattr(output, field, features.masked_fill(lost.unsqueeze(-1), torch.nan))
+
+    path, hook = (facts.tower, towered) if row.packed else (facts.connector, connected)
+    stack.callback(vlm.get_submodule(path).register_forward_hook(hook).remove)
+
+
+def _hide_in_decoder(
+    stack: ExitStack, mode: HideKeys, vlm: nn.Module, facts: FamilySpec, trace: list[LayerTrace]
+) -> None:
+    layers = list(vlm.get_submodule(facts.decoder).get_submodule("layers").children())
+    parameters = Parameters(type(vlm.get_submodule(facts.decoder)).forward)
+    visual: list[Tensor] = []  # bool [B, L] of images, of videos
+    seen: Tensor | None = None  # bool [B, L], tokens not dropped so far
+
+    from ..vlm.model import placeholders  # imports transformers
+
+    method, merges = merge_method(vlm)
+
+    def listen(original: Callable[..., Any]) -> Callable[..., Any]:
+        def merge(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            masks = placeholders(vlm, *args, **kwargs) if merges else result
+            visual.extend(m[..., 0] if m.ndim == 3 else m for m in _as_tuple(masks) if m is not None)
+            return result
+
+        return merge
+
+    def drop(entry: LayerTrace) -> None:
+        nonlocal seen
+        places = torch.stack(visual).any(0)
+        seen = torch.ones_like(places) if seen is None else seen.clone()
+        for sample, kept in enumerate(entry.kept):
+            where = places[sample].nonzero().flatten()
+            gone = torch.ones(len(where), dtype=torch.bool, device=where.device)
+            gone[kept] = False
+            seen[sample, where[gone]] = False
+
+    def begin(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        nonlocal seen
+        given = parameters.named(args, kwargs)
+        x = EMBEDDINGS.read(given)
+        lost = torch.isnan(x).any(-1)
+        seen = ~lost if bool(lost.any()) else None
+        for entry in trace:
+            if entry.stage == "connector":
+                drop(entry)
+        return (), parameters.put(given, EMBEDDINGS, x.masked_fill(lost.unsqueeze(-1), 0))
+
+    def enter(_module: nn.Module, _args: Any) -> None:
+        mode.visible, mode.masked = seen, 0
+
+    def leave(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
+            if seen is not None and mode.masked == 0:
+                raise HookNeverFiredError(
+                    f"the attention of layer {layer} of the language model does not go through torch's "
+                    'scaled_dot_product_attention; load the model with attn_implementation="sdpa" to test it'
+                )
+            mode.visible = None
+            for entry in trace:
+                if entry.stage == "language" and entry.layer == layer:
+                    drop(entry)
+
+        return hook
+
+    override(stack, vlm, method, listen)
+    stack.callback(vlm.get_submodule(facts.decoder).register_forward_pre_hook(begin, with_kwargs=True).remove)
+    for layer, module in enumerate(layers):
+        stack.callback(module.register_forward_pre_hook(enter).remove)
+        stack.callback(module.register_forward_hook(leave(layer)).remove)
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
