@@ -205,6 +205,7 @@ def apply(model: nn.Module, plan: Plan | Stage | Method | str) -> Session:
         raise AlreadyAppliedError(
             f"a plan is already applied to this {type(carried).__name__}; call saint.remove(model) first"
         )
+    _refuse_unbuilt(plan)
     session = Session(model, plan)
     if plan.connector is None and plan.language is None and find_vlm(model) is None:
         if plan.vision is not None:
@@ -213,6 +214,17 @@ def apply(model: nn.Module, plan: Plan | Stage | Method | str) -> Session:
         session._vlm, session._encoder = _vlm(model, plan)
     session._install(model)
     return session
+
+
+def _refuse_unbuilt(plan: Plan) -> None:
+    """What a plan may say and no encoder or decoder does yet."""
+    for name, stages in plan.slots.items():
+        if len(stages) > 1:
+            raise UnsupportedModelError(
+                f"the {name} slot of the plan has {len(stages)} stages; this release applies one: give one"
+            )
+        if stages[0].placement == "input":
+            raise UnsupportedModelError('this release does not apply placement="input": use layers=[0]')
 
 
 def _encoder(
