@@ -1,11 +1,12 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 import saint
-from saint import graph
+from saint import graph, presets
 from saint.loading import read_plan
 from saint.methods import base
 from saint.plan import Plan, Stage
@@ -123,6 +124,61 @@ def test_stages_that_only_a_model_puts_out_of_order():
 def test_bad_plan_data(data, words):
     with pytest.raises(ValueError, match=words):
         Plan.from_dict(data)
+
+
+@pytest.mark.parametrize("load", [Plan.load, saint.plan])
+def test_a_plan_is_looked_up_by_name_by_file_and_as_text(load, tmp_path, monkeypatch):
+    plan = Plan(vision=[at(1), at(3)], language=at(2, evict=True))
+    path = tmp_path / "new" / "mine.json"
+    plan.save(path)
+    assert [entry.name for entry in path.parent.iterdir()] == ["mine.json"]
+    assert load(path) == load(str(path)) == plan
+    assert load(path.read_text()) == load(json.dumps(plan.to_dict())) == plan
+    assert load("llava-1.5/hybrid") == load(" llava-1.5/hybrid ") == presets.recipe("llava-1.5/hybrid")
+    monkeypatch.chdir(path.parent)
+    plan.save("no-ending")
+    assert load("no-ending") == load("mine.json") == plan
+    assert load(Plan().to_dict() and '{"version": 1}') == Plan()
+
+
+def test_a_recipe_is_not_hidden_by_a_file_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Plan(vision=at(1)).save("vit/published")
+    assert saint.plan("vit/published") == presets.recipe("vit/published")
+    assert saint.plan(Path("vit/published")) == Plan(vision=at(1))
+
+
+def test_saving_replaces_the_file_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "plan.json"
+    Plan(vision=at(1)).save(path)
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=r"cannot write the file.*plan\.json"):
+        Plan(vision=at(2)).save(path)
+    assert Plan.load(path) == Plan(vision=at(1))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_what_cannot_be_loaded_says_why(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Plan(vision=at(1)).save("hybrid.json")
+    (tmp_path / "half.json").write_text('{"version": 1, "vi')
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(FileNotFoundError, match=r"no such plan file; did you mean 'hybrid\.json'.*\?: .*hybird\.json"):
+        Plan.load("hybird.json")
+    with pytest.raises(FileNotFoundError, match=r"Plan\.save\(path\) writes one.*other/zzz"):
+        Plan.load(Path("other/zzz"))
+    with pytest.raises(ValueError, match=r"half\.json holds no plan: a plan in JSON is expected"):
+        Plan.load("half.json")
+    with pytest.raises(ValueError, match=r"bytes\.json holds no plan: .*utf-8"):
+        Plan.load("bytes.json")
+    with pytest.raises(ValueError, match="did you mean 'llava-1.5/hybrid'"):
+        saint.plan("llava-1.5/hybird")
+    for text in ("zzz", "x" * 10_000, "\0", ""):
+        with pytest.raises(ValueError, match="unknown recipe"):
+            Plan.load(text)
+    for wrong in (None, 5, Plan(), b"vit/published"):
+        with pytest.raises(TypeError, match="a recipe's name, JSON text or the path"):
+            Plan.load(wrong)
 
 
 def test_bad_json():

@@ -1,7 +1,13 @@
-"""Plans: where tokens may go, and by which method. Pure data; knows no model."""
+"""Plans: where tokens may go, and by which method. Pure data; knows no model.
+
+Called, the module looks a plan up: ``saint.plan("llava-1.5/hybrid")`` is ``Plan.load("llava-1.5/hybrid")``.
+"""
 
 import dataclasses
 import json
+import os
+import sys
+import types
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
@@ -306,6 +312,40 @@ class Plan:
             raise ValueError(f"a plan in JSON is expected: {error}") from error
         return cls.from_dict(data)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, from which :meth:`load` reads it; readers never see half a file.
+
+        Args:
+            path: the file; its folder is made.
+
+        Raises:
+            OSError: it cannot be written; what was there before is still there.
+        """
+        from .records import write_whole
+
+        write_whole(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str]) -> "Plan":
+        """The plan that ``source`` is (JSON text), names (a recipe) or holds (a file), looked up in this order.
+
+        Args:
+            source: a path is always a file; so is text that ends in ``.json``.
+
+        Raises:
+            ValueError: none of these, or no plan in it; the message names the file, or close matches.
+            OSError: the file is not there or cannot be read.
+            TypeError: neither text nor path.
+
+        Example:
+            >>> import saint
+            >>> saint.Plan.load("vit/published").vision.method.threshold
+            0.75
+        """
+        from .presets import load  # recipes are plans
+
+        return load(source)
+
 
 def _needs_version(stages: tuple[Stage, ...]) -> int:
     if len(stages) > 1 or any(stage.placement == "input" for stage in stages):
@@ -326,3 +366,16 @@ def _read_slot(version: int, entry: Any) -> Stage | list[Stage]:
         if version < 3 and entry.get("placement") == "input":
             raise ValueError(f'a plan of version {version} has no placement "input"; write version 3')
     return Stage.from_dict(entry)
+
+
+class _Lookup(types.ModuleType):
+    """The type of this module."""
+
+    def __call__(self, source: str | os.PathLike[str]) -> Plan:
+        """The plan that ``source`` is (JSON text), names (a recipe) or holds (a file); see :meth:`Plan.load`."""
+        return Plan.load(source)
+
+
+# `saint.plan` is a public function and this module. Importing a module sets it as an attribute of its package, so a function of
+# that name would be there or not depending on which import came first; a module that can be called is one object in any order.
+sys.modules[__name__].__class__ = _Lookup
