@@ -1,14 +1,27 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 import saint
-from saint import graph
+from saint import graph, presets
 from saint.loading import read_plan
 from saint.methods import base
 from saint.plan import Plan, Stage
+
+FULL = saint.SaintFullGraph(keep=64)
+
+
+class Mixing(saint.methods.ToMe):
+    """A merging method that calls itself fit for every stage."""
+
+    stages = frozenset({"vision", "connector", "language"})
+
+
+def at(*layers, **settings):
+    return Stage(saint.Saint(), layers=list(layers), **settings)
 
 
 @pytest.mark.parametrize(
@@ -29,9 +42,57 @@ def test_round_trip_through_json(plan):
     assert Plan.from_dict(data) == plan
 
 
+def test_a_slot_of_one_stage_is_that_stage_however_it_is_given():
+    plan = Plan(vision=at(1), language=saint.Saint())
+    assert plan == Plan(vision=[at(1)], language=(saint.Saint(),))
+    assert plan.vision == at(1)
+    assert plan.stages == {"vision": at(1), "language": Stage(saint.Saint())}
+    assert plan.slots == {"vision": (at(1),), "language": (Stage(saint.Saint()),)}
+    assert Plan(vision=Stage(FULL, layers=[0], placement="input")) == Plan(vision=Stage(FULL, placement="input"))
+    assert hash(Plan(vision=[at(1), at(2)])) == hash(Plan(vision=(at(1), at(2))))
+
+
+def test_a_slot_of_several_stages():
+    first, second = Stage(FULL, placement="input"), Stage(saint.Saint(), layers=[0, 1])
+    plan = Plan(vision=[first, second, FULL], language=[at(3), at(7)])
+    assert plan.vision == (first, second, Stage(FULL))
+    assert plan.stages == {"vision": plan.vision, "language": plan.language}
+    assert list(plan.slots) == ["vision", "language"]
+    assert plan.slots["language"] == (at(3), at(7))
+    assert plan.resolve_layers("vision", 24) == [[0], [0, 1], [19]]
+    assert plan.resolve_layers("connector", 24) == []
+    data = plan.to_dict()
+    assert data["version"] == 3
+    assert [entry["placement"] for entry in data["vision"]] == ["input", None, None]
+    assert Plan.from_dict(json.loads(json.dumps(data))) == plan
+
+
+def test_the_lowest_version_that_can_say_it_is_written():
+    assert Plan(vision=at(1)).to_dict()["version"] == 1
+    assert Plan(language=Stage(saint.Saint(), placement="mid")).to_dict()["version"] == 1
+    assert Plan(language=at(1, evict=True)).to_dict()["version"] == 2
+    assert Plan(vision=Stage(FULL, placement="input")).to_dict()["version"] == 3
+    assert Plan.from_dict({"version": 3, "vision": at(1).to_dict()}) == Plan(vision=at(1))
+    assert Plan.from_dict({"version": 3, "vision": [at(1).to_dict()]}) == Plan(vision=at(1))
+    older = {"version": 2, "vision": [at(1).to_dict(), at(2).to_dict()]}
+    with pytest.raises(ValueError, match="write version 3 for a list"):
+        Plan.from_dict(older)
+    with pytest.raises(ValueError, match='version 1 has no placement "input"; write version 3'):
+        Plan.from_dict({"version": 1, "vision": Stage(FULL, placement="input").to_dict()})
+
+
+def test_stages_that_only_a_model_puts_out_of_order():
+    plan = Plan(vision=[Stage(saint.Saint(), layers="first_half"), at(4)])
+    assert plan.resolve_layers("vision", 8) == [[0, 1, 2, 3], [4]]
+    with pytest.raises(ValueError, match="stage 2 starts at layer 4, a stage before it ends at layer 5"):
+        plan.resolve_layers("vision", 12)
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
+        ({"version": 3, "vision": []}, "empty list"),
+        ({"version": 3, "vision": [0.5]}, r"a stage is an object.*got 0\.5"),
         ({"version": 99}, "version 99"),
         ({"version": 1, "visoin": {}}, "visoin"),
         ({"version": 1, "vision": {"method": {"method": "siant"}}}, "did you mean 'saint'"),
@@ -41,7 +102,7 @@ def test_round_trip_through_json(plan):
         ([], r"a plan is an object like \{\"version\": 1.*Plan.to_dict\(\).*got \[\]"),
         (None, "a plan is an object.*got None"),
         ("x" * 1000, r"a plan is an object.*got 'x{79}$"),
-        ({}, "version None is not one of 1..2"),
+        ({}, "version None is not one of 1..3"),
         ({"version": True}, "version True"),
         ({"version": 1.0}, r"version 1\.0"),
         ({"version": [1]}, r"version \[1\]"),
@@ -63,6 +124,61 @@ def test_round_trip_through_json(plan):
 def test_bad_plan_data(data, words):
     with pytest.raises(ValueError, match=words):
         Plan.from_dict(data)
+
+
+@pytest.mark.parametrize("load", [Plan.load, saint.plan])
+def test_a_plan_is_looked_up_by_name_by_file_and_as_text(load, tmp_path, monkeypatch):
+    plan = Plan(vision=[at(1), at(3)], language=at(2, evict=True))
+    path = tmp_path / "new" / "mine.json"
+    plan.save(path)
+    assert [entry.name for entry in path.parent.iterdir()] == ["mine.json"]
+    assert load(path) == load(str(path)) == plan
+    assert load(path.read_text()) == load(json.dumps(plan.to_dict())) == plan
+    assert load("llava-1.5/hybrid") == load(" llava-1.5/hybrid ") == presets.recipe("llava-1.5/hybrid")
+    monkeypatch.chdir(path.parent)
+    plan.save("no-ending")
+    assert load("no-ending") == load("mine.json") == plan
+    assert load(Plan().to_dict() and '{"version": 1}') == Plan()
+
+
+def test_a_recipe_is_not_hidden_by_a_file_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Plan(vision=at(1)).save("vit/published")
+    assert saint.plan("vit/published") == presets.recipe("vit/published")
+    assert saint.plan(Path("vit/published")) == Plan(vision=at(1))
+
+
+def test_saving_replaces_the_file_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "plan.json"
+    Plan(vision=at(1)).save(path)
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=r"cannot write the file.*plan\.json"):
+        Plan(vision=at(2)).save(path)
+    assert Plan.load(path) == Plan(vision=at(1))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_what_cannot_be_loaded_says_why(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Plan(vision=at(1)).save("hybrid.json")
+    (tmp_path / "half.json").write_text('{"version": 1, "vi')
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(FileNotFoundError, match=r"no such plan file; did you mean 'hybrid\.json'.*\?: .*hybird\.json"):
+        Plan.load("hybird.json")
+    with pytest.raises(FileNotFoundError, match=r"Plan\.save\(path\) writes one.*other/zzz"):
+        Plan.load(Path("other/zzz"))
+    with pytest.raises(ValueError, match=r"half\.json holds no plan: a plan in JSON is expected"):
+        Plan.load("half.json")
+    with pytest.raises(ValueError, match=r"bytes\.json holds no plan: .*utf-8"):
+        Plan.load("bytes.json")
+    with pytest.raises(ValueError, match="did you mean 'llava-1.5/hybrid'"):
+        saint.plan("llava-1.5/hybird")
+    for text in ("zzz", "x" * 10_000, "\0", ""):
+        with pytest.raises(ValueError, match="unknown recipe"):
+            Plan.load(text)
+    for wrong in (None, 5, Plan(), b"vit/published"):
+        with pytest.raises(TypeError, match="a recipe's name, JSON text or the path"):
+            Plan.load(wrong)
 
 
 def test_bad_json():
@@ -116,6 +232,29 @@ def test_an_unknown_recipe_gets_the_closest_names_only():
         (lambda: Stage(saint.Saint(), output="short"), "short"),
         (lambda: Plan(connector=saint.Saint()), "connector"),
         (lambda: Plan(language=Stage(saint.Saint(), output="nearest")), "output"),
+        (lambda: Stage(saint.Saint(), layers=[1], placement="input"), r"leave layers out, got layers=\(1,\)"),
+        (lambda: Stage(saint.Saint(), layers=[0, 1], placement="input"), "leave layers out"),
+        (lambda: Stage(saint.Saint(), layers="first_half", placement="input"), "leave layers out"),
+        (lambda: Plan(language=Stage(saint.Saint(), placement="input")), "vision stage only.*language"),
+        (lambda: Plan(connector=Stage(FULL, placement="input")), "vision stage only.*connector"),
+        (lambda: Plan(connector=Stage(FULL, placement="mid")), "leave placement out"),
+        (lambda: Plan(connector=Stage(FULL, layers=[0])), "leave layers out"),
+        (lambda: Plan(connector=[FULL, FULL]), "takes one stage, got 2"),
+        (lambda: Plan(connector=Mixing()), "Mixing merges tokens"),
+        (lambda: Plan(vision=Stage(FULL, evict=True)), "language stage only"),
+        (lambda: Plan(connector=Stage(FULL, evict=True)), "language stage only"),
+        (lambda: Plan(vision=[]), "empty list: leave vision out"),
+        (
+            lambda: Plan(vision=[at(1), at(2, output="similar")]),
+            "output.*all its stages the same.*'survivors', 'similar'",
+        ),
+        (lambda: Plan(language=[at(1), at(2, evict=True)]), "evict.*all its stages the same"),
+        (lambda: Plan(vision=[at(2), at(1)]), "stage 2 starts at layer 1, a stage before it ends at layer 2"),
+        (lambda: Plan(vision=[at(1), at(1)]), "stage 2 starts at layer 1"),
+        (lambda: Plan(vision=[at(3), FULL, at(2)]), "stage 3 starts at layer 2"),
+        (lambda: Plan(vision=[at(1, 3), at(2)]), "ends at layer 3"),
+        (lambda: Plan(vision=[at(1), Stage(FULL, placement="input")]), "first stage.*number 2"),
+        (lambda: Plan(vision=[Stage(FULL, placement="input")] * 2), "first stage.*number 2"),
     ],
 )
 def test_bad_settings_name_the_value(make, words):
@@ -126,8 +265,9 @@ def test_bad_settings_name_the_value(make, words):
 def test_wrong_types():
     with pytest.raises(TypeError, match="Stage needs a method"):
         Stage("saint")
-    with pytest.raises(TypeError, match="vision"):
-        Plan(vision="saint")
+    for wrong in ("saint", ["saint"], [at(1), None], 5):
+        with pytest.raises(TypeError, match="vision"):
+            Plan(vision=wrong)
 
 
 def test_layer_ranges():

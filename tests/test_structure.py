@@ -19,7 +19,7 @@ ALLOWED = {
     "tokens": set(),
     "patch": set(),
     "methods": {"graph", "tokens", "errors", "methods"},
-    "plan": {"methods", "plan"},
+    "plan": {"methods", "plan", "presets", "records"},  # the last two when a plan is looked up or written
     "presets": {"methods", "plan"},
     "upstream": {"errors", "upstream"},
     "forwards": {"upstream"},
@@ -90,6 +90,29 @@ def test_no_module_shadows_a_public_name():
     lazy = {name for name, module in saint._LAZY.items() if module is not None}
     modules = {path.stem for path in SOURCE.glob("*.py")} | {path.name for path in SOURCE.iterdir() if path.is_dir()}
     assert not lazy & modules  # importing the module would put it in the function's place
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import saint",
+        "import saint.plan",
+        "from saint.plan import Stage",
+        "from saint import plan",
+        "import saint.plan as plan; import saint; assert plan is saint.plan; assert plan.Plan is saint.Plan",
+        "import saint; saint.apply; saint.recipes()",
+    ],
+)
+def test_the_module_plan_is_the_function_plan_after_any_import(imports):
+    code = (
+        f"{imports}\nimport saint\n"
+        "from saint.plan import Plan, Stage\n"
+        "assert saint.plan('vit/published') == Plan(vision=saint.Saint(threshold=0.75))\n"
+        "import saint.plan\n"
+        "assert saint.plan('vit/tome').vision == Stage(saint.methods.ToMe(r=8), output='similar')\n"
+        "assert saint.plan.Plan is Plan"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_unknown_attributes_raise():

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from os import PathLike
+
     from . import graph as graph
     from . import methods as methods
     from . import testing as testing
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from .session import status as status
     from .tokens import LayerTrace as LayerTrace
 
+    def plan(source: str | PathLike[str]) -> Plan: ...  # the module, called
+
+
 _LAZY = {
     "AlreadyAppliedError": "errors",
     "HookNeverFiredError": "errors",
@@ -44,6 +49,7 @@ _LAZY = {
     "apply": "session",
     "graph": None,
     "methods": None,
+    "plan": None,
     "pruned": "session",
     "recipes": "presets",
     "remove": "session",

@@ -1,17 +1,25 @@
-"""Plans: where tokens may go, and by which method. Pure data; knows no model."""
+"""Plans: where tokens may go, and by which method. Pure data; knows no model.
+
+Called, the module looks a plan up: ``saint.plan("llava-1.5/hybrid")`` is ``Plan.load("llava-1.5/hybrid")``.
+"""
 
 import dataclasses
 import json
-from collections.abc import Collection, Mapping
+import os
+import sys
+import types
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from . import methods
 from .methods.base import Method
 
-VERSION = 2  # what `evict` needs; plans without it are written as version 1, which older releases read
+VERSION = 3  # what several stages of a slot and placement="input" need; `evict` needs 2. A plan is written as the lowest version
+# that can say it, which older releases read
 STAGES = ("vision", "connector", "language")
 
 Layers = Literal["first_half"] | range | list[int] | tuple[int, ...] | None
+Placement = Literal["input", "mid", "post"] | None
 PROVIDES = {"vision": frozenset[str](), "connector": frozenset[str](), "language": frozenset({"last_query"})}
 OUTPUTS = ("survivors", "nearest", "similar")
 
@@ -22,9 +30,11 @@ class Stage:
 
     Attributes:
         method: what decides.
-        layers: 0-based drop points: "first_half", a range, a list, or None for the method's own default.
+        layers: 0-based drop points: "first_half", a range, a list, or None for the method's own default. None with
+            ``placement="input"`` and in the connector slot, which have no layers.
         placement: "mid" drops between attention and MLP of the layer, "post" after the layer; None means "mid" for
-            vision (as published; "post" where a block has no place between the two) and "post" for language.
+            vision (as published; "post" where a block has no place between the two) and "post" for language. "input", in
+            the vision slot only, drops in front of block 0.
         output: what a vision encoder hands on. "survivors": the shortened sequence, batches padded to the longest
             sample with the mean of its survivors (an average pool averages the survivors). Full length, every dropped
             token standing for its survivor: "nearest" (closest on the patch grid; for dense heads) or "similar" (most
@@ -39,7 +49,7 @@ class Stage:
 
     method: Method
     layers: Layers = None
-    placement: Literal["mid", "post"] | None = None
+    placement: Placement = None
     output: Literal["survivors", "nearest", "similar"] = "survivors"
     evict: bool = False
 
@@ -62,19 +72,27 @@ class Stage:
             if chosen[0] < 0:
                 raise ValueError(f"layers are 0-based and not negative, got {chosen[0]}")
             object.__setattr__(self, "layers", tuple(chosen))
-        if self.placement not in (None, "mid", "post"):
-            raise ValueError(f'placement must be "mid" or "post", got {self.placement!r}')
+        if self.placement not in (None, "input", "mid", "post"):
+            raise ValueError(f'placement must be "input", "mid" or "post", got {self.placement!r}')
+        if self.placement == "input" and self.layers not in (None, (0,)):
+            raise ValueError(
+                f'placement="input" drops tokens in front of layer 0 only: leave layers out, got layers={self.layers!r}'
+            )
+        if self.placement == "input":
+            object.__setattr__(self, "layers", None)  # [0] says the same
         if self.output not in OUTPUTS:
             raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {self.output!r}")
         if not isinstance(self.evict, bool):
             raise ValueError(f"evict must be True or False, got {self.evict!r}")
 
     def resolve_layers(self, stage: str, depth: int) -> list[int]:
-        """The drop points in a model of ``depth`` layers, ascending.
+        """The drop points in a model of ``depth`` layers, ascending; of ``placement="input"`` the layer it is in front of.
 
         Raises:
             ValueError: a layer beyond the depth.
         """
+        if self.placement == "input":
+            return [0]
         if self.layers == "first_half":
             return list(range(depth // 2 or 1))
         chosen = self.method.layers(stage, depth) if self.layers is None else [int(i) for i in self.layers]
@@ -111,15 +129,15 @@ class Stage:
 
 def _check_stage(name: str, stage: Stage) -> None:
     if not isinstance(stage, Stage):
-        raise TypeError(f"Plan({name}=...) takes a Stage or a method, got {stage!r}")
+        raise TypeError(f"Plan({name}=...) takes a Stage or a method, or a list of these, got {stage!r}")
+    method = type(stage.method).__name__
     if name not in stage.method.stages:
         raise ValueError(
-            f"{type(stage.method).__name__} is not defined for the {name} stage; "
-            f"it works in: {', '.join(sorted(stage.method.stages))}"
+            f"{method} is not defined for the {name} stage; it works in: {', '.join(sorted(stage.method.stages))}"
         )
     if missing := stage.method.needs - PROVIDES[name]:
         raise ValueError(
-            f"{type(stage.method).__name__} needs {', '.join(sorted(missing))}, which the {name} stage does not show; it shows: "
+            f"{method} needs {', '.join(sorted(missing))}, which the {name} stage does not show; it shows: "
             f"{', '.join(sorted(PROVIDES[name])) or 'keys and features only'}"
         )
     if name != "vision" and stage.output != "survivors":
@@ -128,44 +146,142 @@ def _check_stage(name: str, stage: Stage) -> None:
         raise ValueError(
             "evict=True is for the language stage only: behind the other stages no cache holds a dropped token"
         )
+    if name != "vision" and stage.placement == "input":
+        raise ValueError(
+            f'placement="input" is for the vision stage only, got it in the {name} stage; in front of a language model tokens '
+            "are dropped by the connector stage"
+        )
+    if name == "connector":
+        _check_connector(stage)
+
+
+def _check_connector(stage: Stage) -> None:
+    if stage.layers is not None:
+        raise ValueError("the connector stage lies in front of the language model and has no layers: leave layers out")
+    if stage.placement == "mid":
+        raise ValueError(
+            'placement="mid" means nothing in the connector stage, which lies in front of the language model: leave placement out'
+        )
+    if stage.method.merges:
+        raise ValueError(
+            f"{type(stage.method).__name__} merges tokens, and the connector stage only drops them: use a method that drops, or "
+            "merge in the vision stage"
+        )
+
+
+def _check_together(name: str, stages: tuple[Stage, ...]) -> None:
+    """What the stages of one slot must agree on, as far as a plan can tell without a model."""
+    if name == "connector" and len(stages) > 1:
+        raise ValueError(f"the connector stage is one place and takes one stage, got {len(stages)}")
+    for setting in ("output", "evict"):
+        if len({getattr(stage, setting) for stage in stages}) > 1:
+            values = ", ".join(repr(getattr(stage, setting)) for stage in stages)
+            raise ValueError(
+                f"{setting} is a property of the whole {name} slot: give all its stages the same, got {values}"
+            )
+    _check_order(name, [(s, list(s.layers) if isinstance(s.layers, tuple) else None) for s in stages])
+
+
+def _check_order(name: str, layers: list[tuple[Stage, list[int] | None]]) -> None:
+    """Each stage must lie behind the one before; layers of None are not known yet."""
+    last, explicit = -1, False
+    for position, (stage, chosen) in enumerate(layers):
+        if stage.placement == "input":
+            if position:
+                raise ValueError(
+                    f'placement="input" is in front of every layer and taken once: make it the first stage of the {name} slot, '
+                    f"it is number {position + 1}"
+                )
+        elif chosen is not None:
+            if explicit and chosen[0] <= last:
+                raise ValueError(
+                    f"the stages of the {name} slot must be listed in the order in which tokens pass them, each at layers of its "
+                    f"own: stage {position + 1} starts at layer {chosen[0]}, a stage before it ends at layer {last}"
+                )
+            last, explicit = chosen[-1], True
+
+
+def _stages(name: str, value: Any) -> tuple[Stage, ...]:
+    """The stages of a slot, checked; () where it is None."""
+    if value is None:
+        return ()
+    if isinstance(value, (list, tuple)) and not value:
+        raise ValueError(f"Plan({name}=...) got an empty list: leave {name} out instead")
+    several = value if isinstance(value, (list, tuple)) else [value]
+    stages = tuple(Stage(one) if isinstance(one, Method) else one for one in several)
+    for stage in stages:
+        _check_stage(name, stage)
+    _check_together(name, stages)
+    return stages
+
+
+Slot = Stage | Method | Sequence[Stage | Method] | None
 
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Plan:
-    """What happens at each stage; any combination. A bare method stands for ``Stage(method)``.
+    """What happens at each stage; any combination.
+
+    A slot (``vision``, ``connector``, ``language``) takes a :class:`Stage`, or a list of stages in the order in which tokens pass
+    them. A bare method stands for ``Stage(method)``.
+
+    Attributes:
+        vision, connector, language: the :class:`Stage` of the slot, a tuple of stages where several were given, or None.
+
+    Raises:
+        ValueError: a stage that its slot cannot have, or stages of one slot that cannot go together.
+        TypeError: neither stage nor method.
 
     Example:
         >>> import saint
         >>> plan = saint.Plan(vision=saint.Saint(threshold=0.8))
         >>> saint.Plan.from_dict(plan.to_dict()) == plan
         True
+        >>> twice = [saint.Stage(saint.Saint(), layers=[0, 1]), saint.Stage(saint.SaintFullGraph(keep=64), layers=[8])]
+        >>> len(saint.Plan(vision=twice).slots["vision"])
+        2
     """
 
-    vision: Stage | None
-    connector: Stage | None
-    language: Stage | None
+    # `slots` has the exact type; as a union, every reader of a plan that knows of one stage only would have to ask first
+    vision: Any
+    connector: Any
+    language: Any
 
-    def __init__(
-        self,
-        vision: Stage | Method | None = None,
-        connector: Stage | Method | None = None,
-        language: Stage | Method | None = None,
-    ) -> None:
+    def __init__(self, vision: Slot = None, connector: Slot = None, language: Slot = None) -> None:
         for name, value in zip(STAGES, (vision, connector, language), strict=True):
-            stage = Stage(value) if isinstance(value, Method) else value
-            if stage is not None:
-                _check_stage(name, stage)
-            object.__setattr__(self, name, stage)
+            stages = _stages(name, value)
+            object.__setattr__(self, name, stages if len(stages) > 1 else stages[0] if stages else None)
 
     @property
-    def stages(self) -> dict[str, Stage]:
-        """The stages in use, by name, in the order tokens pass them."""
-        return {name: stage for name in STAGES if (stage := getattr(self, name)) is not None}
+    def slots(self) -> dict[str, tuple[Stage, ...]]:
+        """The stages in use, by slot, in the order tokens pass them."""
+        return {
+            name: value if isinstance(value, tuple) else (value,)
+            for name in STAGES
+            if (value := getattr(self, name)) is not None
+        }
+
+    @property
+    def stages(self) -> dict[str, Any]:
+        """The slots in use as they were given: a :class:`Stage`, or a tuple of stages where there are several."""
+        return {name: value for name in STAGES if (value := getattr(self, name)) is not None}
+
+    def resolve_layers(self, slot: str, depth: int) -> list[list[int]]:
+        """The drop points of each stage of ``slot`` in a model of ``depth`` layers; see :meth:`Stage.resolve_layers`.
+
+        Raises:
+            ValueError: a layer beyond the depth, or stages that are not one behind the other in this model.
+        """
+        stages = self.slots.get(slot, ())
+        layers = [stage.resolve_layers(slot, depth) for stage in stages]
+        _check_order(slot, list(zip(stages, layers, strict=True)))
+        return layers
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (JSON-ready) from which :meth:`from_dict` rebuilds an equal plan."""
-        version = VERSION if any(stage.evict for stage in self.stages.values()) else 1
-        return {"version": version, **{name: stage.to_dict() for name, stage in self.stages.items()}}
+        version = max((_needs_version(stages) for stages in self.slots.values()), default=1)
+        written = {name: [stage.to_dict() for stage in stages] for name, stages in self.slots.items()}
+        return {"version": version, **{name: w if len(w) > 1 else w[0] for name, w in written.items()}}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
@@ -185,9 +301,7 @@ class Plan:
         if unknown:
             raise ValueError(f"unknown plan entries {unknown}; known: {', '.join(STAGES)}")
         entries = {name: data[name] for name in STAGES if data.get(name) is not None}
-        if version == 1 and any(isinstance(entry, Mapping) and "evict" in entry for entry in entries.values()):
-            raise ValueError("a plan of version 1 has no entry evict; write version 2")
-        return cls(**{name: Stage.from_dict(entry) for name, entry in entries.items()})
+        return cls(**{name: _read_slot(version, entry) for name, entry in entries.items()})
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -197,3 +311,71 @@ class Plan:
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"a plan in JSON is expected: {error}") from error
         return cls.from_dict(data)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, from which :meth:`load` reads it; readers never see half a file.
+
+        Args:
+            path: the file; its folder is made.
+
+        Raises:
+            OSError: it cannot be written; what was there before is still there.
+        """
+        from .records import write_whole
+
+        write_whole(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str]) -> "Plan":
+        """The plan that ``source`` is (JSON text), names (a recipe) or holds (a file), looked up in this order.
+
+        Args:
+            source: a path is always a file; so is text that ends in ``.json``.
+
+        Raises:
+            ValueError: none of these, or no plan in it; the message names the file, or close matches.
+            OSError: the file is not there or cannot be read.
+            TypeError: neither text nor path.
+
+        Example:
+            >>> import saint
+            >>> saint.Plan.load("vit/published").vision.method.threshold
+            0.75
+        """
+        from .presets import load  # recipes are plans
+
+        return load(source)
+
+
+def _needs_version(stages: tuple[Stage, ...]) -> int:
+    if len(stages) > 1 or any(stage.placement == "input" for stage in stages):
+        return 3
+    return 2 if any(stage.evict for stage in stages) else 1
+
+
+def _read_slot(version: int, entry: Any) -> Stage | list[Stage]:
+    if isinstance(entry, list) and version < 3:
+        raise ValueError(
+            f"a stage is an object in a plan of version {version}; write version 3 for a list of stages, got {entry!r:.80}"
+        )
+    if isinstance(entry, list):
+        return [Stage.from_dict(one) for one in entry]
+    if isinstance(entry, Mapping):
+        if version < 2 and "evict" in entry:
+            raise ValueError("a plan of version 1 has no entry evict; write version 2")
+        if version < 3 and entry.get("placement") == "input":
+            raise ValueError(f'a plan of version {version} has no placement "input"; write version 3')
+    return Stage.from_dict(entry)
+
+
+class _Lookup(types.ModuleType):
+    """The type of this module."""
+
+    def __call__(self, source: str | os.PathLike[str]) -> Plan:
+        """The plan that ``source`` is (JSON text), names (a recipe) or holds (a file); see :meth:`Plan.load`."""
+        return Plan.load(source)
+
+
+# `saint.plan` is a public function and this module. Importing a module sets it as an attribute of its package, so a function of
+# that name would be there or not depending on which import came first; a module that can be called is one object in any order.
+sys.modules[__name__].__class__ = _Lookup

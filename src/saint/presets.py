@@ -1,6 +1,9 @@
-"""Plans with a name: published settings, and settings measured to suit a kind of model."""
+"""Plans with a name: published settings, and settings measured to suit a kind of model. Looks plans up, also in files."""
 
 import difflib
+import json
+import os
+from pathlib import Path
 from typing import NamedTuple
 
 from .methods.divprune import DivPrune
@@ -117,3 +120,46 @@ def recipe(name: str) -> Plan:
     close = difflib.get_close_matches(name, _RECIPES)
     hint = f"did you mean {' or '.join(map(repr, close))}? All" if close else "all"
     raise ValueError(f"unknown recipe {name!r:.80}; {hint} {len(_RECIPES)}: saint.recipes(), saint list")
+
+
+def load(source: str | os.PathLike[str]) -> Plan:
+    """See :meth:`saint.Plan.load`."""
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"a recipe's name, JSON text or the path of a plan file is expected, got {source!r:.80}")
+    if isinstance(source, os.PathLike):
+        return _read_file(Path(source))
+    text = source.strip()
+    if text in _RECIPES:
+        return _RECIPES[text].plan
+    if text.endswith(".json"):
+        return _read_file(Path(text))
+    if text.startswith(("{", "[")) or _is_json(text):
+        return Plan.from_json(text)
+    return _read_file(Path(text)) if _is_file(text) else recipe(text)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True  # 5, null or "text": no plan, and no recipe either
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a null byte: no file can be called this
+        return False
+
+
+def _read_file(path: Path) -> Plan:
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        beside = [file.name for file in path.parent.glob("*.json")] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, beside)
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "Plan.save(path) writes one"
+        raise FileNotFoundError(error.errno, f"no such plan file; {hint}", str(path)) from error
+    except ValueError as error:  # bytes that are no UTF-8 are one too
+        raise ValueError(f"{path} holds no plan: {error}") from error

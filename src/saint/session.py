@@ -4,6 +4,7 @@ A session owns every change: checks come first, one ``ExitStack`` holds the undo
 the user's modules. Two models in one process are independent.
 """
 
+import os
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from .errors import AlreadyAppliedError, UnsupportedModelError
 from .methods.base import Method
 from .plan import Plan, Stage
-from .presets import recipe
 from .tokens import LayerTrace
 from .upstream.names import LAYERS
 from .upstream.specs import EncoderSpec
@@ -30,6 +30,8 @@ from .vlm.locate import locate as locate_vlm
 if TYPE_CHECKING:  # these import transformers
     from .language.decoder import Drop, KVMemory
     from .vlm.model import PrunedVLM
+
+PlanLike = Plan | Stage | Method | str | os.PathLike[str]
 
 # where a patched module keeps its session, in its `__dict__`: they are freed together
 _SLOT = "_saint_session"
@@ -160,23 +162,26 @@ class Session:
             stack.callback(vars(module).pop, _SLOT)
 
 
-def as_plan(plan: Plan | Stage | Method | str) -> Plan:
-    """A plan from a plan, a method (vision, default layers), a vision stage, or the name of a recipe."""
+def as_plan(plan: PlanLike) -> Plan:
+    """A plan from a plan, a method (vision, default layers), a vision stage, or what :meth:`Plan.load` finds."""
     if isinstance(plan, Plan):
         return plan
     if isinstance(plan, (Method, Stage)):
         return Plan(vision=plan)
-    if isinstance(plan, str):
-        return recipe(plan)
-    raise TypeError(f"plan must be a saint.Plan, a method such as saint.Saint(), or a recipe's name, got {plan!r}")
+    if isinstance(plan, (str, os.PathLike)):
+        return Plan.load(plan)
+    raise TypeError(
+        f"plan must be a saint.Plan, a method such as saint.Saint(), a recipe's name or a plan file, got {plan!r}"
+    )
 
 
-def apply(model: nn.Module, plan: Plan | Stage | Method | str) -> Session:
+def apply(model: nn.Module, plan: PlanLike) -> Session:
     """Prune ``model`` in place, according to ``plan``.
 
     Args:
         model: a model of the support table (``saint list``), or one that contains exactly one.
-        plan: a plan; a bare method means ``Plan(vision=method)``; a string names a recipe.
+        plan: a plan; a bare method means ``Plan(vision=method)``; a string names a recipe, or is looked up like
+            :meth:`Plan.load` does.
 
     Returns:
         The session; ``session.remove()`` gives the model back exactly as it was.
@@ -205,6 +210,7 @@ def apply(model: nn.Module, plan: Plan | Stage | Method | str) -> Session:
         raise AlreadyAppliedError(
             f"a plan is already applied to this {type(carried).__name__}; call saint.remove(model) first"
         )
+    _refuse_unbuilt(plan)
     session = Session(model, plan)
     if plan.connector is None and plan.language is None and find_vlm(model) is None:
         if plan.vision is not None:
@@ -213,6 +219,17 @@ def apply(model: nn.Module, plan: Plan | Stage | Method | str) -> Session:
         session._vlm, session._encoder = _vlm(model, plan)
     session._install(model)
     return session
+
+
+def _refuse_unbuilt(plan: Plan) -> None:
+    """What a plan may say and no encoder or decoder does yet."""
+    for name, stages in plan.slots.items():
+        if len(stages) > 1:
+            raise UnsupportedModelError(
+                f"the {name} slot of the plan has {len(stages)} stages; this release applies one: give one"
+            )
+        if stages[0].placement == "input":
+            raise UnsupportedModelError('this release does not apply placement="input": use layers=[0]')
 
 
 def _encoder(
@@ -331,7 +348,7 @@ def _session(model: nn.Module) -> Session | None:
 
 
 @contextmanager
-def pruned(model: nn.Module, plan: Plan | Stage | Method | str) -> Iterator[Session]:
+def pruned(model: nn.Module, plan: PlanLike) -> Iterator[Session]:
     """:func:`apply` for the length of a ``with`` block; undone also after an exception."""
     session = apply(model, plan)
     try:

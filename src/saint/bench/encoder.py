@@ -229,11 +229,13 @@ def _ratios(over: list[float], under: list[float]) -> list[float]:
 
 def _keep_all(plan: Plan) -> Plan | None:
     """The same stages, scored in full, of which nothing goes: no source ever reaches so many neighbours."""
-    stage = plan.vision
-    if stage is None or not isinstance(stage.method, Saint):
-        return None
-    method = dataclasses.replace(stage.method, threshold=1.0, neighbors=2**31, budget="sample")
-    return dataclasses.replace(plan, vision=dataclasses.replace(stage, method=method))
+    scored = []
+    for stage in plan.slots.get("vision", ()):
+        if not isinstance(stage.method, Saint):
+            return None
+        method = dataclasses.replace(stage.method, threshold=1.0, neighbors=2**31, budget="sample")
+        scored.append(dataclasses.replace(stage, method=method))
+    return dataclasses.replace(plan, vision=scored) if scored else None
 
 
 def _force_eager(model: nn.Module) -> bool:

@@ -180,7 +180,7 @@ def bar(share: float, width: int = 20) -> str:
 def describe(plan: "Plan") -> str:
     """A plan in a line."""
     parts = []
-    for name, stage in plan.stages.items():
+    for name, stage in ((name, stage) for name, stages in plan.slots.items() for stage in stages):
         settings = {k: v for k, v in stage.method.to_dict().items() if k != "method"}
         shown = ", ".join(f"{k}={v}" for k, v in settings.items() if v != getattr(type(stage.method), k, None))
         lead = f"threshold={settings['threshold']}" if "threshold" in settings else ""
