@@ -4,9 +4,10 @@ import dataclasses
 from typing import ClassVar
 
 import saint
+from saint.gathers import similar_survivor
 from saint.graph import metric
 from saint.methods import ToMe
-from saint.tokens import Candidates, Selection, similar_survivor
+from saint.tokens import Candidates, Selection
 
 
 @dataclasses.dataclass(frozen=True)

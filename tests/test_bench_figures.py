@@ -147,7 +147,7 @@ def measured(clock, monkeypatch):
         return select(self, candidates)
 
     monkeypatch.setattr(saint.Saint, "select", slow)
-    from saint.vision import encoder as pruning
+    from saint.runtime import layer as pruning
 
     real_gather = pruning.gather_tokens
 

@@ -430,10 +430,10 @@ def test_check_prints_every_contract_and_writes_them(run, tmp_path):
 
 
 def test_check_fails_when_a_contract_fails(run, monkeypatch):
-    from saint.vision import encoder
+    from saint.runtime import layer
 
-    real = encoder.gather_tokens
-    monkeypatch.setattr(encoder, "gather_tokens", lambda x, slots, prefix: real(x, slots.roll(1, 1), prefix))
+    real = layer.gather_tokens
+    monkeypatch.setattr(layer, "gather_tokens", lambda x, slots, prefix: real(x, slots.roll(1, 1), prefix))
     code, out, _ = run("check", "timm:test_vit", "--no-pretrained")
     assert code == 1
     assert "failed" in out

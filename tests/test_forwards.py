@@ -16,9 +16,9 @@ from vlm_models import FAMILIES, cache_of, cached, checkpoint, prompts
 
 import saint
 from saint import testing
+from saint.gathers import is_dropped
 from saint.methods import FastV, ToMe
 from saint.plan import Plan, Stage
-from saint.tokens import is_dropped
 
 HYBRID = Plan(vision=VISION, language=LANGUAGE)
 PLANS = {

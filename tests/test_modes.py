@@ -167,7 +167,7 @@ def test_average_pooling_over_survivors_and_by_coverage():
     with saint.pruned(model, Stage(loose(), output="similar")) as session:
         full = model.forward_features(images)
         pooled = model.forward_head(full, pre_logits=True)
-        owner = session._encoder.state.owners[4]
+        owner = session._encoder.stand_ins(4)
     for sample, kept in enumerate(session.plan.stages and owner):
         weight = torch.bincount(kept).float()
         assert weight.sum() == 36
@@ -413,12 +413,11 @@ class HostReads(TorchDispatchMode):
 @pytest.fixture
 def as_on_cuda(monkeypatch):
     """The path of a device whose values cost a wait; counts of votes are read with one `tolist` each, which is counted too."""
-    from saint.language import decoder
     from saint.methods import base
-    from saint.vision import encoder
+    from saint.runtime import layer
     from saint.vlm import model
 
-    for module in (tokens, encoder, decoder, model):
+    for module in (tokens, layer, model):
         monkeypatch.setattr(module, "reads_are_free", lambda device: False)
     reads, real = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(tuple(self.shape)) or real(self))

@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saint import graph, methods, tokens
+from saint import gathers, graph, methods, tokens
 from saint.methods.base import check_steps, final_keep, floored, goals, host_counts, scheduled_keep
 from saint.plan import Plan, Stage
+from saint.runtime.state import packed_groups, squares
 from saint.tokens import Candidates, Selection, TokenMap
 
 CPU = torch.device("cpu")
@@ -126,18 +127,18 @@ def test_gathers_are_the_rows_one_by_one(made, prefix, seed):
     after = current.select(chosen)
     batch, slots, width = after.index.shape[0], current.slots, current.width
     x = noise(batch, prefix + slots, 3, seed=seed)
-    short = tokens.gather_tokens(x, chosen.slots, prefix)
-    entries = tokens.gather_entries(x[:, None, prefix:].expand(-1, 2, -1, -1), chosen.slots)
+    short = gathers.gather_tokens(x, chosen.slots, prefix)
+    entries = gathers.gather_entries(x[:, None, prefix:].expand(-1, 2, -1, -1), chosen.slots)
     assert short.shape == (batch, prefix + max(chosen.lengths), 3)
     table, per_head = noise(width, 4, seed=seed), noise(2, width, 4, seed=seed)
-    shared, headed = tokens.gather_table(table, after), tokens.gather_table(per_head, after)
+    shared, headed = gathers.gather_table(table, after), gathers.gather_table(per_head, after)
     mask = noise(batch, 1, prefix + width, prefix + width, seed=seed)
-    columns_only = tokens.gather_mask(mask[:, :, :1], after, prefix)
-    both = tokens.gather_mask(mask, after, prefix)
-    one_for_all = tokens.gather_mask(mask[:1], after, prefix)
-    full = tokens.full_length(short, after, prefix, -7.0)
-    lost = tokens.dropped(after)
-    seen = tokens.visible(after, prefix)
+    columns_only = gathers.gather_mask(mask[:, :, :1], after, prefix)
+    both = gathers.gather_mask(mask, after, prefix)
+    one_for_all = gathers.gather_mask(mask[:1], after, prefix)
+    full = gathers.full_length(short, after, prefix, -7.0)
+    lost = gathers.dropped(after)
+    seen = gathers.visible(after, prefix)
     for b, (row, kept) in enumerate(zip(rows_of(chosen), after.kept(), strict=True)):
         n = prefix + len(row)
         assert torch.equal(short[b, :n], x[b, [*range(prefix), *(prefix + slot for slot in row)]])
@@ -167,7 +168,7 @@ def test_padding_is_the_mean_of_what_is_real(made, prefix, with_prefix, seed):
     current, chosen = made
     after = current.select(chosen)
     x = noise(after.index.shape[0], prefix + after.slots, 3, seed=seed)
-    filled = tokens.fill_padding(x, after, prefix, with_prefix=with_prefix)
+    filled = gathers.fill_padding(x, after, prefix, with_prefix=with_prefix)
     for b, n in enumerate(after.lengths):
         assert torch.equal(filled[b, : prefix + n], x[b, : prefix + n])
         if n < after.slots:
@@ -181,7 +182,7 @@ def test_survivors_stand_for_the_dropped(made, columns, seed):
     current, chosen = made
     after = current.select(chosen)
     if after.width % columns == 0:
-        owner = tokens.nearest_survivor(after, (after.width // columns, columns))
+        owner = gathers.nearest_survivor(after, (after.width // columns, columns))
         for b, kept in enumerate(after.kept()):
             for cell in range(after.width):
                 far = [
@@ -189,7 +190,7 @@ def test_survivors_stand_for_the_dropped(made, columns, seed):
                 ]
                 assert int(owner[b, cell]) == far.index(min(far))
     points = graph.metric(noise(after.index.shape[0], current.slots, 5, seed=seed))
-    similar = tokens.similar_survivor(points, chosen)
+    similar = gathers.similar_survivor(points, chosen)
     for b, row in enumerate(rows_of(chosen)):
         for slot in slots_of(current)[b]:
             best = [float(points[b, slot].double() @ points[b, k].double()) for k in row]
@@ -212,7 +213,7 @@ def test_merging_is_a_weighted_mean(current, data):
     x, sizes = noise(batch, 1 + slots, 3, seed=slots), torch.zeros(batch, slots)
     for b, own in enumerate(slots_of(current)):
         sizes[b, own] = torch.tensor([float(data.draw(st.integers(1, 4))) for _ in own])
-    merged, total = tokens.merge_tokens(x, sizes, chosen, 1)
+    merged, total = gathers.merge_tokens(x, sizes, chosen, 1)
     assert torch.equal(merged[:, :1], x[:, :1])
     for b, row in enumerate(rows_of(chosen)):
         for new, slot in enumerate(row):
@@ -234,33 +235,32 @@ def test_groups_stay_and_go_together(counts, size, data):
     total = sum(counts)
     order = data.draw(st.permutations(range(total)))  # group at each place
     places = {group: place for place, group in enumerate(order)}
-    groups = tokens.packed_groups([n * size for n in counts], size, torch.tensor(order), CPU)
+    state = packed_groups([n * size for n in counts], size, torch.tensor(order), CPU)
+    members = state.places
     first = [sum(counts[:i]) for i in range(len(counts))]
     for b, n in enumerate(counts):
         for g in range(n):
             start = places[first[b] + g] * size
-            assert groups.members[b, g].tolist() == list(range(start, start + size))
-    sequence = TokenMap.full(1, total * size, CPU)
+            assert members[b, g].tolist() == list(range(start, start + size))
     left = [list(range(n)) for n in counts]
     for _ in range(2):
-        current = groups.map
+        current = state.candidates
         left = [sorted(data.draw(st.lists(st.sampled_from(own), min_size=1, unique=True))) for own in left]
         score = torch.zeros(len(counts), current.slots)
         for b, own in enumerate(left):
             score[b] = torch.isin(current.index[b], torch.tensor(own)).float()
         chosen = Selection.from_scores(score, tuple(map(len, left)), current)
-        slots = groups.slots(sequence)
-        held = sequence.kept()[0].tolist()
+        held = state.tokens.kept()[0].tolist()
         for b, kept in enumerate(current.kept()):
             for g, group in enumerate(kept.tolist()):
-                assert [held[s] for s in slots[b, g].tolist()] == groups.members[b, group].tolist()
-        groups, stay = groups.select(chosen, slots, sequence)
-        sequence = sequence.select(stay)
-        assert [k.tolist() for k in groups.map.kept()] == left
+                assert [held[s] for s in state.places[b, g].tolist()] == members[b, group].tolist()
+        state, _ = state.after(chosen)
+        sequence = state.tokens
+        assert [k.tolist() for k in state.candidates.kept()] == left
         want = sorted(places[first[b] + g] * size + i for b, own in enumerate(left) for g in own for i in range(size))
         assert sequence.kept()[0].tolist() == want
     ends = sorted({0, total * size, *(data.draw(st.lists(st.integers(0, total * size), max_size=3)))})
-    short = tokens.shorter(torch.tensor(ends, dtype=torch.int32), sequence)
+    short = gathers.shorter(torch.tensor(ends, dtype=torch.int32), sequence)
     counted = [sum(t < end for t in sequence.kept()[0].tolist()) for end in ends]
     assert short.dtype == torch.int32
     assert short.tolist() == sorted(set(counted))
@@ -270,9 +270,9 @@ def test_groups_stay_and_go_together(counts, size, data):
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 2))
 def test_squares_are_squares(side, across, batch):
     edge = side * across
-    groups = tokens.square_groups(batch, edge * edge, side, CPU)
-    assert groups.map.lengths == (across * across,) * batch
-    for g, members in enumerate(groups.members[-1].tolist()):
+    state = squares(batch, edge * edge, side, CPU)
+    assert state.candidates.lengths == (across * across,) * batch
+    for g, members in enumerate((state.places[-1] - (batch - 1) * edge * edge).tolist()):
         top, left = g // across * side, g % across * side
         assert members == [(top + i) * edge + left + j for i in range(side) for j in range(side)]
 

@@ -198,13 +198,13 @@ def test_what_is_scored_is_what_attention_received(name, placement, monkeypatch)
         received.append(key)
         return own(query, key, value, *args, **kwargs)
 
-    def select(candidates):
-        shown.append(candidates.keys)
-        return None
+    class Ear:
+        def candidates(self, stage, layer, candidates):
+            shown.append(candidates.keys)
 
-    with saint.pruned(model, Stage(saint.Saint(), placement=placement, layers=[0, 1, 2, 3])) as session:
+    plan = Stage(saint.Saint(threshold=1.0, neighbors=999), placement=placement, layers=[0, 1, 2, 3])
+    with saint.pruned(model, plan, observers=[Ear()]) as session:
         monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-        session._encoder.select = select
         testing.run(model, inputs)
         prefix = session._encoder.prefix
     assert len(shown) == 4
@@ -251,10 +251,10 @@ def test_maps_of_other_encoders_stay_on_the_grid(name):
 
 def test_the_oracle_notices_a_wrong_survivor(monkeypatch):
     model, plan, inputs = prepared("timm/vit-augreg")
-    from saint.vision import encoder
+    from saint.runtime import layer
 
-    real = encoder.gather_tokens
-    monkeypatch.setattr(encoder, "gather_tokens", lambda x, slots, prefix: real(x, slots.roll(1, 1), prefix).roll(0))
+    real = layer.gather_tokens
+    monkeypatch.setattr(layer, "gather_tokens", lambda x, slots, prefix: real(x, slots.roll(1, 1), prefix).roll(0))
     with pytest.raises(AssertionError, match="differs"):
         testing.check_oracle(model, restage(plan, layers=[1, 2]), inputs)
 

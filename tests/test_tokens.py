@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from saint import tokens
+from saint import gathers
+from saint.runtime.state import packed_groups, squares
 from saint.tokens import Selection, TokenMap
 
 
@@ -39,7 +40,7 @@ def test_equal_lengths_need_no_padding():
 def test_gather_keeps_the_prefix_and_the_right_rows(prefix):
     _, after, _ = ragged()
     x = torch.arange(10.0 + prefix).repeat(2, 1).unsqueeze(-1)
-    rows = tokens.gather_tokens(x, after.index, prefix)
+    rows = gathers.gather_tokens(x, after.index, prefix)
     for sample, kept in enumerate(after.kept()):
         want = [*range(prefix), *(i + prefix for i in kept.tolist())]
         assert rows[sample, : len(want), 0].tolist() == want
@@ -48,7 +49,7 @@ def test_gather_keeps_the_prefix_and_the_right_rows(prefix):
 def test_gather_is_differentiable():
     _, after, _ = ragged()
     x = torch.randn(2, 12, 3, requires_grad=True)
-    tokens.gather_tokens(x, after.index, 2).sum().backward()
+    gathers.gather_tokens(x, after.index, 2).sum().backward()
     assert x.grad[0, 1 + 2].abs().sum() == 0  # dropped
     assert x.grad[0, 2 + 2].abs().sum() > 0
 
@@ -56,10 +57,10 @@ def test_gather_is_differentiable():
 def test_tables_follow_their_tokens():
     _, after, _ = ragged()
     table = torch.arange(10.0).unsqueeze(1).expand(10, 4)
-    shared = tokens.gather_table(table, after)
+    shared = gathers.gather_table(table, after)
     assert shared.shape == (2, 1, 8, 4)
     assert shared[0, 0, :, 0].tolist() == after.kept()[0].tolist()
-    heads = tokens.gather_table(torch.stack([table, table + 100]), after)
+    heads = gathers.gather_table(torch.stack([table, table + 100]), after)
     assert heads.shape == (2, 2, 8, 4)
     assert heads[0, 1, :, 0].tolist() == [i + 100 for i in after.kept()[0].tolist()]
 
@@ -67,7 +68,7 @@ def test_tables_follow_their_tokens():
 def test_masks_keep_rows_and_columns():
     _, after, _ = ragged()
     mask = torch.arange(121).view(1, 1, 11, 11).float()
-    short = tokens.gather_mask(mask, after, prefix=1)
+    short = gathers.gather_mask(mask, after, prefix=1)
     assert short.shape == (2, 1, 9, 9)
     kept = [0, *(i + 1 for i in after.kept()[0].tolist())]
     assert torch.equal(short[0, 0], mask[0, 0][kept][:, kept])
@@ -77,7 +78,7 @@ def test_masks_keep_rows_and_columns():
 def test_filled_padding_leaves_the_average_alone(with_prefix):
     _, after, _ = ragged()
     x = torch.randn(2, 3 + 8, 5)
-    filled = tokens.fill_padding(x, after, 3, with_prefix=with_prefix)
+    filled = gathers.fill_padding(x, after, 3, with_prefix=with_prefix)
     first = 0 if with_prefix else 3
     for sample, length in enumerate(after.lengths):
         want = x[sample, first : 3 + length].mean(0)
@@ -88,7 +89,7 @@ def test_filled_padding_leaves_the_average_alone(with_prefix):
 def test_nearest_survivor_on_the_grid():
     before = TokenMap.full(1, 6, torch.device("cpu"))  # 2 x 3: 0 1 2 / 3 4 5
     after = before.select(Selection.from_order(torch.tensor([[1, 2, 3, 4]]), (4,), before))  # 0 and 5 stay
-    assert tokens.nearest_survivor(after, (2, 3))[0].tolist() == [0, 0, 1, 0, 1, 1]
+    assert gathers.nearest_survivor(after, (2, 3))[0].tolist() == [0, 0, 1, 0, 1, 1]
 
 
 def test_similar_survivor_never_points_at_padding_or_away_from_itself():
@@ -97,7 +98,7 @@ def test_similar_survivor_never_points_at_padding_or_away_from_itself():
     points[:, 1] = points[:, 2]  # a twin must not take over a survivor
     before = TokenMap.full(2, 10, torch.device("cpu"))
     selection = Selection.from_order(torch.tensor([[4, 1, 0, 2], [9, 0, 5, 3]]), (2, 4), before)
-    owner = tokens.similar_survivor(points, selection)
+    owner = gathers.similar_survivor(points, selection)
     after = before.select(selection)
     for sample, kept in enumerate(after.kept()):
         assert owner[sample, kept].tolist() == list(range(len(kept)))
@@ -110,40 +111,41 @@ def test_similar_survivor_never_points_at_padding_or_away_from_itself():
 
 
 def test_squares_of_a_grid():
-    groups = tokens.square_groups(2, 16, 2, torch.device("cpu"))
-    assert groups.members[1].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    state = squares(2, 16, 2, torch.device("cpu"))
+    members = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    assert state.places[0].tolist() == members
+    assert (state.places[1] - 16).tolist() == members  # rows of the second sequence
     for count, side in ((15, 2), (25, 2)):
         with pytest.raises(ValueError, match="must be square"):
-            tokens.square_groups(1, count, side, torch.device("cpu"))
+            squares(1, count, side, torch.device("cpu"))
 
 
 def test_groups_of_squares_go_together():
-    groups = tokens.square_groups(2, 16, 2, torch.device("cpu"))
-    sequence = TokenMap.full(2, 16, torch.device("cpu"))
+    state = squares(2, 16, 2, torch.device("cpu"))
     keep = torch.tensor([[True, False, True, True], [False, True, False, False]])
-    groups, stay = groups.select(Selection.from_mask(keep, (3, 1)), groups.slots(sequence), sequence)
-    sequence = sequence.select(stay)
-    assert [k.tolist() for k in groups.map.kept()] == [[0, 2, 3], [1]]
-    assert [k.tolist() for k in sequence.kept()] == [[0, 1, 4, 5, *range(8, 16)], [2, 3, 6, 7]]
+    state, _ = state.after(Selection.from_mask(keep, (3, 1)))
+    assert [k.tolist() for k in state.candidates.kept()] == [[0, 2, 3], [1]]
+    assert [k.tolist() for k in state.tokens.kept()] == [[0, 1, 4, 5, *range(8, 16)], [2, 3, 6, 7]]
     # a second time, counted in what is left
     keep = torch.tensor([[False, True, True], [True, False, False]])
-    groups, stay = groups.select(Selection.from_mask(keep, (2, 1)), groups.slots(sequence), sequence)
-    assert [k.tolist() for k in groups.map.kept()] == [[2, 3], [1]]
-    assert [k.tolist() for k in sequence.select(stay).kept()] == [list(range(8, 16)), [2, 3, 6, 7]]
+    before = state.tokens
+    state, stay = state.after(Selection.from_mask(keep, (2, 1)))
+    assert [k.tolist() for k in state.candidates.kept()] == [[2, 3], [1]]
+    assert [k.tolist() for k in state.tokens.kept()] == [list(range(8, 16)), [2, 3, 6, 7]]
+    assert [k.tolist() for k in before.select(stay).kept()] == [list(range(8, 16)), [2, 3, 6, 7]]
 
 
 def test_groups_of_a_packed_sequence():
     order = torch.tensor([2, 0, 1, 4, 3])  # who stands where: samples of 3 and 2 groups; not its own inverse
-    groups = tokens.packed_groups([6, 4], 2, order, torch.device("cpu"))
-    assert groups.map.lengths == (3, 2)
-    assert groups.members[0].tolist() == [[2, 3], [4, 5], [0, 1]]
-    assert groups.members[1, :2].tolist() == [[8, 9], [6, 7]]
-    sequence = TokenMap.full(1, 10, torch.device("cpu"))
+    state = packed_groups([6, 4], 2, order, torch.device("cpu"))
+    assert state.candidates.lengths == (3, 2)
+    assert state.places[0].tolist() == [[2, 3], [4, 5], [0, 1]]
+    assert state.places[1, :2].tolist() == [[8, 9], [6, 7]]
     keep = torch.tensor([[True, False, True], [False, True, False]])
-    groups, stay = groups.select(Selection.from_mask(keep, (2, 1)), groups.slots(sequence), sequence)
-    sequence = sequence.select(stay)
-    assert [k.tolist() for k in groups.map.kept()] == [[0, 2], [1]]
+    state, _ = state.after(Selection.from_mask(keep, (2, 1)))
+    sequence = state.tokens
+    assert [k.tolist() for k in state.candidates.kept()] == [[0, 2], [1]]
     assert sequence.kept()[0].tolist() == [0, 1, 2, 3, 6, 7]
-    assert tokens.shorter(torch.tensor([0, 2, 6, 8, 10], dtype=torch.int32), sequence).tolist() == [0, 2, 4, 6]
-    full = tokens.full_length(torch.arange(6.0)[None, :, None], sequence, 0, -1.0)
+    assert gathers.shorter(torch.tensor([0, 2, 6, 8, 10], dtype=torch.int32), sequence).tolist() == [0, 2, 4, 6]
+    full = gathers.full_length(torch.arange(6.0)[None, :, None], sequence, 0, -1.0)
     assert full.flatten().tolist() == [0, 1, 2, 3, -1, -1, 4, 5, -1, -1]

@@ -10,9 +10,10 @@ from vlm_models import FAMILIES, cache_of, prompts
 
 import saint
 from saint import graph, testing
+from saint.gathers import merge_tokens
 from saint.methods import ToMe
 from saint.plan import Plan, Stage
-from saint.tokens import Candidates, Selection, TokenMap, merge_tokens
+from saint.tokens import Candidates, Selection, TokenMap
 from saint.vision.locate import locate
 
 ROWS = [
@@ -117,7 +118,8 @@ def test_sizes_and_budgets(name):
     testing.check_oracle(model, plan, inputs)
     with saint.pruned(model, plan) as session:
         testing.run(model, inputs)
-        trace, sizes = session.trace, session._encoder.state.sizes
+        trace = session.trace
+        sizes = {layer: state.sizes for layer, state in session._encoder.forward.states.items()}
     total = trace[0].tokens_in.tolist()
     assert trace[-1].tokens_out.tolist() == [int(0.4 * n + 0.5) for n in total]
     for layer in (1, 2, 3, 4):
@@ -195,7 +197,7 @@ def test_the_merged_oracle_notices_missing_weights(monkeypatch):
     inputs = testing.example_inputs(model)
     from saint.vision.encoder import PrunedEncoder
 
-    monkeypatch.setattr(PrunedEncoder, "_bias", lambda self, layer: None)
+    monkeypatch.setattr(PrunedEncoder, "_bias", lambda self, layer, state: None)
     with pytest.raises(AssertionError, match="differs"):
         testing.check_oracle(model, Plan(vision=ToMe(r=5)), inputs)
 

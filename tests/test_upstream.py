@@ -31,12 +31,12 @@ from saint.language.attention import check_attention
 from saint.language.cache import RaggedLayer
 from saint.language.decoder import _ARGUMENTS
 from saint.methods import FastV
+from saint.runtime.blocks import Block, units
 from saint.upstream import families, names, transformers, versions
 from saint.upstream.names import CACHE, Parameters, Role
 from saint.upstream.names import LAYERS as TEXT_LAYERS
 from saint.upstream.specs import part
 from saint.upstream.verify import verify_encoder, verify_family
-from saint.vision.blocks import Block, units
 from saint.vision.locate import SPECS, locate, locate_tower
 from saint.vlm.locate import locate as locate_vlm
 

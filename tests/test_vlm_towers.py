@@ -3,6 +3,7 @@
 Logits, generation, undo and identity of these families are in the suites that run over all families.
 """
 
+import dataclasses
 from contextlib import ExitStack
 
 import pytest
@@ -11,7 +12,7 @@ from test_vlm_oracle import SPECIAL, Oracle, relative_error
 from vlm_models import FAMILIES, IMAGE, VIDEO, members, oracle_model, prompts
 
 import saint
-from saint.tokens import is_dropped
+from saint.gathers import is_dropped
 from saint.vision import encoder as encoders
 from saint.vision.locate import locate_tower
 
@@ -325,13 +326,14 @@ def test_longest_segment_for_flash_attention(models, name):
 def test_wrong_groups_are_an_error(models, name, monkeypatch):
     family, model, _ = models(name)
     inputs = prompts(family, model, SAMPLES)
-    real = encoders.square_groups
+    real = encoders.squares
 
     def shifted(*args):
-        groups = real(*args)
-        return type(groups)(groups.map, groups.members.roll(1, -1).flatten(1).roll(1, 1).view_as(groups.members))
+        state = real(*args)
+        places = state.places.roll(1, -1).flatten(1).roll(1, 1).view_as(state.places)
+        return dataclasses.replace(state, places=places)
 
-    monkeypatch.setattr(encoders, "square_groups", shifted)
+    monkeypatch.setattr(encoders, "squares", shifted)
     plan = saint.Plan(vision=saint.Stage(saint.SaintFullGraph(keep=0.5), layers=[1]))
     with (
         saint.pruned(model, plan),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .plan import Plan as Plan
     from .plan import Stage as Stage
     from .presets import recipes as recipes
+    from .runtime.observe import Observer as Observer
     from .session import Session as Session
     from .session import apply as apply
     from .session import pruned as pruned
@@ -38,6 +39,7 @@ _LAZY = {
     "AlreadyAppliedError": "errors",
     "HookNeverFiredError": "errors",
     "LayerTrace": "tokens",
+    "Observer": "runtime.observe",
     "ParityError": "errors",
     "Plan": "plan",
     "Saint": "methods.saint",

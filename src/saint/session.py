@@ -6,7 +6,7 @@ the user's modules. Two models in one process are independent.
 
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,21 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .assemble import assemble
 from .errors import AlreadyAppliedError, UnsupportedModelError
 from .methods.base import Method
 from .plan import Plan, Stage
+from .runtime.layer import DropPoint
+from .runtime.observe import Observers
 from .tokens import LayerTrace
-from .upstream.names import LAYERS
-from .upstream.specs import EncoderSpec
-from .upstream.verify import verify_encoder, verify_family
-from .upstream.versions import warn_if_untested
 from .vision.encoder import PrunedEncoder
-from .vision.locate import locate, locate_tower
-from .vlm.locate import find as find_vlm
-from .vlm.locate import locate as locate_vlm
 
 if TYPE_CHECKING:  # these import transformers
-    from .language.decoder import Drop, KVMemory
+    from .language.decoder import KVMemory
     from .vlm.model import PrunedVLM
 
 PlanLike = Plan | Stage | Method | str | os.PathLike[str]
@@ -75,7 +71,7 @@ class Session:
         language model receives them; those of the connector and language stages per sample, over all its visual tokens.
         """
         vision = self._encoder.trace() if self._encoder is not None else []
-        return vision + (self._vlm.decoder.trace if self._vlm is not None else [])
+        return vision + (self._vlm.decoder.trace() if self._vlm is not None else [])
 
     @property
     def kv_memory(self) -> "KVMemory | None":
@@ -87,18 +83,21 @@ class Session:
     @property
     def status(self) -> Status:
         """What is applied, per stage."""
-        stages = {}
-        if self._encoder is not None:
-            stage = self.plan.stages["vision"]
-            stages["vision"] = StageStatus(
-                stage.method, self._encoder.layers, self._encoder.placement, self._encoder.path
-            )
-        if self._vlm is not None:
-            decoder = self._vlm.decoder
-            for name, drop in (("connector", decoder.connector), ("language", decoder.language)):
-                if drop is not None:
-                    method = self.plan.stages[name].method
-                    stages[name] = StageStatus(method, list(drop.layers), "post", decoder.path)
+        stages: dict[str, Any] = {}
+        for stack in (self._encoder, None if self._vlm is None else self._vlm.decoder):
+            if stack is None:
+                continue
+            points = [*stack.entries, *stack.points.values()]
+            for slot, planned in self.plan.slots.items():
+                here = [point for point in points if point.stage == slot]
+                found = []
+                for group, stage in enumerate(planned):
+                    own = [point for point in here if point.group == group and point.method is not None]
+                    layers = [] if slot == "connector" else [point.layer for point in own]
+                    if own:
+                        found.append(StageStatus(stage.method, layers, _placement(own[0]), stack.path))
+                if found:
+                    stages[slot] = found[0] if len(found) == 1 else tuple(found)
         return Status(self.plan, stages)
 
     def expand(self, features: Tensor, layer: int | None = None) -> Tensor:
@@ -117,13 +116,13 @@ class Session:
             ValueError: ``features`` is not a map of that layer.
         """
         stage = self._encoder
-        maps = {} if stage is None else stage.state.maps
-        if stage is None or not maps:
+        states = {} if stage is None else stage.forward.states
+        if stage is None or not states:
             raise RuntimeError("expand() needs the tokens of a forward: run the model first")
         layer = stage.depth if layer is None else layer
-        if layer not in maps:
+        if layer not in states:
             raise ValueError(f"layer must be in 0..{stage.depth}, got {layer}")
-        slots = maps[layer].slots
+        slots = states[layer].tokens.slots
         if features.ndim == 3 and features.shape[1] == stage.prefix + slots:
             return stage.expand(features, layer)
         if features.ndim == 3 and features.shape[1] == slots:
@@ -162,6 +161,11 @@ class Session:
             stack.callback(vars(module).pop, _SLOT)
 
 
+def _placement(point: DropPoint) -> str:
+    """Where tokens leave; the connector stage lies in front of the language model, and has always said "post"."""
+    return "post" if point.stage == "connector" else point.placement
+
+
 def as_plan(plan: PlanLike) -> Plan:
     """A plan from a plan, a method (vision, default layers), a vision stage, or what :meth:`Plan.load` finds."""
     if isinstance(plan, Plan):
@@ -175,13 +179,15 @@ def as_plan(plan: PlanLike) -> Plan:
     )
 
 
-def apply(model: nn.Module, plan: PlanLike) -> Session:
+def apply(model: nn.Module, plan: PlanLike, *, observers: Sequence[Any] = ()) -> Session:
     """Prune ``model`` in place, according to ``plan``.
 
     Args:
         model: a model of the support table (``saint list``), or one that contains exactly one.
         plan: a plan; a bare method means ``Plan(vision=method)``; a string names a recipe, or is looked up like
             :meth:`Plan.load` does.
+        observers: objects with some of the methods of :class:`saint.Observer`, which are told of candidates, selections and
+            times. An empty plan observes and drops nothing.
 
     Returns:
         The session; ``session.remove()`` gives the model back exactly as it was.
@@ -210,115 +216,10 @@ def apply(model: nn.Module, plan: PlanLike) -> Session:
         raise AlreadyAppliedError(
             f"a plan is already applied to this {type(carried).__name__}; call saint.remove(model) first"
         )
-    _refuse_unbuilt(plan)
     session = Session(model, plan)
-    if plan.connector is None and plan.language is None and find_vlm(model) is None:
-        if plan.vision is not None:
-            session._encoder = _encoder(plan.vision, *locate(model))
-    elif plan.stages:
-        session._vlm, session._encoder = _vlm(model, plan)
+    session._vlm, session._encoder = assemble(model, plan, Observers(observers))
     session._install(model)
     return session
-
-
-def _refuse_unbuilt(plan: Plan) -> None:
-    """What a plan may say and no encoder or decoder does yet."""
-    for name, stages in plan.slots.items():
-        if len(stages) > 1:
-            raise UnsupportedModelError(
-                f"the {name} slot of the plan has {len(stages)} stages; this release applies one: give one"
-            )
-        if stages[0].placement == "input":
-            raise UnsupportedModelError('this release does not apply placement="input": use layers=[0]')
-
-
-def _encoder(
-    stage: Stage,
-    path: str,
-    encoder: nn.Module,
-    spec: EncoderSpec,
-    merge_size: int | None = None,
-    restored: frozenset[int] = frozenset(),
-) -> PrunedEncoder:
-    verify_encoder(encoder, spec)
-    warn_if_untested("torch", spec.library)
-    method = stage.method
-    return PrunedEncoder(
-        path,
-        encoder,
-        spec,
-        layers=stage.resolve_layers("vision", len(list(_blocks(encoder, spec.blocks)))),
-        placement=stage.placement,
-        output=stage.output,
-        select=method.select,
-        validate=method.validate,
-        beta=method.size_bias(),
-        merge_size=merge_size,
-        restored=restored,
-    )
-
-
-def _vlm(model: nn.Module, plan: Plan) -> "tuple[PrunedVLM, PrunedEncoder | None]":
-    from .language.decoder import Drop, Handover, PrunedDecoder
-    from .vlm.model import PrunedVLM, read_maps
-
-    path, vlm, spec = locate_vlm(model, next(reversed(plan.stages)))
-    verify_family(vlm, spec)
-    warn_if_untested("torch", "transformers", vlm=True)
-    prefix = f"{path}." if path else ""
-    encoder, mergers, handover = None, {}, Handover()
-    if plan.vision is not None:
-        if spec.no_vision is not None:
-            raise UnsupportedModelError(f"{spec.title} cannot do the vision stage: {spec.no_vision}")
-        if plan.vision.output != "survivors":
-            raise ValueError(
-                f"output={plan.vision.output!r} gives back full-length features; in front of a language model only "
-                '"survivors" saves anything'
-            )
-        inner, tower, tower_spec = locate_tower(vlm.get_submodule(spec.tower))
-        place = f"{prefix}{spec.tower}" + (f".{inner}" if inner else "")
-        merge_size = spec.merge_size(vlm)
-        if merge_size is not None and plan.vision.method.merges:
-            name = type(plan.vision.method).__name__
-            raise UnsupportedModelError(
-                f"{spec.title} joins squares of {merge_size} x {merge_size} patches behind its tower, and {name} merges patches "
-                "of different squares; use a method that drops"
-            )
-        verify_encoder(tower, tower_spec)
-        mergers = read_maps(vlm, spec, len(list(_blocks(tower, tower_spec.blocks))))
-        restored = frozenset() if merge_size is None else frozenset(mergers.values())
-        encoder = _encoder(plan.vision, place, tower, tower_spec, merge_size, restored)
-    text = vlm.get_submodule(spec.decoder)
-    layers: list[nn.Module] = list(LAYERS.get(text).children())
-    for stage in (plan.connector, plan.language):
-        if stage is not None and stage.placement == "mid":
-            raise UnsupportedModelError(
-                'placement="mid" is for the vision stage; in front of and inside a language model tokens go after whole '
-                'layers: placement="post" or None'
-            )
-    if plan.connector is not None and plan.connector.layers is not None:
-        raise ValueError("the connector stage lies in front of the language model and has no layers: leave layers out")
-
-    def drop(stage: Stage | None, layers: tuple[int, ...]) -> "Drop | None":
-        return None if stage is None else Drop(stage.method.select, stage.method.validate, layers, stage.method.needs)
-
-    chosen = () if plan.language is None else tuple(plan.language.resolve_layers("language", len(layers)))
-    decoder = PrunedDecoder(
-        f"{prefix}{spec.decoder}",
-        text,
-        layers,
-        connector=drop(plan.connector, ()),
-        language=drop(plan.language, chosen),
-        handover=handover,
-        between=spec.between(vlm),
-        evict=plan.language is not None and plan.language.evict,
-        enters=encoder is not None,
-    )
-    return PrunedVLM(path, vlm, spec, decoder, encoder, mergers, handover), encoder
-
-
-def _blocks(encoder: nn.Module, path: str) -> Any:
-    return encoder.get_submodule(path)
 
 
 def remove(model: nn.Module) -> None:
@@ -348,9 +249,9 @@ def _session(model: nn.Module) -> Session | None:
 
 
 @contextmanager
-def pruned(model: nn.Module, plan: PlanLike) -> Iterator[Session]:
+def pruned(model: nn.Module, plan: PlanLike, *, observers: Sequence[Any] = ()) -> Iterator[Session]:
     """:func:`apply` for the length of a ``with`` block; undone also after an exception."""
-    session = apply(model, plan)
+    session = apply(model, plan, observers=observers)
     try:
         yield session
     finally:

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,10 +12,10 @@ from ..errors import AlreadyAppliedError
 from ..methods.base import Method
 from ..methods.saint import Saint
 from ..plan import Plan, Stage
-from ..session import Session, apply, as_plan, status
+from ..session import apply, as_plan, status
 from ..tokens import LayerTrace
 from .cost import Cost, cost
-from .timing import Spread, interleave, load_average, synchronize
+from .timing import Spread, interleave, load_average
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +134,8 @@ def bench_encoder(
     meter: _Meter | None = None
     if extras:
         variants["metered"] = copy_sharing_weights(model)
-        sessions.append(apply(variants["metered"], plan))
-        meter = _Meter(sessions[-1], device)
+        meter = _Meter()
+        sessions.append(apply(variants["metered"], plan, observers=[meter]))
         if (idle := _keep_all(plan)) is not None:
             variants["keep_all"] = copy_sharing_weights(model)
             sessions.append(apply(variants["keep_all"], idle))
@@ -269,59 +268,22 @@ def _attention(model: nn.Module) -> str:
 
 
 class _Meter:
-    """Adds up the time spent in the session's own steps, forward by forward."""
+    """Observes what pruning costs, forward by forward."""
 
-    def __init__(self, session: Session, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self.scoring: list[float] = []  # ms, one entry per forward
         self.gathering: list[float] = []
-        self._spent = {"score": 0.0, "gather": 0.0}
-        self._open: list[str] = []
-        self._last = 0.0
-        stage = session._encoder
-        if stage is None:
-            return
-        self._wrap(stage, "select", "score")
-        for name in ("prune", "attention_inputs"):
-            self._wrap(stage, name, "gather")
-        for block in stage.blocks:
-            if block is not None:
-                self._wrap(block, "head_mean_keys", "score")
-        for module in stage.modules:
-            self._wrap(vars(module)["forward"], "_hand_on", "gather")
 
-    def _wrap(self, owner: Any, name: str, kind: str) -> None:
-        function = getattr(owner, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            self._switch(kind)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._switch(None)
-
-        setattr(owner, name, timed)
-
-    def _switch(self, kind: str | None) -> None:
-        """Charge the time since the last switch to whatever was running; the innermost wins."""
-        synchronize(self.device)
-        now = time.perf_counter()
-        if self._open:
-            self._spent[self._open[-1]] += now - self._last
-        if kind is None:
-            self._open.pop()
-        else:
-            self._open.append(kind)
-        self._last = time.perf_counter()
+    def pruning_time(self, stage: str, layer: int, scoring: float, gathering: float) -> None:
+        self.scoring[-1] += 1e3 * scoring
+        self.gathering[-1] += 1e3 * gathering
 
     def around(self, run: Callable[[], Any]) -> Callable[[], Any]:
-        """``run``, with the time of each call noted."""
+        """``run``, with an entry for each call."""
 
         def metered() -> Any:
-            self._spent = {"score": 0.0, "gather": 0.0}
-            output = run()
-            self.scoring.append(1e3 * self._spent["score"])
-            self.gathering.append(1e3 * self._spent["gather"])
-            return output
+            self.scoring.append(0.0)
+            self.gathering.append(0.0)
+            return run()
 
         return metered

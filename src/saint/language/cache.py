@@ -111,9 +111,7 @@ def biases(past: CachePositions | None, before: int, bias: Tensor | None, more: 
     return torch.cat([left, some.new_zeros(len(some), more) if bias is None else bias], 1)
 
 
-def extended(
-    past: CachePositions | None, before: int, tokens: TokenMap, bias: Tensor | None = None
-) -> CachePositions:
+def extended(past: CachePositions | None, before: int, tokens: TokenMap, bias: Tensor | None = None) -> CachePositions:
     """What a layer holds after the survivors of a new sequence were appended to ``before`` cached positions."""
     index, valid = entries(tokens, past, before, tokens.width)
     assert index is not None

@@ -265,7 +265,9 @@ class PrunedDecoder(LayerStack[DecoderForward]):
 
     # -- one layer ----------------------------------------------------------------------------------------------------
 
-    def named(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def named(
+        self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), self.layer_parameters[layer].named(args, kwargs, skip=1)
 
     def arrive(self, layer: int, x: Tensor, kwargs: dict[str, Any]) -> tuple[DecoderForward, LayerState | None]:
@@ -318,11 +320,15 @@ class PrunedDecoder(LayerStack[DecoderForward]):
         tokens, cache, parameters = state.tokens, CACHE.read(kwargs), self.layer_parameters[layer]
         entry = None if cache is None else ragged_layer(cache, layer, self.token)
         table, ids = ROTARY.read(kwargs), POSITIONS.read(kwargs)
-        out = parameters.put(kwargs, ROTARY, forward.once("rotary", partial(gather_rotary, table, tokens), tokens, table))
+        out = parameters.put(
+            kwargs, ROTARY, forward.once("rotary", partial(gather_rotary, table, tokens), tokens, table)
+        )
         if isinstance(ids, Tensor):
             out = parameters.put(out, POSITIONS, forward.once("ids", partial(gather_ids, ids, tokens), tokens, ids))
-        bias = None if state.sizes is None else forward.once("bias", state.key_bias, tokens, state.sizes)
-        out = parameters.put(out, MASK, self._mask(forward, MASK.read(kwargs), tokens, entry, tokens.width, bias, dtype))
+        bias = None if state.sizes is None else forward.once("bias", partial(state.key_bias, dtype), tokens, state.sizes)
+        out = parameters.put(
+            out, MASK, self._mask(forward, MASK.read(kwargs), tokens, entry, tokens.width, bias, dtype)
+        )
         if entry is None:
             return out, None
         past, before = entry.map, entry.length

@@ -93,7 +93,7 @@ class Block:
             keys = keys.chunk(3, -1)[1]
         if self.segments is not None:
             keys = keys.unsqueeze(0)
-        if not isinstance(self._source, nn.Module):
+        if isinstance(self._source, Tensor):
             return self._project(self._source, keys[:, prefix:])
         if self.spec.keys_by_token:
             return keys[:, prefix:].sum(2, dtype=torch.float32) / keys.shape[2]
@@ -114,7 +114,7 @@ class Block:
 
     # -- halves -------------------------------------------------------------------------------------------------------
 
-    def first(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def first(self, x: Tensor, **kwargs: Any) -> Tensor:
         """x + attention branch. x [B, P + N, C]."""
         names = self.spec
         assert names.attn is not None
@@ -177,7 +177,7 @@ class Block:
                 module.training = False
             with torch.no_grad():
                 expected = self.module.forward(x, **kwargs)
-                composed = self.second(self.first(x, kwargs))
+                composed = self.second(self.first(x, **kwargs))
                 if self.key_source:
                     self.head_mean_keys(torch.cat(list(shown.values()), 1) if shown else None, prefix)
         except (TypeError, RuntimeError, AttributeError) as error:

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -56,6 +57,7 @@ class DropPoint:
         steps: drop points of that stage.
         needs: what is computed on demand for whoever looks at the candidates.
         shown: observers see the candidates.
+        group: which stage of its slot it belongs to.
     """
 
     stage: str
@@ -66,6 +68,7 @@ class DropPoint:
     steps: int = 1
     needs: frozenset[str] = frozenset()
     shown: bool = False
+    group: int = 0
 
 
 class Seen(NamedTuple):
@@ -144,13 +147,15 @@ class LayerStack(ABC, Uncopyable, Generic[F]):
         refuse_replicas(stack, self.module)
         for index in range(self.first, self.depth):
             refuse_replicas(stack, self.modules[index])
-            override(stack, self.modules[index], "forward", lambda original, i=index: PrunedLayer(self, i, original))
+            override(stack, self.modules[index], "forward", partial(PrunedLayer, self, index))
         stack.callback(self.reset)
 
     # -- what differs -------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def named(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def named(
+        self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call behind the hidden states, by name as far as names are known."""
 
     @abstractmethod
@@ -210,7 +215,7 @@ class LayerStack(ABC, Uncopyable, Generic[F]):
             for total in sorted({n for n in state.began if n}):
                 point.method.validate(total, point.steps)
         keys, features = state.of_candidates(seen.keys), state.of_candidates(features.detach())
-        if point.step == 0 and reads_are_free(keys.device):
+        if point.step == 0 and point.method is not None and reads_are_free(keys.device):
             _refuse_non_finite(keys, self.where(point))
         attention = seen.attention
         if attention is not None:
@@ -246,9 +251,7 @@ class LayerStack(ABC, Uncopyable, Generic[F]):
                 tell(point.stage, point.layer, stays)
         return selection
 
-    def drop(
-        self, forward: F, point: DropPoint, state: LayerState, y: Tensor, seen: Seen
-    ) -> tuple[LayerState, Tensor]:
+    def drop(self, forward: F, point: DropPoint, state: LayerState, y: Tensor, seen: Seen) -> tuple[LayerState, Tensor]:
         """The state behind a drop point and its tokens: y [Q, P + S, C] -> [Q, P + K, C]."""
         after, chosen, selection = self.choose(forward, point, state, y[:, self.prefix :], seen)
         if chosen is None or selection is None:

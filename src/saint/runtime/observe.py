@@ -55,7 +55,9 @@ class Observers:
         self._all = tuple(observers)
         for observer in self._all:
             if not any(callable(getattr(observer, event, None)) for event in EVENTS):
-                raise TypeError(f"an observer has at least one of the methods {', '.join(EVENTS)}; got {observer!r:.80}")
+                raise TypeError(
+                    f"an observer has at least one of the methods {', '.join(EVENTS)}; got {observer!r:.80}"
+                )
             _check_layers(observer)
         self.candidates = self._listeners("candidates")
         self.selected = self._listeners("selected")
@@ -87,6 +89,11 @@ class Observers:
                 raise ValueError(f"an observer wants layer {max(wanted)}, and there are layers 0..{depth - 1}")
             chosen.update(wanted)
         return sorted(chosen)
+
+    @property
+    def choosy(self) -> bool:
+        """Whether some observer of candidates names its layers itself."""
+        return any(getattr(observer, "layers", None) is not None for observer, _ in self.candidates)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -105,11 +105,14 @@ class LayerState:
         )
         return state, chosen
 
-    def key_bias(self) -> Tensor | None:
-        """What proportional attention adds to the logits of each token's key, float32 [Q, S]; None when all weigh alike."""
+    def key_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """What proportional attention adds to the logits of each token's key, [Q, S]; None when all weigh alike.
+
+        Of at least float32 precision, whatever the dtype of the hidden states.
+        """
         if self.sizes is None or not self.beta:
             return None
-        bias = self.beta * self.sizes.clamp_min(1).log()
+        bias = self.beta * self.sizes.to(torch.promote_types(dtype, torch.float32)).clamp_min(1).log()
         if self.places is None:
             return bias
         out = bias.new_zeros(self.tokens.index.numel() + 1)

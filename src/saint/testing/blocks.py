@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..flops import count_flops
+from ..runtime.blocks import units
 from ..upstream.specs import BlockSpec, EncoderSpec, part
-from ..vision.blocks import units
 from .hiding import unfused
 from .outputs import Inputs, run
 

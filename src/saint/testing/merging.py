@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from ..errors import HookNeverFiredError
 from ..patch import override
 from ..plan import Plan
+from ..runtime.blocks import Block
 from ..session import pruned
 from ..tokens import LayerTrace
 from ..upstream.specs import part
-from ..vision.blocks import Block
 from ..vision.locate import locate
 from .blocks import block_spec
 from .hiding import HideKeys, hide_in_pools, unfused
@@ -96,7 +96,7 @@ def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
                 kwargs[block.mask] = pairs(kwargs[block.mask])
             mode.visible, mode.masked = logits(x.shape[1], x), 0
             halves = layer in by_layer and placement == "mid"
-            y = block.first(x, kwargs) if halves else original(x, **kwargs)
+            y = block.first(x, **kwargs) if halves else original(x, **kwargs)
             if mode.visible is not None and mode.masked == 0:
                 raise HookNeverFiredError(f"the attention of block {layer} does not go through torch's fused functions")
             mode.visible = None

@@ -31,11 +31,7 @@ def checkpointed(module: nn.Module, function: Callable[..., Tensor]) -> Callable
     if not (inside and on and run is not None):
         return function
 
-    def checkpointing(x: Tensor, *args: Any) -> Tensor:
-        return run(partial(_behind, function, args), x)  # the hidden states by position, as its users must
+    def checkpointing(x: Tensor, **kwargs: Any) -> Tensor:
+        return run(partial(function, **kwargs), x)  # the hidden states by position, as its users must
 
     return checkpointing
-
-
-def _behind(function: Callable[..., Tensor], args: tuple[Any, ...], x: Tensor) -> Tensor:
-    return function(x, *args)

@@ -129,25 +129,23 @@ class PrunedEncoder(LayerStack[EncoderForward]):
                     f"{block.name} is a {type(block.module).__name__}, between whose attention and MLP there is no place to "
                     'drop tokens: use placement="post", or leave placement out'
                 )
-        if any(point.method is not None and point.method.size_bias() for point in self.points.values()):
-            for index in range(self.first_short, self.depth):
-                self._check_bias(index)
+        beta = max((p.method.size_bias() for p in self.points.values() if p.method is not None), default=0.0)
+        for index in range(self.first_short, self.depth) if beta else ():
+            self._check_bias(index, beta)
         if self.output == "nearest" and self.spec.patch is None:
-            raise UnsupportedModelError(
-                f'{name} shows no patch grid: output="nearest" is not possible, use "similar"'
-            )
+            raise UnsupportedModelError(f'{name} shows no patch grid: output="nearest" is not possible, use "similar"')
         self._prove()
         count = self.spec.candidates(self.encoder)
         first_point = next((p for p in (*self.entries, *self.points.values()) if p.method is not None), None)
         if count is not None and first_point is not None and first_point.method is not None:
             first_point.method.validate(count, first_point.steps)
 
-    def _check_bias(self, layer: int) -> None:
+    def _check_bias(self, layer: int, beta: float) -> None:
         block = self.blocks[layer]
         if block is not None and block.spec.padding is None and not self._masks(block):
             raise UnsupportedModelError(
                 f"{self.spec.blocks}.{layer} ({type(block.module).__name__}) takes no dense attention mask, through which "
-                "merged tokens are weighed: set beta=0, or load the model with SDPA or eager attention"
+                f"beta={beta:g} weighs merged tokens: set beta=0, or load the model with SDPA or eager attention"
             )
 
     def _prove(self) -> None:
@@ -297,7 +295,9 @@ class PrunedEncoder(LayerStack[EncoderForward]):
 
     # -- one layer ----------------------------------------------------------------------------------------------------
 
-    def named(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def named(
+        self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         block = self.blocks[layer]
         return (args, kwargs) if block is None else ((), block.named(args, kwargs))
 
@@ -361,11 +361,11 @@ class PrunedEncoder(LayerStack[EncoderForward]):
 
     def _bias(self, layer: int, state: LayerState) -> Tensor | None:
         """What proportional attention adds to the logits of each key, [B, P + K]; None when all count alike."""
-        bias = state.key_bias()
+        dtype = next(self.modules[layer].parameters()).dtype
+        bias = state.key_bias(dtype)
         if bias is None:
             return None
-        self._check_bias(layer)  # the attention implementation may have been switched since
-        dtype = next(self.modules[layer].parameters()).dtype
+        self._check_bias(layer, state.beta)  # the attention implementation may have been switched since
         return torch.nn.functional.pad(bias, (self.prefix, 0)).to(dtype)
 
     def arguments(
@@ -445,7 +445,9 @@ class PrunedEncoder(LayerStack[EncoderForward]):
         implementation = IMPLEMENTATION.get(getattr(self.encoder, "config", None))
         return block.mask is not None and (implementation is None or implementation in _DENSE_MASK)
 
-    def leave(self, forward: EncoderForward, layer: int, state: LayerState, y: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def leave(
+        self, forward: EncoderForward, layer: int, state: LayerState, y: Tensor, kwargs: dict[str, Any]
+    ) -> Tensor:
         after, tokens = layer + 1, state.tokens
         forward.states[after] = state
         if tokens.whole:

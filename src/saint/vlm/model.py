@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HookNeverFiredError, ParityError, UnsupportedModelError
+from ..gathers import DROPPED, full_length, is_dropped
 from ..language.decoder import Handover, PrunedDecoder
 from ..patch import Uncopyable, override
-from ..gathers import DROPPED, full_length, is_dropped
 from ..tokens import reads_are_free
 from ..upstream.names import CACHE, ENCODED, IMAGE_TOKEN, Parameters
 from ..upstream.specs import FamilySpec

@@ -1,0 +1,170 @@
+"""From a model and a plan to what runs: which encoder and decoder, and where their drop points are. Touches nothing."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .errors import UnsupportedModelError
+from .plan import Plan, Stage
+from .runtime.layer import DropPoint
+from .runtime.observe import Observers
+from .upstream.names import LAYERS
+from .upstream.specs import EncoderSpec, FamilySpec
+from .upstream.verify import verify_encoder, verify_family
+from .upstream.versions import warn_if_untested
+from .vision.encoder import PrunedEncoder
+from .vision.locate import locate, locate_tower
+from .vlm.locate import find as find_vlm
+from .vlm.locate import locate as locate_vlm
+
+if TYPE_CHECKING:  # imports transformers
+    from .vlm.model import PrunedVLM
+
+
+def assemble(model: nn.Module, plan: Plan, observers: Observers) -> "tuple[PrunedVLM | None, PrunedEncoder | None]":
+    """What a session installs; (None, None) where nothing is to be done.
+
+    Raises:
+        UnsupportedModelError, ParityError, ValueError: see :func:`saint.apply`.
+    """
+    if not plan.slots and not observers:
+        return None, None
+    if plan.connector is None and plan.language is None and find_vlm(model) is None:
+        path, encoder, spec = locate(model)
+        return None, _encoder(plan, path, encoder, spec, observers)
+    return _vlm(model, plan, observers)
+
+
+def drop_points(
+    slot: str, stages: Sequence[Stage], layers: Sequence[Sequence[int]], depth: int, observers: Observers, idle: bool
+) -> list[DropPoint]:
+    """The drop points of one slot in a model of ``depth`` layers, and what observers want to see of its other layers.
+
+    Args:
+        slot: "vision", "connector" or "language".
+        stages: of the slot.
+        layers: of each stage.
+        depth: layers of the module.
+        observers: of the session.
+        idle: the plan drops nowhere.
+
+    Raises:
+        UnsupportedModelError: some stages of the slot merge tokens and others drop them.
+    """
+    if len({stage.method.merges for stage in stages}) > 1:
+        raise UnsupportedModelError(
+            f"some stages of the {slot} slot merge tokens and others drop them, and a dropped token may hold others: give "
+            "methods of one kind"
+        )
+    points: dict[tuple[str, int], DropPoint] = {}
+    for group, (stage, chosen) in enumerate(zip(stages, layers, strict=True)):
+        placement = "input" if slot == "connector" else stage.placement or ("" if slot == "vision" else "post")
+        for step, layer in enumerate(chosen):
+            points["input" if placement == "input" else "", layer] = DropPoint(
+                slot, layer, placement, stage.method, step, len(chosen), stage.method.needs, group=group
+            )
+    if observers.candidates:
+        needs = observers.needs if slot == "language" else frozenset[str]()
+        shown = [] if slot == "connector" else observers.layers(depth, [layer for _, layer in points], idle)
+        for key in [key for key in points if key[0]] + [("", layer) for layer in shown]:
+            point = points.get(key) or DropPoint(slot, key[1], "post", None)
+            points[key] = replace(point, needs=point.needs | needs, shown=True)
+    return sorted(points.values(), key=lambda point: (point.placement != "input", point.layer))
+
+
+def _encoder(
+    plan: Plan,
+    path: str,
+    encoder: nn.Module,
+    spec: EncoderSpec,
+    observers: Observers,
+    merge_size: int | None = None,
+    restored: frozenset[int] = frozenset(),
+) -> PrunedEncoder:
+    verify_encoder(encoder, spec)
+    warn_if_untested("torch", spec.library)
+    stages, depth = plan.slots.get("vision", ()), len(list(_blocks(encoder, spec.blocks)))
+    layers = plan.resolve_layers("vision", depth)
+    return PrunedEncoder(
+        path,
+        encoder,
+        spec,
+        drop_points("vision", stages, layers, depth, observers, idle=not plan.slots),
+        output=stages[0].output if stages else "survivors",
+        observers=observers,
+        merge_size=merge_size,
+        restored=restored,
+    )
+
+
+def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "tuple[PrunedVLM, PrunedEncoder | None]":
+    from .language.decoder import Handover, PrunedDecoder
+    from .vlm.model import PrunedVLM, read_maps
+
+    path, vlm, spec = locate_vlm(model, next(reversed(plan.slots), "language"))
+    verify_family(vlm, spec)
+    warn_if_untested("torch", "transformers", vlm=True)
+    prefix = f"{path}." if path else ""
+    encoder, mergers, handover = None, {}, Handover()
+    if plan.vision is not None or _looks_everywhere(plan, observers):
+        merge_size = _check_vision(plan, vlm, spec)
+        inner, tower, tower_spec = locate_tower(vlm.get_submodule(spec.tower))
+        place = f"{prefix}{spec.tower}" + (f".{inner}" if inner else "")
+        verify_encoder(tower, tower_spec)
+        mergers = read_maps(vlm, spec, len(list(_blocks(tower, tower_spec.blocks)))) if plan.vision is not None else {}
+        restored = frozenset() if merge_size is None else frozenset(mergers.values())
+        encoder = _encoder(plan, place, tower, tower_spec, observers, merge_size, restored)
+    text = vlm.get_submodule(spec.decoder)
+    layers: list[nn.Module] = list(LAYERS.get(text).children())
+    points = drop_points(
+        "connector", plan.slots.get("connector", ()), [[0]] if plan.connector else [], 1, observers, False
+    )
+    language = plan.slots.get("language", ())
+    if language or _looks_everywhere(plan, observers):
+        chosen = plan.resolve_layers("language", len(layers))
+        points += drop_points("language", language, chosen, len(layers), observers, idle=not plan.slots)
+    decoder = PrunedDecoder(
+        f"{prefix}{spec.decoder}",
+        text,
+        layers,
+        points,
+        observers=observers,
+        handover=handover,
+        between=spec.between(vlm),
+        evict=bool(language) and language[0].evict,
+        enters=encoder is not None and bool(mergers),
+    )
+    return PrunedVLM(path, vlm, spec, decoder, encoder, mergers, handover), encoder
+
+
+def _looks_everywhere(plan: Plan, observers: Observers) -> bool:
+    """Whether an observer wants to see stages in which nothing is dropped."""
+    if observers.layer_time or observers.pruning_time:
+        return not plan.slots
+    return bool(observers.candidates) and (not plan.slots or observers.choosy)
+
+
+def _check_vision(plan: Plan, vlm: nn.Module, spec: FamilySpec) -> int | None:
+    """Side of the squares of patches that the model joins; refuses what the vision stage cannot do in front of it."""
+    stages = plan.slots.get("vision", ())
+    if stages and spec.no_vision is not None:
+        raise UnsupportedModelError(f"{spec.title} cannot do the vision stage: {spec.no_vision}")
+    if stages and stages[0].output != "survivors":
+        raise ValueError(
+            f"output={stages[0].output!r} gives back full-length features; in front of a language model only "
+            '"survivors" saves anything'
+        )
+    merge_size = spec.merge_size(vlm)
+    merging = next((stage.method for stage in stages if stage.method.merges), None)
+    if merge_size is not None and merging is not None:
+        raise UnsupportedModelError(
+            f"{spec.title} joins squares of {merge_size} x {merge_size} patches behind its tower, and {type(merging).__name__} "
+            "merges patches of different squares; use a method that drops"
+        )
+    return merge_size
+
+
+def _blocks(encoder: nn.Module, path: str) -> Any:
+    return encoder.get_submodule(path)
