@@ -23,6 +23,7 @@ from saint.bench.cost import cost
 from saint.bench.timing import Spread
 from saint.cli import bench as bench_command
 from saint.plan import Plan, Stage
+from saint.runtime import observe
 
 
 class Clock:
@@ -41,7 +42,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     found = Clock()
-    for module in (timing, encoder_bench, generation_bench):
+    for module in (timing, observe, generation_bench):
         monkeypatch.setattr(module.time, "perf_counter", found)
     return found
 

@@ -431,6 +431,32 @@ def test_the_connector_is_shown_what_enters_the_language_model():
                 assert close(got[sample, : len(want)], want)
 
 
+def test_behind_the_vision_stage_the_connector_is_shown_the_survivors():
+    for name in ("llava-llama", "qwen3-vl", "gemma3"):
+        family, model = FAMILIES[name], family_model(name)
+        inputs = prompts(family, model, [[4, "0", 7], [3, "1", 2, "0", 3]])
+        spy, entering = Spy(0.5), []
+        text = model.get_submodule(family.decoder.rpartition(".")[0])
+        plan = Plan(vision=Stage(Random(0.6), layers=[1]), connector=spy)
+        with saint.pruned(model, plan) as session, torch.no_grad():
+            hook = text.register_forward_pre_hook(
+                lambda _m, _a, k, to=entering: to.append(k["inputs_embeds"]), with_kwargs=True
+            )
+            model(**inputs)
+            hook.remove()
+            entry = session.trace[0]  # counts images
+        images = iter(zip(entry.tokens_in.tolist(), entry.kept, strict=True))
+        for sample, places in enumerate(inputs["input_ids"] == IMAGE):
+            rows, own = entering[0][sample, places], []
+            while len(rows):
+                count, kept = next(images)
+                own.append(rows[:count][kept])
+                rows = rows[count:]
+            want = torch.cat(own)
+            for got in (spy.seen[0].keys, spy.seen[0].features):
+                assert close(got[sample, : len(want)], want)
+
+
 # -- the patch grid -----------------------------------------------------------------------------------------------------
 
 

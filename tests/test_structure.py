@@ -17,15 +17,17 @@ ALLOWED = {
     "flops": set(),
     "graph": set(),
     "tokens": set(),
+    "gathers": {"tokens"},
     "patch": set(),
     "methods": {"graph", "tokens", "errors", "methods"},
     "plan": {"methods", "plan", "presets", "records"},  # the last two when a plan is looked up or written
     "presets": {"methods", "plan"},
     "upstream": {"errors", "upstream"},
-    "forwards": {"upstream"},
-    "vision": {"graph", "tokens", "errors", "patch", "forwards", "upstream", "vision"},
-    "language": {"graph", "tokens", "errors", "patch", "forwards", "upstream", "language"},
-    "vlm": {"graph", "tokens", "errors", "patch", "forwards", "upstream", "vision", "language", "vlm"},
+    "runtime": {"tokens", "gathers", "errors", "patch", "upstream", "runtime"},
+    "vision": {"graph", "tokens", "gathers", "errors", "patch", "runtime", "upstream", "vision"},
+    "language": {"tokens", "gathers", "errors", "patch", "runtime", "upstream", "language"},
+    "vlm": {"tokens", "gathers", "errors", "patch", "runtime", "upstream", "vision", "language", "vlm"},
+    "assemble": {"errors", "plan", "runtime", "upstream", "vision", "language", "vlm"},
 }
 UPPER = {"bench", "eval", "view", "demo", "cli", "testing", "loading", "records"}
 

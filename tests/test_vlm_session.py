@@ -134,7 +134,6 @@ def test_applied_twice(llava):
         (saint.Plan(language=saint.Stage(saint.Saint(), layers=[LAYERS])), ValueError, r"out of range.*0\.\.4"),
         (saint.Plan(vision=saint.Stage(saint.SaintFullGraph(keep=9), layers=[9])), ValueError, r"out of range"),
         (saint.Plan(vision=saint.Stage(saint.SaintFullGraph(keep=9), layers=[3])), ValueError, "behind the features"),
-        (saint.Plan(language=saint.Stage(saint.Saint(), placement="mid")), ValueError, "placement"),
         (saint.Plan(vision=saint.Stage(saint.SaintFullGraph(keep=9), layers=[1], output="nearest")), ValueError, "survivors"),
     ],
 )  # fmt: skip

@@ -253,7 +253,7 @@ class PrunedDecoder(LayerStack[DecoderForward]):
             if left != lengths:
                 state = _without(state, gone, left)
         forward.origin = state
-        features = x
+        features = gather_tokens(x, state.tokens.index, 0) if self.entries and not state.tokens.whole else x
         for point in self.entries:
             state, chosen, _ = self.choose(forward, point, state, features, Seen(features))
             features = features if chosen is None else gather_tokens(features, chosen.slots, 0)
@@ -261,7 +261,7 @@ class PrunedDecoder(LayerStack[DecoderForward]):
         return ((), self.parameters.put(kwargs, EMBEDDINGS, x)) if marked else None
 
     def where(self, point: DropPoint) -> str:
-        return super().where(point) if point.placement != "input" else "image features in front of the language model"
+        return super().where(point) if point.placement != "input" else "the image features"
 
     # -- one layer ----------------------------------------------------------------------------------------------------
 
@@ -325,7 +325,9 @@ class PrunedDecoder(LayerStack[DecoderForward]):
         )
         if isinstance(ids, Tensor):
             out = parameters.put(out, POSITIONS, forward.once("ids", partial(gather_ids, ids, tokens), tokens, ids))
-        bias = None if state.sizes is None else forward.once("bias", partial(state.key_bias, dtype), tokens, state.sizes)
+        bias = (
+            None if state.sizes is None else forward.once("bias", partial(state.key_bias, dtype), tokens, state.sizes)
+        )
         out = parameters.put(
             out, MASK, self._mask(forward, MASK.read(kwargs), tokens, entry, tokens.width, bias, dtype)
         )

@@ -61,5 +61,5 @@ def warn_if_untested(*libraries: str, vlm: bool = False) -> None:
             f"{name} {here} is {'newer' if release(here) > release(newest) else 'older'} than the releases saint was tested "
             f"on ({oldest} to {newest}); a plan is refused where a model is not what saint knows. `saint check MODEL` proves "
             "that yours is pruned right",
-            stacklevel=4,
+            stacklevel=5,
         )
