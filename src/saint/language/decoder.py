@@ -253,7 +253,9 @@ class PrunedDecoder(LayerStack[DecoderForward]):
             if left != lengths:
                 state = _without(state, gone, left)
         forward.origin = state
-        features = gather_tokens(x, state.tokens.index, 0) if self.entries and not state.tokens.whole else x
+        features = x.detach()
+        if self.entries and not state.tokens.whole:
+            features = gather_tokens(features, state.tokens.index, 0)
         for point in self.entries:
             state, chosen, _ = self.choose(forward, point, state, features, Seen(features))
             features = features if chosen is None else gather_tokens(features, chosen.slots, 0)

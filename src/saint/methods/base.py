@@ -27,7 +27,7 @@ class Method(ABC):
     paper: ClassVar[str]  # citation key or URL of the publication
     stages: ClassVar[frozenset[str]]  # stages the method is defined for
     needs: ClassVar[frozenset[str]] = frozenset()  # what a stage computes on demand: "last_query" fills `attention`
-    merges: ClassVar[bool] = False  # tokens go into survivors instead of away; vision only
+    merges: ClassVar[bool] = False  # tokens go into survivors instead of away; not in the connector stage
 
     @abstractmethod
     def select(self, candidates: Candidates) -> Selection | None:

@@ -26,12 +26,13 @@ class ToMe(Method):
     weights each by its size, as the authors do for such models.
 
     Deviations: A and B alternate over the candidates in their original order at every layer (the authors' code counts the class
-    token in, and puts merged tokens behind the others).
+    token in, and puts merged tokens behind the others). In a language model, which is not in the paper, visual tokens of a prompt
+    merge; a merged token keeps place and rotary position of its B, so a token between A and B no longer sees A.
     """
 
     name: ClassVar[str] = "tome"
     paper: ClassVar[str] = "https://arxiv.org/abs/2210.09461"
-    stages: ClassVar[frozenset[str]] = frozenset({"vision"})
+    stages: ClassVar[frozenset[str]] = frozenset({"vision", "language"})
     merges: ClassVar[bool] = True
 
     r: int | None = None  # tokens merged at every layer, >= 1; at most half of what is there

@@ -48,8 +48,8 @@ def snapshot(model: nn.Module) -> dict[str, tuple[Any, ...]]:
 
 def check_identity(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
     """Contract 1: a plan that drops nothing changes nothing (float32: 1e-6 of the output's size)."""
-    stage = plan.stages["vision"]
-    nothing = Plan(vision=Stage(Saint(threshold=1.0, neighbors=10**6), layers=stage.layers, placement=stage.placement))
+    votes = Saint(threshold=1.0, neighbors=10**6)
+    nothing = Plan(vision=[Stage(votes, layers=s.layers, placement=s.placement) for s in plan.slots["vision"]])
     base = run(model, inputs)
     with pruned(model, nothing) as session:
         same = run(model, inputs)
@@ -108,13 +108,13 @@ def check_oracle(model: nn.Module, plan: Plan, inputs: Inputs, atol: float = 1e-
 
     A merged token is no hidden token: for methods that merge, equality with :func:`merged_oracle` takes its place.
     """
-    merges = plan.stages["vision"].method.merges
+    merges = plan.slots["vision"][0].method.merges
     want, _ = (merged_oracle if merges else masked_oracle)(model, plan, inputs)
     with pruned(model, plan) as session:
         got = run(model, inputs)
         trace = session.trace
     _, encoder, row = locate(model)
-    full = plan.stages["vision"].output != "survivors"
+    full = plan.slots["vision"][0].output != "survivors"
     for name in want:
         scale = max(1.0, float(want[name].abs().max()))
         for a, b in _survivor_rows(name, got[name], want[name], trace, row.prefix(encoder), full):
@@ -164,7 +164,7 @@ def check_batch(model: nn.Module, plan: Plan, inputs: Inputs, atol: float = 1e-5
             alone.append(run(model, {name: value[sample : sample + 1] for name, value in inputs.items()}))
             traces.append(session.trace)
     _, encoder, row = locate(model)
-    prefix, full = row.prefix(encoder), plan.stages["vision"].output != "survivors"
+    prefix, full = row.prefix(encoder), plan.slots["vision"][0].output != "survivors"
     for index, entry in enumerate(trace):
         for sample, kept in enumerate(entry.kept):
             assert torch.equal(kept, torch.unique(kept)), f"layer {entry.layer}: survivors not ascending and unique"
@@ -208,20 +208,21 @@ def check_on(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
         for block in blocks:  # what the parts of a block see, not the block: its input may be full length
             stack.callback(first_part(block, row).register_forward_pre_hook(measure, with_kwargs=True).remove)
         output, flops, unknown_pruned = block_flops(model, row, blocks, one)
-        trace, placement = session.trace, session.status.stages["vision"].placement
+        trace = session.trace
     assert trace[-1].tokens_out[0] < trace[0].tokens_in[0], "no token was dropped"
     changed = [n for n, v in output.items() if v.shape != base[n].shape or not torch.equal(v, base[n])]
     assert changed, "tokens were dropped and no output changed"
-    prefix, mid = row.prefix(encoder), placement == "mid"
+    prefix = row.prefix(encoder)
     behind = dict(enumerate(widths))  # tokens that reach the MLP of each block
     for entry in trace:
         if entry.tokens_out[0] == entry.tokens_in[0]:
             continue
         want = prefix + int(entry.tokens_out[0])
-        if entry.layer + 1 < len(blocks):
-            seen = widths[entry.layer + 1]
+        after = entry.layer if entry.placement == "input" else entry.layer + 1
+        if after < len(blocks):
+            seen = widths[after]
             assert seen == want, f"layer {entry.layer}: the trace says {want} tokens, the next block saw {seen}"
-        if mid:
+        if entry.placement == "mid":
             behind[entry.layer] = want
     predicted = 0.0
     for layer, (full, attention, mlp, squared) in enumerate(base_flops):

@@ -41,11 +41,11 @@ def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
     Raises:
         HookNeverFiredError: beta is not 1, or the encoder ends in an attention pool, and an attention was not seen.
     """
-    stage = plan.stages["vision"]
+    stage = plan.slots["vision"][0]
     beta, survivors = stage.method.size_bias(), stage.output == "survivors"
     with pruned(model, plan) as session:
         run(model, inputs)
-        trace, placement = session.trace, session.status.stages["vision"].placement
+        trace = session.trace
     _, encoder, row = locate(model)
     blocks = list(part(encoder, row.blocks))
     prefix, mode = row.prefix(encoder), HideKeys()
@@ -95,7 +95,7 @@ def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
             if block.spec.bias and block.mask in kwargs:
                 kwargs[block.mask] = pairs(kwargs[block.mask])
             mode.visible, mode.masked = logits(x.shape[1], x), 0
-            halves = layer in by_layer and placement == "mid"
+            halves = layer in by_layer and by_layer[layer].placement == "mid"
             y = block.first(x, **kwargs) if halves else original(x, **kwargs)
             if mode.visible is not None and mode.masked == 0:
                 raise HookNeverFiredError(f"the attention of block {layer} does not go through torch's fused functions")

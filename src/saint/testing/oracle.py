@@ -75,7 +75,8 @@ def _hide_in_encoder(
     blocks = list(part(encoder, row.blocks))
     prefix = row.prefix(encoder)
     current: Tensor | None = None  # bool [B, P + N], tokens not dropped so far
-    by_layer = {entry.layer: entry for entry in trace}
+    entries = [entry for entry in trace if entry.placement == "input"]
+    by_layer = {entry.layer: entry for entry in trace if entry.placement != "input"}
     total: int | None = None
     order: Tensor | None = None  # of the groups of a packed sequence
 
@@ -98,6 +99,9 @@ def _hide_in_encoder(
             x = args[0] if args else next(iter(kwargs.values()))
             if layer == 0:
                 current, total = None, x.shape[1]
+                for entry in entries:
+                    rows = mask_of(entry, x.shape[-2]).to(x.device)
+                    current = current if bool(rows.all()) else rows
             mode.visible, mode.masked = current, 0
             if row.packed and current is not None:
                 pieces = current.split(SEGMENTS.read(kwargs).diff().tolist(), 1)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..methods.base import Method
 from ..methods.saint import Saint
 from ..methods.saint_full_graph import SaintFullGraph
 from ..plan import Plan, Stage
@@ -50,15 +51,20 @@ def _off(got: Tensor, want: Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max().clamp_min(1e-12))
 
 
+def _with(method: Method, stages: Sequence[Stage]) -> list[Stage] | None:
+    """The same places with another method."""
+    return [Stage(method, layers=stage.layers, placement=stage.placement) for stage in stages] or None
+
+
 def check_identity(model: nn.Module, plan: Plan, make: Make) -> str:
     """A plan that keeps everything changes nothing (float32: 1e-5 of the size of the logits)."""
     inputs = make([0, 1])
-    keep = Stage(Saint(threshold=1.0, budget=1.0), layers=plan.stages["language"].layers)
+    keep = Saint(threshold=1.0, budget=1.0)
     everything = SaintFullGraph(keep=1.0)
     nothing = Plan(
-        vision=Stage(everything, layers=plan.vision.layers) if plan.vision else None,
+        vision=_with(everything, plan.slots.get("vision", ())),
         connector=everything,
-        language=keep,
+        language=_with(keep, plan.slots.get("language", ())),
     )
     base = run(model, inputs)["logits"]
     with pruned(model, nothing) as session:

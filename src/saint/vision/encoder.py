@@ -323,7 +323,7 @@ class PrunedEncoder(LayerStack[EncoderForward]):
         if count < 1:
             raise ValueError(f"no candidates: {x.shape[1]} tokens of which {self.prefix} are protected")
         state = forward.origin = self._origin(forward, x, count, mask)
-        features = x[:, self.prefix :]
+        features = x.detach()[:, self.prefix :]
         for point in self.entries:
             state, chosen, _ = self.choose(forward, point, state, features, Seen(features))
             features = features if chosen is None else gather_tokens(features, chosen.slots, 0)

@@ -73,6 +73,8 @@ class PrunedVLM(Uncopyable):
         self.decoder.install(stack)
         if self.encoder is not None:
             self.encoder.install(stack)
+            if not self.mergers:  # nothing is dropped in front of them
+                return
             if self.encoder.merge_size is None:
                 override(stack, self.model.get_submodule(self.spec.connector), "forward", self._connect)
             else:
