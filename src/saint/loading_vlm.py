@@ -10,7 +10,9 @@ from torch import nn
 
 from .demo import small_llava
 from .errors import UnsupportedModelError
-from .loading import _explained, _library, resolve_device
+from .extras import require as _library
+from .loading import resolve_device
+from .loading.failures import explained as _explained
 from .upstream.families import SPECS
 from .vlm.locate import find
 

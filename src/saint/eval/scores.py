@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..loading import _library
+from ..extras import require
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans({c: " " for c in string.punctuation.replace("'", "")})
@@ -200,7 +200,7 @@ def linear_probe(features: Tensor, labels: Tensor, test: Tensor) -> Tensor:
     Raises:
         MissingExtraError: scikit-learn is not installed.
     """
-    _library("sklearn", "eval")
+    require("sklearn", "eval")
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..loading import Loaded, _explained, _library, load_model
+from ..extras import require
+from ..loading import Loaded, load_model
+from ..loading.failures import explained
 from ..presets import recipe
 
 TEMPLATES = ("a photo of a {}.",)
@@ -76,9 +78,9 @@ def class_embeddings(embed: Embed, names: Sequence[str], templates: Sequence[str
 
 
 def _open_clip_text(spec: str, name: str, pretrained: bool, device: torch.device) -> Embed:
-    open_clip: Any = _library("open_clip", "open-clip")
+    open_clip: Any = require("open_clip", "open-clip")
     architecture, _, tag = name.partition("/")
-    with _explained(spec), torch.random.fork_rng(devices=[]):
+    with explained(spec), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # random weights: those that belong to the image tower of load_model
         both = open_clip.create_model(architecture, pretrained=tag if pretrained and tag != "none" else None)
         tokenizer = open_clip.get_tokenizer(architecture)
@@ -94,9 +96,9 @@ def _open_clip_text(spec: str, name: str, pretrained: bool, device: torch.device
 def _hf_both(
     spec: str, name: str, device: str | torch.device, pretrained: bool, size: int | None
 ) -> tuple[Loaded, Embed]:
-    transformers: Any = _library("transformers", "transformers")
+    transformers: Any = require("transformers", "transformers")
     tower = load_model(spec, device, pretrained, size=size)
-    with _explained(spec), torch.random.fork_rng(devices=[]):
+    with explained(spec), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if pretrained:
             both = transformers.AutoModel.from_pretrained(name)
