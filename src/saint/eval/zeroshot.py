@@ -13,6 +13,8 @@ from ..loading.failures import explained
 from ..presets import recipe
 
 TEMPLATES = ("a photo of a {}.",)
+# sets that open_clip keeps, by the name that stands for all of them: CLIP's 80 for ImageNet, and the best 7 of them
+TEMPLATE_SETS = {"openai-80": "OPENAI_IMAGENET_TEMPLATES", "openai-7": "SIMPLE_IMAGENET_TEMPLATES"}
 
 # texts -> embeddings [T, C]
 Embed = Callable[[list[str]], Tensor]
@@ -53,23 +55,48 @@ def load_both_towers(
     raise ValueError(f"zero-shot needs a model with a text tower: open_clip:NAME/TAG or hf:NAME_OR_PATH, got {spec!r}")
 
 
+def read_templates(given: Sequence[str]) -> list[str]:
+    """Templates in which each name of ``TEMPLATE_SETS`` is replaced by the templates of that set.
+
+    Raises:
+        MissingExtraError: a set is named and open_clip is not installed.
+
+    Example:
+        >>> read_templates(["a {}"]), len(read_templates(["openai-80", "a {}"]))
+        (['a {}'], 81)
+    """
+    out: list[str] = []
+    for text in given:
+        if text in TEMPLATE_SETS:
+            functions = getattr(require("open_clip", "open-clip"), TEMPLATE_SETS[text])
+            out += [function("{}") for function in functions]
+        else:
+            out.append(text)
+    return out
+
+
 def class_embeddings(embed: Embed, names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
     """Unit embeddings of class names, each the mean over its templates.
 
     Args:
         embed: the text tower.
         names: of the classes.
-        templates: with ``{}`` where the name goes.
+        templates: with ``{}`` where the name goes, or names of ``TEMPLATE_SETS``.
 
     Returns:
         [classes, C], float32, on the CPU.
 
     Raises:
         ValueError: a template without ``{}``.
+        MissingExtraError: a set is named and open_clip is not installed.
     """
+    templates = read_templates(templates)
     wrong = [t for t in templates if "{}" not in t]
     if wrong or not templates:
-        raise ValueError(f"a template needs {{}} where the class name goes, got {wrong[0] if wrong else 'none'!r}")
+        raise ValueError(
+            f"a template needs {{}} where the class name goes, or is one of {', '.join(TEMPLATE_SETS)}; "
+            f"got {wrong[0] if wrong else 'none'!r}"
+        )
     rows = []
     for name in names:
         made = embed([template.replace("{}", name.replace("_", " ")) for template in templates]).float().cpu()
