@@ -1,8 +1,10 @@
 """Rules about the code itself: lean import, import direction, one model per row, public names."""
 
 import ast
+import importlib
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -138,6 +140,8 @@ def test_no_module_takes_a_private_name_of_another():
             whole = f"{target}/{name}".lstrip("/")
             if (SOURCE / f"{whole}.py").exists() or (SOURCE / whole).is_dir():
                 modules.add(given)
+                if target == here.rpartition("/")[0]:
+                    continue  # a private module is its package's
             if name.startswith("_") and not name.endswith("__") and (here, name) not in PRIVATE:
                 wrong.append(f"{here}: from {target} import {name}")
         for node in ast.walk(ast.parse(path.read_text())):
@@ -166,6 +170,24 @@ def test_import_of_the_package_loads_no_torch():
 @pytest.mark.parametrize("name", [name for name in saint.__all__ if not name.startswith("__")])
 def test_public_names_exist_and_are_documented(name):
     assert getattr(saint, name).__doc__
+
+
+# what these packages gather from their rooms, for others to import
+GATHERED = {
+    "saint.testing": "CONTRACTS Inputs Result check_bad_input check_batch check_identity check_model check_on check_oracle "
+    "check_undo example_inputs example_plan masked_oracle merged_oracle outcomes run snapshot tensors",
+    "saint.loading": "DownloadError FORMS Loaded Photo Source Unreadable UnsafeCheckpointError load_images load_model "
+    "names_a_model read_plan resolve_device",
+}
+
+
+@pytest.mark.parametrize("package", GATHERED)
+def test_packages_of_rooms_keep_their_names(package):
+    module = importlib.import_module(package)
+    for name in GATHERED[package].split():
+        value = getattr(module, name)
+        assert not isinstance(value, types.ModuleType), f"{package}.{name} is shadowed by a room of that name"
+        assert not callable(value) or value.__doc__, name
 
 
 def test_no_module_shadows_a_public_name():
