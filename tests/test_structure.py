@@ -62,6 +62,8 @@ ROOMS = {
 }
 # private names that a module takes from another, with the reason
 PRIVATE = {
+    ("loading_vlm", "_explained"): "`loading` keeps it for this file: it is loading.failures.explained",
+    ("loading_vlm", "_library"): "`loading` keeps it for this file: it is extras.require",
     ("cli/tables", "_REFUSED"): "vision/locate.py has no public name for the classes that are refused",
 }
 

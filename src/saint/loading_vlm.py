@@ -10,9 +10,7 @@ from torch import nn
 
 from .demo import small_llava
 from .errors import UnsupportedModelError
-from .extras import require as _library
-from .loading import resolve_device
-from .loading.failures import explained as _explained
+from .loading import _explained, _library, resolve_device
 from .upstream.families import SPECS
 from .vlm.locate import find
 
