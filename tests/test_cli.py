@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 import saint
-from saint import loading
+from saint import extras, loading
 from saint.cli import COMMANDS, main
 from saint.cli.common import make_plan, parse_layers
 from saint.loading import DownloadError, load_images, load_model
+from saint.loading.photos import names_of
 from saint.plan import Plan
 
 TINY = ["timm:test_vit", "--no-pretrained", "--threads", "1", "--device", "cpu"]
@@ -315,7 +316,7 @@ def test_a_missing_library_names_the_extra(monkeypatch):
     def missing(name):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr(loading, "import_module", missing)
+    monkeypatch.setattr(extras, "import_module", missing)
     for spec, extra in (("timm:x", "timm"), ("hf:x", "transformers"), ("open_clip:x/none", "open-clip")):
         with pytest.raises(ImportError, match=rf'pip install "saint-vlm\[{extra}\]"'):
             load_model(spec)
@@ -393,7 +394,7 @@ def test_files_that_share_a_name_get_pictures_of_their_own(tmp_path, run):
     ],
 )
 def test_names_of_photographs(files, names):
-    assert loading._names([Path(f) for f in files]) == names
+    assert names_of([Path(f) for f in files]) == names
 
 
 def test_a_pickle_that_runs_code_is_refused_in_one_line(run, tmp_path, folder):

@@ -13,7 +13,7 @@ from PIL import Image
 import saint
 from saint import demo, testing
 from saint.demo import models, weights
-from saint.demo.models import as_rgb
+from saint.images import as_rgb
 from saint.plan import Plan
 
 pytest.importorskip("onnx", reason="needs saint-vlm[demo]")

@@ -1,6 +1,7 @@
 """Statistics and scores against counts by hand and literal loops; whose results a report is made of."""
 
 import math
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,16 +112,36 @@ def test_shares_lie_between_nought_and_one(bad):
 # -- text scores --------------------------------------------------------------------------------------------------------
 
 
-@few
-@given(st.text("abc ", max_size=6), st.text("abc ", max_size=6))
-def test_edit_distance_is_the_recursion(a, b):
-    def distance(i: int, j: int) -> int:
-        if i == 0 or j == 0:
-            return i + j
-        return min(distance(i - 1, j) + 1, distance(i, j - 1) + 1, distance(i - 1, j - 1) + (a[i - 1] != b[j - 1]))
+def edits(a: str, b: str) -> int:
+    """Fewest insertions, deletions and replacements that turn ``a`` into ``b``: the table of Wagner and Fischer."""
+    previous = list(range(len(b) + 1))
+    for i, left in enumerate(a, 1):
+        current = [i]
+        for j, right in enumerate(b, 1):
+            current.append(min(previous[j] + 1, current[-1] + 1, previous[j - 1] + (left != right)))
+        previous = current
+    return previous[-1]
 
-    a, b = a[:5], b[:5]
-    assert scores.levenshtein(a, b) == distance(len(a), len(b))
+
+# few letters: many near misses; all of Unicode: surrogates, combining marks, lower case of another length
+said = st.one_of(st.text("ab", max_size=4), st.text("ab ", max_size=12), st.text(max_size=70))
+
+
+@settings(few, max_examples=300)
+@given(said, st.lists(said, max_size=3), st.sampled_from([0.2, 0.5, 1.0]))
+def test_anls_is_the_formula(prediction, answers, threshold):
+    def clean(text: str) -> str:
+        return " ".join(text.lower().split())
+
+    shares = [edits(clean(prediction), clean(a)) / max(len(clean(prediction)), len(clean(a)), 1) for a in answers]
+    want = max((1 - share for share in shares if share < threshold), default=0.0)
+    assert scores.anls(prediction, answers, threshold) == want
+
+
+def test_anls_without_its_library_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rapidfuzz.distance", None)
+    with pytest.raises(ImportError, match=r'rapidfuzz is not installed: pip install "saint-vlm\[eval\]"'):
+        scores.anls("a", ["b"])
 
 
 def test_anls_takes_the_closest_answer_and_has_a_threshold():

@@ -318,8 +318,13 @@ def test_zero_shot_with_open_clip():
         image = both.encode_image(loaded.inputs([picture("noise", 0)])["x"])
         assert torch.allclose(text[0], torch.nn.functional.normalize(rows, dim=-1), atol=1e-5)
         assert torch.allclose(loaded.model(**loaded.inputs([picture("noise", 0)])), image, atol=1e-5)
-    with pytest.raises(ValueError, match="class name goes"):
-        class_embeddings(embed, ["a"], ["a photo"])
+    sets = open_clip.SIMPLE_IMAGENET_TEMPLATES
+    whole = open_clip.build_zero_shot_classifier(both, open_clip.get_tokenizer("ViT-S-32"), ["red fox", "dog"], sets)
+    assert torch.allclose(class_embeddings(embed, ["red_fox", "dog"], ["openai-7"]), whole.T, atol=1e-5)
+    with pytest.raises(ValueError, match=r"class name goes, or is one of openai-80, openai-7; got 'a photo'"):
+        class_embeddings(embed, ["a"], ["a {}", "a photo"])
+    with pytest.raises(ValueError, match="got 'none'"):
+        class_embeddings(embed, ["a"], [])
     with pytest.raises(ValueError, match="text tower"):
         load_both_towers("timm:test_vit")
 
@@ -349,6 +354,21 @@ def clip(tmp_path):
         tmp_path / "clip"
     )
     return f"hf:{tmp_path / 'clip'}"
+
+
+def test_named_sets_of_templates_stand_for_their_templates(monkeypatch):
+    from saint.eval.zeroshot import read_templates
+
+    pytest.importorskip("open_clip")
+    made = read_templates(["one {}", "openai-80", "openai-7"])
+    assert len(made) == 88
+    assert all(template.count("{}") == 1 for template in made)
+    assert made[:2] == ["one {}", "a bad photo of a {}."]
+    assert "itap of a {}." in made[81:]
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    assert read_templates(["a {}"]) == ["a {}"]
+    with pytest.raises(ImportError, match=r'open_clip is not installed: pip install "saint-vlm\[open-clip\]"'):
+        read_templates(["openai-7"])
 
 
 def test_zero_shot_with_transformers(run, clip, folder, tmp_path):  # noqa: F811

@@ -570,7 +570,7 @@ def test_tome_merges_the_best_pairs(made, r):
 fractions = st.floats(0.01, 1.0)
 budgets = st.one_of(st.integers(1, 999), fractions)
 saints = st.builds(
-    methods.Saint, threshold=st.floats(-0.99, 1.0), neighbors=st.integers(1, 99), gamma=st.floats(0, 99),
+    methods.Saint, threshold=st.floats(-0.99, 1.0), neighbors=st.integers(1, 99), gamma=st.floats(0, 32),
     budget=st.one_of(budgets, st.sampled_from(["sample", "batch"])), center=st.booleans(), floor=st.floats(0, 1),
 )  # fmt: skip
 full_graphs = st.builds(methods.SaintFullGraph, keep=budgets, step=st.integers(1, 64), center=st.booleans())
@@ -609,6 +609,85 @@ def test_plans_survive_json(plan):
     for name, stage in plan.stages.items():
         for key, value in vars(stage.method).items():
             assert data[name]["method"][key] == value
+
+
+# -- plan data that may be anything ------------------------------------------------------------------------------------
+
+words = st.sampled_from([
+    "version", "vision", "connector", "language", "method", "layers", "placement", "output", "evict", "saint", "tome", "keep",
+    "budget", "threshold", "r", "mid", "first_half", "sample", "NaN", "",
+])  # fmt: skip
+atoms = st.one_of(st.none(), st.booleans(), st.integers(), st.integers(-3, 40), st.floats(), st.text(max_size=8), words)
+anything = st.recursive(
+    atoms,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.one_of(words, st.text(max_size=4)), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+lists = st.lists(st.one_of(st.booleans(), st.floats(0, 9), st.integers(0, 9)), min_size=1, max_size=2)
+
+
+def places(data: dict) -> list[tuple[dict, str]]:
+    """Every entry of nested dictionaries: (dictionary, key)."""
+    return [(data, key) for key in data] + [
+        p for inner in data.values() if isinstance(inner, dict) for p in places(inner)
+    ]
+
+
+@st.composite
+def spoiled(draw):
+    """Data of a plan with one or two entries, at any depth, replaced, taken out or added."""
+    data = json.loads(json.dumps(draw(plans).to_dict()))
+    for _ in range(draw(st.integers(1, 2))):
+        if not (found := places(data)):
+            return data
+        place, key = draw(st.sampled_from(found))
+        what = draw(st.sampled_from(["replace", "replace", "list", "take out", "add"]))
+        if what == "take out":
+            del place[key]
+        else:
+            place[draw(words) if what == "add" else key] = draw(lists if what == "list" else anything)
+    return data
+
+
+def refused_or_a_plan(read, given) -> str:
+    """The message of the refusal; "" where a plan was made, which then survives a round trip."""
+    try:
+        plan = read(given)
+    except ValueError as error:
+        return str(error) or "an error without words"
+    assert Plan.from_dict(plan.to_dict()) == plan
+    assert Plan.from_json(json.dumps(plan.to_dict())) == plan
+    for stage in plan.stages.values():
+        assert stage.layers in (None, "first_half") or {type(layer) for layer in stage.layers} == {int}
+    return ""
+
+
+@settings(few, max_examples=500)
+@given(st.one_of(spoiled(), anything))
+def test_data_is_refused_in_words_or_is_a_plan(data):
+    message = refused_or_a_plan(Plan.from_dict, data)
+    assert message != "an error without words"
+    text = json.dumps(data)
+    if data == json.loads(text):  # NaN is not
+        assert bool(refused_or_a_plan(Plan.from_json, text)) == bool(message)
+
+
+@few
+@given(st.text(max_size=40), st.integers(0, 200), st.booleans())
+def test_text_is_refused_in_words_or_is_a_plan(junk, cut, whole):
+    text = junk if whole else json.dumps(Plan(vision=methods.Saint(threshold=0.5)).to_dict())[:cut] + junk
+    assert refused_or_a_plan(Plan.from_json, text) != "an error without words"
+
+
+@pytest.mark.parametrize("depth", [10, 300, 900, 5_000, 100_000])
+def test_data_nested_too_deeply_is_refused_in_words(depth):
+    for opening, closing in (("[", "]"), ('{"version": 1, "vision": ', "}")):
+        with pytest.raises(ValueError, match=r"plan|stage|method"):
+            Plan.from_json(opening * depth + "null" + closing * depth)
 
 
 def test_default_layers():

@@ -68,7 +68,8 @@ def images(
         typer.Option("--classes", help="a class name per line, in the order of the model's outputs or the labels"),
     ] = None,
     template: Annotated[
-        list[str] | None, typer.Option(help='zero-shot: e.g. "a photo of a {}."; several times')
+        list[str] | None,
+        typer.Option(help='zero-shot: e.g. "a photo of a {}.", or openai-80, openai-7; several times'),
     ] = None,
     split: Annotated[str | None, typer.Option(help="of a Hugging Face data set")] = None,
     limit: Limit = None,

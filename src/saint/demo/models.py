@@ -9,7 +9,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from ..errors import MissingExtraError
+from ..extras import require
+from ..images import as_rgb
 from .weights import Wheel, state_dict
 
 _CLIP_WHEEL = Wheel(
@@ -65,19 +66,6 @@ class DemoModel:
         return (pixels - torch.tensor(self.mean).view(3, 1, 1)) / torch.tensor(self.std).view(3, 1, 1)
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Upright, opaque (on white), 8-bit RGB."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit and float greys do not fit convert()
-        values = np.asarray(image, dtype=np.float32)
-        top = 65535.0 if values.max() > 255 else 255.0
-        image = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
 class SaliencyModel(nn.Module):
     """DINOv2 ViT-S/14 fine-tuned for saliency, with its convolutional head."""
 
@@ -115,20 +103,9 @@ def _up(wide: int, narrow: int) -> list[nn.Module]:
 
 
 def _onnx_graph(data: bytes) -> tuple[Any, dict[str, np.ndarray]]:
-    try:
-        import onnx
-    except ImportError as error:
-        raise MissingExtraError('the demo models need `pip install "saint-vlm[demo]"`') from error
+    onnx = require("onnx", "demo")
     graph = onnx.load_model_from_string(data).graph
     return graph, {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtraError('the demo models need `pip install "saint-vlm[demo]"`') from error
-    return transformers
 
 
 def _clip_state(data: bytes) -> dict[str, Tensor]:
@@ -148,7 +125,7 @@ def _clip_state(data: bytes) -> dict[str, Tensor]:
 
 def clip_config() -> Any:
     """The CLIPVisionConfig of ``clip-b16``."""
-    return _transformers().CLIPVisionConfig(
+    return require("transformers", "demo").CLIPVisionConfig(
         hidden_size=768,
         intermediate_size=3072,
         num_hidden_layers=12,
@@ -167,7 +144,7 @@ def clip_names(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 def _load_clip() -> nn.Module:
-    library = _transformers()  # before a download that would be of no use without it
+    library = require("transformers", "demo")  # before a download that would be of no use without it
     state = state_dict(_CLIP_WHEEL, "clip-b16", _clip_state)
     model = library.CLIPVisionModelWithProjection(clip_config()).eval()
     model.load_state_dict(clip_names(state, model), strict=True)
@@ -209,7 +186,7 @@ _DECODER_RENAMED = {
 
 
 def _load_dino() -> nn.Module:
-    library = _transformers()
+    library = require("transformers", "demo")
     state = state_dict(_DINO_WHEEL, "dinov2-s", _dino_state)
     config = library.Dinov2Config(
         hidden_size=384,

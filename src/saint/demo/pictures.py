@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..errors import MissingExtraError
+from ..extras import require
 
 _SKIMAGE = (
     "astronaut.png",
@@ -24,11 +24,7 @@ def photos() -> list[tuple[str, Image.Image]]:
     Raises:
         MissingExtraError: scikit-image or scikit-learn is missing.
     """
-    try:
-        import skimage
-        import sklearn
-    except ImportError as error:
-        raise MissingExtraError('the demo photographs need `pip install "saint-vlm[demo]"`') from error
+    skimage, sklearn = require("skimage", "demo"), require("sklearn", "demo")
     folders = [
         (Path(skimage.__file__).parent / "data", _SKIMAGE),
         (Path(sklearn.__file__).parent / "datasets" / "images", _SKLEARN),

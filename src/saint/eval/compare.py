@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..loading import _library
+from ..extras import require
 
 _RESAMPLES = 9999
 
@@ -76,8 +76,7 @@ def compare(
         >>> result.difference, result.worse, result.p_value
         (-0.25, 1, 1.0)
     """
-    _library("scipy", "eval")
-    from scipy import stats
+    stats = require("scipy.stats", "eval")
 
     if not (0 < confidence < 1 and 0 < power < 1):
         raise ValueError(f"confidence and power must lie in (0, 1), got {confidence} and {power}")

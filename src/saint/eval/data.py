@@ -1,6 +1,5 @@
 """Labelled images where people keep them: a folder per class, webdataset shards, Hugging Face data sets."""
 
-import io
 import json
 import tarfile
 from collections.abc import Callable, Sequence
@@ -8,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from ..demo.models import as_rgb
-from ..loading import _explained, _library
+from ..extras import require
+from ..images import endings, read_image
+from ..loading.failures import explained
 from .loop import Failure
 
 FORMS = "a folder with a folder per class, .tar shards (a file or a folder), a saved data set, or hf:NAME"
@@ -46,24 +46,6 @@ class Samples:
     def labelled(self) -> bool:
         """Whether every sample has a label."""
         return all(sample.label is not None for sample in self.items)
-
-
-def read_image(source: Path | bytes) -> Image.Image:
-    """An image as upright, opaque, 8-bit RGB.
-
-    Raises:
-        ValueError: it cannot be decoded.
-        OSError: it cannot be read.
-    """
-    if isinstance(source, Path) and not source.exists():
-        raise FileNotFoundError(f"no such image: {source}")
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return as_rgb(image)
-    except UnidentifiedImageError as error:
-        raise ValueError("not an image that Pillow can read") from error
-    except (SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises on some broken files
-        raise ValueError(" ".join(str(error).split())) from error
 
 
 def find_samples(
@@ -104,10 +86,10 @@ def find_samples(
 
 
 def _folder(path: Path, classes: Sequence[str] | None) -> Samples:
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    readable = endings()
 
     def images(folder: Path) -> list[Path]:
-        return sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix.lower() in endings)
+        return sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix.lower() in readable)
 
     folders = sorted(f for f in path.iterdir() if f.is_dir() and images(f))
     if not folders:
@@ -118,7 +100,7 @@ def _folder(path: Path, classes: Sequence[str] | None) -> Samples:
         raise ValueError(
             f"the folder {unknown[0]!r} in {path} is none of the {len(names)} given classes ({names[0]}, ...)"
         )
-    stray = [f for f in path.iterdir() if f.is_file() and f.suffix.lower() in endings]
+    stray = [f for f in path.iterdir() if f.is_file() and f.suffix.lower() in readable]
     return Samples(
         [_file(f, path, names.index(folder.name)) for folder in folders for f in images(folder)],
         names,
@@ -191,13 +173,13 @@ def _member(shard: Path, member: tarfile.TarInfo) -> Callable[[], Image.Image]:
 
 
 def _saved(path: Path, split: str | None) -> Samples:
-    datasets: Any = _library("datasets", "eval")
+    datasets: Any = require("datasets", "eval")
     return _rows(datasets, datasets.load_from_disk(str(path)), str(path), split)
 
 
 def _hub(name: str, split: str | None) -> Samples:
-    datasets: Any = _library("datasets", "eval")
-    with _explained(f"the data set {name}"):
+    datasets: Any = require("datasets", "eval")
+    with explained(f"the data set {name}"):
         loaded = datasets.load_dataset(name, split=split) if split else datasets.load_dataset(name)
     return _rows(datasets, loaded, name, split)
 

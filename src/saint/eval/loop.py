@@ -8,7 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from ..errors import MissingExtraError, SaintError
+from ..errors import SaintError
+from ..extras import require
 from .journal import Journal
 
 _PATIENCE = 4  # samples that the model may fail on before its first success
@@ -70,11 +71,7 @@ class Processes:
         """
         if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
             return cls()
-        try:
-            from accelerate import PartialState
-        except ImportError as error:
-            raise MissingExtraError('several processes need accelerate: pip install "saint-vlm[eval]"') from error
-        state = PartialState(cpu=cpu)
+        state = require("accelerate", "eval").PartialState(cpu=cpu)
         return cls(state.process_index, state.num_processes, state.local_process_index)
 
     def wait(self) -> None:

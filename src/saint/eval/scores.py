@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..loading import _library
+from ..extras import require
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans({c: " " for c in string.punctuation.replace("'", "")})
@@ -38,32 +38,25 @@ def exact(prediction: str, answers: Sequence[str]) -> float:
 def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> float:
     """Average normalised Levenshtein similarity of one question (Biten et al., ICCV 2019).
 
-    ``1 - d`` of the closest answer, where d is the edit distance over the longer length, of lower-case texts without outer
-    space; 0 where ``d >= threshold``.
+    ``1 - d`` of the closest answer, where d is the edit distance (insertions, deletions, replacements) over the longer length,
+    of lower-case texts without outer space; 0 where ``d >= threshold``.
+
+    Raises:
+        MissingExtraError: rapidfuzz is not installed.
 
     Example:
         >>> anls("kitten", ["mitten"]), anls("dog", ["cat"])
         (0.8333333333333334, 0.0)
     """
+    edits = require("rapidfuzz.distance", "eval").Levenshtein
     said = " ".join(prediction.lower().split())
     best = 0.0
     for answer in answers:
         want = " ".join(answer.lower().split())
-        distance = levenshtein(said, want) / max(len(said), len(want), 1)
+        distance = edits.normalized_distance(said, want)
         if distance < threshold:
             best = max(best, 1 - distance)
     return best
-
-
-def levenshtein(a: str, b: str) -> int:
-    """Fewest insertions, deletions and replacements that turn ``a`` into ``b``."""
-    previous = list(range(len(b) + 1))
-    for i, left in enumerate(a, 1):
-        current = [i]
-        for j, right in enumerate(b, 1):
-            current.append(min(previous[j] + 1, current[-1] + 1, previous[j - 1] + (left != right)))
-        previous = current
-    return previous[-1]
 
 
 def chosen(prediction: str, choices: Sequence[str]) -> int | None:
@@ -200,7 +193,7 @@ def linear_probe(features: Tensor, labels: Tensor, test: Tensor) -> Tensor:
     Raises:
         MissingExtraError: scikit-learn is not installed.
     """
-    _library("sklearn", "eval")
+    require("sklearn", "eval")
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

@@ -15,11 +15,11 @@ from torch import nn
 
 from ..bench.encoder import copy_sharing_weights
 from ..errors import AlreadyAppliedError
+from ..images import read_image
 from ..loading_vlm import LoadedVLM
 from ..plan import Plan
 from ..session import Session, apply, status
 from . import scores
-from .data import read_image
 from .loop import Failure, Loop, Processes
 from .report import BASE, Report, between, by_sample, check_plans, digest, fingerprint, kept, summaries
 

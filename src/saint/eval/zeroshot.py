@@ -7,10 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..loading import Loaded, _explained, _library, load_model
+from ..extras import require
+from ..loading import Loaded, load_model
+from ..loading.failures import explained
 from ..presets import recipe
 
 TEMPLATES = ("a photo of a {}.",)
+# sets that open_clip keeps, by the name that stands for all of them: CLIP's 80 for ImageNet, and the best 7 of them
+TEMPLATE_SETS = {"openai-80": "OPENAI_IMAGENET_TEMPLATES", "openai-7": "SIMPLE_IMAGENET_TEMPLATES"}
 
 # texts -> embeddings [T, C]
 Embed = Callable[[list[str]], Tensor]
@@ -51,23 +55,48 @@ def load_both_towers(
     raise ValueError(f"zero-shot needs a model with a text tower: open_clip:NAME/TAG or hf:NAME_OR_PATH, got {spec!r}")
 
 
+def read_templates(given: Sequence[str]) -> list[str]:
+    """Templates in which each name of ``TEMPLATE_SETS`` is replaced by the templates of that set.
+
+    Raises:
+        MissingExtraError: a set is named and open_clip is not installed.
+
+    Example:
+        >>> read_templates(["a {}"]), len(read_templates(["openai-80", "a {}"]))
+        (['a {}'], 81)
+    """
+    out: list[str] = []
+    for text in given:
+        if text in TEMPLATE_SETS:
+            functions = getattr(require("open_clip", "open-clip"), TEMPLATE_SETS[text])
+            out += [function("{}") for function in functions]
+        else:
+            out.append(text)
+    return out
+
+
 def class_embeddings(embed: Embed, names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
     """Unit embeddings of class names, each the mean over its templates.
 
     Args:
         embed: the text tower.
         names: of the classes.
-        templates: with ``{}`` where the name goes.
+        templates: with ``{}`` where the name goes, or names of ``TEMPLATE_SETS``.
 
     Returns:
         [classes, C], float32, on the CPU.
 
     Raises:
         ValueError: a template without ``{}``.
+        MissingExtraError: a set is named and open_clip is not installed.
     """
+    templates = read_templates(templates)
     wrong = [t for t in templates if "{}" not in t]
     if wrong or not templates:
-        raise ValueError(f"a template needs {{}} where the class name goes, got {wrong[0] if wrong else 'none'!r}")
+        raise ValueError(
+            f"a template needs {{}} where the class name goes, or is one of {', '.join(TEMPLATE_SETS)}; "
+            f"got {wrong[0] if wrong else 'none'!r}"
+        )
     rows = []
     for name in names:
         made = embed([template.replace("{}", name.replace("_", " ")) for template in templates]).float().cpu()
@@ -76,9 +105,9 @@ def class_embeddings(embed: Embed, names: Sequence[str], templates: Sequence[str
 
 
 def _open_clip_text(spec: str, name: str, pretrained: bool, device: torch.device) -> Embed:
-    open_clip: Any = _library("open_clip", "open-clip")
+    open_clip: Any = require("open_clip", "open-clip")
     architecture, _, tag = name.partition("/")
-    with _explained(spec), torch.random.fork_rng(devices=[]):
+    with explained(spec), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # random weights: those that belong to the image tower of load_model
         both = open_clip.create_model(architecture, pretrained=tag if pretrained and tag != "none" else None)
         tokenizer = open_clip.get_tokenizer(architecture)
@@ -94,9 +123,9 @@ def _open_clip_text(spec: str, name: str, pretrained: bool, device: torch.device
 def _hf_both(
     spec: str, name: str, device: str | torch.device, pretrained: bool, size: int | None
 ) -> tuple[Loaded, Embed]:
-    transformers: Any = _library("transformers", "transformers")
+    transformers: Any = require("transformers", "transformers")
     tower = load_model(spec, device, pretrained, size=size)
-    with _explained(spec), torch.random.fork_rng(devices=[]):
+    with explained(spec), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if pretrained:
             both = transformers.AutoModel.from_pretrained(name)
