@@ -31,13 +31,13 @@ from saint.language.attention import check_attention
 from saint.language.cache import RaggedLayer
 from saint.language.decoder import _ARGUMENTS
 from saint.methods import FastV
-from saint.upstream import families, names, transformers, versions
+from saint.upstream import names, registry, versions
 from saint.upstream.names import CACHE, Parameters, Role
 from saint.upstream.names import LAYERS as TEXT_LAYERS
 from saint.upstream.specs import part
 from saint.upstream.verify import verify_encoder, verify_family
 from saint.vision.blocks import Block, units
-from saint.vision.locate import SPECS, locate, locate_tower
+from saint.vision.locate import locate, locate_tower
 from saint.vlm.locate import locate as locate_vlm
 
 LLAVA = FAMILIES["llava-llama"]
@@ -120,11 +120,11 @@ def test_names_of_families(name):
 
 def test_every_family_and_tower_is_checked_for_its_names():
     checked = {locate_vlm(on_meta(family.build), "language")[2].model for family in FAMILIES.values()}
-    assert checked == {row.model for row in families.SPECS}
+    assert checked == {spec.model for spec in registry.FAMILIES}
     towers = {locate_tower(on_meta(f.build).get_submodule("model"))[2].encoder for f in FAMILIES.values() if f.tower}
-    assert {row.encoder for row in transformers.TOWERS} <= towers
+    assert {spec.tower_spec.encoder for spec in registry.FAMILIES if spec.tower_spec} <= towers
     here = [locate(model)[2].encoder for model in [*(build() for build in BUILDERS.values()), *backbones().values()]]
-    assert {row.encoder for row in SPECS} == set(here)
+    assert {spec.encoder for spec in registry.ENCODERS} == set(here)
 
 
 def test_names_of_the_cache():

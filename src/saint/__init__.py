@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .session import remove as remove
     from .session import status as status
     from .tokens import LayerTrace as LayerTrace
+    from .upstream.registry import register as register
 
 _LAZY = {
     "AlreadyAppliedError": "errors",
@@ -46,6 +47,7 @@ _LAZY = {
     "methods": None,
     "pruned": "session",
     "recipes": "presets",
+    "register": "upstream.registry",
     "remove": "session",
     "status": "session",
     "testing": None,
