@@ -74,7 +74,7 @@ def hide_packed(stack, attentions: list[nn.Module], gone_before: Callable[[int],
             if func is nn.functional.softmax and pieces:
                 gone = pieces.pop(0)
                 assert args[0].shape[-1] == len(gone)
-                if not bool(gone.all()):  # in an empty window nobody is left to look
+                if not bool(gone.all()):  # an empty window has no query
                     args = (args[0].masked_fill(gone, -torch.inf), *args[1:])
             return func(*args, **(kwargs or {}))
 
@@ -107,11 +107,11 @@ def members(family: TinyVLM, groups: int) -> Tensor:
 def missing(kept: list[Tensor], places: Tensor) -> Tensor:
     """bool [B, L]: the candidates (``places`` marks them, in order) that are not among ``kept``."""
     gone = torch.zeros_like(places)
-    for row, (where, keep) in enumerate(zip(places, kept, strict=True)):
+    for sample, (where, keep) in enumerate(zip(places, kept, strict=True)):
         index = where.nonzero().flatten()
         stay = torch.zeros(len(index), dtype=torch.bool)
         stay[keep] = True
-        gone[row, index[~stay]] = True
+        gone[sample, index[~stay]] = True
     return gone
 
 

@@ -55,7 +55,7 @@ class _Tables:
                         "give a subclass of it its own spec, or do not register this one"
                     )
             for table, name, facts in new:
-                table.setdefault(name, facts)
+                table[name] = facts
 
     def read_plugins(self) -> None:
         with self.lock:
@@ -69,7 +69,7 @@ class _Tables:
     def _add_plugin(self, point: EntryPoint, kind: type) -> None:
         spec = plugins.load(point)
         if not isinstance(spec, kind):
-            raise PluginError(f"{plugins.described(point)} must be a {kind.__name__}, got {_shown(spec)}")
+            raise PluginError(f"{plugins.described(point)} must be of type {kind.__name__}, got {_shown(spec)}")
         try:
             self.add(spec)
         except ValueError as error:
@@ -77,7 +77,7 @@ class _Tables:
 
 
 def _shown(value: object) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+    return f"the class {value.__name__}" if isinstance(value, type) else f"type {type(value).__name__}"
 
 
 _tables = _Tables()

@@ -84,7 +84,7 @@ class EncoderSpec:
         patch: dotted path to the module whose output shows the patch grid (a map [B, C, rows, columns], or a pair of which
             the grid is the second), or None.
         final: dotted path to the norm behind the last block, or None when it comes behind the pool or not at all.
-        pools: paths of modules that read the whole sequence behind the last block (attention pools).
+        pools: paths of modules that read the full sequence behind the last block (attention pools).
         pool_with_prefix: whether an average pool also averages the prefix.
         masked_pools: methods that pool behind the last block, and their argument that marks padding.
         dense_calls: methods whose maps must be full length (they reshape to the grid).
