@@ -24,6 +24,7 @@ from vlm_models import FAMILIES
 import saint
 from saint import methods, plugins, testing
 from saint.errors import PluginError
+from saint.loading_vlm import is_vlm
 from saint.testing.vlm import CONTRACTS, check_vlm
 from saint.upstream import BlockSpec, EncoderSpec, FamilySpec, Role, registry
 from saint.vision.locate import locate
@@ -419,7 +420,18 @@ def test_a_family_comes_by_entry_point(install, run, tmp_path):
         assert session.trace[-1].tokens_out.tolist() == [9, 9]
 
 
-def test_a_tower_comes_with_its_family(install):
+def test_a_checkpoint_is_known_by_the_package_of_its_config(install, monkeypatch):
+    install("strange", {"strange_vlm.py": "class StrangeConfig: architectures = ['StrangeForConditionalGeneration']"})
+    config = importlib.import_module("strange_vlm").StrangeConfig()
+    monkeypatch.setattr(hf.AutoConfig, "from_pretrained", lambda name: config)
+    assert not is_vlm("hf:strange")
+    saint.register(STRANGE)
+    assert is_vlm("hf:strange")
+    config.architectures = ["StrangeForTextEncoding"]
+    assert not is_vlm("hf:strange")
+
+
+def test_a_tower_comes_with_its_family():
     """A tower of which only the family can make sense is no encoder on its own."""
     tower = dataclasses.replace(HOME, encoder=f"{__name__}.HomeViT")
     saint.register(dataclasses.replace(STRANGE, tower_spec=tower))

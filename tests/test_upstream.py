@@ -127,6 +127,33 @@ def test_every_family_and_tower_is_checked_for_its_names():
     assert {spec.encoder for spec in registry.ENCODERS} == set(here)
 
 
+@pytest.mark.parametrize("spec", registry.ENCODERS, ids=lambda spec: spec.encoder)
+def test_tiny_encoders_are_of_their_spec(spec):
+    for name, make in spec.tiny.items():
+        key = f"{spec.library}/{name}"
+        if "forward" not in spec.dense_calls and key not in BUILDERS:
+            continue  # not in this release
+        assert locate(on_meta(make))[2] is spec, key
+
+
+@pytest.mark.parametrize("spec", registry.FAMILIES, ids=lambda spec: spec.title)
+def test_tiny_families_are_of_their_spec(spec):
+    """What a tiny model says of itself, which tests build on, and what its spec reads off the instance."""
+    for tiny in spec.tiny:
+        assert FAMILIES[tiny.name] is tiny  # no other has its name
+        model = on_meta(tiny.build)
+        _, vlm, found = locate_vlm(model, "language")
+        assert found is spec
+        assert model.get_submodule(tiny.decoder) is TEXT_LAYERS.get(vlm.get_submodule(spec.decoder))
+        assert tiny.merge_size == (spec.merge_size(vlm) or 1)
+        assert (tiny.tower is None) == (spec.no_vision is not None)
+        if tiny.tower is not None:
+            _, encoder, tower = locate_tower(vlm.get_submodule(spec.tower))
+            assert tower is spec.tower_spec or (spec.tower_spec is None and tower in registry.ENCODERS)
+            assert model.get_submodule(tiny.tower) is part(encoder, tower.blocks)
+            assert tiny.prefix == tower.prefix(encoder)
+
+
 def test_names_of_the_cache():
     layer = hf.cache_utils.DynamicLayer()
     layer.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4))
