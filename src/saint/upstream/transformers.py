@@ -54,6 +54,11 @@ _DINOV2 = BlockSpec(
 )
 
 
+def qualified(module: str, cls: str) -> str:
+    """Qualified name of a modeling class of transformers."""
+    return f"transformers.models.{module}.modeling_{module}.{cls}"
+
+
 def _registers(model: Any) -> int:
     return 1 + int(model.config.num_register_tokens)
 
@@ -68,7 +73,7 @@ def _spec(
     return EncoderSpec(
         title=title,
         library="transformers",
-        encoder=f"transformers.models.{module}.modeling_{module}.{cls}",
+        encoder=qualified(module, cls),
         blocks=blocks,
         block_specs=block_specs,
         patch=patch,

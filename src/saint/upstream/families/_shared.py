@@ -5,11 +5,6 @@ from typing import Any
 CLIP_LAYERS = "model.vision_tower.encoder.layers"  # of the towers CLIP and SigLIP in a tiny model
 
 
-def qualified(module: str, cls: str) -> str:
-    """Qualified name of a modeling class of transformers."""
-    return f"transformers.models.{module}.modeling_{module}.{cls}"
-
-
 def feature_layer(model: Any, depth: int) -> int | None:
     """Index into the tower's ``depth + 1`` hidden states that the config names; None where it names several."""
     layer = model.config.vision_feature_layer

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from ..specs import EncoderSpec, FamilySpec
 from ..tiny import IMAGE, PAD, TinyVLM, make, text_config, tower_config
-from ..transformers import CLIP_BLOCK
-from ._shared import qualified
+from ..transformers import CLIP_BLOCK, qualified
 
 
 def _build(name: str) -> Callable[[], nn.Module]:

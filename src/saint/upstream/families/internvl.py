@@ -4,7 +4,8 @@ from torch import nn
 
 from ..specs import BlockSpec, EncoderSpec, FamilySpec
 from ..tiny import IMAGE, TinyVLM, make, squares, text_config, tower_config
-from ._shared import feature_layer, qualified
+from ..transformers import qualified
+from ._shared import feature_layer
 
 _BLOCK = BlockSpec(
     attn="attention",

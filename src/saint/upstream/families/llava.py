@@ -7,7 +7,8 @@ from torch import nn
 
 from ..specs import FamilySpec
 from ..tiny import IMAGE, TinyVLM, make, squares, text_config, tiles, tower_config
-from ._shared import CLIP_LAYERS, feature_layer, qualified
+from ..transformers import qualified
+from ._shared import CLIP_LAYERS, feature_layer
 
 
 def _llava(text: str, **more: Any) -> Callable[[], nn.Module]:

@@ -5,7 +5,7 @@ from torch import nn
 from ..names import PIXELS, VIDEOS
 from ..specs import FamilySpec
 from ..tiny import IMAGE, VIDEO, TinyVLM, make, text_config, tiles, tower_config
-from ._shared import qualified
+from ..transformers import qualified
 
 
 def _build() -> nn.Module:

@@ -4,7 +4,8 @@ from torch import nn
 
 from ..specs import FamilySpec
 from ..tiny import IMAGE, TinyVLM, make, squares, text_config, tower_config
-from ._shared import CLIP_LAYERS, qualified
+from ..transformers import qualified
+from ._shared import CLIP_LAYERS
 
 
 def _build() -> nn.Module:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..names import PIXELS, ROTARY, SEGMENTS, VIDEOS, WINDOW_ORDER, Role
 from ..specs import BlockSpec, EncoderSpec, FamilySpec
 from ..tiny import END, IMAGE, START, VIDEO, TinyVLM, make, text_config
-from ._shared import qualified
+from ..transformers import qualified
 
 _BLOCK = BlockSpec(
     attn="attn",
