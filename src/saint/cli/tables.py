@@ -25,7 +25,7 @@ def list_(json: Json = None) -> None:
     families = registry.families().values()
     table = Table("library", "models", "stages", title="vision-language models", title_justify="left")
     for family in families:
-        table.add_row(family.library, family.title, "\n".join(family.stages))
+        table.add_row(family.library, family.title, ", ".join(family.stages))
     out.print(table)
 
     refused = registry.refused()
