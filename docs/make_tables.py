@@ -1,4 +1,7 @@
-"""Rewrite the generated tables of README.md: what is supported, and the speed table from its record."""
+"""Rewrite the generated tables of README.md: what is supported, and the speed table from its record.
+
+Only what this package brings is in them; `saint list` also shows plug-ins.
+"""
 
 import csv
 import dataclasses
@@ -7,9 +10,9 @@ import json
 from pathlib import Path
 
 from saint.flops import left_out
-from saint.upstream import families
+from saint.upstream.names import VIDEOS
+from saint.upstream.registry import ENCODERS, FAMILIES
 from saint.upstream.specs import FamilySpec
-from saint.vision.locate import SPECS
 
 ROOT = Path(__file__).parents[1]
 ZOO = ROOT / "docs" / "zoo.csv"
@@ -19,8 +22,8 @@ RECORD = ROOT / "benchmarks" / "results" / "encoders-cpu.json"
 def support_table() -> str:
     lines = ["| library | encoders | class |", "|---|---|---|"]
     seen = {}
-    for row in SPECS:
-        seen.setdefault((row.library, row.title), []).append(f"`{row.encoder.rpartition('.')[2]}`")
+    for spec in ENCODERS:
+        seen.setdefault((spec.library, spec.title), []).append(f"`{spec.encoder.rpartition('.')[2]}`")
     lines += [f"| {library} | {title} | {', '.join(classes)} |" for (library, title), classes in seen.items()]
     return "\n".join(lines)
 
@@ -44,17 +47,26 @@ def zoo_table() -> str:
 def vlm_table() -> str:
     """What works in which family; flash attention by what the installed transformers says of its class."""
     lines = [
-        "| family | in the encoder (`vision`) | between (`connector`) | in the language model (`language`) | flash attention |",
-        "|---|---|---|---|---|",
+        "| family | in the encoder (`vision`) | between (`connector`) | in the language model (`language`) | inputs "
+        "| flash attention |",
+        "|---|---|---|---|---|---|",
     ]
     every_patch = next(field.default for field in dataclasses.fields(FamilySpec) if field.name == "merge_size")
-    for row in families.SPECS:
-        vision = "yes" if row.merge_size is every_patch else "yes, by groups of patches"
-        if row.no_vision is not None:
-            vision = f"refused: {row.no_vision.partition(',')[0]}"
-        module, _, name = row.model.rpartition(".")
+    for spec in FAMILIES:
+        if spec.no_vision is not None:
+            vision = f"refused: {spec.no_vision.partition(',')[0]}"
+        elif spec.merge_size is every_patch:
+            vision = "yes"
+        else:
+            sides = ", ".join(sorted({f"{tiny.merge_size} x {tiny.merge_size}" for tiny in spec.tiny}))
+            vision = f"yes, by groups of patches (tested: {sides})"
+        others = " | ".join("yes" if stage in spec.stages else "no" for stage in ("connector", "language"))
+        inputs = "images, videos" if VIDEOS in spec.pixels else "images"
+        module, _, name = spec.model.rpartition(".")
         flash = getattr(importlib.import_module(module), name)._supports_flash_attn
-        lines.append(f"| {row.title} | {vision} | yes | yes | {'yes' if flash else 'refused by transformers'} |")
+        lines.append(
+            f"| {spec.title} | {vision} | {others} | {inputs} | {'yes' if flash else 'refused by transformers'} |"
+        )
     return "\n".join(lines)
 
 

@@ -206,6 +206,10 @@ def test_list_and_env(run, tmp_path):
     assert run("env", "--json", tmp_path / "e.json")[0] == 0
     listed = json.loads((tmp_path / "l.json").read_text())
     assert {row["library"] for row in listed["encoders"]} == {"timm", "transformers", "open_clip"}
+    families = {family["models"]: family["stages"] for family in listed["families"]}
+    assert families["LLaVA-1.5"] == ["vision", "connector", "language"]
+    assert families["LLaVA-OneVision"] == ["connector", "language"]
+    assert "timm.models.cait.Cait" in listed["refused"]
     assert {"saint", "saint_full_graph"} <= set(listed["methods"])
     assert set(listed["recipes"]) == set(saint.recipes())
     assert set(listed["demo"]) == {"clip-b16", "dinov2-s", "small-llava"}

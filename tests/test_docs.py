@@ -4,6 +4,7 @@ Stand-ins take the place of what would be downloaded: tiny random models of the 
 namespace, as a reader would type them.
 """
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -21,6 +22,7 @@ from vlm_models import FAMILIES, prompts
 
 import saint
 from saint.cli import COMMANDS, app
+from saint.upstream import registry
 
 UsageError = typer.BadParameter.__base__  # click's, or that of the copy of click that newer releases of typer bring
 ROOT = Path(__file__).parents[1]
@@ -87,6 +89,7 @@ def test_python_blocks_run(file, tmp_path, monkeypatch):
     for i in range(3):
         noise().save(tmp_path / "photos" / f"{i}.png")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_tables", registry._Tables())  # what a block registers is gone behind it
     real = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *_, **__: real("test_vit"))
     # the recipe of LLaVA-1.5 names layers of 24 and 32; the stand-in has a few
@@ -104,6 +107,17 @@ def test_python_blocks_run(file, tmp_path, monkeypatch):
         exec(compile(code, f"{file.name}, python block {number}", "exec"), scope)
     for model in (scope["vit"], scope["model"]):
         assert saint.status(model) is None, "a block leaves a plan applied"
+
+
+@pytest.mark.parametrize(
+    ("name", "table"), [("support", "support_table"), ("families", "vlm_table"), ("zoo", "zoo_table")]
+)
+def test_the_tables_of_the_readme_are_those_of_the_specs(name, table):
+    spec = importlib.util.spec_from_file_location("make_tables", ROOT / "docs" / "make_tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    readme = (ROOT / "README.md").read_text()
+    assert tables.replace(readme, name, getattr(tables, table)()) == readme, "run `make tables`"
 
 
 # -- shells -----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from test_scored import nearest
 import saint
 from saint import testing
 from saint.plan import Plan, Stage
-from saint.vision.locate import SPECS, locate
+from saint.upstream.registry import ENCODERS
+from saint.vision.locate import locate
 
 NAMES = list(BUILDERS)
 
@@ -127,9 +128,9 @@ def test_ragged_batches_without_masks(name):
             assert torch.allclose(a, b, atol=1e-5 * max(1, value.abs().max()))
 
 
-def test_every_row_has_a_model():
+def test_every_spec_has_a_model():
     models = [prepared(name)[0] for name in NAMES] + list(backbones().values())
-    assert {row.encoder for row in SPECS} == {locate(model)[2].encoder for model in models}
+    assert {spec.encoder for spec in ENCODERS} == {locate(model)[2].encoder for model in models}
 
 
 def test_example_plans_really_are_ragged():

@@ -32,12 +32,12 @@ from saint.language.cache import RaggedLayer
 from saint.language.decoder import _ARGUMENTS
 from saint.methods import FastV
 from saint.runtime.blocks import Block, units
-from saint.upstream import families, names, transformers, versions
+from saint.upstream import names, registry, versions
 from saint.upstream.names import CACHE, Parameters, Role
 from saint.upstream.names import LAYERS as TEXT_LAYERS
 from saint.upstream.specs import part
 from saint.upstream.verify import verify_encoder, verify_family
-from saint.vision.locate import SPECS, locate, locate_tower
+from saint.vision.locate import locate, locate_tower
 from saint.vlm.locate import locate as locate_vlm
 
 LLAVA = FAMILIES["llava-llama"]
@@ -120,11 +120,38 @@ def test_names_of_families(name):
 
 def test_every_family_and_tower_is_checked_for_its_names():
     checked = {locate_vlm(on_meta(family.build), "language")[2].model for family in FAMILIES.values()}
-    assert checked == {row.model for row in families.SPECS}
+    assert checked == {spec.model for spec in registry.FAMILIES}
     towers = {locate_tower(on_meta(f.build).get_submodule("model"))[2].encoder for f in FAMILIES.values() if f.tower}
-    assert {row.encoder for row in transformers.TOWERS} <= towers
+    assert {spec.tower_spec.encoder for spec in registry.FAMILIES if spec.tower_spec} <= towers
     here = [locate(model)[2].encoder for model in [*(build() for build in BUILDERS.values()), *backbones().values()]]
-    assert {row.encoder for row in SPECS} == set(here)
+    assert {spec.encoder for spec in registry.ENCODERS} == set(here)
+
+
+@pytest.mark.parametrize("spec", registry.ENCODERS, ids=lambda spec: spec.encoder)
+def test_tiny_encoders_are_of_their_spec(spec):
+    for name, make in spec.tiny.items():
+        key = f"{spec.library}/{name}"
+        if "forward" not in spec.dense_calls and key not in BUILDERS:
+            continue  # not in this release
+        assert locate(on_meta(make))[2] is spec, key
+
+
+@pytest.mark.parametrize("spec", registry.FAMILIES, ids=lambda spec: spec.title)
+def test_tiny_families_are_of_their_spec(spec):
+    """What a tiny model says of itself, which tests build on, and what its spec reads off the instance."""
+    for tiny in spec.tiny:
+        assert FAMILIES[tiny.name] is tiny  # no other has its name
+        model = on_meta(tiny.build)
+        _, vlm, found = locate_vlm(model, "language")
+        assert found is spec
+        assert model.get_submodule(tiny.decoder) is TEXT_LAYERS.get(vlm.get_submodule(spec.decoder))
+        assert tiny.merge_size == (spec.merge_size(vlm) or 1)
+        assert (tiny.tower is None) == (spec.no_vision is not None)
+        if tiny.tower is not None:
+            _, encoder, tower = locate_tower(vlm.get_submodule(spec.tower))
+            assert tower is spec.tower_spec or (spec.tower_spec is None and tower in registry.ENCODERS)
+            assert model.get_submodule(tiny.tower) is part(encoder, tower.blocks)
+            assert tiny.prefix == tower.prefix(encoder)
 
 
 def test_names_of_the_cache():

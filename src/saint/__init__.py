@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .session import remove as remove
     from .session import status as status
     from .tokens import LayerTrace as LayerTrace
+    from .upstream.registry import register as register
 
     def plan(source: str | PathLike[str]) -> Plan: ...  # the module, called
 
@@ -54,6 +55,7 @@ _LAZY = {
     "plan": None,
     "pruned": "session",
     "recipes": "presets",
+    "register": "upstream.registry",
     "remove": "session",
     "status": "session",
     "testing": None,

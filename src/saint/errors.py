@@ -23,3 +23,7 @@ class HookNeverFiredError(SaintError, RuntimeError):
 
 class MissingExtraError(SaintError, ImportError):
     """An optional dependency is missing; the message names the extra."""
+
+
+class PluginError(SaintError, ImportError):
+    """What an installed package adds through an entry point cannot be used; the message names the package."""

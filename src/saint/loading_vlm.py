@@ -11,11 +11,15 @@ from torch import nn
 from .demo import small_llava
 from .errors import UnsupportedModelError
 from .loading import _explained, _library, resolve_device
-from .upstream.families import SPECS
+from .upstream import registry
 from .vlm.locate import find
 
 DEMO = f"demo:{small_llava.NAME}"
-_PACKAGES = {spec.model.split(".")[2] for spec in SPECS}  # transformers.models.<this>
+
+
+def _package(cls: str) -> str:
+    """Package of a qualified class name: configs lie beside the models they are of."""
+    return cls.rsplit(".", 2)[0]
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,9 @@ def is_vlm(spec: str) -> bool:
     with _explained(spec):
         config = _library("transformers", "transformers").AutoConfig.from_pretrained(name)
     kind = next(iter(config.architectures or []), "")
-    package = type(config).__module__.split(".")[2:3]
-    return bool(_PACKAGES.intersection(package)) and kind.endswith("ForConditionalGeneration")
+    packages = {_package(model) for model in registry.families()}
+    here = _package(f"{type(config).__module__}.{type(config).__qualname__}")
+    return here in packages and kind.endswith("ForConditionalGeneration")
 
 
 def load_vlm(
@@ -111,7 +116,7 @@ def load_vlm(
                 model = auto.from_config(config, dtype=dtype or torch.float32)
         processor = transformers.AutoProcessor.from_pretrained(name)
     if find(model) is None:
-        known = ", ".join(spec.title for spec in SPECS)
+        known = ", ".join(family.title for family in registry.families().values())
         raise UnsupportedModelError(f"{spec} is a {type(model).__name__}, which cannot be pruned; known: {known}")
     if getattr(processor, "tokenizer", None) is not None:
         processor.tokenizer.padding_side = "left"

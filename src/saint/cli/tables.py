@@ -8,22 +8,29 @@ from .common import Json, out
 
 
 def list_(json: Json = None) -> None:
-    """What is supported: encoders, methods, recipes and demo models."""
+    """What is supported: encoders, vision-language models, methods, recipes and demo models, those of plug-ins included."""
     from .. import demo, methods
     from ..demo import scenes, small_llava
     from ..presets import recipes
-    from ..vision.locate import _REFUSED, SPECS
+    from ..upstream import registry
 
     encoders: dict[tuple[str, str], list[str]] = {}
-    for spec in SPECS:
+    for spec in registry.encoders().values():
         encoders.setdefault((spec.library, spec.title), []).append(spec.encoder.rpartition(".")[2])
     table = Table("library", "models", "class that is pruned", title="vision encoders", title_justify="left")
     for (library, title), classes in encoders.items():
         table.add_row(library, title, ", ".join(classes))
     out.print(table)
 
+    families = registry.families().values()
+    table = Table("library", "models", "stages", title="vision-language models", title_justify="left")
+    for family in families:
+        table.add_row(family.library, family.title, ", ".join(family.stages))
+    out.print(table)
+
+    refused = registry.refused()
     table = Table("class", "why not", title="refused by name", title_justify="left")
-    for name, why in _REFUSED.items():
+    for name, why in refused.items():
         table.add_row(name.rpartition(".")[2], why)
     out.print(table)
 
@@ -65,7 +72,11 @@ def list_(json: Json = None) -> None:
                     {"library": library, "models": title, "classes": classes}
                     for (library, title), classes in encoders.items()
                 ],
-                "refused": _REFUSED,
+                "families": [
+                    {"library": family.library, "models": family.title, "class": family.model, "stages": family.stages}
+                    for family in families
+                ],
+                "refused": refused,
                 "methods": {
                     name: {"stages": sorted(method.stages), "paper": method.paper} for name, method in known.items()
                 },

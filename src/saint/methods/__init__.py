@@ -1,14 +1,16 @@
 """One file per published method; classes are imported on use.
 
-Third parties register theirs through the entry-point group ``saint.methods`` (name = registry name, value = the class).
+Other packages register theirs through the entry-point group ``saint.methods`` (name = registry name, value = the class).
 """
 
 import difflib
 from collections.abc import Mapping
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any
 
+from .. import plugins
+from ..errors import PluginError
 from .base import Method
 
 if TYPE_CHECKING:
@@ -31,19 +33,47 @@ _BUILTIN = {
 }
 
 
+def _plugged() -> dict[str, EntryPoint]:
+    """Methods of other packages by registry name."""
+    points = plugins.points("saint.methods")
+    for name in _BUILTIN.keys() & points.keys():
+        raise PluginError(f"{plugins.described(points[name])}: {name!r} is a method of saint; choose another name")
+    return points
+
+
 def names() -> list[str]:
-    """Registry names of all methods, built-in and plugged in."""
-    return sorted({*_BUILTIN, *(point.name for point in entry_points(group="saint.methods"))})
+    """Registry names of all methods, built-in and plugged in.
+
+    Raises:
+        PluginError: a plug-in takes the name of another method.
+    """
+    return sorted([*_BUILTIN, *_plugged()])
+
+
+def _load(point: EntryPoint) -> type[Method]:
+    cls = plugins.load(point)
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise PluginError(f"{plugins.described(point)} must be a subclass of saint.methods.base.Method, got {cls!r}")
+    name = getattr(cls, "name", None)
+    if name != point.name:
+        raise PluginError(
+            f"{plugins.described(point)} has the name {name!r}; plans find a method by its entry point, so both must agree"
+        )
+    return cls
 
 
 def get(name: str) -> type[Method]:
-    """The class registered as ``name``."""
+    """The class registered as ``name``.
+
+    Raises:
+        ValueError: there is none.
+        PluginError: the package that brings it is broken.
+    """
     if name in _BUILTIN:
         module, cls = _BUILTIN[name]
         return getattr(import_module(f"{__name__}.{module}"), cls)
-    for point in entry_points(group="saint.methods"):
-        if point.name == name:
-            return point.load()
+    if name in _plugged():
+        return _load(_plugged()[name])
     close = difflib.get_close_matches(name, names())
     hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
     raise ValueError(f"unknown method {name!r}{hint} Known: {', '.join(names())}")

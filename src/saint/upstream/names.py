@@ -1,4 +1,4 @@
-"""Names of other people's arguments, methods and fields: where a release renames one, one line here is edited.
+"""Names of other libraries' arguments, methods and fields: where a release renames one, one line here is edited.
 
 A :class:`Role` is what this library means; its spellings are what releases have called it, newest first. Which one holds is
 read off the signatures and attributes of the modules at hand when a plan is applied, never off a version number.

@@ -1,6 +1,9 @@
-"""Facts about open_clip's ViT towers (timm towers inside open_clip are found through their trunk)."""
+"""open_clip's ViT towers: their facts, and tiny models of them. timm towers inside open_clip are found through their trunk."""
 
+from collections.abc import Callable
 from typing import Any
+
+from torch import nn
 
 from .specs import BlockSpec, EncoderSpec
 
@@ -32,6 +35,16 @@ def _refuse(model: Any) -> str | None:
     return None
 
 
+def _tiny(**settings: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        from open_clip.transformer import VisionTransformer
+
+        # pixels, patch, width, layers, heads, MLP ratio; real: 224..448, 14..32, 768..1664, 12..48, 12..16, 4
+        return VisionTransformer(96, 16, 48, 4, 3, 2.0, output_dim=16, **settings)
+
+    return build
+
+
 SPECS = [
     EncoderSpec(
         title="ViT tower (both attention layouts)",
@@ -46,6 +59,14 @@ SPECS = [
         pools=("attn_pool", "attn_pool_contrastive"),
         dense_calls=("forward_intermediates",),
         refuse=_refuse,
+        tiny={
+            "vit": _tiny(ls_init_value=1e-5),
+            # beside the pooled vector the patches alone, without the class token
+            "vit-tokens": _tiny(output_tokens=True),
+            "vit-avg": _tiny(pool_type="avg", final_ln_after_pool=True),
+            "vit-custom-attention": _tiny(qk_norm=True, scale_attn=True),
+            "coca": _tiny(attentional_pool=True, attn_pooler_queries=4, attn_pooler_heads=4),
+        },
     ),
 ]
 

@@ -1,12 +1,13 @@
-"""What is known of other people's classes: one frozen row of plain facts each. The tables are the other files here."""
+"""What is known of another library's class: one frozen spec of plain facts each. The tables of specs are the other files here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from .names import PIXELS, TIMM_MASK, Role
+from .tiny import TinyVLM
 
 
 def part(module: nn.Module, path: str) -> Any:
@@ -22,7 +23,7 @@ class BlockSpec:
     """Names of the parts of a residual block, relative to the block.
 
     ``first(x) = x + branch1(attn(norm1(x)))`` and ``second(x) = x + branch2(mlp(norm2(x)))``. A branch is a chain of
-    modules or per-channel parameters; parts that are None or absent in an instance are skipped, so one row covers blocks
+    modules or per-channel parameters; parts that are None or absent in an instance are skipped, so one spec covers blocks
     with and without LayerScale, DropPath or post-norm.
 
     Attributes:
@@ -74,16 +75,16 @@ class EncoderSpec:
     """One supported encoder class.
 
     Attributes:
-        title: how people call it.
-        library: distribution the class comes from.
-        encoder: qualified name of the class that owns the blocks.
+        title: name in tables and messages.
+        library: import name of the library that the class comes from.
+        encoder: qualified name (module and class) of the class that holds the blocks; subclasses are found by it, too.
         blocks: dotted path to the ModuleList of blocks.
         block_specs: block class name -> anatomy. Blocks of another class are refused from the first drop point on.
         prefix: protected tokens in front (CLS, distillation, registers), from the instance.
         patch: dotted path to the module whose output shows the patch grid (a map [B, C, rows, columns], or a pair of which
             the grid is the second), or None.
         final: dotted path to the norm behind the last block, or None when it comes behind the pool or not at all.
-        pools: paths of modules that read the whole sequence behind the last block (attention pools).
+        pools: paths of modules that read the full sequence behind the last block (attention pools).
         pool_with_prefix: whether an average pool also averages the prefix.
         masked_pools: methods that pool behind the last block, and their argument that marks padding.
         dense_calls: methods whose maps must be full length (they reshape to the grid).
@@ -91,6 +92,8 @@ class EncoderSpec:
         order: of a packed encoder: method that reorders groups of tokens and is given their order, or None.
         candidates: how many the instance always has, or None where the size of the pictures decides.
         refuse: reason why this instance cannot be pruned, or None.
+        tiny: builders of small random models that hold such an encoder, by a short name. A builder imports its library when
+            it is called.
     """
 
     title: str
@@ -109,15 +112,17 @@ class EncoderSpec:
     order: Role | None = None
     candidates: Callable[[Any], int | None] = lambda _: None
     refuse: Callable[[Any], str | None] = field(default=lambda _: None)
+    tiny: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class FamilySpec:
-    """One supported family.
+    """One supported family of vision-language models.
 
     Attributes:
-        title: how people call it.
-        model: qualified name of the class that merges image features into the text (the model without its head).
+        title: name in tables and messages.
+        model: qualified name (module and class) of the class that merges image features into the text: the model without its
+            head. Subclasses are found by it, too.
         tower: path of the vision tower.
         connector: path of the module between tower and language model.
         decoder: path of the language model.
@@ -130,6 +135,10 @@ class FamilySpec:
         feature_layer: index into the tower's hidden states (0 = embeddings) of the features used, from the instance; None
             where the features of several layers are joined.
         between: layers behind which the model adds to the full sequence, from the instance (DeepStack).
+        library: import name of the library that the class comes from.
+        tower_spec: the encoder in ``tower``, where no other model can read its output (the family joins groups of its
+            tokens); None where it is a registered encoder.
+        tiny: small random models of the family.
     """
 
     title: str
@@ -143,3 +152,11 @@ class FamilySpec:
     deepstack_mergers: Callable[[Any], dict[str, int]] = lambda _: {}
     feature_layer: Callable[[nn.Module, int], int | None] = lambda _, depth: depth
     between: Callable[[nn.Module], int] = lambda _: 0
+    library: str = "transformers"
+    tower_spec: EncoderSpec | None = None
+    tiny: tuple[TinyVLM, ...] = ()
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages of a plan that the family has."""
+        return ("vision", "connector", "language") if self.no_vision is None else ("connector", "language")

@@ -1,7 +1,10 @@
-"""Facts about timm's encoders."""
+"""timm's encoders: their facts, and tiny models of them."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+
+from torch import nn
 
 from .names import TIMM_PAIRS, TIMM_ROTARY, TIMM_VALID
 from .specs import BlockSpec, EncoderSpec
@@ -71,6 +74,23 @@ def _candidates(model: Any) -> int | None:
     return embed.num_patches if getattr(embed, "strict_img_size", False) else None
 
 
+# -- tiny models ------------------------------------------------------------------------------------------------------
+
+_SIZES = {"embed_dim": 48, "depth": 4, "num_heads": 3}  # real: 192..1280, 12..32, 3..16
+
+
+def _tiny(name: str, img_size: int | None = 96, **settings: Any) -> Callable[[], nn.Module]:
+    """A builder of the model ``name`` on 6 x 6 patches, smaller; without ``img_size`` the model takes any pictures."""
+
+    def build() -> nn.Module:
+        import timm
+
+        pixels = {} if img_size is None else {"img_size": img_size}
+        return timm.create_model(name, num_classes=7, **{**_SIZES, **pixels, **settings})
+
+    return build
+
+
 SPECS = [
     EncoderSpec(
         title="ViT (AugReg, DeiT/DeiT-3, MAE, CLIP, SigLIP/SigLIP 2, DINOv2 with and without registers, AIMv2, hybrids, "
@@ -87,6 +107,26 @@ SPECS = [
         pool_with_prefix=lambda m: bool(getattr(m, "pool_include_prefix", False)),
         dense_calls=("forward_intermediates", "get_intermediate_layers"),
         refuse=_refuse,
+        tiny={
+            "vit-augreg": _tiny("vit_tiny_patch16_224"),
+            "vit-avg": _tiny("vit_base_patch16_224.mae", global_pool="avg"),
+            "deit-distilled": _tiny("deit_tiny_distilled_patch16_224"),
+            "deit3": _tiny("deit3_small_patch16_224", init_values=1e-5),
+            "clip": _tiny("vit_base_patch16_clip_quickgelu_224"),
+            "siglip": _tiny("vit_base_patch16_siglip_224"),
+            "siglip2": _tiny("vit_base_patch16_siglip_256.v2_webli"),
+            "siglip-gap": _tiny("vit_base_patch16_siglip_gap_224"),
+            "dinov2": _tiny("vit_small_patch14_dinov2", img_size=84),
+            "dinov2-reg": _tiny("vit_small_patch14_reg4_dinov2", img_size=84),
+            "vit-qknorm": _tiny("vit_tiny_patch16_224", qk_norm=True),
+            "vit-srelpos-free-reg-gap": _tiny("vit_medium_patch16_reg4_gap_256"),
+            "map-without-registers": _tiny("vit_so150m_patch16_reg4_map_256"),
+            "vit-parallel": _tiny("vit_small_patch16_18x2_224"),
+            "vit-parallel-scaling": _tiny("vit_base_patch16_xp_224"),
+            # halves of heads; not in timm 1.0.20
+            "vit-diff": _tiny("vit_dwee_patch16_reg1_gap_256", num_heads=2),
+            "vit-diff-parallel": _tiny("vit_dpwee_patch16_reg1_gap_256", num_heads=2),
+        },
     ),
     EncoderSpec(
         title="EVA, EVA-02, DINOv3, Perception Encoder",
@@ -101,6 +141,14 @@ SPECS = [
         pools=("attn_pool",),
         dense_calls=("forward_intermediates",),
         refuse=_refuse,
+        tiny={
+            "eva": _tiny("eva_giant_patch14_224", img_size=84),
+            "eva02": _tiny("eva02_tiny_patch14_224", img_size=84),
+            "eva02-clip": _tiny("eva02_base_patch16_clip_224"),
+            "dinov3": _tiny("vit_small_patch16_dinov3"),
+            "pe-core": _tiny("vit_pe_core_tiny_patch16_384"),
+            "vit-rope-mixed": _tiny("vit_small_patch16_rope_mixed_224"),
+        },
     ),
     EncoderSpec(
         title="BEiT, BEiT-2",
@@ -113,6 +161,10 @@ SPECS = [
         candidates=_candidates,
         final="norm",
         dense_calls=("forward_intermediates",),
+        tiny={
+            "beit": _tiny("beit_base_patch16_224"),
+            "beit-shared": _tiny("beit_base_patch16_224", use_shared_rel_pos_bias=True, use_rel_pos_bias=False),
+        },
     ),
     EncoderSpec(
         title="ViT with relative position bias (own or shared)",
@@ -125,6 +177,12 @@ SPECS = [
         candidates=_candidates,
         final="norm",
         dense_calls=("forward_intermediates",),
+        tiny={
+            "relpos": _tiny("vit_relpos_small_patch16_224"),
+            "relpos-cls": _tiny("vit_relpos_base_patch16_clsgap_224"),
+            "relpos-shared": _tiny("vit_srelpos_small_patch16_224"),
+            "relpos-post": _tiny("vit_relpos_base_patch32_plus_rpn_256", patch_size=16),
+        },
     ),
     EncoderSpec(
         title="NaFlexViT (pictures, or patches with padding)",
@@ -140,6 +198,10 @@ SPECS = [
         masked_pools={"_pool": TIMM_VALID},
         dense_calls=("forward_intermediates",),
         refuse=_refuse,
+        tiny={
+            "naflex": _tiny("naflexvit_base_patch16_gap", img_size=None, pos_embed_grid_size=(6, 6)),
+            "naflex-map": _tiny("naflexvit_base_patch16_map", img_size=None, pos_embed_grid_size=(6, 6)),
+        },
     ),
 ]
 

@@ -1,8 +1,14 @@
-"""Facts about the vision encoders of transformers."""
+"""Vision encoders of transformers: their facts, and tiny models of them.
 
+Encoders that only make sense inside one family of vision-language models are beside its facts, in ``families``.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
-from .names import MASK, ROTARY, SEGMENTS, WINDOW_ORDER
+from torch import nn
+
+from .names import MASK, ROTARY
 from .specs import BlockSpec, EncoderSpec
 
 _VIT = BlockSpec(
@@ -27,7 +33,7 @@ _BEIT = BlockSpec(
     mask=MASK,
     bias=(("relative_position_bias.forward", "relative_position_bias"),),
 )
-_CLIP = BlockSpec(
+CLIP_BLOCK = BlockSpec(
     attn="self_attn",
     mlp="mlp",
     norm1="layer_norm1",
@@ -35,27 +41,6 @@ _CLIP = BlockSpec(
     keys=("self_attn.k_proj",),
     heads=("self_attn.num_heads",),
     mask=MASK,
-)
-_INTERNVL = BlockSpec(
-    attn="attention",
-    mlp="mlp",
-    norm1="layernorm_before",
-    norm2="layernorm_after",
-    branch1=("lambda_1",),
-    branch2=("dropout", "lambda_2"),
-    keys=("attention.k_norm",),
-    heads=("attention.num_heads",),
-    mask=None,
-)
-_QWEN = BlockSpec(
-    attn="attn",
-    mlp="mlp",
-    keys=("attn.qkv",),
-    heads=("attn.num_heads",),
-    mask=None,
-    tables=(ROTARY,),
-    fused=True,
-    segments=SEGMENTS,
 )
 _DINOV2 = BlockSpec(
     attn="attention",
@@ -69,6 +54,11 @@ _DINOV2 = BlockSpec(
 )
 
 
+def qualified(module: str, cls: str) -> str:
+    """Qualified name of a modeling class of transformers."""
+    return f"transformers.models.{module}.modeling_{module}.{cls}"
+
+
 def _registers(model: Any) -> int:
     return 1 + int(model.config.num_register_tokens)
 
@@ -77,22 +67,45 @@ def _dense(cls: str) -> tuple[str, ...]:
     return ("forward",) if cls.endswith("Backbone") else ()  # a backbone reshapes every map to the grid
 
 
-def _row(
-    title: str, module: str, cls: str, blocks: str, spec: dict[str, BlockSpec], patch: str | None, **facts: Any
+def _spec(
+    title: str, module: str, cls: str, blocks: str, block_specs: dict[str, BlockSpec], patch: str | None, **facts: Any
 ) -> EncoderSpec:
     return EncoderSpec(
         title=title,
         library="transformers",
-        encoder=f"transformers.models.{module}.modeling_{module}.{cls}",
+        encoder=qualified(module, cls),
         blocks=blocks,
-        block_specs=spec,
+        block_specs=block_specs,
         patch=patch,
         **facts,
     )
 
 
+# -- tiny models ------------------------------------------------------------------------------------------------------
+
+_SIZES = {
+    "hidden_size": 48,  # real: 384..1280
+    "num_hidden_layers": 4,  # real: 12..48
+    "num_attention_heads": 3,
+    "patch_size": 16,
+}
+_PIXELS = {"image_size": 96}
+_MLP = {"intermediate_size": 96}
+_HEAD = {"num_labels": 7}
+_MAPS = {"out_indices": [2, 4]}  # of backbones
+
+
+def _tiny(config: str, model: str, **settings: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import transformers as hf
+
+        return getattr(hf, model)(getattr(hf, config)(**_SIZES, **settings))
+
+    return build
+
+
 SPECS = [
-    _row(
+    _spec(
         "ViT",
         "vit",
         "ViTModel",
@@ -101,8 +114,9 @@ SPECS = [
         "embeddings.patch_embeddings.projection",
         prefix=lambda m: 1,
         final="layernorm",
+        tiny={"vit": _tiny("ViTConfig", "ViTForImageClassification", **_PIXELS, **_MLP, **_HEAD)},
     ),
-    _row(
+    _spec(
         "DeiT",
         "deit",
         "DeiTModel",
@@ -111,39 +125,43 @@ SPECS = [
         "embeddings.patch_embeddings.projection",
         prefix=lambda m: 2,
         final="layernorm",
+        tiny={"deit": _tiny("DeiTConfig", "DeiTForImageClassificationWithTeacher", **_PIXELS, **_MLP, **_HEAD)},
     ),
-    _row(
+    _spec(
         "CLIP",
         "clip",
         "CLIPVisionModel",
         "encoder.layers",
-        {"CLIPEncoderLayer": _CLIP},
+        {"CLIPEncoderLayer": CLIP_BLOCK},
         "embeddings.patch_embedding",
         prefix=lambda m: 1,
+        tiny={"clip": _tiny("CLIPVisionConfig", "CLIPVisionModelWithProjection", **_PIXELS, **_MLP, projection_dim=16)},
     ),
-    _row(
+    _spec(
         "SigLIP",
         "siglip",
         "SiglipVisionModel",
         "encoder.layers",
-        {"SiglipEncoderLayer": _CLIP},
+        {"SiglipEncoderLayer": CLIP_BLOCK},
         "embeddings.patch_embedding",
         prefix=lambda m: 0,
         final="post_layernorm",
         pools=("head",),
+        tiny={"siglip": _tiny("SiglipVisionConfig", "SiglipVisionModel", **_PIXELS, **_MLP)},
     ),
-    _row(
+    _spec(
         "SigLIP 2 (NaFlex)",
         "siglip2",
         "Siglip2VisionModel",
         "encoder.layers",
-        {"Siglip2EncoderLayer": _CLIP},
+        {"Siglip2EncoderLayer": CLIP_BLOCK},
         None,  # patches arrive flattened: no grid to read
         prefix=lambda m: 0,
         final="post_layernorm",
         pools=("head",),
+        tiny={"siglip2": _tiny("Siglip2VisionConfig", "Siglip2VisionModel", **_MLP, num_patches=36)},
     ),
-    _row(
+    _spec(
         "BEiT",
         "beit",
         "BeitModel",
@@ -152,8 +170,21 @@ SPECS = [
         "embeddings.patch_embeddings.projection",
         prefix=lambda m: 1,
         final="layernorm",
+        tiny={
+            "beit": _tiny(
+                "BeitConfig", "BeitModel", **_PIXELS, **_MLP, use_relative_position_bias=True, use_mean_pooling=False
+            ),
+            "beit-shared": _tiny(
+                "BeitConfig",
+                "BeitForImageClassification",
+                **_PIXELS,
+                **_MLP,
+                **_HEAD,
+                use_shared_relative_position_bias=True,
+            ),
+        },
     ),
-    _row(
+    _spec(
         "BEiT",
         "beit",
         "BeitBackbone",
@@ -163,9 +194,14 @@ SPECS = [
         prefix=lambda m: 1,
         final="beit.layernorm",
         dense_calls=("forward",),
+        tiny={
+            "beit-backbone": _tiny(
+                "BeitConfig", "BeitBackbone", **_PIXELS, **_MLP, **_MAPS, use_relative_position_bias=True
+            )
+        },
     ),
     *[
-        _row(
+        _spec(
             "DINOv2",
             "dinov2",
             cls,
@@ -175,11 +211,21 @@ SPECS = [
             prefix=lambda m: 1,
             final="layernorm",
             dense_calls=_dense(cls),
+            tiny=tiny,
         )
-        for cls in ("Dinov2Model", "Dinov2Backbone")
+        for cls, tiny in (
+            (
+                "Dinov2Model",
+                {"dinov2": _tiny("Dinov2Config", "Dinov2ForImageClassification", **_PIXELS, **_HEAD, mlp_ratio=2)},
+            ),
+            (
+                "Dinov2Backbone",
+                {"dinov2-backbone": _tiny("Dinov2Config", "Dinov2Backbone", **_PIXELS, **_MAPS, mlp_ratio=2)},
+            ),
+        )
     ],
     *[
-        _row(
+        _spec(
             "DINOv2 with registers",
             "dinov2_with_registers",
             cls,
@@ -189,11 +235,15 @@ SPECS = [
             prefix=_registers,
             final="layernorm",
             dense_calls=_dense(cls),
+            tiny={name: _tiny("Dinov2WithRegistersConfig", cls, **_PIXELS, mlp_ratio=2, **more)},
         )
-        for cls in ("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone")
+        for cls, name, more in (
+            ("Dinov2WithRegistersModel", "dinov2-registers", {"num_register_tokens": 3}),
+            ("Dinov2WithRegistersBackbone", "dinov2-registers-backbone", _MAPS),
+        )
     ],
     *[
-        _row(
+        _spec(
             "DINOv3",
             "dinov3_vit",
             cls,
@@ -203,48 +253,11 @@ SPECS = [
             prefix=_registers,
             final="norm",
             dense_calls=_dense(cls),
+            tiny={name: _tiny("DINOv3ViTConfig", cls, **_PIXELS, **_MLP, **more)},
         )
-        for cls in ("DINOv3ViTModel", "DINOv3ViTBackbone")
-    ],
-]
-
-# encoders whose output only their own vision-language model can read: it joins groups of their tokens
-TOWERS: list[EncoderSpec] = [
-    *[
-        _row(
-            title,
-            module,
-            f"{cls}VisionTransformer",
-            "encoder.layers",
-            {f"{cls}EncoderLayer": _CLIP},
-            "embeddings.patch_embedding",
-            prefix=lambda m: 0,
-            final="post_layernorm",
-        )
-        for title, module, cls in (("Idefics3", "idefics3", "Idefics3"), ("SmolVLM", "smolvlm", "SmolVLM"))
-    ],
-    _row(
-        "InternViT",
-        "internvl",
-        "InternVLVisionModel",
-        "encoder.layer",
-        {"InternVLVisionLayer": _INTERNVL},
-        "embeddings.patch_embeddings.projection",
-        prefix=lambda m: 1,
-        final="layernorm",
-    ),
-    *[
-        _row(title, module, cls, "blocks", {block: _QWEN}, None, prefix=lambda m: 0, packed=True, order=order)
-        for title, module, cls, block, order in (
-            ("Qwen2-VL", "qwen2_vl", "Qwen2VisionTransformerPretrainedModel", "Qwen2VLVisionBlock", None),
-            (
-                "Qwen2.5-VL",
-                "qwen2_5_vl",
-                "Qwen2_5_VisionTransformerPretrainedModel",
-                "Qwen2_5_VLVisionBlock",
-                WINDOW_ORDER,
-            ),
-            ("Qwen3-VL", "qwen3_vl", "Qwen3VLVisionModel", "Qwen3VLVisionBlock", None),
+        for cls, name, more in (
+            ("DINOv3ViTModel", "dinov3", {"num_register_tokens": 4}),
+            ("DINOv3ViTBackbone", "dinov3-backbone", _MAPS),
         )
     ],
 ]

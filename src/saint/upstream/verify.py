@@ -68,7 +68,7 @@ def verify_family(model: nn.Module, spec: FamilySpec) -> None:
     )
     if PLACEHOLDER_MASK.of(model) is None and MERGER.of(model) is None:
         missing.append(f"method {PLACEHOLDER_MASK} or {MERGER} (shows where its visual tokens are)")
-    _refuse(model, spec.title, "transformers", missing)
+    _refuse(model, spec.title, spec.library, missing)
 
 
 def merge_method(model: Any) -> tuple[str, bool]:

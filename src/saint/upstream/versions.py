@@ -1,4 +1,4 @@
-"""Which releases of other people's libraries the whole suite has passed on, and what to say on a newer one.
+"""Which releases of other libraries the whole suite has passed on, and what to say on a newer one.
 
 Versions decide nothing: what a release has is read off its modules. They are for messages.
 """
@@ -36,8 +36,11 @@ def release(text: str) -> tuple[int, ...]:
 def known_from(library: str) -> str:
     """Where the facts about ``library`` come from, for messages."""
     name = _PACKAGES.get(library, library)
+    here = f"installed is {installed(name) or 'none'}"
+    if name not in TESTED:  # of a spec that another package brought
+        return f"its spec was registered for {name}, {here}"
     oldest, newest = TESTED[name]
-    return f"known from {name} {oldest} to {newest}, installed is {installed(name) or 'none'}"
+    return f"known from {name} {oldest} to {newest}, {here}"
 
 
 def releases(name: str, vlm: bool = False) -> tuple[str, str]:

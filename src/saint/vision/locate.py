@@ -1,15 +1,10 @@
-"""Find the one encoder of a model that the tables know."""
+"""Find the one encoder of a model that the registry knows."""
 
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..upstream import open_clip, timm, transformers
+from ..upstream import registry
 from ..upstream.specs import EncoderSpec
-
-SPECS: tuple[EncoderSpec, ...] = (*timm.SPECS, *transformers.SPECS, *open_clip.SPECS)
-_BY_CLASS = {spec.encoder: spec for spec in SPECS}
-_TOWERS = {spec.encoder: spec for spec in transformers.TOWERS}
-_REFUSED = {**timm.REFUSED, **transformers.REFUSED, **open_clip.REFUSED}
 
 
 def _lineage(module: nn.Module) -> list[str]:
@@ -23,18 +18,20 @@ def locate_tower(model: nn.Module) -> tuple[str, nn.Module, EncoderSpec]:
     Raises:
         UnsupportedModelError: see :func:`locate`.
     """
+    towers = registry.towers()
     for path, module in model.named_modules():
         for name in _lineage(module):
-            if name in _TOWERS:
-                return path, module, _TOWERS[name]
+            if name in towers:
+                return path, module, towers[name]
     return locate(model)
 
 
 def find(model: nn.Module) -> list[tuple[str, nn.Module, EncoderSpec]]:
     """All known encoders in ``model``, outermost only: (dotted path, module, spec)."""
+    known = registry.encoders()
     found: list[tuple[str, nn.Module, EncoderSpec]] = []
     for path, module in model.named_modules():
-        spec = next((_BY_CLASS[name] for name in _lineage(module) if name in _BY_CLASS), None)
+        spec = next((known[name] for name in _lineage(module) if name in known), None)
         if spec is None or any(not outer or path.startswith(f"{outer}.") for outer, _, _ in found):
             continue
         found.append((path, module, spec))
@@ -51,7 +48,7 @@ def locate(model: nn.Module) -> tuple[str, nn.Module, EncoderSpec]:
     if len(found) > 1:
         paths = ", ".join(f"{path} ({type(module).__name__})" for path, module, _ in found)
         raise UnsupportedModelError(
-            f"{type(model).__name__} holds {len(found)} encoders: {paths}; pass the one to prune instead of the whole model"
+            f"{type(model).__name__} holds {len(found)} encoders: {paths}; pass the one to prune instead of the model around them"
         )
     if found:
         path, module, spec = found[0]
@@ -59,13 +56,15 @@ def locate(model: nn.Module) -> tuple[str, nn.Module, EncoderSpec]:
         if reason:
             raise UnsupportedModelError(f"{type(module).__name__} cannot be pruned as it is: {reason}")
         return path, module, spec
+    reasons = registry.refused()
     for path, module in model.named_modules():
         for name in _lineage(module):
-            if name in _REFUSED:
+            if name in reasons:
                 where = f" (at {path})" if path else ""
-                raise UnsupportedModelError(f"{type(module).__name__}{where} cannot be pruned: {_REFUSED[name]}")
-    known = "; ".join(sorted({f"{spec.library} {spec.encoder.rpartition('.')[2]}" for spec in SPECS}))
+                raise UnsupportedModelError(f"{type(module).__name__}{where} cannot be pruned: {reasons[name]}")
+    specs = registry.encoders().values()
+    known = "; ".join(sorted({f"{spec.library} {spec.encoder.rpartition('.')[2]}" for spec in specs}))
     raise UnsupportedModelError(
         f"{type(model).__name__} ({type(model).__module__}) contains no encoder of the support table; looked for the "
-        f"classes {known}. `saint list` prints the table; CONTRIBUTING says how to add a spec"
+        f"classes {known}. `saint list` prints the table; CONTRIBUTING says how to register a class of your own"
     )

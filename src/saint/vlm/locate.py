@@ -3,17 +3,16 @@
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..upstream.families import SPECS
+from ..upstream import registry
 from ..upstream.specs import FamilySpec
-
-_BY_CLASS = {spec.model: spec for spec in SPECS}
 
 
 def find(model: nn.Module) -> tuple[str, nn.Module, FamilySpec] | None:
     """The outermost known vision-language model in ``model`` as (dotted path, module, spec); None when there is none."""
+    families = registry.families()
     for path, module in model.named_modules():
         for cls in type(module).__mro__:
-            spec = _BY_CLASS.get(f"{cls.__module__}.{cls.__qualname__}")
+            spec = families.get(f"{cls.__module__}.{cls.__qualname__}")
             if spec is not None:
                 return path, module, spec
     return None
@@ -27,7 +26,7 @@ def locate(model: nn.Module, stage: str) -> tuple[str, nn.Module, FamilySpec]:
     """
     found = find(model)
     if found is None:
-        known = ", ".join(spec.title for spec in SPECS)
+        known = ", ".join(spec.title for spec in registry.families().values())
         raise UnsupportedModelError(
             f"the {stage} stage needs a vision-language model, and {type(model).__name__} ({type(model).__module__}) contains "
             f"none that is known, so there are no visual tokens to drop; known families: {known}"

@@ -1,0 +1,33 @@
+"""LLaVA-OneVision: SigLIP, whose features are laid on a grid and interpolated."""
+
+from torch import nn
+
+from ..names import PIXELS, VIDEOS
+from ..specs import FamilySpec
+from ..tiny import IMAGE, VIDEO, TinyVLM, make, text_config, tiles, tower_config
+from ..transformers import qualified
+
+
+def _build() -> nn.Module:
+    import transformers as hf
+
+    config = hf.LlavaOnevisionConfig(
+        vision_config=hf.SiglipVisionConfig(**tower_config(vision_use_head=False)),
+        text_config=hf.Qwen2Config(**text_config()),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        image_grid_pinpoints=[[24, 48], [48, 24], [48, 48]],
+    )
+    return make(hf.LlavaOnevisionForConditionalGeneration, config)
+
+
+SPECS = (
+    FamilySpec(
+        title="LLaVA-OneVision",
+        model=qualified("llava_onevision", "LlavaOnevisionModel"),
+        pixels=(PIXELS, VIDEOS),
+        no_vision="its packing interpolates between neighbouring features, which would mix dropped with kept ones; "
+        "use the connector or language stage",
+        tiny=(TinyVLM("llava-onevision", _build, tiles),),
+    ),
+)

@@ -1,0 +1,357 @@
+"""What other packages bring: a method or an encoder in one new file, and no file of saint changed.
+
+A package is installed as the import system sees it: modules and a ``*.dist-info`` folder with its entry points in a folder on
+the path.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from models import build, enliven
+from test_cli import run as run  # the fixture
+from torch import nn
+
+import saint
+from saint import methods, plugins, testing
+from saint.errors import PluginError
+from saint.upstream import BlockSpec, EncoderSpec, Role, registry
+from saint.vision.locate import locate
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """Entry points are read again, and what a test registers is gone behind it."""
+    plugins.points.cache_clear()
+    monkeypatch.setattr(registry, "_tables", registry._Tables())
+    yield
+    plugins.points.cache_clear()
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Installs a distribution: modules by file name, entry points by group."""
+
+    def make(name: str, modules: dict[str, str], **groups: str) -> None:
+        root = tmp_path / name
+        info = root / f"{name}-1.5.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n")
+        lines = [f"[saint.{group}]\n{points}\n" for group, points in groups.items()]
+        (info / "entry_points.txt").write_text("\n".join(lines))
+        for file, text in modules.items():
+            (root / file).write_text(textwrap.dedent(text))
+            monkeypatch.delitem(sys.modules, Path(file).stem, raising=False)
+        monkeypatch.syspath_prepend(root)
+
+    return make
+
+
+# -- a method ---------------------------------------------------------------------------------------------------------
+
+LOUD = '''
+    import dataclasses
+    from typing import ClassVar
+
+    import torch
+    from saint.methods.base import FixedBudget
+    from saint.tokens import Selection
+
+
+    @dataclasses.dataclass(frozen=True)
+    class LoudKeys(FixedBudget):
+        """Keep the tokens with the longest keys, ties by index."""
+
+        name: ClassVar[str] = "loud_keys"
+        paper: ClassVar[str] = "none"
+        stages: ClassVar[frozenset[str]] = frozenset({"vision", "connector", "language"})
+
+        def choose(self, candidates, goal):
+            length = torch.linalg.vector_norm(candidates.keys.float(), dim=-1)  # [B, N]
+            if candidates.tokens.valid is not None:
+                length = length.masked_fill(~candidates.tokens.valid, -1)
+            order = length.sort(dim=-1, descending=True, stable=True).indices
+            keep = torch.arange(length.shape[1]) < torch.tensor(goal).unsqueeze(1)
+            return Selection.from_mask(torch.zeros_like(keep).scatter_(1, order, keep), goal)
+'''
+
+
+def test_a_method_in_one_file_works_in_a_plan(install):
+    install("loud", {"loud_keys.py": LOUD})
+    loud = importlib.import_module("loud_keys").LoudKeys
+    model = build("timm/vit-augreg")
+    plan = saint.Plan(vision=saint.Stage(loud(keep=0.5), layers=[1, 2]))
+    results = testing.check_model(model, plan, testing.example_inputs(model))
+    assert {result.outcome for result in results} == {"passed"}, results
+    assert "loud_keys" not in methods.names()
+    with pytest.raises(ValueError, match="unknown method 'loud_keys'"):
+        saint.Plan.from_dict(plan.to_dict())
+
+
+def test_a_method_comes_by_entry_point(install, run, tmp_path):
+    install("loud", {"loud_keys.py": LOUD}, methods="loud_keys = loud_keys:LoudKeys")
+    assert "loud_keys" in methods.names()
+    assert "loud_keys" not in sys.modules  # names are read without an import
+    plan = saint.Plan(vision=saint.Stage(methods.get("loud_keys")(keep=9), layers=[1]))
+    again = saint.Plan.from_dict(plan.to_dict())
+    assert again == plan
+    model = build("timm/vit-augreg")
+    with saint.pruned(model, again) as session:
+        testing.run(model, testing.example_inputs(model))
+        assert session.trace[-1].tokens_out.tolist() == [9, 9, 9]
+    code, out, _ = run("list", "--json", tmp_path / "list.json")
+    assert code == 0
+    assert "longest keys" in out
+
+
+@pytest.mark.parametrize(
+    ("modules", "point", "said"),
+    [
+        ({"loud_keys.py": "import no_such_thing"}, "loud_keys = loud_keys:LoudKeys", "No module named 'no_such_thing'"),
+        ({"loud_keys.py": "1 / 0"}, "loud_keys = loud_keys:LoudKeys", "ZeroDivisionError: division by zero"),
+        ({"loud_keys.py": "LoudKeys = 3"}, "loud_keys = loud_keys:LoudKeys", "must be a subclass of .*Method, got 3"),
+        ({"loud_keys.py": LOUD}, "loud = loud_keys:LoudKeys", "has the name 'loud_keys'.*both must agree"),
+    ],
+)
+def test_a_broken_method_names_its_distribution(install, modules, point, said):
+    install("loud", modules, methods=point)
+    with pytest.raises(PluginError, match=said) as caught:
+        methods.get(point.partition(" ")[0])
+    assert re.search(r"entry point of loud 1\.5, group saint\.methods", str(caught.value))
+    assert methods.get("saint") is saint.Saint
+
+
+def test_a_method_may_not_take_a_name_that_is_taken(install):
+    install("one", {"loud_keys.py": LOUD}, methods="loud_keys = loud_keys:LoudKeys")
+    install("two", {"other.py": LOUD}, methods="loud_keys = other:LoudKeys")
+    with pytest.raises(PluginError, match=r"two plug-ins have one name: .*(one 1\.5.*two|two 1\.5.*one) 1\.5"):
+        methods.names()
+
+
+def test_a_method_may_not_take_the_name_of_a_built_in_one(install):
+    install("loud", {"loud_keys.py": LOUD}, methods="grid = loud_keys:LoudKeys")
+    with pytest.raises(PluginError, match=r"loud 1\.5.*'grid' is a method of saint"):
+        methods.names()
+
+
+# -- an encoder -------------------------------------------------------------------------------------------------------
+
+
+class HomeAttention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x, hidden=None):
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.query, self.key, self.value))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=hidden)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class HomeBlock(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.before, self.behind = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.look = HomeAttention(width, heads)
+        self.think = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x, hidden=None):
+        x = x + self.look(self.before(x), hidden)
+        return x + self.think(self.behind(x))
+
+
+class HomeViT(nn.Module):
+    """A ViT of no library: a class token, learned positions, four blocks."""
+
+    image_size = 96
+
+    def __init__(self, width: int = 48, depth: int = 4, heads: int = 3) -> None:
+        super().__init__()
+        self.patchify = nn.Conv2d(3, width, 16, 16)
+        self.cls = nn.Parameter(torch.randn(1, 1, width))
+        self.positions = nn.Parameter(torch.randn(1, 37, width))
+        self.trunk = nn.ModuleList(HomeBlock(width, heads) for _ in range(depth))
+        self.last, self.head = nn.LayerNorm(width), nn.Linear(width, 7)
+
+    def forward(self, x):
+        patches = self.patchify(x).flatten(2).mT
+        x = torch.cat([self.cls.expand(len(x), -1, -1), patches], 1) + self.positions
+        for block in self.trunk:
+            x = block(x)
+        return self.head(self.last(x)[:, 0])
+
+
+HOME = EncoderSpec(
+    title="Home-made ViT",
+    library="homevit",
+    encoder=f"{__name__}.HomeViT",
+    blocks="trunk",
+    block_specs={
+        "HomeBlock": BlockSpec(
+            attn="look",
+            mlp="think",
+            norm1="before",
+            norm2="behind",
+            keys=("look.key",),
+            heads=("look.heads",),
+            mask=Role("hidden"),
+        )
+    },
+    prefix=lambda model: 1,
+    patch="patchify",
+    final="last",
+)
+
+
+def home() -> nn.Module:
+    torch.manual_seed(0)
+    return enliven(HomeViT().eval())
+
+
+def test_an_encoder_keeps_the_contracts_with_one_spec():
+    model = nn.Sequential(home())
+    with pytest.raises(saint.UnsupportedModelError, match="CONTRIBUTING says how to register"):
+        testing.check_model(model)
+    saint.register(HOME)
+    saint.register(dataclasses.replace(HOME))  # an equal one does nothing
+    path, encoder, spec = locate(model)
+    assert (path, type(encoder), spec) == ("0", HomeViT, HOME)
+    results = testing.check_model(encoder)
+    assert [result.contract for result in results] == list(testing.CONTRACTS)
+    assert {result.outcome for result in results} == {"passed"}, results
+
+
+def test_a_mask_that_the_spec_leaves_out_is_not_needed():
+    block = dataclasses.replace(HOME.block_specs["HomeBlock"], mask=None)
+    saint.register(dataclasses.replace(HOME, block_specs={"HomeBlock": block}))
+    results = testing.check_model(home())
+    assert {result.outcome for result in results} == {"passed"}, results
+
+
+def test_a_wrong_fact_is_refused_by_name():
+    saint.register(dataclasses.replace(HOME, final="norm"))
+    model = home()
+    with pytest.raises(saint.UnsupportedModelError, match=r"no norm \(last norm\).*registered for homevit"):
+        saint.apply(model, saint.Saint())
+    assert saint.status(model) is None
+
+
+def test_a_subclass_may_have_a_spec_of_its_own():
+    class Wider(HomeViT):
+        pass
+
+    wider = dataclasses.replace(HOME, title="Wider", encoder=f"{Wider.__module__}.{Wider.__qualname__}", patch=None)
+    with pytest.raises(ValueError, match="named by module and class"):
+        saint.register(wider)  # a class inside a function has no such name
+    Wider.__qualname__ = "Wider"
+    saint.register(HOME)
+    assert locate(Wider())[2] is HOME
+    saint.register(dataclasses.replace(wider, encoder=f"{__name__}.Wider"))
+    assert locate(Wider())[2].title == "Wider"
+    assert locate(HomeViT())[2] is HOME
+
+
+HOME_FILE = """
+    import torch
+    from torch import nn
+    from saint.upstream import BlockSpec, EncoderSpec, Role
+
+    {classes}
+    block = BlockSpec(attn="look", mlp="think", norm1="before", norm2="behind", keys=("look.key",), heads=("look.heads",),
+                      mask=Role("hidden"))
+    SPEC = EncoderSpec(title="Home-made ViT", library="homevit", encoder="homevit.HomeViT", blocks="trunk",
+                       block_specs={{"HomeBlock": block}}, prefix=lambda model: 1, patch="patchify", final="last")
+"""
+
+
+def home_file() -> str:
+    classes = "\n\n".join(inspect.getsource(cls) for cls in (HomeAttention, HomeBlock, HomeViT))
+    return textwrap.dedent(HOME_FILE).format(classes=classes)
+
+
+def test_an_encoder_comes_by_entry_point(install, run, tmp_path):
+    install("homevit", {"homevit.py": home_file()}, encoders="home = homevit:SPEC")
+    assert "homevit" not in sys.modules
+    model = importlib.import_module("homevit").HomeViT().eval()
+    with saint.pruned(model, saint.Saint(budget=0.5)) as session:
+        testing.run(model, testing.example_inputs(model))
+        assert session.trace[-1].tokens_out.tolist() == [18] * 3
+    code, out, _ = run("list", "--json", tmp_path / "list.json")
+    assert code == 0
+    assert "Home-made ViT" in out
+    assert '"library": "homevit"' in (tmp_path / "list.json").read_text()
+
+
+def test_plugins_are_read_once_and_only_when_a_model_is_looked_up(install, monkeypatch):
+    install("homevit", {"homevit.py": home_file()}, encoders="home = homevit:SPEC")
+    saint.register(HOME)
+    assert "homevit" not in sys.modules
+    reads = []
+    real = plugins.load
+    monkeypatch.setattr(plugins, "load", lambda point: reads.append(point.name) or real(point))
+    for _ in range(2):
+        locate(home())
+    assert reads == ["home"]
+
+
+@pytest.mark.parametrize(
+    ("group", "text", "said"),
+    [
+        ("encoders", "from homevit.gone import x", r"ModuleNotFoundError: .*homevit\.gone"),
+        ("encoders", "SPEC = 'homevit.HomeViT'", "must be of type EncoderSpec, got type str"),
+        ("families", home_file(), "must be of type FamilySpec, got type EncoderSpec"),
+        ("encoders", home_file().replace("homevit.HomeViT", "timm.models.eva.Eva"), "Eva is known with other facts"),
+    ],
+)
+def test_a_broken_spec_names_its_distribution(install, group, text, said):
+    install("homevit", {"homevit.py": text}, **{group: "home = homevit:SPEC"})
+    model = build("timm/vit-augreg")
+    before = testing.snapshot(model)
+    for _ in range(2):  # and again, when the first error was caught
+        with pytest.raises(PluginError, match=said) as caught:
+            saint.apply(model, saint.Saint())
+        assert re.search(rf"entry point of homevit 1\.5, group saint\.{group}", str(caught.value))
+    assert testing.snapshot(model) == before
+
+
+@pytest.mark.parametrize("what", [HomeViT, home, "homevit.HomeViT", None, HOME.block_specs["HomeBlock"]])
+def test_only_specs_can_be_registered(what):
+    with pytest.raises(TypeError, match="expected an EncoderSpec or a FamilySpec"):
+        saint.register(what)
+
+
+@pytest.mark.parametrize("name", ["HomeViT", "homevit HomeViT", "", "homevit.", "homevit.HomeViT()"])
+def test_a_class_is_named_by_module_and_class(name):
+    with pytest.raises(ValueError, match=r"as package\.module\.Class; got"):
+        saint.register(dataclasses.replace(HOME, encoder=name))
+
+
+def test_a_class_has_one_spec():
+    saint.register(HOME)
+    with pytest.raises(ValueError, match=r"HomeViT is known with other facts already, as 'Home-made ViT'"):
+        saint.register(dataclasses.replace(HOME, final=None))
+    with pytest.raises(ValueError, match=r"Eva is known with other facts already"):
+        saint.register(dataclasses.replace(HOME, encoder="timm.models.eva.Eva"))
+    assert registry.encoders()[HOME.encoder] is HOME
+    llava = next(spec for spec in registry.FAMILIES if spec.title == "LLaVA-1.5")
+    saint.register(llava)
+    with pytest.raises(ValueError, match=r"LlavaModel is known with other facts already, as 'LLaVA-1.5'"):
+        saint.register(dataclasses.replace(llava, pixels=()))
+    qwen = next(spec for spec in registry.FAMILIES if spec.title == "Qwen2-VL")
+    other = dataclasses.replace(qwen.tower_spec, packed=False)
+    with pytest.raises(ValueError, match="PretrainedModel is known with other facts"):
+        saint.register(dataclasses.replace(qwen, model="mine.Model", tower_spec=other))
+    assert "mine.Model" not in registry.families()  # nothing is half registered
+
+
+def test_a_spec_of_a_refused_class_takes_its_refusal_away():
+    assert "timm.models.cait.Cait" in registry.refused()
+    saint.register(dataclasses.replace(HOME, encoder="timm.models.cait.Cait"))
+    assert "timm.models.cait.Cait" not in registry.refused()
