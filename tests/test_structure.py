@@ -21,6 +21,7 @@ ALLOWED = {
     "methods": {"graph", "tokens", "errors", "methods"},
     "plan": {"methods", "plan", "presets", "records"},  # the last two when a plan is looked up or written
     "presets": {"methods", "plan"},
+    "summary": {"methods", "plan", "tokens", "upstream", "vision"},
     "upstream": {"errors", "upstream"},
     "forwards": {"upstream"},
     "vision": {"graph", "tokens", "errors", "patch", "forwards", "upstream", "vision"},

@@ -1,6 +1,6 @@
 """Apply a plan to a model and take it off again.
 
-A session owns every change: checks come first, one ``ExitStack`` holds the undo of each patch, and after it nothing is left on
+A session owns every change: checks come first, an ``ExitStack`` holds the undo of each patch, and after it nothing is left on
 the user's modules. Two models in one process are independent.
 """
 
@@ -8,7 +8,6 @@ import os
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from .errors import AlreadyAppliedError, UnsupportedModelError
 from .methods.base import Method
 from .plan import Plan, Stage
+from .summary import Drops, StageStatus, Status, Summary, describe, flops_left, tokens_per_layer
 from .tokens import LayerTrace
 from .upstream.names import LAYERS
 from .upstream.specs import EncoderSpec
@@ -28,7 +28,8 @@ from .vlm.locate import find as find_vlm
 from .vlm.locate import locate as locate_vlm
 
 if TYPE_CHECKING:  # these import transformers
-    from .language.decoder import Drop, KVMemory
+    from .forwards import Forwards
+    from .language.decoder import Drop, KVMemory, PrunedDecoder
     from .vlm.model import PrunedVLM
 
 PlanLike = Plan | Stage | Method | str | os.PathLike[str]
@@ -39,32 +40,40 @@ _SLOT = "_saint_session"
 _UNTOUCHED: "weakref.WeakKeyDictionary[nn.Module, Session]" = weakref.WeakKeyDictionary()
 
 
-@dataclass(frozen=True)
-class StageStatus:
-    """What is applied at one stage."""
-
-    method: Method
-    layers: list[int]
-    placement: str
-    module: str  # dotted path of the patched encoder in the model, "" for the model itself
-
-
-@dataclass(frozen=True)
-class Status:
-    """What is applied to a model."""
-
-    plan: Plan
-    stages: dict[str, StageStatus]
-
-
 class Session:
-    """A plan applied to a model. Made by :func:`apply`."""
+    """A plan applied to a model. Made by :func:`apply`; as a context manager it is removed at the end of the block.
+
+    Example:
+        >>> import timm, torch, saint
+        >>> vit = timm.create_model("test_vit", pretrained=False).eval()
+        >>> images = torch.randn(2, 3, 160, 160)
+        >>> with saint.apply(vit, saint.Saint(threshold=0.75)) as session:
+        ...     logits = vit(images)
+        ...     with session.disabled():
+        ...         unpruned = vit(images)
+        ...     text = str(session.summary())
+    """
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.plan = plan
-        self._stack = ExitStack()
+        self._model = type(model).__name__
+        self._marks, self._patches = ExitStack(), ExitStack()
+        self._disabled = 0  # blocks of disabled() that are open
+        self._removed = False
         self._encoder: PrunedEncoder | None = None
         self._vlm: PrunedVLM | None = None
+
+    def __enter__(self) -> "Session":
+        if self._removed:
+            raise RuntimeError("this session has been removed; saint.apply(model, plan) makes a new one")
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = "removed" if self._removed else "disabled" if self._disabled else "applied"
+        return f"<Session: {state} on {self._model}>" if self._removed else describe(self._model, state, self.status)
 
     @property
     def trace(self) -> list[LayerTrace]:
@@ -87,19 +96,53 @@ class Session:
     @property
     def status(self) -> Status:
         """What is applied, per stage."""
-        stages = {}
+        stages: dict[str, Any] = {}
         if self._encoder is not None:
-            stage = self.plan.stages["vision"]
-            stages["vision"] = StageStatus(
-                stage.method, self._encoder.layers, self._encoder.placement, self._encoder.path
-            )
+            stages["vision"] = self._stages("vision", self._encoder)
         if self._vlm is not None:
             decoder = self._vlm.decoder
-            for name, drop in (("connector", decoder.connector), ("language", decoder.language)):
-                if drop is not None:
-                    method = self.plan.stages[name].method
-                    stages[name] = StageStatus(method, list(drop.layers), "post", decoder.path)
+            for name in ("connector", "language"):
+                if name in self.plan.slots:
+                    stages[name] = self._stages(name, decoder)
         return Status(self.plan, stages)
+
+    def _stages(self, name: str, where: "PrunedEncoder | PrunedDecoder") -> StageStatus | tuple[StageStatus, ...]:
+        """Of one slot; of several where the plan has several."""
+        default = where.placement if isinstance(where, PrunedEncoder) else "post"
+        stages = self.plan.slots[name]
+        layers = [[]] if name == "connector" else self.plan.resolve_layers(name, where.depth)
+        found = tuple(
+            StageStatus(stage.method, at, stage.placement or default, where.path)
+            for stage, at in zip(stages, layers, strict=True)
+        )
+        return found if len(found) > 1 else found[0]
+
+    def summary(self) -> Summary:
+        """What the last forward dropped, and what that left of its tokens, FLOPs and cache.
+
+        Raises:
+            RuntimeError: no forward with images has run.
+        """
+        trace = self.trace
+        if not trace:
+            raise RuntimeError(
+                "summary() needs the drop points of a forward with images, and there are none yet: run the model first"
+                if self.plan.stages
+                else "summary() has nothing to tell: the plan is empty"
+            )
+        status, memory = self.status, self.kv_memory
+        depths = {} if self._encoder is None else {"vision": self._encoder.depth}
+        if self._vlm is not None:
+            depths["language"] = self._vlm.decoder.depth
+        layers = {stage: tokens_per_layer(trace, stage, depth) for stage, depth in depths.items()}
+        return Summary(
+            model=self._model,
+            drops=tuple(Drops.of(entry) for entry in trace),
+            layers={stage: counts for stage, counts in layers.items() if counts},
+            flops_left=None if self._encoder is None else flops_left(self._encoder, trace, status.stages["vision"]),
+            kv_kept=None if memory is None else memory.kept,
+            kv_unpruned=None if memory is None else memory.unpruned,
+        )
 
     def expand(self, features: Tensor, layer: int | None = None) -> Tensor:
         """A shortened map of the last forward at full length: each dropped token shows the survivor that stands for it.
@@ -134,27 +177,72 @@ class Session:
             f"{stage.prefix} protected and {slots} other tokens"
         )
 
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside the block the model runs unpruned, exactly as if nothing were applied; behind it pruned again.
+
+        The patches are taken off and put on again, for all threads; the session stays the model's (``saint.status``, and
+        ``saint.remove`` inside the block removes it for good). The trace, and caches of ``generate``, are kept: a cache filled
+        under the plan is refused inside the block and goes on behind it. Blocks may be nested.
+
+        Raises:
+            RuntimeError: the session has been removed.
+        """
+        if self._removed:
+            raise RuntimeError("this session has been removed, so the model runs unpruned already")
+        if not self._disabled:
+            with ExitStack() as held:
+                for forwards in self._forwards():
+                    held.enter_context(forwards.held())
+                self._patches.close()
+        self._disabled += 1
+        try:
+            yield
+        finally:
+            self._disabled -= 1
+            if not self._disabled and not self._removed:
+                try:
+                    self._put_on()
+                except BaseException:
+                    self.remove()  # nothing half patched
+                    raise
+
     def remove(self) -> None:
         """Undo everything. A second call does nothing."""
-        self._stack.close()
+        self._removed = True
+        self._patches.close()
+        self._marks.close()
+        for forwards in self._forwards():
+            forwards.forget()  # those of a session that was disabled
         for module in [m for m, session in _UNTOUCHED.items() if session is self]:
             del _UNTOUCHED[module]
         self._encoder = self._vlm = None
 
+    def _forwards(self) -> "list[Forwards[Any]]":
+        encoder = [] if self._encoder is None else [self._encoder.forwards]
+        return encoder if self._vlm is None else [*encoder, self._vlm.decoder.forwards]
+
     def _install(self, model: nn.Module) -> None:
         with ExitStack() as stack:  # undone again if anything below fails
             if self._vlm is not None:
-                self._vlm.install(stack)
                 self._mark(stack, self._vlm.model)
-            elif self._encoder is not None:
-                self._encoder.install(stack)
             if self._encoder is not None:
                 self._mark(stack, self._encoder.encoder)
             if self._vlm is None and self._encoder is None:
                 _UNTOUCHED[model] = self
             else:
                 self._mark(stack, model)
-            self._stack = stack.pop_all()
+            self._put_on()
+            self._marks = stack.pop_all()
+
+    def _put_on(self) -> None:
+        with ExitStack() as stack:
+            if self._vlm is not None:
+                self._vlm.install(stack)
+                self._vlm.decoder.owner.closed = False  # the caches of before are its own again
+            elif self._encoder is not None:
+                self._encoder.install(stack)
+            self._patches = stack.pop_all()
 
     def _mark(self, stack: ExitStack, module: nn.Module) -> None:
         if _SLOT not in vars(module):
