@@ -4,10 +4,13 @@ import contextlib
 import copy
 import re
 import threading
+import types
 
 import pytest
 import torch
+import transformers as hf
 from models import build
+from PIL import Image
 from test_vlm_oracle import CONNECTOR, LANGUAGE, VISION
 from vlm_models import FAMILIES, cache_of, cached, prompts
 
@@ -337,6 +340,59 @@ def test_summary_without_a_language_stage(llava):
         assert list(summary.layers) == ["language"]
         assert len(set(summary.layers["language"])) == 1
         assert summary.flops_left is None
+
+
+# -- what holds a model -------------------------------------------------------------------------------------------------
+
+
+def test_a_pipeline_is_pruned_through_the_model_it_holds():
+    model = build("transformers/vit").vit
+    pipe = hf.pipeline(
+        "image-feature-extraction", model=model, image_processor=hf.ViTImageProcessor(size={"height": 96, "width": 96})
+    )
+    image = Image.effect_noise((96, 96), 80).convert("RGB")
+    before = snapshot(model)
+    base = pipe(image)
+    with saint.apply(pipe, HALF) as session:
+        assert len(pipe(image)[0]) == 1 + 18
+        assert saint.status(pipe) == saint.status(model) == session.status
+        with pytest.raises(saint.AlreadyAppliedError):
+            saint.apply(model, HALF)
+    with saint.pruned(pipe, HALF):
+        saint.remove(pipe)
+        assert saint.status(pipe) is None
+        with pytest.raises(ValueError, match="no plan is applied to this ViTModel"):
+            saint.remove(pipe)
+    assert snapshot(model) == before
+    assert pipe(image) == base
+
+
+@pytest.mark.parametrize(
+    ("thing", "got"),
+    [
+        (None, "got NoneType$"),
+        (5, "got int$"),
+        (types.SimpleNamespace(model="vit"), "got SimpleNamespace, whose .model is of type str"),
+    ],
+)
+def test_what_holds_no_model_is_refused(thing, got):
+    for call in (lambda: saint.apply(thing, HALF), lambda: saint.remove(thing), lambda: saint.status(thing)):
+        with pytest.raises(
+            TypeError, match=f"torch.nn.Module is expected, or an object that keeps one in .model.*{got}"
+        ):
+            call()
+    with pytest.raises(TypeError, match=r"in \.model"), saint.pruned(thing, HALF):
+        pass
+
+
+def test_a_module_that_has_a_model_is_itself_the_model(vit):
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.other = vit, build("timm/vit-avg")
+
+    with pytest.raises(saint.UnsupportedModelError, match="holds 2 encoders"):
+        saint.apply(Wrapper(), HALF)
 
 
 def test_pruned_is_still_a_block(vit, images):

@@ -8,7 +8,7 @@ import os
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,14 @@ if TYPE_CHECKING:  # these import transformers
     from .language.decoder import Drop, KVMemory, PrunedDecoder
     from .vlm.model import PrunedVLM
 
+
+class HoldsModel(Protocol):
+    """Something that is no module and keeps one in ``.model``, such as a pipeline of transformers."""
+
+    model: Any
+
+
+ModelLike = nn.Module | HoldsModel
 PlanLike = Plan | Stage | Method | str | os.PathLike[str]
 
 # where a patched module keeps its session, in its `__dict__`: they are freed together
@@ -263,11 +271,23 @@ def as_plan(plan: PlanLike) -> Plan:
     )
 
 
-def apply(model: nn.Module, plan: PlanLike) -> Session:
+def _module(model: ModelLike) -> nn.Module:
+    """The model itself, or what it keeps in ``.model``."""
+    found = model if isinstance(model, nn.Module) else getattr(model, "model", None)
+    if isinstance(found, nn.Module):
+        return found
+    held = "" if found is None else f", whose .model is of type {type(found).__name__}"
+    raise TypeError(
+        f"a torch.nn.Module is expected, or an object that keeps one in .model (a pipeline), got {type(model).__name__}{held}"
+    )
+
+
+def apply(model: ModelLike, plan: PlanLike) -> Session:
     """Prune ``model`` in place, according to ``plan``.
 
     Args:
-        model: a model of the support table (``saint list``), or one that contains exactly one.
+        model: a model of the support table (``saint list``), one that contains exactly one, or an object that is no module and
+            keeps one in ``.model`` (a pipeline of transformers, say).
         plan: a plan; a bare method means ``Plan(vision=method)``; a string names a recipe, or is looked up like
             :meth:`Plan.load` does.
 
@@ -278,7 +298,8 @@ def apply(model: nn.Module, plan: PlanLike) -> Session:
         AlreadyAppliedError: the model carries a session.
         UnsupportedModelError: no supported encoder, or it cannot do what the plan asks. The model is untouched.
         ParityError: the blocks are not what the support table says. The model is untouched.
-        ValueError, TypeError: a bad plan.
+        ValueError: a bad plan.
+        TypeError: neither model nor plan.
 
     Example:
         >>> import timm, torch, saint
@@ -286,9 +307,7 @@ def apply(model: nn.Module, plan: PlanLike) -> Session:
         >>> with saint.pruned(vit, saint.Saint(threshold=0.75)) as session:
         ...     logits = vit(torch.randn(1, 3, 160, 160))
     """
-    plan = as_plan(plan)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model, plan = _module(model), as_plan(plan)
     if hasattr(model, "_orig_mod"):
         raise UnsupportedModelError(
             "the model is compiled: apply the plan to the original model, then torch.compile it"
@@ -409,21 +428,22 @@ def _blocks(encoder: nn.Module, path: str) -> Any:
     return encoder.get_submodule(path)
 
 
-def remove(model: nn.Module) -> None:
+def remove(model: ModelLike) -> None:
     """Take off whatever is applied to ``model`` or inside it.
 
     Raises:
         ValueError: nothing is applied.
+        TypeError: no model.
     """
-    session = _session(model)
+    session = _session(_module(model))
     if session is None:
-        raise ValueError(f"no plan is applied to this {type(model).__name__}")
+        raise ValueError(f"no plan is applied to this {type(_module(model)).__name__}")
     session.remove()
 
 
-def status(model: nn.Module) -> Status | None:
+def status(model: ModelLike) -> Status | None:
     """What is applied to ``model`` or inside it; None when clean."""
-    session = _session(model)
+    session = _session(_module(model))
     return None if session is None else session.status
 
 
@@ -436,7 +456,7 @@ def _session(model: nn.Module) -> Session | None:
 
 
 @contextmanager
-def pruned(model: nn.Module, plan: PlanLike) -> Iterator[Session]:
+def pruned(model: ModelLike, plan: PlanLike) -> Iterator[Session]:
     """:func:`apply` for the length of a ``with`` block; undone also after an exception."""
     session = apply(model, plan)
     try:
