@@ -6,7 +6,7 @@ the user's modules. Two models in one process are independent.
 
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .errors import AlreadyAppliedError, UnsupportedModelError
 from .methods.base import Method
+from .patch import Before, Uncopyable
 from .plan import Plan, Stage
 from .summary import Drops, StageStatus, Status, Summary, describe, flops_left, tokens_per_layer
 from .tokens import LayerTrace
@@ -48,7 +49,7 @@ _SLOT = "_saint_session"
 _UNTOUCHED: "weakref.WeakKeyDictionary[nn.Module, Session]" = weakref.WeakKeyDictionary()
 
 
-class Session:
+class Session(Uncopyable):
     """A plan applied to a model. Made by :func:`apply`; as a context manager it is removed at the end of the block.
 
     Example:
@@ -231,6 +232,7 @@ class Session:
         return encoder if self._vlm is None else [*encoder, self._vlm.decoder.forwards]
 
     def _install(self, model: nn.Module) -> None:
+        before = Before(model)
         with ExitStack() as stack:  # undone again if anything below fails
             if self._vlm is not None:
                 self._mark(stack, self._vlm.model)
@@ -240,16 +242,22 @@ class Session:
                 _UNTOUCHED[model] = self
             else:
                 self._mark(stack, model)
+                before.hide(stack)
             self._put_on()
             self._marks = stack.pop_all()
 
     def _put_on(self) -> None:
+        if self._vlm is not None:
+            self._patch(self._vlm.model, self._vlm.install)
+            self._vlm.decoder.owner.closed = False  # the caches of before are its own again
+        elif self._encoder is not None:
+            self._patch(self._encoder.encoder, self._encoder.install)
+
+    def _patch(self, module: nn.Module, install: Callable[[ExitStack], None]) -> None:
+        before = Before(module)
         with ExitStack() as stack:
-            if self._vlm is not None:
-                self._vlm.install(stack)
-                self._vlm.decoder.owner.closed = False  # the caches of before are its own again
-            elif self._encoder is not None:
-                self._encoder.install(stack)
+            install(stack)
+            before.hide(stack)
             self._patches = stack.pop_all()
 
     def _mark(self, stack: ExitStack, module: nn.Module) -> None:

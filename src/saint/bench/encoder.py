@@ -288,7 +288,7 @@ class _Meter:
             if block is not None:
                 self._wrap(block, "head_mean_keys", "score")
         for module in stage.modules:
-            self._wrap(vars(module)["forward"], "_hand_on", "gather")
+            self._wrap(vars(module)["forward"].call, "_hand_on", "gather")
 
     def _wrap(self, owner: Any, name: str, kind: str) -> None:
         function = getattr(owner, name)
