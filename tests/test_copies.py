@@ -210,6 +210,40 @@ def test_accelerate_hooks_of_before_and_of_later_are_copied():
         session.remove()
 
 
+# layers whose keys are scored must have their adapter before the plan: README, Limits
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [("timm", ["qkv", "fc1"]), ("transformers", ["q_proj", "v_proj", "fc1"]), ("llava", ["v_proj", "up_proj"])],
+)  # fmt: skip
+def test_adapters_of_peft_may_come_after_the_plan(name, targets):
+    peft = pytest.importorskip("peft")
+    model, run, plan = MODELS[name]()
+    twin = copy.deepcopy(model)
+
+    def adapted(m):
+        torch.manual_seed(0)
+        m = peft.get_peft_model(m, peft.LoraConfig(target_modules=targets)).eval()
+        for key, parameter in m.named_parameters():
+            if "lora_" in key:
+                nn.init.normal_(parameter, std=0.2)
+        return m
+
+    with torch.no_grad():
+        plain = run(model)
+        twin = adapted(twin)
+        base = run(twin)
+        session = saint.apply(model, plan)
+        model = adapted(model)
+        after = run(model)
+        assert session.trace
+        assert not torch.equal(base, plain)
+        with saint.apply(twin, plan):
+            assert torch.equal(run(twin), after)
+        assert saint.status(model) is not None
+        saint.remove(model)
+        assert torch.equal(run(model), base)
+
+
 # -- signatures ---------------------------------------------------------------------------------------------------------
 
 
