@@ -1,7 +1,6 @@
 """Budgets, outputs users rely on, dtypes, compile, training, and other people's wrappers."""
 
 import copy
-import pickle
 import warnings
 
 import pytest
@@ -350,14 +349,6 @@ def test_a_failure_half_way_leaves_nothing(vit, monkeypatch):
     monkeypatch.undo()
     assert testing.snapshot(vit) == before
     assert saint.status(vit) is None
-
-
-def test_a_patched_model_refuses_to_be_copied(vit):
-    with saint.pruned(vit, loose()):
-        for copying in (copy.deepcopy, pickle.dumps):
-            with pytest.raises(RuntimeError, match="remove"):
-                copying(vit)
-    copy.deepcopy(vit)
 
 
 def test_accelerate_hooks_stay_outside(vit, images):

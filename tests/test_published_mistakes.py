@@ -176,7 +176,7 @@ def test_usable_as_soon_as_it_is_applied(images):
         assert vit(images).shape == (3, 7)
         assert set(vars(vit)) - before <= {
             "forward_features", "forward_intermediates", "get_intermediate_layers",
-            "_replicate_for_data_parallel", "_saint_session",
+            "_replicate_for_data_parallel", "_saint_session", "__reduce_ex__",
         }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ ALLOWED = {
     "methods": {"graph", "tokens", "errors", "plugins", "methods"},
     "plan": {"methods", "plan", "presets", "records"},  # the last two when a plan is looked up or written
     "presets": {"methods", "plan"},
+    "summary": {"methods", "plan", "tokens", "upstream", "vision", "runtime"},
     "upstream": {"errors", "plugins", "upstream"},
     "runtime": {"tokens", "gathers", "errors", "patch", "upstream", "runtime"},
     "vision": {"graph", "tokens", "gathers", "errors", "patch", "runtime", "upstream", "vision"},

@@ -1,5 +1,8 @@
-"""Changes to one instance of somebody's module, and their exact undo."""
+"""Changes to one instance of somebody's module, their exact undo, and copies that have none of them."""
 
+import copy
+import functools
+import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NoReturn
@@ -8,13 +11,46 @@ import torch
 from torch import nn
 
 
+class Uncopyable:
+    """What belongs to one patched model. Only the model is copied; a copy has no plan applied."""
+
+    def __reduce__(self) -> NoReturn:
+        raise RuntimeError(
+            f"a {type(self).__name__} belongs to one model and cannot be copied or pickled; copy the model itself (a copy has "
+            "no plan applied), or call saint.remove(model) first"
+        )
+
+
+class Replacement:
+    """What stands in place of a method: calls ``call``, and is copied and pickled as the method it replaces."""
+
+    __slots__ = ("__dict__", "call")  # `functools.update_wrapper` hands a `__dict__` on to whoever wraps this in turn
+
+    def __init__(self, call: Callable[..., Any], method: Callable[..., Any]) -> None:
+        self.call = call
+        functools.update_wrapper(self, method, updated=())
+        self.__signature__ = inspect.signature(method)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(vars(self)["__wrapped__"], memo)  # of a bound method: the same method, bound to the copy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copy.copy, (vars(self)["__wrapped__"],)  # loads without this library
+
+
 def override(stack: ExitStack, module: nn.Module, name: str, wrap: Callable[[Callable[..., Any]], Any]) -> None:
-    """Replace a method on this instance only; the undo restores exactly what was in its ``__dict__``."""
+    """Replace a method on this instance only; the undo restores exactly what was in its ``__dict__``.
+
+    To those who look, what is put in place is the method it replaces: name, documentation, signature.
+    """
     # accelerate keeps the wrapped forward in `_old_forward` and calls that from its own; stay inside its hook
     slot = "_old_forward" if name == "forward" and "_old_forward" in vars(module) else name
     before = vars(module).get(slot)
     original = getattr(module, slot)
-    vars(module)[slot] = wrap(original)
+    vars(module)[slot] = Replacement(wrap(original), original)
 
     def undo() -> None:
         if before is None:
@@ -23,6 +59,61 @@ def override(stack: ExitStack, module: nn.Module, name: str, wrap: Callable[[Cal
             vars(module)[slot] = before
 
     stack.callback(undo)
+
+
+_ABSENT = object()
+_REDUCE = "__reduce_ex__"  # what `copy` and `pickle` ask an object for; they look on the instance first
+
+
+class Before:
+    """The modules of a model as they are now, for :meth:`hide`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [(module, dict(vars(module)), _hooks(module)) for module in model.modules()]
+
+    def hide(self, stack: ExitStack) -> None:
+        """From now on a copy or pickle of a module is without what was put on it since: attributes and hooks.
+
+        A copy is then the model as if nothing were applied; the original stays as it is. ``stack`` undoes this.
+        """
+        for module, before, hooks in self._modules:
+            put = {key: value for key, value in vars(module).items() if before.get(key, _ABSENT) is not value}
+            added = {key: ids - hooks.get(key, set()) for key, ids in _hooks(module).items()}
+            if put or any(added.values()):
+                was = {key: before[key] for key in put if key in before}
+                override(stack, module, _REDUCE, functools.partial(_reduce, type(module).__name__, put, was, added))
+
+
+def _hooks(module: nn.Module) -> dict[str, set[Any]]:
+    """Ids of the hooks of a module, by the dictionary they are in."""
+    return {key: set(value) for key, value in vars(module).items() if "hooks" in key and isinstance(value, dict)}
+
+
+def _reduce(
+    name: str,
+    put: dict[str, Any],
+    was: dict[str, Any],
+    hooks: dict[str, set[Any]],
+    original: Callable[..., Any],
+) -> Callable[..., Any]:
+    def reduce(protocol: int) -> tuple[Any, ...]:
+        make, args, state, *rest = original(protocol)
+        if not isinstance(state, dict):
+            raise RuntimeError(
+                f"{name} keeps a state of its own for copies, from which a plan cannot be taken out: call "
+                "saint.remove(model) first"
+            )
+        clean = {}
+        for key, value in state.items():
+            if value is put.get(key, _ABSENT):  # else somebody has wrapped it since: its reference reduces by itself
+                if key in was:
+                    clean[key] = was[key]
+            elif key != _REDUCE:
+                ours = hooks.get(key)
+                clean[key] = type(value)((i, h) for i, h in value.items() if i not in ours) if ours else value
+        return make, args, clean, *rest
+
+    return reduce
 
 
 def refuse_replicas(stack: ExitStack, module: nn.Module) -> None:
@@ -45,13 +136,4 @@ def refuse_tracing() -> None:
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise RuntimeError(
             "torch.jit.trace would fix the tokens of one picture for all; use torch.compile, or torch.export with a fixed budget"
-        )
-
-
-class Uncopyable:
-    """What a patched model must not carry into a copy."""
-
-    def __reduce__(self) -> NoReturn:
-        raise RuntimeError(
-            "a model cannot be copied or pickled while a plan is applied; call saint.remove(model) first"
         )

@@ -1,15 +1,14 @@
 """Apply a plan to a model and take it off again.
 
-A session owns every change: checks come first, one ``ExitStack`` holds the undo of each patch, and after it nothing is left on
+A session owns every change: checks come first, an ``ExitStack`` holds the undo of each patch, and after it nothing is left on
 the user's modules. Two models in one process are independent.
 """
 
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +16,26 @@ from torch import Tensor, nn
 from .assemble import assemble
 from .errors import AlreadyAppliedError, UnsupportedModelError
 from .methods.base import Method
+from .patch import Before, Uncopyable
 from .plan import Plan, Stage
-from .runtime.layer import DropPoint
 from .runtime.observe import Observers
+from .summary import Drops, StageStatus, Status, Summary, describe, flops_left, tokens_per_layer
 from .tokens import LayerTrace
 from .vision.encoder import PrunedEncoder
 
 if TYPE_CHECKING:  # these import transformers
     from .language.decoder import KVMemory
+    from .runtime.forwards import Forwards
     from .vlm.model import PrunedVLM
 
+
+class HoldsModel(Protocol):
+    """Something that is no module and keeps one in ``.model``, such as a pipeline of transformers."""
+
+    model: Any
+
+
+ModelLike = nn.Module | HoldsModel
 PlanLike = Plan | Stage | Method | str | os.PathLike[str]
 
 # where a patched module keeps its session, in its `__dict__`: they are freed together
@@ -35,32 +44,40 @@ _SLOT = "_saint_session"
 _UNTOUCHED: "weakref.WeakKeyDictionary[nn.Module, Session]" = weakref.WeakKeyDictionary()
 
 
-@dataclass(frozen=True)
-class StageStatus:
-    """What is applied at one stage."""
+class Session(Uncopyable):
+    """A plan applied to a model. Made by :func:`apply`; as a context manager it is removed at the end of the block.
 
-    method: Method
-    layers: list[int]
-    placement: str
-    module: str  # dotted path of the patched encoder in the model, "" for the model itself
-
-
-@dataclass(frozen=True)
-class Status:
-    """What is applied to a model."""
-
-    plan: Plan
-    stages: dict[str, StageStatus]
-
-
-class Session:
-    """A plan applied to a model. Made by :func:`apply`."""
+    Example:
+        >>> import timm, torch, saint
+        >>> vit = timm.create_model("test_vit", pretrained=False).eval()
+        >>> images = torch.randn(2, 3, 160, 160)
+        >>> with saint.apply(vit, saint.Saint(threshold=0.75)) as session:
+        ...     logits = vit(images)
+        ...     with session.disabled():
+        ...         unpruned = vit(images)
+        ...     text = str(session.summary())
+    """
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.plan = plan
-        self._stack = ExitStack()
+        self._model = type(model).__name__
+        self._marks, self._patches = ExitStack(), ExitStack()
+        self._disabled = 0  # blocks of disabled() that are open
+        self._removed = False
         self._encoder: PrunedEncoder | None = None
         self._vlm: PrunedVLM | None = None
+
+    def __enter__(self) -> "Session":
+        if self._removed:
+            raise RuntimeError("this session has been removed; saint.apply(model, plan) makes a new one")
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = "removed" if self._removed else "disabled" if self._disabled else "applied"
+        return f"<Session: {state} on {self._model}>" if self._removed else describe(self._model, state, self.status)
 
     @property
     def trace(self) -> list[LayerTrace]:
@@ -84,21 +101,45 @@ class Session:
     def status(self) -> Status:
         """What is applied, per stage."""
         stages: dict[str, Any] = {}
-        for stack in (self._encoder, None if self._vlm is None else self._vlm.decoder):
-            if stack is None:
-                continue
-            points = [*stack.entries, *stack.points.values()]
-            for slot, planned in self.plan.slots.items():
-                here = [point for point in points if point.stage == slot]
-                found = []
-                for group, stage in enumerate(planned):
-                    own = [point for point in here if point.group == group and point.method is not None]
-                    layers = [] if slot == "connector" else [point.layer for point in own]
-                    if own:
-                        found.append(StageStatus(stage.method, layers, _placement(own[0]), stack.path))
-                if found:
-                    stages[slot] = found[0] if len(found) == 1 else tuple(found)
+        for slot, planned in self.plan.slots.items():
+            found = tuple(self._stage(slot, group, stage) for group, stage in enumerate(planned))
+            stages[slot] = found if len(found) > 1 else found[0]
         return Status(self.plan, stages)
+
+    def _stage(self, slot: str, group: int, stage: Stage) -> StageStatus:
+        stack: Any = self._encoder if slot == "vision" else self._vlm and self._vlm.decoder
+        points = [p for p in (*stack.entries, *stack.points.values()) if (p.stage, p.group) == (slot, group)]
+        if slot == "connector":  # in front of the language model, and has always said "post"
+            return StageStatus(stage.method, [], "post", stack.path)
+        layers = [point.layer for point in points if point.method is not None]
+        return StageStatus(stage.method, layers, points[0].placement, stack.path)
+
+    def summary(self) -> Summary:
+        """What the last forward dropped, and what that left of its tokens, FLOPs and cache.
+
+        Raises:
+            RuntimeError: no forward with images has run.
+        """
+        trace = self.trace
+        if not trace:
+            raise RuntimeError(
+                "summary() needs the drop points of a forward with images, and there are none yet: run the model first"
+                if self.plan.stages
+                else "summary() has nothing to tell: the plan is empty"
+            )
+        status, memory = self.status, self.kv_memory
+        depths = {} if self._encoder is None else {"vision": self._encoder.depth}
+        if self._vlm is not None:
+            depths["language"] = self._vlm.decoder.depth
+        layers = {stage: tokens_per_layer(trace, stage, depth) for stage, depth in depths.items()}
+        return Summary(
+            model=self._model,
+            drops=tuple(Drops.of(entry) for entry in trace),
+            layers={stage: counts for stage, counts in layers.items() if counts},
+            flops_left=None if self._encoder is None else flops_left(self._encoder, trace, status.stages["vision"]),
+            kv_kept=None if memory is None else memory.kept,
+            kv_unpruned=None if memory is None else memory.unpruned,
+        )
 
     def expand(self, features: Tensor, layer: int | None = None) -> Tensor:
         """A shortened map of the last forward at full length: each dropped token shows the survivor that stands for it.
@@ -133,37 +174,84 @@ class Session:
             f"{stage.prefix} protected and {slots} other tokens"
         )
 
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside the block the model runs unpruned, exactly as if nothing were applied; behind it pruned again.
+
+        The patches are taken off and put on again, for all threads; the session stays the model's (``saint.status``, and
+        ``saint.remove`` inside the block removes it for good). The trace, and caches of ``generate``, are kept: a cache filled
+        under the plan is refused inside the block and goes on behind it. Blocks may be nested.
+
+        Raises:
+            RuntimeError: the session has been removed.
+        """
+        if self._removed:
+            raise RuntimeError("this session has been removed, so the model runs unpruned already")
+        if not self._disabled:
+            with ExitStack() as held:
+                for forwards in self._forwards():
+                    held.enter_context(forwards.held())
+                self._patches.close()
+        self._disabled += 1
+        try:
+            yield
+        finally:
+            self._disabled -= 1
+            if not self._disabled and not self._removed:
+                try:
+                    self._put_on()
+                except BaseException:
+                    self.remove()  # nothing half patched
+                    raise
+
     def remove(self) -> None:
         """Undo everything. A second call does nothing."""
-        self._stack.close()
+        self._removed = True
+        self._patches.close()
+        self._marks.close()
+        for forwards in self._forwards():
+            forwards.forget()  # those of a session that was disabled
         for module in [m for m, session in _UNTOUCHED.items() if session is self]:
             del _UNTOUCHED[module]
         self._encoder = self._vlm = None
 
+    def _forwards(self) -> "list[Forwards[Any]]":
+        encoder = [] if self._encoder is None else [self._encoder.forwards]
+        return encoder if self._vlm is None else [*encoder, self._vlm.decoder.forwards]
+
     def _install(self, model: nn.Module) -> None:
+        before = Before(model)
         with ExitStack() as stack:  # undone again if anything below fails
             if self._vlm is not None:
-                self._vlm.install(stack)
                 self._mark(stack, self._vlm.model)
-            elif self._encoder is not None:
-                self._encoder.install(stack)
             if self._encoder is not None:
                 self._mark(stack, self._encoder.encoder)
             if self._vlm is None and self._encoder is None:
                 _UNTOUCHED[model] = self
             else:
                 self._mark(stack, model)
-            self._stack = stack.pop_all()
+                before.hide(stack)
+            self._put_on()
+            self._marks = stack.pop_all()
+
+    def _put_on(self) -> None:
+        if self._vlm is not None:
+            self._patch(self._vlm.model, self._vlm.install)
+            self._vlm.decoder.token.reopen()  # the caches of before are its own again
+        elif self._encoder is not None:
+            self._patch(self._encoder.encoder, self._encoder.install)
+
+    def _patch(self, module: nn.Module, install: Callable[[ExitStack], None]) -> None:
+        before = Before(module)
+        with ExitStack() as stack:
+            install(stack)
+            before.hide(stack)
+            self._patches = stack.pop_all()
 
     def _mark(self, stack: ExitStack, module: nn.Module) -> None:
         if _SLOT not in vars(module):
             vars(module)[_SLOT] = self
             stack.callback(vars(module).pop, _SLOT)
-
-
-def _placement(point: DropPoint) -> str:
-    """Where tokens leave; the connector stage lies in front of the language model, and has always said "post"."""
-    return "post" if point.stage == "connector" else point.placement
 
 
 def as_plan(plan: PlanLike) -> Plan:
@@ -179,11 +267,23 @@ def as_plan(plan: PlanLike) -> Plan:
     )
 
 
-def apply(model: nn.Module, plan: PlanLike, *, observers: Sequence[Any] = ()) -> Session:
+def _module(model: ModelLike) -> nn.Module:
+    """The model itself, or what it keeps in ``.model``."""
+    found = model if isinstance(model, nn.Module) else getattr(model, "model", None)
+    if isinstance(found, nn.Module):
+        return found
+    held = "" if found is None else f", whose .model is of type {type(found).__name__}"
+    raise TypeError(
+        f"a torch.nn.Module is expected, or an object that keeps one in .model (a pipeline), got {type(model).__name__}{held}"
+    )
+
+
+def apply(model: ModelLike, plan: PlanLike, *, observers: Sequence[Any] = ()) -> Session:
     """Prune ``model`` in place, according to ``plan``.
 
     Args:
-        model: a model of the support table (``saint list``), or one that contains exactly one.
+        model: a model of the support table (``saint list``), one that contains exactly one, or an object that is no module and
+            keeps one in ``.model`` (a pipeline of transformers, say).
         plan: a plan; a bare method means ``Plan(vision=method)``; a string names a recipe, or is looked up like
             :meth:`Plan.load` does.
         observers: objects with some of the methods of :class:`saint.Observer`, which are told of candidates, selections and
@@ -196,7 +296,8 @@ def apply(model: nn.Module, plan: PlanLike, *, observers: Sequence[Any] = ()) ->
         AlreadyAppliedError: the model carries a session.
         UnsupportedModelError: no supported encoder, or it cannot do what the plan asks. The model is untouched.
         ParityError: the blocks are not what the support table says. The model is untouched.
-        ValueError, TypeError: a bad plan.
+        ValueError: a bad plan.
+        TypeError: neither model nor plan.
 
     Example:
         >>> import timm, torch, saint
@@ -204,9 +305,7 @@ def apply(model: nn.Module, plan: PlanLike, *, observers: Sequence[Any] = ()) ->
         >>> with saint.pruned(vit, saint.Saint(threshold=0.75)) as session:
         ...     logits = vit(torch.randn(1, 3, 160, 160))
     """
-    plan = as_plan(plan)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model, plan = _module(model), as_plan(plan)
     if hasattr(model, "_orig_mod"):
         raise UnsupportedModelError(
             "the model is compiled: apply the plan to the original model, then torch.compile it"
@@ -222,21 +321,22 @@ def apply(model: nn.Module, plan: PlanLike, *, observers: Sequence[Any] = ()) ->
     return session
 
 
-def remove(model: nn.Module) -> None:
+def remove(model: ModelLike) -> None:
     """Take off whatever is applied to ``model`` or inside it.
 
     Raises:
         ValueError: nothing is applied.
+        TypeError: no model.
     """
-    session = _session(model)
+    session = _session(_module(model))
     if session is None:
-        raise ValueError(f"no plan is applied to this {type(model).__name__}")
+        raise ValueError(f"no plan is applied to this {type(_module(model)).__name__}")
     session.remove()
 
 
-def status(model: nn.Module) -> Status | None:
+def status(model: ModelLike) -> Status | None:
     """What is applied to ``model`` or inside it; None when clean."""
-    session = _session(model)
+    session = _session(_module(model))
     return None if session is None else session.status
 
 
@@ -249,7 +349,7 @@ def _session(model: nn.Module) -> Session | None:
 
 
 @contextmanager
-def pruned(model: nn.Module, plan: PlanLike, *, observers: Sequence[Any] = ()) -> Iterator[Session]:
+def pruned(model: ModelLike, plan: PlanLike, *, observers: Sequence[Any] = ()) -> Iterator[Session]:
     """:func:`apply` for the length of a ``with`` block; undone also after an exception."""
     session = apply(model, plan, observers=observers)
     try:

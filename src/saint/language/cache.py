@@ -153,8 +153,12 @@ class SessionToken:
         self.closed = False
 
     def close(self) -> None:
-        """The plan has been removed."""
+        """The plan has been taken off."""
         self.closed = True
+
+    def reopen(self) -> None:
+        """The plan is on again: caches that were filled under it may go on."""
+        self.closed = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SessionToken":
         return self

@@ -6,7 +6,8 @@ A state belongs to one forward. Threads that share a patched model have one each
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -30,6 +31,7 @@ class Forwards(Generic[S]):
         self._latest = make()  # of any thread
         self._own = threading.local()  # state, open, replayed
         self._compiled = False  # dynamo cannot trace a thread's own storage: a compiled forward is the latest
+        self._held = False
         self._open = False  # a compiled forward has begun and not reached its first layer
         self._inputs: dict[tuple[int, int], tuple[weakref.ref[Tensor], S]] = {}
 
@@ -124,8 +126,19 @@ class Forwards(Generic[S]):
             "tensors packed or moved to another device?), so its tokens are not known: switch gradient checkpointing off"
         )
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, nothing is forgotten: patches are taken off only to be put on again."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+
     def forget(self) -> None:
         """Drop all states."""
+        if self._held:
+            return
         self._latest, self._own = self._make(), threading.local()
         self._compiled = self._open = False
         self._inputs.clear()

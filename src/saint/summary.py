@@ -1,0 +1,224 @@
+"""What a session says of itself: status, and the summary of a forward."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .methods.base import Method
+from .plan import Plan
+from .runtime.blocks import Block
+from .tokens import LayerTrace
+from .upstream.specs import part
+from .vision.encoder import PrunedEncoder
+
+
+@dataclasses.dataclass(frozen=True)
+class StageStatus:
+    """What is applied at one stage."""
+
+    method: Method
+    layers: list[int]
+    placement: str
+    module: str  # dotted path of the patched encoder in the model, "" for the model itself
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """What is applied to a model.
+
+    Attributes:
+        plan: the plan.
+        stages: by slot, a :class:`StageStatus`, or a tuple of them where the plan has several stages in the slot.
+    """
+
+    plan: Plan
+    stages: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+    """Tokens per sample, over a batch."""
+
+    mean: float
+    least: int
+    most: int
+
+    @classmethod
+    def of(cls, counts: Tensor) -> "Count":
+        """counts int64 [B]."""
+        return cls(counts.double().mean().item(), int(counts.min()), int(counts.max()))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f}" + (f" ({self.least}..{self.most})" if self.least != self.most else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Drops:
+    """One drop point of a forward: see :class:`saint.LayerTrace`."""
+
+    stage: str
+    layer: int
+    placement: str
+    tokens_in: Count
+    tokens_out: Count
+
+    @classmethod
+    def of(cls, entry: LayerTrace) -> "Drops":
+        return cls(entry.stage, entry.layer, entry.placement, Count.of(entry.tokens_in), Count.of(entry.tokens_out))
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a forward dropped, and what that left. Printed, it is a few lines.
+
+    Attributes:
+        model: class of the model.
+        drops: the drop points, in the order in which tokens pass them.
+        layers: by stage ("vision", "language"), visual tokens per sample that enter each layer, means over the batch (protected
+            and text tokens not counted; counted like the trace does). Without the language model where nothing drops in front
+            of it or inside.
+        flops_left: share left of the FLOPs (products of matrices) of the encoder's blocks, in 0..1, computed from the numbers
+            of tokens: of what the samples' own tokens need, without the padding of a ragged batch and without scoring. None
+            where it is not known: no encoder stage, packed encoders, and blocks whose matrices are not plain linear layers.
+        kv_kept: bytes of keys and values that the last prompt left in the cache; None without a cache.
+        kv_unpruned: what the unpruned model would hold.
+    """
+
+    model: str
+    drops: tuple[Drops, ...]
+    layers: dict[str, tuple[float, ...]]
+    flops_left: float | None
+    kv_kept: int | None
+    kv_unpruned: int | None
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: visual tokens per sample, mean (least..most)"]
+        names = [_place(d) for d in self.drops]
+        width = max(map(len, names))
+        lines += [
+            f"  {name:<{width}}  {d.tokens_in} -> {d.tokens_out}" for name, d in zip(names, self.drops, strict=True)
+        ]
+        lines += [
+            f"entering each {stage} layer: {' '.join(f'{n:.0f}' for n in counts)}"
+            for stage, counts in self.layers.items()
+        ]
+        left = "unknown" if self.flops_left is None else f"{self.flops_left:.2f}"
+        lines.append(f"FLOPs left in the blocks of the encoder: {left}")
+        if self.kv_kept is not None and self.kv_unpruned:
+            share = self.kv_kept / self.kv_unpruned
+            lines.append(f"KV cache: {self.kv_kept:,} of {self.kv_unpruned:,} bytes ({share:.2f})")
+        return "\n".join(lines)
+
+
+def _place(drops: Drops) -> str:
+    if drops.stage == "connector":
+        return drops.stage
+    return f"{drops.stage} input" if drops.placement == "input" else f"{drops.stage} {drops.layer}"
+
+
+def describe(model: str, state: str, status: Status) -> str:
+    """A session in a few lines."""
+    lines = [f"<Session: {state} on {model}" + ("" if status.stages else ", empty plan")]
+    for name, stages in status.stages.items():
+        for stage in stages if isinstance(stages, tuple) else (stages,):
+            where = "" if name == "connector" else f" at {_layers(stage.layers)} ({stage.placement})"
+            inside = f", in {stage.module}" if stage.module else ""
+            lines.append(f"  {name}: {_method(stage.method)}{where}{inside}")
+    return "\n".join(lines) + ">"
+
+
+def _method(method: Method) -> str:
+    """The method with the settings that are not its defaults."""
+    told = [f for f in dataclasses.fields(method) if getattr(method, f.name) != f.default]
+    return f"{type(method).__name__}({', '.join(f'{f.name}={getattr(method, f.name)!r}' for f in told)})"
+
+
+def _layers(layers: Sequence[int]) -> str:
+    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"layers {layers[0]}..{layers[-1]}"
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+
+
+# -- tokens and FLOPs -------------------------------------------------------------------------------------------------
+
+
+def _entering(entries: Sequence[LayerTrace], first: Tensor, depth: int) -> list[Tensor]:
+    """Tokens that enter each layer and those behind the last, depth + 1 times int64 [B]; ``first`` before any was dropped."""
+    after = {entry.layer: entry.tokens_out for entry in entries if entry.placement != "input"}
+    counts = [next((entry.tokens_out for entry in entries if entry.placement == "input"), first)]
+    for layer in range(depth):
+        counts.append(after.get(layer, counts[-1]))
+    return counts
+
+
+def tokens_per_layer(trace: Sequence[LayerTrace], stage: str, depth: int) -> tuple[float, ...]:
+    """Mean over the batch of the visual tokens that enter each layer; () where the trace does not tell."""
+    entries = [entry for entry in trace if entry.stage == stage]
+    connector = [entry.tokens_out for entry in trace if entry.stage == "connector" and stage == "language"]
+    if not entries and not connector:
+        return ()
+    first = connector[0] if connector else entries[0].tokens_in
+    return tuple(counts.double().mean().item() for counts in _entering(entries, first, depth)[:depth])
+
+
+def flops_left(
+    encoder: PrunedEncoder, trace: Sequence[LayerTrace], status: StageStatus | tuple[StageStatus, ...]
+) -> float | None:
+    """See :attr:`Summary.flops_left`.
+
+    A block of N tokens takes 2 W N FLOPs for the W weights of its linear layers, and 4 A N² for QK^T and AV of its attention,
+    A channels wide.
+    """
+    stages = status if isinstance(status, tuple) else (status,)
+    split = {layer for stage in stages if stage.placement == "mid" for layer in stage.layers}
+    costs = [None if block is None else _matrices(block) for block in encoder.blocks]
+    entries = [entry for entry in trace if entry.stage == "vision"]
+    if encoder.spec.packed or not entries or None in costs:
+        return None
+    group = (encoder.merge_size or 1) ** 2
+    counts = [(c * group + encoder.prefix).double() for c in _entering(entries, entries[0].tokens_in, encoder.depth)]
+    total = (entries[0].tokens_in * group + encoder.prefix).double()
+    left = whole = 0.0
+    for layer, cost in enumerate(costs):
+        assert cost is not None
+        attention, rest, width = cost
+        inside, behind = counts[layer], counts[layer + 1 if layer in split else layer]
+        left += float((2 * attention * inside + 4 * width * inside**2 + 2 * rest * behind).sum())
+        whole += float((2 * (attention + rest) * total + 4 * width * total**2).sum())
+    return left / whole
+
+
+def _matrices(block: Block) -> tuple[int, int, int] | None:
+    """Weights in the attention and in the rest of a block, and the attention's width; None where these do not say it all."""
+    spec = block.spec
+    named = [part(unit, spec.attn) for unit in block.units[0]] if spec.attn else []
+    # an attention that is a method of its block calls the module that is told of padding
+    attention = [one if isinstance(one, nn.Module) else part(block.module, spec.padding or "") for one in named]
+    if not attention or None in attention or spec.bias:  # what makes a bias over pairs may be linear layers of its own
+        return None
+    counted = {id(p): p.numel() for m in block.module.modules() for p in _weights(m)}
+    if any(p.ndim > 1 and p.numel() > p.shape[-1] and id(p) not in counted for p in block.module.parameters()):
+        return None  # convolutions, tables of biases, quantised layers
+    own = {id(p) for one in attention for m in one.modules() for p in _weights(m)}
+    widths = [_width(one) for one in attention]
+    if None in widths:
+        return None
+    total = sum(counted.values())
+    mine = sum(n for key, n in counted.items() if key in own)
+    return mine, total - mine, sum(w for w in widths if w is not None)
+
+
+def _weights(module: nn.Module) -> list[Tensor]:
+    if isinstance(module, nn.Linear):
+        return [module.weight]
+    if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+        return [module.in_proj_weight]
+    return []
+
+
+def _width(attention: nn.Module) -> int | None:
+    """Heads times head dim: what the output projection, the last linear layer, takes."""
+    linear = [module for module in attention.modules() if isinstance(module, nn.Linear)]
+    return linear[-1].in_features if linear else None

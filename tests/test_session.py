@@ -1,0 +1,402 @@
+"""The session as an object: context manager, switching off, what it says of itself."""
+
+import contextlib
+import copy
+import re
+import threading
+import types
+
+import pytest
+import torch
+import transformers as hf
+from models import build
+from PIL import Image
+from test_vlm_oracle import CONNECTOR, LANGUAGE, VISION
+from vlm_models import FAMILIES, cache_of, cached, prompts
+
+import saint
+from saint.flops import count_flops
+from saint.plan import Plan, Stage
+from saint.vision.locate import locate
+
+LLAVA = FAMILIES["llava-llama"]
+BATCH = [[4, "0", 7], [3, "0", 2]]
+HYBRID = Plan(vision=VISION, connector=CONNECTOR, language=LANGUAGE)
+HALF = Stage(saint.Saint(budget=0.5), layers=[0, 1])
+
+
+def snapshot(model):
+    return {
+        name: (type(m), sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks))
+        for name, m in model.named_modules()
+    }
+
+
+@pytest.fixture
+def vit():
+    return build("timm/vit-augreg")
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def llava():
+    model = LLAVA.build()
+    with torch.no_grad():  # transformers installs its own output hooks at the first forward
+        model(**prompts(LLAVA, model, BATCH), output_hidden_states=True)
+    return model
+
+
+# -- a block ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_session_is_removed_at_the_end_of_its_block(vit, images):
+    before = snapshot(vit)
+    with torch.no_grad():
+        base = vit(images)
+        with saint.apply(vit, HALF) as session:
+            assert not torch.equal(vit(images), base)
+            assert saint.status(vit) is not None
+        assert snapshot(vit) == before
+        assert torch.equal(vit(images), base)
+        with pytest.raises(ZeroDivisionError), saint.apply(vit, HALF):
+            _ = 1 / 0
+        assert snapshot(vit) == before
+    with pytest.raises(RuntimeError, match="has been removed; saint.apply"), session:
+        pass
+
+
+def test_a_session_may_be_removed_inside_its_block(vit):
+    before = snapshot(vit)
+    with saint.apply(vit, HALF) as session:
+        session.remove()
+        assert snapshot(vit) == before
+        with saint.apply(vit, HALF):
+            session.remove()  # leaves the later session alone
+            assert saint.status(vit) is not None
+    assert snapshot(vit) == before
+
+
+# -- disabled -----------------------------------------------------------------------------------------------------------
+
+
+def test_disabled_is_the_clean_model_and_then_pruned_again(vit, images):
+    before = snapshot(vit)
+    with torch.no_grad():
+        base = vit(images)
+        session = saint.apply(vit, HALF)
+        patched = snapshot(vit)
+        pruned = vit(images)
+        trace, summary = session.trace, str(session.summary())
+        for _ in range(2):
+            with session.disabled():
+                assert torch.equal(vit(images), base)
+                inside = {name: (t, [k for k in keys if not k.startswith("_saint")], *n)
+                          for name, (t, keys, *n) in snapshot(vit).items()}  # fmt: skip
+                assert inside == before
+                assert saint.status(vit).plan == session.plan
+                with pytest.raises(saint.AlreadyAppliedError):
+                    saint.apply(vit, HALF)
+                assert torch.equal(session.trace[-1].kept[0], trace[-1].kept[0])
+            assert snapshot(vit) == patched
+            assert str(session.summary()) == summary  # of the pruned forward, still
+            features = torch.randn(2, 1 + 18, 5)
+            assert session.expand(features, 4).shape == (2, 37, 5)
+            assert torch.equal(vit(images), pruned)
+        session.remove()
+        assert snapshot(vit) == before
+        assert session.trace == []
+
+
+def test_disabled_nests_and_survives_exceptions(vit, images):
+    with torch.no_grad():
+        base = vit(images)
+        with saint.apply(vit, HALF) as session:
+            pruned = vit(images)
+            with session.disabled():
+                with session.disabled():
+                    assert torch.equal(vit(images), base)
+                assert torch.equal(vit(images), base)
+            assert torch.equal(vit(images), pruned)
+            with pytest.raises(ZeroDivisionError), session.disabled(), session.disabled():
+                _ = 1 / 0
+            assert torch.equal(vit(images), pruned)
+
+
+def test_removed_while_disabled_stays_removed(vit, images):
+    before = snapshot(vit)
+    with torch.no_grad():
+        base = vit(images)
+        session = saint.apply(vit, HALF)
+        vit(images)
+        with session.disabled():
+            saint.remove(vit)
+            assert snapshot(vit) == before
+        assert snapshot(vit) == before
+        assert session.trace == []
+        assert torch.equal(vit(images), base)
+    with pytest.raises(RuntimeError, match="removed, so the model runs unpruned already"), session.disabled():
+        pass
+
+
+def test_patches_that_cannot_be_put_on_again_leave_a_clean_model(vit, monkeypatch):
+    before = snapshot(vit)
+    session = saint.apply(vit, HALF)
+    with pytest.raises(ZeroDivisionError), session.disabled():
+        monkeypatch.setattr(session._encoder, "_dense_call", lambda _: 1 / 0)
+    assert snapshot(vit) == before
+    assert saint.status(vit) is None
+
+
+def test_disabled_holds_for_every_thread(vit, images):
+    got = []
+    with torch.no_grad(), saint.apply(vit, HALF) as session:
+        pruned = vit(images)
+        with session.disabled():
+            base = vit(images)
+            thread = threading.Thread(target=lambda: got.append(vit(images).detach()))
+            thread.start()
+            thread.join()
+        assert not torch.equal(base, pruned)
+        assert torch.equal(got[0], base)
+
+
+def test_disabled_is_seen_by_a_compiled_model(vit, images):
+    with torch.no_grad():
+        base = vit(images)
+        with saint.apply(vit, HALF) as session:
+            pruned, compiled = vit(images), torch.compile(vit, backend="eager")
+            assert torch.allclose(compiled(images), pruned, atol=1e-5)
+            with session.disabled():
+                assert torch.allclose(compiled(images), base, atol=1e-5)
+            assert torch.allclose(compiled(images), pruned, atol=1e-5)
+    assert not torch.allclose(base, pruned, atol=1e-3)
+
+
+def test_disabled_does_nothing_to_an_empty_plan(vit, images):
+    with saint.apply(vit, Plan()) as session, session.disabled(), torch.no_grad():
+        vit(images)
+        assert saint.status(vit).stages == {}
+
+
+@pytest.mark.parametrize("name", ["llava-llama", "qwen2.5-vl", "gemma3"])
+def test_disabled_generates_as_the_clean_model(name):
+    family = FAMILIES[name]
+    model = family.build()
+    inputs = prompts(family, model, BATCH)
+    call = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with torch.no_grad():
+        base, logits = model.generate(**inputs, **call), model(**inputs).logits
+        with saint.apply(model, HYBRID) as session:
+            pruned = model.generate(**inputs, **call)
+            memory, trace = session.kv_memory, session.trace
+            with session.disabled():
+                clean = model.generate(**inputs, **call)
+                assert torch.equal(clean.sequences, base.sequences)
+                assert all(torch.equal(a, b) for a, b in zip(clean.logits, base.logits, strict=True))
+                assert torch.equal(model(**inputs).logits, logits)
+                assert session.kv_memory == memory
+            assert [(e.stage, e.layer) for e in session.trace] == [(e.stage, e.layer) for e in trace]
+            again = model.generate(**inputs, **call)
+            assert all(torch.equal(a, b) for a, b in zip(again.logits, pruned.logits, strict=True))
+            assert not torch.equal(again.logits[0], clean.logits[0])
+
+
+def test_a_cache_of_the_plan_is_refused_while_disabled_and_goes_on_behind(llava):
+    inputs, step = prompts(LLAVA, llava, BATCH), torch.tensor([[5], [6]])
+    with torch.no_grad(), saint.apply(llava, HYBRID) as session:
+        cache = cache_of(llava(**inputs))
+        expected = llava(step, **cached(llava, copy.deepcopy(cache))).logits
+        with session.disabled(), pytest.raises(ValueError, match="filled under a plan"):
+            llava(step, **cached(llava, cache))
+        assert torch.equal(llava(step, **cached(llava, cache)).logits, expected)
+
+
+# -- what it says -------------------------------------------------------------------------------------------------------
+
+
+def test_a_session_prints_what_is_applied(vit, llava):
+    session = saint.apply(vit, Stage(saint.Saint(threshold=0.6, center=True), layers=range(1, 4)))
+    told = "VisionTransformer\n  vision: Saint(threshold=0.6, center=True) at layers 1..3 (mid)>"
+    assert repr(session) == f"<Session: applied on {told}"
+    with session.disabled():
+        assert repr(session) == f"<Session: disabled on {told}"
+    session.remove()
+    assert repr(session) == "<Session: removed on VisionTransformer>"
+    with saint.apply(vit, Plan()) as session:
+        assert repr(session) == "<Session: applied on VisionTransformer, empty plan>"
+    with saint.apply(llava, HYBRID) as session:
+        lines = repr(session).splitlines()
+        assert [line.split(":")[0].strip() for line in lines[1:]] == ["vision", "connector", "language"]
+        assert lines[1].endswith("in model.vision_tower")
+        assert "at layers 1, 2 (post), in model.language_model" in lines[3]
+
+
+def test_summary_of_an_encoder(vit, images):
+    with saint.apply(vit, HALF) as session, torch.no_grad():
+        with pytest.raises(RuntimeError, match="run the model first"):
+            session.summary()
+        vit(images)
+        summary = session.summary()
+    assert [(d.stage, d.layer, d.tokens_in.mean, d.tokens_out.most) for d in summary.drops] == [
+        ("vision", 0, 36, 26), ("vision", 1, 26, 18),
+    ]  # fmt: skip
+    assert summary.layers == {"vision": (36, 26, 18, 18)}
+    assert (summary.kv_kept, summary.kv_unpruned) == (None, None)
+    assert str(summary) == (
+        "VisionTransformer: visual tokens per sample, mean (least..most)\n"
+        "  vision 0  36.0 -> 26.0\n"
+        "  vision 1  26.0 -> 18.0\n"
+        "entering each vision layer: 36 26 18 18\n"
+        f"FLOPs left in the blocks of the encoder: {summary.flops_left:.2f}"
+    )
+    with saint.apply(vit, Plan()) as session, pytest.raises(RuntimeError, match="the plan is empty"):
+        session.summary()
+
+
+def test_summary_of_a_ragged_batch(vit, images):
+    with saint.apply(vit, Stage(saint.Saint(threshold=0.6, neighbors=2), layers=[1])) as session, torch.no_grad():
+        vit(torch.cat([images, images.new_zeros(1, 3, 96, 96)]))
+        (step,), (drop,) = session.trace, session.summary().drops
+        text = str(session.summary())
+    counts = step.tokens_out.tolist()
+    assert len(set(counts)) > 1
+    assert (drop.tokens_out.least, drop.tokens_out.most) == (min(counts), max(counts))
+    assert drop.tokens_out.mean == pytest.approx(sum(counts) / 3)
+    assert f"({min(counts)}..{max(counts)})" in text
+
+
+# the largest difference there may be: what scoring takes, of which models that hide their keys need most
+@pytest.mark.parametrize(
+    ("name", "pixels", "scoring"),
+    [
+        ("timm/vit-augreg", 96, 0.003),
+        ("timm/deit3", 96, 0.003),
+        ("timm/eva02", 84, 0.003),  # SwiGLU
+        ("timm/vit-parallel", 96, 0.003),
+        ("transformers/clip", 96, 0.003),
+        ("transformers/dinov2-registers", 96, 0.003),
+        ("open_clip/vit", 96, 0.02),
+    ],
+)
+@pytest.mark.parametrize("placement", ["mid", "post"])
+def test_flops_left_are_those_that_run(name, pixels, scoring, placement):
+    model = build(name)
+    images = torch.randn(2, 3, pixels, pixels, generator=torch.Generator().manual_seed(0))
+    blocks = re.compile(rf"\.{locate(model)[2].blocks}\.\d+$")
+
+    def counted():
+        with torch.no_grad():
+            found = count_flops(lambda: model(images))[1].by_module
+        parts = [sum(flops.values()) for key, flops in found.items() if blocks.search(key)]
+        assert len(parts) > 1
+        return sum(parts)
+
+    whole = counted()
+    with saint.apply(model, Stage(saint.Saint(budget=0.4), layers=[0, 1], placement=placement)) as session:
+        left = counted() / whole
+        estimate = session.summary().flops_left
+    assert estimate <= left + 1e-9
+    assert estimate == pytest.approx(left, abs=scoring)
+
+
+@pytest.mark.parametrize("name", ["timm/beit", "timm/vit-parallel-scaling", "timm/relpos"])
+def test_flops_that_are_not_known_are_said_to_be_unknown(name, images):
+    model = build(name)
+    with saint.apply(model, Stage(saint.Saint(budget=0.5), layers=[0])) as session, torch.no_grad():
+        model(images)
+        assert session.summary().flops_left is None
+        assert str(session.summary()).endswith("blocks of the encoder: unknown")
+
+
+def test_summary_of_a_vision_language_model(llava):
+    inputs = prompts(LLAVA, llava, BATCH)
+    with saint.apply(llava, HYBRID) as session, torch.no_grad():
+        llava.generate(**inputs, max_new_tokens=3, do_sample=False)
+        summary, trace, memory = session.summary(), session.trace, session.kv_memory
+    assert [(d.stage, d.layer) for d in summary.drops] == [(e.stage, e.layer) for e in trace]
+    out = {(e.stage, e.layer): e.tokens_out.double().mean().item() for e in trace}
+    behind = out["connector", 0]
+    first, second = out["language", 1], out["language", 2]
+    assert summary.layers["language"] == (behind, behind, first, second, second)
+    assert summary.layers["vision"][:2] == (36.0, 36.0)
+    assert (summary.kv_kept, summary.kv_unpruned) == (memory.kept, memory.unpruned)
+    assert 0 < summary.flops_left < 1
+    assert f"KV cache: {memory.kept:,} of {memory.unpruned:,} bytes" in str(summary)
+
+
+def test_summary_without_a_language_stage(llava):
+    inputs = prompts(LLAVA, llava, BATCH)
+    with torch.no_grad():
+        with saint.apply(llava, Plan(vision=VISION)) as session:
+            llava(**inputs)
+            assert list(session.summary().layers) == ["vision"]
+        with saint.apply(llava, Plan(connector=CONNECTOR)) as session:
+            llava(**inputs)
+            summary = session.summary()
+        assert list(summary.layers) == ["language"]
+        assert len(set(summary.layers["language"])) == 1
+        assert summary.flops_left is None
+
+
+# -- what holds a model -------------------------------------------------------------------------------------------------
+
+
+def test_a_pipeline_is_pruned_through_the_model_it_holds():
+    model = build("transformers/vit").vit
+    pipe = hf.pipeline(
+        "image-feature-extraction", model=model, image_processor=hf.ViTImageProcessor(size={"height": 96, "width": 96})
+    )
+    image = Image.effect_noise((96, 96), 80).convert("RGB")
+    before = snapshot(model)
+    base = pipe(image)
+    with saint.apply(pipe, HALF) as session:
+        assert len(pipe(image)[0]) == 1 + 18
+        assert saint.status(pipe) == saint.status(model) == session.status
+        with pytest.raises(saint.AlreadyAppliedError):
+            saint.apply(model, HALF)
+    with saint.pruned(pipe, HALF):
+        saint.remove(pipe)
+        assert saint.status(pipe) is None
+        with pytest.raises(ValueError, match="no plan is applied to this ViTModel"):
+            saint.remove(pipe)
+    assert snapshot(model) == before
+    assert pipe(image) == base
+
+
+@pytest.mark.parametrize(
+    ("thing", "got"),
+    [
+        (None, "got NoneType$"),
+        (5, "got int$"),
+        (types.SimpleNamespace(model="vit"), "got SimpleNamespace, whose .model is of type str"),
+    ],
+)
+def test_what_holds_no_model_is_refused(thing, got):
+    for call in (lambda: saint.apply(thing, HALF), lambda: saint.remove(thing), lambda: saint.status(thing)):
+        with pytest.raises(
+            TypeError, match=f"torch.nn.Module is expected, or an object that keeps one in .model.*{got}"
+        ):
+            call()
+    with pytest.raises(TypeError, match=r"in \.model"), saint.pruned(thing, HALF):
+        pass
+
+
+def test_a_module_that_has_a_model_is_itself_the_model(vit):
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.other = vit, build("timm/vit-avg")
+
+    with pytest.raises(saint.UnsupportedModelError, match="holds 2 encoders"):
+        saint.apply(Wrapper(), HALF)
+
+
+def test_pruned_is_still_a_block(vit, images):
+    with contextlib.ExitStack() as stack:
+        session = stack.enter_context(saint.pruned(vit, HALF))
+        assert isinstance(session, saint.Session)
+    assert saint.status(vit) is None
