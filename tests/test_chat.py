@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from vlm_models import FAMILIES, IMAGE, prompts
 
 import saint
-from saint.loading_vlm import is_vlm, load_vlm
+from saint.loading.vlm import is_vlm, load_vlm
 from saint.plan import Stage
 from saint.view.tiles import Tile, _laid, placed, tiles, visual_tokens
 

@@ -15,7 +15,7 @@ import saint
 from saint import demo
 from saint.demo import scenes
 from saint.eval import read_questions
-from saint.loading_vlm import load_vlm
+from saint.loading.vlm import load_vlm
 from saint.plan import Plan
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ import saint
 from saint.eval import Question, evaluate_vqa, read_questions
 from saint.eval import scores as score_
 from saint.eval.vqa import default_prompt, fill
-from saint.loading_vlm import load_vlm
+from saint.loading.vlm import load_vlm
 from saint.plan import Plan
 from saint.session import status
 

@@ -18,7 +18,7 @@ from vlm_models import FAMILIES
 
 import saint
 from saint import testing
-from saint.loading_vlm import is_vlm
+from saint.loading.vlm import is_vlm
 from saint.testing.vlm import CONTRACTS, check_vlm
 from saint.upstream import FamilySpec, registry
 from saint.vision.locate import locate

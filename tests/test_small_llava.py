@@ -12,7 +12,7 @@ from saint.demo import scenes, small_llava
 from saint.demo.easy_vqa import CATEGORIES, easy_vqa
 from saint.demo.models import clip_names
 from saint.eval import evaluate_vqa, read_questions
-from saint.loading_vlm import load_vlm
+from saint.loading.vlm import load_vlm
 
 pytest.importorskip("onnx", reason="needs saint-vlm[demo]")
 pytest.importorskip("skimage", reason="needs saint-vlm[demo]")

@@ -43,9 +43,8 @@ UPPER = {
     "view": {"records"},
     "demo": {"records"},
     "loading": {"demo"},
-    "loading_vlm": {"demo", "loading"},
-    "eval": {"bench", "loading", "loading_vlm"},
-    "cli": {"records", "bench", "testing", "view", "demo", "loading", "loading_vlm", "eval"},
+    "eval": {"bench", "loading"},
+    "cli": {"records", "bench", "testing", "view", "demo", "loading", "eval"},
 }
 # rooms of packages that stand alone: all that they may import, also of their own package
 ROOMS = {
@@ -63,12 +62,6 @@ ROOMS = {
     "testing/outputs": set(),
     "testing/hiding": {"upstream/specs"},  # the oracles share no code with the pruning path
     "view/overlay": {"records"},
-}
-# private names that a module takes from another, with the reason
-PRIVATE = {
-    ("loading_vlm", "_explained"): "`loading` keeps it for this file: it is loading.failures.explained",
-    ("loading_vlm", "_library"): "`loading` keeps it for this file: it is extras.require",
-    ("cli/tables", "_REFUSED"): "vision/locate.py has no public name for the classes that are refused",
 }
 
 
@@ -148,7 +141,7 @@ def test_no_module_takes_a_private_name_of_another():
                 modules.add(given)
                 if target == here.rpartition("/")[0]:
                     continue  # a private module is its package's
-            if name.startswith("_") and not name.endswith("__") and (here, name) not in PRIVATE:
+            if name.startswith("_") and not name.endswith("__"):
                 wrong.append(f"{here}: from {target} import {name}")
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:

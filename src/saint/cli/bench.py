@@ -57,7 +57,7 @@ def bench(
     model (hf:) generates: time to first token, time per token and cache memory, for --plan or for each mode.
     """
     from ..bench import bench_encoder
-    from ..loading_vlm import is_vlm
+    from ..loading.vlm import is_vlm
     from ..records import environment
 
     number = dtype_of(dtype)

@@ -24,7 +24,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..loading_vlm import LoadedVLM
+    from ..loading.vlm import LoadedVLM
 
 
 def chat(

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ..loading_vlm import LoadedVLM
+    from ..loading.vlm import LoadedVLM
     from ..plan import Plan
     from ..testing import Result
 
@@ -27,7 +27,7 @@ def check(
     """
     from .. import testing
     from ..loading import load_model
-    from ..loading_vlm import is_vlm, load_vlm
+    from ..loading.vlm import is_vlm, load_vlm
     from ..methods.saint import Saint
     from ..session import pruned
     from ..testing.vlm import check_vlm, hybrid_plan

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 if TYPE_CHECKING:
     from ..bench import Spread
     from ..loading import Loaded, Photo, Unreadable
-    from ..loading_vlm import LoadedVLM
+    from ..loading.vlm import LoadedVLM
     from ..plan import Plan
 
 out = Console()
@@ -125,7 +125,7 @@ def load_generator(
     """The same for a vision-language model; ``dtype`` None is the checkpoint's."""
     import torch
 
-    from ..loading_vlm import load_vlm
+    from ..loading.vlm import load_vlm
 
     if threads is not None:
         torch.set_num_threads(threads)

@@ -67,7 +67,7 @@ def view(
     """
     import torch
 
-    from ..loading_vlm import is_vlm
+    from ..loading.vlm import is_vlm
     from ..records import environment
     from ..session import pruned
 

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import MissingExtraError
 from ..loading import read_plan
-from ..loading_vlm import load_vlm
+from ..loading.vlm import load_vlm
 from ..plan import Plan
 from ..session import apply
 from .loop import Processes

@@ -16,7 +16,7 @@ from torch import nn
 from ..bench.encoder import copy_sharing_weights
 from ..errors import AlreadyAppliedError
 from ..images import read_image
-from ..loading_vlm import LoadedVLM
+from ..loading.vlm import LoadedVLM
 from ..plan import Plan
 from ..session import Session, apply, status
 from . import scores

@@ -4,10 +4,8 @@ A model comes from its own library's loader with its own preprocessing: ``timm:N
 ``open_clip:NAME/TAG`` or ``demo:NAME`` (works offline).
 """
 
-from ..extras import require
 from .failures import DownloadError as DownloadError
 from .failures import UnsafeCheckpointError as UnsafeCheckpointError
-from .failures import explained
 from .models import FORMS as FORMS
 from .models import load_model as load_model
 from .models import names_a_model as names_a_model
@@ -18,5 +16,3 @@ from .photos import load_images as load_images
 from .plans import read_plan as read_plan
 from .source import Loaded as Loaded
 from .source import Source as Source
-
-_explained, _library = explained, require  # the names by which loading_vlm.py imports them

@@ -160,7 +160,7 @@ def _demo(name: str, pretrained: bool, size: int | None) -> Source:
     )
 
 
-_DEMO_VLM = "demo:small-llava"  # `loading_vlm` knows it
+_DEMO_VLM = "demo:small-llava"  # loading/vlm.py knows it
 
 SOURCES: dict[str, Callable[[str, bool, int | None], Source]] = {
     "timm": _timm,

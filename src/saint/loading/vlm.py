@@ -8,11 +8,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .demo import small_llava
-from .errors import UnsupportedModelError
-from .loading import _explained, _library, resolve_device
-from .upstream import registry
-from .vlm.locate import find
+from ..demo import small_llava
+from ..errors import UnsupportedModelError
+from ..extras import require
+from ..upstream import registry
+from ..vlm.locate import find
+from .failures import explained
+from .models import resolve_device
 
 DEMO = f"demo:{small_llava.NAME}"
 
@@ -69,8 +71,8 @@ def is_vlm(spec: str) -> bool:
         return True
     if library != "hf" or not name:
         return False
-    with _explained(spec):
-        config = _library("transformers", "transformers").AutoConfig.from_pretrained(name)
+    with explained(spec):
+        config = require("transformers", "transformers").AutoConfig.from_pretrained(name)
     kind = next(iter(config.architectures or []), "")
     packages = {_package(model) for model in registry.families()}
     here = _package(f"{type(config).__module__}.{type(config).__qualname__}")
@@ -102,9 +104,9 @@ def load_vlm(
     library, colon, name = spec.partition(":")
     if not colon or library != "hf" or not name:
         raise ValueError(f"a vision-language model is hf:NAME_OR_PATH or {DEMO}; got {spec!r}")
-    transformers = _library("transformers", "vlm")
+    transformers = require("transformers", "vlm")
     auto = transformers.AutoModelForImageTextToText
-    with _explained(spec):
+    with explained(spec):
         config = transformers.AutoConfig.from_pretrained(name)
         if type(config) not in auto._model_mapping:
             raise ValueError(f"{spec} is a {config.model_type} model, which does not answer questions about images")
