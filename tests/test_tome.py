@@ -323,7 +323,7 @@ def test_r_is_at_most_half_of_a_sample():
         (lambda: ToMe(budget=1.5), r"budget.*1\.5"),
         (lambda: ToMe(beta=-1), "beta.*-1"),
         (lambda: ToMe(beta=float("nan")), "beta.*nan"),
-        (lambda: Plan(language=ToMe()), "ToMe is not defined for the language.*vision"),
+        (lambda: Plan(connector=ToMe()), "ToMe is not defined for the connector.*language, vision"),
         (lambda: ToMe(budget=9).validate(37, 2), "at least 10"),
     ],
 )

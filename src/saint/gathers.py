@@ -25,7 +25,7 @@ def gather_tokens(x: Tensor, slots: Tensor, prefix: int) -> Tensor:
     rows = slots + prefix
     if prefix:
         rows = torch.cat([torch.arange(prefix, device=x.device).expand(batch, prefix), rows], 1)
-    if batch == 1:
+    if not torch.compiler.is_exporting() and batch == 1:  # an exported graph may not ask for the size of its batch
         return x.index_select(1, rows[0])
     # one row-wise copy instead of an element-wise gather with an expanded index
     rows = rows + torch.arange(0, batch * count, count, device=x.device).unsqueeze(1)
@@ -74,7 +74,7 @@ def gather_table(table: Tensor, tokens: TokenMap) -> Tensor:
     if table.ndim == 4:
         rows = tokens.index[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3])
         return table.expand(tokens.index.shape[0], -1, -1, -1).gather(2, rows)
-    if tokens.index.shape[0] == 1:
+    if not torch.compiler.is_exporting() and tokens.index.shape[0] == 1:
         return table.index_select(-2, tokens.index[0])
     if table.ndim == 2:
         return table[tokens.index].unsqueeze(1)

@@ -221,8 +221,11 @@ def eliminate(
         points, own = _exact_points(keys, center, valid)  # [B, N, D], [B, N, 1]
         batch, count = points.shape[:2]
         alive = torch.ones(batch, count, dtype=torch.bool, device=keys.device) if valid is None else valid.clone()
-        left = [count] * batch if valid is None else valid.sum(1).tolist()
-        goal = [keep] * batch if isinstance(keep, int) else list(keep)
+        if valid is None and isinstance(keep, int):  # one number for all: an exported graph knows no size of its batch
+            left, goal = [count], [keep]
+        else:
+            left = [count] * batch if valid is None else valid.sum(1).tolist()
+            goal = [keep] * batch if isinstance(keep, int) else list(keep)
         rank = torch.arange(count, device=keys.device)
         while True:
             out = [min(n - k, max(1, n // step)) if n > k else 0 for n, k in zip(left, goal, strict=True)]

@@ -38,7 +38,11 @@ class TokenMap:
     def full(batch: int, count: int, device: torch.device, valid: Tensor | None = None) -> "TokenMap":
         """Everything still there; ``valid`` [B, count] marks the model's own padding."""
         index = torch.arange(count, device=device).expand(batch, count)
-        lengths = (count,) * batch if valid is None else tuple(valid.sum(1).tolist())
+        if valid is not None:
+            lengths = tuple(valid.sum(1).tolist())
+        else:
+            # torch.export with a batch of any size: one length for all samples, since there is no tuple of unknown length
+            lengths = (count,) * (1 if torch.compiler.is_exporting() else batch)
         return TokenMap(index, lengths, lengths, count, valid)
 
     @property

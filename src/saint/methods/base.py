@@ -71,6 +71,11 @@ class FixedBudget(Method):
 
 def host_counts(counts: Tensor) -> tuple[int, ...]:
     """Votes [B] as Python ints; under ``torch.compile`` the one place where the graph breaks."""
+    if torch.compiler.is_exporting():
+        raise RuntimeError(
+            "a budget by votes gives every batch other lengths, which an exported graph cannot have: give a number or a fraction "
+            "as budget"
+        )
     if torch.compiler.is_compiling():
         _warn_of_recompiling()
     return _host_counts(counts) if torch.compiler.is_compiling() else tuple(counts.tolist())

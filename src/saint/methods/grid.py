@@ -30,7 +30,7 @@ class Grid(FixedBudget):
         device = tokens.index.device
         i = torch.arange(max(goal), device=device)
         if tokens.valid is None and min(goal) == max(goal):
-            at = ((2 * i + 1) * tokens.slots // (2 * goal[0])).expand(len(goal), -1)
+            at = ((2 * i + 1) * tokens.slots // (2 * goal[0])).expand(tokens.index.shape[0], -1)
             return Selection(at, goal)
         count = torch.tensor(tokens.lengths, device=device).unsqueeze(1)
         k = torch.tensor(goal, device=device).unsqueeze(1)

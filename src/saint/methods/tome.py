@@ -78,6 +78,6 @@ class ToMe(Method):
         order = torch.sort(edges.similarity, dim=1, descending=True, stable=True).indices
         sources = edges.sources[order]
         go = leading(drop, order.shape[1], order.device)
-        into = torch.arange(tokens.slots, device=order.device).expand(len(drop), -1)
+        into = torch.arange(tokens.slots, device=order.device).expand_as(tokens.index)
         into = into.scatter(1, sources, torch.where(go, edges.targets.gather(1, order), sources))
         return Selection.merging(into, tuple(n - r for n, r in zip(tokens.lengths, drop, strict=True)), tokens)

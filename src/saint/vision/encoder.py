@@ -34,7 +34,7 @@ from ..runtime.layer import DropPoint, LayerStack, Seen
 from ..runtime.observe import Observers
 from ..runtime.state import Forward, LayerState, all_tokens, packed_groups, squares
 from ..tokens import Selection, TokenMap
-from ..upstream.names import GRID, IMPLEMENTATION, LONGEST, TIMM_ROTARY, Parameters, Role
+from ..upstream.names import GRID, IMPLEMENTATION, LONGEST, PADDING, TIMM_ROTARY, Parameters, Role
 from ..upstream.specs import EncoderSpec, part
 
 # attention implementations of transformers that take a dense mask; the others run samples of equal length together
@@ -317,7 +317,7 @@ class PrunedEncoder(LayerStack[EncoderForward]):
         """Start of a forward: nothing is missing. x [B, P + N, C]."""
         refuse_tracing()
         forward = self.forwards.start()
-        if x.shape[0] == 0:
+        if not torch.compiler.is_exporting() and x.shape[0] == 0:
             raise ValueError("empty batch: got 0 samples, expected at least one image")
         count = x.shape[1] - self.prefix
         if count < 1:
@@ -343,7 +343,9 @@ class PrunedEncoder(LayerStack[EncoderForward]):
                 raise ValueError(f"grid_thw announces {sum(forward.samples)} patches, and there are {count}")
             return packed_groups(forward.samples, self.merge_size**2, forward.order, x.device)
         valid = None
-        if mask is not None and mask.ndim == 4:
+        # an exported graph cannot look; a mask that upstream makes itself, of an encoder that is given none, hides nothing
+        made = torch.compiler.is_exporting() and not self.parameters.has(PADDING)
+        if mask is not None and mask.ndim == 4 and not made:
             seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
             seen = seen.any(2).any(1)[:, self.prefix :].expand(x.shape[0], -1)  # keys that some query may see
             valid = None if bool(seen.all()) else seen

@@ -1,0 +1,81 @@
+"""``torch.export`` of patched encoders: fixed budgets give one graph for batches of any size."""
+
+import pytest
+import torch
+from models import build
+from test_support import prepared
+
+import saint
+from saint import Plan, Stage, methods, testing
+
+# over the ways in which libraries spell blocks, masks and positions
+MODELS = ["timm/vit-augreg", "timm/eva02", "timm/dinov3", "transformers/clip", "transformers/dinov2", "open_clip/vit"]
+PLANS = {
+    "votes to a budget": Plan(vision=Stage(saint.Saint(budget=20), layers=[0, 1])),
+    "full graph": Plan(vision=Stage(saint.SaintFullGraph(keep=0.5), layers=[1], placement="post")),
+    "several stages": Plan(
+        vision=[
+            Stage(saint.SaintFullGraph(keep=30), placement="input"),
+            Stage(saint.Saint(budget=0.7), layers=[1, 2], output="survivors"),
+        ]
+    ),
+    "merging": Plan(vision=Stage(methods.ToMe(budget=0.6), layers=[0, 1])),
+    "full length": Plan(vision=Stage(methods.Grid(keep=0.5), layers=[1], output="similar")),
+    "random": Plan(vision=Stage(methods.Random(keep=0.5), layers=[1])),
+}
+
+
+def exported(model, inputs):
+    rows = torch.export.Dim("rows", min=1, max=64)
+    shapes = {name: {0: rows} for name in inputs}
+    return torch.export.export(model, (), inputs, dynamic_shapes=shapes).module()
+
+
+def agree(model, graph, inputs):
+    for size in (1, 2, 5):
+        given = {name: torch.randn(size, *value.shape[1:]) for name, value in inputs.items()}
+        want = testing.run(model, given)
+        with torch.no_grad():
+            got = dict(testing.tensors(graph(**given)))
+        assert list(got) == list(want)
+        for name in want:
+            assert got[name].shape == want[name].shape
+            assert torch.allclose(got[name], want[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_batches_of_any_size(plan):
+    model, _, inputs = prepared("timm/vit-augreg")
+    unpruned = testing.run(model, inputs)
+    with saint.pruned(model, plan):
+        graph = exported(model, inputs)
+        agree(model, graph, inputs)
+    got = dict(testing.tensors(graph(**inputs)))  # the graph keeps the plan, the model does not
+    assert not torch.equal(got["output"], unpruned["output"])
+    assert torch.equal(testing.run(model, inputs)["output"], unpruned["output"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_encoders_of_every_library(name):
+    model = build(name)
+    inputs = testing.example_inputs(model)
+    with saint.pruned(model, PLANS["several stages"]):
+        agree(model, exported(model, inputs), inputs)
+
+
+@pytest.mark.parametrize("budget", ["sample", "batch"])
+def test_votes_cannot_be_exported(budget):
+    model, plan, inputs = prepared("timm/vit-augreg")
+    method = saint.Saint(threshold=plan.vision.method.threshold, budget=budget)
+    with saint.pruned(model, method):
+        with pytest.raises(RuntimeError, match="cannot have: give a number or a fraction"):
+            exported(model, inputs)
+        testing.run(model, inputs)  # and the model goes on
+
+
+def test_a_forward_behind_an_export_counts_every_sample():
+    model, _, inputs = prepared("timm/vit-augreg")
+    with saint.pruned(model, PLANS["votes to a budget"]) as session:
+        exported(model, inputs)
+        testing.run(model, inputs)
+        assert session.trace[-1].tokens_out.tolist() == [20, 20, 20]
