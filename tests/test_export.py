@@ -79,3 +79,16 @@ def test_a_forward_behind_an_export_counts_every_sample():
         exported(model, inputs)
         testing.run(model, inputs)
         assert session.trace[-1].tokens_out.tolist() == [20, 20, 20]
+
+
+def test_an_exported_graph_refuses_padding():
+    model = prepared("transformers/dinov2")[0].dinov2
+    pixels = prepared("transformers/dinov2")[2]["pixel_values"]
+    inputs = {"pixel_values": pixels, "attention_mask": torch.ones(3, 37, dtype=torch.long)}
+    with saint.pruned(model, PLANS["votes to a budget"]):
+        graph = torch.export.export(model, (), inputs).module()
+        want = testing.run(model, inputs)["last_hidden_state"]
+        assert torch.allclose(graph(**inputs).last_hidden_state, want, atol=1e-5)
+        inputs["attention_mask"][1, 30:] = 0
+        with pytest.raises(RuntimeError, match="exported for inputs without padding"):
+            graph(**inputs)

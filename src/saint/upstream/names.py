@@ -95,7 +95,6 @@ TIMM_ROTARY = Role("rope")
 TIMM_PAIRS = Role(
     "shared_rel_pos", "shared_rel_pos_bias"
 )  # a bias over all pairs of tokens; two classes, two spellings
-PADDING = Role("attention_mask", "pixel_attention_mask", "patch_attention_mask", "attn_mask", "patch_valid")  # of encoders
 TIMM_VALID = Role("patch_valid")  # NaFlex: which patches are none of the padding
 
 # -- methods ----------------------------------------------------------------------------------------------------------

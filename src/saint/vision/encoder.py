@@ -34,7 +34,7 @@ from ..runtime.layer import DropPoint, LayerStack, Seen
 from ..runtime.observe import Observers
 from ..runtime.state import Forward, LayerState, all_tokens, packed_groups, squares
 from ..tokens import Selection, TokenMap
-from ..upstream.names import GRID, IMPLEMENTATION, LONGEST, PADDING, TIMM_ROTARY, Parameters, Role
+from ..upstream.names import GRID, IMPLEMENTATION, LONGEST, TIMM_ROTARY, Parameters, Role
 from ..upstream.specs import EncoderSpec, part
 
 # attention implementations of transformers that take a dense mask; the others run samples of equal length together
@@ -343,12 +343,15 @@ class PrunedEncoder(LayerStack[EncoderForward]):
                 raise ValueError(f"grid_thw announces {sum(forward.samples)} patches, and there are {count}")
             return packed_groups(forward.samples, self.merge_size**2, forward.order, x.device)
         valid = None
-        # an exported graph cannot look; a mask that upstream makes itself, of an encoder that is given none, hides nothing
-        made = torch.compiler.is_exporting() and not self.parameters.has(PADDING)
-        if mask is not None and mask.ndim == 4 and not made:
+        if mask is not None and mask.ndim == 4:
             seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
             seen = seen.any(2).any(1)[:, self.prefix :].expand(x.shape[0], -1)  # keys that some query may see
-            valid = None if bool(seen.all()) else seen
+            if (
+                torch.compiler.is_exporting()
+            ):  # no graph for both: the exported one is for inputs without padding, and asserts it
+                torch._assert_async(seen.all(), "exported for inputs without padding, and the mask hides some tokens")
+            else:
+                valid = None if bool(seen.all()) else seen
         return all_tokens(x.shape[0], count, x.device, valid)
 
     def stand_in(self, keys: Tensor, selection: Selection) -> Tensor | None:
