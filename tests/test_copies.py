@@ -134,7 +134,7 @@ def test_a_session_itself_is_not_copied():
 
 
 @pytest.mark.parametrize(
-    ("name", "assign"), [("timm", False), ("timm", True), ("transformers", True), ("open_clip", False)]
+    ("name", "assign"), [("timm", False), ("timm", True), ("transformers", True), ("open_clip", True)]
 )
 def test_states_and_weights_move_as_ever(name, assign):
     model, run, plan = MODELS[name]()

@@ -47,7 +47,6 @@ class Block:
         if spec.keys and not source:
             raise ParityError(f"{name} ({type(module).__name__}) has none of {', '.join(spec.keys)} to read keys from")
         self.key_source = source
-        self._source = part(parallel[0], source) if source else None
         self.heads = next((n for path in spec.heads if (n := part(parallel[0], path)) is not None), 0)
         self.bias = next((method for method, table in spec.bias if part(module, table) is not None), None)
 
@@ -93,8 +92,9 @@ class Block:
             keys = keys.chunk(3, -1)[1]
         if self.segments is not None:
             keys = keys.unsqueeze(0)
-        if isinstance(self._source, Tensor):
-            return self._project(self._source, keys[:, prefix:])
+        # looked up at each call: `load_state_dict(assign=True)` puts other tensors there
+        if isinstance(weight := self.key_source and part(self.units[0][0], self.key_source), Tensor):
+            return self._project(weight, keys[:, prefix:])
         if self.spec.keys_by_token:
             return keys[:, prefix:].sum(2, dtype=torch.float32) / keys.shape[2]
         if keys.ndim == 4:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from ..tokens import LayerTrace, Selection, TokenMap, leading
 
@@ -163,7 +164,9 @@ class Forward:
 
     def trace(self) -> list[LayerTrace]:
         """One entry per drop point, in order."""
-        out = []
+        out: list[LayerTrace] = []
+        if any(isinstance(after.tokens.index, FakeTensor) for _, after in self.drops.values()):
+            return out  # of an export: reading it would fix the batch size of the exported graph
         for (stage, placement, layer), (before, after) in self.drops.items():
             left = after.candidates
             into = None if after.merged is None else list(left.index.gather(1, after.merged).unbind(0))

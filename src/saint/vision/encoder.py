@@ -569,6 +569,8 @@ def _by_length(
 
     Results that keep the token axis are padded with zeros again.
     """
+    if tokens.valid is None:  # all are equally long, however many: an exported graph has one length for all
+        return run(x, tokens)
     groups: dict[int, list[int]] = {}
     for sample, length in enumerate(tokens.lengths):
         groups.setdefault(length, []).append(sample)
