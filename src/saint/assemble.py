@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -11,7 +11,7 @@ from .plan import Plan, Stage
 from .runtime.layer import DropPoint
 from .runtime.observe import Observers
 from .upstream.names import LAYERS
-from .upstream.specs import EncoderSpec, FamilySpec
+from .upstream.specs import EncoderSpec, FamilySpec, part
 from .upstream.verify import verify_encoder, verify_family
 from .upstream.versions import warn_if_untested
 from .vision.encoder import PrunedEncoder
@@ -33,6 +33,7 @@ def assemble(model: nn.Module, plan: Plan, observers: Observers) -> "tuple[Prune
         return None, None
     if plan.connector is None and plan.language is None and find_vlm(model) is None:
         path, encoder, spec = locate(model)
+        verify_encoder(encoder, spec)
         return None, _encoder(plan, path, encoder, spec, observers)
     return _vlm(model, plan, observers)
 
@@ -83,9 +84,9 @@ def _encoder(
     merge_size: int | None = None,
     restored: frozenset[int] = frozenset(),
 ) -> PrunedEncoder:
-    verify_encoder(encoder, spec)
+    """The vision stage of an encoder that was verified."""
     warn_if_untested("torch", spec.library)
-    stages, depth = plan.slots.get("vision", ()), len(list(_blocks(encoder, spec.blocks)))
+    stages, depth = plan.slots.get("vision", ()), _depth(encoder, spec)
     layers = plan.resolve_layers("vision", depth)
     return PrunedEncoder(
         path,
@@ -113,7 +114,7 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "tuple[PrunedVLM
         inner, tower, tower_spec = locate_tower(vlm.get_submodule(spec.tower))
         place = f"{prefix}{spec.tower}" + (f".{inner}" if inner else "")
         verify_encoder(tower, tower_spec)
-        mergers = read_maps(vlm, spec, len(list(_blocks(tower, tower_spec.blocks)))) if plan.vision is not None else {}
+        mergers = read_maps(vlm, spec, _depth(tower, tower_spec)) if plan.vision is not None else {}
         restored = frozenset() if merge_size is None else frozenset(mergers.values())
         encoder = _encoder(plan, place, tower, tower_spec, observers, merge_size, restored)
     text = vlm.get_submodule(spec.decoder)
@@ -166,5 +167,5 @@ def _check_vision(plan: Plan, vlm: nn.Module, spec: FamilySpec) -> int | None:
     return merge_size
 
 
-def _blocks(encoder: nn.Module, path: str) -> Any:
-    return encoder.get_submodule(path)
+def _depth(encoder: nn.Module, spec: EncoderSpec) -> int:
+    return len(part(encoder, spec.blocks))

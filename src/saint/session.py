@@ -127,7 +127,7 @@ class Session(Uncopyable):
                 if self.plan.stages
                 else "summary() has nothing to tell: the plan is empty"
             )
-        status, memory = self.status, self.kv_memory
+        memory = self.kv_memory
         depths = {} if self._encoder is None else {"vision": self._encoder.depth}
         if self._vlm is not None:
             depths["language"] = self._vlm.decoder.depth
@@ -136,7 +136,7 @@ class Session(Uncopyable):
             model=self._model,
             drops=tuple(Drops.of(entry) for entry in trace),
             layers={stage: counts for stage, counts in layers.items() if counts},
-            flops_left=None if self._encoder is None else flops_left(self._encoder, trace, status.stages["vision"]),
+            flops_left=None if self._encoder is None else flops_left(self._encoder, trace),
             kv_kept=None if memory is None else memory.kept,
             kv_unpruned=None if memory is None else memory.unpruned,
         )
@@ -225,7 +225,7 @@ class Session(Uncopyable):
             if self._vlm is not None:
                 self._mark(stack, self._vlm.model)
             if self._encoder is not None:
-                self._mark(stack, self._encoder.encoder)
+                self._mark(stack, self._encoder.module)
             if self._vlm is None and self._encoder is None:
                 _UNTOUCHED[model] = self
             else:
@@ -239,7 +239,7 @@ class Session(Uncopyable):
             self._patch(self._vlm.model, self._vlm.install)
             self._vlm.decoder.token.reopen()  # the caches of before are its own again
         elif self._encoder is not None:
-            self._patch(self._encoder.encoder, self._encoder.install)
+            self._patch(self._encoder.module, self._encoder.install)
 
     def _patch(self, module: nn.Module, install: Callable[[ExitStack], None]) -> None:
         before = Before(module)
@@ -328,9 +328,10 @@ def remove(model: ModelLike) -> None:
         ValueError: nothing is applied.
         TypeError: no model.
     """
-    session = _session(_module(model))
+    module = _module(model)
+    session = _session(module)
     if session is None:
-        raise ValueError(f"no plan is applied to this {type(_module(model)).__name__}")
+        raise ValueError(f"no plan is applied to this {type(module).__name__}")
     session.remove()
 
 

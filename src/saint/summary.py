@@ -163,18 +163,15 @@ def tokens_per_layer(trace: Sequence[LayerTrace], stage: str, depth: int) -> tup
     return tuple(counts.double().mean().item() for counts in _entering(entries, first, depth)[:depth])
 
 
-def flops_left(
-    encoder: PrunedEncoder, trace: Sequence[LayerTrace], status: StageStatus | tuple[StageStatus, ...]
-) -> float | None:
+def flops_left(encoder: PrunedEncoder, trace: Sequence[LayerTrace]) -> float | None:
     """See :attr:`Summary.flops_left`.
 
     A block of N tokens takes 2 W N FLOPs for the W weights of its linear layers, and 4 A N² for QK^T and AV of its attention,
     A channels wide.
     """
-    stages = status if isinstance(status, tuple) else (status,)
-    split = {layer for stage in stages if stage.placement == "mid" for layer in stage.layers}
     costs = [None if block is None else _matrices(block) for block in encoder.blocks]
     entries = [entry for entry in trace if entry.stage == "vision"]
+    split = {entry.layer for entry in entries if entry.placement == "mid"}
     if encoder.spec.packed or not entries or None in costs:
         return None
     group = (encoder.merge_size or 1) ** 2

@@ -43,9 +43,19 @@ from ..upstream.names import (
 )
 from ..upstream.versions import known_from
 from .attention import check_attention, last_row
-from .cache import CachePositions, CacheView, RaggedLayer, SessionToken, check_cache, extended, ragged_layer, remaining
-from .cache import stored_bytes as stored_bytes
-from .masks import DENSE, FLASH, survivors_mask
+from .cache import (
+    CachePositions,
+    CacheView,
+    RaggedLayer,
+    SessionToken,
+    biases,
+    check_cache,
+    extended,
+    ragged_layer,
+    remaining,
+    stored_bytes,
+)
+from .masks import DENSE, FLASH, survivors_mask, weighed
 from .positions import gather_ids, gather_rotary
 
 # what a decoder layer must take by name; the rotary tables carry the true positions to the survivors
@@ -126,7 +136,7 @@ class PrunedDecoder(LayerStack[DecoderForward]):
         enters: bool = False,
     ) -> None:
         super().__init__(path, model, layers, points, DecoderForward, observers)
-        self.model, self.between, self.evict = model, between, evict
+        self.between, self.evict = between, evict
         if not (enters or self.entries or evict):
             self.first = min(self.points, default=self.depth)
         self.token = SessionToken()
@@ -144,7 +154,7 @@ class PrunedDecoder(LayerStack[DecoderForward]):
                     f"{self.path}.{index} ({type(module).__name__}) takes no {', '.join(missing)}: shortened sequences cannot "
                     f"be given their masks and positions; {known_from('transformers')}"
                 )
-        implementation = IMPLEMENTATION.get(self.model.config)
+        implementation = IMPLEMENTATION.get(self.module.config)
         if implementation not in DENSE | FLASH:
             raise UnsupportedModelError(
                 f"attention implementation {implementation!r} of the language model cannot be given the masks of shortened "
@@ -183,7 +193,7 @@ class PrunedDecoder(LayerStack[DecoderForward]):
 
     def install(self, stack: ExitStack) -> None:
         """Patch the instance; ``stack`` undoes it."""
-        stack.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+        stack.callback(self.module.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         for index in self.points:
             attention = ATTENTION.get(self.modules[index])
             if attention is not None:
@@ -240,7 +250,7 @@ class PrunedDecoder(LayerStack[DecoderForward]):
                 f"{self.path} ({type(module).__name__}) was not given {EMBEDDINGS}; this version of the model passes "
                 "its embeddings differently"
             )
-        wanted = ALL_STATES.read(kwargs, ALL_STATES.get(self.model.config))
+        wanted = ALL_STATES.read(kwargs, ALL_STATES.get(self.module.config))
         forward.all_states = wanted is not None and wanted is not False
         gone = is_dropped(x) & visual if marked else None
         # the one look at the device: which numbers of visual tokens there are, and are left of the encoder
@@ -253,13 +263,8 @@ class PrunedDecoder(LayerStack[DecoderForward]):
             if left != lengths:
                 state = _without(state, gone, left)
         forward.origin = state
-        features = x.detach()
-        if self.entries and not state.tokens.whole:
-            features = gather_tokens(features, state.tokens.index, 0)
-        for point in self.entries:
-            state, chosen, _ = self.choose(forward, point, state, features, Seen(features))
-            features = features if chosen is None else gather_tokens(features, chosen.slots, 0)
-        forward.states[self.first] = state if state.tokens.whole else replace(state, full_length=True)
+        shown = gather_tokens(x, state.tokens.index, 0) if self.entries and not state.tokens.whole else x
+        self.enter(forward, state, shown)
         return ((), self.parameters.put(kwargs, EMBEDDINGS, x)) if marked else None
 
     def where(self, point: DropPoint) -> str:
@@ -289,7 +294,7 @@ class PrunedDecoder(LayerStack[DecoderForward]):
     ) -> tuple[Any, Seen | None]:
         parameters, point = self.layer_parameters[layer], self.points.get(layer)
         cache, positions = CACHE.read(kwargs), None
-        if state.tokens.whole and state.sizes is None:
+        if state.tokens.whole:
             kwargs = self.unpruned(layer, x, kwargs)
         else:
             kwargs, positions = self.arguments(forward, layer, state, x.dtype, kwargs)
@@ -364,10 +369,11 @@ class PrunedDecoder(LayerStack[DecoderForward]):
             past, before, (_, first) = entry.map, entry.length, entry.get_mask_sizes(queries)
 
         def make() -> Tensor | None:
-            flash = IMPLEMENTATION.get(self.model.config) in FLASH
-            return survivors_mask(
-                mask, tokens, past, before=before, first=first, queries=queries, flash=flash, bias=bias, dtype=dtype
-            )
+            flash = IMPLEMENTATION.get(self.module.config) in FLASH
+            cut = survivors_mask(mask, tokens, past, before=before, first=first, queries=queries, flash=flash)
+            more = queries if tokens is None else tokens.slots
+            added = biases(past, before, bias, more)
+            return cut if added is None else weighed(cut, added, queries=more, dtype=dtype, flash=flash)
 
         # layers with the same mask, survivors and cache content share the result
         return forward.once(f"mask from {first}", make, mask, tokens, past)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from ..tokens import TokenMap
-from .cache import CachePositions, biases, entries
+from .cache import CachePositions, entries
 
 # implementations of transformers whose mask is dense [B, 1, Q, L] or, for flash, the padding mask [B, L]
 DENSE = {"sdpa", "eager"}
@@ -24,8 +24,6 @@ def survivors_mask(
     first: int,
     queries: int,
     flash: bool,
-    bias: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
 ) -> Tensor | None:
     """The mask between the survivors of a new sequence and the entries a layer will hold.
 
@@ -38,41 +36,10 @@ def survivors_mask(
         first: position of the mask's first column (sliding windows).
         queries: length Q of the full new sequence.
         flash: the model runs flash attention.
-        bias: what is added to the logits of the new tokens' keys, float32 [B, S]; None: nothing.
-        dtype: of the hidden states.
 
     Returns:
-        The same kind of mask, or None when nothing but causality masks; additive where an entry has a bias.
+        The same kind of mask, or None when nothing but causality masks.
     """
-    more = queries if tokens is None else tokens.slots
-    added = biases(past, before, bias, more)
-    cut = _cut(mask, tokens, past, before=before, first=first, queries=queries, flash=flash)
-    if added is None:
-        return cut
-    if flash:
-        raise UnsupportedModelError(
-            "flash attention takes no mask through which merged tokens are weighed: set beta=0, or load the model with "
-            'attn_implementation="sdpa"'
-        )
-    lowest = torch.finfo(dtype).min
-    if cut is None:  # nothing but causality: the new tokens are the last entries, in order
-        place = torch.arange(added.shape[1], device=added.device)
-        cut = place <= place[-more:, None]
-    if not cut.is_floating_point():
-        cut = torch.zeros(cut.shape, dtype=dtype, device=cut.device).masked_fill_(~cut.bool(), lowest)
-    return cut + added[:, None, None].to(dtype)
-
-
-def _cut(
-    mask: Tensor | None,
-    tokens: TokenMap | None,
-    past: CachePositions | None,
-    *,
-    before: int,
-    first: int,
-    queries: int,
-    flash: bool,
-) -> Tensor | None:
     if tokens is None and past is not None and past.end == first and not past.index.shape[1]:
         return mask  # a sliding window that has left the pruned prompt behind
     if mask is None and not first and all(held is None or held.valid is None for held in (tokens, past)):
@@ -108,3 +75,30 @@ def _cut(
         return mask
     hidden = ~valid[:, None, None]
     return mask.masked_fill(hidden, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+
+
+def weighed(mask: Tensor | None, bias: Tensor, *, queries: int, dtype: torch.dtype, flash: bool) -> Tensor:
+    """The additive mask in which the logits of each entry's key get a bias: of merged tokens.
+
+    Args:
+        mask: see :func:`survivors_mask`.
+        bias: of each entry, float32 [B, K].
+        queries: how many of the entries, the last, ask.
+        dtype: of the hidden states.
+        flash: the model runs flash attention.
+
+    Raises:
+        UnsupportedModelError: flash attention takes no such mask.
+    """
+    if flash:
+        raise UnsupportedModelError(
+            "flash attention takes no mask through which merged tokens are weighed: set beta=0, or load the model with "
+            'attn_implementation="sdpa"'
+        )
+    if mask is None:  # nothing but causality: the new tokens are the last entries, in order
+        place = torch.arange(bias.shape[1], device=bias.device)
+        mask = place <= place[-queries:, None]
+    if not mask.is_floating_point():
+        lowest = torch.finfo(dtype).min
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask.bool(), lowest)
+    return mask + bias[:, None, None].to(dtype)

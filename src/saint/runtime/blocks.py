@@ -1,4 +1,4 @@
-"""BlockSpec of a residual block: run its two halves from its own modules.
+"""A residual block seen through its parts: run its two halves from its own modules.
 
 Pruning between attention and MLP needs a seam inside the block. No forward is copied: a fact table names the parts, the
 halves are composed of the block's own modules, and the composition is compared with the block's own forward before
@@ -30,7 +30,7 @@ def units(module: nn.Module, spec: BlockSpec) -> tuple[list[nn.Module], list[nn.
 
 
 class Block:
-    """One block seen through its anatomy; holds no state of a forward."""
+    """One block seen through the spec of its class; holds no state of a forward."""
 
     def __init__(self, module: nn.Module, spec: BlockSpec, name: str) -> None:
         self.module, self.spec, self.name = module, spec, name

@@ -193,6 +193,20 @@ class LayerStack(ABC, Uncopyable, Generic[F]):
         """The keys of a drop point, for messages."""
         return f"the keys of {self.path} layer {point.layer}"
 
+    def enter(self, forward: F, state: LayerState, features: Tensor) -> None:
+        """Note the state in front of the first layer, behind the drop points that lie in front of it.
+
+        Args:
+            forward: begins.
+            state: nothing was chosen yet.
+            features: hidden states behind the prefix that enter the first layer, those of ``state``, [Q, S, C].
+        """
+        features = features.detach()
+        for point in self.entries:
+            state, chosen, _ = self.choose(forward, point, state, features, Seen(features))
+            features = features if chosen is None else gather_tokens(features, chosen.slots, 0)
+        forward.states[self.first] = state if state.tokens.whole else replace(state, full_length=True)
+
     # -- a drop point -------------------------------------------------------------------------------------------------
 
     def choose(
@@ -268,9 +282,7 @@ class LayerStack(ABC, Uncopyable, Generic[F]):
         else:
             rows, sizes = merge_tokens(state.of_candidates(y), sizes, selection, 0)
             y = after.put(gather_tokens(y, chosen.slots, self.prefix), rows)
-        after = replace(after, sizes=sizes, beta=point.method.size_bias())
-        forward.drops[point.stage, point.placement, point.layer] = state, after
-        return after, y
+        return replace(after, sizes=sizes, beta=point.method.size_bias()), y
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
@@ -309,13 +321,13 @@ class PrunedLayer(Uncopyable):
         if state.full_length:
             x = gather_tokens(x, state.tokens.index, stack.prefix)
             state = replace(state, full_length=False)
-        block = stack.blocks[layer]
+        block, call = stack.blocks[layer], self.original
         if self.split:
             assert block is not None
-            out, seen = stack.run(forward, layer, state, checkpointed(block.module, block.first), x, kwargs)
-        else:
-            call = (lambda x, **given: self.original(x, *args, **given)) if args else self.original
-            out, seen = stack.run(forward, layer, state, call, x, kwargs)
+            call = checkpointed(block.module, block.first)
+        elif args:
+            call = lambda x, **given: self.original(x, *args, **given)  # noqa: E731
+        out, seen = stack.run(forward, layer, state, call, x, kwargs)
         y = out[0] if isinstance(out, tuple) else out
         if point is not None:
             assert seen is not None

@@ -93,7 +93,7 @@ class PrunedEncoder(LayerStack[EncoderForward]):
         merge_size: int | None = None,
         restored: frozenset[int] = frozenset(),
     ) -> None:
-        self.encoder, self.spec, self.output = encoder, spec, output
+        self.spec, self.output = spec, output
         self.merge_size, self.restored = merge_size, restored
         blocks = list(part(encoder, spec.blocks))
         self.prefix, self.packed = spec.prefix(encoder), spec.packed
@@ -105,8 +105,8 @@ class PrunedEncoder(LayerStack[EncoderForward]):
     # -- checks (before anything is touched) --------------------------------------------------------------------------
 
     def _check(self) -> None:
-        name = type(self.encoder).__name__
-        for parameter in self.encoder.parameters():
+        name = type(self.module).__name__
+        for parameter in self.module.parameters():
             if parameter.is_meta:
                 raise UnsupportedModelError(
                     f"{name} has parameters on the meta device: load its weights before applying a plan "
@@ -135,7 +135,7 @@ class PrunedEncoder(LayerStack[EncoderForward]):
         if self.output == "nearest" and self.spec.patch is None:
             raise UnsupportedModelError(f'{name} shows no patch grid: output="nearest" is not possible, use "similar"')
         self._prove()
-        count = self.spec.candidates(self.encoder)
+        count = self.spec.candidates(self.module)
         first_point = next((p for p in (*self.entries, *self.points.values()) if p.method is not None), None)
         if count is not None and first_point is not None and first_point.method is not None:
             first_point.method.validate(count, first_point.steps)
@@ -182,23 +182,23 @@ class PrunedEncoder(LayerStack[EncoderForward]):
                 holder, _, method = block.bias.rpartition(".")
                 override(stack, part(block.module, holder), method, partial(self._pairs, index))
         if self.packed:
-            stack.callback(self.encoder.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
-        if self.spec.order is not None and (reorder := self.spec.order.of(self.encoder)) is not None:
-            override(stack, self.encoder, reorder, self._see_order)
+            stack.callback(self.module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+        if self.spec.order is not None and (reorder := self.spec.order.of(self.module)) is not None:
+            override(stack, self.module, reorder, self._see_order)
         if self.spec.patch is not None:
-            stack.callback(part(self.encoder, self.spec.patch).register_forward_hook(self._see_grid).remove)
-        final = part(self.encoder, self.spec.final) if self.spec.final else None
+            stack.callback(part(self.module, self.spec.patch).register_forward_hook(self._see_grid).remove)
+        final = part(self.module, self.spec.final) if self.spec.final else None
         if final is not None:
             stack.callback(final.register_forward_hook(self._fill_hook).remove)
         for path in self.spec.pools:
-            pool = part(self.encoder, path)
+            pool = part(self.module, path)
             if pool is not None:
                 override(stack, pool, "forward", self._pool)
         for name, valid in self.spec.masked_pools.items():
-            override(stack, self.encoder, name, partial(self._masked_pool, valid))
+            override(stack, self.module, name, partial(self._masked_pool, valid))
         for name in self.spec.dense_calls:
-            if hasattr(self.encoder, name):
-                override(stack, self.encoder, name, self._dense_call)
+            if hasattr(self.module, name):
+                override(stack, self.module, name, self._dense_call)
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
@@ -252,7 +252,7 @@ class PrunedEncoder(LayerStack[EncoderForward]):
             return self._mark(output, tokens) if full else None  # the norm has blurred the rows of dropped tokens
         if output.ndim != 3 or output.shape[1] != self.prefix + tokens.slots:
             return None  # the norm of a pooled vector, or of an intermediate map
-        return fill_padding(output, tokens, self.prefix, with_prefix=self.spec.pool_with_prefix(self.encoder))
+        return fill_padding(output, tokens, self.prefix, with_prefix=self.spec.pool_with_prefix(self.module))
 
     def _pool(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def pool(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -322,18 +322,14 @@ class PrunedEncoder(LayerStack[EncoderForward]):
         count = x.shape[1] - self.prefix
         if count < 1:
             raise ValueError(f"no candidates: {x.shape[1]} tokens of which {self.prefix} are protected")
-        state = forward.origin = self._origin(forward, x, count, mask)
-        features = x.detach()[:, self.prefix :]
-        for point in self.entries:
-            state, chosen, _ = self.choose(forward, point, state, features, Seen(features))
-            features = features if chosen is None else gather_tokens(features, chosen.slots, 0)
-        forward.states[0] = state if state.tokens.whole else replace(state, full_length=True)
+        forward.origin = self._origin(forward, x, count, mask)
+        self.enter(forward, forward.origin, x[:, self.prefix :])
 
     def _origin(self, forward: EncoderForward, x: Tensor, count: int, mask: Tensor | None) -> LayerState:
         if self.merge_size is not None:
             if mask is not None and mask.ndim != 4:
                 raise ValueError(
-                    f"{type(self.encoder).__name__} masks the padding of its images in a way that cannot follow dropped tokens; "
+                    f"{type(self.module).__name__} masks the padding of its images in a way that cannot follow dropped tokens; "
                     'load the model with attn_implementation="sdpa"'
                 )
             # padding of an image is a candidate as well: the language model would receive it
@@ -361,7 +357,7 @@ class PrunedEncoder(LayerStack[EncoderForward]):
 
     def where(self, point: DropPoint) -> str:
         if point.placement == "input":
-            return f"the patch embeddings of {self.path or type(self.encoder).__name__}"
+            return f"the patch embeddings of {self.path or type(self.module).__name__}"
         return f"the attention keys of {self.spec.blocks}.{point.layer}"
 
     def _bias(self, layer: int, state: LayerState) -> Tensor | None:
@@ -447,7 +443,7 @@ class PrunedEncoder(LayerStack[EncoderForward]):
         return block.head_mean_keys(forward.shown.pop(layer, None), self.prefix)
 
     def _masks(self, block: Block) -> bool:
-        implementation = IMPLEMENTATION.get(getattr(self.encoder, "config", None))
+        implementation = IMPLEMENTATION.get(getattr(self.module, "config", None))
         return block.mask is not None and (implementation is None or implementation in _DENSE_MASK)
 
     def leave(
@@ -463,7 +459,7 @@ class PrunedEncoder(LayerStack[EncoderForward]):
         elif self.dense.up or (last and self.output != "survivors"):
             y = self.expand(y, after)
         elif last:
-            return fill_padding(y, tokens, self.prefix, with_prefix=self.spec.pool_with_prefix(self.encoder))
+            return fill_padding(y, tokens, self.prefix, with_prefix=self.spec.pool_with_prefix(self.module))
         else:
             return y
         forward.states[after] = replace(state, full_length=True)

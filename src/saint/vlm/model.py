@@ -68,7 +68,7 @@ class PrunedVLM(Uncopyable):
         stack.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         override(stack, self.model, self.merge, self._listen)
         # registered before the decoder's own hook, so it runs first
-        text = self.decoder.model
+        text = self.decoder.module
         stack.callback(text.register_forward_pre_hook(self._check_fired).remove)
         self.decoder.install(stack)
         if self.encoder is not None:
