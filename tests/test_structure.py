@@ -59,7 +59,7 @@ ROOMS = {
     "analysis/attention": set(),
     "analysis/geometry": set(),
     "analysis/bootstrap": set(),
-    "analysis/stages": set(),
+    "analysis/stages": {"analysis/bootstrap"},
     "bench/timing": set(),
     "demo/scenes": {"records", "demo/pictures"},
     "loading/failures": {"errors"},
