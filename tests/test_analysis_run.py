@@ -8,7 +8,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from models import build
+from models import BUILDERS, build
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from vlm_models import FAMILIES, prompts
@@ -139,14 +139,39 @@ def test_the_probe_measures_a_language_model():
         assert found["effective_rank"][layer] == pytest.approx(geometry.effective_rank(passed.after[0, visual]))
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "idefics3", "llava-next"])
-def test_families_with_groups_tiles_and_windows_give_numbers(name):
-    family = next(value for key, value in FAMILIES.items() if key.replace("-", "_").startswith(name.replace("-", "_")))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_gives_numbers(name):
+    """Groups of patches, tiles, windows, padding: whatever a family has."""
+    family = FAMILIES[name]
     model = family.build()
-    _, taken = observed(model, prompts(family, model, [[3, "0", 4]]))
-    for stage in ("vision", "language"):
-        for quantity, row in taken[stage]["quantities"].items():
+    inputs = prompts(family, model, [[3, "0", 4]])
+    items = [run.Asked("a", "a", lambda: picture(1))]
+    settings = run.Settings(bootstrap=10, simulations=9, causal=1)
+    (entry,) = run.analyze(model, items, lambda *_: inputs, settings=settings).entries
+    assert {"vision", "language"} <= set(entry["stages"])
+    for stage, found in entry["stages"].items():
+        assert {"key_similarity", "token_entropy", "effective_rank", "cka_adjacent"} <= set(found["quantities"])
+        for quantity, row in found["quantities"].items():
             assert all(value is not None and math.isfinite(value) for value in row), (stage, quantity)
+    layers = entry["causal"]["language"]["saint"]
+    assert all(value is not None and value >= 0 for value in layers)
+    assert ("vision" in entry["causal"]) == (family.tower is not None)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_encoder_gives_numbers(name):
+    model = build(name)
+    inputs = testing.example_inputs(model)
+    probe = Probe([0.5])
+    with saint.pruned(model, saint.Plan(), observers=[probe]):
+        testing.run(model, inputs)
+    (found,) = probe.take().values()
+    for quantity, row in found["quantities"].items():
+        assert all(value is not None and math.isfinite(value) for value in row), quantity
+    assert {"key_similarity", "token_entropy", "received_entropy", "effective_rank", "cka_adjacent"} <= set(
+        found["quantities"]
+    )
+    assert not probe.take()
 
 
 # -- memory and streaming -----------------------------------------------------------------------------------------------
@@ -204,6 +229,12 @@ def test_the_analysis_of_a_vit_s_needs_at_most_twice_the_memory_of_its_forward(s
         probe.take()
 
     assert peak(analysed) <= 2 * forward
+
+
+def test_pairs_of_a_long_sequence_are_never_all_held():
+    keys = torch.randn(8192, 16)
+    assert peak(lambda: similarity.droppable(keys, run.THRESHOLDS)) < 4096 * 4096 * 4 / 2
+    assert peak(lambda: similarity.key_similarity(keys)) < 4096 * 4096 * 4 / 8
 
 
 def picture(number: int) -> Image.Image:
@@ -286,6 +317,29 @@ def test_an_image_that_cannot_be_read_is_told_and_the_others_count(loaded):
     assert made["parts"][0]["quantities"][0]["n"] == 3
     with pytest.raises(ValueError, match="no image"):
         measure(loaded, [])
+
+
+def test_an_image_that_fails_half_way_leaves_nothing_to_the_next(loaded):
+    good = [run.Asked(str(n), f"{n}.png", lambda n=n: picture(n)) for n in range(2)]
+    alone = measure(loaded, good, settings=run.Settings(causal=0)).entries
+    black = run.Asked("black", "black.png", lambda: Image.new("RGB", (64, 48)))
+    inputs = loaded.inputs
+    seen = {}
+
+    def given(item, image):
+        seen["last"] = item.id
+        return inputs([image])
+
+    def late(_module, _args):
+        if seen["last"] == "black":
+            raise RuntimeError("no such luck")
+
+    hook = loaded.model.blocks[3].register_forward_pre_hook(late)
+    settings = run.Settings(causal=0)
+    result = run.analyze(loaded.model, [good[0], black, good[1]], given, plan=loaded.plan, settings=settings)
+    hook.remove()
+    assert [failure.id for failure in result.outcome.failures] == ["black"]
+    assert result.entries == alone
 
 
 # -- the causal column ----------------------------------------------------------------------------------------------------
