@@ -342,6 +342,53 @@ def test_an_image_that_fails_half_way_leaves_nothing_to_the_next(loaded):
     assert result.entries == alone
 
 
+def staged_vit(seed: int, bias: list[float], scale: list[float]):
+    """A ViT whose residual stream never changes: each layer's keys share a component of size ``bias``, and its logits grow with
+    ``scale``, so that similarity and entropy are what is planted, up to weights that differ from layer to layer."""
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        hidden_size=48, intermediate_size=48, num_hidden_layers=12, num_attention_heads=2, image_size=96, patch_size=16
+    )
+    model = ViTModel(config).eval()
+    names = dict(model.named_parameters())
+    with torch.no_grad():
+        for layer in range(12):
+            own = {name: p for name, p in names.items() if f".{layer}." in name or f"layers.{layer}." in name}
+            for name, parameter in own.items():
+                if "q_proj" in name or "k_proj" in name or "query" in name or "key" in name:
+                    key = "k_proj" in name or "key" in name
+                    if parameter.ndim == 2:
+                        parameter.normal_(0, 0.15 * (1 if key else scale[layer]))
+                    else:
+                        parameter.fill_(bias[layer] if key else 0.0)
+                elif "layernorm" not in name and "norm" not in name:
+                    parameter.zero_()  # values, projections and MLPs add nothing
+    return model
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_stages_planted_in_a_model_are_found(seed):
+    bias = [0.0] * 4 + [1.5] * 5 + [0.5] * 3
+    scale = [1.0] * 4 + [3.0] * 5 + [10.0] * 3
+    model = staged_vit(seed, bias, scale)
+    items = [run.Asked(str(n), str(n), lambda n=n: picture(n)) for n in range(10)]
+
+    def inputs(_, image):
+        pixels = torch.from_numpy(np.asarray(image.resize((96, 96)))).permute(2, 0, 1)[None] / 127.5 - 1
+        return {"pixel_values": pixels}
+
+    settings = run.Settings(causal=0, bootstrap=200, simulations=199)
+    (found,) = record.make_record(run.analyze(model, items, inputs, settings=settings))["parts"]
+    assert found["stages"]["verdict"] == "three stages, boundaries in front of layers 4 and 9", found["stages"]
+    what = [segment["what"] for segment in found["stages"]["segments"]]
+    assert "similarity rising" in what[1]
+    assert "attention concentrating" in what[1]
+    assert "similarity falling" in what[2]
+    assert "attention concentrating" in what[2]
+
+
 # -- the causal column ----------------------------------------------------------------------------------------------------
 
 

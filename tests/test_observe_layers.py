@@ -144,3 +144,35 @@ def test_nobody_pays_for_what_nobody_hears(monkeypatch):
 
     with saint.pruned(model, saint.Saint(), observers=[Selected()]):
         testing.run(model, testing.example_inputs(model))
+
+
+@pytest.mark.parametrize(
+    "kind", ["none", "bool", "float", "per head", "padding", "padding and float", "padding and bool"]
+)
+def test_masks_of_a_multihead_attention(kind):
+    """nn.MultiheadAttention says what is hidden, everything else what may be seen."""
+    from saint.runtime.attended import Attending
+    from saint.runtime.state import all_tokens
+
+    module = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    x, given = torch.randn(3, 5, 8), {}
+    hidden = torch.zeros(5, 5, dtype=torch.bool)
+    hidden[1, 2] = hidden[4, 0] = True
+    if "bool" in kind:
+        given["attn_mask"] = hidden
+    if "float" in kind:
+        given["attn_mask"] = torch.randn(5, 5)
+    if kind == "per head":
+        given["attn_mask"] = torch.randn(6, 5, 5)
+    if "padding" in kind:
+        given["key_padding_mask"] = torch.arange(5) >= torch.tensor([[5], [4], [2]])
+        if "float" in kind:  # torch wants both of one kind
+            given["key_padding_mask"] = torch.zeros(3, 5).masked_fill(given["key_padding_mask"], -torch.inf)
+    calls = []
+    with torch.no_grad():
+        _, want = module(x, x, x, need_weights=True, **given)
+        with Attending(calls.append, 0, all_tokens(3, 5, x.device)):
+            module(x, x, x, need_weights=False, **given)
+    (call,) = calls
+    for sample in range(3):
+        assert torch.allclose(probabilities(call, sample), want[sample], atol=1e-6)

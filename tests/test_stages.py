@@ -230,3 +230,19 @@ def test_few_images_and_constant_or_missing_quantities():
     assert stages.find_stages(dull, bootstrap.weights(20, 10)).reasons == ["no quantity changes over the layers"]
     values = images(rng, planted(rng, 12, 3, (4, 8)), 0.1) | {"held": np.ones((IMAGES, 12))}
     assert stages.find_stages(values, bootstrap.weights(IMAGES, 100), simulations=199).used == list(NAMES[:3])
+
+
+@pytest.mark.parametrize(
+    ("null", "reason"), [("sieve_null", "smooth curves with noise"), ("order_null", "in any other order")]
+)
+def test_each_null_can_refuse(null, reason, monkeypatch):
+    rng = np.random.default_rng(0)
+    values = images(rng, planted(rng, 12, 6, (4, 9)), 0.1)
+    weight = bootstrap.weights(IMAGES, 100, 0)
+    assert stages.find_stages(values, weight, simulations=199).shown
+    often = np.where(np.arange(199) < 4, np.inf, -np.inf)  # 5 of 200
+    monkeypatch.setattr(stages, null, lambda *_: (often, 0.0) if null == "sieve_null" else often)
+    found = stages.find_stages(values, weight, simulations=199)
+    assert not found.shown
+    assert reason in found.reasons[0]
+    assert "p = 0.025" in found.reasons[0]
