@@ -8,7 +8,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin
 
-.PHONY: help setup demo test mutants names matrix check fix bench results tables lock clean
+.PHONY: help setup demo test mutants names matrix check fix bench results analysis tables lock clean
 help:            ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -50,6 +50,8 @@ results: $(STAMP) ## re-measure docs/results.md (STAMPS=, FASHION=: folders, see
 	$(RUN)/python evidence/measure.py modes
 	$(RUN)/python evidence/measure.py easy
 	$(RUN)/python evidence/measure.py tables
+analysis: $(STAMP) ## re-measure docs/analysis.md on photographs (PHOTOS=, a folder)
+	$(RUN)/python evidence/analyze.py run --photos '$(PHOTOS)'
 tables: $(STAMP) ## regenerate the support table of the README
 	$(RUN)/python docs/make_tables.py
 clean:           ## remove caches, not the environment

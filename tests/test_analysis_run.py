@@ -376,7 +376,7 @@ def test_stages_planted_in_a_model_are_found(seed):
     items = [run.Asked(str(n), str(n), lambda n=n: picture(n)) for n in range(10)]
 
     def inputs(_, image):
-        pixels = torch.from_numpy(np.asarray(image.resize((96, 96)))).permute(2, 0, 1)[None] / 127.5 - 1
+        pixels = torch.from_numpy(np.array(image.resize((96, 96)))).permute(2, 0, 1)[None] / 127.5 - 1
         return {"pixel_values": pixels}
 
     settings = run.Settings(causal=0, bootstrap=200, simulations=199)

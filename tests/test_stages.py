@@ -99,6 +99,11 @@ def test_criteria_are_what_they_say():
     assert stages.line_rss(z)[0] == pytest.approx(residual)
 
 
+def test_more_segments_must_be_much_better():
+    scores = {1: np.array([30.0, 0.0, 50.0]), 2: np.array([0.0, -9.0, 20.0]), 3: np.array([-9.0, -9.5, 9.0])}
+    assert stages.fewest(scores).tolist() == [2, 1, 3]
+
+
 def test_smooth_curves_fit_what_they_name():
     x = np.linspace(-1, 1, 14)
     curves = np.stack([2 * x, x**2 - x, x**3, x**4, 1 / (1 + np.exp(-(np.arange(14) - 6.5) / 2.4))], 1)

@@ -24,6 +24,7 @@ MOST = 4  # segments
 SHORTEST = 2  # layers of a segment: one layer that differs is an outlier, not a stage
 IMAGES = 8  # fewer say nothing about how stable a boundary is
 ALPHA = 0.01  # of both tests; two of them, and a verdict that is to be wrong less than once in twenty times
+MARGIN = 10.0  # of BIC, by which more segments must be better: "very strong" evidence (Kass and Raftery, 1995)
 STABLE = 0.8  # share of the resamples that must agree
 _FLOOR = 1e-4  # variance below which a fit of z-scored curves counts as exact
 
@@ -154,6 +155,12 @@ def staircase_bic(z: np.ndarray) -> dict[int, np.ndarray]:
     """
     size, quantities = z.shape[1] * z.shape[2], z.shape[2]
     return {k: bic(rss, k * quantities + 2 * (k - 1), size) for k, (rss, _) in staircases(z).items()}
+
+
+def fewest(scores: Mapping[int, np.ndarray]) -> np.ndarray:
+    """The least K whose BIC no other undercuts by more than ``MARGIN``: [S] by K -> [S]."""
+    stacked = np.stack(list(scores.values()))
+    return np.array(list(scores))[(stacked <= stacked.min(0) + MARGIN).argmax(0)]
 
 
 def smooth_bic(z: np.ndarray) -> np.ndarray:
@@ -300,7 +307,7 @@ def find_stages(
     everything = np.stack([values[name] for name in used], 2)  # [n, L, Q]
     z = _scored(everything.mean(0))[None]
     steps, smoothly = staircase_bic(z), float(smooth_bic(z)[0])
-    best = min(steps, key=lambda k: float(steps[k][0]))
+    best = int(fewest(steps)[0])
     line = float(bic(line_rss(z), 2 * len(used), layers * len(used))[0])
     null, rho = sieve_null(z[0], simulations, seed)
     p_smooth = _p(null, float(advantage(z)[0]))
@@ -351,10 +358,8 @@ def _p(null: np.ndarray, seen: float) -> float:
 
 def _stability(z: np.ndarray, best: int, edges: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
     """Share of the resamples z [R, L, Q] with ``best`` segments and every boundary within a layer; intervals of boundaries."""
-    scores = staircase_bic(z)
-    chosen = np.array(list(scores))[np.stack(list(scores.values())).argmin(0)]
     places = staircases(z, best)[best][1]  # [R, best - 1]
-    same = (chosen == best) & (np.abs(places - edges) <= 1).all(1)
+    same = (fewest(staircase_bic(z)) == best) & (np.abs(places - edges) <= 1).all(1)
     low, high = np.quantile(places, [0.025, 0.975], axis=0, method="nearest")
     return float(same.mean()), low, high
 
