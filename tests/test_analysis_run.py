@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import BUILDERS, build
 from PIL import Image
+from test_chat import spec  # noqa: F401  (a fixture)
 from torch.utils._python_dispatch import TorchDispatchMode
 from vlm_models import FAMILIES, prompts
 
@@ -172,6 +173,20 @@ def test_every_encoder_gives_numbers(name):
         found["quantities"]
     )
     assert not probe.take()
+
+
+def test_attention_that_torch_does_not_see_is_said_to_be_missing():
+    model = build("transformers/vit")
+    model.set_attn_implementation("eager")
+    inputs = testing.example_inputs(model)
+    items = [run.Asked("a", "a", lambda: picture(1))]
+    settings = run.Settings(causal=0, bootstrap=10)
+    (part,) = record.make_record(run.analyze(model, items, lambda *_: inputs, settings=settings))["parts"]
+    names = {quantity["name"] for quantity in part["quantities"]}
+    assert {"key_similarity", "effective_rank"} <= names
+    assert not {"token_entropy", "cls_entropy"} & names
+    assert part["missing"][0][0] == "attention"
+    assert "sdpa" in part["missing"][0][1]
 
 
 # -- memory and streaming -----------------------------------------------------------------------------------------------
@@ -533,6 +548,28 @@ def test_the_command_writes_a_record(command, folder, tmp_path):
     again, said, _ = command("analyze", *TINY, "--images", folder, "--causal", "3", "--json", file)
     assert again == 0
     assert "9 of them from the journal" in said
+
+
+def test_questions_to_a_vision_language_model(command, spec, folder, tmp_path):  # noqa: F811
+    lines = [{"image": f"{n}.png", "question": "what w5"} for n in range(3)] + [{"image": "0.png"}]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    file = tmp_path / "an.json"
+    args = ["analyze", spec, "--images", folder, "--threads", "1", "--device", "cpu", "--causal", "1", "--json", file]
+    code, said, err = command(*args, "--questions", tmp_path / "q.jsonl")
+    assert code == 1  # the last line asks nothing
+    assert "q.jsonl, line 4" in err
+    made = json.loads(file.read_text())
+    assert made["questions"] == {"count": 3}
+    assert [part["stage"] for part in made["parts"]] == ["vision", "language"]
+    assert made["parts"][1]["tokens"]["candidates"] == 36
+    assert made["parts"][1]["causal"]["measure"] == "KL of the next token"
+    assert {"last_entropy", "text_share", "visual_share", "text_similarity"} <= {
+        quantity["name"] for quantity in made["parts"][1]["quantities"]
+    }
+    assert "language  5 layers" in said
+    code, _, err = command(*args[:-2], "--prompt", "what", "--limit", "2")
+    assert code == 0, err
+    assert command(*args[:-2], "--prompt", "what", "--questions", tmp_path / "q.jsonl")[0] == 2
 
 
 def test_one_image_and_no_causal_column(command, folder, tmp_path):

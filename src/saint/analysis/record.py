@@ -15,6 +15,10 @@ from .propose import plan_line, propose
 from .run import Analysis
 from .stages import find_stages
 
+UNSEEN = (
+    "it does not go through torch's scaled_dot_product_attention: load the model with its fused attention "
+    '(attn_implementation="sdpa", timm fused_attn)'
+)
 # what stages are sought in: what tokens are like and what they do. Shares of attention and outliers are about single tokens, and
 # the mean cosine of centred keys is near zero whatever they do
 STAGED = (
@@ -85,6 +89,7 @@ def _part(stage: str, analysis: Analysis, weight: np.ndarray) -> dict[str, Any]:
         "layers": depth,
         "tokens": {"candidates": counts[0], "protected": counts[1]},
         "quantities": quantities,
+        "missing": [] if "token_entropy" in values else [["attention", UNSEEN]],
         "droppable": {
             "thresholds": list(analysis.settings.thresholds),
             "neighbors": analysis.settings.neighbors,

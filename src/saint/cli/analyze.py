@@ -206,6 +206,8 @@ def _print_part(part: dict[str, Any]) -> None:
     for _, heading, _ in columns:
         table.add_column(heading, justify="right")
     table.add_column("drop", justify="right")
+    for what, why in part["missing"]:
+        err.print(f"[yellow]note[/] no {what} of the {part['stage']} stage: {why}", highlight=False)
     causal = part["causal"]
     for method in () if causal is None else causal["methods"]:
         table.add_column(f"-{method}", justify="right")
