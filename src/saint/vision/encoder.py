@@ -538,14 +538,14 @@ def _map_tables(value: Any, tokens: TokenMap) -> Any:
 def _mask(
     given: Tensor | None, tokens: TokenMap, prefix: int, dtype: torch.dtype, bias: Tensor | None = None
 ) -> Tensor | None:
-    """Additive mask of the survivors, [B, 1, 1 or Q, P + K]; None when everyone sees everyone. bias [B, P + K] is added."""
+    """Additive mask of the survivors, [B, 1, 1 or Q, P + K]; None when nothing is masked. bias [B, P + K] is added."""
     keys = visible(tokens, prefix)
     mask = None if bias is None else bias[:, None, None]
     if mask is not None and keys is not None:
         mask = mask.masked_fill(~keys[:, None, None], -torch.inf)
     elif keys is not None:
-        # the key axis of a dense mask must be a multiple of 8 wide for no kernel torch has today; plain is fine
-        mask = torch.zeros(keys.shape, dtype=dtype, device=keys.device).masked_fill_(~keys, -torch.inf)[:, None, None]
+        # log of True and False: 0 and -inf. No kernel of torch needs the key axis padded to a multiple of 8.
+        mask = keys.log().to(dtype)[:, None, None]  # [B, 1, 1, P + K]
     if given is None:
         return mask
     if given.ndim != 4:
