@@ -144,7 +144,7 @@ class PrunedVLM(Uncopyable):
             encoder = self.encoder
             assert encoder is not None
             side = encoder.merge_size
-            lost = encoder.lost(layer)
+            lost = encoder.outputs.lost(layer)
             # NaN shows whether a merger lets a dropped token touch a kept one, but would spoil the gradient of its weights
             shows = lost is not None and not torch.is_grad_enabled()
             y = original(x.masked_fill(is_dropped(x).unsqueeze(-1), torch.nan) if shows else x, *args, **kwargs)
