@@ -146,7 +146,7 @@ def test_patches_that_cannot_be_put_on_again_leave_a_clean_model(vit, monkeypatc
     before = snapshot(vit)
     session = saint.apply(vit, HALF)
     with pytest.raises(ZeroDivisionError), session.disabled():
-        monkeypatch.setattr(session._encoder, "_dense_call", lambda _: 1 / 0)
+        monkeypatch.setattr(session._encoder.outputs, "_dense_call", lambda _: 1 / 0)
     assert snapshot(vit) == before
     assert saint.status(vit) is None
 
