@@ -75,10 +75,10 @@ def test_updates_of_an_encoder(observer):
 
 
 def test_updates_of_a_decoder(observer):
-    """Visual tokens only; two prompts with one and two images, left-padded, so one sample has fewer candidates."""
+    """Visual tokens only; of the prompt with one image, padding slots show text tokens, which must not count."""
     family = FAMILIES["llava-llama"]
     model = family.build()
-    inputs = prompts(family, model, [[3, "0", 4], [2, "0", 5, "0", 1]])
+    inputs = prompts(family, model, [[30, "0", 14], [2, "0", 5, "0"]])
     layers = model.model.language_model.layers
     behind = streams(model, layers, inputs)
     places = [(row == IMAGE).nonzero().flatten() for row in inputs["input_ids"]]
