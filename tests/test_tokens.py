@@ -136,7 +136,7 @@ def test_groups_of_squares_go_together():
 
 
 def test_groups_of_a_packed_sequence():
-    order = torch.tensor([2, 0, 1, 4, 3])  # who stands where: samples of 3 and 2 groups; not its own inverse
+    order = torch.tensor([2, 0, 1, 4, 3])  # which group stands where: samples of 3 and 2 groups; not its own inverse
     state = packed_groups([6, 4], 2, order, torch.device("cpu"))
     assert state.candidates.lengths == (3, 2)
     assert state.places[0].tolist() == [[2, 3], [4, 5], [0, 1]]

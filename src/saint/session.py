@@ -168,7 +168,7 @@ class Session(Uncopyable):
             return stage.outputs.expand(features, layer)
         if features.ndim == 3 and features.shape[1] == slots:
             head = features.new_zeros(features.shape[0], stage.prefix, features.shape[2])
-            return stage.outputs.expand(torch.cat([head, features], 1), layer)[:, stage.prefix :]
+            return stage.outputs.expand(torch.cat([head, features], 1), layer)[:, stage.prefix :]  # [B, N, C]
         raise ValueError(
             f"features of shape {tuple(features.shape)} are not a map in front of layer {layer}, which has "
             f"{stage.prefix} protected and {slots} other tokens"

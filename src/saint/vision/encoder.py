@@ -146,7 +146,9 @@ class PrunedEncoder(LayerStack[EncoderForward]):
         self.forwards.remember(layer, x)
         forward = self.forward
         if layer not in forward.states:
-            raise RuntimeError(f"block {layer} ran without the blocks before it; the plan prunes whole forwards only")
+            raise RuntimeError(
+                f"block {layer} ran without the blocks before it; the plan prunes complete forwards only"
+            )
         return forward, forward.states[layer]
 
     def stand_in(self, keys: Tensor, selection: Selection) -> Tensor | None:

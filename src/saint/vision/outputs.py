@@ -175,7 +175,7 @@ class Outputs(Uncopyable):
         assert forward.origin is not None
         assert forward.origin.places is not None
         places = forward.origin.places
-        return gone[:, :: places.shape[2]] if self.spec.packed else gone.flatten()[places[:, :, 0]]
+        return gone[:, :: places.shape[2]] if self.spec.packed else gone.flatten()[places[:, :, 0]]  # [B, G]
 
     def stand_in(self, keys: Tensor, selection: Selection) -> Tensor | None:
         """For each current candidate the new slot that stands for it, int64 [B, N]; keys [B, N, D]; None: not asked for."""
@@ -209,4 +209,4 @@ class Outputs(Uncopyable):
         """
         if self.forwards.state.states[layer].tokens.whole:
             return x
-        return gather_tokens(x, self.stand_ins(layer), self.prefix)
+        return gather_tokens(x, self.stand_ins(layer), self.prefix)  # [B, P + N, C]
