@@ -312,6 +312,17 @@ def test_flops_that_are_not_known_are_said_to_be_unknown(name, images):
         assert str(session.summary()).endswith("blocks of the encoder: unknown")
 
 
+@pytest.mark.parametrize(
+    ("shape", "known"), [((), True), ((8,), True), ((1, 8), True), ((4, 8), False), ((2, 1, 4), False)]
+)
+def test_flops_of_a_matrix_that_no_linear_layer_holds_are_not_known(vit, images, shape, known):
+    """A vector scales or shifts; a matrix may be multiplied with the tokens."""
+    vit.blocks[1].mlp.register_parameter("extra", torch.nn.Parameter(torch.zeros(shape)))
+    with saint.apply(vit, Stage(saint.Saint(budget=0.5), layers=[0])) as session, torch.no_grad():
+        vit(images)
+        assert (session.summary().flops_left is not None) == known
+
+
 def test_summary_of_a_vision_language_model(llava):
     inputs = prompts(LLAVA, llava, BATCH)
     with saint.apply(llava, HYBRID) as session, torch.no_grad():

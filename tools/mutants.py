@@ -38,6 +38,7 @@ TESTS = {
     "summary": "test_session.py::test_a_session_prints_what_is_applied test_session.py::test_summary_of_an_encoder "
     "test_session.py::test_summary_of_a_ragged_batch test_session.py::test_flops_left_are_those_that_run "
     "test_session.py::test_flops_that_are_not_known_are_said_to_be_unknown "
+    "test_session.py::test_flops_of_a_matrix_that_no_linear_layer_holds_are_not_known "
     "test_session.py::test_summary_of_a_vision_language_model test_session.py::test_summary_without_a_language_stage",
     "plugins": "test_plugins.py",
     "upstream/registry": "test_plugins.py test_plugins_vlm.py",
@@ -49,6 +50,7 @@ TESTS = {
     "runtime/layer": "test_guards.py test_scored.py test_placements.py",
     "runtime/observe": "test_placements.py::test_observers_of_an_encoder test_placements.py::test_a_plan_that_only_observes "
     "test_placements.py::test_observing_a_vision_language_model test_placements.py::test_layers_an_observer_asks_for "
+    "test_placements.py::test_stages_in_which_the_plan_drops_nothing_are_shown_where_layers_are_named "
     "test_placements.py::test_who_derives_from_observer_pays_only_for_what_he_defines test_bench_figures.py",
     "runtime/state": "test_properties.py test_scored.py test_placements.py test_support.py::test_full_length_outputs",
     "vision/checks": "test_support.py::test_unknown_blocks_are_refused "
