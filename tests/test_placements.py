@@ -439,7 +439,7 @@ def test_stages_in_which_the_plan_drops_nothing_are_shown_where_layers_are_named
 def test_layers_an_observer_asks_for():
     model, plan, inputs = prepared("timm/vit-augreg")
     plan = restage(plan, layers=[1])
-    for layers, want in ((None, [1]), ("all", [0, 1, 2, 3]), ([3], [3])):
+    for layers, want in ((None, [1]), ("all", [0, 1, 2, 3]), ([3], [3]), ([0], [0])):
         ear = Everything(layers)
         with saint.pruned(model, plan, observers=[ear]) as session:
             testing.run(model, inputs)

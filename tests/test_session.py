@@ -303,6 +303,30 @@ def test_flops_left_are_those_that_run(name, pixels, scoring, placement):
     assert estimate == pytest.approx(left, abs=scoring)
 
 
+@pytest.mark.parametrize("name", ["gemma3", "internvl"])
+def test_flops_left_of_a_tower_that_joins_patches(name):
+    """The trace counts squares of 2 x 2 patches; the blocks run on patches."""
+    family = FAMILIES[name]
+    model = family.build()
+    inputs = prompts(family, model, [[3, "0", 4]])
+    blocks = re.compile(r"\.vision_tower\..*layers?\.\d+$")
+
+    def counted():
+        with torch.no_grad():
+            found = count_flops(lambda: model(**inputs))[1].by_module
+        parts = [sum(flops.values()) for key, flops in found.items() if blocks.search(key)]
+        assert len(parts) > 1
+        return sum(parts)
+
+    unpruned = counted()
+    stage = Stage(saint.SaintFullGraph(keep=0.5), layers=[0], placement="post")
+    with saint.apply(model, Plan(vision=stage)) as session:
+        left = counted() / unpruned
+        estimate = session.summary().flops_left
+    assert estimate < 0.8
+    assert estimate == pytest.approx(left, abs=0.003)
+
+
 @pytest.mark.parametrize("name", ["timm/beit", "timm/vit-parallel-scaling", "timm/relpos"])
 def test_flops_that_are_not_known_are_said_to_be_unknown(name, images):
     model = build(name)

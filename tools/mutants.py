@@ -38,6 +38,7 @@ TESTS = {
     "summary": "test_session.py::test_a_session_prints_what_is_applied test_session.py::test_summary_of_an_encoder "
     "test_session.py::test_summary_of_a_ragged_batch test_session.py::test_flops_left_are_those_that_run "
     "test_session.py::test_flops_that_are_not_known_are_said_to_be_unknown "
+    "test_session.py::test_flops_left_of_a_tower_that_joins_patches "
     "test_session.py::test_flops_of_a_matrix_that_no_linear_layer_holds_are_not_known "
     "test_session.py::test_summary_of_a_vision_language_model test_session.py::test_summary_without_a_language_stage",
     "plugins": "test_plugins.py",
