@@ -24,7 +24,7 @@ class Uncopyable:
 class Replacement:
     """What stands in place of a method: calls ``call``, and is copied and pickled as the method it replaces."""
 
-    __slots__ = ("__dict__", "call")  # `functools.update_wrapper` hands a `__dict__` on to whoever wraps this in turn
+    __slots__ = ("__dict__", "call")  # `functools.update_wrapper` hands a `__dict__` on to a wrapper of this
 
     def __init__(self, call: Callable[..., Any], method: Callable[..., Any]) -> None:
         self.call = call

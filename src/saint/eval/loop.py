@@ -82,7 +82,7 @@ class Processes:
             PartialState().wait_for_everyone()
 
     def gather(self, mine: list[Any]) -> list[Any]:
-        """Everyone's, in order of rank, on every process."""
+        """The lists of all processes joined, in order of rank; the same on every process."""
         if self.world == 1:
             return mine
         from accelerate.utils import gather_object
