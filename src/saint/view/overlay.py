@@ -38,7 +38,7 @@ def overlay(photo: Image.Image, kept: Tensor | Sequence[int], grid: tuple[int, i
     """``photo`` with the dropped patches darkened and hatched, and an amber line around what was kept.
 
     Args:
-        photo: RGB, the whole of it covered by the grid.
+        photo: RGB, entirely covered by the grid.
         kept: indices of the surviving patches, row by row.
         grid: (rows, columns) of patches.
 
@@ -137,7 +137,7 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str], limit: int = 1_000_000) -> None:
-    """Write a PNG of at most ``limit`` bytes, scaled down as far as that needs; whole or not at all.
+    """Write a PNG of at most ``limit`` bytes, scaled down as far as that needs; completely or not at all.
 
     Raises:
         OSError: it cannot be written.
