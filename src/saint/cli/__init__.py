@@ -17,6 +17,7 @@ COMMANDS = {  # name -> module; the function (or group of commands) carries the 
     "eval": "eval",
     "chat": "chat",
     "view": "view",
+    "report": "report",
     "list": "tables",
     "env": "tables",
 }

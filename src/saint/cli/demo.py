@@ -34,7 +34,7 @@ from .common import (
     progress,
     warn_busy,
 )
-from .view import dimmed, draw_strips, layer_facts, legend, title
+from .view import dimmed, draw_strips, layer_facts, legend, thumbnail, title
 
 if TYPE_CHECKING:
     from ..bench import Agreement, EncoderBench
@@ -124,6 +124,7 @@ def demo(
         "title": loaded.title,
         "licence": loaded.licence,
         "image_size": loaded.image_size,
+        "grid": loaded.grid if loaded.source.batch is None else None,
         "plan": chosen.to_dict(),
         "speedup": speedup,
         "flops_bound": bound,
@@ -131,6 +132,7 @@ def demo(
         "photos": [
             {
                 "name": photo.name,
+                **thumbnail(loaded, photo),
                 "layers": [layer_facts(t) for t in trace],
                 "agreement": found.values[0],
                 "same_top1": found.same_top1[0] if found.same_top1 else None,

@@ -94,7 +94,7 @@ def view(
         out.print(str(file), highlight=False)
     if json is not None:
         facts = [
-            {"name": photo.name, "layers": [layer_facts(t) for t in trace]}
+            {"name": photo.name, **thumbnail(loaded, photo), "layers": [layer_facts(t) for t in trace]}
             for photo, trace in zip(photos, traces, strict=True)
         ]
         record = {
@@ -138,6 +138,7 @@ def _view_vlm(
 ) -> None:
     import torch
 
+    from ..images import data_uri
     from ..records import environment
     from ..session import pruned
     from ..view.tiles import tiles, visual_tokens
@@ -163,7 +164,13 @@ def _view_vlm(
                 for sample in range(len(t.kept))
             ]
             facts.append(
-                {"name": photo.name, "visual_tokens": total, "tiles": [tile.grid for tile in seen], "layers": steps}
+                {
+                    "name": photo.name,
+                    "visual_tokens": total,
+                    "tiles": [tile.grid for tile in seen],
+                    "pictures": [data_uri(tile.picture) for tile in seen],
+                    "layers": steps,
+                }
             )
             tick()
     for file in files:
@@ -218,6 +225,13 @@ def layer_facts(trace: "LayerTrace", sample: int = 0) -> dict[str, Any]:
         "tokens_out": int(trace.tokens_out[sample]),
         "kept": trace.kept[sample].tolist(),
     }
+
+
+def thumbnail(loaded: "Loaded", photo: "Photo") -> dict[str, str]:
+    """ "picture": what the model sees of the photo, small, as text; nothing where it sees no fixed crop."""
+    from ..images import data_uri
+
+    return {} if loaded.source.batch is not None else {"picture": data_uri(loaded.picture(photo.image))}
 
 
 def title(photo: "Photo") -> str:
