@@ -9,7 +9,9 @@ from .common import err, out
 
 
 def report(
-    records: Annotated[list[Path], typer.Argument(help="records: what --json FILE of the other commands wrote", show_default=False)],
+    records: Annotated[
+        list[Path], typer.Argument(help="records: what --json FILE of the other commands wrote", show_default=False)
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="the page")] = Path("report.html"),
 ) -> None:
     """One HTML page from records of saint analyze, bench, eval, demo and view.
@@ -27,4 +29,7 @@ def report(
     with err.status("reading"):
         page = make_report(read_records(records))
     write_whole(output, page.encode())
-    out.print(f"wrote {output} ({len(page.encode()) / 1e3:.0f} kB, {len(records)} record{'s' if len(records) != 1 else ''})", highlight=False)
+    out.print(
+        f"wrote {output} ({len(page.encode()) / 1e3:.0f} kB, {len(records)} record{'s' if len(records) != 1 else ''})",
+        highlight=False,
+    )

@@ -14,7 +14,7 @@ Values = Sequence[float | None]
 STYLES = 7  # colours of the style sheet, each with its own dashes and marker
 _DASHES = ("", "6 3", "2 3", "8 3 2 3", "10 4", "4 2 1 2", "1 2")
 _WIDE, _HIGH = 420, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 42
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 12, 12, 42
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,13 @@ class _Axes:
 
 
 def line_chart(
-    title: str, lines: Sequence[Line], *, x: str = "layer", y: str = "", boundaries: Sequence[Boundary] = (), note: str = ""
+    title: str,
+    lines: Sequence[Line],
+    *,
+    x: str = "layer",
+    y: str = "",
+    boundaries: Sequence[Boundary] = (),
+    note: str = "",
 ) -> Markup:
     """Curves with their bands, a legend, and the numbers below.
 
@@ -119,7 +125,13 @@ def line_chart(
         parts.append(_rect(left, _TOP, right - left, _HIGH - _TOP - _BOTTOM, "edges"))
         at = _n(axes.across(edge.at - 0.5))
         mark = tag("line", x1=at, x2=at, y1=_TOP, y2=_HIGH - _BOTTOM, class_="edge")
-        parts.append(tag("g", mark, tag("title", f"in front of layer {number(edge.at)}, {number(edge.low)} to {number(edge.high)}")))
+        parts.append(
+            tag(
+                "g",
+                mark,
+                tag("title", f"in front of layer {number(edge.at)}, {number(edge.low)} to {number(edge.high)}"),
+            )
+        )
     parts += [_curve(axes, line, i) for i, line in enumerate(drawn)]
     picture = tag("svg", *parts, viewBox=f"0 0 {_WIDE} {_HIGH}", role="img", aria_label=_spoken(title, drawn, x))
     left_out = f" ({len(lines) - STYLES} more in the table)" if len(lines) > STYLES else ""
@@ -129,7 +141,8 @@ def line_chart(
 
 def _curve(axes: _Axes, line: Line, style: int) -> Markup:
     points = [
-        (axes.across(x), None if y is None else axes.up(float(y))) for x, y in zip(line.places(), line.mean, strict=True)
+        (axes.across(x), None if y is None else axes.up(float(y)))
+        for x, y in zip(line.places(), line.mean, strict=True)
     ]
     parts = []
     if line.low and line.high:
@@ -178,7 +191,9 @@ def _legend(lines: Sequence[Line], boundaries: Sequence[Boundary]) -> Markup:
         items.append(tag("li", sample, line.name))
     if boundaries:
         stroke = tag("path", d="M18 0L18 14", class_="edge")
-        items.append(tag("li", tag("svg", stroke, viewBox="0 0 36 14", class_="sample", aria_hidden="true"), "boundary"))
+        items.append(
+            tag("li", tag("svg", stroke, viewBox="0 0 36 14", class_="sample", aria_hidden="true"), "boundary")
+        )
     return tag("ul", *items, class_="legend")
 
 
@@ -228,11 +243,14 @@ def heat_map(title: str, values: Sequence[Values], *, axis: str = "layer", unit:
     middle = _n((_LEFT + _WIDE - _RIGHT) / 2)
     parts.append(tag("text", axis, x=middle, y=_n(bottom + 32), text_anchor="middle", class_="name"))
     centre = _n(_TOP + rows * side / 2)
-    parts.append(tag("text", axis, x=12, y=centre, text_anchor="middle", transform=f"rotate(-90 12 {centre})", class_="name"))
+    parts.append(
+        tag("text", axis, x=12, y=centre, text_anchor="middle", transform=f"rotate(-90 12 {centre})", class_="name")
+    )
     steps = 24
     wide = (_WIDE - _LEFT - _RIGHT) / steps
     for k in range(steps):
-        parts.append(tag("rect", x=_n(_LEFT + k * wide), y=_n(bottom + 44), width=_n(wide + 0.3), height=10, fill=cividis(k / (steps - 1))))  # fmt: skip
+        place = {"x": _n(_LEFT + k * wide), "y": _n(bottom + 44), "width": _n(wide + 0.3), "height": 10}
+        parts.append(tag("rect", **place, fill=cividis(k / (steps - 1))))
     parts.append(tag("text", number(low), x=_LEFT, y=_n(bottom + 68)))
     parts.append(tag("text", unit, x=middle, y=_n(bottom + 68), text_anchor="middle"))
     parts.append(tag("text", number(high), x=_WIDE - _RIGHT, y=_n(bottom + 68), text_anchor="end"))
@@ -266,13 +284,16 @@ def front(points: Sequence[Point]) -> list[Point]:
     return best[::-1]
 
 
-def scatter(title: str, points: Sequence[Point], *, x: str, y: str, note: str = "") -> Markup:
-    """Numbered points with the line of those that none beats; each can be reached by the keyboard."""
+def scatter(title: str, points: Sequence[Point], *, x: str, y: str, axis: str, note: str = "") -> Markup:
+    """Numbered points with the line of those that none beats; each can be reached by the keyboard.
+
+    ``y`` is the whole name of the measure, ``axis`` the short one beside the axis.
+    """
     groups = list(dict.fromkeys(point.group for point in points))
     wide = [v for p in points for v in (p.x, p.x_low, p.x_high) if v is not None]
     high = [v for p in points for v in (p.y, p.y_low, p.y_high) if v is not None]
     axes = _Axes(_padded(wide), _padded(high))
-    parts = [axes.frame(x, y, whole=False)]
+    parts = [axes.frame(x, axis, whole=False)]
     best = front(points)
     if len(best) > 1:
         stairs = [(axes.across(p.x), axes.up(p.y)) for p in best]
@@ -280,7 +301,10 @@ def scatter(title: str, points: Sequence[Point], *, x: str, y: str, note: str = 
     for i, point in enumerate(points, 1):
         style = groups.index(point.group) % STYLES
         across, up = axes.across(point.x), axes.up(point.y)
-        said = f"{i}: {point.name}; {x} {interval(point.x, point.x_low, point.x_high)}; {y} {interval(point.y, point.y_low, point.y_high)}"
+        where = (
+            f"{x} {interval(point.x, point.x_low, point.x_high)}; {y} {interval(point.y, point.y_low, point.y_high)}"
+        )
+        said = f"{i}: {point.name}; {where}"
         inside = []
         if point.x_low is not None and point.x_high is not None:
             a, b = _n(axes.across(point.x_low)), _n(axes.across(point.x_high))
@@ -289,10 +313,14 @@ def scatter(title: str, points: Sequence[Point], *, x: str, y: str, note: str = 
             a, b = _n(axes.up(point.y_low)), _n(axes.up(point.y_high))
             inside.append(tag("path", d=f"M{_n(across)} {a}L{_n(across)} {b}", class_=f"whisker c{style}"))
         right = across < _WIDE - 40
-        label = tag("text", str(i), x=_n(across + (8 if right else -8)), y=_n(up - 6), text_anchor="start" if right else "end")
+        label = tag(
+            "text", str(i), x=_n(across + (8 if right else -8)), y=_n(up - 6), text_anchor="start" if right else "end"
+        )
         inside += [marker(style, across, up, 5), label, tag("title", said)]
         parts.append(tag("g", *inside, tabindex="0", role="img", aria_label=said, data_tip=said, class_="point"))
-    picture = tag("svg", *parts, viewBox=f"0 0 {_WIDE} {_HIGH}", role="group", aria_label=f"{title}: {len(points)} points")
+    picture = tag(
+        "svg", *parts, viewBox=f"0 0 {_WIDE} {_HIGH}", role="group", aria_label=f"{title}: {len(points)} points"
+    )
     items = []
     for i, group in enumerate(groups):
         sample = tag("svg", marker(i % STYLES, 7, 7, 5), viewBox="0 0 14 14", class_="dot", aria_hidden="true")
@@ -301,8 +329,8 @@ def scatter(title: str, points: Sequence[Point], *, x: str, y: str, note: str = 
     return tag("figure", caption, picture, tag("ul", *items, class_="legend"), class_="chart")
 
 
-_CIVIDIS = ((0, 34, 78), (18, 53, 112), (59, 73, 108), (87, 93, 109), (112, 113, 115), (138, 134, 120), (166, 157, 117))
-_CIVIDIS += ((195, 181, 107), (225, 207, 88), (254, 232, 56))
+_CIVIDIS = [(0, 34, 78), (18, 53, 112), (59, 73, 108), (87, 93, 109), (112, 113, 115), (138, 134, 120), (166, 157, 117)]
+_CIVIDIS += [(195, 181, 107), (225, 207, 88), (254, 232, 56)]
 
 
 def cividis(share: float) -> str:

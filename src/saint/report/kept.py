@@ -12,7 +12,7 @@ from ..images import data_uri, read_untrusted
 from .charts import Line, line_chart
 from .markup import Markup, details, join, number, table, tag
 from .reading import Record
-from .section import Section, charts, conditions, names, plan_box, skipped
+from .section import Section, charts, conditions, load_note, names, plan_box, skipped
 
 MOST = 12  # pictures of a record that are drawn
 _UNIT = 10  # side of a patch in the drawing
@@ -74,7 +74,14 @@ def figure(name: str, uri: str | None, grid: Sequence[int], steps: Sequence[Step
         raise ValueError(f"a grid of {rows} x {columns} patches cannot be drawn")
     high, wide = rows * _UNIT, columns * _UNIT
     hatch = f"hatch{number_}"
-    pattern = tag("pattern", tag("path", d="M-2 12L12 -2M-2 2L2 -2M8 12L12 8"), id=hatch, width=10, height=10, patternUnits="userSpaceOnUse")
+    pattern = tag(
+        "pattern",
+        tag("path", d="M-2 12L12 -2M-2 2L2 -2M8 12L12 8"),
+        id=hatch,
+        width=10,
+        height=10,
+        patternUnits="userSpaceOnUse",
+    )
     parts = [tag("defs", pattern)]
     parts.append(
         tag("image", href=embedded(uri, side), width=wide, height=high, preserveAspectRatio="none")
@@ -86,16 +93,32 @@ def figure(name: str, uri: str | None, grid: Sequence[int], steps: Sequence[Step
         dropped = _dropped(step.kept, total)
         label = f"{step.name}: {total - sum(dropped)} of {total} kept ({(total - sum(dropped)) / total:.0%})"
         area, edge = _outline(dropped, rows, columns)
-        layer = [tag("path", d=area, class_="dark"), tag("path", d=area, fill=f"url(#{hatch})"), tag("path", d=edge, class_="rim")]
+        layer = [
+            tag("path", d=area, class_="dark"),
+            tag("path", d=area, fill=f"url(#{hatch})"),
+            tag("path", d=edge, class_="rim"),
+        ]
         last = i == len(shown) - 1
         parts.append(tag("g", *(layer if area else []), class_="step" if last else "step off", data_label=label))
-    picture = tag("svg", *parts, viewBox=f"0 0 {wide} {high}", role="img", aria_label=f"{name}; hatched patches were dropped")
-    last_label = f"{shown[-1].name}: {len(set(shown[-1].kept))} of {total} kept ({len(set(shown[-1].kept)) / total:.0%})"
+    picture = tag(
+        "svg", *parts, viewBox=f"0 0 {wide} {high}", role="img", aria_label=f"{name}; hatched patches were dropped"
+    )
+    last_label = (
+        f"{shown[-1].name}: {len(set(shown[-1].kept))} of {total} kept ({len(set(shown[-1].kept)) / total:.0%})"
+    )
     said = tag("output", last_label, id=f"said{number_}", aria_live="polite")
     slider = tag(
         "label",
         tag("span", f"layer, {name}", class_="hidden-label"),
-        tag("input", type="range", min=0, max=len(shown) - 1, value=len(shown) - 1, step=1, aria_describedby=f"said{number_}"),
+        tag(
+            "input",
+            type="range",
+            min=0,
+            max=len(shown) - 1,
+            value=len(shown) - 1,
+            step=1,
+            aria_describedby=f"said{number_}",
+        ),
         class_="slider",
         hidden=True,
     )
@@ -162,13 +185,20 @@ def _own(photos: Sequence[Mapping[str, Any]]) -> bool:
     return any(photo.get("picture") or photo.get("pictures") for photo in photos)
 
 
-def _pictures(photo: Mapping[str, Any], grid: Sequence[int] | None) -> Iterable[tuple[str, str | None, Sequence[int], list[Step]]]:
+def _pictures(
+    photo: Mapping[str, Any], grid: Sequence[int] | None
+) -> Iterable[tuple[str, str | None, Sequence[int], list[Step]]]:
     """Name, picture, grid and steps of each tile of a photograph."""
     name, layers = str(photo["name"]), photo["layers"]
     if "tiles" not in photo:
         own = photo.get("grid") or grid
         if own is not None:
-            yield name, photo.get("picture"), own, [Step(f"after layer {s['layer']}", s["kept"], s.get("tokens_in", 0)) for s in layers]
+            yield (
+                name,
+                photo.get("picture"),
+                own,
+                [Step(f"after layer {s['layer']}", s["kept"], s.get("tokens_in", 0)) for s in layers],
+            )
         return
     tiles, uris = photo["tiles"], photo.get("pictures") or []
     counts = [int(rows) * int(columns) for rows, columns in tiles]
@@ -196,7 +226,9 @@ def _sheets(record: Record, side: int) -> list[Markup]:
         path = record.folder / name
         if path.is_file():
             uri = data_uri(read_untrusted(path.read_bytes()), _SHEET * side // 320, 150_000)
-            made.append(tag("figure", tag("img", src=uri, alt=f"sheet {name}"), tag("figcaption", name), class_="sheet"))
+            made.append(
+                tag("figure", tag("img", src=uri, alt=f"sheet {name}"), tag("figcaption", name), class_="sheet")
+            )
     return made
 
 
@@ -211,11 +243,15 @@ def token_curves(record: Record) -> Markup:
     figures = []
     for stage in dict.fromkeys(stage for stage, _ in by_step):
         own = {layer: found for (name, layer), found in by_step.items() if name == stage}
+        if len(own) < 2:
+            continue  # one drop point is no curve, and the pictures say its number
         left = {layer: [out for _, out in found] for layer, found in own.items()}
         line = Line(f"tokens left ({stage})", [fmean(v) for v in left.values()], [float(min(v)) for v in left.values()],
                     [float(max(v)) for v in left.values()], list(left))  # fmt: skip
-        figures.append(line_chart(f"Tokens left, {stage}", [line], y="tokens", note="mean; band: lowest to highest picture"))
-    return charts(*figures)
+        figures.append(
+            line_chart(f"Tokens left, {stage}", [line], y="tokens", note="mean; band: lowest to highest picture")
+        )
+    return charts(*figures) if figures else Markup()
 
 
 def view_section(record: Record, prefix: str, side: int) -> Section:
@@ -223,17 +259,29 @@ def view_section(record: Record, prefix: str, side: int) -> Section:
     data = record.data
     photos = data["photos"]
     shares = [share for photo in photos if (share := _share(photo)) is not None]
-    verdict = (
-        f"{number(100 * fmean(shares), 1)} % of the tokens are left behind the last drop point "
-        f"(mean of {len(shares)} picture{'s' if len(shares) != 1 else ''}; {number(100 * min(shares), 1)} to {number(100 * max(shares), 1)} %)."
-        if shares
-        else "The plan has no drop point, so every token stays."
-    )
+    verdict = "The plan has no drop point, so every token stays."
+    if shares:
+        among = f"mean of {len(shares)} pictures; {number(100 * min(shares), 1)} to {number(100 * max(shares), 1)} %"
+        among = "one picture" if len(shares) == 1 else among
+        verdict = f"{number(100 * fmean(shares), 1)} % of the tokens are left behind the last drop point ({among})."
     asked = f"Which patches does each layer of {data['model']} keep?"
     if data.get("prompt") is not None:
-        asked = f"Which visual tokens does {data['model']} keep for the question “{data['prompt']}”?"
-    body = join([plan_box(data["plan"]), gallery(record, prefix, side), token_curves(record) if shares else None, skipped(record)])
-    return Section(f"What stays: {data['model']}", asked, verdict, conditions(record, pictures=names([p["name"] for p in photos])), body)
+        asked = f"Asked “{data['prompt']}”, which visual tokens does {data['model']} keep?"
+    body = join(
+        [
+            plan_box(data["plan"]),
+            gallery(record, prefix, side),
+            token_curves(record) if shares else None,
+            skipped(record),
+        ]
+    )
+    return Section(
+        f"What stays: {data['model']}",
+        asked,
+        verdict,
+        conditions(record, pictures=names([p["name"] for p in photos])),
+        body,
+    )
 
 
 def _share(photo: Mapping[str, Any]) -> float | None:
@@ -254,9 +302,9 @@ def demo_section(record: Record, prefix: str, side: int) -> Section:
     data = record.data
     photos, agreement = data["photos"], data["agreement"]
     verdict = (
-        f"With the plan the model runs {number(data['speedup'], 2)} times as fast (FLOPs bound {number(data['flops_bound'], 2)}), and its "
-        f"{agreement['of']} agrees with the unpruned one to a {agreement['measure']} of {number(agreement['mean'], 4)} "
-        f"(lowest {number(agreement['min'], 4)}) on {len(photos)} picture{'s' if len(photos) != 1 else ''}."
+        f"With the plan the model runs {number(data['speedup'], 2)} times as fast (FLOPs bound {number(data['flops_bound'], 2)}"
+        f"), and its {agreement['of']} agrees with the unpruned one to a {agreement['measure']} of "
+        f"{number(agreement['mean'], 4)} (lowest {number(agreement['min'], 4)}) on {len(photos)} picture{'s' if len(photos) != 1 else ''}."
     )
     rows = []
     for photo in photos:
@@ -268,16 +316,30 @@ def demo_section(record: Record, prefix: str, side: int) -> Section:
     first = photos[0]["bench"]["conditions"] if photos else {}
     body = join(
         [
+            load_note(record, first),
             plan_box(data["plan"]),
             gallery(record, prefix, side),
             table(head, rows, "Per picture"),
             token_curves(record),
             skipped(record),
-            details("how it was timed", tag("p", f"{first.get('repeats')} interleaved rounds per picture, batch {first.get('batch')}.")),
+            details(
+                "how it was timed",
+                tag("p", f"{first.get('repeats')} interleaved rounds per picture, batch {first.get('batch')}."),
+            ),
         ]
     )
-    more = {"title": data.get("title"), "pictures": names([p["name"] for p in photos]), "pixels": _pixels(data.get("image_size"))}
-    return Section(f"Demo: {data['model']}", f"What does pruning change in {data['model']} on photographs?", verdict, conditions(record, **more), body)
+    more = {
+        "title": data.get("title"),
+        "pictures": names([p["name"] for p in photos]),
+        "pixels": _pixels(data.get("image_size")),
+    }
+    return Section(
+        f"Demo: {data['model']}",
+        f"What does pruning change in {data['model']} on photographs?",
+        verdict,
+        conditions(record, **more),
+        body,
+    )
 
 
 def _pixels(size: Sequence[int] | None) -> str | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from .charts import Boundary, Line, heat_map, line_chart
 from .kept import gallery
-from .markup import Markup, join, number, table, tag
+from .markup import Markup, details, join, number, table, tag
 from .reading import Record
 from .section import Section, charts, conditions, plan_box, skipped
 
@@ -46,12 +46,24 @@ def _verdict(stages: Mapping[str, Any] | None) -> str:
 
 def _part(part: Mapping[str, Any]) -> Markup:
     stages = part.get("stages") or {}
-    edges = [Boundary(b["layer"], b["low"], b["high"]) for b in stages.get("boundaries") or []] if stages.get("shown") else []
+    edges = (
+        [Boundary(b["layer"], b["low"], b["high"]) for b in stages.get("boundaries") or []]
+        if stages.get("shown")
+        else []
+    )
     figures: list[Markup] = []
     for quantity in part["quantities"]:
         line = Line(str(quantity["title"]), quantity["mean"], quantity.get("low") or (), quantity.get("high") or ())
         note = f"mean of {quantity['n']}, band: 95 % interval" if quantity.get("low") else f"mean of {quantity['n']}"
-        figures.append(line_chart(_capital(str(quantity["title"])), [line], y="" if quantity["unit"] in ("1", None) else str(quantity["unit"]), boundaries=edges, note=note))
+        figures.append(
+            line_chart(
+                _capital(str(quantity["title"])),
+                [line],
+                y="" if quantity["unit"] in ("1", None) else str(quantity["unit"]),
+                boundaries=edges,
+                note=note,
+            )
+        )
     if (drop := part.get("droppable")) is not None:
         lows, highs = drop.get("low") or [()] * len(drop["mean"]), drop.get("high") or [()] * len(drop["mean"])
         lines = [
@@ -60,7 +72,9 @@ def _part(part: Mapping[str, Any]) -> Markup:
         ]
         figures.append(line_chart("Share of tokens that could be dropped", lines, y="share", boundaries=edges))
     if (causal := part.get("causal")) is not None:
-        lines = [Line(str(name), c["mean"], c.get("low") or (), c.get("high") or ()) for name, c in causal["methods"].items()]
+        lines = [
+            Line(str(name), c["mean"], c.get("low") or (), c.get("high") or ()) for name, c in causal["methods"].items()
+        ]
         note = f"when {number(100 * causal['share'])} % of the tokens are dropped at this layer alone"
         figures.append(line_chart("Change of the answer", lines, y=str(causal["measure"]), boundaries=edges, note=note))
     if (cka := part.get("cka")) is not None:
@@ -70,18 +84,37 @@ def _part(part: Mapping[str, Any]) -> Markup:
     if tokens:
         about += f", {number(tokens['candidates'], 1)} tokens that may go"
         about += f", {number(tokens['protected'])} protected" if tokens.get("protected") is not None else ""
-    return join([tag("h3", _title(part)), tag("p", tag("b", _capital(_verdict(part.get("stages")))), f". {about}."), _stages(stages), charts(*figures)])
+    return join(
+        [
+            tag("h3", _title(part)),
+            tag("p", tag("b", _capital(_verdict(part.get("stages")))), f". {about}."),
+            _stages(stages),
+            charts(*figures),
+        ]
+    )
 
 
 def _stages(stages: Mapping[str, Any]) -> Markup | None:
     if not stages:
         return None
     rows = [[f"{s['first']} to {s['last']}", s["what"]] for s in stages.get("segments") or []]
-    parts = [table(["layers", "what they do"], rows, "Stages" if stages["shown"] else "Best division, not shown to be real", sortable=False)] if rows else []
+    parts = (
+        [
+            table(
+                ["layers", "what they do"],
+                rows,
+                "Stages" if stages["shown"] else "Best division, not shown to be real",
+                sortable=False,
+            )
+        ]
+        if rows
+        else []
+    )
     criteria = list(_flat(stages.get("criteria") or {}))
     if criteria:
-        parts.append(tag("details", tag("summary", "how this was decided"), table(["criterion", "value"], criteria, "Criteria", sortable=False),
-                         tag("p", f"From: {', '.join(map(str, stages.get('used') or []))}.")))  # fmt: skip
+        values = table(["criterion", "value"], criteria, "Criteria", sortable=False)
+        used = tag("p", f"From: {', '.join(map(str, stages.get('used') or []))}.")
+        parts.append(details("how this was decided", values, used))
     return join(parts)
 
 
@@ -91,7 +124,9 @@ def _flat(values: Mapping[str, Any], before: str = "") -> Sequence[tuple[str, An
         if isinstance(value, Mapping):
             rows += _flat(value, f"{before}{name}, ")
         else:
-            rows.append((f"{before}{name}", "-" if value is None else value if isinstance(value, (int, float)) else str(value)))
+            rows.append(
+                (f"{before}{name}", "-" if value is None else value if isinstance(value, (int, float)) else str(value))
+            )
     return rows
 
 

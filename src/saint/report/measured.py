@@ -18,11 +18,11 @@ def encoder_section(record: Record) -> Section:
     ratio = _spread(speedup, 2)
     bound = number(data["bound"], 2)
     if speedup["p20"] > 1:
-        verdict = f"With the plan the model runs {ratio} times as fast as unpruned; its FLOPs would allow {bound}."
+        verdict = f"With the plan the model runs {ratio} times as fast as unpruned; FLOPs would allow {bound}."
     elif speedup["p80"] < 1:
-        verdict = f"With the plan the model is slower: {ratio} times the speed of the unpruned one; its FLOPs would allow {bound}."
+        verdict = f"With the plan the model is slower: {ratio} times the speed of the unpruned one; FLOPs would allow {bound}."
     else:
-        verdict = f"No speed-up shows: {ratio} times the unpruned speed, within the spread of the rounds; its FLOPs would allow {bound}."
+        verdict = f"No speed-up shows: {ratio} times the unpruned speed, within the spread of rounds; FLOPs would allow {bound}."
     rows = []
     variants = {"base": "unpruned", "pruned": "pruned", "eager": "pruned, eager attention"}
     for key, name in variants.items():
@@ -32,11 +32,13 @@ def encoder_section(record: Record) -> Section:
     layers = data["layers"]
     tokens = Line("tokens out", [e["tokens_out"] for e in layers], x=[e["layer"] for e in layers])
     before = Line("tokens in", [e["tokens_in"] for e in layers], x=[e["layer"] for e in layers])
-    figures = [line_chart("Tokens around each drop point", [before, tokens], y="tokens", note="batch mean")] if layers else []
+    figures = (
+        [line_chart("Tokens around each drop point", [before, tokens], y="tokens", note="batch mean")] if layers else []
+    )
     given = data["conditions"]
     body = join(
         [
-            load_note(record),
+            load_note(record, given),
             plan_box(data["plan"]),
             table(["variant", "ms per forward: median [p20, p80]", "GFLOPs", "activations MiB"], rows, "Forward"),
             _overhead(data.get("overhead")),
@@ -60,8 +62,9 @@ def _overhead(own: Mapping[str, Any] | None) -> Markup | None:
         return None
     share = own["share"]
     text = (
-        f"Pruning itself: scoring {number(own['scoring']['median'], 2)} ms, gathering {number(own['gathering']['median'], 2)} ms, together "
-        f"{number(100 * share['median'], 2)} % of the unpruned forward [{number(100 * share['p20'], 2)}, {number(100 * share['p80'], 2)}]."
+        f"Pruning itself: scoring {number(own['scoring']['median'], 2)} ms, gathering {number(own['gathering']['median'], 2)} "
+        f"ms, together {number(100 * share['median'], 2)} % of the unpruned forward "
+        f"[{number(100 * share['p20'], 2)}, {number(100 * share['p80'], 2)}]."
     )
     return tag("p", text)
 
@@ -80,20 +83,36 @@ def generation_section(record: Record) -> Section:
     elif gains[best]["first"]["p20"] > 1:
         verdict = f"The first token comes soonest with “{best}”: {_spread(gains[best]['first'], 2)} times as fast as unpruned."
     else:
-        verdict = f"No plan shows a faster first token; the best, “{best}”, is at {_spread(gains[best]['first'], 2)} times the unpruned speed."
+        ratio = _spread(gains[best]["first"], 2)
+        verdict = f"No plan shows a faster first token; the best, “{best}”, is at {ratio} times the unpruned speed."
     rows = []
     for name, t in times.items():
         gain = gains.get(name)
         row: list[Any] = ["unpruned" if name == "base" else name]
-        row += [_cell(t["first"]), _cell(t["per_token"]), _cell(t["total"]), t["kv_bytes"] / 2**20, t["prefill"]["flops"] / 1e9]
+        row += [
+            _cell(t["first"]),
+            _cell(t["per_token"]),
+            _cell(t["total"]),
+            t["kv_bytes"] / 2**20,
+            t["prefill"]["flops"] / 1e9,
+        ]
         row += ["-", "-"] if gain is None else [_cell(gain["first"]), gain["bound"]]
         rows.append(row)
-    head = ["", "first token ms", "ms per token", "total ms", "KV MiB", "prefill GFLOPs", "first token, times as fast", "FLOPs bound"]
+    head = [
+        "",
+        "first token ms",
+        "ms per token",
+        "total ms",
+        "KV MiB",
+        "prefill GFLOPs",
+        "first token, times as fast",
+        "FLOPs bound",
+    ]
     plans = [tag("li", tag("b", name), ": ", plan_text(plan)) for name, plan in data["plans"].items()]
     given = data["conditions"]
     body = join(
         [
-            load_note(record),
+            load_note(record, given),
             table(head, rows, "Generation, median [p20, p80]"),
             tag("h3", "Plans"),
             tag("ul", *plans),
@@ -120,9 +139,13 @@ def eval_section(record: Record) -> Section:
             said.append(f"“{plan}”: {_difference(score, found)}")
         if not scores and (best := next(iter(data["agreement"][plan].items()), None)) is not None:
             name, summary = best
-            said.append(f"“{plan}”: {name} with the unpruned model {_agreement(name, summary)} (no labels, so no accuracy)")
+            said.append(
+                f"“{plan}”: {name} with the unpruned model {_agreement(name, summary)} (no labels, so no accuracy)"
+            )
     verdict = "; ".join(said) + "." if said else "Nothing was scored."
-    body: list[Markup | None] = [tag("ul", *(tag("li", tag("b", n), ": ", plan_text(p)) for n, p in data["plans"].items()))]
+    body: list[Markup | None] = [
+        tag("ul", *(tag("li", tag("b", n), ": ", plan_text(p)) for n, p in data["plans"].items()))
+    ]
     rows = [row for plan, scores in data["scores"].items() for row in _rows(plan, "all", scores)]
     rows += [
         row
@@ -131,10 +154,21 @@ def eval_section(record: Record) -> Section:
         for row in _rows(plan, group, scores)
     ]
     if rows:
-        head = ["plan", "category", "score", "n", "unpruned %", "pruned %", "difference [95 %]", "better", "worse", "could show"]
+        head = [
+            "plan",
+            "category",
+            "score",
+            "n",
+            "unpruned %",
+            "pruned %",
+            "difference [95 %]",
+            "better",
+            "worse",
+            "could show",
+        ]
         body.append(table(head, rows, "Scores, in %; could show: smallest true difference seen with 80 % probability"))
     rows = [
-        [plan, measure, _agreement(measure, s) if measure in _YES_OR_NO else Cell(f"{number(s['mean'], 4)} [{number(s['p20'], 4)}, {number(s['p80'], 4)}]", s["mean"]), s["n"]]
+        [plan, measure, Cell(_agreement(measure, s, spread=True), s["mean"]), s["n"]]
         for plan, measures in data["agreement"].items()
         for measure, s in measures.items()
     ]  # fmt: skip
@@ -143,7 +177,18 @@ def eval_section(record: Record) -> Section:
     rows = [row for plan, scores in (data.get("against_first") or {}).items() for row in _rows(plan, "all", scores)]
     if rows:
         first = next(iter(data["plans"]))
-        head = ["plan", "category", "score", "n", f"{first} %", "this %", "difference [95 %]", "better", "worse", "could show"]
+        head = [
+            "plan",
+            "category",
+            "score",
+            "n",
+            f"{first} %",
+            "this %",
+            "difference [95 %]",
+            "better",
+            "worse",
+            "could show",
+        ]
         body.append(table(head, rows, f"Against the first plan, {first}"))
     if data["failures"]:
         items = [tag("li", f"{failure['where']}: {failure['reason']}") for failure in data["failures"][:20]]
@@ -163,7 +208,11 @@ def _difference(score: str, found: Mapping[str, Any]) -> str:
     ends = f"difference {100 * found['difference']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
     if low > 0 or high < 0:
         return f"{change}, {ends}"
-    could = "" if found["detectable"] is None else f"; {found['n']} samples could have shown {number(100 * found['detectable'], 1)} points"
+    could = (
+        ""
+        if found["detectable"] is None
+        else f"; {found['n']} samples could have shown {number(100 * found['detectable'], 1)} points"
+    )
     return f"{change}, no difference shown ({ends}{could})"
 
 
@@ -189,10 +238,11 @@ def _rows(plan: str, group: str, scores: Mapping[str, Any]) -> list[list[Any]]:
     return rows
 
 
-def _agreement(name: str, summary: Mapping[str, Any]) -> Any:
+def _agreement(name: str, summary: Mapping[str, Any], *, spread: bool = False) -> str:
     if name in _YES_OR_NO:
         return f"{100 * summary['mean']:.1f} %"
-    return number(summary["mean"], 4)
+    ends = (summary["p20"], summary["p80"]) if spread else (None, None)
+    return interval(summary["mean"], *ends, digits=4)
 
 
 def _spread(spread: Mapping[str, Any], digits: int) -> str:

@@ -1,6 +1,7 @@
 """The page: one file, nothing fetched, readable without JavaScript."""
 
 import base64
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from importlib import resources
@@ -15,7 +16,14 @@ from .trade import trade_section
 
 LIMIT = 5_000_000  # bytes of a report
 _SIDES = (320, 240, 160, 96)  # pixels of a picture, tried in this order until the page is small enough
-_STRUCTURE = (KeyError, TypeError, IndexError, AttributeError, ValueError, ArithmeticError)  # what a field of another shape raises
+_STRUCTURE = (
+    KeyError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    ValueError,
+    ArithmeticError,
+)  # what a field of another shape raises
 
 
 def make_report(records: Sequence[Record], limit: int = LIMIT) -> str:
@@ -38,8 +46,8 @@ def make_report(records: Sequence[Record], limit: int = LIMIT) -> str:
         if size <= limit:
             return page
     raise ValueError(
-        f"the report would have {size / 1e6:.1f} MB with the smallest pictures, and at most {limit / 1e6:.1f} MB are written: give "
-        f"fewer records than these {len(records)}, or make them with --limit"
+        f"the report would have {size / 1e6:.1f} MB with the smallest pictures, and at most {limit / 1e6:.1f} MB are written: "
+        f"give fewer records than these {len(records)}, or make them with --limit"
     )
 
 
@@ -48,16 +56,41 @@ def _page(records: Sequence[Record], side: int) -> str:
     trade = trade_section(records)
     style, script = _file("page.css"), _file("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    policy = (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; "
+        "form-action 'none'"
+    )
+    titles = [section.title for section in sections]
+    sections = [
+        dataclasses.replace(section, title=f"{section.title} ({record.name})")
+        if titles.count(section.title) > 1
+        else section
+        for section, record in zip(sections, records, strict=True)
+    ]
     title = sections[0].title if len(sections) == 1 else f"{len(sections)} records"
-    verdicts = [tag("li", tag("a", section.title, href=f"#r{i}"), ": ", section.verdict) for i, section in enumerate(sections)]
+    verdicts = [
+        tag("li", tag("a", section.title, href=f"#r{i}"), ": ", section.verdict) for i, section in enumerate(sections)
+    ]
     if trade is not None:
         verdicts.append(tag("li", tag("a", "Accuracy against speed", href="#trade"), ": ", trade[0]))
-    lead = tag("p", sections[0].verdict, class_="verdict") if len(verdicts) == 1 else tag("ul", *verdicts, class_="verdicts")
+    lead = (
+        tag("p", sections[0].verdict, class_="verdict")
+        if len(verdicts) == 1
+        else tag("ul", *verdicts, class_="verdicts")
+    )
     parts = [tag("h1", f"saint report: {title}"), lead]
     if trade is not None:
         heading = tag("h2", "Accuracy against speed", id="trade-title")
-        parts.append(tag("section", heading, tag("p", trade[0], class_="verdict"), trade[1], id="trade", aria_labelledby="trade-title"))
+        parts.append(
+            tag(
+                "section",
+                heading,
+                tag("p", trade[0], class_="verdict"),
+                trade[1],
+                id="trade",
+                aria_labelledby="trade-title",
+            )
+        )
     parts += [_shown(section, f"r{i}", repeat=len(verdicts) > 1) for i, section in enumerate(sections)]
     head = tag(
         "head",
@@ -69,7 +102,9 @@ def _page(records: Sequence[Record], side: int) -> str:
         tag("title", f"saint report: {title}"),
         tag("style", Markup(style)),
     )
-    body = tag("body", tag("main", *parts), tag("div", id="tip", role="status", hidden=True), tag("script", Markup(script)))
+    body = tag(
+        "body", tag("main", *parts), tag("div", id="tip", role="status", hidden=True), tag("script", Markup(script))
+    )
     return f'<!DOCTYPE html>\n<html lang="en">{head}{body}</html>\n'
 
 
@@ -91,7 +126,8 @@ def _section(record: Record, prefix: str, side: int) -> Section:
     except _STRUCTURE as error:
         what = f"no field {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
-            f"{record.name}: not what a record of the kind {record.kind} holds ({what}): write it again with this version of saint"
+            f"{record.name}: not what a record of the kind {record.kind} holds ({what}): write it again with this "
+            "version of saint"
         ) from error
 
 

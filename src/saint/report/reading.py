@@ -69,7 +69,9 @@ def _read(path: Path) -> Record:
         raise ValueError(f"{path}: a report takes records of the kinds {_listed(list(KINDS))}; this file has {came}")
     version = data.get("version")
     if version != VERSION:
-        raise ValueError(f"{path}: a record of format {VERSION} is expected, got {version!r:.20}: write it again, or update saint")
+        raise ValueError(
+            f"{path}: a record of format {VERSION} is expected, got {version!r:.20}: write it again, or update saint"
+        )
     return Record(path.name, path.parent, data)
 
 

@@ -39,7 +39,9 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         for stage in stages if isinstance(stages, list) else [stages] if stages else []:
             method = dict(stage["method"])
             name = method.pop(_METHOD)
-            settings = ", ".join(f"{key} {value:g}" if _is_number(value) else f"{key} {value}" for key, value in method.items())
+            settings = ", ".join(
+                f"{key} {value:g}" if _is_number(value) else f"{key} {value}" for key, value in method.items()
+            )
             more = [f"{key} {stage[key]}" for key in _SHOWN if stage.get(key) not in (None, _PLAIN.get(key))]
             slots.append(f"{slot}: {name} ({settings})" + "".join(f", {text}" for text in more))
     return "; ".join(slots) or "nothing is dropped"
@@ -50,14 +52,18 @@ def plan_method(plan: Mapping[str, Any]) -> str:
     names = []
     for slot in ("vision", "connector", "language"):
         stages = plan.get(slot)
-        names += [str(s["method"][_METHOD]) for s in (stages if isinstance(stages, list) else [stages] if stages else [])]
+        names += [
+            str(s["method"][_METHOD]) for s in (stages if isinstance(stages, list) else [stages] if stages else [])
+        ]
     return " + ".join(dict.fromkeys(names)) or "none"
 
 
 def plan_box(plan: Mapping[str, Any], line: str | None = None) -> Markup:
     """A plan in words, and the line that ``--plan`` takes."""
     text = line if line is not None else json.dumps(plan, separators=(",", ":"))
-    return tag("div", tag("p", plan_text(plan)), details("the plan, to paste behind --plan", tag("pre", text, tabindex="0")))
+    return tag(
+        "div", tag("p", plan_text(plan)), details("the plan, to paste behind --plan", tag("pre", text, tabindex="0"))
+    )
 
 
 def conditions(record: Record, **more: Any) -> Markup:
@@ -73,7 +79,9 @@ def conditions(record: Record, **more: Any) -> Markup:
     settings = data.get("settings") or {}
     seed = next((place["seed"] for place in (data, settings, given) if place.get("seed") is not None), None)
     versions = ", ".join(
-        f"{name} {env[name]}" for name in ("torch", "timm", "transformers", "open_clip", "numpy", "pillow", "python") if env.get(name)
+        f"{name} {env[name]}"
+        for name in ("torch", "timm", "transformers", "open_clip", "numpy", "pillow", "python")
+        if env.get(name)
     )
     threads = given.get("threads", env.get("threads"))
     device = env.get("device_name") or env.get("device")
@@ -81,7 +89,10 @@ def conditions(record: Record, **more: Any) -> Markup:
     return facts(
         [
             ("model", data.get("model", given.get("model"))),
-            ("weights", "random (--no-pretrained): numbers about accuracy mean nothing" if pretrained is False else None),
+            (
+                "weights",
+                "random (--no-pretrained): numbers about accuracy mean nothing" if pretrained is False else None,
+            ),
             *((name.replace("_", " "), value) for name, value in more.items()),
             ("device", f"{device}{f', {threads} thread(s)' if threads is not None else ''}" if device else None),
             ("data type", given.get("dtype")),
@@ -109,13 +120,14 @@ def names(values: list[str], most: int = 6) -> str:
     return f"{len(values)} ({shown})" if values else "0"
 
 
-def load_note(record: Record) -> Markup | None:
-    """Says when the machine was busy during a timing."""
-    given = record.data.get("conditions") or {}
+def load_note(record: Record, given: Mapping[str, Any]) -> Markup | None:
+    """Says when the machine was busy before a timing, whose conditions are ``given``."""
     load, cores = given.get("load_average"), (record.data.get("environment") or {}).get("cores")
     if load is None or not cores or load <= 0.5 * cores:
         return None
-    return tag("p", f"The machine was busy before the timing (load average {number(load, 1)} on {cores} cores).", class_="warn")
+    return tag(
+        "p", f"The machine was busy before the timing (load average {number(load, 1)} on {cores} cores).", class_="warn"
+    )
 
 
 def charts(*figures: Markup | None) -> Markup:

@@ -51,7 +51,9 @@ def trades(records: Sequence[Record]) -> list[Trade]:
         for timed_as, speed in speeds.get(key, []):
             named = name if name not in ("", "default", "plan1") else timed_as or plan_text(plan)
             label = f"{named} ({speed.what})"
-            point = Point(label, plan_method(plan), speed.median, quality.value, speed.low, speed.high, quality.low, quality.high)
+            point = Point(
+                label, plan_method(plan), speed.median, quality.value, speed.low, speed.high, quality.low, quality.high
+            )
             made.append(Trade(key[0], quality.measure, quality.base, point))
     return made
 
@@ -64,12 +66,22 @@ def _speeds(record: Record) -> Iterator[tuple[str, str, Mapping[str, Any], _Spee
     data = record.data
     if record.kind == "bench/encoder":
         s, given = data["speedup"], data["conditions"]
-        yield data["model"], "", data["plan"], _Speed(s["median"], s["p20"], s["p80"], f"batch {given['batch']}, {given['dtype']}")
+        yield (
+            data["model"],
+            "",
+            data["plan"],
+            _Speed(s["median"], s["p20"], s["p80"], f"batch {given['batch']}, {given['dtype']}"),
+        )
     elif record.kind == "bench/generation":
         given = data["conditions"]
         for name, plan in data["plans"].items():
             s = data["gains"][name]["first"]
-            yield data["model"], name, plan, _Speed(s["median"], s["p20"], s["p80"], f"first token, batch {given['batch']}, {given['dtype']}")
+            yield (
+                data["model"],
+                name,
+                plan,
+                _Speed(s["median"], s["p20"], s["p80"], f"first token, batch {given['batch']}, {given['dtype']}"),
+            )
     elif record.kind == "demo":
         yield data["model"], "", data["plan"], _Speed(data["speedup"], None, None, "demo, batch 1")
 
@@ -89,7 +101,8 @@ def _qualities(record: Record) -> Iterator[tuple[str, str, Mapping[str, Any], _Q
                     yield model, name, plan, _Quality(f"{measure} with the unpruned model", s["mean"], None, None, 1.0)
     elif record.kind == "demo":
         agreement = data["agreement"]
-        yield data["model"], "", data["plan"], _Quality(f"{agreement['measure']} with the unpruned model (demo)", agreement["mean"], None, None, 1.0)  # fmt: skip
+        measure = f"{agreement['measure']} with the unpruned model (demo)"
+        yield data["model"], "", data["plan"], _Quality(measure, agreement["mean"], None, None, 1.0)
 
 
 def trade_section(records: Sequence[Record]) -> tuple[str, Markup] | None:
@@ -97,14 +110,23 @@ def trade_section(records: Sequence[Record]) -> tuple[str, Markup] | None:
     groups: dict[tuple[str, str], list[Trade]] = {}
     for trade in trades(records):
         groups.setdefault((trade.model, trade.measure), []).append(trade)
-    if not groups:
+    if not groups or len(records) < 2:  # a demo alone has both of one plan, and its own section says them
         return None
     figures, tables, said = [], [], []
     for (model, measure), own in groups.items():
         points = [Point("unpruned", "unpruned", 1.0, own[0].base), *(trade.point for trade in own)]
         best = front(points)
         note = "whiskers: p20 to p80 of speed, 95 % interval of quality; the line joins plans that none beats in both"
-        figures.append(scatter(f"{model}: {measure}", points, x="measured speed-up", y=measure, note=note))
+        figures.append(
+            scatter(
+                f"{model}: {measure}",
+                points,
+                x="measured speed-up",
+                y=measure,
+                axis=measure.partition(" with ")[0][:30],
+                note=note,
+            )
+        )
         rows = [
             [
                 Cell(f"{i}: {p.name}", float(i)),
@@ -119,5 +141,3 @@ def trade_section(records: Sequence[Record]) -> tuple[str, Markup] | None:
         said.append(f"{model}, {measure}: {len(best)} of {len(points)} unbeaten in both, the unpruned model counted")
     sentence = f"Of plans with both a measured speed and a quality: {'; '.join(said)}."
     return sentence, join([tag("div", *figures, class_="charts"), *tables])
-
-
