@@ -13,9 +13,10 @@ from PIL import Image
 import saint
 from saint import extras, loading
 from saint.cli import COMMANDS, main
-from saint.cli.common import make_plan, parse_layers
+from saint.cli.common import make_plan
 from saint.loading import DownloadError, load_images, load_model
 from saint.loading.photos import names_of
+from saint.loading.plans import parse_layers
 from saint.plan import Plan
 
 TINY = ["timm:test_vit", "--no-pretrained", "--threads", "1", "--device", "cpu"]

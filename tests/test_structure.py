@@ -45,7 +45,7 @@ UPPER = {
     "loading": {"demo"},
     "eval": {"bench", "loading"},
     "report": {"records"},  # reads records; loads no model
-    "ui": {"bench", "view", "demo", "loading"},
+    "ui": {"bench", "view", "demo", "loading", "report"},
     "cli": {"records", "bench", "testing", "view", "demo", "loading", "eval", "report", "ui"},
 }
 # rooms of packages that stand alone: all that they may import, also of their own package
@@ -60,7 +60,7 @@ ROOMS = {
     "demo/scenes": {"records", "demo/pictures"},
     "loading/failures": {"errors"},
     "loading/photos": {"images"},
-    "loading/plans": {"plan", "presets"},
+    "loading/plans": {"plan"},
     "report/charts": {"report/markup"},  # from numbers to pictures
     "report/markup": set(),
     "report/reading": {"records"},

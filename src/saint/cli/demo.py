@@ -34,7 +34,7 @@ from .common import (
     progress,
     warn_busy,
 )
-from .view import dimmed, draw_strips, layer_facts, legend, thumbnail, title
+from .view import dimmed, draw_strips, legend, thumbnail, title
 
 if TYPE_CHECKING:
     from ..bench import Agreement, EncoderBench
@@ -71,6 +71,7 @@ def demo(
     from ..flops import left_out
     from ..records import environment, write_json
     from ..session import pruned
+    from ..view.facts import layer_facts
 
     model = given_model("demo", model, old_model, DEFAULT_MODEL)
     photos, bad = pictures(image, limit)

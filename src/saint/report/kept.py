@@ -301,10 +301,11 @@ def demo_section(record: Record, prefix: str, side: int) -> Section:
     """`saint demo`."""
     data = record.data
     photos, agreement = data["photos"], data["agreement"]
+    faster = f"{number(data['speedup'], 2)} times as fast (FLOPs bound {number(data['flops_bound'], 2)})"
+    same = f"{agreement['measure']} of {number(agreement['mean'], 4)} (lowest {number(agreement['min'], 4)})"
     verdict = (
-        f"With the plan the model runs {number(data['speedup'], 2)} times as fast (FLOPs bound {number(data['flops_bound'], 2)}"
-        f"), and its {agreement['of']} agrees with the unpruned one to a {agreement['measure']} of "
-        f"{number(agreement['mean'], 4)} (lowest {number(agreement['min'], 4)}) on {len(photos)} picture{'s' if len(photos) != 1 else ''}."
+        f"With the plan the model runs {faster}, and its {agreement['of']} agrees with the unpruned one to a {same} on "
+        f"{len(photos)} picture{'s' if len(photos) != 1 else ''}."
     )
     rows = []
     for photo in photos:

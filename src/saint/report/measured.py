@@ -242,7 +242,7 @@ def _agreement(name: str, summary: Mapping[str, Any], *, spread: bool = False) -
     if name in _YES_OR_NO:
         return f"{100 * summary['mean']:.1f} %"
     ends = (summary["p20"], summary["p80"]) if spread else (None, None)
-    return interval(summary["mean"], *ends, digits=4)
+    return interval(summary["mean"], ends[0], ends[1], 4)
 
 
 def _spread(spread: Mapping[str, Any], digits: int) -> str:
