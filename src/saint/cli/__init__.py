@@ -18,6 +18,7 @@ COMMANDS = {  # name -> module; the function (or group of commands) carries the 
     "chat": "chat",
     "view": "view",
     "report": "report",
+    "ui": "ui",
     "list": "tables",
     "env": "tables",
 }

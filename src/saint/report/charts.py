@@ -74,7 +74,7 @@ class _Axes:
 
     def frame(self, x_name: str, y_name: str, *, whole: bool) -> Markup:
         parts = []
-        for y in ticks(self.y0, self.y1, 5):
+        for y in ticks(self.y0, self.y1, 6):
             at = self.up(y)
             parts.append(tag("line", x1=_LEFT, x2=_WIDE - _RIGHT, y1=_n(at), y2=_n(at), class_="grid"))
             parts.append(tag("text", _tick(y), x=_LEFT - 6, y=_n(at + 4), text_anchor="end"))

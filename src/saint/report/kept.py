@@ -167,7 +167,7 @@ def gallery(record: Record, prefix: str, side: int) -> Markup | None:
     """The figures of a record's photographs; sheets that lie beside it where it has no pictures of its own."""
     made, photos = [], record.data.get("photos") or record.data.get("survivors") or []
     for i, photo in enumerate(photos[:MOST]):
-        for j, (name, uri, grid, steps) in enumerate(_pictures(photo, record.data.get("grid"))):
+        for j, (name, uri, grid, steps) in enumerate(pictures_of(photo, record.data.get("grid"))):
             if uri is not None:
                 made.append(figure(name, uri, grid, steps, f"{prefix}-{i}-{j}", side))
     left_out = f"The first {MOST} of {len(photos)} pictures." if len(photos) > MOST else None
@@ -185,7 +185,7 @@ def _own(photos: Sequence[Mapping[str, Any]]) -> bool:
     return any(photo.get("picture") or photo.get("pictures") for photo in photos)
 
 
-def _pictures(
+def pictures_of(
     photo: Mapping[str, Any], grid: Sequence[int] | None
 ) -> Iterable[tuple[str, str | None, Sequence[int], list[Step]]]:
     """Name, picture, grid and steps of each tile of a photograph."""

@@ -1,48 +1,52 @@
 "use strict";
-// sorting: heads become buttons, so that without JavaScript nothing looks like one
-for (const table of document.querySelectorAll("table.sortable")) {
-  const heads = [...table.tHead.rows[0].cells];
-  heads.forEach((head, column) => {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = head.textContent;
-    head.textContent = "";
-    head.append(button);
-    button.addEventListener("click", () => {
-      const up = head.getAttribute("aria-sort") !== "ascending";
-      heads.forEach((other) => other.removeAttribute("aria-sort"));
-      head.setAttribute("aria-sort", up ? "ascending" : "descending");
-      const body = table.tBodies[0];
-      const rows = [...body.rows];
-      const value = (row) => row.cells[column].dataset.key;
-      rows.sort((a, b) => {
-        const [x, y] = [value(a), value(b)];
-        if (x !== undefined && y !== undefined) return (up ? 1 : -1) * (Number(x) - Number(y));
-        if (x !== undefined || y !== undefined) return x === undefined ? 1 : -1; // what is no number comes last
-        return (up ? 1 : -1) * row_text(a, column).localeCompare(row_text(b, column), "en", { numeric: true });
+function activate(root) {
+  // sorting: heads become buttons, so that without JavaScript nothing looks like one
+  for (const table of root.querySelectorAll("table.sortable")) {
+    const heads = [...table.tHead.rows[0].cells];
+    heads.forEach((head, column) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.textContent = head.textContent;
+      head.textContent = "";
+      head.append(button);
+      button.addEventListener("click", () => {
+        const up = head.getAttribute("aria-sort") !== "ascending";
+        heads.forEach((other) => other.removeAttribute("aria-sort"));
+        head.setAttribute("aria-sort", up ? "ascending" : "descending");
+        const body = table.tBodies[0];
+        const rows = [...body.rows];
+        const value = (row) => row.cells[column].dataset.key;
+        rows.sort((a, b) => {
+          const [x, y] = [value(a), value(b)];
+          if (x !== undefined && y !== undefined) return (up ? 1 : -1) * (Number(x) - Number(y));
+          if (x !== undefined || y !== undefined) return x === undefined ? 1 : -1; // what is no number comes last
+          return (up ? 1 : -1) * row_text(a, column).localeCompare(row_text(b, column), "en", { numeric: true });
+        });
+        body.append(...rows);
       });
-      body.append(...rows);
     });
-  });
+  }
+  // sliders over layers
+  for (const figure of root.querySelectorAll("figure.kept")) {
+    const steps = [...figure.querySelectorAll(".step")];
+    const slider = figure.querySelector("input");
+    const said = figure.querySelector("output");
+    const show = () => {
+      const at = Number(slider.value);
+      steps.forEach((step, i) => step.classList.toggle("off", i !== at));
+      said.textContent = steps[at].dataset.label;
+      slider.setAttribute("aria-valuetext", steps[at].dataset.label);
+    };
+    slider.parentElement.hidden = false;
+    slider.addEventListener("input", show);
+    show();
+  }
 }
 function row_text(row, column) {
   return row.cells[column].textContent;
 }
-// sliders over layers
-for (const figure of document.querySelectorAll("figure.kept")) {
-  const steps = [...figure.querySelectorAll(".step")];
-  const slider = figure.querySelector("input");
-  const said = figure.querySelector("output");
-  const show = () => {
-    const at = Number(slider.value);
-    steps.forEach((step, i) => step.classList.toggle("off", i !== at));
-    said.textContent = steps[at].dataset.label;
-    slider.setAttribute("aria-valuetext", steps[at].dataset.label);
-  };
-  slider.parentElement.hidden = false;
-  slider.addEventListener("input", show);
-  show();
-}
+activate(document);
+window.saintActivate = activate; // for what comes into the page later
 // tips: what a title says, at once and for the keyboard too
 const tip = document.getElementById("tip");
 function tell(event) {
