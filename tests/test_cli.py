@@ -293,6 +293,8 @@ def test_threshold_needs_a_method_that_has_one():
 
 
 def test_layers_are_parsed():
+    with pytest.raises(ValueError, match="0-99999999999"):
+        parse_layers("0-99999999999")
     assert parse_layers("first_half") == "first_half"
     assert parse_layers("0-2, 5") == [0, 1, 2, 5]
 

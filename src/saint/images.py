@@ -63,22 +63,27 @@ def read_untrusted(data: bytes, pixels: int = 40_000_000) -> Image.Image:
         ValueError: of another format, too large, or broken.
     """
     expected = f"a {', '.join(SAFE_FORMATS[:-1])} or {SAFE_FORMATS[-1]} image is expected"
+    most = f"at most {pixels / 1e6:.0f} million pixels are decoded; scale it down"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is the stricter one
             with Image.open(io.BytesIO(data), formats=SAFE_FORMATS) as image:
                 width, height = image.size
-                if width * height > pixels:
-                    raise ValueError(
-                        f"the image has {width} x {height} pixels: at most {pixels / 1e6:.0f} million are decoded; scale it down"
-                    )
-                return as_rgb(image)
+                small = width * height <= pixels
+                whole = as_rgb(image) if small else image
     except UnidentifiedImageError as error:
         raise ValueError(f"{expected}; the contents are none of these, whatever the file is called") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"the image has too many pixels: at most {pixels / 1e6:.0f} million are decoded") from error
-    except (OSError, SyntaxError, EOFError, MemoryError) as error:
-        raise ValueError(f"the image is damaged ({' '.join(str(error).split())}); {expected}") from error
+    except Image.DecompressionBombError as error:  # twice Pillow's own limit, also by the header alone
+        raise ValueError(f"the image is too large ({_line(error)}): {most}") from error
+    except (OSError, SyntaxError, EOFError, MemoryError, ValueError) as error:
+        raise ValueError(f"the image is damaged ({_line(error)}); {expected}") from error
+    if not small:
+        raise ValueError(f"the image is too large ({width} x {height} pixels): {most}")
+    return whole
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def data_uri(image: Image.Image, side: int = 320, limit: int = 30_000) -> str:

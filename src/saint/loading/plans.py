@@ -5,6 +5,8 @@ from typing import Any
 
 from ..plan import Plan
 
+_DEEPEST = 10_000  # a range beyond it is a slip, and would fill the memory before the model can say so
+
 
 def read_plan(text: str) -> Plan:
     """The plan that ``text`` is, names or holds: :meth:`saint.Plan.load` of text."""
@@ -39,6 +41,8 @@ def parse_layers(text: str) -> Any:
     try:
         for part in text.split(","):
             first, dash, last = part.strip().partition("-")
+            if dash and int(last) >= _DEEPEST:
+                raise ValueError(f"no model has {_DEEPEST} layers")
             chosen += range(int(first), int(last) + 1) if dash else [int(first)]
     except ValueError as error:
         raise ValueError(f'layers are "first_half", "0-5" or "0,2,4" (0-based), got {text!r}') from error
