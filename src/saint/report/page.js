@@ -49,23 +49,26 @@ activate(document);
 window.saintActivate = activate; // for what comes into the page later
 // tips: what a title says, at once and for the keyboard too
 const tip = document.getElementById("tip");
-function tell(event) {
-  const owner = event.target.closest ? event.target.closest("[data-tip]") : null;
-  if (!owner) {
-    tip.hidden = true;
-    return;
-  }
+let owner = null;
+function place() {
+  tip.hidden = owner === null;
+  if (tip.hidden) return;
   tip.textContent = owner.dataset.tip;
-  tip.hidden = false;
   const box = owner.getBoundingClientRect();
   const left = Math.min(Math.max(6, box.left + box.width / 2 - tip.offsetWidth / 2), innerWidth - tip.offsetWidth - 6);
   const above = box.top - tip.offsetHeight - 8;
   tip.style.left = `${left}px`;
   tip.style.top = `${above > 4 ? above : box.bottom + 8}px`;
 }
+function tell(event) {
+  owner = event.target.closest ? event.target.closest("[data-tip]") : null;
+  place();
+}
 document.addEventListener("mouseover", tell);
 document.addEventListener("focusin", tell);
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") tip.hidden = true;
+  if (event.key !== "Escape") return;
+  owner = null;
+  place();
 });
-document.addEventListener("scroll", () => (tip.hidden = true), { passive: true });
+document.addEventListener("scroll", place, { passive: true }); // focus scrolls, too
