@@ -13,9 +13,10 @@ from PIL import Image
 import saint
 from saint import extras, loading
 from saint.cli import COMMANDS, main
-from saint.cli.common import make_plan, parse_layers
+from saint.cli.common import make_plan
 from saint.loading import DownloadError, load_images, load_model
 from saint.loading.photos import names_of
+from saint.loading.plans import parse_layers
 from saint.plan import Plan
 
 TINY = ["timm:test_vit", "--no-pretrained", "--threads", "1", "--device", "cpu"]
@@ -292,6 +293,8 @@ def test_threshold_needs_a_method_that_has_one():
 
 
 def test_layers_are_parsed():
+    with pytest.raises(ValueError, match="0-99999999999"):
+        parse_layers("0-99999999999")
     assert parse_layers("first_half") == "first_half"
     assert parse_layers("0-2, 5") == [0, 1, 2, 5]
 

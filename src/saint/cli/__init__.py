@@ -17,6 +17,8 @@ COMMANDS = {  # name -> module; the function (or group of commands) carries the 
     "eval": "eval",
     "chat": "chat",
     "view": "view",
+    "report": "report",
+    "ui": "ui",
     "list": "tables",
     "env": "tables",
 }

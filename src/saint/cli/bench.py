@@ -162,9 +162,9 @@ def _generation(
     new_tokens: int,
 ) -> None:
     from ..bench import bench_generation
+    from ..loading.modes import modes
     from ..plan import Plan
     from ..records import environment
-    from .chat import modes
 
     photos, bad = pictures(image, batch)
     plans = modes if plan is None else {plan if "{" not in plan else "plan": make_plan(Plan(), plan, None, None)}

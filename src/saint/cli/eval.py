@@ -154,7 +154,7 @@ def vqa(
     """Answers of a vision-language model to QUESTIONS: right or wrong, and the same as without pruning."""
     from ..eval import evaluate_vqa, read_questions
     from ..eval.vqa import default_prompt, fill
-    from .chat import modes
+    from ..loading.modes import modes
 
     asked, unreadable = read_questions(questions, images)
     if limit is not None and limit < len(asked):

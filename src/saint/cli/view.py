@@ -70,6 +70,7 @@ def view(
     from ..loading.vlm import is_vlm
     from ..records import environment
     from ..session import pruned
+    from ..view.facts import layer_facts
 
     model, image = _old_arguments(model, image, old_model)
     if is_vlm(model):
@@ -94,7 +95,7 @@ def view(
         out.print(str(file), highlight=False)
     if json is not None:
         facts = [
-            {"name": photo.name, "layers": [layer_facts(t) for t in trace]}
+            {"name": photo.name, **thumbnail(loaded, photo), "layers": [layer_facts(t) for t in trace]}
             for photo, trace in zip(photos, traces, strict=True)
         ]
         record = {
@@ -138,10 +139,12 @@ def _view_vlm(
 ) -> None:
     import torch
 
+    from ..images import data_uri
+    from ..loading.modes import modes
     from ..records import environment
     from ..session import pruned
+    from ..view.facts import steps_of
     from ..view.tiles import tiles, visual_tokens
-    from .chat import modes
 
     photos, bad = pictures(image, limit)
     loaded = load_generator(model, device, threads=threads, pretrained=pretrained)
@@ -157,13 +160,14 @@ def _view_vlm(
             seen = tiles(loaded.model, loaded.processor, inputs)
             files.append(draw_tiles(f"{model}: {title(photo)}", f"{prompt!r}  \u00b7  {legend(chosen)}", seen, trace, total,
                                     folder / f"kept_{photo.name}.png"))  # fmt: skip
-            steps = [
-                {"stage": t.stage, **layer_facts(t, sample), "sample": sample}
-                for t in trace
-                for sample in range(len(t.kept))
-            ]
             facts.append(
-                {"name": photo.name, "visual_tokens": total, "tiles": [tile.grid for tile in seen], "layers": steps}
+                {
+                    "name": photo.name,
+                    "visual_tokens": total,
+                    "tiles": [tile.grid for tile in seen],
+                    "pictures": [data_uri(tile.picture) for tile in seen],
+                    "layers": steps_of(trace),
+                }
             )
             tick()
     for file in files:
@@ -210,14 +214,11 @@ def draw_tiles(
     return path
 
 
-def layer_facts(trace: "LayerTrace", sample: int = 0) -> dict[str, Any]:
-    """One sample's survivors at one drop point, as plain data."""
-    return {
-        "layer": trace.layer,
-        "tokens_in": int(trace.tokens_in[sample]),
-        "tokens_out": int(trace.tokens_out[sample]),
-        "kept": trace.kept[sample].tolist(),
-    }
+def thumbnail(loaded: "Loaded", photo: "Photo") -> dict[str, str]:
+    """ "picture": what the model sees of the photo, small, as text; nothing where it sees no fixed crop."""
+    from ..images import data_uri
+
+    return {} if loaded.source.batch is not None else {"picture": data_uri(loaded.picture(photo.image))}
 
 
 def title(photo: "Photo") -> str:
