@@ -203,7 +203,7 @@ def similar_survivor(points: Tensor, selection: Selection) -> Tensor:
 
     Args:
         points: unit metric of the current slots, [B, N, D] (see ``graph.metric``).
-        selection: who stays.
+        selection: the slots that stay.
 
     Returns:
         int64 [B, N] into the new slots.
@@ -213,11 +213,11 @@ def similar_survivor(points: Tensor, selection: Selection) -> Tensor:
     similarity = points @ survivors.mT
     if selection.valid is not None:
         similarity = similarity.masked_fill(~selection.valid[:, None], -torch.inf)
-    owner = similarity.argmax(-1)
+    nearest = similarity.argmax(-1)  # [B, N]
     new = torch.arange(selection.slots.shape[1], device=points.device).expand(batch, -1)
     if selection.valid is None:
-        return owner.scatter(1, selection.slots, new)
-    # padding slots name tokens that went: they must not claim to be their own survivors
+        return nearest.scatter(1, selection.slots, new)
+    # padding slots name tokens that went: they are not their own survivors
     own = torch.full((batch, count), -1, device=points.device, dtype=new.dtype)
     own = own.scatter(1, selection.slots, torch.where(selection.valid, new, -1))
-    return torch.where(own >= 0, own, owner)
+    return torch.where(own >= 0, own, nearest)

@@ -51,7 +51,7 @@ class TokenMap:
 
     @property
     def whole(self) -> bool:
-        """Nobody has been dropped from any sample."""
+        """Whether no token of any sample has been dropped."""
         return self.lengths == self.total
 
     def kept(self) -> list[Tensor]:
@@ -155,7 +155,7 @@ class Candidates:
     Attributes:
         keys: attention keys averaged over heads, [B, N, D], the layer's dtype.
         features: the candidates' residual stream, [B, N, C].
-        tokens: who they are; ``tokens.valid`` masks padding.
+        tokens: token map of the candidates; ``tokens.valid`` masks padding.
         step: this is drop point ``step`` (0-based) of ``steps`` of the stage.
         steps: drop points of the stage.
         attention: for methods that need "last_query": attention of the last prompt token at this layer, averaged over heads,

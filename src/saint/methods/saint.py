@@ -27,7 +27,7 @@ class Saint(Method):
 
     With ``budget="sample"`` each sample drops as many tokens as it has votes (our default), with ``"batch"`` every
     sample drops the batch mean, rounded down (the published rule: results then depend on the batch mates). With a number,
-    the votes are ignored and the stage as a whole keeps that many tokens, the same share at every drop point.
+    the votes are ignored and the complete stage keeps that many tokens, the same share at every drop point.
     """
 
     name: ClassVar[str] = "saint"

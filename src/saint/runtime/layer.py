@@ -56,7 +56,7 @@ class DropPoint:
         method: what decides; None where candidates are only shown to observers.
         step: this is drop point ``step`` (0-based) of ``steps`` of its stage in the plan.
         steps: drop points of that stage.
-        needs: what is computed on demand for whoever looks at the candidates.
+        needs: what is computed on demand for the method and the observers of the candidates.
         shown: observers see the candidates.
         group: which stage of its slot it belongs to.
     """
