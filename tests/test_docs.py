@@ -108,7 +108,9 @@ def test_python_blocks_run(file, tmp_path, monkeypatch):
     scope = namespace()
     processor = Words(scope["inputs"])
     monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: processor)
-    monkeypatch.setattr(LlavaForConditionalGeneration, "from_pretrained", lambda *_, **__: FAMILIES["llava-llama"].build())
+    monkeypatch.setattr(
+        LlavaForConditionalGeneration, "from_pretrained", lambda *_, **__: FAMILIES["llava-llama"].build()
+    )
     if file.name == "evaluation.md":
         scope["plan"] = saint.Plan(vision=saint.Saint(budget=0.5))
     for number, code in enumerate(blocks(file, "python"), 1):

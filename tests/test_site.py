@@ -41,7 +41,9 @@ def test_nothing_is_fetched_by_configuration():
 
 def test_the_reference_names_the_public_surface():
     named = re.findall(r"^::: (\S+)", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
-    members = set(re.findall(r"\w+", " ".join(re.findall(r"members: \[(.*)\]", (ROOT / "docs" / "reference.md").read_text()))))
+    members = set(
+        re.findall(r"\w+", " ".join(re.findall(r"members: \[(.*)\]", (ROOT / "docs" / "reference.md").read_text())))
+    )
     errors = {name for name in saint.__all__ if name.endswith("Error")}  # all of them, by their module
     modules = {"__version__", "graph", "methods", "testing", "plan"}
     assert {f"saint.{name}" for name in set(saint.__all__) - modules - errors} <= set(named)
