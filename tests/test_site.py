@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import saint
+from saint.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
@@ -96,4 +97,16 @@ def test_docstrings_read_as_pages(site):
     assert not re.findall(r":(?:class|func|meth|attr):", text)
     assert 'id="saint.Saint.threshold"' in text, "the comment behind a field is its description"
     assert "cosine from which two tokens count as similar" in text
+    assert not re.findall(r"<b><code><span title=[^>]*>[^<]*,", text), (
+        "an entry describes several names: give each a line"
+    )
     assert not re.findall(r"&gt;&gt;&gt; </p>|<blockquote>\s*<blockquote>", text), "an example is shown as a quotation"
+
+
+def test_the_command_line_page_has_every_command_with_an_example():
+    sections = re.split(r"^## saint ", (ROOT / "docs" / "cli.md").read_text(), flags=re.MULTILINE)[1:]
+    found = {section.split("\n", 1)[0]: section for section in sections}
+    assert len(sections) == len(found), "a section is there twice"
+    assert sorted(found) == sorted(COMMANDS)
+    for name, section in found.items():
+        assert re.search(rf"^```bash\n(?:.*\n)*?saint {name}\b", section, re.MULTILINE), name
