@@ -176,9 +176,7 @@ def _check_together(name: str, stages: tuple[Stage, ...]) -> None:
     for setting in ("output", "evict"):
         if len({getattr(stage, setting) for stage in stages}) > 1:
             values = ", ".join(repr(getattr(stage, setting)) for stage in stages)
-            raise ValueError(
-                f"{setting} is a property of the whole {name} slot: give all its stages the same, got {values}"
-            )
+            raise ValueError(f"{setting} is a property of the {name} slot: give all its stages the same, got {values}")
     _check_order(name, [(s, list(s.layers) if isinstance(s.layers, tuple) else None) for s in stages])
 
 
