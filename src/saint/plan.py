@@ -224,7 +224,9 @@ class Plan:
     them. A bare method stands for ``Stage(method)``.
 
     Attributes:
-        vision, connector, language: the :class:`Stage` of the slot, a tuple of stages where several were given, or None.
+        vision: the :class:`Stage` of the slot, a tuple of stages where several were given, or None.
+        connector: likewise.
+        language: likewise.
 
     Raises:
         ValueError: a stage that its slot cannot have, or stages of one slot that cannot go together.
