@@ -44,9 +44,10 @@ UPPER = {
     "demo": {"records"},
     "loading": {"demo"},
     "eval": {"bench", "loading"},
+    "analysis": {"bench", "eval", "loading"},
     "report": {"records"},  # reads records; loads no model
     "ui": {"bench", "view", "demo", "loading", "report"},
-    "cli": {"records", "bench", "testing", "view", "demo", "loading", "eval", "report", "ui"},
+    "cli": {"records", "bench", "testing", "view", "demo", "loading", "eval", "analysis", "report", "ui"},
 }
 # rooms of packages that stand alone: all that they may import, also of their own package
 ROOMS = {
@@ -56,6 +57,11 @@ ROOMS = {
     "eval/loop": {"errors", "extras", "eval/journal"},
     "eval/report": {"plan", "session", "eval/compare", "eval/loop"},
     "eval/data": {"extras", "images", "loading/failures", "eval/loop"},
+    "analysis/similarity": {"graph"},  # formulas, here and in the next four
+    "analysis/attention": set(),
+    "analysis/geometry": set(),
+    "analysis/bootstrap": set(),
+    "analysis/stages": {"analysis/bootstrap"},
     "bench/timing": set(),
     "demo/scenes": {"records", "demo/pictures"},
     "loading/failures": {"errors"},

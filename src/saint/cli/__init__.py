@@ -17,6 +17,7 @@ COMMANDS = {  # name -> module; the function (or group of commands) carries the 
     "eval": "eval",
     "chat": "chat",
     "view": "view",
+    "analyze": "analyze",
     "report": "report",
     "ui": "ui",
     "list": "tables",

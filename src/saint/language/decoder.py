@@ -137,7 +137,8 @@ class PrunedDecoder(LayerStack[DecoderForward]):
     ) -> None:
         super().__init__(path, model, layers, points, DecoderForward, observers)
         self.between, self.evict = between, evict
-        if not (enters or self.entries or evict):
+        looks = observers.everywhere and not any(point.method is not None for point in points)
+        if not (enters or self.entries or evict or looks):
             self.first = min(self.points, default=self.depth)
         self.token = SessionToken()
         self.parameters = Parameters(type(model).forward)

@@ -11,7 +11,7 @@ Letters: Q sequences, S tokens of a sequence, P prefix tokens, B samples, N cand
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -23,9 +23,10 @@ from ..gathers import gather_tokens, merge_tokens
 from ..patch import Uncopyable, override, refuse_replicas
 from ..tokens import Candidates, LayerTrace, Selection, reads_are_free
 from ..upstream.autograd import checkpointed
+from .attended import Attended, Attending
 from .blocks import Block
 from .forwards import Forwards
-from .observe import Observers, Stopwatch, seconds
+from .observe import Observers, Passed, Stopwatch, seconds
 from .state import Forward, LayerState
 
 
@@ -328,7 +329,9 @@ class PrunedLayer(Uncopyable):
             call = checkpointed(block.module, block.first)
         elif args:
             call = lambda x, **given: self.original(x, *args, **given)  # noqa: E731
-        out, seen = stack.run(forward, layer, state, call, x, kwargs)
+        came, before = state, x
+        with self._listening(state):
+            out, seen = stack.run(forward, layer, state, call, x, kwargs)
         y = out[0] if isinstance(out, tuple) else out
         if point is not None:
             assert seen is not None
@@ -336,9 +339,23 @@ class PrunedLayer(Uncopyable):
         if self.split:
             assert block is not None
             y = checkpointed(block.module, block.second)(y)
+        for _, tell in stack.observers.layer:
+            tell(stack.stage, layer, Passed(before.detach(), y.detach(), stack.prefix, came, state))
         y = stack.leave(forward, layer, state, y, kwargs)
         y = y.squeeze(0) if stack.packed else y
         return (y, *out[1:]) if isinstance(out, tuple) else y
+
+    def _listening(self, state: LayerState) -> AbstractContextManager[Any]:
+        """Tells observers of the attention that runs inside."""
+        stack, listeners = self.stack, self.stack.observers.attention
+        if not listeners:
+            return nullcontext()
+
+        def tell_all(attended: Attended) -> None:
+            for _, tell in listeners:
+                tell(stack.stage, self.layer, attended)
+
+        return Attending(tell_all, stack.prefix, state)
 
     def _tell(self, elapsed: float) -> None:
         stack, observers, stage = self.stack, self.stack.observers, self.stack.stage
