@@ -13,9 +13,10 @@ from PIL import Image
 import saint
 from saint import extras, loading
 from saint.cli import COMMANDS, main
-from saint.cli.common import make_plan, parse_layers
+from saint.cli.common import make_plan
 from saint.loading import DownloadError, load_images, load_model
 from saint.loading.photos import names_of
+from saint.loading.plans import parse_layers
 from saint.plan import Plan
 
 TINY = ["timm:test_vit", "--no-pretrained", "--threads", "1", "--device", "cpu"]
@@ -125,6 +126,21 @@ def test_view_draws_and_records(run, folder, tmp_path):
     assert "kept_sky.png" in said
     assert [f.name for f in out.iterdir()] == ["kept_sky.png"]
     assert json.loads((tmp_path / "v.json").read_text())["grid"] == [10, 10]
+
+
+def test_view_says_why_patches_leave(run, folder, tmp_path):
+    out, sky = tmp_path / "out", folder / "sky.png"
+    code, said, err = run("view", *TINY, "--image", sky, "--threshold", 0.5, "--why", "--patch", "3,4", "--out", out)
+
+    assert code == 0, err
+    assert {path.name for path in out.iterdir()} == {"kept_sky.png", "why_sky.png"}
+    assert "why_sky.png" in said
+    plain = Image.open(out / "why_sky.png")
+    run("view", *TINY, "--image", sky, "--threshold", 0.5, "--why", "--out", out)
+    assert Image.open(out / "why_sky.png").tobytes() != plain.tobytes()  # without the graph around a patch
+    for patch, words in (("3", "ROW,COLUMN"), ("a,b", "ROW,COLUMN"), ("99,0", "not on the grid")):
+        one_line(run("view", *TINY, "--image", sky, "--why", "--patch", patch, "--out", out)[2], words)
+    one_line(run("view", *TINY, "--image", sky, "--patch", "3,4", "--out", out)[2], "--why")
 
 
 def test_the_old_way_to_name_model_and_picture_still_works_with_a_note(run, folder, tmp_path):
@@ -292,6 +308,8 @@ def test_threshold_needs_a_method_that_has_one():
 
 
 def test_layers_are_parsed():
+    with pytest.raises(ValueError, match="0-99999999999"):
+        parse_layers("0-99999999999")
     assert parse_layers("first_half") == "first_half"
     assert parse_layers("0-2, 5") == [0, 1, 2, 5]
 

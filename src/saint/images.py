@@ -1,6 +1,8 @@
-"""Image files as every model here is given them: upright, opaque, 8-bit RGB."""
+"""Image files as every model here is given them: upright, opaque, 8-bit RGB; and images as text inside other files."""
 
+import base64
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -41,3 +43,64 @@ def read_image(source: Path | bytes) -> Image.Image:
 def endings() -> set[str]:
     """File endings of the formats that the installed Pillow reads, lower case with a point: {".jpg", ".png", ...}."""
     return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+SAFE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+_PREFIX = "data:image/jpeg;base64,"
+
+
+def read_untrusted(data: bytes, pixels: int = 40_000_000) -> Image.Image:
+    """An image from untrusted bytes as upright, opaque, 8-bit RGB; the first frame of an animation.
+
+    The size is read off the header before anything is decoded, and only decoders of ``SAFE_FORMATS`` see the bytes, whatever a
+    file is called.
+
+    Args:
+        data: contents of a file.
+        pixels: width x height of the largest image that is decoded.
+
+    Raises:
+        ValueError: of another format, too large, or broken.
+    """
+    expected = f"a {', '.join(SAFE_FORMATS[:-1])} or {SAFE_FORMATS[-1]} image is expected"
+    most = f"at most {pixels / 1e6:.0f} million pixels are decoded; scale it down"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is the stricter one
+            with Image.open(io.BytesIO(data), formats=SAFE_FORMATS) as image:
+                width, height = image.size
+                small = width * height <= pixels
+                whole = as_rgb(image) if small else image
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{expected}; the contents are none of these, whatever the file is called") from error
+    except Image.DecompressionBombError as error:  # twice Pillow's own limit, also by the header alone
+        raise ValueError(f"the image is too large ({_line(error)}): {most}") from error
+    except (OSError, SyntaxError, EOFError, MemoryError, ValueError) as error:
+        raise ValueError(f"the image is damaged ({_line(error)}); {expected}") from error
+    if not small:
+        raise ValueError(f"the image is too large ({width} x {height} pixels): {most}")
+    return whole
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def data_uri(image: Image.Image, side: int = 320, limit: int = 30_000) -> str:
+    """A small JPEG of ``image`` as text: "data:image/jpeg;base64,...".
+
+    Args:
+        image: RGB.
+        side: pixels of its longer side at most.
+        limit: length of the text at most; quality, then size go down until it fits.
+    """
+    small = image.convert("RGB")
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    while True:
+        for quality in (85, 70, 50):
+            buffer = io.BytesIO()
+            small.save(buffer, "JPEG", quality=quality, optimize=True)
+            text = _PREFIX + base64.b64encode(buffer.getvalue()).decode()
+            if len(text) <= limit or max(small.size) <= 32:
+                return text
+        small = small.resize((max(1, small.width * 4 // 5), max(1, small.height * 4 // 5)), Image.Resampling.LANCZOS)

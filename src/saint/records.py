@@ -1,4 +1,4 @@
-"""Result files: what was measured, and under which conditions. JSON, written whole or not at all."""
+"""Result files: what was measured, and under which conditions. JSON, written completely or not at all."""
 
 import json
 import math
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .upstream.versions import installed
 
 VERSION = 1
 
@@ -33,6 +32,8 @@ def environment(device: Any = None) -> dict[str, Any]:
         device: ``torch.device`` or its name; None means the best one there is.
     """
     import torch
+
+    from .upstream.versions import installed  # loads torch, which writing a file does not need
 
     cuda = torch.cuda.is_available()
     device = torch.device(device if device is not None else "cuda" if cuda else "cpu")

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ BASE = "base"
 
 @dataclasses.dataclass(frozen=True)
 class GenerationTimes:
-    """One variant. Times are of the whole batch.
+    """One variant. Times are of the full batch.
 
     Attributes:
         first: ms from the call of ``generate`` to the first new token (prefill, image encoder included).
@@ -101,6 +101,31 @@ class Clock:
         synchronize(self.device)
         self.stamps.append(time.perf_counter() - self._start)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+class TimedAnswer(NamedTuple):
+    """A greedy answer to one prompt, and when its tokens came."""
+
+    tokens: Tensor  # [new tokens]
+    first_ms: float
+    total_ms: float
+
+
+def timed_answer(model: Any, inputs: Mapping[str, Any], length: int, device: torch.device) -> TimedAnswer:
+    """Generate greedily once.
+
+    Args:
+        model: a vision-language model, with or without a plan.
+        inputs: keyword arguments of ``generate``, of one prompt.
+        length: tokens at most.
+        device: of the model.
+    """
+    clock = Clock(device)
+    clock.start()
+    with torch.no_grad():
+        ids = model.generate(**inputs, max_new_tokens=length, do_sample=False, num_beams=1, stopping_criteria=[clock])
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    return TimedAnswer(new, 1e3 * clock.stamps[0], 1e3 * clock.stamps[-1])
 
 
 def bench_generation(

@@ -18,6 +18,8 @@ COMMANDS = {  # name -> module; the function (or group of commands) carries the 
     "chat": "chat",
     "view": "view",
     "analyze": "analyze",
+    "report": "report",
+    "ui": "ui",
     "list": "tables",
     "env": "tables",
 }
@@ -74,5 +76,5 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _not_enums(record: logging.LogRecord) -> bool:
-    """Two lines that torchao causes on import (transformers and peft import it), which nobody can do anything about."""
+    """Two lines that torchao causes on import (transformers and peft import it), which no setting avoids."""
     return "register_constant() on Enum subclasses" not in record.getMessage()

@@ -45,6 +45,7 @@ def chat(
 ) -> None:
     """Answer one question about an image, unpruned and pruned, greedily, with times and tokens."""
     from ..loading import load_images
+    from ..loading.modes import modes
     from ..records import environment
     from ..session import pruned
 
@@ -95,52 +96,13 @@ def chat(
         save(json, facts)
 
 
-def modes(model: Any) -> dict[str, Any]:
-    """A plan per mode that fits any depth, for models without a recipe of their own: about a third of the tokens stays.
-
-    A mode that the family cannot do is left out.
-    """
-    from ..methods.saint import Saint
-    from ..methods.saint_full_graph import SaintFullGraph
-    from ..plan import Plan, Stage
-    from ..vision.locate import locate_tower
-    from ..vlm.locate import locate
-
-    _, vlm, row = locate(model, "language")
-    depth = len(list(vlm.get_submodule(row.decoder).get_submodule("layers").children()))
-    layers = range(depth // 5, min(depth, depth // 5 + max(3, depth * 3 // 10)))  # each can drop at most half
-    language = Stage(Saint(threshold=0.83, budget=0.15), layers=layers)
-    made = {
-        "connector": Plan(connector=SaintFullGraph(keep=0.33)),
-        "language": Plan(language=language),
-    }
-    if row.no_vision is None:
-        _, tower, tower_row = locate_tower(vlm.get_submodule(row.tower))
-        blocks = len(list(tower.get_submodule(tower_row.blocks).children()))
-        used = row.feature_layer(vlm, blocks)
-        if used is not None:
-            at = [max(0, min(blocks * 4 // 5, used - 1))]
-            made["vision"] = Plan(vision=Stage(SaintFullGraph(keep=0.33), layers=at))
-            half = Stage(Saint(threshold=0.83, budget=0.5), layers=layers)
-            made["hybrid"] = Plan(vision=Stage(SaintFullGraph(keep=0.5), layers=at), language=half)
-    return made
-
-
 def _answer(loaded: "LoadedVLM", inputs: dict[str, Any], length: int) -> dict[str, Any]:
-    import torch
+    from ..bench.generation import timed_answer
 
-    from ..bench.generation import Clock
-
-    clock = Clock(loaded.device)
-    clock.start()
-    with torch.no_grad():
-        ids = loaded.model.generate(
-            **inputs, max_new_tokens=length, do_sample=False, num_beams=1, stopping_criteria=[clock]
-        )
-    new = ids[0, inputs["input_ids"].shape[1] :]
+    answer = timed_answer(loaded.model, inputs, length, loaded.device)
     return {
-        "text": loaded.decode(new),
-        "new_tokens": len(new),
-        "first_ms": 1e3 * clock.stamps[0],
-        "total_ms": 1e3 * clock.stamps[-1],
+        "text": loaded.decode(answer.tokens),
+        "new_tokens": len(answer.tokens),
+        "first_ms": answer.first_ms,
+        "total_ms": answer.total_ms,
     }

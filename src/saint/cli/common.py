@@ -63,37 +63,9 @@ def make_plan(default: "Plan", plan: str | None, threshold: float | None, layers
     Raises:
         ValueError: not a plan, or an option that does not fit its method.
     """
-    import dataclasses
+    from ..loading.plans import changed_plan, read_plan
 
-    from ..loading import read_plan
-
-    made = default if plan is None else read_plan(plan)
-    if threshold is None and layers is None:
-        return made
-    stage = made.vision
-    if stage is None:
-        raise ValueError("--threshold and --layers change the vision stage, and this plan has none")
-    if threshold is not None:
-        if "threshold" not in {field.name for field in dataclasses.fields(stage.method)}:
-            raise ValueError(f"--threshold does not fit the method {stage.method.name}, which has none")
-        stage = dataclasses.replace(stage, method=dataclasses.replace(stage.method, **{"threshold": threshold}))
-    if layers is not None:
-        stage = dataclasses.replace(stage, layers=parse_layers(layers))
-    return dataclasses.replace(made, vision=stage)
-
-
-def parse_layers(text: str) -> Any:
-    """ "first_half", or numbers and ranges ("0-5", both ends included; "0,2,4")."""
-    if text == "first_half":
-        return text
-    chosen: list[int] = []
-    try:
-        for part in text.split(","):
-            first, dash, last = part.strip().partition("-")
-            chosen += range(int(first), int(last) + 1) if dash else [int(first)]
-    except ValueError as error:
-        raise ValueError(f'layers are "first_half", "0-5" or "0,2,4" (0-based), got {text!r}') from error
-    return chosen
+    return changed_plan(default if plan is None else read_plan(plan), threshold, layers)
 
 
 def dtype_of(name: str) -> Any:

@@ -34,7 +34,7 @@ from .common import (
     progress,
     warn_busy,
 )
-from .view import dimmed, draw_strips, layer_facts, legend, title
+from .view import dimmed, draw_strips, legend, thumbnail, title
 
 if TYPE_CHECKING:
     from ..bench import Agreement, EncoderBench
@@ -71,6 +71,7 @@ def demo(
     from ..flops import left_out
     from ..records import environment, write_json
     from ..session import pruned
+    from ..view.facts import layer_facts
 
     model = given_model("demo", model, old_model, DEFAULT_MODEL)
     photos, bad = pictures(image, limit)
@@ -124,6 +125,7 @@ def demo(
         "title": loaded.title,
         "licence": loaded.licence,
         "image_size": loaded.image_size,
+        "grid": loaded.grid if loaded.source.batch is None else None,
         "plan": chosen.to_dict(),
         "speedup": speedup,
         "flops_bound": bound,
@@ -131,6 +133,7 @@ def demo(
         "photos": [
             {
                 "name": photo.name,
+                **thumbnail(loaded, photo),
                 "layers": [layer_facts(t) for t in trace],
                 "agreement": found.values[0],
                 "same_top1": found.same_top1[0] if found.same_top1 else None,

@@ -58,6 +58,12 @@ def view(
     prompt: Annotated[
         str | None, typer.Option(help="vision-language models: the question [default: Describe the image.]")
     ] = None,
+    why: Annotated[
+        bool, typer.Option("--why", help="encoders: also draw when patches left, what stands for them, and the votes")
+    ] = False,
+    patch: Annotated[
+        str | None, typer.Option(help="with --why: the similarity graph around patch ROW,COLUMN (from 0)")
+    ] = None,
     old_model: OldModel = None,
 ) -> None:
     """Draw which patches of --image each layer of MODEL keeps.
@@ -70,11 +76,21 @@ def view(
     from ..loading.vlm import is_vlm
     from ..records import environment
     from ..session import pruned
+    from ..view.explain import Witness
+    from ..view.facts import layer_facts
+    from .why import draw_reasons, read_patch
 
+    around = read_patch(patch)
+    if around is not None and not why:
+        raise ValueError("--patch draws on the pictures of --why: give both")
     model, image = _old_arguments(model, image, old_model)
     if is_vlm(model):
         if size is not None:
             raise ValueError("--size is for encoders: the processor of a vision-language model chooses the size")
+        if why:
+            raise ValueError(
+                "--why is for encoders; tiles and question of a vision-language model are drawn without it"
+            )
         question = "Describe the image." if prompt is None else prompt
         _view_vlm(model, image, plan, threshold, layers, device, threads, pretrained, limit, folder, json, question)
         return
@@ -84,17 +100,25 @@ def view(
     loaded = load(model, device, size=size, threads=threads, pretrained=pretrained)
     chosen = make_plan(loaded.plan, plan, threshold, layers)
     traces: list[list[LayerTrace]] = []
-    with progress("drawing", len(photos)) as tick, pruned(loaded.model, chosen) as session, torch.inference_mode():
+    reasons, witness = [], Witness()
+    observers = [witness] if why else []
+    with (
+        progress("drawing", len(photos)) as tick,
+        pruned(loaded.model, chosen, observers=observers) as session,
+        torch.inference_mode(),
+    ):
         for photo in photos:
             loaded.model(**loaded.inputs([photo.image]))
             traces.append(session.trace)
+            if why:
+                reasons.append(draw_reasons(loaded, chosen, photo, witness.take(), around, folder))
             tick()
-    files = draw_strips(loaded, chosen, photos, traces, folder)
+    files = [*draw_strips(loaded, chosen, photos, traces, folder), *reasons]
     for file in files:
         out.print(str(file), highlight=False)
     if json is not None:
         facts = [
-            {"name": photo.name, "layers": [layer_facts(t) for t in trace]}
+            {"name": photo.name, **thumbnail(loaded, photo), "layers": [layer_facts(t) for t in trace]}
             for photo, trace in zip(photos, traces, strict=True)
         ]
         record = {
@@ -138,10 +162,12 @@ def _view_vlm(
 ) -> None:
     import torch
 
+    from ..images import data_uri
+    from ..loading.modes import modes
     from ..records import environment
     from ..session import pruned
+    from ..view.facts import steps_of
     from ..view.tiles import tiles, visual_tokens
-    from .chat import modes
 
     photos, bad = pictures(image, limit)
     loaded = load_generator(model, device, threads=threads, pretrained=pretrained)
@@ -157,13 +183,14 @@ def _view_vlm(
             seen = tiles(loaded.model, loaded.processor, inputs)
             files.append(draw_tiles(f"{model}: {title(photo)}", f"{prompt!r}  \u00b7  {legend(chosen)}", seen, trace, total,
                                     folder / f"kept_{photo.name}.png"))  # fmt: skip
-            steps = [
-                {"stage": t.stage, **layer_facts(t, sample), "sample": sample}
-                for t in trace
-                for sample in range(len(t.kept))
-            ]
             facts.append(
-                {"name": photo.name, "visual_tokens": total, "tiles": [tile.grid for tile in seen], "layers": steps}
+                {
+                    "name": photo.name,
+                    "visual_tokens": total,
+                    "tiles": [tile.grid for tile in seen],
+                    "pictures": [data_uri(tile.picture) for tile in seen],
+                    "layers": steps_of(trace),
+                }
             )
             tick()
     for file in files:
@@ -210,14 +237,11 @@ def draw_tiles(
     return path
 
 
-def layer_facts(trace: "LayerTrace", sample: int = 0) -> dict[str, Any]:
-    """One sample's survivors at one drop point, as plain data."""
-    return {
-        "layer": trace.layer,
-        "tokens_in": int(trace.tokens_in[sample]),
-        "tokens_out": int(trace.tokens_out[sample]),
-        "kept": trace.kept[sample].tolist(),
-    }
+def thumbnail(loaded: "Loaded", photo: "Photo") -> dict[str, str]:
+    """ "picture": what the model sees of the photo, small, as text; nothing where it sees no fixed crop."""
+    from ..images import data_uri
+
+    return {} if loaded.source.batch is not None else {"picture": data_uri(loaded.picture(photo.image))}
 
 
 def title(photo: "Photo") -> str:

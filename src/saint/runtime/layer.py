@@ -8,6 +8,7 @@ keys show, and what the caller must see at full length.
 Letters: Q sequences, S tokens of a sequence, P prefix tokens, B samples, N candidates, C channels, D head dim.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -56,7 +57,7 @@ class DropPoint:
         method: what decides; None where candidates are only shown to observers.
         step: this is drop point ``step`` (0-based) of ``steps`` of its stage in the plan.
         steps: drop points of that stage.
-        needs: what is computed on demand for whoever looks at the candidates.
+        needs: what is computed on demand for the method and the observers of the candidates.
         shown: observers see the candidates.
         group: which stage of its slot it belongs to.
     """
@@ -403,6 +404,8 @@ def _select_some(method: Decides, candidates: Candidates, some: list[int]) -> Se
 
 
 def _refuse_non_finite(keys: Tensor, where: str) -> None:
+    if math.isfinite(keys.sum()):  # one operation; a sum that overflows is looked at again
+        return
     bad = ~torch.isfinite(keys).flatten(1).all(1)
     if bool(bad.any()):
         raise ValueError(

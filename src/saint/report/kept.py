@@ -1,0 +1,347 @@
+"""Survivors over the picture, with a slider over layers: of `saint view`, `saint demo` and `saint analyze`."""
+
+import base64
+import binascii
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from statistics import fmean
+from typing import Any
+
+from ..images import data_uri, read_untrusted
+from .charts import Line, line_chart
+from .markup import Markup, details, join, number, table, tag
+from .reading import Record
+from .section import Section, charts, conditions, load_note, names, plan_box, skipped
+
+MOST = 12  # pictures of a record that are drawn
+_UNIT = 10  # side of a patch in the drawing
+_SHEET = 900  # pixels of a sheet that another command drew
+
+
+@dataclass(frozen=True)
+class Step:
+    """What stays behind a drop point.
+
+    Attributes:
+        name: of the drop point.
+        kept: indices into the grid.
+        tokens_in: what came in.
+    """
+
+    name: str
+    kept: Sequence[int]
+    tokens_in: int
+
+
+def embedded(uri: str, side: int = 320) -> str:
+    """A picture of a record, decoded safely and written anew as a small JPEG.
+
+    Args:
+        uri: "data:image/...;base64,...".
+        side: of the result at most, pixels.
+
+    Raises:
+        ValueError: no such picture.
+    """
+    head, comma, body = str(uri).partition(",")
+    if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
+        raise ValueError(f'a picture is "data:image/...;base64,...", got {str(uri)[:40]!r}')
+    try:
+        data = base64.b64decode(body, validate=True)
+    except binascii.Error as error:
+        raise ValueError("a picture is no base64") from error
+    return data_uri(read_untrusted(data), side)
+
+
+def figure(name: str, uri: str | None, grid: Sequence[int], steps: Sequence[Step], number_: str, side: int) -> Markup:
+    """One picture with a layer's dropped patches darkened, hatched and outlined; the last layer shows without JavaScript.
+
+    Args:
+        name: of the picture.
+        uri: see :func:`embedded`; None draws on grey.
+        grid: rows and columns.
+        steps: drop points in order.
+        number_: makes ids unique.
+        side: pixels of the picture at most.
+
+    Raises:
+        ValueError: an index beyond the grid.
+    """
+    rows, columns = (int(side_) for side_ in grid)
+    total = rows * columns
+    if not 0 < total <= 100_000:
+        raise ValueError(f"a grid of {rows} x {columns} patches cannot be drawn")
+    high, wide = rows * _UNIT, columns * _UNIT
+    hatch = f"hatch{number_}"
+    pattern = tag(
+        "pattern",
+        tag("path", d="M-2 12L12 -2M-2 2L2 -2M8 12L12 8"),
+        id=hatch,
+        width=10,
+        height=10,
+        patternUnits="userSpaceOnUse",
+    )
+    parts = [tag("defs", pattern)]
+    parts.append(
+        tag("image", href=embedded(uri, side), width=wide, height=high, preserveAspectRatio="none")
+        if uri is not None
+        else tag("rect", width=wide, height=high, fill="#8a8f98")
+    )
+    shown = [Step("before the first drop point", range(total), total), *steps]
+    for i, step in enumerate(shown):
+        dropped = _dropped(step.kept, total)
+        label = f"{step.name}: {total - sum(dropped)} of {total} kept ({(total - sum(dropped)) / total:.0%})"
+        area, edge = _outline(dropped, rows, columns)
+        layer = [
+            tag("path", d=area, class_="dark"),
+            tag("path", d=area, fill=f"url(#{hatch})"),
+            tag("path", d=edge, class_="rim"),
+        ]
+        last = i == len(shown) - 1
+        parts.append(tag("g", *(layer if area else []), class_="step" if last else "step off", data_label=label))
+    picture = tag(
+        "svg", *parts, viewBox=f"0 0 {wide} {high}", role="img", aria_label=f"{name}; hatched patches were dropped"
+    )
+    last_label = (
+        f"{shown[-1].name}: {len(set(shown[-1].kept))} of {total} kept ({len(set(shown[-1].kept)) / total:.0%})"
+    )
+    said = tag("output", last_label, id=f"said{number_}", aria_live="polite")
+    slider = tag(
+        "label",
+        tag("span", f"layer, {name}", class_="hidden-label"),
+        tag(
+            "input",
+            type="range",
+            min=0,
+            max=len(shown) - 1,
+            value=len(shown) - 1,
+            step=1,
+            aria_describedby=f"said{number_}",
+        ),
+        class_="slider",
+        hidden=True,
+    )
+    return tag("figure", tag("figcaption", tag("b", name)), picture, slider, said, class_="kept")
+
+
+def _dropped(kept: Sequence[int], total: int) -> list[bool]:
+    dropped = [True] * total
+    for index in kept:
+        if not 0 <= int(index) < total:
+            raise ValueError(f"a kept patch is in 0..{total - 1}, got {index!r:.20}")
+        dropped[int(index)] = False
+    return dropped
+
+
+def _outline(dropped: Sequence[bool], rows: int, columns: int) -> tuple[str, str]:
+    """Path of the dropped cells, a rectangle per run of a row; and of the edges they share with kept ones."""
+    area, edge = [], []
+    for row in range(rows):
+        line = dropped[row * columns : (row + 1) * columns]
+        start = None
+        for column in range(columns + 1):
+            inside = column < columns and line[column]
+            if inside and start is None:
+                start = column
+            elif not inside and start is not None:
+                wide = (column - start) * _UNIT
+                area.append(f"M{start * _UNIT} {row * _UNIT}h{wide}v{_UNIT}h-{wide}z")
+                start = None
+            if 0 < column < columns and line[column - 1] != line[column]:
+                edge.append(f"M{column * _UNIT} {row * _UNIT}v{_UNIT}")
+        if row:
+            above = dropped[(row - 1) * columns : row * columns]
+            start = None
+            for column in range(columns + 1):
+                inside = column < columns and line[column] != above[column]
+                if inside and start is None:
+                    start = column
+                elif not inside and start is not None:
+                    edge.append(f"M{start * _UNIT} {row * _UNIT}h{(column - start) * _UNIT}")
+                    start = None
+    return "".join(area), "".join(edge)
+
+
+def gallery(record: Record, prefix: str, side: int) -> Markup | None:
+    """The figures of a record's photographs; sheets that lie beside it where it has no pictures of its own."""
+    made, photos = [], record.data.get("photos") or record.data.get("survivors") or []
+    for i, photo in enumerate(photos[:MOST]):
+        for j, (name, uri, grid, steps) in enumerate(pictures_of(photo, record.data.get("grid"))):
+            if uri is not None:
+                made.append(figure(name, uri, grid, steps, f"{prefix}-{i}-{j}", side))
+    left_out = f"The first {MOST} of {len(photos)} pictures." if len(photos) > MOST else None
+    if not made:
+        made = _sheets(record, side)
+        left_out = None
+    if not made:
+        return None
+    keys = "Hatched patches were dropped; the slider goes through the drop points. "
+    note = tag("p", keys if not record.data.get("files") or left_out is not None or _own(photos) else "", left_out)
+    return join([tag("h3", "What stays"), note, tag("div", *made, class_="gallery")])
+
+
+def _own(photos: Sequence[Mapping[str, Any]]) -> bool:
+    return any(photo.get("picture") or photo.get("pictures") for photo in photos)
+
+
+def pictures_of(
+    photo: Mapping[str, Any], grid: Sequence[int] | None
+) -> Iterable[tuple[str, str | None, Sequence[int], list[Step]]]:
+    """Name, picture, grid and steps of each tile of a photograph."""
+    name, layers = str(photo["name"]), photo["layers"]
+    if "tiles" not in photo:
+        own = photo.get("grid") or grid
+        if own is not None:
+            yield (
+                name,
+                photo.get("picture"),
+                own,
+                [Step(f"after layer {s['layer']}", s["kept"], s.get("tokens_in", 0)) for s in layers],
+            )
+        return
+    tiles, uris = photo["tiles"], photo.get("pictures") or []
+    counts = [int(rows) * int(columns) for rows, columns in tiles]
+    for tile, (grid_, uri) in enumerate(zip(tiles, uris, strict=False)):
+        first = sum(counts[:tile])
+        steps = []
+        for step in layers:
+            title = step["stage"] if step["stage"] == "connector" else f"{step['stage']}, after layer {step['layer']}"
+            if step["stage"] == "vision":
+                if int(step["sample"]) == tile:
+                    steps.append(Step(title, step["kept"], step["tokens_in"]))
+            elif sum(counts) == photo["visual_tokens"]:  # otherwise the prompt has tokens that lie on no grid
+                here = [int(k) - first for k in step["kept"] if first <= int(k) < first + counts[tile]]
+                steps.append(Step(title, here, step["tokens_in"]))
+        yield f"{name}, tile {tile + 1} of {len(tiles)}" if len(tiles) > 1 else name, uri, grid_, steps
+
+
+def _sheets(record: Record, side: int) -> list[Markup]:
+    """Pictures named in "files", from the record's own folder."""
+    made = []
+    for file in (record.data.get("files") or [])[:MOST]:
+        name = str(file)
+        if PurePath(name).name != name or "\\" in name or name.startswith("."):
+            raise ValueError(f"a picture beside a record is named by its file name alone, got {name!r:.80}")
+        path = record.folder / name
+        if path.is_file():
+            uri = data_uri(read_untrusted(path.read_bytes()), _SHEET * side // 320, 150_000)
+            made.append(
+                tag("figure", tag("img", src=uri, alt=f"sheet {name}"), tag("figcaption", name), class_="sheet")
+            )
+    return made
+
+
+def token_curves(record: Record) -> Markup:
+    """Share of the tokens left behind each drop point, mean and range over photographs, and the table of it."""
+    photos = record.data["photos"]
+    by_step: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    for photo in photos:
+        for step in photo["layers"]:
+            key = (str(step.get("stage", "vision")), int(step["layer"]))
+            by_step.setdefault(key, []).append((int(step["tokens_in"]), int(step["tokens_out"])))
+    figures = []
+    for stage in dict.fromkeys(stage for stage, _ in by_step):
+        own = {layer: found for (name, layer), found in by_step.items() if name == stage}
+        if len(own) < 2:
+            continue  # one drop point is no curve, and the pictures say its number
+        left = {layer: [out for _, out in found] for layer, found in own.items()}
+        line = Line(f"tokens left ({stage})", [fmean(v) for v in left.values()], [float(min(v)) for v in left.values()],
+                    [float(max(v)) for v in left.values()], list(left))  # fmt: skip
+        figures.append(
+            line_chart(f"Tokens left, {stage}", [line], y="tokens", note="mean; band: lowest to highest picture")
+        )
+    return charts(*figures) if figures else Markup()
+
+
+def view_section(record: Record, prefix: str, side: int) -> Section:
+    """`saint view`."""
+    data = record.data
+    photos = data["photos"]
+    shares = [share for photo in photos if (share := _share(photo)) is not None]
+    verdict = "The plan has no drop point, so every token stays."
+    if shares:
+        among = f"mean of {len(shares)} pictures; {number(100 * min(shares), 1)} to {number(100 * max(shares), 1)} %"
+        among = "one picture" if len(shares) == 1 else among
+        verdict = f"{number(100 * fmean(shares), 1)} % of the tokens are left behind the last drop point ({among})."
+    asked = f"Which patches does each layer of {data['model']} keep?"
+    if data.get("prompt") is not None:
+        asked = f"Asked “{data['prompt']}”, which visual tokens does {data['model']} keep?"
+    body = join(
+        [
+            plan_box(data["plan"]),
+            gallery(record, prefix, side),
+            token_curves(record) if shares else None,
+            skipped(record),
+        ]
+    )
+    return Section(
+        f"What stays: {data['model']}",
+        asked,
+        verdict,
+        conditions(record, pictures=names([p["name"] for p in photos])),
+        body,
+    )
+
+
+def _share(photo: Mapping[str, Any]) -> float | None:
+    """Tokens behind the last drop point / tokens in front of the first."""
+    steps = photo["layers"]
+    if not steps:
+        return None
+    total = photo.get("visual_tokens")
+    last = (steps[-1].get("stage"), steps[-1]["layer"])
+    left = sum(int(s["tokens_out"]) for s in steps if (s.get("stage"), s["layer"]) == last)
+    if total is None:
+        total = int(steps[0]["tokens_in"])
+    return left / int(total)
+
+
+def demo_section(record: Record, prefix: str, side: int) -> Section:
+    """`saint demo`."""
+    data = record.data
+    photos, agreement = data["photos"], data["agreement"]
+    faster = f"{number(data['speedup'], 2)} times as fast (FLOPs bound {number(data['flops_bound'], 2)})"
+    same = f"{agreement['measure']} of {number(agreement['mean'], 4)} (lowest {number(agreement['min'], 4)})"
+    verdict = (
+        f"With the plan the model runs {faster}, and its {agreement['of']} agrees with the unpruned one to a {same} on "
+        f"{len(photos)} picture{'s' if len(photos) != 1 else ''}."
+    )
+    rows = []
+    for photo in photos:
+        bench, steps = photo["bench"], photo["layers"]
+        kept = f"{steps[-1]['tokens_out']} of {steps[0]['tokens_in']}" if steps else "all"
+        rows.append([photo["name"], kept, bench["base"]["median"], bench["pruned"]["median"], bench["speedup"]["median"],
+                     bench["bound"], photo["agreement"]])  # fmt: skip
+    head = ["picture", "tokens kept", "ms unpruned", "ms pruned", "speed-up", "FLOPs bound", agreement["measure"]]
+    first = photos[0]["bench"]["conditions"] if photos else {}
+    body = join(
+        [
+            load_note(record, first),
+            plan_box(data["plan"]),
+            gallery(record, prefix, side),
+            table(head, rows, "Per picture"),
+            token_curves(record),
+            skipped(record),
+            details(
+                "how it was timed",
+                tag("p", f"{first.get('repeats')} interleaved rounds per picture, batch {first.get('batch')}."),
+            ),
+        ]
+    )
+    more = {
+        "title": data.get("title"),
+        "pictures": names([p["name"] for p in photos]),
+        "pixels": _pixels(data.get("image_size")),
+    }
+    return Section(
+        f"Demo: {data['model']}",
+        f"What does pruning change in {data['model']} on photographs?",
+        verdict,
+        conditions(record, **more),
+        body,
+    )
+
+
+def _pixels(size: Sequence[int] | None) -> str | None:
+    return None if size is None else " x ".join(str(side) for side in size)

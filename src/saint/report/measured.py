@@ -1,0 +1,253 @@
+"""Sections of `saint bench` and `saint eval`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .charts import Line, line_chart
+from .markup import Cell, Markup, interval, join, number, table, tag
+from .reading import Record
+from .section import Section, charts, conditions, load_note, names, plan_box, plan_text, skipped
+
+_YES_OR_NO = ("same_top1", "same_answer", "same_first_token")  # agreement of zeros and ones: the mean says all
+
+
+def encoder_section(record: Record) -> Section:
+    """`saint bench` of an encoder."""
+    data = record.data
+    speedup = data["speedup"]
+    ratio = _spread(speedup, 2)
+    bound = number(data["bound"], 2)
+    if speedup["p20"] > 1:
+        verdict = f"With the plan the model runs {ratio} times as fast as unpruned; FLOPs would allow {bound}."
+    elif speedup["p80"] < 1:
+        verdict = f"With the plan the model is slower: {ratio} times the speed of the unpruned one; FLOPs would allow {bound}."
+    else:
+        verdict = f"No speed-up shows: {ratio} times the unpruned speed, within the spread of rounds; FLOPs would allow {bound}."
+    rows = []
+    variants = {"base": "unpruned", "pruned": "pruned", "eager": "pruned, eager attention"}
+    for key, name in variants.items():
+        if (spread := data.get(key)) is not None:
+            cost = data["costs"][key]
+            rows.append([name, Cell(_spread(spread, 2), spread["median"]), cost["flops"] / 1e9, cost["memory"]])
+    layers = data["layers"]
+    tokens = Line("tokens out", [e["tokens_out"] for e in layers], x=[e["layer"] for e in layers])
+    before = Line("tokens in", [e["tokens_in"] for e in layers], x=[e["layer"] for e in layers])
+    figures = (
+        [line_chart("Tokens around each drop point", [before, tokens], y="tokens", note="batch mean")] if layers else []
+    )
+    given = data["conditions"]
+    body = join(
+        [
+            load_note(record, given),
+            plan_box(data["plan"]),
+            table(["variant", "ms per forward: median [p20, p80]", "GFLOPs", "activations MiB"], rows, "Forward"),
+            _overhead(data.get("overhead")),
+            _uncounted(data.get("uncounted")),
+            charts(*figures),
+            skipped(record),
+        ]
+    )
+    more = {
+        "pictures": names(data["images"]),
+        "pixels": " x ".join(str(side) for side in data["image_size"]),
+        "batch": given["batch"],
+        "rounds": f"{given['repeats']} interleaved after {given['warmup']} of warm-up",
+    }
+    asked = f"How much faster is {data['model']} with this plan?"
+    return Section(f"Speed: {data['model']}", asked, verdict, conditions(record, **more), body)
+
+
+def _overhead(own: Mapping[str, Any] | None) -> Markup | None:
+    if own is None:
+        return None
+    share = own["share"]
+    text = (
+        f"Pruning itself: scoring {number(own['scoring']['median'], 2)} ms, gathering {number(own['gathering']['median'], 2)} "
+        f"ms, together {number(100 * share['median'], 2)} % of the unpruned forward "
+        f"[{number(100 * share['p20'], 2)}, {number(100 * share['p80'], 2)}]."
+    )
+    return tag("p", text)
+
+
+def _uncounted(operators: list[str] | None) -> Markup | None:
+    return tag("p", f"The FLOPs leave out {', '.join(operators)}.", class_="warn") if operators else None
+
+
+def generation_section(record: Record) -> Section:
+    """`saint bench` of a vision-language model."""
+    data = record.data
+    gains, times = data["gains"], data["times"]
+    best = max(gains, key=lambda name: gains[name]["first"]["median"], default=None)
+    if best is None:
+        verdict = "No plan was timed."
+    elif gains[best]["first"]["p20"] > 1:
+        verdict = f"The first token comes soonest with “{best}”: {_spread(gains[best]['first'], 2)} times as fast as unpruned."
+    else:
+        ratio = _spread(gains[best]["first"], 2)
+        verdict = f"No plan shows a faster first token; the best, “{best}”, is at {ratio} times the unpruned speed."
+    rows = []
+    for name, t in times.items():
+        gain = gains.get(name)
+        row: list[Any] = ["unpruned" if name == "base" else name]
+        row += [
+            _cell(t["first"]),
+            _cell(t["per_token"]),
+            _cell(t["total"]),
+            t["kv_bytes"] / 2**20,
+            t["prefill"]["flops"] / 1e9,
+        ]
+        row += ["-", "-"] if gain is None else [_cell(gain["first"]), gain["bound"]]
+        rows.append(row)
+    head = [
+        "",
+        "first token ms",
+        "ms per token",
+        "total ms",
+        "KV MiB",
+        "prefill GFLOPs",
+        "first token, times as fast",
+        "FLOPs bound",
+    ]
+    plans = [tag("li", tag("b", name), ": ", plan_text(plan)) for name, plan in data["plans"].items()]
+    given = data["conditions"]
+    body = join(
+        [
+            load_note(record, given),
+            table(head, rows, "Generation, median [p20, p80]"),
+            tag("h3", "Plans"),
+            tag("ul", *plans),
+            skipped(record),
+        ]
+    )
+    more = {
+        "question": data["prompt"],
+        "pictures": names(data["images"]),
+        "tokens": f"{given['prompt_tokens']} of the prompt, {given['new_tokens']} new, batch {given['batch']}",
+        "rounds": f"{given['repeats']} interleaved after {given['warmup']} of warm-up",
+    }
+    asked = f"How much sooner does {data['model']} answer with each plan?"
+    return Section(f"Speed: {data['model']}", asked, verdict, conditions(record, **more), body)
+
+
+def eval_section(record: Record) -> Section:
+    """`saint eval images` and `saint eval vqa`."""
+    data = record.data
+    given = data["conditions"]
+    said = []
+    for plan, scores in data["scores"].items():
+        for score, found in list(scores.items())[:1]:
+            said.append(f"“{plan}”: {_difference(score, found)}")
+        if not scores and (best := next(iter(data["agreement"][plan].items()), None)) is not None:
+            name, summary = best
+            said.append(
+                f"“{plan}”: {name} with the unpruned model {_agreement(name, summary)} (no labels, so no accuracy)"
+            )
+    verdict = "; ".join(said) + "." if said else "Nothing was scored."
+    body: list[Markup | None] = [
+        tag("ul", *(tag("li", tag("b", n), ": ", plan_text(p)) for n, p in data["plans"].items()))
+    ]
+    rows = [row for plan, scores in data["scores"].items() for row in _rows(plan, "all", scores)]
+    rows += [
+        row
+        for group, plans in data["categories"].items()
+        for plan, scores in plans.items()
+        for row in _rows(plan, group, scores)
+    ]
+    if rows:
+        head = [
+            "plan",
+            "category",
+            "score",
+            "n",
+            "unpruned %",
+            "pruned %",
+            "difference [95 %]",
+            "better",
+            "worse",
+            "could show",
+        ]
+        body.append(table(head, rows, "Scores, in %; could show: smallest true difference seen with 80 % probability"))
+    rows = [
+        [plan, measure, Cell(_agreement(measure, s, spread=True), s["mean"]), s["n"]]
+        for plan, measures in data["agreement"].items()
+        for measure, s in measures.items()
+    ]  # fmt: skip
+    if rows:
+        body.append(table(["plan", "measure", "mean [p20, p80]", "n"], rows, "Agreement with the unpruned model"))
+    rows = [row for plan, scores in (data.get("against_first") or {}).items() for row in _rows(plan, "all", scores)]
+    if rows:
+        first = next(iter(data["plans"]))
+        head = [
+            "plan",
+            "category",
+            "score",
+            "n",
+            f"{first} %",
+            "this %",
+            "difference [95 %]",
+            "better",
+            "worse",
+            "could show",
+        ]
+        body.append(table(head, rows, f"Against the first plan, {first}"))
+    if data["failures"]:
+        items = [tag("li", f"{failure['where']}: {failure['reason']}") for failure in data["failures"][:20]]
+        body += [tag("h3", f"Not evaluated: {len(data['failures'])}"), tag("ul", *items)]
+    what = "questions" if record.kind == "eval/vqa" else "images"
+    more = {what: f"{data['evaluated']} of {data['given']} evaluated", "example_prompt": given.get("example_prompt")}
+    model = given.get("model", "the model")
+    asked = f"What does pruning cost {model} in {'right answers' if record.kind == 'eval/vqa' else 'accuracy and agreement'}?"
+    return Section(f"Accuracy: {model}", asked, verdict, conditions(record, **more), join(body))
+
+
+def _difference(score: str, found: Mapping[str, Any]) -> str:
+    change = f"{score} {number(100 * found['base'], 1)} % unpruned, {number(100 * found['pruned'], 1)} % pruned"
+    low, high = found["low"], found["high"]
+    if low is None or high is None:
+        return f"{change}, of {found['n']} sample{'s' if found['n'] != 1 else ''}: too few for an interval"
+    ends = f"difference {100 * found['difference']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+    if low > 0 or high < 0:
+        return f"{change}, {ends}"
+    could = (
+        ""
+        if found["detectable"] is None
+        else f"; {found['n']} samples could have shown {number(100 * found['detectable'], 1)} points"
+    )
+    return f"{change}, no difference shown ({ends}{could})"
+
+
+def _rows(plan: str, group: str, scores: Mapping[str, Any]) -> list[list[Any]]:
+    rows = []
+    for score, p in scores.items():
+        ends = "" if p["low"] is None or p["high"] is None else f" [{100 * p['low']:+.2f}, {100 * p['high']:+.2f}]"
+        could = "-" if p["detectable"] is None else Cell(f"{100 * p['detectable']:.2f}", p["detectable"])
+        rows.append(
+            [
+                plan,
+                group,
+                score,
+                p["n"],
+                Cell(f"{100 * p['base']:.2f}", p["base"]),
+                Cell(f"{100 * p['pruned']:.2f}", p["pruned"]),
+                Cell(f"{100 * p['difference']:+.2f}{ends}", p["difference"]),
+                p["better"],
+                p["worse"],
+                could,
+            ]
+        )
+    return rows
+
+
+def _agreement(name: str, summary: Mapping[str, Any], *, spread: bool = False) -> str:
+    if name in _YES_OR_NO:
+        return f"{100 * summary['mean']:.1f} %"
+    ends = (summary["p20"], summary["p80"]) if spread else (None, None)
+    return interval(summary["mean"], ends[0], ends[1], 4)
+
+
+def _spread(spread: Mapping[str, Any], digits: int) -> str:
+    return interval(spread["median"], spread["p20"], spread["p80"], digits)
+
+
+def _cell(spread: Mapping[str, Any] | None) -> Any:
+    return "-" if spread is None else Cell(_spread(spread, 2), spread["median"])

@@ -1,0 +1,79 @@
+"""Records as `saint` commands write them, read from files."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..records import VERSION
+
+KINDS = {  # of record -> the command that writes it
+    "analyze": "saint analyze",
+    "bench/encoder": "saint bench",
+    "bench/generation": "saint bench",
+    "demo": "saint demo",
+    "eval/images": "saint eval images",
+    "eval/vqa": "saint eval vqa",
+    "view": "saint view",
+}
+_LARGEST = 200_000_000  # bytes; the largest records (kept indices of many photographs) are a few MB
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a command has written.
+
+    Attributes:
+        name: of the file, without its folder.
+        folder: where pictures lie that the record names.
+        data: its contents.
+    """
+
+    name: str
+    folder: Path
+    data: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """One of ``KINDS``."""
+        return str(self.data["kind"])
+
+
+def read_records(paths: Sequence[str | Path]) -> list[Record]:
+    """The records in ``paths``, in this order.
+
+    Raises:
+        ValueError: no JSON, no record, a kind that a report does not know, or a later format; the message names the file.
+        OSError: it cannot be read.
+    """
+    return [_read(Path(path)) for path in paths]
+
+
+def _read(path: Path) -> Record:
+    known = f"a record is expected: JSON of {_listed(sorted(set(KINDS.values())))} (--json FILE)"
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; {known}")
+    if (size := path.stat().st_size) > _LARGEST:
+        raise ValueError(f"{path} has {size / 1e6:.0f} MB; {known}, of at most {_LARGEST // 1_000_000} MB")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # bytes that are no UTF-8 are a ValueError too
+        what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{path} is no JSON ({what}); {known}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds a {type(data).__name__}; {known}")
+    kind = data.get("kind")
+    if kind not in KINDS:
+        came = f"the kind {kind!r:.60}" if "kind" in data else f"no kind, and the fields {_listed(list(data)[:8])}"
+        raise ValueError(f"{path}: a report takes records of the kinds {_listed(list(KINDS))}; this file has {came}")
+    version = data.get("version")
+    if version != VERSION:
+        raise ValueError(
+            f"{path}: a record of format {VERSION} is expected, got {version!r:.20}: write it again, or update saint"
+        )
+    return Record(path.name, path.parent, data)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,143 @@
+"""Accuracy or agreement against measured speed, over plans: from records of both."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .charts import Point, front, scatter
+from .markup import Cell, Markup, interval, join, table, tag
+from .reading import Record
+from .section import plan_method, plan_text
+
+
+@dataclass(frozen=True)
+class _Speed:
+    median: float
+    low: float | None
+    high: float | None
+    what: str
+
+
+@dataclass(frozen=True)
+class _Quality:
+    measure: str
+    value: float
+    low: float | None
+    high: float | None
+    base: float  # of the unpruned model
+
+
+@dataclass(frozen=True)
+class Trade:
+    """One plan of one model, with a measured speed and a measured quality."""
+
+    model: str
+    measure: str
+    base: float
+    point: Point
+
+
+def trades(records: Sequence[Record]) -> list[Trade]:
+    """Plans of which the records hold both a speed and a quality, matched by model and by the whole plan."""
+    speeds: dict[tuple[str, str], list[tuple[str, _Speed]]] = {}
+    found: list[tuple[tuple[str, str], str, Mapping[str, Any], _Quality]] = []
+    for record in records:
+        for model, name, plan, speed in _speeds(record):
+            speeds.setdefault((model, _key(plan)), []).append((name, speed))
+        found += [((model, _key(plan)), name, plan, quality) for model, name, plan, quality in _qualities(record)]
+    made = []
+    for key, name, plan, quality in found:
+        for timed_as, speed in speeds.get(key, []):
+            named = name if name not in ("", "default", "plan1") else timed_as or plan_text(plan)
+            label = f"{named} ({speed.what})"
+            point = Point(
+                label, plan_method(plan), speed.median, quality.value, speed.low, speed.high, quality.low, quality.high
+            )
+            made.append(Trade(key[0], quality.measure, quality.base, point))
+    return made
+
+
+def _key(plan: Mapping[str, Any]) -> str:
+    return json.dumps(plan, sort_keys=True)
+
+
+def _speeds(record: Record) -> Iterator[tuple[str, str, Mapping[str, Any], _Speed]]:
+    data = record.data
+    if record.kind == "bench/encoder":
+        s, given = data["speedup"], data["conditions"]
+        yield (
+            data["model"],
+            "",
+            data["plan"],
+            _Speed(s["median"], s["p20"], s["p80"], f"batch {given['batch']}, {given['dtype']}"),
+        )
+    elif record.kind == "bench/generation":
+        given = data["conditions"]
+        for name, plan in data["plans"].items():
+            s = data["gains"][name]["first"]
+            yield (
+                data["model"],
+                name,
+                plan,
+                _Speed(s["median"], s["p20"], s["p80"], f"first token, batch {given['batch']}, {given['dtype']}"),
+            )
+    elif record.kind == "demo":
+        yield data["model"], "", data["plan"], _Speed(data["speedup"], None, None, "demo, batch 1")
+
+
+def _qualities(record: Record) -> Iterator[tuple[str, str, Mapping[str, Any], _Quality]]:
+    data = record.data
+    if record.kind in ("eval/images", "eval/vqa"):
+        model = data["conditions"].get("model")
+        for name, plan in data["plans"].items() if isinstance(model, str) else ():
+            for score, p in data["scores"][name].items():
+                # the interval is that of the paired difference, laid around the pruned score
+                low = None if p["low"] is None else p["base"] + p["low"]
+                high = None if p["high"] is None else p["base"] + p["high"]
+                yield model, name, plan, _Quality(f"{score}, 0 to 1", p["pruned"], low, high, p["base"])
+            for measure, s in data["agreement"][name].items():
+                if measure not in ("kl", "kept"):  # 1 is the best of the others
+                    yield model, name, plan, _Quality(f"{measure} with the unpruned model", s["mean"], None, None, 1.0)
+    elif record.kind == "demo":
+        agreement = data["agreement"]
+        measure = f"{agreement['measure']} with the unpruned model (demo)"
+        yield data["model"], "", data["plan"], _Quality(measure, agreement["mean"], None, None, 1.0)
+
+
+def trade_section(records: Sequence[Record]) -> tuple[str, Markup] | None:
+    """A sentence and the plots, one per model and measure, the unpruned model in each; None where no plan has both."""
+    groups: dict[tuple[str, str], list[Trade]] = {}
+    for trade in trades(records):
+        groups.setdefault((trade.model, trade.measure), []).append(trade)
+    if not groups or len(records) < 2:  # a demo alone has both of one plan, and its own section says them
+        return None
+    figures, tables, said = [], [], []
+    for (model, measure), own in groups.items():
+        points = [Point("unpruned", "unpruned", 1.0, own[0].base), *(trade.point for trade in own)]
+        best = front(points)
+        note = "whiskers: p20 to p80 of speed, 95 % interval of quality; the line joins plans that none beats in both"
+        figures.append(
+            scatter(
+                f"{model}: {measure}",
+                points,
+                x="measured speed-up",
+                y=measure,
+                axis=measure.partition(" with ")[0][:30],
+                note=note,
+            )
+        )
+        rows = [
+            [
+                Cell(f"{i}: {p.name}", float(i)),
+                p.group,
+                Cell(interval(p.x, p.x_low, p.x_high, 2), p.x),
+                Cell(interval(p.y, p.y_low, p.y_high, 4), p.y),
+                "yes" if p in best else "no",
+            ]
+            for i, p in enumerate(points, 1)
+        ]
+        tables.append(table(["plan", "method", "speed-up", measure, "unbeaten"], rows, f"{model}: {measure}"))
+        said.append(f"{model}, {measure}: {len(best)} of {len(points)} unbeaten in both, the unpruned model counted")
+    sentence = f"Of plans with both a measured speed and a quality: {'; '.join(said)}."
+    return sentence, join([tag("div", *figures, class_="charts"), *tables])

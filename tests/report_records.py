@@ -1,0 +1,317 @@
+"""Records as the commands write them, small and made by hand."""
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from saint.images import data_uri
+
+PLAN = {
+    "version": 1,
+    "vision": {"method": {"method": "saint", "threshold": 0.7}, "layers": None, "output": "survivors"},
+}
+FIELDS = frozenset(  # names of a record, which a test of hostile text leaves as they are
+    [
+        "version",
+        "saint",
+        "date",
+        "kind",
+        "model",
+        "images",
+        "count",
+        "set",
+        "questions",
+        "seed",
+        "settings",
+        "parts",
+        "stage",
+        "layers",
+        "tokens",
+        "candidates",
+        "protected",
+        "quantities",
+        "name",
+        "title",
+        "unit",
+        "mean",
+        "low",
+        "high",
+        "n",
+        "droppable",
+        "thresholds",
+        "cka",
+        "causal",
+        "share",
+        "measure",
+        "methods",
+        "stages",
+        "verdict",
+        "shown",
+        "used",
+        "segments",
+        "first",
+        "last",
+        "what",
+        "boundaries",
+        "layer",
+        "criteria",
+        "survivors",
+        "grid",
+        "picture",
+        "kept",
+        "plan",
+        "plan_line",
+        "skipped",
+        "environment",
+        "vision",
+        "method",
+        "threshold",
+        "output",
+        "speedup",
+        "median",
+        "p20",
+        "p80",
+        "base",
+        "pruned",
+        "eager",
+        "costs",
+        "flops",
+        "memory",
+        "bound",
+        "uncounted",
+        "overhead",
+        "scoring",
+        "gathering",
+        "conditions",
+        "batch",
+        "repeats",
+        "warmup",
+        "dtype",
+        "image_size",
+        "photos",
+        "tokens_in",
+        "tokens_out",
+        "files",
+        "agreement",
+        "of",
+        "min",
+        "bench",
+        "flops_bound",
+        "prompt",
+        "plans",
+        "times",
+        "gains",
+        "per_token",
+        "total",
+        "kv_bytes",
+        "prefill",
+        "prompt_tokens",
+        "new_tokens",
+        "scores",
+        "difference",
+        "detectable",
+        "better",
+        "worse",
+        "categories",
+        "failures",
+        "where",
+        "reason",
+        "given",
+        "evaluated",
+        "against_first",
+        "example_prompt",
+        "torch",
+        "cores",
+        "device",
+        "load_average",
+        "threads",
+        "efficiency",
+        "pretrained",
+    ]
+)
+
+
+def _head(kind: str) -> dict[str, Any]:
+    environment = {"torch": "2.99", "device": "cpu", "cores": 2, "threads": 1}
+    head = {
+        "version": 1,
+        "saint": "0.1.0",
+        "date": "2026-11-25T00:00:00+00:00",
+        "kind": kind,
+        "environment": environment,
+    }
+    return {**head, "skipped": [["bad.jpg", "no picture"]]}
+
+
+def _spread(median: float) -> dict[str, Any]:
+    return {"median": median, "p20": median - 0.1, "p80": median + 0.1, "n": 5}
+
+
+def _picture() -> str:
+    return data_uri(Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)))
+
+
+def analyze() -> dict[str, Any]:
+    """Of noise: curves of six layers."""
+    rng, depth = np.random.default_rng(0), 6
+
+    def curve() -> dict[str, Any]:
+        mean = rng.random(depth)
+        return {"mean": mean.tolist(), "low": (mean - 0.05).tolist(), "high": (mean + 0.05).tolist()}
+
+    def part(stage: str, shown: bool) -> dict[str, Any]:
+        drops = [curve() for _ in range(2)]
+        quantity = {"name": "key_similarity", "title": "similarity of keys", "unit": "cosine", "n": 20, **curve()}
+        quantity["mean"][2] = quantity["low"][2] = quantity["high"][2] = None
+        return {
+            "stage": stage,
+            "layers": depth,
+            "tokens": {"candidates": 196.0, "protected": 1},
+            "quantities": [quantity],
+            "droppable": {
+                "thresholds": [0.7, 0.8],
+                **{key: [d[key] for d in drops] for key in ("mean", "low", "high")},
+            },
+            "cka": {"mean": rng.random((depth, depth)).tolist()},
+            "causal": {"share": 0.25, "measure": "1 - cosine", "methods": {"random": curve(), "saint": curve()}},
+            "stages": {
+                "verdict": "three stages, boundaries in front of layers 2 and 4" if shown else "not shown",
+                "shown": shown,
+                "used": ["key_similarity"],
+                "segments": [{"first": 0, "last": 1, "what": "rising"}, {"first": 2, "last": 5, "what": "flat"}],
+                "boundaries": [{"layer": 2, "low": 1, "high": 3}, {"layer": 4, "low": 4, "high": 5}],
+                "criteria": {"bic": {"1": 3.0, "2": None}, "p_permutation": 0.003},
+            },
+        }
+
+    return {
+        **_head("analyze"),
+        "model": "demo:clip",
+        "images": {"count": 20, "set": "noise"},
+        "questions": {"count": 3},
+        "seed": 0,
+        "settings": {"thresholds": [0.7, 0.8], "neighbors": 5},
+        "parts": [part("vision", True), part("language", False)],
+        "survivors": [{"name": "a", "grid": [2, 3], "picture": _picture(), "layers": [{"layer": 1, "kept": [0, 5]}]}],
+        "plan": PLAN,
+        "plan_line": '{"vision": 1}',
+    }
+
+
+def view() -> dict[str, Any]:
+    layers = [
+        {"layer": 0, "tokens_in": 6, "tokens_out": 4, "kept": [0, 1, 3, 4]},
+        {"layer": 2, "tokens_in": 4, "tokens_out": 1, "kept": [0]},
+    ]
+    photos = [{"name": "a", "picture": _picture(), "layers": layers}]
+    return {**_head("view"), "model": "timm:x", "plan": PLAN, "grid": [2, 3], "photos": photos, "files": []}
+
+
+def bench() -> dict[str, Any]:
+    cost = {"flops": 2e9, "memory": 8.0}
+    return {
+        **_head("bench/encoder"),
+        "model": "timm:x",
+        "pretrained": True,
+        "image_size": [224, 224],
+        "images": ["a"],
+        "plan": {"version": 1, "vision": {**PLAN["vision"], "method": dict(PLAN["vision"]["method"])}},
+        "layers": [{"layer": i, "tokens_in": 10.0 - i, "tokens_out": 9.0 - i, "slots": 9} for i in range(3)],
+        "base": _spread(20.0),
+        "pruned": _spread(15.0),
+        "eager": None,
+        "speedup": {"median": 1.3, "p20": 1.2, "p80": 1.4, "n": 5},
+        "costs": {"base": cost, "pruned": cost},
+        "bound": 1.5,
+        "efficiency": 0.9,
+        "uncounted": ["aten.strange"],
+        "overhead": {"scoring": _spread(1.0), "gathering": _spread(0.5), "share": _spread(0.2), "keep_all": None},
+        "conditions": {"batch": 1, "dtype": "float32", "repeats": 5, "warmup": 1, "threads": 1, "load_average": 9.0},
+    }
+
+
+def demo() -> dict[str, Any]:
+    photo = {
+        **view()["photos"][0],
+        "agreement": 0.98,
+        "bench": {k: bench()[k] for k in ("base", "pruned", "speedup", "bound", "conditions")},
+    }
+    return {
+        **_head("demo"),
+        "model": "timm:y",
+        "title": "a model",
+        "image_size": [224, 224],
+        "grid": [2, 3],
+        "plan": PLAN,
+        "speedup": 1.2,
+        "flops_bound": 1.3,
+        "agreement": {"measure": "cosine", "of": "logits", "mean": 0.98, "min": 0.98},
+        "photos": [photo],
+        "files": [],
+    }
+
+
+def generation() -> dict[str, Any]:
+    times = {
+        "first": _spread(50.0),
+        "per_token": None,
+        "total": _spread(90.0),
+        "kv_bytes": 10_000_000,
+        "prefill": {"flops": 3e9},
+    }
+    gain = {"first": {"median": 1.3, "p20": 1.2, "p80": 1.4, "n": 5}, "bound": 1.4}
+    return {
+        **_head("bench/generation"),
+        "model": "hf:v",
+        "pretrained": False,
+        "prompt": "what is it",
+        "images": ["a", "b"],
+        "plans": {"half": PLAN},
+        "times": {"base": times, "half": times},
+        "gains": {"half": gain},
+        "conditions": {**bench()["conditions"], "prompt_tokens": 300, "new_tokens": 1},
+    }
+
+
+def _paired() -> dict[str, Any]:
+    ends = {"low": -0.03, "high": 0.01, "detectable": 0.04}
+    return {"n": 100, "base": 0.8, "pruned": 0.79, "difference": -0.01, **ends, "better": 1, "worse": 2}
+
+
+def eval_images() -> dict[str, Any]:
+    summary = {"mean": 0.97, "median": 0.98, "p20": 0.95, "p80": 0.99, "n": 100}
+    return {
+        **_head("eval/images"),
+        "given": 101,
+        "evaluated": 100,
+        "failures": [{"where": "x.jpg", "reason": "broken"}],
+        "plans": {"half": PLAN},
+        "scores": {"half": {"top1": _paired()}},
+        "agreement": {"half": {"cosine": summary}},
+        "categories": {},
+        "against_first": {},
+        "conditions": {"model": "timm:x", "dtype": "float32", "batch": 32},
+    }
+
+
+def eval_vqa() -> dict[str, Any]:
+    summary = {"mean": 0.9, "median": 1.0, "p20": 1.0, "p80": 1.0, "n": 100}
+    return {
+        **eval_images(),
+        "kind": "eval/vqa",
+        "conditions": {"model": "hf:v", "example_prompt": "what is it"},
+        "agreement": {"half": {"same_answer": summary}},
+        "categories": {"colour": {"half": {"top1": _paired()}}},
+    }
+
+
+MAKERS = {
+    "analyze": analyze,
+    "bench/encoder": bench,
+    "bench/generation": generation,
+    "demo": demo,
+    "eval/images": eval_images,
+    "eval/vqa": eval_vqa,
+    "view": view,
+}

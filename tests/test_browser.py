@@ -1,0 +1,286 @@
+"""The pages of `saint report` and `saint ui` in a headless Chromium; skipped by name where there is none."""
+
+import json
+import shutil
+import socket
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import report_records
+import torch
+from PIL import Image
+from test_ui import png
+
+from saint.report import make_report, read_records
+
+pytest.importorskip("selenium", reason="selenium is not installed")
+pytest.importorskip("uvicorn", reason="uvicorn is not installed")
+import uvicorn
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select, WebDriverWait
+
+from saint.ui import Desk, make_app
+from saint.ui.desk import Offer
+from saint.ui.guard import hosts_of
+
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="chromium and chromedriver are not installed")
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+WIDTHS = (420, 1280)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in FLAGS.split():
+        options.add_argument(flag)
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('browser')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver.execute_cdp_cmd("Network.enable", {})
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def shown(browser):
+    """Sets width and colours; nothing may be in the console afterwards, and nothing stick out of the page."""
+
+    def show(url: str, width: int = 1280, dark: bool = False, offline: bool = False):
+        browser.get_log("browser")
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+        speed = {"offline": offline, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        browser.execute_cdp_cmd("Network.emulateNetworkConditions", speed)
+        browser.get(url)
+        return browser
+
+    yield show
+    assert browser.get_log("browser") == []
+
+
+def fits(browser) -> None:
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    files = []
+    for kind, make in report_records.MAKERS.items():
+        files.append(folder / f"{kind.replace('/', '-')}.json")
+        record = make()
+        if kind in ("bench/encoder", "demo"):
+            record["model"] = "<script>document.title = 'run'</script>"
+        files[-1].write_text(json.dumps(record))
+    page = folder / "report.html"
+    page.write_text(make_report(read_records(files)))
+    return page.as_uri()
+
+
+# -- report -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_report_loads_without_a_network_and_fits(shown, report, width, dark):
+    page = shown(report, width, dark, offline=True)
+    fits(page)
+    assert page.title.startswith("saint report")
+    paper, ink = page.execute_script("const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]")
+    assert contrast(paper, ink) > 7
+    for name in ("--faint", "--link", "--warn", *(f"--s{i}" for i in range(7))):
+        colour = page.execute_script(
+            "const p = document.createElement('p'); p.style.color = `var(${arguments[0]})`; document.body.append(p);"
+            "const c = getComputedStyle(p).color; p.remove(); return c",
+            name,
+        )
+        assert contrast(paper, colour) > (3 if name.startswith("--s") else 4.5), name  # WCAG: graphics, text
+    requests = page.execute_script("return performance.getEntriesByType('resource').map((e) => e.name)")
+    assert [name for name in requests if not name.startswith("data:")] == []
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG's ratio of two colours "rgb(r, g, b)"."""
+
+    def light(colour: str) -> float:
+        parts = [int(x) / 255 for x in colour[4:-1].split(",")]
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+        return sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    high, low = sorted((light(one), light(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_tables_sort_by_keyboard_and_click(shown, report):
+    page = shown(report)
+    table = next(t for t in page.find_elements(By.CSS_SELECTOR, "table.sortable") if "Generation" in t.text)
+
+    def column(i: int) -> list[str]:
+        cells = "[...arguments[0].tBodies[0].rows].map((r) => r.cells[arguments[1]])"
+        script = f"return {cells}.map((c) => c.dataset.key || c.textContent)"
+        return page.execute_script(script, table, i)
+
+    head = table.find_elements(By.CSS_SELECTOR, "thead button")[0]
+    head.send_keys(Keys.ENTER)
+    assert column(0) == ["half", "unpruned"]
+    assert head.find_element(By.XPATH, "..").get_attribute("aria-sort") == "ascending"
+    head.send_keys(Keys.SPACE)
+    assert column(0) == ["unpruned", "half"]
+    gain = table.find_elements(By.CSS_SELECTOR, "thead button")[7]
+    for _ in range(2):
+        page.execute_script("arguments[0].click()", gain)
+        assert column(7)[-1] == "-"  # what is no number comes last, either way
+    assert head.find_element(By.XPATH, "..").get_attribute("aria-sort") is None
+
+
+def test_sliders_change_what_is_shown(shown, report):
+    page = shown(report)
+    figure = next(f for f in page.find_elements(By.CSS_SELECTOR, "figure.kept") if "of 6 kept (17%)" in f.text)
+    slider, said = figure.find_element(By.TAG_NAME, "input"), figure.find_element(By.TAG_NAME, "output")
+
+    def visible() -> list[str]:
+        return [g.get_attribute("data-label") for g in figure.find_elements(By.CSS_SELECTOR, "g.step:not(.off)")]
+
+    assert said.text == "after layer 2: 1 of 6 kept (17%)"
+    assert visible() == [said.text]
+    slider.send_keys(Keys.ARROW_LEFT)
+    assert said.text == "after layer 0: 4 of 6 kept (67%)"
+    assert visible() == [said.text] == [slider.get_attribute("aria-valuetext")]
+    slider.send_keys(Keys.HOME)
+    assert visible() == ["before the first drop point: 6 of 6 kept (100%)"]
+
+
+def test_points_tell_at_focus_and_hostile_names_do_not_run(shown, report):
+    page = shown(report)
+    assert page.title.startswith("saint report")
+    point = page.find_element(By.CSS_SELECTOR, "#trade .point")
+    page.execute_script("arguments[0].focus()", point)
+    tip = page.find_element(By.ID, "tip")
+    assert "unpruned" in tip.text
+    page.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert not tip.is_displayed()
+
+
+def test_report_without_javascript_shows_the_last_layer_and_no_dead_control(shown, browser, report):
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        page = shown(report)
+        steps = page.find_elements(By.CSS_SELECTOR, "figure.kept g.step:not(.off)")
+        assert len(steps) == len(page.find_elements(By.CSS_SELECTOR, "figure.kept")) > 0
+        assert not any(s.is_displayed() for s in page.find_elements(By.CSS_SELECTOR, ".slider"))
+        assert page.find_elements(By.CSS_SELECTOR, "th button") == []
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+# -- ui ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The application at a free port, with a tiny model; its address."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    desk = Desk({"timm:test_vit": Offer("timm:test_vit", False, False)}, repeats=1)
+    running = uvicorn.Server(uvicorn.Config(make_app(desk, hosts_of("127.0.0.1", port)), log_level="error", ws="none"))
+    thread = threading.Thread(target=lambda: running.run(sockets=[listening]), daemon=True)
+    thread.start()
+    while not running.started:
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{port}/"
+    running.should_exit = True
+    thread.join(10)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    path = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def ready(page):
+    WebDriverWait(page, 20).until(lambda p: p.execute_script("return document.body.dataset.ready"))
+    return page
+
+
+def prune(page) -> str:
+    """Presses the button; what the status says in the end, empty for an answer."""
+    page.find_element(By.ID, "go").send_keys(Keys.ENTER)
+    status = page.find_element(By.ID, "status")
+    go = page.find_element(By.ID, "go")
+    WebDriverWait(page, 120).until(lambda _: go.is_enabled() and not status.text.startswith("running"))
+    return status.text
+
+
+@pytest.mark.parametrize(("width", "dark"), [(420, True), (1280, False)])
+def test_a_picture_gets_an_answer_and_the_slider_works(shown, server, picture, width, dark):
+    page = ready(shown(server, width, dark))
+    page.find_element(By.ID, "file").send_keys(str(picture))
+    Select(page.find_element(By.ID, "method")).select_by_value("random")
+    page.find_element(By.ID, "budget").send_keys("0.5")
+    page.find_element(By.ID, "layers").send_keys("0,1")
+    assert prune(page) == ""
+    answer = page.find_element(By.ID, "answer")
+    assert "50 of 100 tokens are left (50%)" in answer.text
+    fits(page)
+    said = answer.find_element(By.CSS_SELECTOR, "figure.kept output")
+    before = said.text
+    answer.find_element(By.CSS_SELECTOR, "figure.kept input").send_keys(Keys.HOME)
+    assert before == "after layer 1: 50 of 100 kept (50%)"
+    assert said.text == "before the first drop point: 100 of 100 kept (100%)"
+    assert "saint demo timm:test_vit --plan" in answer.find_element(By.CSS_SELECTOR, "pre.line").text
+
+
+def test_a_dropped_file_is_taken(shown, server):
+    page = ready(shown(server))
+    page.execute_script(
+        "const data = new DataTransfer(); data.items.add(new File([new Uint8Array([1, 2])], 'dropped.png', {type: 'image/png'}));"
+        "const event = new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true});"
+        "document.getElementById('drop').dispatchEvent(event)"
+    )
+    assert "dropped.png" in page.find_element(By.ID, "hint").text
+
+
+def test_hostile_files_are_refused_in_the_page(shown, browser, server, tmp_path, picture):
+    import base64
+    import zlib
+
+    page = ready(shown(server))
+    assert prune(page) == "choose an image first"
+    (tmp_path / "text.png").write_text("no picture at all")
+    (tmp_path / "huge.png").write_bytes(base64.b64decode(png(50_000, 50_000, zlib.compress(bytes(1000)))))
+    (tmp_path / ".hidden.png").write_bytes(picture.read_bytes())
+    for name, words in (
+        ("text.png", "PNG, JPEG, WEBP or GIF image is expected"),
+        ("huge.png", "too large"),
+        (".hidden.png", "plain file name"),
+    ):
+        page.find_element(By.ID, "file").send_keys(str(tmp_path / name))
+        assert words in prune(page), name
+    (tmp_path / "big.png").write_bytes(bytes(10_000_001))
+    page.find_element(By.ID, "file").send_keys(str(tmp_path / "big.png"))
+    assert "at most 10 MB" in page.find_element(By.ID, "status").text
+    # the console names each refused request, and nothing else is in it
+    said = [entry["message"] for entry in browser.get_log("browser")]
+    assert len(said) == 3
+    assert all("/run - Failed to load resource: the server responded with a status of 400" in line for line in said)
+    page.find_element(By.ID, "file").send_keys(str(picture))
+    assert prune(page) == ""

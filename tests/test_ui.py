@@ -1,0 +1,375 @@
+"""`saint ui` over HTTP, without a browser: answers, and what is refused before or instead of one."""
+
+import base64
+import binascii
+import io
+import json
+import struct
+import threading
+import time
+import tracemalloc
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import saint
+from saint import extras
+from saint.cli import main
+
+pytest.importorskip("starlette")
+from starlette.testclient import TestClient
+
+from saint.ui import Desk, make_app, offered
+from saint.ui import desk as desk_module
+from saint.ui.desk import Offer
+from saint.ui.guard import LARGEST, hosts_of
+
+HOST = "127.0.0.1:8765"
+MODEL = "timm:test_vit"
+
+
+@pytest.fixture
+def desk():
+    return Desk({MODEL: Offer(MODEL, False, False), "timm:test_vit2": Offer("timm:test_vit2", False, False)}, repeats=1)
+
+
+@pytest.fixture
+def client(desk):
+    return TestClient(
+        make_app(desk, hosts_of("127.0.0.1", 8765)), base_url=f"http://{HOST}", raise_server_exceptions=False
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def encoded(image: Image.Image | None = None, kind: str = "PNG") -> str:
+    image = image or Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def post(client: TestClient, headers: dict | None = None, **fields: object):
+    asked = {"image": encoded(), "model": MODEL, **fields}
+    given = {"Origin": f"http://{HOST}", "Content-Type": "application/json", **(headers or {})}
+    return client.post("/run", content=json.dumps(asked), headers=given)
+
+
+def refused(response, status: int, *words: str) -> None:
+    assert response.status_code == status, response.text
+    said = response.json()["error"]
+    assert all(word in said for word in words), said
+    assert "Traceback" not in response.text
+
+
+def png(width: int, height: int, data: bytes, *more: tuple[bytes, bytes]) -> str:
+    """A PNG with this header, whatever its data are."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", binascii.crc32(name + body))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", head), *more, (b"IDAT", data), (b"IEND", b"")]
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks)).decode()
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_gets_survivors_outputs_times_and_a_plan(client):
+    response = post(client, method="saint", stage="vision", budget="0.5", layers="0-2", name="cat.png")
+    assert response.status_code == 200, response.text
+    html = response.json()["html"]
+    assert "50 of 100 tokens are left (50%)" in html
+    assert "after layer 2: 50 of 100 kept (50%)" in html
+    assert "before the first drop point: 100 of 100 kept" in html
+    assert "1 interleaved pairs" in html
+    assert "One picture on this machine" in html
+    assert "saint demo timm:test_vit --plan" in html
+    assert "&quot;budget&quot;:0.5" in html
+    assert "<script" not in html
+
+
+def test_an_empty_plan_field_means_the_models_own_and_a_recipe_or_json_is_taken(client):
+    own = post(client)
+    assert own.status_code == 200
+    assert "threshold 0.75" in own.json()["html"]
+    named = post(client, plan="vit/tome")
+    assert "tome" in named.json()["html"]
+    text = json.dumps({"version": 1, "vision": {"method": {"method": "grid", "keep": 0.25}, "layers": [1]}})
+    assert "25 of 100 tokens are left" in post(client, plan=text).json()["html"]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_four_formats_are_decoded(client, kind):
+    assert post(client, image=encoded(kind=kind), method="random", budget="0.5", layers="1").status_code == 200
+
+
+def test_one_model_is_held_and_requests_wait_for_each_other(client, desk, monkeypatch):
+    running, most, loads = 0, 0, []
+    real_load, real_encode = desk_module.load_model, Desk._encode
+
+    def load(spec, *rest):
+        loads.append(spec)
+        return real_load("timm:test_vit", *rest)
+
+    def encode(self, *rest):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.05)
+        answer = real_encode(self, *rest)
+        running -= 1
+        return answer
+
+    monkeypatch.setattr(desk_module, "load_model", load)
+    monkeypatch.setattr(Desk, "_encode", encode)
+    statuses = []
+    threads = [threading.Thread(target=lambda: statuses.append(post(client).status_code)) for _ in range(3)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert statuses == [200] * 3
+    assert most == 1
+    assert loads == [MODEL]
+    assert post(client, model="timm:test_vit2").status_code == 200
+    assert post(client).status_code == 200
+    assert loads == [MODEL, "timm:test_vit2", MODEL]
+    assert desk._held[0] == MODEL
+
+
+def test_too_many_waiting_requests_are_sent_away(client, desk, monkeypatch):
+    release, begun = threading.Event(), threading.Semaphore(0)
+
+    def run(self, asked):
+        begun.release()
+        release.wait(20)
+        return "<p>done</p>"
+
+    monkeypatch.setattr(Desk, "run", run)
+    with client:  # one event loop for all
+        statuses = []
+        threads = [threading.Thread(target=lambda: statuses.append(post(client).status_code)) for _ in range(4)]
+        [thread.start() for thread in threads]
+        for _ in range(4):
+            assert begun.acquire(timeout=20)
+        refused(post(client), 503, "4 requests", "try again")
+        release.set()
+        [thread.join() for thread in threads]
+    assert statuses == [200] * 4
+    with client:
+        assert post(client).status_code == 200
+
+
+def test_nothing_is_written_to_disk(client, tmp_path, monkeypatch):
+    import tempfile
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    large = Image.fromarray(np.random.default_rng(0).integers(0, 255, (900, 900, 3), dtype=np.uint8))
+    assert post(client, image=encoded(large), name="x.png").status_code == 200
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8765", "127.0.0.1:1", "127.0.0.1", "localhost", ""])
+def test_other_hosts_are_refused(client, host):
+    for path in ("/", "/facts", "/ui.js"):
+        refused(client.get(path, headers={"Host": host}), 421, HOST)
+    refused(post(client, headers={"Host": host}), 421)
+    assert client.get("/", headers={"Host": "LOCALHOST:8765"}).status_code == 200
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "https://127.0.0.1:8765", "http://127.0.0.1:9", ""])
+def test_posts_from_other_pages_are_refused(client, origin):
+    refused(post(client, headers={"Origin": origin}), 403, "own page")
+    assert (
+        client.post("/run", content="{}", headers={"Content-Type": "application/json"}).status_code == 403
+    )  # no Origin
+    assert client.options("/run", headers={"Origin": origin}).status_code == 403
+
+
+def test_every_answer_has_the_headers_and_posts_need_json(client):
+    for response in (client.get("/"), client.get("/nowhere"), client.get("/", headers={"Host": "evil"})):
+        policy = response.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "script-src 'self';" in policy
+        assert response.headers["x-content-type-options"] == "nosniff"
+    refused(post(client, headers={"Content-Type": "text/plain"}), 415, "application/json")
+    assert client.get("/run").status_code == 405
+    assert client.get("/../../etc/passwd").status_code == 404
+    assert client.get("/ui/guard.py").status_code == 404
+    for path in ("/", "/ui.js", "/ui.css", "/report.js", "/report.css"):
+        assert client.get(path).status_code == 200
+        assert "http://" not in client.get(path).text
+
+
+def test_text_called_png_is_refused(client):
+    svg = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
+    for data in (b"just text", svg, b"%!PS-Adobe-3.0 EPSF\n", b"BM" + bytes(60)):
+        said = "PNG, JPEG, WEBP or GIF", "whatever the file is called"
+        refused(post(client, image=base64.b64encode(data).decode(), name="photo.png"), 400, *said)
+    tiff = encoded(kind="TIFF")
+    refused(post(client, image=tiff, name="photo.png"), 400, "PNG, JPEG, WEBP or GIF")
+
+
+def test_a_huge_picture_is_refused_by_its_header(client):
+    tracemalloc.start()
+    refused(
+        post(client, image=png(50_000, 50_000, zlib.compress(bytes(1000)))), 400, "2500000000 pixels", "scale it down"
+    )
+    refused(post(client, image=png(10_000, 4_001, zlib.compress(bytes(1000)))), 400, "10000 x 4001", "40 million")
+    assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    tracemalloc.stop()
+
+
+def test_what_decompresses_to_much_more_than_it_is_stays_small(client):
+    squeezer = zlib.compressobj(9)
+    bomb = b"".join(squeezer.compress(bytes(1_000_000)) for _ in range(300)) + squeezer.flush()  # 300 MB of zeros
+    tracemalloc.start()
+    text = png(8, 8, zlib.compress(bytes(8 * 25)), (b"zTXt", b"note\0\0" + bomb))
+    refused(post(client, image=text), 400, "PNG")
+    pixels = post(client, image=png(8, 8, bomb), method="random", budget="0.5", layers="1")
+    assert pixels.status_code in (200, 400)  # the decoder stops behind the last line
+    assert tracemalloc.get_traced_memory()[1] < 60_000_000
+    tracemalloc.stop()
+
+
+def test_damaged_and_empty_pictures_are_refused(client):
+    whole = base64.b64decode(encoded(kind="JPEG"))
+    refused(post(client, image=base64.b64encode(whole[:300]).decode()), 400, "damaged")
+    refused(post(client, image=""), 400, "choose a picture")
+    refused(post(client, image="no base64!"), 400, "base64")
+
+
+def test_more_than_the_limit_is_refused(client):
+    noise = base64.b64encode(bytes(LARGEST + 1)).decode()
+    refused(post(client, image=noise), 400, "at most 10 MB")
+    refused(post(client, image=base64.b64encode(bytes(LARGEST + 100_000)).decode()), 413, "at most 10 MB")
+
+    def chunks():  # no Content-Length
+        for _ in range(16):
+            yield b"x" * 1_000_000
+
+    given = {"Origin": f"http://{HOST}", "Content-Type": "application/json"}
+    refused(client.post("/run", content=chunks(), headers=given), 413, "at most 10 MB")
+    refused(client.post("/run", content=b"{}", headers={**given, "Content-Length": "99999999999"}), 413)
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a\\b.png", "a\0.png", ".bashrc"])
+def test_paths_as_names_are_refused(client, name):
+    refused(post(client, name=name), 400, "plain file name")
+
+
+def test_a_plan_is_never_read_from_a_file(client, tmp_path):
+    saint.Plan(vision=saint.Saint()).save(tmp_path / "mine.json")
+    refused(post(client, plan=str(tmp_path / "mine.json")), 400, "unknown recipe")
+    refused(post(client, plan="/etc/passwd"), 400, "unknown recipe")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model": "hf:somebody/else"}, ["one of timm:test_vit", "--model"]),
+        ({"method": "nonsense"}, ["nonsense"]),
+        ({"method": "saint", "threshold": "x"}, ["threshold must be a number", "'x'"]),
+        ({"method": "saint", "threshold": "7"}, ["(-1, 1]"]),
+        ({"method": "grid", "threshold": "0.5"}, ["no threshold"]),
+        ({"method": "saint", "layers": "0-99"}, ["99"]),
+        ({"method": "saint", "layers": "9" * 1900}, ["layers"]),
+        ({"method": "saint", "stage": "attic"}, ["vision, connector, language"]),
+        ({"method": "divprune", "stage": "connector", "budget": "0.5"}, ["connector"]),
+        ({"plan": "{oops"}, ["JSON"]),
+        ({"plan": "x" * 3000}, ["2000"]),
+        ({"question": ["a"]}, ["must be text"]),
+        ({"evil": "x"}, ["evil"]),
+    ],
+)
+def test_what_makes_no_sense_is_told(client, fields, words):
+    refused(post(client, **fields), 400, *words)
+
+
+def test_long_ranges_of_layers_are_refused_at_once(client):
+    start = time.perf_counter()
+    refused(post(client, method="saint", layers="0-99999999999"), 400, "layers")
+    assert time.perf_counter() - start < 5
+
+
+def test_bodies_that_are_no_object(client):
+    given = {"Origin": f"http://{HOST}", "Content-Type": "application/json"}
+    for body in (b"", b"[1]", b"{", b"\xff", b"[" * 100_000, b'{"image": 1, "model": "x"}'):
+        assert client.post("/run", content=body, headers=given).status_code == 400
+
+
+def test_an_unforeseen_error_is_told_without_its_trace(client, monkeypatch, caplog):
+    def fail(self, asked):
+        raise RuntimeError("out of luck\nat line 3")
+
+    monkeypatch.setattr(Desk, "run", fail)
+    refused(post(client), 500, "RuntimeError: out of luck at line 3")
+    assert "Traceback" in caplog.text
+
+
+def test_text_of_a_question_is_text():
+    from saint.bench.timing import Spread
+    from saint.ui.pages import answer_page
+
+    spread = Spread(1.0, 0.9, 1.1, 3)
+    times = SimpleNamespace(first=spread, prefill=SimpleNamespace(flops=1.0), kv_bytes=1)
+    conditions = {"device": "cpu", "threads": 1, "dtype": "x"}
+    gain = SimpleNamespace(first=spread, bound=1.0)
+    bench = SimpleNamespace(gains={"pruned": gain}, times={"base": times}, conditions=conditions)
+    facts = {
+        "spec": "m",
+        "plan": saint.Plan(connector=saint.SaintFullGraph(keep=0.5)),
+        "tiles": [],
+        "total": 4,
+        "steps": [],
+    }
+    page = answer_page(**facts, question="<script>1</script>", answers=["<b>", "<i>"], bench=bench)
+    assert "<script" not in page
+    assert "<b>" not in page
+    assert "another answer" in page
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_wildcards_busy_ports_and_missing_extras_are_told(capsys, monkeypatch):
+    import socket
+
+    def fails(*args: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(["ui", *args])
+        assert ended.value.code == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    assert "one address" in fails("--host", "0.0.0.0")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert "give another --port" in fails("--port", str(taken.getsockname()[1]))
+
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(extras, "import_module", missing)
+    assert 'pip install "saint-vlm[ui]"' in fails()
+
+
+def test_the_demo_models_are_offered_and_those_of_the_command_line():
+    made = offered(["timm:test_vit", "demo:clip-b16"], pretrained=False)
+    assert list(made) == ["demo:clip-b16", "demo:dinov2-s", "demo:small-llava", "timm:test_vit"]
+    assert [offer.answers for offer in made.values()] == [False, False, True, False]
+    assert [offer.pretrained for offer in made.values()] == [True, True, True, False]
