@@ -98,6 +98,7 @@ def test_a_picture_gets_survivors_outputs_times_and_a_plan(client):
     assert "saint demo timm:test_vit --plan" in html
     assert "&quot;budget&quot;:0.5" in html
     assert "<script" not in html
+    assert "probability" in html
 
 
 def test_an_empty_plan_field_means_the_models_own_and_a_recipe_or_json_is_taken(client):
@@ -136,8 +137,9 @@ def test_one_model_is_held_and_requests_wait_for_each_other(client, desk, monkey
     monkeypatch.setattr(Desk, "_encode", encode)
     statuses = []
     threads = [threading.Thread(target=lambda: statuses.append(post(client).status_code)) for _ in range(3)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
+    with client:  # one event loop for all, as in a server
+        [thread.start() for thread in threads]
+        [thread.join(60) for thread in threads]
     assert statuses == [200] * 3
     assert most == 1
     assert loads == [MODEL]
@@ -164,7 +166,7 @@ def test_too_many_waiting_requests_are_sent_away(client, desk, monkeypatch):
             assert begun.acquire(timeout=20)
         refused(post(client), 503, "4 requests", "try again")
         release.set()
-        [thread.join() for thread in threads]
+        [thread.join(60) for thread in threads]
     assert statuses == [200] * 4
     with client:
         assert post(client).status_code == 200
