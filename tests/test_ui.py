@@ -375,3 +375,33 @@ def test_the_demo_models_are_offered_and_those_of_the_command_line():
     assert list(made) == ["demo:clip-b16", "demo:dinov2-s", "demo:small-llava", "timm:test_vit"]
     assert [offer.answers for offer in made.values()] == [False, False, True, False]
     assert [offer.pretrained for offer in made.values()] == [True, True, True, False]
+
+
+# -- vision-language models -------------------------------------------------------------------------------------------
+
+
+def test_a_question_gets_both_answers(vlm):
+    client, spec = vlm
+    response = post(client, model=spec, question="what <b>", method="saint_full_graph", stage="connector", budget="9")
+    assert response.status_code == 200, response.text
+    html = response.json()["html"]
+    assert "9 of 36 tokens are left (25%)" in html
+    assert html.count("<blockquote>") == 2
+    assert "connector: 9 of 36 kept (25%)" in html
+    assert "First token of one question" in html
+    assert "saint chat" in html
+    assert "what &lt;b&gt;" in html
+    refused(post(client, model=spec), 400, "answers questions")
+    own = post(client, model=spec, question="what")
+    assert own.status_code == 200
+    assert "vision, after layer" in own.json()["html"]
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory):
+    """A client of a desk with a tiny LLaVA on disk."""
+    from test_chat import TEMPLATE, save
+
+    spec = save(tmp_path_factory.mktemp("llava"), TEMPLATE)
+    made = make_app(Desk(offered([spec]), repeats=1), hosts_of("127.0.0.1", 8765))
+    return TestClient(made, base_url=f"http://{HOST}", raise_server_exceptions=False), spec
