@@ -285,6 +285,8 @@ def test_a_page_that_would_be_too_large_gets_smaller_pictures_or_is_refused(writ
         ('{"version": 2, "kind": "view"}', ["format 1", "2"]),
         ('{"version": 1, "kind": "view"}', ["kind view", "'photos'"]),
         ('{"version": 1, "kind": "bench/encoder", "speedup": 3}', ["kind bench/encoder"]),
+        ('{"version": 1, "kind": "view", "grid": [NaN, 1]}', ["is no JSON", "NaN"]),
+        ('{"version": 1, "kind": "view", "photos": [{"name": 1}], "model": 2, "plan": {}}', ["kind view", "'layers'"]),
         ("[" * 100_000, ["is no JSON", "nested"]),
         (b"\xff\xfe\x00", ["is no JSON"]),
     ],
