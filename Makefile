@@ -8,7 +8,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin
 
-.PHONY: help setup demo test mutants names matrix check fix bench results tables lock clean
+.PHONY: help setup demo test mutants names matrix check fix bench results tables docs lock clean
 help:            ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -52,5 +52,9 @@ results: $(STAMP) ## re-measure docs/results.md (STAMPS=, FASHION=: folders, see
 	$(RUN)/python evidence/measure.py tables
 tables: $(STAMP) ## regenerate the support table of the README
 	$(RUN)/python docs/make_tables.py
+docs: $(STAMP)   ## build the documentation into site/ (the build itself needs no network)
+	@$(RUN)/python -c 'import material, mkdocstrings' 2>/dev/null || \
+		$(RUN)/python -m pip install --quiet $(addprefix -c ,$(CONSTRAINTS)) -e '.[docs]'
+	$(RUN)/python -m mkdocs build --strict
 clean:           ## remove caches, not the environment
-	rm -rf .matrix .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf site .matrix .pytest_cache .mypy_cache .ruff_cache build dist

@@ -74,7 +74,7 @@ class Plain:
 
 
 def check(layer: RaggedLayer, plain: Plain) -> None:
-    """The layer holds what the model holds, knows where, and has let go of what nobody sees."""
+    """The layer holds what the model holds, knows where, and has let go of what no query sees."""
     assert layer.get_seq_length() == plain.length == layer.length
     if not plain.length:
         return
@@ -233,7 +233,7 @@ def test_every_way_to_change_the_batch_changes_the_map():
 
 def test_a_layer_under_a_removed_plan_takes_nothing():
     layer = filled()
-    layer.owner.closed = True
+    layer.session.closed = True
     with pytest.raises(ValueError, match="plan that has been removed"):
         layer.update(*[tagged([0, 1], torch.tensor([[8], [8]]))] * 2)
     layer = filled()
@@ -250,7 +250,7 @@ def test_an_ordinary_layer_is_taken_over(window):
     cache.layers = [ordinary]
     layer = ragged_layer(cache, 0, owner)
     assert cache.layers[0] is layer is ragged_layer(cache, 0, owner)
-    assert layer.owner is owner
+    assert layer.session is owner
     assert layer.sliding_window == window
     assert layer.length == 9
     stored = 9 if window is None else min(9, window - 1)
@@ -300,7 +300,7 @@ def test_whose_cache_it_is():
     cache.layers = [filled()]
     with pytest.raises(ValueError, match="another plan"):
         check_cache(cache, owner)
-    check_cache(cache, cache.layers[0].owner)
+    check_cache(cache, cache.layers[0].session)
     with pytest.raises(ValueError, match="must be a transformers Cache"):
         check_cache([], owner)
 

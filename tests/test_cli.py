@@ -128,6 +128,21 @@ def test_view_draws_and_records(run, folder, tmp_path):
     assert json.loads((tmp_path / "v.json").read_text())["grid"] == [10, 10]
 
 
+def test_view_says_why_patches_leave(run, folder, tmp_path):
+    out, sky = tmp_path / "out", folder / "sky.png"
+    code, said, err = run("view", *TINY, "--image", sky, "--threshold", 0.5, "--why", "--patch", "3,4", "--out", out)
+
+    assert code == 0, err
+    assert {path.name for path in out.iterdir()} == {"kept_sky.png", "why_sky.png"}
+    assert "why_sky.png" in said
+    plain = Image.open(out / "why_sky.png")
+    run("view", *TINY, "--image", sky, "--threshold", 0.5, "--why", "--out", out)
+    assert Image.open(out / "why_sky.png").tobytes() != plain.tobytes()  # without the graph around a patch
+    for patch, words in (("3", "ROW,COLUMN"), ("a,b", "ROW,COLUMN"), ("99,0", "not on the grid")):
+        one_line(run("view", *TINY, "--image", sky, "--why", "--patch", patch, "--out", out)[2], words)
+    one_line(run("view", *TINY, "--image", sky, "--patch", "3,4", "--out", out)[2], "--why")
+
+
 def test_the_old_way_to_name_model_and_picture_still_works_with_a_note(run, folder, tmp_path):
     rest = [*TINY[1:], "--out", tmp_path / "out"]
     for args in (

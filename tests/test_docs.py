@@ -17,10 +17,11 @@ import torch
 import typer
 from models import build
 from PIL import Image
-from transformers import ViTConfig, ViTModel
+from transformers import AutoProcessor, LlavaForConditionalGeneration, ViTConfig, ViTModel
 from vlm_models import FAMILIES, prompts
 
 import saint
+from saint import presets
 from saint.cli import COMMANDS, app
 from saint.upstream import registry
 
@@ -52,7 +53,14 @@ def noise() -> Image.Image:
 
 
 class Words:
-    """A processor of which only the decoding is asked for."""
+    """A processor of which only one prompt, and its decoding, are asked for."""
+
+    def __init__(self, inputs: dict[str, torch.Tensor]) -> None:
+        self.inputs = inputs
+
+    def __call__(self, images: Image.Image, text: str, return_tensors: str) -> dict[str, torch.Tensor]:
+        assert text.count("<image>") == 1
+        return self.inputs
 
     def decode(self, tokens: torch.Tensor, skip_special_tokens: bool) -> str:
         return " ".join(map(str, tokens.tolist()))
@@ -74,7 +82,7 @@ def namespace() -> dict[str, object]:
         "images": torch.randn(2, 3, 96, 96),
         "vlm": vlm,
         "inputs": inputs,
-        "processor": Words(),
+        "processor": Words(inputs),
         "image": noise(),
         "plan": plan,
         "my_inputs": my_inputs,
@@ -92,13 +100,17 @@ def test_python_blocks_run(file, tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_tables", registry._Tables())  # what a block registers is gone behind it
     real = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *_, **__: real("test_vit"))
-    # the recipe of LLaVA-1.5 names layers of 24 and 32; the stand-in has a few
-    small = saint.Plan(language=saint.Stage(saint.SaintFullGraph(keep=0.5), layers=[1]))
-    apply = saint.apply
-    monkeypatch.setattr(
-        saint, "apply", lambda model, plan: apply(model, small if isinstance(plan, str) and "llava" in plan else plan)
-    )
+    # the recipes of LLaVA-1.5 name layers of 24 and 32; the stand-in has a few
+    half = saint.SaintFullGraph(keep=0.5)
+    small = presets.Recipe(saint.Plan(vision=saint.Stage(half, layers=[1]), language=saint.Stage(half, layers=[1])), "")
+    recipes = {name: small if name.startswith("llava-1.5/") else recipe for name, recipe in presets._RECIPES.items()}
+    monkeypatch.setattr(presets, "_RECIPES", recipes)
     scope = namespace()
+    processor = Words(scope["inputs"])
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: processor)
+    monkeypatch.setattr(
+        LlavaForConditionalGeneration, "from_pretrained", lambda *_, **__: FAMILIES["llava-llama"].build()
+    )
     if file.name == "evaluation.md":
         scope["plan"] = saint.Plan(vision=saint.Saint(budget=0.5))
     for number, code in enumerate(blocks(file, "python"), 1):

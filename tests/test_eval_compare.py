@@ -123,7 +123,13 @@ def test_one_sample_has_no_interval():
 
 @pytest.mark.parametrize(
     ("base", "pruned", "words"),
-    [([], [], "at least one"), ([1], [1, 0], "equally long"), ([float("nan")], [1], "finite"), ([[1]], [[1]], "lists")],
+    [
+        ([], [], "at least one"),
+        ([1], [1, 0], "equally long"),
+        ([float("nan")], [1], "finite"),
+        ([0, 1], [1, float("nan")], "finite"),
+        ([[1]], [[1]], "lists"),
+    ],
 )
 def test_bad_scores(base, pruned, words):
     with pytest.raises(ValueError, match=words):

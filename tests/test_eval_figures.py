@@ -220,6 +220,12 @@ def test_nearest_neighbours_are_the_loop(count, k, seed):
 def test_every_second_of_each_class_is_held_out():
     labels = torch.tensor([2, 0, 0, 2, 2, 0, 2])
     assert scores.split(labels).tolist() == [False, False, True, True, False, False, True]
+    assert scores.split(torch.tensor([4, 4, 1, 1])).tolist() == [
+        False,
+        True,
+        False,
+        True,
+    ]  # two samples each are enough
     for bad in ([1, 1, 1], [0, 0, 1]):
         with pytest.raises(ValueError, match="two classes with two samples"):
             scores.split(torch.tensor(bad))

@@ -1,4 +1,4 @@
-"""The parts of the language stage: cache layers, masks, positions, owners of dropped positions."""
+"""The parts of the language stage: cache layers, masks, positions, what stands for dropped positions."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from vlm_models import FAMILIES, cache_of, cached, prompts
 
 import saint
 from saint.language.cache import CachePositions, entries, extended
-from saint.language.decoder import owners
+from saint.language.decoder import nearest_before
 from saint.language.masks import survivors_mask
 from saint.tokens import TokenMap
 
@@ -38,8 +38,8 @@ def test_entries_of_a_cache_over_turns():
 
 def test_rows_of_a_key_map_are_shared():
     keys, order = extended(None, 0, TOKENS), torch.tensor([1, 0])
-    assert keys.rows(order) is keys.rows(order)
-    assert keys.rows(order).index.tolist() == TOKENS.index[[1, 0]].tolist()
+    assert keys.of_samples(order) is keys.of_samples(order)
+    assert keys.of_samples(order).index.tolist() == TOKENS.index[[1, 0]].tolist()
     assert keys.repeat(2).index[:, 0].tolist() == [0, 0, 1, 1]
 
 
@@ -82,7 +82,7 @@ def test_window_that_left_the_prompt_behind_needs_no_gather():
 
 
 def test_owner_is_the_nearest_survivor_before():
-    assert owners(TOKENS).tolist() == [[0, 0, 1, 2, 2, 3], [0, 0, 0, 0, 1, 1]]
+    assert nearest_before(TOKENS).tolist() == [[0, 0, 1, 2, 2, 3], [0, 0, 0, 0, 1, 1]]
 
 
 def ragged(model):

@@ -414,10 +414,32 @@ def test_observing_a_vision_language_model(name):
             assert given.attention.shape == given.tokens.index.shape
 
 
+class Candidates:
+    """Has no other event than this one."""
+
+    def __init__(self, layers=None):
+        self.layers, self.seen = layers, []
+
+    candidates = Everything.candidates
+
+
+@pytest.mark.parametrize("kind", [Candidates, Everything])
+@pytest.mark.parametrize(("layers", "stages"), [(None, {"language"}), ([1], {"vision", "language"})])
+def test_stages_in_which_the_plan_drops_nothing_are_shown_where_layers_are_named(kind, layers, stages):
+    family = FAMILIES["llava-llama"]
+    model = family.build()
+    ear = kind(layers)
+    plan = Plan(language=Stage(saint.SaintFullGraph(keep=0.5), layers=[1]))
+    with saint.pruned(model, plan, observers=[ear]), torch.no_grad():
+        model(**prompts(family, model, [[4, "0", 7]]))
+    assert {stage for stage, _, _ in ear.seen} == stages
+    assert {layer for _, layer, _ in ear.seen} == {1}
+
+
 def test_layers_an_observer_asks_for():
     model, plan, inputs = prepared("timm/vit-augreg")
     plan = restage(plan, layers=[1])
-    for layers, want in ((None, [1]), ("all", [0, 1, 2, 3]), ([3], [3])):
+    for layers, want in ((None, [1]), ("all", [0, 1, 2, 3]), ([3], [3]), ([0], [0])):
         ear = Everything(layers)
         with saint.pruned(model, plan, observers=[ear]) as session:
             testing.run(model, inputs)

@@ -146,7 +146,7 @@ def test_patches_that_cannot_be_put_on_again_leave_a_clean_model(vit, monkeypatc
     before = snapshot(vit)
     session = saint.apply(vit, HALF)
     with pytest.raises(ZeroDivisionError), session.disabled():
-        monkeypatch.setattr(session._encoder, "_dense_call", lambda _: 1 / 0)
+        monkeypatch.setattr(session._encoder.outputs, "_dense_call", lambda _: 1 / 0)
     assert snapshot(vit) == before
     assert saint.status(vit) is None
 
@@ -303,6 +303,30 @@ def test_flops_left_are_those_that_run(name, pixels, scoring, placement):
     assert estimate == pytest.approx(left, abs=scoring)
 
 
+@pytest.mark.parametrize("name", ["gemma3", "internvl"])
+def test_flops_left_of_a_tower_that_joins_patches(name):
+    """The trace counts squares of 2 x 2 patches; the blocks run on patches."""
+    family = FAMILIES[name]
+    model = family.build()
+    inputs = prompts(family, model, [[3, "0", 4]])
+    blocks = re.compile(r"\.vision_tower\..*layers?\.\d+$")
+
+    def counted():
+        with torch.no_grad():
+            found = count_flops(lambda: model(**inputs))[1].by_module
+        parts = [sum(flops.values()) for key, flops in found.items() if blocks.search(key)]
+        assert len(parts) > 1
+        return sum(parts)
+
+    unpruned = counted()
+    stage = Stage(saint.SaintFullGraph(keep=0.5), layers=[0], placement="post")
+    with saint.apply(model, Plan(vision=stage)) as session:
+        left = counted() / unpruned
+        estimate = session.summary().flops_left
+    assert estimate < 0.8
+    assert estimate == pytest.approx(left, abs=0.003)
+
+
 @pytest.mark.parametrize("name", ["timm/beit", "timm/vit-parallel-scaling", "timm/relpos"])
 def test_flops_that_are_not_known_are_said_to_be_unknown(name, images):
     model = build(name)
@@ -310,6 +334,17 @@ def test_flops_that_are_not_known_are_said_to_be_unknown(name, images):
         model(images)
         assert session.summary().flops_left is None
         assert str(session.summary()).endswith("blocks of the encoder: unknown")
+
+
+@pytest.mark.parametrize(
+    ("shape", "known"), [((), True), ((8,), True), ((1, 8), True), ((4, 8), False), ((2, 1, 4), False)]
+)
+def test_flops_of_a_matrix_that_no_linear_layer_holds_are_not_known(vit, images, shape, known):
+    """A vector scales or shifts; a matrix may be multiplied with the tokens."""
+    vit.blocks[1].mlp.register_parameter("extra", torch.nn.Parameter(torch.zeros(shape)))
+    with saint.apply(vit, Stage(saint.Saint(budget=0.5), layers=[0])) as session, torch.no_grad():
+        vit(images)
+        assert (session.summary().flops_left is not None) == known
 
 
 def test_summary_of_a_vision_language_model(llava):

@@ -1,7 +1,7 @@
 """Rules about the code itself: lean import, import direction, tables that load no library, public names."""
 
 import ast
-import importlib
+import importlib.util
 import subprocess
 import sys
 import types
@@ -44,9 +44,10 @@ UPPER = {
     "demo": {"records"},
     "loading": {"demo"},
     "eval": {"bench", "loading"},
+    "analysis": {"bench", "eval", "loading"},
     "report": {"records"},  # reads records; loads no model
     "ui": {"bench", "view", "demo", "loading", "report"},
-    "cli": {"records", "bench", "testing", "view", "demo", "loading", "eval", "report", "ui"},
+    "cli": {"records", "bench", "testing", "view", "demo", "loading", "eval", "analysis", "report", "ui"},
 }
 # rooms of packages that stand alone: all that they may import, also of their own package
 ROOMS = {
@@ -56,6 +57,11 @@ ROOMS = {
     "eval/loop": {"errors", "extras", "eval/journal"},
     "eval/report": {"plan", "session", "eval/compare", "eval/loop"},
     "eval/data": {"extras", "images", "loading/failures", "eval/loop"},
+    "analysis/similarity": {"graph"},  # formulas, here and in the next four
+    "analysis/attention": set(),
+    "analysis/geometry": set(),
+    "analysis/bootstrap": set(),
+    "analysis/stages": {"analysis/bootstrap"},
     "bench/timing": set(),
     "demo/scenes": {"records", "demo/pictures"},
     "loading/failures": {"errors"},
@@ -239,6 +245,24 @@ def test_the_module_plan_is_the_function_plan_after_any_import(imports):
 def test_unknown_attributes_raise():
     with pytest.raises(AttributeError, match="pruen"):
         getattr(saint, "pru" + "en")
+
+
+def test_every_file_of_the_mechanism_is_a_target_of_mutants():
+    """And the tests that ``tools/mutants.py`` names for it exist."""
+    path = SOURCE.parents[1] / "tools" / "mutants.py"
+    spec = importlib.util.spec_from_file_location("mutants", path)
+    mutants = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutants)
+    rooms = ["graph", "tokens", "gathers", "assemble", "summary", "plugins", "upstream/registry"]
+    for package in ("methods", "runtime", "vision", "language"):
+        rooms += [module_name(path) for path in (SOURCE / package).glob("*.py") if path.stem != "__init__"]
+    assert not set(rooms) - mutants.TESTS.keys()
+    for file, tests in mutants.TESTS.items():
+        assert (SOURCE / f"{file}.py").exists(), file
+        for test in tests.split():
+            where, _, name = test.partition("::")
+            text = (path.parents[1] / "tests" / where).read_text()
+            assert not name or f"def {name}(" in text, f"{file}: no {test}"
 
 
 def test_no_machine_or_session_leaks_into_the_tree():

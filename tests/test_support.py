@@ -175,7 +175,7 @@ def test_patches_of_pictures_of_several_shapes(pool, rope):
     testing.check_oracle(model, restage(plan, placement="post", layers=[0, 2]), inputs)
     with saint.pruned(model, plan) as session:
         testing.run(model, inputs)
-        assert session.trace[0].tokens_in.tolist() == [36, 20, 18]  # padding is nobody
+        assert session.trace[0].tokens_in.tolist() == [36, 20, 18]  # padding is no candidate
     with saint.pruned(model, restage(plan, output="similar")):
         full = testing.run(model, inputs)["output"]
     assert torch.isfinite(full).all()

@@ -107,6 +107,15 @@ def test_similar_survivor_never_points_at_padding_or_away_from_itself():
             assert owner[sample, gone] == best
 
 
+def test_a_survivor_stands_for_itself_whatever_rounding_says():
+    below = torch.tensor(1.0).nextafter(torch.tensor(0.0)).item()  # its product with 1 is larger than with itself
+    points = torch.tensor([[[below], [1.0], [-1.0]]]).repeat(2, 1, 1)
+    selection = Selection.from_mask(torch.tensor([[True, True, False], [True, True, True]]), (2, 3))
+    owner = gathers.similar_survivor(points, selection)
+    assert owner[0, :2].tolist() == [0, 1]
+    assert owner[1].tolist() == [0, 1, 2]
+
+
 # -- groups of tokens ---------------------------------------------------------------------------------------------------
 
 
@@ -136,7 +145,7 @@ def test_groups_of_squares_go_together():
 
 
 def test_groups_of_a_packed_sequence():
-    order = torch.tensor([2, 0, 1, 4, 3])  # who stands where: samples of 3 and 2 groups; not its own inverse
+    order = torch.tensor([2, 0, 1, 4, 3])  # which group stands where: samples of 3 and 2 groups; not its own inverse
     state = packed_groups([6, 4], 2, order, torch.device("cpu"))
     assert state.candidates.lengths == (3, 2)
     assert state.places[0].tolist() == [[2, 3], [4, 5], [0, 1]]

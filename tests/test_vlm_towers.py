@@ -13,7 +13,7 @@ from vlm_models import FAMILIES, IMAGE, VIDEO, members, oracle_model, prompts
 
 import saint
 from saint.gathers import is_dropped
-from saint.vision import encoder as encoders
+from saint.vision import inputs as encoder_inputs
 from saint.vision.locate import locate_tower
 
 JOINED = [name for name, family in FAMILIES.items() if family.merge_size > 1]
@@ -326,14 +326,14 @@ def test_longest_segment_for_flash_attention(models, name):
 def test_wrong_groups_are_an_error(models, name, monkeypatch):
     family, model, _ = models(name)
     inputs = prompts(family, model, SAMPLES)
-    real = encoders.squares
+    real = encoder_inputs.squares
 
     def shifted(*args):
         state = real(*args)
         places = state.places.roll(1, -1).flatten(1).roll(1, 1).view_as(state.places)
         return dataclasses.replace(state, places=places)
 
-    monkeypatch.setattr(encoders, "squares", shifted)
+    monkeypatch.setattr(encoder_inputs, "squares", shifted)
     plan = saint.Plan(vision=saint.Stage(saint.SaintFullGraph(keep=0.5), layers=[1]))
     with (
         saint.pruned(model, plan),

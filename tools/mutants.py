@@ -33,9 +33,43 @@ BEGIN, END = "<!-- mutants -->", "<!-- /mutants -->"
 TESTS = {
     "graph": "test_properties.py test_graph.py",
     "tokens": "test_properties.py test_tokens.py",
+    "gathers": "test_properties.py test_tokens.py",
+    "assemble": "test_placements.py test_vlm_session.py",
+    "summary": "test_session.py::test_a_session_prints_what_is_applied test_session.py::test_summary_of_an_encoder "
+    "test_session.py::test_summary_of_a_ragged_batch test_session.py::test_flops_left_are_those_that_run "
+    "test_session.py::test_flops_that_are_not_known_are_said_to_be_unknown "
+    "test_session.py::test_flops_left_of_a_tower_that_joins_patches "
+    "test_session.py::test_flops_of_a_matrix_that_no_linear_layer_holds_are_not_known "
+    "test_session.py::test_summary_of_a_vision_language_model test_session.py::test_summary_without_a_language_stage",
+    "plugins": "test_plugins.py",
+    "upstream/registry": "test_plugins.py test_plugins_vlm.py",
+    "runtime/blocks": "test_support.py::test_what_is_scored_is_what_attention_received "
+    "test_support.py::test_a_changed_block_is_an_error_not_a_wrong_number "
+    "test_support.py::test_keys_that_never_appear_are_an_error test_support.py::test_ragged_batches_without_masks "
+    "test_scored.py",
+    "runtime/forwards": "test_forwards.py",
+    "runtime/layer": "test_guards.py test_scored.py test_placements.py",
+    "runtime/observe": "test_placements.py::test_observers_of_an_encoder test_placements.py::test_a_plan_that_only_observes "
+    "test_placements.py::test_observing_a_vision_language_model test_placements.py::test_layers_an_observer_asks_for "
+    "test_placements.py::test_stages_in_which_the_plan_drops_nothing_are_shown_where_layers_are_named "
+    "test_placements.py::test_who_derives_from_observer_pays_only_for_what_he_defines test_bench_figures.py",
+    "runtime/state": "test_properties.py test_scored.py test_placements.py test_support.py::test_full_length_outputs",
+    "vision/checks": "test_support.py::test_unknown_blocks_are_refused "
+    "test_support.py::test_where_attention_and_mlp_are_one_there_is_no_middle "
+    "test_support.py::test_meta_weights_are_refused_and_nothing_is_touched "
+    "test_support.py::test_a_changed_block_is_an_error_not_a_wrong_number "
+    "test_support.py::test_ragged_batches_without_masks test_tome.py test_modes.py",
+    "vision/encoder": "test_modes.py test_tome.py test_support.py::test_ragged_batches_without_masks test_scored.py",
+    "vision/inputs": "test_modes.py test_scored.py test_support.py::test_patches_of_pictures_of_several_shapes",
+    "vision/locate": "test_plugins.py test_support.py::test_unknown_models_hear_what_was_looked_for "
+    "test_support.py::test_two_encoders_ask_which "
+    "test_support.py::test_architectures_without_global_tokens_are_refused_by_name",
+    "vision/outputs": "test_modes.py test_scored.py test_support.py::test_full_length_outputs test_vlm_towers.py",
     "language/cache": "test_cache_properties.py",
-    "language/masks": "test_cache_properties.py",
+    "language/masks": "test_cache_properties.py test_placements.py::test_merging_in_a_language_model",
     "language/positions": "test_cache_properties.py",
+    "language/attention": "test_scored.py test_language.py",
+    "language/decoder": "test_scored.py test_language.py test_placements.py",
     "methods/base": "test_properties.py test_plan.py",
     "methods/saint": "test_properties.py test_plan.py",
     "methods/saint_full_graph": "test_properties.py test_plan.py",

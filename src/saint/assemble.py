@@ -142,9 +142,8 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "tuple[PrunedVLM
 
 def _looks_everywhere(plan: Plan, observers: Observers) -> bool:
     """Whether an observer wants to see stages in which nothing is dropped."""
-    if observers.layer_time or observers.pruning_time:
-        return not plan.slots
-    return bool(observers.candidates) and (not plan.slots or observers.choosy)
+    looks = bool(observers.candidates or observers.layer_time or observers.pruning_time)
+    return looks and observers.choosy if plan.slots else looks or observers.everywhere
 
 
 def _check_vision(plan: Plan, vlm: nn.Module, spec: FamilySpec) -> int | None:

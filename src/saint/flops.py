@@ -136,12 +136,12 @@ class Flops:
 
     @property
     def by_operator(self) -> dict[str, int]:
-        """FLOPs of the whole run, by operator."""
+        """FLOPs of the run, by operator."""
         return self.by_module.get("Global", {})
 
     @property
     def total(self) -> int:
-        """FLOPs of the whole run."""
+        """FLOPs of the run."""
         return sum(self.by_operator.values())
 
 
@@ -161,7 +161,7 @@ def count_flops(run: Callable[[], T]) -> tuple[T, Flops]:
     """
     counter = FlopCounterMode(display=False, custom_mapping=_mapping())
     counter.mod_tracker = _Forwards()
-    # the counter inside: it takes composite operators apart (inference mode leaves them whole), only what is left is noted
+    # the counter inside: it takes composite operators apart (inference mode leaves them in one piece), only what is left is noted
     with _Seen() as seen, counter:
         output = run()
     by_module = {

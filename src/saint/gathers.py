@@ -22,13 +22,17 @@ def gather_tokens(x: Tensor, slots: Tensor, prefix: int) -> Tensor:
         [B, P + K, C].
     """
     batch, count, channels = x.shape
-    rows = slots + prefix
-    if prefix:
-        rows = torch.cat([torch.arange(prefix, device=x.device).expand(batch, prefix), rows], 1)
     if not torch.compiler.is_exporting() and batch == 1:  # an exported graph may not ask for the size of its batch
-        return x.index_select(1, rows[0])
-    # one row-wise copy instead of an element-wise gather with an expanded index
-    rows = rows + torch.arange(0, batch * count, count, device=x.device).unsqueeze(1)
+        index = slots[0] + prefix if prefix else slots[0]  # [K]
+        if prefix:
+            index = torch.cat([torch.arange(prefix, device=x.device), index])  # [P + K]
+        return x.index_select(1, index)
+    # one copy of whole vectors instead of an element-wise gather with an expanded index
+    first = torch.arange(0, batch * count, count, device=x.device).unsqueeze(1)  # of each sample, [B, 1]
+    rows = slots + (first + prefix if prefix else first)
+    if prefix:
+        head = first if prefix == 1 else first + torch.arange(prefix, device=x.device)
+        rows = torch.cat([head, rows], 1)  # [B, P + K]
     return x.reshape(batch * count, channels).index_select(0, rows.reshape(-1)).view(batch, -1, channels)
 
 
@@ -105,8 +109,7 @@ def visible(tokens: TokenMap, prefix: int) -> Tensor | None:
     """Which keys may be attended to: bool [B, P + K] (True = real), or None when nothing is padded."""
     if tokens.valid is None:
         return None
-    head = tokens.valid.new_ones(tokens.valid.shape[0], prefix)
-    return torch.cat([head, tokens.valid], 1)
+    return torch.nn.functional.pad(tokens.valid, (prefix, 0), value=True) if prefix else tokens.valid
 
 
 def fill_padding(x: Tensor, tokens: TokenMap, prefix: int, *, with_prefix: bool = False) -> Tensor:
@@ -121,12 +124,13 @@ def fill_padding(x: Tensor, tokens: TokenMap, prefix: int, *, with_prefix: bool 
     if tokens.valid is None:
         return x
     head, body = x[:, :prefix], x[:, prefix:]
-    real = tokens.valid.unsqueeze(-1)
-    total = torch.where(real, body, 0).sum(1, keepdim=True)
-    count = real.sum(1, keepdim=True)
-    if with_prefix:
-        total, count = total + head.sum(1, keepdim=True), count + prefix
-    return torch.cat([head, torch.where(real, body, total / count.clamp_min(1))], 1)
+    total = torch.bmm(
+        tokens.valid.unsqueeze(1).to(x.dtype), body
+    )  # [B, 1, C]; padding rows are finite, being copies of real ones
+    more = prefix if with_prefix else 0
+    total = total + head.sum(1, keepdim=True) if more else total
+    count = torch.tensor([max(1, n + more) for n in tokens.lengths], device=x.device).view(-1, 1, 1)
+    return torch.cat([head, torch.where(tokens.valid.unsqueeze(-1), body, total / count)], 1)
 
 
 # fills the rows of features that an encoder dropped, on their way through a model that expects full length: finite, and no
@@ -199,7 +203,7 @@ def similar_survivor(points: Tensor, selection: Selection) -> Tensor:
 
     Args:
         points: unit metric of the current slots, [B, N, D] (see ``graph.metric``).
-        selection: who stays.
+        selection: the slots that stay.
 
     Returns:
         int64 [B, N] into the new slots.
@@ -209,11 +213,11 @@ def similar_survivor(points: Tensor, selection: Selection) -> Tensor:
     similarity = points @ survivors.mT
     if selection.valid is not None:
         similarity = similarity.masked_fill(~selection.valid[:, None], -torch.inf)
-    owner = similarity.argmax(-1)
+    nearest = similarity.argmax(-1)  # [B, N]
     new = torch.arange(selection.slots.shape[1], device=points.device).expand(batch, -1)
     if selection.valid is None:
-        return owner.scatter(1, selection.slots, new)
-    # padding slots name tokens that went: they must not claim to be their own survivors
+        return nearest.scatter(1, selection.slots, new)
+    # padding slots name tokens that went: they are not their own survivors
     own = torch.full((batch, count), -1, device=points.device, dtype=new.dtype)
     own = own.scatter(1, selection.slots, torch.where(selection.valid, new, -1))
-    return torch.where(own >= 0, own, owner)
+    return torch.where(own >= 0, own, nearest)

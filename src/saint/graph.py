@@ -83,7 +83,7 @@ def metric(keys: Tensor, *, center: bool = False, valid: Tensor | None = None) -
     Returns:
         float32 [B, N, D]; a zero key stays the zero vector.
     """
-    mean = keys.sum(1, dtype=torch.float32) / keys.shape[1] if keys.ndim == 4 else keys.float()
+    mean = keys.mean(1, dtype=torch.float32) if keys.ndim == 4 else keys.float()
     if center:
         if valid is None:
             mean = mean - mean.mean(1, keepdim=True)
@@ -92,6 +92,53 @@ def metric(keys: Tensor, *, center: bool = False, valid: Tensor | None = None) -
             mean = mean - (mean * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1)
     # clamp instead of torch.nn.functional.normalize: one temporary less on a path counted in microseconds
     return mean / torch.linalg.vector_norm(mean, dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+class Edges(NamedTuple):
+    """Edges of the voting graph, before anything is scored.
+
+    Attributes:
+        similarity: cosine of each source and target, float32 [B, S, T]; padded targets hold -2.
+        degree: number of targets at or above the threshold, float32 [B, S] (exact below 2^24).
+    """
+
+    similarity: Tensor
+    degree: Tensor
+
+
+def connect(keys: Tensor, threshold: float, *, center: bool = False, valid: Tensor | None = None) -> Edges:
+    """The edges of the voting graph; arguments of :func:`vote`, not checked.
+
+    Scores are computed elsewhere: a drop point at which no source votes needs none, and on a GPU each operation is a launch.
+    """
+    with full_precision(keys.device):
+        points = metric(keys, center=center, valid=valid)
+        similarity = torch.bmm(points[:, 0::2], points[:, 1::2].mT)  # [B, S, T]
+        if valid is not None:
+            similarity = similarity.masked_fill(~valid[:, 1::2].unsqueeze(1), _NO_TARGET)
+        degree = (similarity > _just_below(threshold)).sum(-1, dtype=torch.float32)
+        return Edges(similarity, degree)
+
+
+def count_votes(edges: Edges, neighbors: int, *, valid: Tensor | None = None) -> Tensor:
+    """Number of sources that vote to go, int64 [B]: see :func:`vote`."""
+    ballots = edges.degree >= neighbors  # [B, S]
+    return (ballots if valid is None else ballots & valid[:, 0::2]).sum(-1)
+
+
+def redundancy(edges: Edges, threshold: float, gamma: float, *, valid: Tensor | None = None) -> Tensor:
+    """Score of each source, float32 [B, S]: see :func:`vote`."""
+    similarity, degree = edges
+    with full_precision(similarity.device):
+        # the shift by the float just below the threshold is that of the comparison: each edge adds more than zero
+        excess = (similarity - _just_below(threshold)).clamp_min_(0).sum(-1)  # sum of S - threshold over the edges
+        # log(c) + gamma * (s - threshold); without an edge 0 / 0, a NaN, for which fmax puts the mean
+        linked = torch.addcdiv(degree.log(), excess, degree, value=gamma).exp_()
+        if valid is None:
+            return torch.fmax(linked, similarity.mean(-1))
+        real = valid[:, 1::2].unsqueeze(1)
+        lonely = (similarity * real).sum(-1) / real.sum(-1).clamp_min(1)
+        return torch.fmax(linked, lonely).masked_fill(~valid[:, 0::2], -torch.inf)
 
 
 def vote(
@@ -137,35 +184,20 @@ def vote(
     check_neighbors(neighbors)
     if keys.ndim not in (3, 4):
         raise ValueError(f"keys must be [B, H, N, D] or [B, N, D], got shape {tuple(keys.shape)}")
-    with full_precision(keys.device):
-        points = metric(keys, center=center, valid=valid)
-        source, target = points[:, 0::2], points[:, 1::2]
-        similarity = torch.bmm(source, target.mT)  # [B, S, T]
-        if valid is None:
-            lonely = similarity.sum(-1).div_(max(1, target.shape[1]))
-        else:
-            real = valid[:, 1::2].unsqueeze(1)
-            lonely = (similarity * real).sum(-1) / real.sum(-1).clamp_min(1)
-            similarity = similarity.masked_fill(~real, _NO_TARGET)
-        # A layer of a small ViT takes milliseconds, so this is counted in operations: one buffer, updated in place, and
-        # degrees summed as floats (exact below 2^24). Shifting by the float just below the threshold makes "at or above"
-        # a strict sign; what lies under it clamps to zero and what is left over adds up to sum(S - threshold).
-        over = similarity.sub_(_just_below(threshold)).clamp_min_(0)
-        excess = over.sum(-1)
-        degree = over.sign_().sum(-1)
-        edges = (excess / degree).mul_(gamma).exp_().mul_(degree)  # NaN where there is no edge, and replaced there
-        score = torch.where(degree > 0, edges, lonely)
-        ballots = degree >= neighbors
-        if valid is not None:
-            score = score.masked_fill(~valid[:, 0::2], -torch.inf)
-            ballots = ballots & valid[:, 0::2]
-        sources = torch.arange(0, points.shape[1], 2, device=keys.device)
-        return Vote(sources, degree.long(), score, ballots.sum(-1))
+    edges = connect(keys, threshold, center=center, valid=valid)
+    score = redundancy(edges, threshold, gamma, valid=valid)
+    sources = torch.arange(0, keys.shape[-2], 2, device=keys.device)
+    return Vote(sources, edges.degree.long(), score, count_votes(edges, neighbors, valid=valid))
 
 
 def drop_order(vote: Vote) -> Tensor:
     """Candidate indices of the sources, most redundant first, ties by index. int64 [B, S]."""
-    return vote.sources[torch.sort(vote.score, dim=-1, descending=True, stable=True).indices]
+    return vote.sources[descending(vote.score)]
+
+
+def descending(score: Tensor) -> Tensor:
+    """Places of the scores from high to low, ties by place: [B, S] -> int64 [B, S]."""
+    return torch.sort(score, dim=-1, descending=True, stable=True).indices
 
 
 _GRID = 2.0**20  # see `eliminate`
@@ -281,7 +313,7 @@ def farthest(features: Tensor, keep: tuple[int, ...], *, valid: Tensor | None = 
         return alive.scatter_(1, chosen, True)[:, :count]
 
 
-class Edges(NamedTuple):
+class Partners(NamedTuple):
     """The best partner of each source.
 
     Attributes:
@@ -295,7 +327,7 @@ class Edges(NamedTuple):
     similarity: Tensor
 
 
-def match(keys: Tensor, *, valid: Tensor | None = None) -> Edges:
+def match(keys: Tensor, *, valid: Tensor | None = None) -> Partners:
     """Bipartite matching of ToMe: even positions (sources) each pick their most similar odd one; ties by index.
 
     Args:
@@ -311,4 +343,4 @@ def match(keys: Tensor, *, valid: Tensor | None = None) -> Edges:
         score = similarity.gather(-1, best.unsqueeze(-1)).squeeze(-1)
         if valid is not None:
             score = score.masked_fill(~valid[:, 0::2], -torch.inf)
-        return Edges(torch.arange(0, points.shape[1], 2, device=keys.device), 2 * best + 1, score)
+        return Partners(torch.arange(0, points.shape[1], 2, device=keys.device), 2 * best + 1, score)

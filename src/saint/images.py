@@ -50,7 +50,7 @@ _PREFIX = "data:image/jpeg;base64,"
 
 
 def read_untrusted(data: bytes, pixels: int = 40_000_000) -> Image.Image:
-    """An image from somebody else's bytes as upright, opaque, 8-bit RGB; the first frame of an animation.
+    """An image from untrusted bytes as upright, opaque, 8-bit RGB; the first frame of an animation.
 
     The size is read off the header before anything is decoded, and only decoders of ``SAFE_FORMATS`` see the bytes, whatever a
     file is called.

@@ -1,4 +1,4 @@
-"""Changes to one instance of somebody's module, their exact undo, and copies that have none of them."""
+"""Changes to one instance of a module, their exact undo, and copies that have none of them."""
 
 import copy
 import functools
@@ -24,7 +24,7 @@ class Uncopyable:
 class Replacement:
     """What stands in place of a method: calls ``call``, and is copied and pickled as the method it replaces."""
 
-    __slots__ = ("__dict__", "call")  # `functools.update_wrapper` hands a `__dict__` on to whoever wraps this in turn
+    __slots__ = ("__dict__", "call")  # `functools.update_wrapper` hands a `__dict__` on to a wrapper of this
 
     def __init__(self, call: Callable[..., Any], method: Callable[..., Any]) -> None:
         self.call = call
@@ -44,7 +44,7 @@ class Replacement:
 def override(stack: ExitStack, module: nn.Module, name: str, wrap: Callable[[Callable[..., Any]], Any]) -> None:
     """Replace a method on this instance only; the undo restores exactly what was in its ``__dict__``.
 
-    To those who look, what is put in place is the method it replaces: name, documentation, signature.
+    What is put in place has the name, documentation and signature of the method it replaces.
     """
     # accelerate keeps the wrapped forward in `_old_forward` and calls that from its own; stay inside its hook
     slot = "_old_forward" if name == "forward" and "_old_forward" in vars(module) else name
@@ -105,7 +105,7 @@ def _reduce(
             )
         clean = {}
         for key, value in state.items():
-            if value is put.get(key, _ABSENT):  # else somebody has wrapped it since: its reference reduces by itself
+            if value is put.get(key, _ABSENT):  # else a later patch wraps it: its reference reduces by itself
                 if key in was:
                     clean[key] = was[key]
             elif key != _REDUCE:

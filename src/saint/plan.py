@@ -176,9 +176,7 @@ def _check_together(name: str, stages: tuple[Stage, ...]) -> None:
     for setting in ("output", "evict"):
         if len({getattr(stage, setting) for stage in stages}) > 1:
             values = ", ".join(repr(getattr(stage, setting)) for stage in stages)
-            raise ValueError(
-                f"{setting} is a property of the whole {name} slot: give all its stages the same, got {values}"
-            )
+            raise ValueError(f"{setting} is a property of the {name} slot: give all its stages the same, got {values}")
     _check_order(name, [(s, list(s.layers) if isinstance(s.layers, tuple) else None) for s in stages])
 
 
@@ -226,7 +224,9 @@ class Plan:
     them. A bare method stands for ``Stage(method)``.
 
     Attributes:
-        vision, connector, language: the :class:`Stage` of the slot, a tuple of stages where several were given, or None.
+        vision: the :class:`Stage` of the slot, a tuple of stages where several were given, or None.
+        connector: likewise.
+        language: likewise.
 
     Raises:
         ValueError: a stage that its slot cannot have, or stages of one slot that cannot go together.

@@ -1,4 +1,4 @@
-"""Result files: what was measured, and under which conditions. JSON, written whole or not at all."""
+"""Result files: what was measured, and under which conditions. JSON, written completely or not at all."""
 
 import json
 import math

@@ -165,10 +165,10 @@ class Session(Uncopyable):
             raise ValueError(f"layer must be in 0..{stage.depth}, got {layer}")
         slots = states[layer].tokens.slots
         if features.ndim == 3 and features.shape[1] == stage.prefix + slots:
-            return stage.expand(features, layer)
+            return stage.outputs.expand(features, layer)
         if features.ndim == 3 and features.shape[1] == slots:
             head = features.new_zeros(features.shape[0], stage.prefix, features.shape[2])
-            return stage.expand(torch.cat([head, features], 1), layer)[:, stage.prefix :]
+            return stage.outputs.expand(torch.cat([head, features], 1), layer)[:, stage.prefix :]  # [B, N, C]
         raise ValueError(
             f"features of shape {tuple(features.shape)} are not a map in front of layer {layer}, which has "
             f"{stage.prefix} protected and {slots} other tokens"

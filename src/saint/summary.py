@@ -177,14 +177,14 @@ def flops_left(encoder: PrunedEncoder, trace: Sequence[LayerTrace]) -> float | N
     group = (encoder.merge_size or 1) ** 2
     counts = [(c * group + encoder.prefix).double() for c in _entering(entries, entries[0].tokens_in, encoder.depth)]
     total = (entries[0].tokens_in * group + encoder.prefix).double()
-    left = whole = 0.0
+    left = unpruned = 0.0
     for layer, cost in enumerate(costs):
         assert cost is not None
         attention, rest, width = cost
         inside, behind = counts[layer], counts[layer + 1 if layer in split else layer]
         left += float((2 * attention * inside + 4 * width * inside**2 + 2 * rest * behind).sum())
-        whole += float((2 * (attention + rest) * total + 4 * width * total**2).sum())
-    return left / whole
+        unpruned += float((2 * (attention + rest) * total + 4 * width * total**2).sum())
+    return left / unpruned
 
 
 def _matrices(block: Block) -> tuple[int, int, int] | None:

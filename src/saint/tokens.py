@@ -51,7 +51,7 @@ class TokenMap:
 
     @property
     def whole(self) -> bool:
-        """Nobody has been dropped from any sample."""
+        """Whether no token of any sample has been dropped."""
         return self.lengths == self.total
 
     def kept(self) -> list[Tensor]:
@@ -97,33 +97,35 @@ class Selection:
     @staticmethod
     def from_mask(keep: Tensor, lengths: tuple[int, ...]) -> "Selection":
         """From a bool mask [B, N] with ``lengths[b]`` True in row b."""
-        even = min(lengths) == max(lengths)
+        even, most = min(lengths) == max(lengths), max(lengths)
         if even and reads_are_free(keep.device):
             return Selection(keep.nonzero()[:, 1].view(keep.shape[0], -1), lengths)  # no sort, and no sync to fear
-        slots = torch.sort((~keep).to(torch.uint8), dim=1, stable=True).indices[:, : max(lengths)]
-        if even:
-            return Selection(slots, lengths)
-        return Selection(slots, lengths, leading(lengths, slots.shape[1], keep.device))
+        first = torch.sort(keep.view(torch.uint8), dim=1, descending=True, stable=True)
+        slots = first.indices[:, :most]  # [B, K]
+        return Selection(slots, lengths) if even else Selection(slots, lengths, first.values[:, :most].view(torch.bool))
 
     @staticmethod
-    def from_order(order: Tensor, drop: tuple[int, ...], current: TokenMap) -> "Selection":
+    def from_order(order: Tensor, drop: tuple[int, ...], current: TokenMap, *, stride: int = 1) -> "Selection":
         """Drop the first ``drop[b]`` slots of ``order[b]``.
 
         Args:
             order: slots, most droppable first, int64 [B, S]; padding slots only behind real ones.
             drop: tokens to drop per sample.
             current: the map the slots refer to.
+            stride: ``order`` counts every ``stride``-th slot only; all of them where ``drop`` differs between samples.
         """
         lengths = tuple(n - r for n, r in zip(current.lengths, drop, strict=True))
         if current.valid is None:
             keep = torch.ones(order.shape[0], current.slots, dtype=torch.bool, device=order.device)
         else:
             keep = current.valid.clone()
+        some = keep[:, ::stride]  # a view
         if min(drop) == max(drop):
-            keep.scatter_(1, order[:, : drop[0]], False)
+            some.scatter_(1, order[:, : drop[0]], False)
         else:
-            go = leading(drop, order.shape[1], order.device)
-            keep &= torch.ones_like(keep).scatter_(1, order, ~go)
+            places = torch.arange(order.shape[1], device=order.device)
+            some.scatter_(1, order, places >= torch.tensor(drop, device=order.device).unsqueeze(1))
+            keep = keep if current.valid is None else keep & current.valid  # padding is last in ``order``
         return Selection.from_mask(keep, lengths)
 
     @staticmethod
@@ -153,7 +155,7 @@ class Candidates:
     Attributes:
         keys: attention keys averaged over heads, [B, N, D], the layer's dtype.
         features: the candidates' residual stream, [B, N, C].
-        tokens: who they are; ``tokens.valid`` masks padding.
+        tokens: token map of the candidates; ``tokens.valid`` masks padding.
         step: this is drop point ``step`` (0-based) of ``steps`` of the stage.
         steps: drop points of the stage.
         attention: for methods that need "last_query": attention of the last prompt token at this layer, averaged over heads,

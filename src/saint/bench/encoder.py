@@ -48,7 +48,7 @@ class Overhead:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderBench:
-    """Outcome of :func:`bench_encoder`. Times are ms per forward of the whole batch.
+    """Outcome of :func:`bench_encoder`. Times are ms per forward of the full batch.
 
     Attributes:
         plan: that was applied.

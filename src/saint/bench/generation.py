@@ -20,7 +20,7 @@ BASE = "base"
 
 @dataclasses.dataclass(frozen=True)
 class GenerationTimes:
-    """One variant. Times are of the whole batch.
+    """One variant. Times are of the full batch.
 
     Attributes:
         first: ms from the call of ``generate`` to the first new token (prefill, image encoder included).

@@ -94,7 +94,7 @@ def interleave(
     times: dict[str, list[float]] = {name: [] for name in runs}
     collecting = gc.isenabled()
     gc.collect()
-    gc.disable()  # a collection would be charged to whoever runs when it happens
+    gc.disable()  # a collection would be charged to the variant that runs meanwhile
     try:
         for lap in range(-warmup, repeats):
             for name in list(runs) if lap % 2 == 0 else list(reversed(runs)):

@@ -17,6 +17,7 @@ COMMANDS = {  # name -> module; the function (or group of commands) carries the 
     "eval": "eval",
     "chat": "chat",
     "view": "view",
+    "analyze": "analyze",
     "report": "report",
     "ui": "ui",
     "list": "tables",
@@ -75,5 +76,5 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _not_enums(record: logging.LogRecord) -> bool:
-    """Two lines that torchao causes on import (transformers and peft import it), which nobody can do anything about."""
+    """Two lines that torchao causes on import (transformers and peft import it), which no setting avoids."""
     return "register_constant() on Enum subclasses" not in record.getMessage()

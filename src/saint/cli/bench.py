@@ -116,9 +116,9 @@ def print_times(result: "EncoderBench") -> None:
 
     table = Table("", "ms (median)", "p20 - p80", "GFLOPs", "activations MiB", title="forward", title_justify="left")
     table.caption = _missing(left_out(*(cost.uncounted for cost in result.costs.values())))
-    rows = {"base": result.base, "pruned": result.pruned, "eager": result.eager}
+    spreads = {"base": result.base, "pruned": result.pruned, "eager": result.eager}
     names = {"base": "unpruned", "pruned": "pruned", "eager": "eager attention"}
-    for key, spread in rows.items():
+    for key, spread in spreads.items():
         if spread is not None:
             cost = result.costs[key]
             table.add_row(

@@ -47,15 +47,15 @@ def check(
         return
     with console.status(f"loading {model}"):
         loaded = load_model(model, device=device, pretrained=pretrained)
-    path, encoder, row = locate(loaded.model)
-    console.print(f"{model}: {type(encoder).__name__} ({row.library}: {row.title})" + (f" at {path}" if path else ""))
+    path, encoder, spec = locate(loaded.model)
+    console.print(f"{model}: {type(encoder).__name__} ({spec.library}: {spec.title})" + (f" at {path}" if path else ""))
     with console.status("checking"):
         target = loaded.model
         inputs = testing.example_inputs(target)
         try:
             with pruned(target, Saint(budget=0.75)):
                 testing.run(target, inputs)
-        except ValueError as error:  # a head that needs the whole grid
+        except ValueError as error:  # a head that needs the full grid
             if target is encoder:
                 raise
             console.print(f"checking the encoder alone: {error}")

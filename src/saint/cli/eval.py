@@ -280,9 +280,9 @@ def print_report(report: "Report") -> None:
 
     for name, plan in report.plans.items():
         out.print(f"[bold]{name}[/]  {describe(plan)}", highlight=False)
-        rows = [("", report.scores[name])]
-        rows += [(group, by_plan[name]) for group, by_plan in report.categories.items()]
-        _print_scores(rows, ("unpruned", "pruned"))
+        entries = [("", report.scores[name])]
+        entries += [(group, by_plan[name]) for group, by_plan in report.categories.items()]
+        _print_scores(entries, ("unpruned", "pruned"))
         table = Table("agreement with the unpruned model", "mean", "median", "p20 - p80", "n")
         for measure, s in report.agreement[name].items():
             if measure in YES_OR_NO:  # of zeros and ones the mean says all
@@ -299,14 +299,14 @@ def print_report(report: "Report") -> None:
             out.print()
 
 
-def _print_scores(rows: list[tuple[str, dict[str, "Paired"]]], who: tuple[str, str]) -> None:
-    """``rows``: the scores over all samples under "", then those of each category, if any."""
-    if not any(scores for _, scores in rows):
+def _print_scores(entries: list[tuple[str, dict[str, "Paired"]]], names: tuple[str, str]) -> None:
+    """``entries``: the scores over all samples under "", then those of each category, if any."""
+    if not any(scores for _, scores in entries):
         return
-    categories = len(rows) > 1
-    head = ["n", *who, "difference [95 %]", "better/worse", "could show"]
+    categories = len(entries) > 1
+    head = ["n", *names, "difference [95 %]", "better/worse", "could show"]
     table = Table("score", *(["category"] if categories else []), *head)
-    for group, scores in rows:
+    for group, scores in entries:
         for score, p in scores.items():
             interval = "" if p.low is None or p.high is None else f" [{100 * p.low:+.2f}, {100 * p.high:+.2f}]"
             cells = [score, *([group or "all"] if categories else []), str(p.n)]

@@ -58,6 +58,12 @@ def view(
     prompt: Annotated[
         str | None, typer.Option(help="vision-language models: the question [default: Describe the image.]")
     ] = None,
+    why: Annotated[
+        bool, typer.Option("--why", help="encoders: also draw when patches left, what stands for them, and the votes")
+    ] = False,
+    patch: Annotated[
+        str | None, typer.Option(help="with --why: the similarity graph around patch ROW,COLUMN (from 0)")
+    ] = None,
     old_model: OldModel = None,
 ) -> None:
     """Draw which patches of --image each layer of MODEL keeps.
@@ -70,12 +76,21 @@ def view(
     from ..loading.vlm import is_vlm
     from ..records import environment
     from ..session import pruned
+    from ..view.explain import Witness
     from ..view.facts import layer_facts
+    from .why import draw_reasons, read_patch
 
+    around = read_patch(patch)
+    if around is not None and not why:
+        raise ValueError("--patch draws on the pictures of --why: give both")
     model, image = _old_arguments(model, image, old_model)
     if is_vlm(model):
         if size is not None:
             raise ValueError("--size is for encoders: the processor of a vision-language model chooses the size")
+        if why:
+            raise ValueError(
+                "--why is for encoders; tiles and question of a vision-language model are drawn without it"
+            )
         question = "Describe the image." if prompt is None else prompt
         _view_vlm(model, image, plan, threshold, layers, device, threads, pretrained, limit, folder, json, question)
         return
@@ -85,12 +100,20 @@ def view(
     loaded = load(model, device, size=size, threads=threads, pretrained=pretrained)
     chosen = make_plan(loaded.plan, plan, threshold, layers)
     traces: list[list[LayerTrace]] = []
-    with progress("drawing", len(photos)) as tick, pruned(loaded.model, chosen) as session, torch.inference_mode():
+    reasons, witness = [], Witness()
+    observers = [witness] if why else []
+    with (
+        progress("drawing", len(photos)) as tick,
+        pruned(loaded.model, chosen, observers=observers) as session,
+        torch.inference_mode(),
+    ):
         for photo in photos:
             loaded.model(**loaded.inputs([photo.image]))
             traces.append(session.trace)
+            if why:
+                reasons.append(draw_reasons(loaded, chosen, photo, witness.take(), around, folder))
             tick()
-    files = draw_strips(loaded, chosen, photos, traces, folder)
+    files = [*draw_strips(loaded, chosen, photos, traces, folder), *reasons]
     for file in files:
         out.print(str(file), highlight=False)
     if json is not None:

@@ -176,7 +176,7 @@ def _count(s: Scene) -> Iterator[Question]:
 
 def _position(s: Scene) -> Iterator[Question]:
     for t in _unique(s, "shape", "colour"):
-        if abs(t.x - SIDE / 2) > 12 and abs(t.y - SIDE / 2) > 12:  # nobody argues about the middle
+        if abs(t.x - SIDE / 2) > 12 and abs(t.y - SIDE / 2) > 12:  # near the middle no quadrant is certain
             rows, columns = ("top", "bottom"), ("left", "right")
             where = f"{rows[t.y > SIDE / 2]} {columns[t.x > SIDE / 2]}"
             yield Question(f"where is the {t.colour} {t.shape}", where, "position")

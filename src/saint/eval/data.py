@@ -130,7 +130,7 @@ def _shards(shards: Sequence[Path]) -> Samples:
                     if member.isfile() and ending:
                         groups.setdefault(f"{folder}/{stem}".lstrip("./"), {})[ending.lower()] = member
         except tarfile.TarError as error:
-            bad.append(Failure(shard.name, shard.name, f"not a whole, uncompressed .tar file: {error}"))
+            bad.append(Failure(shard.name, shard.name, f"not a complete, uncompressed .tar file: {error}"))
         for key, members in groups.items():
             where = f"{shard.name}: {key}"
             picture = next((members[e] for e in members if e in _IMAGES), None)

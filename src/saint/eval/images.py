@@ -106,20 +106,20 @@ def evaluate_images(
             seen[variant] = features, logits
             left = kept(sessions[variant], len(items)) if variant in sessions else None
             hits = _hits(logits, items, chosen)
-            for row, entry in enumerate(entries):
-                entry[variant] = {name: float(hit[row]) for name, hit in hits.items()}
+            for sample, entry in enumerate(entries):
+                entry[variant] = {name: float(hit[sample]) for name, hit in hits.items()}
                 if with_features:
-                    entry[variant]["features"] = _packed(features[row])
+                    entry[variant]["features"] = _packed(features[sample])
                 if left is not None:
-                    entry[variant]["kept"] = left[row]
+                    entry[variant]["kept"] = left[sample]
         base, base_logits = seen[BASE]
         for plan in plans:
             features, logits = seen[plan]
             cosine = torch.nn.functional.cosine_similarity(base.double(), features.double()).tolist()
-            for row, entry in enumerate(entries):
-                entry[plan]["cosine"] = cosine[row]
+            for sample, entry in enumerate(entries):
+                entry[plan]["cosine"] = cosine[sample]
                 if base_logits is not None and logits is not None:
-                    entry[plan]["same_top1"] = float(base_logits[row].argmax() == logits[row].argmax())
+                    entry[plan]["same_top1"] = float(base_logits[sample].argmax() == logits[sample].argmax())
         return entries
 
     try:

@@ -22,7 +22,7 @@ class JournalError(SaintError, ValueError):
 class Journal:
     """Results by sample id in a SQLite file: the run's key, then one row with a JSON object per sample.
 
-    Each :meth:`append` is on disk, whole, when it returns; a run killed in the middle of one leaves nothing of it. Runs may
+    Each :meth:`append` is completely on disk when it returns; a run killed in the middle of one leaves nothing of it. Runs may
     share a file: every result is kept, and of two for one sample the first. Several processes of one run write a file each
     (``name.rank1of2.sqlite``) and read all of them. The file system must lock files, as local ones do.
 

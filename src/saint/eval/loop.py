@@ -82,7 +82,7 @@ class Processes:
             PartialState().wait_for_everyone()
 
     def gather(self, mine: list[Any]) -> list[Any]:
-        """Everyone's, in order of rank, on every process."""
+        """The lists of all processes joined, in order of rank; the same on every process."""
         if self.world == 1:
             return mine
         from accelerate.utils import gather_object
@@ -137,7 +137,7 @@ class Loop(Generic[I, P]):
         key = {**self.key, "batch": self.batch}  # results move with it: by rounding, and with budget="batch" by more
         journal = None if self.path is None else Journal(self.path, key, own.rank, own.world)
         try:
-            own.wait()  # nobody writes before everybody has read
+            own.wait()  # no process writes before every process has read
             done = dict(journal.done) if journal is not None else {}
             ids = {item.id for item in items}
             done = {key: entry for key, entry in done.items() if key in ids}
@@ -151,9 +151,9 @@ class Loop(Generic[I, P]):
         finally:
             if journal is not None:
                 journal.close()
-        everyone = {entry["id"]: entry for entry in own.gather(list(made.values()))}
+        gathered = {entry["id"]: entry for entry in own.gather(list(made.values()))}
         failures: list[Failure] = own.gather(self._failures)
-        found = {**done, **everyone}
+        found = {**done, **gathered}
         if items and not found:
             reasons = "; ".join(f"{f.where}: {f.reason}" for f in failures[:3])
             raise ValueError(f"none of the {len(items)} sample(s) could be evaluated ({reasons})")

@@ -234,20 +234,20 @@ def evaluate_vqa(
             logits[variant] = out.logits[0].float()
             left = kept(sessions[variant], len(batch)) if variant in sessions else None
             new = out.sequences[:, length:]
-            for row, (question, entry) in enumerate(zip(batch, entries, strict=True)):
-                said = str(processor.decode(new[row], skip_special_tokens=True)).strip()
+            for sample, (question, entry) in enumerate(zip(batch, entries, strict=True)):
+                said = str(processor.decode(new[sample], skip_special_tokens=True)).strip()
                 entry[variant] = {"answer": said, **_scored(said, question)}
                 if left is not None:
-                    entry[variant]["kept"] = left[row]
+                    entry[variant]["kept"] = left[sample]
         for plan in plans:
             divergence = scores.kl_divergence(logits[BASE], logits[plan]).tolist()
             same = (logits[BASE].argmax(-1) == logits[plan].argmax(-1)).tolist()
-            for row, entry in enumerate(entries):
+            for sample, entry in enumerate(entries):
                 texts = [scores.normalise(entry[variant]["answer"]) for variant in (BASE, plan)]
                 entry[plan] |= {
                     "same_answer": float(texts[0] == texts[1]),
-                    "same_first_token": float(same[row]),
-                    "kl": divergence[row] if math.isfinite(divergence[row]) else None,
+                    "same_first_token": float(same[sample]),
+                    "kl": divergence[sample] if math.isfinite(divergence[sample]) else None,
                 }
         return entries
 

@@ -78,7 +78,7 @@ def last_row(
     last = torch.where(real, place, -1).amax(1).clamp_min(0).unsqueeze(1)  # [B, 1]
     one = TokenMap(last, (1,) * batch, (count,) * batch, count)
     changes: dict[Role, Any] = {
-        HIDDEN: gather_tokens(hidden, last, 0),
+        HIDDEN: gather_tokens(hidden, last, 0),  # [B, 1, C]
         ROTARY: gather_rotary(ROTARY.read(given), one),
         MASK: _row(mask, last, hidden.dtype, valid, held[0].shape[2]),
         CACHE: _Held(held),
@@ -95,7 +95,7 @@ def last_row(
             f"the attention of {path} ({type(attention).__name__}) returned no attention weights of its eager "
             "implementation, so the row of the last token is not known; use a method that does without"
         )
-    return weights.float().mean(1)[:, 0, -count:]
+    return weights.float().mean(1)[:, 0, -count:]  # [B, H, 1, T] -> [B, S]
 
 
 class _Held:
@@ -146,9 +146,9 @@ def _real(mask: Tensor | None, batch: int, count: int, device: torch.device) -> 
     """Which tokens of the sequence are no padding, bool [B, S]: a real token sees itself."""
     if mask is None:
         return torch.ones(batch, count, dtype=torch.bool, device=device)
-    own = mask[..., -count:]
+    own = mask[..., -count:]  # [B or 1, S] or [B or 1, 1 or H, Q, S]
     if mask.ndim == 4:
-        own = own[:, 0].diagonal(dim1=-2, dim2=-1) if own.shape[2] == count else own[:, 0, 0]
+        own = own[:, 0].diagonal(dim1=-2, dim2=-1) if own.shape[2] == count else own[:, 0, 0]  # [B or 1, S]
     return _seen(own).expand(batch, count)
 
 
@@ -156,13 +156,16 @@ def _row(mask: Tensor | None, last: Tensor, dtype: torch.dtype, valid: Tensor | 
     """The additive mask of one query per sample, [B, 1 or H, 1, T]; ``valid`` [B, S] is used where causality masks alone."""
     if mask is None:
         if valid is None:
-            return None  # a last token sees everything
-        mask = torch.nn.functional.pad(valid, (total - valid.shape[1], 0), value=True)  # padding stands behind it
+            return None  # nothing is hidden from a last token
+        mask = torch.nn.functional.pad(
+            valid, (total - valid.shape[1], 0), value=True
+        )  # [B, T]; padding stands behind it
     if mask.ndim == 2:
-        mask = mask.bool()[:, None, None]
+        mask = mask.bool()[:, None, None]  # [B, 1, 1, T]
     elif mask.shape[2] > 1:
         mask = mask.expand(len(last), *mask.shape[1:])
-        mask = mask.gather(2, last[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+        query = last[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+        mask = mask.gather(2, query)  # [B, 1 or H, 1, T]
     if mask.is_floating_point():
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)

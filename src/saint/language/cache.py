@@ -36,7 +36,7 @@ class CachePositions:
     valid: Tensor | None
     end: int
     bias: Tensor | None = None
-    _rows: list[Any] = field(default_factory=list, repr=False, compare=False)
+    _picked: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     def columns(self, total: int) -> tuple[Tensor, Tensor | None]:
         """Positions and validity of all entries when ``total`` positions are cached, [B, K + total - end]."""
@@ -48,15 +48,15 @@ class CachePositions:
         valid = None if self.valid is None else torch.cat([self.valid, self.valid.new_ones(batch, more)], 1)
         return torch.cat([self.index, tail], 1), valid
 
-    def rows(self, samples: Tensor) -> "CachePositions":
+    def of_samples(self, samples: Tensor) -> "CachePositions":
         """The map of these samples, in this order; layers that shared a map share the result."""
-        if not self._rows or self._rows[0] is not samples:
+        if not self._picked or self._picked[0] is not samples:
             pick = samples.to(self.index.device)
-            self._rows[:] = [samples, self._each(lambda x: x[pick])]
-        return self._rows[1]
+            self._picked[:] = [samples, self._each(lambda x: x[pick])]
+        return self._picked[1]
 
     def repeat(self, times: int) -> "CachePositions":
-        """Every sample ``times`` times in a row."""
+        """Every sample ``times`` times, one behind the other: [B, K] -> [B * times, K]."""
         return self._each(lambda x: x.repeat_interleave(times, 0))
 
     def _each(self, change: Callable[[Tensor], Tensor], end: int | None = None) -> "CachePositions":
@@ -70,7 +70,7 @@ def entries(
     """Position and validity of every entry once a sequence is appended to ``before`` cached positions.
 
     Args:
-        tokens: survivors of the new sequence, or None when it is whole.
+        tokens: survivors of the new sequence, or None when nothing of it is missing.
         past: what the layer holds, None when it holds all ``before`` positions.
         before: L before.
         queries: length of the full new sequence.
@@ -84,13 +84,13 @@ def entries(
     if before == 0:
         return index, valid
     batch = index.shape[0]
-    whole = torch.arange(before, device=index.device).expand(batch, before)
-    held, held_valid = (whole, None) if past is None else past.columns(before)
+    every = torch.arange(before, device=index.device).expand(batch, before)
+    held, held_valid = (every, None) if past is None else past.columns(before)
     if valid is not None or held_valid is not None:
         valid = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
         held_valid = torch.ones_like(held, dtype=torch.bool) if held_valid is None else held_valid
         valid = torch.cat([held_valid, valid], 1)
-    return torch.cat([held, index], 1), valid
+    return torch.cat([held, index], 1), valid  # [B, K + S]
 
 
 def biases(past: CachePositions | None, before: int, bias: Tensor | None, more: int) -> Tensor | None:
@@ -108,7 +108,7 @@ def biases(past: CachePositions | None, before: int, bias: Tensor | None, more: 
         return None
     held = before if past is None else past.index.shape[1] + before - past.end
     left = some.new_zeros(len(some), held) if old is None else pad(old, (0, held - old.shape[1]))
-    return torch.cat([left, some.new_zeros(len(some), more) if bias is None else bias], 1)
+    return torch.cat([left, some.new_zeros(len(some), more) if bias is None else bias], 1)  # [B, K + more]
 
 
 def extended(past: CachePositions | None, before: int, tokens: TokenMap, bias: Tensor | None = None) -> CachePositions:
@@ -170,18 +170,18 @@ class RaggedLayer(DynamicLayer):
     keys: Any  # Tensor once initialised; transformers sets these in untyped code
     values: Any
 
-    def __init__(self, owner: SessionToken, window: int | None) -> None:
+    def __init__(self, session: SessionToken, window: int | None) -> None:
         super().__init__()
-        self.owner, self.sliding_window = owner, window
+        self.session, self.sliding_window = session, window
         self.is_sliding = window is not None  # read by transformers when it sizes masks
         self.length = 0  # logical
         self.map: CachePositions | None = None  # None: all positions are stored
         self._starts: list[int] = []  # sliding: highest position (over the samples) of each entry of `map`
 
     @classmethod
-    def adopt(cls, layer: DynamicLayer, owner: SessionToken) -> "RaggedLayer":
+    def adopt(cls, layer: DynamicLayer, session: SessionToken) -> "RaggedLayer":
         """Take over the content of an ordinary layer."""
-        new = cls(owner, layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None)
+        new = cls(session, layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None)
         if layer.is_initialized:
             if hasattr(layer, "dtype"):  # transformers 5.23 and before
                 new.dtype = layer.dtype
@@ -207,8 +207,8 @@ class RaggedLayer(DynamicLayer):
         positions: CachePositions | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Append [B, H, S, D]; ``positions`` is what the entries are afterwards, None when the sequence is whole."""
-        if self.owner.closed:
+        """Append [B, H, S, D]; ``positions`` is what the entries are afterwards, None when nothing of it is missing."""
+        if self.session.closed:
             raise ValueError(
                 "this cache was filled under a plan that has been removed, and misses the tokens it dropped: "
                 "start from an empty cache"
@@ -286,12 +286,12 @@ class RaggedLayer(DynamicLayer):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         if self.map is not None:
-            self.map = self.map.rows(beam_idx)
+            self.map = self.map.of_samples(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         if self.map is not None:
-            self.map = self.map.rows(indices)
+            self.map = self.map.of_samples(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -304,7 +304,7 @@ class CacheView:
 
     Args:
         cache: the model's cache, or None when nothing is cached.
-        positions: what the layer's entries are after the call, None when the call brings a whole sequence.
+        positions: what the layer's entries are after the call, None when the call brings a sequence of which nothing is missing.
     """
 
     def __init__(self, cache: Any, positions: CachePositions | None) -> None:
@@ -323,13 +323,13 @@ class CacheView:
         return getattr(self.cache, name)
 
 
-def check_cache(cache: Any, owner: SessionToken) -> None:
+def check_cache(cache: Any, session: SessionToken) -> None:
     """Raise ``ValueError`` unless ``cache`` can become ragged under this plan."""
     if not isinstance(cache, Cache):
         raise ValueError(f"{CACHE.spellings[0]} must be a transformers Cache, got {type(cache).__name__}")
     for layer in cache.layers:
         if isinstance(layer, RaggedLayer):
-            if layer.owner is not owner:
+            if layer.session is not session:
                 raise ValueError(
                     "this cache was filled under another plan, which dropped other tokens at other layers: start from "
                     "an empty cache"
@@ -345,13 +345,13 @@ def check_cache(cache: Any, owner: SessionToken) -> None:
         )
 
 
-def ragged_layer(cache: DynamicCache, layer: int, owner: SessionToken) -> RaggedLayer:
+def ragged_layer(cache: DynamicCache, layer: int, session: SessionToken) -> RaggedLayer:
     """The cache layer, swapped for a ragged one if it is not yet."""
     while len(cache.layers) <= layer:
         cache.layers.append(DynamicLayer())
     found = cache.layers[layer]
     if not isinstance(found, RaggedLayer):
-        found = cache.layers[layer] = RaggedLayer.adopt(found, owner)
+        found = cache.layers[layer] = RaggedLayer.adopt(found, session)
     return found
 
 
@@ -361,7 +361,7 @@ def stored_bytes(layer: Any) -> tuple[int, int]:
         return 0, 0
     kept = sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
     stored = layer.keys.shape[-2]
-    whole = layer.get_seq_length()
+    unpruned = layer.get_seq_length()
     if layer.is_sliding:
-        whole = min(whole, layer.sliding_window - 1)
-    return kept, kept // stored * whole if stored else 0
+        unpruned = min(unpruned, layer.sliding_window - 1)
+    return kept, kept // stored * unpruned if stored else 0

@@ -137,7 +137,8 @@ class PrunedDecoder(LayerStack[DecoderForward]):
     ) -> None:
         super().__init__(path, model, layers, points, DecoderForward, observers)
         self.between, self.evict = between, evict
-        if not (enters or self.entries or evict):
+        looks = observers.everywhere and not any(point.method is not None for point in points)
+        if not (enters or self.entries or evict or looks):
             self.first = min(self.points, default=self.depth)
         self.token = SessionToken()
         self.parameters = Parameters(type(model).forward)
@@ -209,7 +210,7 @@ class PrunedDecoder(LayerStack[DecoderForward]):
         """In front of the attention of a drop point: note its call, and give it a cache that shows its keys.
 
         Gradient checkpointing takes any cache away from a layer. Whether it does depends on the release and on whether
-        gradients are recorded; here it is seen, not predicted.
+        gradients are recorded; here it is read off the call, not predicted.
         """
         forward = self.forward
         view = forward.views.get(layer)
@@ -263,7 +264,7 @@ class PrunedDecoder(LayerStack[DecoderForward]):
             if left != lengths:
                 state = _without(state, gone, left)
         forward.origin = state
-        shown = gather_tokens(x, state.tokens.index, 0) if self.entries and not state.tokens.whole else x
+        shown = gather_tokens(x, state.tokens.index, 0) if self.entries and not state.tokens.whole else x  # [B, S, C]
         self.enter(forward, state, shown)
         return ((), self.parameters.put(kwargs, EMBEDDINGS, x)) if marked else None
 
@@ -385,7 +386,7 @@ class PrunedDecoder(LayerStack[DecoderForward]):
         forward.states[after] = state
         if not tokens.whole and (after == self.depth or forward.all_states or layer < self.between):
             forward.states[after] = replace(state, full_length=True)
-            y = gather_tokens(y, forward.once("shown", partial(owners, tokens), tokens), 0)
+            y = gather_tokens(y, forward.once("shown", partial(nearest_before, tokens), tokens), 0)  # [B, L, C]
         cache = CACHE.read(kwargs)
         if after == self.depth and cache is not None:
             self._finish(forward, cache)
@@ -401,11 +402,11 @@ class PrunedDecoder(LayerStack[DecoderForward]):
                     past, before = entry.map, entry.length - left.width
                     entry.evict(*forward.once("left", partial(remaining, past, left, before=before), left, past))
         sizes = [stored_bytes(layer) for layer in cache.layers]
-        kept, whole = (sum(size) for size in zip(*sizes, strict=True))
-        forward.memory = KVMemory(kept, whole) if whole else None  # gradient checkpointing takes the cache away
+        kept, unpruned = (sum(size) for size in zip(*sizes, strict=True))
+        forward.memory = KVMemory(kept, unpruned) if unpruned else None  # gradient checkpointing takes the cache away
 
 
-def owners(tokens: TokenMap) -> Tensor:
+def nearest_before(tokens: TokenMap) -> Tensor:
     """For each position the slot of the nearest survivor at or before it (the first one where none is), int64 [B, L]."""
     batch = tokens.index.shape[0]
     index = tokens.index if tokens.valid is None else tokens.index.masked_fill(~tokens.valid, tokens.width)

@@ -30,7 +30,7 @@ def survivors_mask(
     Args:
         mask: what the model made for the full sequence: bool or additive [B or 1, 1 or H, Q, L'], the padding mask [B, L'] of
             flash attention, or None (causal and nothing padded).
-        tokens: survivors of the new sequence, or None when it is whole.
+        tokens: survivors of the new sequence, or None when nothing of it is missing.
         past: what the layer holds, or None when it holds every position.
         before: positions cached before this sequence.
         first: position of the mask's first column (sliding windows).
@@ -54,8 +54,8 @@ def survivors_mask(
             return None  # padding stands right of every real query: causality hides it already
         if flash:
             return valid
-        assert queries == 1, "transformers leaves the mask out for whole prompts and single tokens only"
-        return valid[:, None, None]
+        assert queries == 1, "transformers leaves the mask out for complete prompts and single tokens only"
+        return valid[:, None, None]  # [B, 1, 1, K]
     if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
         raise UnsupportedModelError(
             f"an attention mask of type {type(mask).__name__} cannot be cut to the tokens that are left: load the model with "
@@ -66,11 +66,12 @@ def survivors_mask(
     batch = columns.shape[0]
     mask = mask.expand(batch, *mask.shape[1:])
     if mask.ndim == 2:
-        mask = mask.gather(1, columns)
+        mask = mask.gather(1, columns)  # [B, K]
         return mask if valid is None else mask & valid.to(mask.dtype)
     if tokens is not None and mask.shape[2] == queries:
-        mask = mask.gather(2, tokens.index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
-    mask = mask.gather(3, columns[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
+        rows = tokens.index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+        mask = mask.gather(2, rows)  # [B, 1 or H, S, L']
+    mask = mask.gather(3, columns[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))  # [B, 1 or H, S, K]
     if valid is None:
         return mask
     hidden = ~valid[:, None, None]
@@ -97,8 +98,8 @@ def weighed(mask: Tensor | None, bias: Tensor, *, queries: int, dtype: torch.dty
         )
     if mask is None:  # nothing but causality: the new tokens are the last entries, in order
         place = torch.arange(bias.shape[1], device=bias.device)
-        mask = place <= place[-queries:, None]
+        mask = place <= place[-queries:, None]  # [Q, K]
     if not mask.is_floating_point():
         lowest = torch.finfo(dtype).min
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask.bool(), lowest)
-    return mask + bias[:, None, None].to(dtype)
+    return mask + bias[:, None, None].to(dtype)  # [B, 1 or H, Q, K]

@@ -55,10 +55,10 @@ def _open_clip(name: str, pretrained: bool, size: int | None) -> Source:
             f"got {tag!r}, e.g. open_clip:{architecture}/{tags[0] if tags else 'none'}"
         )
     options = {} if size is None else {"force_image_size": size}
-    whole, _, transform = open_clip.create_model_and_transforms(
+    both, _, transform = open_clip.create_model_and_transforms(
         architecture, pretrained=tag if pretrained and tag != "none" else None, **options
     )
-    model = whole.visual  # pruning is about the image tower; the text tower is left behind
+    model = both.visual  # pruning is about the image tower; the text tower is left behind
     config = model.preprocess_cfg
     side = model.image_size
     height, width = (side, side) if isinstance(side, int) else side

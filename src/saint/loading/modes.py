@@ -14,18 +14,18 @@ def modes(model: Any) -> dict[str, Any]:
 
     A mode that the family cannot do is left out.
     """
-    _, vlm, row = locate(model, "language")
-    depth = len(list(vlm.get_submodule(row.decoder).get_submodule("layers").children()))
+    _, vlm, spec = locate(model, "language")
+    depth = len(list(vlm.get_submodule(spec.decoder).get_submodule("layers").children()))
     layers = range(depth // 5, min(depth, depth // 5 + max(3, depth * 3 // 10)))  # each can drop at most half
     language = Stage(Saint(threshold=0.83, budget=0.15), layers=layers)
     made = {
         "connector": Plan(connector=SaintFullGraph(keep=0.33)),
         "language": Plan(language=language),
     }
-    if row.no_vision is None:
-        _, tower, tower_row = locate_tower(vlm.get_submodule(row.tower))
-        blocks = len(list(tower.get_submodule(tower_row.blocks).children()))
-        used = row.feature_layer(vlm, blocks)
+    if spec.no_vision is None:
+        _, tower, tower_spec = locate_tower(vlm.get_submodule(spec.tower))
+        blocks = len(list(tower.get_submodule(tower_spec.blocks).children()))
+        used = spec.feature_layer(vlm, blocks)
         if used is not None:
             at = [max(0, min(blocks * 4 // 5, used - 1))]
             made["vision"] = Plan(vision=Stage(SaintFullGraph(keep=0.33), layers=at))

@@ -66,5 +66,5 @@ def names_of(files: Sequence[Path]) -> list[str]:
     """A name per file, no two alike (also where upper and lower case are the same): pictures are written under them."""
     stems = Counter(file.stem.casefold() for file in files)
     names = [file.stem if stems[file.stem.casefold()] == 1 else file.name for file in files]
-    whole = len({name.casefold() for name in names}) == len(names)
-    return names if whole else [file.name for file in files]  # a.jpg, a.png and a.jpg.png
+    unique = len({name.casefold() for name in names}) == len(names)
+    return names if unique else [file.name for file in files]  # a.jpg, a.png and a.jpg.png

@@ -89,8 +89,8 @@ class Loaded:
         Raises:
             ValueError: the model shows none.
         """
-        _, encoder, row = locate(self.model)
-        if row.patch is None:
+        _, encoder, found = locate(self.model)
+        if found.patch is None:
             raise ValueError(f"{self.spec} shows no patch grid, so there is nothing to draw on")
-        stride: Any = encoder.get_submodule(row.patch).stride
+        stride: Any = encoder.get_submodule(found.patch).stride
         return self.image_size[0] // stride[0], self.image_size[1] // stride[1]

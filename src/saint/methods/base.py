@@ -66,7 +66,7 @@ class FixedBudget(Method):
 
     @abstractmethod
     def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
-        """Choose exactly ``goal[b]`` survivors of sample b; somebody has to go."""
+        """Choose exactly ``goal[b]`` survivors of sample b. Called only when at least one token must be dropped."""
 
 
 def host_counts(counts: Tensor) -> tuple[int, ...]:
@@ -107,7 +107,7 @@ HUGE = 2**31  # no count of tokens, layers or neighbours gets here; beyond 2**63
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Raise ``ValueError`` unless ``value`` is True or False: "false", 0 and NaN are somebody's mistake."""
+    """Raise ``ValueError`` unless ``value`` is True or False: a truth test would take "false", 0 and NaN."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False (true or false in JSON, without quotes), got {_shown(value)}")
 
@@ -156,7 +156,7 @@ def _shown(value: Any) -> str:
 
 
 def final_keep(budget: int | float, total: int, name: str = "budget") -> int:
-    """Tokens that survive the whole stage: the int itself, or the fraction of ``total`` rounded half up, at least 1."""
+    """Tokens that a complete stage leaves: the int itself, or the fraction of ``total`` rounded half up, at least 1."""
     if isinstance(budget, int):
         if budget > total:
             raise ValueError(

@@ -27,7 +27,7 @@ class Saint(Method):
 
     With ``budget="sample"`` each sample drops as many tokens as it has votes (our default), with ``"batch"`` every
     sample drops the batch mean, rounded down (the published rule: results then depend on the batch mates). With a number,
-    the votes are ignored and the stage as a whole keeps that many tokens, the same share at every drop point.
+    the votes are ignored and the complete stage keeps that many tokens, the same share at every drop point.
     """
 
     name: ClassVar[str] = "saint"
@@ -68,21 +68,19 @@ class Saint(Method):
 
     def select(self, candidates: Candidates) -> Selection | None:
         tokens = candidates.tokens
-        ballot = graph.vote(
-            candidates.keys, self.threshold, self.neighbors, self.gamma, center=self.center, valid=tokens.valid
-        )
+        edges = graph.connect(candidates.keys, self.threshold, center=self.center, valid=tokens.valid)
         if isinstance(self.budget, str):
-            drop = host_counts(ballot.votes)
+            drop = host_counts(graph.count_votes(edges, self.neighbors, valid=tokens.valid))
             if self.budget == "batch":
                 drop = (sum(drop) // len(drop),) * len(drop)
                 if tokens.valid is not None:  # a padded sample may have fewer sources than the mean asks for
                     drop = tuple(min(r, (n + 1) // 2) for r, n in zip(drop, tokens.lengths, strict=True))
-            if not any(drop):
-                return None
-            drop = floored(drop, candidates, self.floor)
+            if any(drop):
+                drop = floored(drop, candidates, self.floor)
         else:
             left = goals(self.budget, candidates, "budget")
             drop = tuple(n - k for n, k in zip(tokens.lengths, left, strict=True))
         if not any(drop):
             return None
-        return Selection.from_order(graph.drop_order(ballot), drop, tokens)
+        score = graph.redundancy(edges, self.threshold, self.gamma, valid=tokens.valid)
+        return Selection.from_order(graph.descending(score), drop, tokens, stride=2)

@@ -96,12 +96,12 @@ class Block:
         if isinstance(weight := self.key_source and part(self.units[0][0], self.key_source), Tensor):
             return self._project(weight, keys[:, prefix:])
         if self.spec.keys_by_token:
-            return keys[:, prefix:].sum(2, dtype=torch.float32) / keys.shape[2]
+            return keys[:, prefix:].mean(2, dtype=torch.float32)
         if keys.ndim == 4:
-            return keys[:, :, prefix:].sum(1, dtype=torch.float32) / keys.shape[1]
+            return keys[:, :, prefix:].mean(1, dtype=torch.float32)
         batch, count, width = keys.shape
         heads = keys.reshape(batch, count, self.heads, width // self.heads)
-        return heads[:, prefix:].sum(2, dtype=torch.float32) / self.heads
+        return heads[:, prefix:].mean(2, dtype=torch.float32)
 
     def _project(self, weight: Tensor, x: Tensor) -> Tensor:
         """Head-mean keys from the attention's input; the mean over heads is linear, so D columns suffice instead of C."""

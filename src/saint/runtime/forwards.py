@@ -51,7 +51,7 @@ class Forwards(Generic[S]):
         return found[1:] if found is not None and found[0] == task else None
 
     def begin(self) -> S:
-        """A new forward on this thread; inside a backward pass, one that is run again as a whole."""
+        """A new forward on this thread; inside a backward pass, one that is run again from its beginning."""
         task = backward_pass()
         if task is not None:
             self._own.replayed = (task, -1, self._make())
@@ -120,7 +120,7 @@ class Forwards(Generic[S]):
         if before is not None and before[0] in (-1, layer - 1):
             return before[1]  # inside a checkpointed model or segment of several layers, whose beginning was seen
         if layer == 0:
-            return self._make()  # the whole model is run again
+            return self._make()  # the model is run again from its beginning
         raise RuntimeError(
             f"layer {layer} of {self._name} is run again for its gradients with an input that no forward has seen (are saved "
             "tensors packed or moved to another device?), so its tokens are not known: switch gradient checkpointing off"

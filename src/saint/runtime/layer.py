@@ -8,9 +8,10 @@ keys show, and what the caller must see at full length.
 Letters: Q sequences, S tokens of a sequence, P prefix tokens, B samples, N candidates, C channels, D head dim.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -22,9 +23,10 @@ from ..gathers import gather_tokens, merge_tokens
 from ..patch import Uncopyable, override, refuse_replicas
 from ..tokens import Candidates, LayerTrace, Selection, reads_are_free
 from ..upstream.autograd import checkpointed
+from .attended import Attended, Attending
 from .blocks import Block
 from .forwards import Forwards
-from .observe import Observers, Stopwatch, seconds
+from .observe import Observers, Passed, Stopwatch, seconds
 from .state import Forward, LayerState
 
 
@@ -55,7 +57,7 @@ class DropPoint:
         method: what decides; None where candidates are only shown to observers.
         step: this is drop point ``step`` (0-based) of ``steps`` of its stage in the plan.
         steps: drop points of that stage.
-        needs: what is computed on demand for whoever looks at the candidates.
+        needs: what is computed on demand for the method and the observers of the candidates.
         shown: observers see the candidates.
         group: which stage of its slot it belongs to.
     """
@@ -327,7 +329,9 @@ class PrunedLayer(Uncopyable):
             call = checkpointed(block.module, block.first)
         elif args:
             call = lambda x, **given: self.original(x, *args, **given)  # noqa: E731
-        out, seen = stack.run(forward, layer, state, call, x, kwargs)
+        came, before = state, x
+        with self._listening(state):
+            out, seen = stack.run(forward, layer, state, call, x, kwargs)
         y = out[0] if isinstance(out, tuple) else out
         if point is not None:
             assert seen is not None
@@ -335,9 +339,23 @@ class PrunedLayer(Uncopyable):
         if self.split:
             assert block is not None
             y = checkpointed(block.module, block.second)(y)
+        for _, tell in stack.observers.layer:
+            tell(stack.stage, layer, Passed(before.detach(), y.detach(), stack.prefix, came, state))
         y = stack.leave(forward, layer, state, y, kwargs)
         y = y.squeeze(0) if stack.packed else y
         return (y, *out[1:]) if isinstance(out, tuple) else y
+
+    def _listening(self, state: LayerState) -> AbstractContextManager[Any]:
+        """Tells observers of the attention that runs inside."""
+        stack, listeners = self.stack, self.stack.observers.attention
+        if not listeners:
+            return nullcontext()
+
+        def tell_all(attended: Attended) -> None:
+            for _, tell in listeners:
+                tell(stack.stage, self.layer, attended)
+
+        return Attending(tell_all, stack.prefix, state)
 
     def _tell(self, elapsed: float) -> None:
         stack, observers, stage = self.stack, self.stack.observers, self.stack.stage
@@ -386,6 +404,8 @@ def _select_some(method: Decides, candidates: Candidates, some: list[int]) -> Se
 
 
 def _refuse_non_finite(keys: Tensor, where: str) -> None:
+    if math.isfinite(keys.sum()):  # one operation; a sum that overflows is looked at again
+        return
     bad = ~torch.isfinite(keys).flatten(1).all(1)
     if bool(bad.any()):
         raise ValueError(

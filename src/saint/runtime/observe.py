@@ -6,13 +6,41 @@ without observers runs as if there were none.
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..tokens import Candidates, Selection
+from .attended import Attended
+from .state import LayerState
 
-EVENTS = ("candidates", "selected", "layer_time", "pruning_time")
+EVENTS = ("candidates", "selected", "layer", "attention", "layer_time", "pruning_time")
+
+
+@dataclass(frozen=True)
+class Passed:
+    """The residual stream on both sides of a layer, with protected and text tokens.
+
+    Attributes:
+        before: in front of it, [Q, P + S, C] (Q sequences, P protected tokens, S others).
+        after: behind it and its drop point, [Q, P + K, C].
+        prefix: P.
+        came: the tokens in front of it.
+        left: the tokens behind it.
+    """
+
+    before: Tensor
+    after: Tensor
+    prefix: int
+    came: LayerState
+    left: LayerState
+
+    def candidates(self) -> tuple[Tensor, Tensor]:
+        """Rows of the candidates on both sides, [B, N, C] and [B, K, C]; of groups of tokens the means."""
+        before, after = self.before[:, self.prefix :], self.after[:, self.prefix :]
+        return self.came.of_candidates(before), self.left.of_candidates(after)
 
 
 class Observer:
@@ -32,6 +60,20 @@ class Observer:
 
     def selected(self, stage: str, layer: int, selection: Selection) -> None:
         """The slots that stay at a drop point. No cost."""
+
+    def layer(self, stage: str, layer: int, passed: Passed) -> None:
+        """The whole residual stream on both sides of a layer that is patched: of all layers where the plan is empty.
+
+        Cost: what stood in front of the layer is held until it has run; nothing is copied.
+        """
+
+    def attention(self, stage: str, layer: int, attended: Attended) -> None:
+        """Queries, keys and mask of a call of torch's attention by a layer that is patched, when it has run.
+
+        Not told of attention that does not go through ``scaled_dot_product_attention`` or ``nn.MultiheadAttention`` (eager
+        implementations, flash attention of transformers). Cost: every call of a torch function inside the layer passes through
+        python once more, and ``nn.MultiheadAttention`` leaves its fused path and has queries and keys projected twice.
+        """
 
     def layer_time(self, stage: str, layer: int, seconds: float) -> None:
         """Duration of a layer with all that pruning adds to it. Cost: on a GPU, every layer is waited for."""
@@ -61,6 +103,8 @@ class Observers:
             _check_layers(observer)
         self.candidates = self._listeners("candidates")
         self.selected = self._listeners("selected")
+        self.layer = self._listeners("layer")
+        self.attention = self._listeners("attention")
         self.layer_time = self._listeners("layer_time")
         self.pruning_time = self._listeners("pruning_time")
 
@@ -89,6 +133,11 @@ class Observers:
                 raise ValueError(f"an observer wants layer {max(wanted)}, and there are layers 0..{depth - 1}")
             chosen.update(wanted)
         return sorted(chosen)
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether some observer looks at layers themselves, of which an empty plan has no drop points."""
+        return bool(self.layer or self.attention)
 
     @property
     def choosy(self) -> bool:

@@ -133,8 +133,8 @@ class LayerState:
         return rows if valid is None else rows.masked_fill(~valid, self.tokens.index.numel())
 
 
-def _chain(earlier: Tensor | None, owner: Tensor) -> Tensor:
-    return owner if earlier is None else owner.gather(1, earlier)
+def _chain(earlier: Tensor | None, later: Tensor) -> Tensor:
+    return later if earlier is None else later.gather(1, earlier)
 
 
 @dataclass

@@ -12,19 +12,19 @@ from .hiding import unfused
 from .outputs import Inputs, run
 
 
-def block_spec(block: nn.Module, row: EncoderSpec) -> BlockSpec:
-    """Anatomy that the encoder's row has for this class of block, or for the nearest of its base classes."""
-    return next(row.block_specs[c.__name__] for c in type(block).__mro__ if c.__name__ in row.block_specs)
+def block_spec(block: nn.Module, spec: EncoderSpec) -> BlockSpec:
+    """Anatomy that the encoder's spec has for this class of block, or for the nearest of its base classes."""
+    return next(spec.block_specs[c.__name__] for c in type(block).__mro__ if c.__name__ in spec.block_specs)
 
 
-def first_part(block: nn.Module, row: EncoderSpec) -> nn.Module:
+def first_part(block: nn.Module, spec: EncoderSpec) -> nn.Module:
     """Module of a block that reads the residual stream first: the norm, or the attention where the norm comes behind it."""
-    spec = block_spec(block, row)
-    return part(units(block, spec)[0][0], spec.norm1 or spec.attn or "norm1")
+    anatomy = block_spec(block, spec)
+    return part(units(block, anatomy)[0][0], anatomy.norm1 or anatomy.attn or "norm1")
 
 
 def block_flops(
-    model: nn.Module, row: EncoderSpec, blocks: list[nn.Module], inputs: Inputs
+    model: nn.Module, spec: EncoderSpec, blocks: list[nn.Module], inputs: Inputs
 ) -> tuple[dict[str, Tensor], list[tuple[int, float, float, float]], list[str]]:
     """Outputs; per block: tokens in, linear FLOPs of the attention half, of the MLP, and FLOPs quadratic in tokens; operators
     that were not counted."""
@@ -45,15 +45,15 @@ def block_flops(
     by_module = counted.by_module
     out = []
     for index, block in enumerate(blocks):
-        spec = block_spec(block, row)  # of the model's own parts: scoring is matrix products too
+        anatomy = block_spec(block, spec)  # of the model's own parts: scoring is matrix products too
         halves: list[list[dict[str, int]]] = [[by_module[names[block]]], []]  # without a seam all counts as one half
-        if spec.seam:
-            paths = (spec.padding or spec.attn, spec.mlp)
+        if anatomy.seam:
+            paths = (anatomy.padding or anatomy.attn, anatomy.mlp)
             halves = [
                 [by_module[names[part(unit, path or "")]] for unit in parallel]
-                for path, parallel in zip(paths, units(block, spec), strict=True)
+                for path, parallel in zip(paths, units(block, anatomy), strict=True)
             ]
-        for _, table in spec.bias:  # computed for all pairs of tokens, dropped ones too
+        for _, table in anatomy.bias:  # computed for all pairs of tokens, dropped ones too
             if isinstance(holder := part(block, table), nn.Module):
                 parts = [by_module[names[child]] for child in holder.children() if names[child] in by_module]
                 halves[0] += [{op: -flops for op, flops in counts.items()} for counts in parts]

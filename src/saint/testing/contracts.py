@@ -113,11 +113,11 @@ def check_oracle(model: nn.Module, plan: Plan, inputs: Inputs, atol: float = 1e-
     with pruned(model, plan) as session:
         got = run(model, inputs)
         trace = session.trace
-    _, encoder, row = locate(model)
+    _, encoder, spec = locate(model)
     full = plan.slots["vision"][0].output != "survivors"
     for name in want:
         scale = max(1.0, float(want[name].abs().max()))
-        for a, b in _survivor_rows(name, got[name], want[name], trace, row.prefix(encoder), full):
+        for a, b in _survivor_rows(name, got[name], want[name], trace, spec.prefix(encoder), full):
             worst = float((a - b).abs().max())
             assert worst <= _tolerance(want, atol) * scale, f"{name}: differs by {worst:.2e} (size {scale:.1f})"
     oracle = "the merged oracle (nothing is masked)" if merges else "the masked oracle"
@@ -127,7 +127,7 @@ def check_oracle(model: nn.Module, plan: Plan, inputs: Inputs, atol: float = 1e-
 def _survivor_rows(
     name: str, got: Tensor, want: Tensor, trace: list[LayerTrace], prefix: int, full: bool
 ) -> list[tuple[Tensor, Tensor]]:
-    """Pairs to compare: whole tensors, or for a sequence of tokens the rows of each sample's survivors.
+    """Pairs to compare: full tensors, or for a sequence of tokens the rows of each sample's survivors.
 
     Args:
         name: of the output, for the message.
@@ -163,8 +163,8 @@ def check_batch(model: nn.Module, plan: Plan, inputs: Inputs, atol: float = 1e-5
         for sample in range(size):
             alone.append(run(model, {name: value[sample : sample + 1] for name, value in inputs.items()}))
             traces.append(session.trace)
-    _, encoder, row = locate(model)
-    prefix, full = row.prefix(encoder), plan.slots["vision"][0].output != "survivors"
+    _, encoder, spec = locate(model)
+    prefix, full = spec.prefix(encoder), plan.slots["vision"][0].output != "survivors"
     for index, entry in enumerate(trace):
         for sample, kept in enumerate(entry.kept):
             assert torch.equal(kept, torch.unique(kept)), f"layer {entry.layer}: survivors not ascending and unique"
@@ -173,7 +173,9 @@ def check_batch(model: nn.Module, plan: Plan, inputs: Inputs, atol: float = 1e-5
                 f"layer {entry.layer}, sample {sample}: other survivors in a batch than alone"
             )
     for name, value in together.items():
-        assert value.shape[:1] == (size,), f"{name} of shape {tuple(value.shape)} has no row for each of {size} samples"
+        assert value.shape[:1] == (size,), (
+            f"{name} of shape {tuple(value.shape)} is not one entry for each of {size} samples"
+        )
         for sample in range(size):
             want, got = alone[sample][name][0], value[sample]
             if got.ndim == 2 and not full:  # behind the survivors of this sample comes padding
@@ -195,9 +197,9 @@ def check_on(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
         run(model, inputs)
         sample = int((session.trace[0].tokens_in - session.trace[-1].tokens_out).argmax())  # the one that loses most
     one = {name: value[sample : sample + 1] for name, value in inputs.items()}
-    _, encoder, row = locate(model)
-    blocks = list(part(encoder, row.blocks))
-    base, base_flops, unknown = block_flops(model, row, blocks, one)
+    _, encoder, spec = locate(model)
+    blocks = list(part(encoder, spec.blocks))
+    base, base_flops, unknown = block_flops(model, spec, blocks, one)
     widths: list[int] = []
 
     def measure(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -206,13 +208,13 @@ def check_on(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
     with ExitStack() as stack:
         session = stack.enter_context(pruned(model, plan))
         for block in blocks:  # what the parts of a block see, not the block: its input may be full length
-            stack.callback(first_part(block, row).register_forward_pre_hook(measure, with_kwargs=True).remove)
-        output, flops, unknown_pruned = block_flops(model, row, blocks, one)
+            stack.callback(first_part(block, spec).register_forward_pre_hook(measure, with_kwargs=True).remove)
+        output, flops, unknown_pruned = block_flops(model, spec, blocks, one)
         trace = session.trace
     assert trace[-1].tokens_out[0] < trace[0].tokens_in[0], "no token was dropped"
     changed = [n for n, v in output.items() if v.shape != base[n].shape or not torch.equal(v, base[n])]
     assert changed, "tokens were dropped and no output changed"
-    prefix = row.prefix(encoder)
+    prefix = spec.prefix(encoder)
     behind = dict(enumerate(widths))  # tokens that reach the MLP of each block
     for entry in trace:
         if entry.tokens_out[0] == entry.tokens_in[0]:
@@ -238,8 +240,8 @@ def check_on(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
 def check_bad_input(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
     """Contract 7: bad plans and bad pixels raise a clear error and leave the model alone."""
     before = snapshot(model)
-    _, encoder, row = locate(model)
-    depth = len(part(encoder, row.blocks))
+    _, encoder, spec = locate(model)
+    depth = len(part(encoder, spec.blocks))
     bad: list[tuple[str, Callable[[], Any]]] = [
         (f"{depth}", lambda: apply(model, Stage(Saint(), layers=[depth]))),
         ("threshold", lambda: apply(model, Saint(threshold=1.5))),

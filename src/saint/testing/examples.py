@@ -24,11 +24,11 @@ def example_inputs(model: nn.Module, batch: int = 3, seed: int = 0) -> dict[str,
     Returns:
         Keyword inputs of ``model.forward``.
     """
-    _, encoder, row = locate(model)
+    _, encoder, spec = locate(model)
     generator = torch.Generator().manual_seed(seed)
     parameter = next(p for p in encoder.parameters() if p.is_floating_point())
     config = getattr(encoder, "config", None)
-    if row.patch is None:  # patches arrive flattened and padded (SigLIP 2 NaFlex)
+    if spec.patch is None:  # patches arrive flattened and padded (SigLIP 2 NaFlex)
         return _flattened_inputs(config, batch, generator, parameter)
     size = (
         getattr(config, "image_size", None)

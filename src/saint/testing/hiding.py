@@ -74,20 +74,20 @@ def unfused() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def hide_in_pools(stack: ExitStack, mode: HideKeys, encoder: nn.Module, row: EncoderSpec) -> None:
+def hide_in_pools(stack: ExitStack, mode: HideKeys, encoder: nn.Module, spec: EncoderSpec) -> None:
     """Hides keys from the attention pools of an encoder too, of which some are shown the candidates alone.
 
     Args:
         stack: takes the removal of the hooks.
         mode: its ``visible`` [B, P + N] becomes [B, N] where a pool's input has N rows.
         encoder: holds the pools.
-        row: says where they are.
+        spec: says where they are.
     """
 
     def trim(_module: nn.Module, args: tuple[Any, ...]) -> None:
         if mode.visible is not None:  # a pool may be shown the candidates alone, without the prefix
             mode.visible = mode.visible[:, -args[0].shape[1] :]
 
-    for path in row.pools:
+    for path in spec.pools:
         if (pool := part(encoder, path)) is not None:
             stack.callback(pool.register_forward_pre_hook(trim).remove)

@@ -46,9 +46,9 @@ def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
     with pruned(model, plan) as session:
         run(model, inputs)
         trace = session.trace
-    _, encoder, row = locate(model)
-    blocks = list(part(encoder, row.blocks))
-    prefix, mode = row.prefix(encoder), HideKeys()
+    _, encoder, spec = locate(model)
+    blocks = list(part(encoder, spec.blocks))
+    prefix, mode = spec.prefix(encoder), HideKeys()
     by_layer = {entry.layer: entry for entry in trace if entry.into is not None}
     groups: list[Tensor] | None = None  # for each original candidate the survivor it is part of
 
@@ -83,7 +83,7 @@ def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
         if bias is None or groups is None:
             return bias
         rows = [torch.cat([torch.arange(prefix, device=into.device), prefix + into]) for into in groups]
-        return torch.stack([bias.flatten(0, -3)[:, row][:, :, row] for row in rows])
+        return torch.stack([bias.flatten(0, -3)[:, picked][:, :, picked] for picked in rows])
 
     def wrap(layer: int, block: Block, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -114,7 +114,7 @@ def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
             return y
         mode.visible = torch.zeros(y.shape[:2], dtype=torch.bool, device=y.device)
         mode.visible[:, :prefix] = True
-        y, first = y.clone(), 0 if row.pool_with_prefix(encoder) else prefix
+        y, first = y.clone(), 0 if spec.pool_with_prefix(encoder) else prefix
         for sample, into in enumerate(groups):
             mode.visible[sample, prefix + into.unique()] = True
             y[sample, ~mode.visible[sample]] = y[sample, first:][mode.visible[sample, first:]].mean(0)
@@ -123,14 +123,14 @@ def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
     with ExitStack() as stack:
         stack.enter_context(unfused())
         for layer, module in enumerate(blocks):
-            spec = Block(module, block_spec(module, row), f"{row.blocks}.{layer}")
-            override(stack, module, "forward", partial(wrap, layer, spec))
-            if spec.bias is not None:
-                holder, _, method = spec.bias.rpartition(".")
+            block = Block(module, block_spec(module, spec), f"{spec.blocks}.{layer}")
+            override(stack, module, "forward", partial(wrap, layer, block))
+            if block.bias is not None:
+                holder, _, method = block.bias.rpartition(".")
                 override(stack, part(module, holder), method, lambda own: lambda *a, **k: pairs(own(*a, **k)))
-        final = part(encoder, row.final) if row.final else None
+        final = part(encoder, spec.final) if spec.final else None
         if final is not None:
             stack.callback(final.register_forward_hook(pooled).remove)
-        hide_in_pools(stack, mode, encoder, row)
+        hide_in_pools(stack, mode, encoder, spec)
         stack.enter_context(mode)
         return run(model, inputs), trace

@@ -50,15 +50,15 @@ def masked_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
     with ExitStack() as stack:
         stack.enter_context(unfused())
         if family is None:
-            _, encoder, row = locate(model)
-            _hide_in_encoder(stack, mode, encoder, row, trace, None)
+            _, encoder, spec = locate(model)
+            _hide_in_encoder(stack, mode, encoder, spec, trace, None)
         else:
             _, vlm, facts = family
             if plan.vision is not None:
-                _, encoder, row = locate_tower(vlm.get_submodule(facts.tower))
+                _, encoder, spec = locate_tower(vlm.get_submodule(facts.tower))
                 drops = [entry for entry in trace if entry.stage == "vision"]
-                _hide_in_encoder(stack, mode, encoder, row, drops, facts.merge_size(vlm))
-                _mark_features(stack, vlm, facts, row, drops)
+                _hide_in_encoder(stack, mode, encoder, spec, drops, facts.merge_size(vlm))
+                _mark_features(stack, vlm, facts, spec, drops)
             _hide_in_decoder(stack, mode, vlm, facts, [entry for entry in trace if entry.stage != "vision"])
         stack.enter_context(mode)
         return run(model, inputs), trace
@@ -68,30 +68,31 @@ def _hide_in_encoder(
     stack: ExitStack,
     mode: HideKeys,
     encoder: nn.Module,
-    row: EncoderSpec,
+    spec: EncoderSpec,
     trace: list[LayerTrace],
     merge_size: int | None,
 ) -> None:
-    blocks = list(part(encoder, row.blocks))
-    prefix = row.prefix(encoder)
+    blocks = list(part(encoder, spec.blocks))
+    prefix = spec.prefix(encoder)
     current: Tensor | None = None  # bool [B, P + N], tokens not dropped so far
     entries = [entry for entry in trace if entry.placement == "input"]
     by_layer = {entry.layer: entry for entry in trace if entry.placement != "input"}
     total: int | None = None
     order: Tensor | None = None  # of the groups of a packed sequence
 
-    def mask_of(entry: LayerTrace, count: int) -> Tensor:
-        if row.packed:
+    def left_by(entry: LayerTrace, count: int) -> Tensor:
+        """Tokens not dropped so far, bool [B, P + N]; packed: [1, N]."""
+        if spec.packed:
             assert merge_size is not None
-            rows = torch.cat(_flags(entry, trace))
-            rows = rows if order is None else rows[order]
-            return rows.repeat_interleave(merge_size**2).unsqueeze(0)
-        rows = torch.zeros(len(entry.kept), count, dtype=torch.bool)
-        rows[:, :prefix] = True
+            left = torch.cat(_flags(entry, trace))
+            left = left if order is None else left[order]
+            return left.repeat_interleave(merge_size**2).unsqueeze(0)
+        left = torch.zeros(len(entry.kept), count, dtype=torch.bool)
+        left[:, :prefix] = True
         for sample, kept in enumerate(entry.kept):
             tokens = kept.cpu() if merge_size is None else _square(kept.cpu(), count - prefix, merge_size)
-            rows[sample, tokens + prefix] = True
-        return rows
+            left[sample, tokens + prefix] = True
+        return left
 
     def enter(layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -100,10 +101,10 @@ def _hide_in_encoder(
             if layer == 0:
                 current, total = None, x.shape[1]
                 for entry in entries:
-                    rows = mask_of(entry, x.shape[-2]).to(x.device)
-                    current = current if bool(rows.all()) else rows
+                    left = left_by(entry, x.shape[-2]).to(x.device)
+                    current = current if bool(left.all()) else left
             mode.visible, mode.masked = current, 0
-            if row.packed and current is not None:
+            if spec.packed and current is not None:
                 pieces = current.split(SEGMENTS.read(kwargs).diff().tolist(), 1)
                 # a segment without survivors has no query whose result counts, and softmax needs a key
                 mode.visible, mode.pieces = None, [p if bool(p.any()) else torch.ones_like(p) for p in pieces]
@@ -120,9 +121,9 @@ def _hide_in_encoder(
                 )
             y = output[0] if isinstance(output, tuple) else output
             if layer in by_layer:
-                rows = mask_of(by_layer[layer], y.shape[-2]).to(y.device)
-                current = current if bool(rows.all()) else rows
-            mode.visible = None if row.packed else current
+                left = left_by(by_layer[layer], y.shape[-2]).to(y.device)
+                current = current if bool(left.all()) else left
+            mode.visible = None if spec.packed else current
             return pooled(_module, _args, output) if layer == len(blocks) - 1 else None
 
         return hook
@@ -131,7 +132,7 @@ def _hide_in_encoder(
         y = output[0] if isinstance(output, tuple) else output
         if current is None or y.ndim != 3 or y.shape[1] != total:
             return None
-        first = 0 if row.pool_with_prefix(encoder) else prefix
+        first = 0 if spec.pool_with_prefix(encoder) else prefix
         y = y.clone()
         for sample, seen in enumerate(current):
             mean = y[sample, first:][seen[first:]].mean(0)
@@ -149,11 +150,11 @@ def _hide_in_encoder(
     for layer, block in enumerate(blocks):
         stack.callback(block.register_forward_pre_hook(enter(layer), with_kwargs=True).remove)
         stack.callback(block.register_forward_hook(leave(layer)).remove)
-    final = part(encoder, row.final) if row.final else None
+    final = part(encoder, spec.final) if spec.final else None
     if final is not None:
         stack.callback(final.register_forward_hook(pooled).remove)
-    hide_in_pools(stack, mode, encoder, row)
-    if row.order is not None:
+    hide_in_pools(stack, mode, encoder, spec)
+    if spec.order is not None:
         stack.callback(encoder.register_forward_pre_hook(see_order, with_kwargs=True).remove)
 
 
@@ -175,7 +176,7 @@ def _square(groups: Tensor, count: int, side: int) -> Tensor:
 
 
 def _mark_features(
-    stack: ExitStack, vlm: nn.Module, facts: FamilySpec, row: EncoderSpec, trace: list[LayerTrace]
+    stack: ExitStack, vlm: nn.Module, facts: FamilySpec, spec: EncoderSpec, trace: list[LayerTrace]
 ) -> None:
     """Rows of NaN, for features that the encoder dropped, show where the model puts them."""
 
@@ -191,7 +192,7 @@ def _mark_features(
         lost = ~torch.cat(_flags(trace[-1], trace)).to(features.device)
         setattr(output, field, features.masked_fill(lost.unsqueeze(-1), torch.nan))
 
-    path, hook = (facts.tower, towered) if row.packed else (facts.connector, connected)
+    path, hook = (facts.tower, towered) if spec.packed else (facts.connector, connected)
     stack.callback(vlm.get_submodule(path).register_forward_hook(hook).remove)
 
 

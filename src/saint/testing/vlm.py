@@ -27,9 +27,9 @@ Make = Callable[[Sequence[int]], Inputs]
 
 def hybrid_plan(model: nn.Module) -> Plan:
     """Half to two thirds of the visual tokens go, at every stage that the family has."""
-    _, vlm, row = locate(model, "language")
-    depth = len(list(LAYERS.get(vlm.get_submodule(row.decoder)).children()))
-    vision = None if row.no_vision is not None else Stage(SaintFullGraph(keep=0.8), layers=[1])
+    _, vlm, spec = locate(model, "language")
+    depth = len(list(LAYERS.get(vlm.get_submodule(spec.decoder)).children()))
+    vision = None if spec.no_vision is not None else Stage(SaintFullGraph(keep=0.8), layers=[1])
     language = Stage(Saint(threshold=0.9, budget=0.6), layers=sorted({min(1, depth - 1), depth // 2}))
     return Plan(vision=vision, connector=SaintFullGraph(keep=0.8), language=language)
 

@@ -258,8 +258,8 @@ def _contracts(record: Record, model: nn.Module) -> Record:
 
 
 def _size(model: nn.Module, inputs: dict[str, Any]) -> str:
-    _, encoder, row = locate(model)
-    blocks = encoder.get_submodule(row.blocks)
+    _, encoder, spec = locate(model)
+    blocks = encoder.get_submodule(spec.blocks)
     shapes: list[tuple[int, ...]] = []
     hook = next(iter(blocks.children())).register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
     with torch.no_grad():

@@ -74,7 +74,7 @@ def read(body: bytes, models: Collection[str]) -> Asked:
 
 
 def _check_name(name: str) -> None:
-    """A name is shown and never used for a file; one that is a path is somebody's attempt."""
+    """A name is shown and never used for a file; a path is refused as a name."""
     if any(mark in name for mark in ("/", "\\", "\0")) or name.startswith("."):
         raise ValueError(f"the name of an image must be a plain file name without a path, got {name!r:.80}")
 

@@ -23,7 +23,7 @@ _HEADERS = {
 class Guard:
     """ASGI middleware.
 
-    A page of somebody else's that reaches this server by a name of its own (DNS rebinding) sends that name as Host and is
+    A foreign page that reaches this server by a name of its own (DNS rebinding) sends that name as Host and is
     refused; one that posts here from its own address sends that as Origin and is refused.
 
     Args:

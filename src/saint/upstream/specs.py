@@ -27,9 +27,13 @@ class BlockSpec:
     with and without LayerScale, DropPath or post-norm.
 
     Attributes:
-        norm1, attn, branch1, norm2, mlp, branch2: attribute names; ``attn`` may be a method of the block. Without ``attn``
-            and ``mlp`` the block has no seam (it computes both from one input, or does more than call its parts), and
-            tokens go behind it.
+        attn: attribute, may be a method of the block. Without ``attn`` and ``mlp`` the block has no seam (it computes both
+            from one input, or does more than call its parts), and tokens go behind it.
+        mlp: attribute.
+        norm1: attribute in front of ``attn``.
+        norm2: attribute in front of ``mlp``.
+        branch1: attributes behind ``attn``, in order.
+        branch2: attributes behind ``mlp``, in order.
         keys: what shows the keys: a module whose output is K ([B, H, N, D] or [B, N, H*D]), or a packed ``in_proj_weight``
             from which they are recomputed. The first candidate that exists is used; none where a cache shows them.
         keys_by_token: the module's output is [B, N, H, D].

@@ -1,4 +1,4 @@
-"""Which releases of other libraries the whole suite has passed on, and what to say on a newer one.
+"""Which releases of other libraries the full suite has passed on, and what to say on a newer one.
 
 Versions decide nothing: what a release has is read off its modules. They are for messages.
 """

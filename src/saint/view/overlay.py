@@ -38,7 +38,7 @@ def overlay(photo: Image.Image, kept: Tensor | Sequence[int], grid: tuple[int, i
     """``photo`` with the dropped patches darkened and hatched, and an amber line around what was kept.
 
     Args:
-        photo: RGB, the whole of it covered by the grid.
+        photo: RGB, entirely covered by the grid.
         kept: indices of the surviving patches, row by row.
         grid: (rows, columns) of patches.
 
@@ -103,7 +103,7 @@ def sheet(rows: Sequence[Sequence[Cell]], title: str, legend: str = "", cell: in
         RGB.
     """
     gap, margin = cell // 14, cell // 9
-    big, mid, small = (_font(round(cell * f)) for f in (0.098, 0.072, 0.062))
+    big, mid, small = (font(round(cell * f)) for f in (0.098, 0.072, 0.062))
     head = margin + round(cell * (0.16 + (0.11 if legend else 0.0))) + gap // 2
     caption = round(cell * 0.21)
     sized = [[(content, _scaled(content.image, cell)) for content in row] for row in rows]
@@ -132,12 +132,12 @@ def _scaled(image: Image.Image, width: int) -> Image.Image:
     return image.resize((width, round(width * image.height / image.width)), Image.Resampling.LANCZOS)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str], limit: int = 1_000_000) -> None:
-    """Write a PNG of at most ``limit`` bytes, scaled down as far as that needs; whole or not at all.
+    """Write a PNG of at most ``limit`` bytes, scaled down as far as that needs; completely or not at all.
 
     Raises:
         OSError: it cannot be written.

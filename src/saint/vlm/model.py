@@ -97,7 +97,7 @@ class PrunedVLM(Uncopyable):
             masks = result if masks is None else masks
             for mask in masks if isinstance(masks, tuple) else (masks,):
                 if mask is not None:
-                    seen = mask[..., 0] if mask.ndim == 3 else mask
+                    seen = mask[..., 0] if mask.ndim == 3 else mask  # [B, L]
                     self.handover.visual = seen if self.handover.visual is None else self.handover.visual | seen
             self.handover.marked = self.encoder is not None
             self.handover.waiting = False
@@ -133,18 +133,18 @@ class PrunedVLM(Uncopyable):
                 )
             if reads_are_free(y.device) and bool(torch.isnan(y).any()):
                 raise ValueError("image features are NaN: check the pixels for NaN or Inf, and fp16 overflow")
-            return full_length(y, tokens, head, DROPPED)
+            return full_length(y, tokens, head, DROPPED)  # [B, P + N, C] or [B, N, C]
 
         return connect
 
     def _join(self, path: str, layer: int, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The merger sees full length; each group it returns is whole, or dropped and ``mark``."""
+        """The merger sees full length; each group it returns has all its members, or is dropped and ``mark``."""
 
         def join(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             encoder = self.encoder
             assert encoder is not None
             side = encoder.merge_size
-            lost = encoder.lost(layer)
+            lost = encoder.outputs.lost(layer)
             # NaN shows whether a merger lets a dropped token touch a kept one, but would spoil the gradient of its weights
             shows = lost is not None and not torch.is_grad_enabled()
             y = original(x.masked_fill(is_dropped(x).unsqueeze(-1), torch.nan) if shows else x, *args, **kwargs)
@@ -198,5 +198,5 @@ def placeholders(model: Any, input_ids: Tensor | None, inputs_embeds: Tensor, *_
     token = IMAGE_TOKEN.get(model.config)
     if input_ids is not None:
         return (input_ids == token).to(inputs_embeds.device)
-    spec = model.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))
-    return (inputs_embeds == spec).all(-1)
+    embedding = model.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))
+    return (inputs_embeds == embedding).all(-1)

@@ -1,0 +1,133 @@
+"""What the output loses when a fixed share of the visual tokens leaves at exactly one layer.
+
+Plans of one layer, applied by :func:`saint.apply`: tokens chosen at random, and by SAINT.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..bench.agreement import agreement
+from ..methods.random import Random
+from ..methods.saint import Saint
+from ..plan import Plan, Stage
+from ..session import pruned
+from ..upstream.names import LAYERS
+from ..upstream.specs import FamilySpec, part
+from ..vision.locate import locate, locate_tower
+from ..vlm.locate import find
+
+METHODS = ("random", "saint")
+COSINE, KL = "1 - cosine", "KL of the next token"
+
+
+@dataclass(frozen=True)
+class Causal:
+    """The one-layer plans of a model.
+
+    Attributes:
+        share: of the candidates that leave; SAINT drops sources only, so at most half.
+        measure: of an encoder "1 - cosine" of its output (1 - correlation where that is a map); of a vision-language model
+            "KL of the next token", KL(unpruned || pruned) behind the last prompt token, nat.
+        layers: by stage, the layers at which tokens can leave.
+        methods: by stage, SAINT with its settings for this model.
+        output: of a vision stage, see :class:`saint.Stage`.
+        seed: of the random choice, which differs from image to image.
+    """
+
+    share: float
+    measure: str
+    layers: dict[str, list[int]]
+    methods: dict[str, Saint]
+    output: Literal["survivors", "nearest", "similar"] = "survivors"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 0.5:
+            raise ValueError(
+                f"share is a fraction of the candidates in (0, 0.5] (SAINT drops at most half), got {self.share}"
+            )
+
+    @staticmethod
+    def of(model: nn.Module, share: float, plan: Plan | None = None, seed: int = 0) -> "Causal":
+        """The plans for ``model``.
+
+        Args:
+            model: a supported encoder, a model that holds one, or a vision-language model.
+            share: see above.
+            plan: one that suits the model: its SAINT settings are used, and its output.
+            seed: see above.
+        """
+        family = find(model)
+        stages = {} if plan is None else plan.slots
+        own = {slot: stage[0] for slot, stage in stages.items() if stage}
+        if family is None:
+            _, encoder, spec = locate(model)
+            layers = {"vision": list(range(len(part(encoder, spec.blocks))))}
+        else:
+            layers = _family_layers(*family[1:])
+        methods = {}
+        for slot in layers:
+            method = own[slot].method if slot in own else None
+            default = Saint(threshold=0.75 if slot == "vision" else 0.83)
+            methods[slot] = replace(method if isinstance(method, Saint) else default, budget=1 - share)
+        output = own["vision"].output if "vision" in own and family is None else "survivors"
+        return Causal(share, COSINE if family is None else KL, layers, methods, output, seed)
+
+    def plan(self, slot: str, layer: int, method: str, image: str) -> Plan:
+        """Tokens leave at ``layer``, by ``method``."""
+        seed = zlib.crc32(f"{self.seed} {image}".encode())
+        chosen = self.methods[slot] if method == "saint" else Random(keep=1 - self.share, seed=seed)
+        stage = Stage(chosen, layers=[layer], output=self.output) if slot == "vision" else Stage(chosen, layers=[layer])
+        return Plan(**{slot: stage})
+
+    def losses(
+        self, model: nn.Module, run: Callable[[], Any], base: Any, image: str, depth: Mapping[str, int]
+    ) -> dict[str, dict[str, list[float | None]]]:
+        """What one image loses, by stage and method, a number per layer (None: no tokens can leave there).
+
+        Args:
+            model: unpruned.
+            run: its forward on the image.
+            base: what that gives.
+            image: name, for the random choice.
+            depth: layers of each stage.
+        """
+        out: dict[str, dict[str, list[float | None]]] = {}
+        for slot, layers in self.layers.items():
+            out[slot] = {method: [None] * depth[slot] for method in METHODS}
+            for layer in layers:
+                for method in METHODS:
+                    with pruned(model, self.plan(slot, layer, method, image)):
+                        out[slot][method][layer] = self.loss(base, run())
+        return out
+
+    def loss(self, base: Any, found: Any) -> float:
+        """What ``found`` lost against ``base``."""
+        if self.measure == COSINE:
+            values = agreement(base, found).values
+            return max(0.0, 1 - sum(values) / len(values))
+        return next_token_kl(base.logits, found.logits)
+
+
+def next_token_kl(base: Tensor, found: Tensor) -> float:
+    """``sum_t p(t) (ln p(t) - ln q(t))`` of the distributions behind the last token; logits [1, S, vocabulary], nat."""
+    p, q = (torch.log_softmax(logits[0, -1].double(), -1) for logits in (base, found))
+    return max(0.0, float((p.exp() * (p - q)).sum()))
+
+
+def _family_layers(model: nn.Module, spec: FamilySpec) -> dict[str, list[int]]:
+    layers = {}
+    if spec.no_vision is None:
+        _, tower, tower_spec = locate_tower(model.get_submodule(spec.tower))
+        depth = len(part(tower, tower_spec.blocks))
+        used = spec.feature_layer(model, depth)  # None: features of several layers, which would hold different tokens
+        if used is not None:
+            layers["vision"] = list(range(min(depth, used)))
+    decoder = model.get_submodule(spec.decoder)
+    layers["language"] = list(range(len(list(LAYERS.get(decoder).children()))))
+    return layers

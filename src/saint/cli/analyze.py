@@ -1,0 +1,241 @@
+"""`saint analyze`: what tokens do per layer of MODEL, and whether layers fall into stages."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+
+from .common import (
+    MODEL_HELP,
+    Device,
+    Json,
+    Pretrained,
+    Size,
+    Threads,
+    dtype_of,
+    err,
+    load,
+    load_generator,
+    out,
+    progress,
+    save,
+)
+
+if TYPE_CHECKING:
+    from ..analysis.run import Analysis
+
+# columns of the table on the terminal: quantity, heading, digits
+_COLUMNS = (
+    ("key_similarity", "sim", 2),
+    ("key_similarity_centred", "simc", 2),
+    ("cls_entropy", "Hcls", 2),
+    ("last_entropy", "Hlast", 2),
+    ("token_entropy", "Htok", 2),
+    ("received_entropy", "Hrec", 2),
+    ("visual_share", "v>v", 2),
+    ("text_share", "t>v", 2),
+    ("effective_rank", "rank", 0),
+    ("residual_update", "upd", 2),
+    ("cka_adjacent", "CKA", 2),
+    ("outliers", "high", 2),
+)
+_LEGEND = (
+    "sim, simc: cosine of keys, of centred keys; Hcls, Hlast, Htok, Hrec: entropy of the attention of CLS, the last token, "
+    "visual tokens, and of received attention (nat); v>v, t>v: attention of visual and text tokens on visual ones; upd: update; "
+    "CKA: of input and output; high: share of high norms; drop: share of sources that SAINT would drop"
+)
+
+
+def analyze(
+    model: Annotated[str, typer.Argument(help=f"{MODEL_HELP}; also of a vision-language model")],
+    images: Annotated[Path, typer.Option("--images", help="an image, or a folder of them")],
+    questions: Annotated[
+        Path | None,
+        typer.Option(
+            "--questions",
+            help='vision-language models, JSON lines: {"image": "file", "question": "..."} [default: --prompt of every image]',
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="vision-language models, without --questions [default: Describe the image.]")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="at most so many images, evenly spaced [default: all]")
+    ] = None,
+    share: Annotated[float, typer.Option(help="of the tokens that leave in the causal column, in (0, 0.5]")] = 0.25,
+    causal: Annotated[
+        int,
+        typer.Option(
+            min=0, help="images of which tokens leave at each layer alone, two forwards per layer each; 0: none"
+        ),
+    ] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="of resamples and random choices")] = 0,
+    size: Size = None,
+    threads: Threads = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    pretrained: Pretrained = True,
+    journal: Annotated[
+        Path | None,
+        typer.Option("--journal", help="results per image; a killed run continues [default: beside --json]"),
+    ] = None,
+    json: Json = None,
+) -> None:
+    """What tokens do in each layer of MODEL: similarity, attention, rank, updates, and what the output loses without them.
+
+    Every number is a mean over images with a bootstrap interval (in the record of --json). Says whether the layers fall into
+    stages, or that this is not shown, and proposes a plan.
+    """
+    from ..analysis.record import make_record
+    from ..analysis.run import Asked, Settings
+    from ..analysis.run import analyze as measure
+    from ..eval.data import find_samples
+    from ..loading.vlm import is_vlm
+    from ..records import environment
+
+    settings = Settings(share=share, causal=causal, seed=seed)
+    number = None if dtype == "auto" else dtype_of(dtype)
+    generates = is_vlm(model)
+    if not generates and (questions is not None or prompt is not None):
+        raise ValueError(f"--questions and --prompt are for vision-language models, {model} is none")
+    if questions is not None and prompt is not None:
+        raise ValueError("give --questions or --prompt, not both")
+    bad: list[tuple[str, str]] = []
+    if questions is not None:
+        items, bad = _questions(questions, images, limit)
+    else:
+        text = "Describe the image." if prompt is None else prompt
+        samples = find_samples(str(images.parent if images.is_file() else images))
+        found = [s for s in samples.items if not images.is_file() or s.where == images.name]
+        if not found:
+            raise ValueError(f"{images} is not an image that Pillow reads")
+        found = found if limit is None else [found[i * len(found) // limit] for i in range(min(limit, len(found)))]
+        items = [Asked.of(sample, text) for sample in found]
+    if generates:
+        if size is not None:
+            raise ValueError("--size is for encoders: the processor of a vision-language model chooses the size")
+        vlm = load_generator(model, device, threads=threads, pretrained=pretrained, dtype=number)
+        network, place, plan = vlm.model, vlm.device, None
+        inputs: Callable[[Any, Any], Any] = lambda item, image: vlm.inputs([item.prompt], [image])  # noqa: E731
+    else:
+        loaded = load(model, device, size=size, threads=threads, pretrained=pretrained)
+        network, place, plan = loaded.model if number is None else loaded.model.to(number), loaded.device, loaded.plan
+        inputs = lambda item, image: loaded.inputs([image])  # noqa: E731
+    facts = {
+        "model": model,
+        "pretrained": pretrained,
+        "size": size,
+        "dtype": dtype,
+        "prompt": prompt,
+        "set": images.name,
+    }
+    file = journal if journal is not None or json is None else json.with_suffix(".journal.sqlite")
+    try:
+        with progress("measuring", len(items)) as advance:
+            result = measure(
+                network, items, inputs, plan=plan, settings=settings, facts=facts, journal=file,
+                tick=lambda n: tick(advance, n),
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        kept = f"results so far are in {file}: run the same command again" if file else "nothing was kept"
+        err.print(f"[yellow]interrupted[/]; {kept}", highlight=False)
+        raise typer.Exit(130) from None
+    with err.status("resampling"):
+        record = make_record(result)
+    record["skipped"] += [list(entry) for entry in bad]
+    print_record(model, record, result)
+    if json is not None:
+        head = {
+            "kind": "analyze",
+            "model": model,
+            "images": {"count": len(result.entries), "set": images.resolve().name},
+            "questions": None if questions is None else {"count": len(result.entries)},
+        }
+        save(json, {**head, **record, "environment": environment(place)})
+    if record["skipped"]:
+        for where, reason in record["skipped"][:20]:
+            err.print(f"[yellow]skipped[/] {where}: {reason}", highlight=False)
+        err.print(f"[yellow]{len(record['skipped'])} image(s) could not be measured[/]")
+        raise typer.Exit(1)
+
+
+def tick(advance: Callable[[], None], count: int) -> None:
+    """``count`` steps."""
+    for _ in range(count):
+        advance()
+
+
+def _questions(file: Path, images: Path, limit: int | None) -> tuple[list[Any], list[tuple[str, str]]]:
+    from ..analysis.run import Asked
+    from ..eval.vqa import default_prompt, read_questions
+
+    asked, unreadable = read_questions(file, images)
+    if limit is not None and limit < len(asked):
+        asked = [asked[i * len(asked) // limit] for i in range(limit)]
+    return [Asked.question(q, default_prompt(q)) for q in asked], [(f.where, f.reason) for f in unreadable]
+
+
+def print_record(model: str, record: dict[str, Any], result: "Analysis") -> None:
+    """Per part a table, a row per layer, and the verdict; then the plan."""
+    count = len(result.entries)
+    resumed = f", {record['resumed']} of them from the journal" if record["resumed"] else ""
+    out.print(f"[bold]{model}[/]  {count} image(s){resumed}", highlight=False)
+    for part in record["parts"]:
+        out.print()
+        _print_part(part)
+    if record["plan_line"] is not None:
+        out.print("\nA plan to try (the earliest layers where SAINT costs little and finds much; evaluate it):")
+        out.print(record["plan_line"], highlight=False, soft_wrap=True)
+    elif result.causal is not None:
+        out.print("\nNo plan proposed: no layer is both redundant and harmless to thin out.")
+
+
+def _print_part(part: dict[str, Any]) -> None:
+    tokens = part["tokens"]
+    protected = f" and {tokens['protected']:g} protected" if tokens["protected"] else ""
+    title = f"[bold]{part['stage']}[/]  {part['layers']} layers, {tokens['candidates']:g} candidates{protected} tokens"
+    quantities = {quantity["name"]: quantity for quantity in part["quantities"]}
+    columns = [column for column in _COLUMNS if column[0] in quantities]
+    thresholds = part["droppable"]["thresholds"]
+    middle = thresholds.index(0.75) if 0.75 in thresholds else len(thresholds) // 2
+    table = Table("layer", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    starts = {boundary["layer"] for boundary in part["stages"]["boundaries"]}
+    for _, heading, _ in columns:
+        table.add_column(heading, justify="right")
+    table.add_column("drop", justify="right")
+    causal = part["causal"]
+    for method in () if causal is None else causal["methods"]:
+        table.add_column(f"-{method}", justify="right")
+    for layer in range(part["layers"]):
+        if layer in starts:
+            table.add_section()
+        cells = [_cell(quantities[name]["mean"][layer], digits) for name, _, digits in columns]
+        cells.append(_cell(part["droppable"]["mean"][middle][layer], 2))
+        cells += [_cell(m["mean"][layer], 3) for m in ({} if causal is None else causal["methods"]).values()]
+        table.add_row(str(layer), *cells)
+    out.print(table)
+    out.print(f"{_LEGEND} at {thresholds[middle]:g}", highlight=False, style="dim")
+    if causal is not None:
+        unit = f" ({causal['unit']})" if causal["unit"] else ""
+        when = f"when {causal['share']:.0%} of the tokens leave at that layer alone, at random and by SAINT"
+        out.print(f"-random, -saint: {causal['measure']}{unit} {when}", highlight=False, style="dim")
+    stages = part["stages"]
+    out.print(f"[bold]Stages: {stages['verdict']}[/]", highlight=False)
+    for reason in stages["reasons"]:
+        out.print(f"  {reason}", highlight=False)
+    for segment in stages["segments"]:
+        out.print(f"  layers {segment['first']} to {segment['last']}: {segment['what']}", highlight=False)
+    if "bic" in stages["criteria"]:
+        shown = ", ".join(f"{_named(name)} {value:.0f}" for name, value in stages["criteria"]["bic"].items())
+        out.print(f"  BIC: {shown}", highlight=False)
+
+
+def _named(name: str) -> str:
+    return {"line": "straight line", "smooth": "smooth curves"}.get(name, f"{name} segment{'s' * (name != '1')}")
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "-" if value is None or value != value else f"{value:.{digits}f}"

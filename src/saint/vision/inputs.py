@@ -1,0 +1,123 @@
+"""What an encoder is given: the candidates of a forward, and what is noted of a call in front of the first block.
+
+Letters: B batch, P prefix tokens, N candidates, C channels, D head dim.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..patch import Uncopyable, override, refuse_tracing
+from ..runtime.forwards import Forwards
+from ..runtime.state import Forward, LayerState, all_tokens, packed_groups, squares
+from ..upstream.names import GRID, Parameters
+from ..upstream.specs import EncoderSpec, part
+
+
+@dataclass
+class EncoderForward(Forward):
+    """What one forward of an encoder knows besides.
+
+    Attributes:
+        shown: what showed the keys of a layer, until they are scored.
+        grid: rows and columns of patches.
+        samples: packed: tokens per image or frame.
+        order: packed: group at each place.
+    """
+
+    shown: dict[int, Tensor] = field(default_factory=dict)
+    grid: tuple[int, int] | None = None
+    samples: list[int] = field(default_factory=list)
+    order: Tensor | None = None
+
+
+class Inputs(Uncopyable):
+    """Notes the patch grid, and in packed encoders the samples and their order; says what the candidates of a forward are.
+
+    Args:
+        encoder: the module that owns the blocks.
+        spec: what is known of its class.
+        merge_size: see :class:`saint.vision.encoder.PrunedEncoder`.
+        forwards: of the encoder.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, spec: EncoderSpec, merge_size: int | None, forwards: Forwards[EncoderForward]
+    ) -> None:
+        self.module, self.spec, self.merge_size, self.forwards = encoder, spec, merge_size, forwards
+        self.prefix = spec.prefix(encoder)
+        self.parameters = Parameters(type(encoder).forward)
+
+    def install(self, stack: ExitStack) -> None:
+        """Listen in front of the blocks; ``stack`` undoes it."""
+        if self.spec.packed:
+            stack.callback(self.module.register_forward_pre_hook(self._note_samples, with_kwargs=True).remove)
+        if self.spec.order is not None and (reorder := self.spec.order.of(self.module)) is not None:
+            override(stack, self.module, reorder, self._note_order)
+        if self.spec.patch is not None:
+            stack.callback(part(self.module, self.spec.patch).register_forward_hook(self._note_grid).remove)
+
+    def _note_samples(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        grid = GRID.read(self.parameters.named(args, kwargs))
+        forward = self.forwards.prelude()
+        forward.samples = torch.repeat_interleave(grid[:, 1] * grid[:, 2], grid[:, 0]).tolist()
+        forward.order = None
+
+    def _note_order(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def permute(x: Tensor, order: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            self.forwards.prelude().order = order
+            return original(x, order, *args, **kwargs)
+
+        return permute
+
+    def _note_grid(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        if isinstance(output, tuple):
+            self.forwards.prelude().grid = output[1] and tuple(output[1])  # None: every sample has its own
+        elif output.ndim == 4:
+            self.forwards.prelude().grid = (output.shape[-2], output.shape[-1])
+
+    def begin(self, x: Tensor, mask: Tensor | None) -> tuple[EncoderForward, LayerState]:
+        """Start of a forward, and its state in which nothing is missing.
+
+        Args:
+            x: enters the first block, [B, P + N, C].
+            mask: given to it; hides padding.
+        """
+        refuse_tracing()
+        forward = self.forwards.start()
+        if not torch.compiler.is_exporting() and x.shape[0] == 0:
+            raise ValueError("empty batch: got 0 samples, expected at least one image")
+        count = x.shape[1] - self.prefix
+        if count < 1:
+            raise ValueError(f"no candidates: {x.shape[1]} tokens of which {self.prefix} are protected")
+        forward.origin = origin = self._origin(forward, x, count, mask)
+        return forward, origin
+
+    def _origin(self, forward: EncoderForward, x: Tensor, count: int, mask: Tensor | None) -> LayerState:
+        if self.merge_size is not None:
+            if mask is not None and mask.ndim != 4:
+                raise ValueError(
+                    f"{type(self.module).__name__} masks the padding of its images in a way that cannot follow dropped tokens; "
+                    'load the model with attn_implementation="sdpa"'
+                )
+            # padding of an image is a candidate as well: the language model would receive it
+            if not self.spec.packed:
+                return squares(x.shape[0], count, self.merge_size, x.device)
+            if sum(forward.samples) != count:
+                raise ValueError(f"grid_thw announces {sum(forward.samples)} patches, and there are {count}")
+            return packed_groups(forward.samples, self.merge_size**2, forward.order, x.device)
+        valid = None
+        if mask is not None and mask.ndim == 4:
+            seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            seen = seen.any(2).any(1)[:, self.prefix :].expand(x.shape[0], -1)  # [B, N]: keys that some query may see
+            if (
+                torch.compiler.is_exporting()
+            ):  # no graph for both: the exported one is for inputs without padding, and asserts it
+                torch._assert_async(seen.all(), "exported for inputs without padding, and the mask hides some tokens")
+            else:
+                valid = None if bool(seen.all()) else seen
+        return all_tokens(x.shape[0], count, x.device, valid)

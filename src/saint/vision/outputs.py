@@ -1,0 +1,212 @@
+"""What the callers of a pruned encoder see: padding that no pool notices, full-length maps, marks at dropped tokens.
+
+Letters: B batch, P prefix tokens, N candidates, K survivors, G groups, C channels, D head dim.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..gathers import (
+    DROPPED,
+    dropped,
+    fill_padding,
+    full_length,
+    gather_tokens,
+    nearest_survivor,
+    similar_survivor,
+)
+from ..graph import metric
+from ..patch import Uncopyable, override
+from ..runtime.forwards import Flag, Forwards
+from ..runtime.state import LayerState
+from ..tokens import Selection, TokenMap
+from ..upstream.names import Role
+from ..upstream.specs import EncoderSpec, part
+from .inputs import EncoderForward
+
+# runs a pool on samples of equal length: (tokens, x [B, P + K, C], run) -> results in the order of the batch
+ByLength = Callable[[TokenMap, Tensor, Callable[[Tensor, TokenMap], tuple[Tensor, ...]]], tuple[Tensor, ...]]
+
+
+class Outputs(Uncopyable):
+    """Hidden states behind a block, and what final norms, pools and dense calls make of them.
+
+    Args:
+        encoder: the module that owns the blocks.
+        spec: what is known of its class.
+        depth: its blocks.
+        output: see :class:`saint.Stage`.
+        restored: layers in front of which the sequence is full length, for a merger that reads it there.
+        forwards: of the encoder.
+        by_length: runs an attention pool on samples of equal length.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        spec: EncoderSpec,
+        depth: int,
+        output: str,
+        restored: frozenset[int],
+        forwards: Forwards[EncoderForward],
+        by_length: ByLength,
+    ) -> None:
+        self.module, self.spec, self.depth = encoder, spec, depth
+        self.output, self.restored = output, restored
+        self.forwards, self.by_length = forwards, by_length
+        self.prefix = spec.prefix(encoder)
+        self.dense = Flag()  # full-length block outputs, for callers that reshape to the grid
+
+    def install(self, stack: ExitStack) -> None:
+        """Patch what stands behind the blocks; ``stack`` undoes it."""
+        final = part(self.module, self.spec.final) if self.spec.final else None
+        if final is not None:
+            stack.callback(final.register_forward_hook(self._fill_hook).remove)
+        for path in self.spec.pools:
+            pool = part(self.module, path)
+            if pool is not None:
+                override(stack, pool, "forward", self._pool)
+        for name, valid in self.spec.masked_pools.items():
+            override(stack, self.module, name, partial(self._masked_pool, valid))
+        for name in self.spec.dense_calls:
+            if hasattr(self.module, name):
+                override(stack, self.module, name, self._dense_call)
+
+    # -- behind each block --------------------------------------------------------------------------------------------
+
+    def leave(self, forward: EncoderForward, after: int, state: LayerState, y: Tensor) -> Tensor:
+        """Note the state in front of layer ``after``, and give the hidden states the length that is expected there.
+
+        Args:
+            forward: the forward.
+            after: the layer; the number of layers behind the last.
+            state: of ``y``.
+            y: hidden states, [B, P + K, C].
+
+        Returns:
+            [B, P + K, C] or full length, [B, P + N, C].
+        """
+        tokens = state.tokens
+        forward.states[after] = state
+        if tokens.whole:
+            return y
+        last = after == self.depth
+        if after in self.restored:
+            y = full_length(
+                y, tokens, self.prefix, DROPPED
+            )  # survivors at their places, marks elsewhere: [B, P + N, C]
+        elif self.dense.up or (last and self.output != "survivors"):
+            y = self.expand(y, after)  # [B, P + N, C]
+        elif last:
+            return fill_padding(y, tokens, self.prefix, with_prefix=self.spec.pool_with_prefix(self.module))
+        else:
+            return y
+        forward.states[after] = replace(state, full_length=True)
+        return y
+
+    # -- behind the last block ----------------------------------------------------------------------------------------
+
+    def _behind(self) -> LayerState | None:
+        """The state behind the last layer, where tokens are missing from it."""
+        state = self.forwards.state.states.get(self.depth)
+        return None if state is None or state.tokens.whole else state
+
+    def _fill_hook(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        state = self._behind()
+        if state is None:
+            return None
+        tokens = state.tokens
+        if state.full_length:
+            full = self.depth in self.restored and output.shape[-2] == self.prefix + tokens.width
+            return self._mark(output, tokens) if full else None  # the norm has blurred the rows of dropped tokens
+        if output.ndim != 3 or output.shape[1] != self.prefix + tokens.slots:
+            return None  # the norm of a pooled vector, or of an intermediate map
+        return fill_padding(output, tokens, self.prefix, with_prefix=self.spec.pool_with_prefix(self.module))
+
+    def _mark(self, x: Tensor, tokens: TokenMap) -> Tensor:
+        """Mark the rows of dropped tokens of a full-length map, [B, P + N, C] or packed [N, C]."""
+        gone = torch.nn.functional.pad(dropped(tokens), (self.prefix, 0))  # [B, P + N]
+        return x.masked_fill((gone[0] if self.spec.packed else gone).unsqueeze(-1), DROPPED)
+
+    def _pool(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def pool(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            state = self._behind()
+            if state is None or state.full_length:
+                return original(x, *args, **kwargs)
+            # any mask the caller passed is full length and masks only padding, which is gone
+            return self.by_length(state.tokens, x, lambda part_x, _: (original(part_x),))[0]
+
+        return pool
+
+    def _masked_pool(self, valid: Role, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def pool(*args: Any, **kwargs: Any) -> Tensor:
+            state = self._behind()
+            if state is not None and not state.full_length:
+                # of full length; rows behind the survivors hold their mean, which no pool notices
+                kwargs = {name: value for name, value in kwargs.items() if name not in valid.spellings}
+            return original(*args, **kwargs)
+
+        return pool
+
+    def _dense_call(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def dense(*args: Any, **kwargs: Any) -> Any:
+            before = self.dense.set(True)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.dense.set(before)
+
+        return dense
+
+    # -- full length --------------------------------------------------------------------------------------------------
+
+    def lost(self, layer: int) -> Tensor | None:
+        """Which groups are gone in front of ``layer``, in the order of the merger's output, bool [B, G]; None: none is."""
+        forward = self.forwards.state
+        if layer not in forward.states or forward.states[layer].tokens.whole:
+            return None
+        gone = dropped(forward.states[layer].tokens)
+        assert forward.origin is not None
+        assert forward.origin.places is not None
+        places = forward.origin.places
+        return gone[:, :: places.shape[2]] if self.spec.packed else gone.flatten()[places[:, :, 0]]  # [B, G]
+
+    def stand_in(self, keys: Tensor, selection: Selection) -> Tensor | None:
+        """For each current candidate the new slot that stands for it, int64 [B, N]; keys [B, N, D]; None: not asked for."""
+        if self.output != "similar":
+            return None
+        return similar_survivor(metric(keys), selection) if selection.owner is None else selection.owner
+
+    def stand_ins(self, layer: int) -> Tensor:
+        """For each original candidate the slot in front of ``layer`` that stands for it, int64 [B, N]."""
+        forward = self.forwards.state
+        state, grid = forward.states[layer], forward.grid
+        tokens = state.tokens
+        if self.output == "similar":
+            assert state.stand_ins is not None
+            return state.stand_ins
+        if grid is None or grid[0] * grid[1] != tokens.width:
+            raise ValueError(
+                f"the patch grid {grid} does not hold the {tokens.width} candidates, so a dropped token has no "
+                'nearest survivor on it; use Stage(..., output="similar")'
+            )
+        return forward.once("nearest", lambda: nearest_survivor(tokens, grid), tokens)
+
+    def expand(self, x: Tensor, layer: int) -> Tensor:
+        """Full length again: every original candidate gets the row of the survivor that stands for it.
+
+        Args:
+            x: [B, P + K, C] in front of ``layer``.
+
+        Returns:
+            [B, P + N, C].
+        """
+        if self.forwards.state.states[layer].tokens.whole:
+            return x
+        return gather_tokens(x, self.stand_ins(layer), self.prefix)  # [B, P + N, C]

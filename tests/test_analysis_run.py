@@ -1,0 +1,567 @@
+"""The probe against loops, what a run may hold in memory, and how it continues; then the command."""
+
+import gc
+import json
+import math
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from models import BUILDERS, build
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from vlm_models import FAMILIES, prompts
+
+import saint
+from saint import testing
+from saint.analysis import geometry, propose, record, run, similarity
+from saint.analysis.attention import received_entropy
+from saint.analysis.causal import Causal, next_token_kl
+from saint.analysis.probe import Probe
+from saint.cli import main
+from saint.eval.journal import JournalError
+
+torch.set_num_threads(1)
+
+
+class Raw:
+    """Keeps everything that observers are told."""
+
+    def __init__(self):
+        self.keys, self.passed, self.calls = {}, {}, {}
+
+    def candidates(self, stage, layer, candidates):
+        self.keys[stage, layer] = candidates.keys.clone()
+
+    def layer(self, stage, layer, passed):
+        self.passed[stage, layer] = passed
+
+    def attention(self, stage, layer, attended):
+        self.calls[stage, layer] = attended
+
+
+def observed(model, inputs):
+    raw, probe = Raw(), Probe([0.5, 0.8], neighbors=2)
+    with saint.pruned(model, saint.Plan(), observers=[raw, probe]), torch.no_grad():
+        model(**inputs)
+    return raw, probe.take()
+
+
+def weights(call, sample, causal=False):
+    """Head-mean attention by the definition."""
+    q, k = call.query[sample].double(), call.key[sample].double()
+    k = k.repeat_interleave(len(q) // len(k), 0)
+    logits = q @ k.mT / math.sqrt(q.shape[-1])
+    if causal:
+        logits = logits.masked_fill(~torch.ones_like(logits, dtype=torch.bool).tril(), -torch.inf)
+    return logits.softmax(-1).mean(0)
+
+
+def entropy(p):
+    return float(torch.special.entr(p).sum(-1).mean())
+
+
+def test_the_probe_measures_an_encoder():
+    model = build("transformers/dinov2-registers")
+    inputs = testing.example_inputs(model)
+    raw, taken = observed(model, inputs)
+    found = taken["vision"]
+    depth, prefix = len(found["quantities"]["key_similarity"]), raw.passed["vision", 0].prefix
+    assert prefix == 4
+    assert found["tokens"] == (raw.keys["vision", 0].shape[1], prefix)
+    for layer in range(depth):
+        keys, call, passed = raw.keys["vision", layer], raw.calls["vision", layer], raw.passed["vision", layer]
+        rows = [weights(call, sample) for sample in range(len(keys))]
+        after = passed.after[:, prefix:]
+        want = {
+            "key_similarity": [similarity.key_similarity(k) for k in keys],
+            "key_similarity_centred": [similarity.key_similarity(k, center=True) for k in keys],
+            "cls_entropy": [entropy(p[0]) for p in rows],
+            "cls_share": [float(p[prefix:, 0].mean()) for p in rows],
+            "token_entropy": [entropy(p[prefix:]) for p in rows],
+            "received_entropy": [received_entropy(p[prefix:].sum(0)) for p in rows],
+            "received_entropy_max": [entropy(p[prefix:].sum(0) / p[prefix:].sum(0).max()) for p in rows],
+            "effective_rank": [geometry.effective_rank(x) for x in after],
+            "residual_update": [
+                geometry.residual_update(a, b) for a, b in zip(passed.before[:, prefix:], after, strict=True)
+            ],
+            "outliers": [geometry.outliers(x) for x in after],
+        }
+        for name, values in want.items():
+            assert found["quantities"][name][layer] == pytest.approx(sum(values) / len(values), rel=1e-4, abs=1e-5), (
+                name
+            )
+        shares = [similarity.droppable(k, [0.5, 0.8], 2) for k in keys]
+        for place in range(2):
+            assert found["droppable"][place][layer] == pytest.approx(sum(s[place] for s in shares) / len(shares))
+    points = [raw.passed["vision", 0].before, *(raw.passed["vision", i].after for i in range(depth))]
+    hsic = sum(
+        geometry.hsic(torch.stack([geometry.gram(p[sample, prefix:]) for p in points])) for sample in range(len(keys))
+    ) / len(keys)
+    assert torch.allclose(torch.tensor(found["hsic"]), hsic.float(), atol=1e-7)
+    assert found["quantities"]["cka_adjacent"] == pytest.approx(geometry.cka(hsic).diagonal(1).tolist(), abs=1e-6)
+
+
+def test_an_encoder_without_a_class_token_has_no_numbers_of_one():
+    model = build("transformers/siglip")
+    _, taken = observed(model, testing.example_inputs(model))
+    assert not {"cls_entropy", "cls_share", "last_entropy"} & set(taken["vision"]["quantities"])
+
+
+def test_the_probe_measures_a_language_model():
+    family = FAMILIES["llava-llama"]
+    model = family.build()
+    inputs = prompts(family, model, [[3, "0", 4]])
+    raw, taken = observed(model, inputs)
+    assert list(taken) == ["vision", "language"]
+    found = taken["language"]["quantities"]
+    visual = inputs["input_ids"][0] == 100
+    first = int(visual.nonzero()[0])
+    assert taken["language"]["tokens"] == (int(visual.sum()), int((~visual).sum()))
+    for layer in range(len(found["key_similarity"])):
+        call = raw.calls["language", layer]
+        p = weights(call, 0, causal=True)
+        keys = call.key[0].mean(0)
+        behind = ~visual & (torch.arange(len(visual)) > first)
+        want = {
+            "text_similarity": similarity.cross_similarity(keys[visual], keys[~visual]),
+            "last_entropy": entropy(p[-1]),
+            "last_share": float(p[-1, visual].sum()),
+            "visual_share": float(p[visual][:, visual].sum(1).mean()),
+            "text_share": float(p[behind][:, visual].sum(1).mean()),
+            "token_entropy": entropy(p[visual]),
+            "received_entropy": received_entropy(p[visual].sum(0)),
+        }
+        for name, value in want.items():
+            assert found[name][layer] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+        passed = raw.passed["language", layer]
+        assert found["effective_rank"][layer] == pytest.approx(geometry.effective_rank(passed.after[0, visual]))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_gives_numbers(name):
+    """Groups of patches, tiles, windows, padding: whatever a family has."""
+    family = FAMILIES[name]
+    model = family.build()
+    inputs = prompts(family, model, [[3, "0", 4]])
+    items = [run.Asked("a", "a", lambda: picture(1))]
+    settings = run.Settings(bootstrap=10, simulations=9, causal=1)
+    (entry,) = run.analyze(model, items, lambda *_: inputs, settings=settings).entries
+    assert {"vision", "language"} <= set(entry["stages"])
+    for stage, found in entry["stages"].items():
+        assert {"key_similarity", "token_entropy", "effective_rank", "cka_adjacent"} <= set(found["quantities"])
+        for quantity, row in found["quantities"].items():
+            assert all(value is not None and math.isfinite(value) for value in row), (stage, quantity)
+    layers = entry["causal"]["language"]["saint"]
+    assert all(value is not None and value >= 0 for value in layers)
+    assert ("vision" in entry["causal"]) == (family.tower is not None)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_encoder_gives_numbers(name):
+    model = build(name)
+    inputs = testing.example_inputs(model)
+    probe = Probe([0.5])
+    with saint.pruned(model, saint.Plan(), observers=[probe]):
+        testing.run(model, inputs)
+    (found,) = probe.take().values()
+    for quantity, row in found["quantities"].items():
+        assert all(value is not None and math.isfinite(value) for value in row), quantity
+    assert {"key_similarity", "token_entropy", "received_entropy", "effective_rank", "cka_adjacent"} <= set(
+        found["quantities"]
+    )
+    assert not probe.take()
+
+
+# -- memory and streaming -----------------------------------------------------------------------------------------------
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that tensors made inside hold at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known:
+                    self.known.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return out
+
+    def _gone(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+def peak(call) -> int:
+    gc.collect()
+    with torch.inference_mode(), Live() as live:
+        call()
+    return live.peak
+
+
+@pytest.mark.parametrize("side", [37, 64])
+def test_the_analysis_of_a_vit_s_needs_at_most_twice_the_memory_of_its_forward(side):
+    """1,369 and 4,096 tokens, at the width of a ViT-S; N x N would be 45 and 403 MB for its 6 heads."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(
+        hidden_size=384, num_hidden_layers=3, num_attention_heads=6, image_size=14 * side, patch_size=14
+    )
+    model = Dinov2Model(config).eval()
+    inputs = {"pixel_values": torch.randn(1, 3, 14 * side, 14 * side)}
+    forward = peak(lambda: model(**inputs))
+    assert forward > 4 * 384 * side**2 * 4  # the hidden layer of an MLP at least: the measurement measures
+    probe = Probe(run.THRESHOLDS)
+
+    def analysed():
+        with saint.pruned(model, saint.Plan(), observers=[probe]):
+            model(**inputs)
+        probe.take()
+
+    assert peak(analysed) <= 2 * forward
+
+
+def test_pairs_of_a_long_sequence_are_never_all_held():
+    keys = torch.randn(8192, 16)
+    assert peak(lambda: similarity.droppable(keys, run.THRESHOLDS)) < 4096 * 4096 * 4 / 2
+    assert peak(lambda: similarity.key_similarity(keys)) < 4096 * 4096 * 4 / 8
+
+
+def picture(number: int) -> Image.Image:
+    noise = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((64, 48))
+
+
+@pytest.fixture
+def loaded():
+    from saint.loading import load_model
+
+    return load_model("timm:test_vit", pretrained=False)
+
+
+def measure(loaded, items, **more):
+    settings = more.pop("settings", run.Settings(bootstrap=50, simulations=49, causal=2))
+    return run.analyze(
+        loaded.model, items, lambda _, image: loaded.inputs([image]), plan=loaded.plan, settings=settings, **more
+    )
+
+
+def test_images_are_streamed(loaded):
+    alive, most = [], 0
+
+    def load(number):
+        nonlocal most
+        image = picture(number)
+        alive.append(weakref.ref(image))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return image
+
+    items = [run.Asked(str(n), f"{n}.png", lambda n=n: load(n)) for n in range(12)]
+    done = []
+    result = measure(loaded, items, tick=done.append, settings=run.Settings(causal=0))
+    gc.collect()
+    assert sum(done) == len(result.entries) == 12
+    assert most <= 3  # one measured, one read, one about to go
+    assert not [value for entry in result.entries for value in entry.values() if isinstance(value, torch.Tensor)]
+
+
+def test_a_killed_run_continues_and_gives_the_same_record(loaded, tmp_path):
+    count = 0
+
+    def items(limit):
+        def load(n):
+            nonlocal count
+            count += 1
+            if count > limit:
+                raise KeyboardInterrupt
+            return picture(n)
+
+        return [run.Asked(str(n), f"{n}.png", lambda n=n: load(n)) for n in range(6)]
+
+    whole = record.make_record(measure(loaded, items(99)))
+    count = 0
+    file = tmp_path / "an.journal.sqlite"
+    with pytest.raises(KeyboardInterrupt):
+        measure(loaded, items(4), journal=file)
+    assert saint.status(loaded.model) is None
+    count = 0
+    again = measure(loaded, items(99), journal=file)
+    assert 0 < again.outcome.resumed < 6
+    assert count == 6 - again.outcome.resumed
+    made = record.make_record(again)
+    assert made.pop("resumed") == again.outcome.resumed
+    whole.pop("resumed")
+    assert json.dumps(made) == json.dumps(whole)
+    with pytest.raises(JournalError, match="share"):
+        measure(loaded, items(99), journal=file, settings=run.Settings(share=0.5, causal=2))
+
+
+def test_an_image_that_cannot_be_read_is_told_and_the_others_count(loaded):
+    def broken():
+        raise OSError("truncated")
+
+    items = [run.Asked(str(n), f"{n}.png", lambda n=n: picture(n)) for n in range(3)]
+    result = measure(loaded, [*items, run.Asked("bad", "bad.png", broken)])
+    made = record.make_record(result)
+    assert made["skipped"] == [["bad.png", "truncated"]]
+    assert made["parts"][0]["quantities"][0]["n"] == 3
+    with pytest.raises(ValueError, match="no image"):
+        measure(loaded, [])
+
+
+def test_an_image_that_fails_half_way_leaves_nothing_to_the_next(loaded):
+    good = [run.Asked(str(n), f"{n}.png", lambda n=n: picture(n)) for n in range(2)]
+    alone = measure(loaded, good, settings=run.Settings(causal=0)).entries
+    black = run.Asked("black", "black.png", lambda: Image.new("RGB", (64, 48)))
+    inputs = loaded.inputs
+    seen = {}
+
+    def given(item, image):
+        seen["last"] = item.id
+        return inputs([image])
+
+    def late(_module, _args):
+        if seen["last"] == "black":
+            raise RuntimeError("no such luck")
+
+    hook = loaded.model.blocks[3].register_forward_pre_hook(late)
+    settings = run.Settings(causal=0)
+    result = run.analyze(loaded.model, [good[0], black, good[1]], given, plan=loaded.plan, settings=settings)
+    hook.remove()
+    assert [failure.id for failure in result.outcome.failures] == ["black"]
+    assert result.entries == alone
+
+
+def staged_vit(seed: int, bias: list[float], scale: list[float]):
+    """A ViT whose residual stream never changes: each layer's keys share a component of size ``bias``, and its logits grow with
+    ``scale``, so that similarity and entropy are what is planted, up to weights that differ from layer to layer."""
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        hidden_size=48, intermediate_size=48, num_hidden_layers=12, num_attention_heads=2, image_size=96, patch_size=16
+    )
+    model = ViTModel(config).eval()
+    names = dict(model.named_parameters())
+    with torch.no_grad():
+        for layer in range(12):
+            own = {name: p for name, p in names.items() if f".{layer}." in name or f"layers.{layer}." in name}
+            for name, parameter in own.items():
+                if "q_proj" in name or "k_proj" in name or "query" in name or "key" in name:
+                    key = "k_proj" in name or "key" in name
+                    if parameter.ndim == 2:
+                        parameter.normal_(0, 0.15 * (1 if key else scale[layer]))
+                    else:
+                        parameter.fill_(bias[layer] if key else 0.0)
+                elif "layernorm" not in name and "norm" not in name:
+                    parameter.zero_()  # values, projections and MLPs add nothing
+    return model
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_stages_planted_in_a_model_are_found(seed):
+    bias = [0.0] * 4 + [1.5] * 5 + [0.5] * 3
+    scale = [1.0] * 4 + [3.0] * 5 + [10.0] * 3
+    model = staged_vit(seed, bias, scale)
+    items = [run.Asked(str(n), str(n), lambda n=n: picture(n)) for n in range(10)]
+
+    def inputs(_, image):
+        pixels = torch.from_numpy(np.asarray(image.resize((96, 96)))).permute(2, 0, 1)[None] / 127.5 - 1
+        return {"pixel_values": pixels}
+
+    settings = run.Settings(causal=0, bootstrap=200, simulations=199)
+    (found,) = record.make_record(run.analyze(model, items, inputs, settings=settings))["parts"]
+    assert found["stages"]["verdict"] == "three stages, boundaries in front of layers 4 and 9", found["stages"]
+    what = [segment["what"] for segment in found["stages"]["segments"]]
+    assert "similarity rising" in what[1]
+    assert "attention concentrating" in what[1]
+    assert "similarity falling" in what[2]
+    assert "attention concentrating" in what[2]
+
+
+# -- the causal column ----------------------------------------------------------------------------------------------------
+
+
+def test_causal_losses_are_those_of_plans_of_one_layer(loaded):
+    model, inputs = loaded.model, loaded.inputs([picture(3)])
+    causal = Causal.of(model, 0.25, loaded.plan)
+    base = model(**inputs).detach()
+    with torch.no_grad():
+        got = causal.losses(model, lambda: model(**inputs), base, "a", {"vision": 6})["vision"]
+        for layer in range(6):
+            method = saint.Saint(budget=0.75)
+            with saint.pruned(model, saint.Plan(vision=saint.Stage(method, layers=[layer]))) as session:
+                other = model(**inputs)
+                left = int(session.trace[0].tokens_out[0])
+            want = 1 - float(torch.nn.functional.cosine_similarity(base.double(), other.double()))
+            assert left == 75
+            assert got["saint"][layer] == pytest.approx(max(0, want), abs=1e-9)
+    assert max(got["random"]) > 0
+    assert causal.plan("vision", 1, "random", "a") != causal.plan("vision", 1, "random", "b")
+
+
+def test_the_kl_of_the_next_token():
+    base, found = torch.randn(1, 3, 7), torch.randn(1, 3, 7)
+    p, q = base[0, -1].softmax(-1).tolist(), found[0, -1].softmax(-1).tolist()
+    assert next_token_kl(base, found) == pytest.approx(
+        sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)), rel=1e-5
+    )
+    assert next_token_kl(base, base) == 0
+
+
+def test_a_vision_language_model_loses_at_its_tower_and_in_its_language_model():
+    family = FAMILIES["llava-llama"]
+    model = family.build()
+    inputs = prompts(family, model, [[3, "0", 4]])
+    items = [run.Asked(str(n), str(n), lambda: picture(1)) for n in range(2)]
+    settings = run.Settings(bootstrap=20, simulations=19, causal=1)
+    result = run.analyze(model, items, lambda *_: inputs, settings=settings)
+    made = record.make_record(result)
+    tower, language = made["parts"]
+    assert (tower["stage"], language["stage"]) == ("vision", "language")
+    for part in made["parts"]:
+        assert part["causal"]["measure"] == "KL of the next token"
+        assert part["causal"]["methods"]["saint"]["n"] == 1
+    losses = language["causal"]["methods"]["random"]["mean"]
+    assert all(loss > 0 for loss in losses[:-1])
+    assert losses[-1] == pytest.approx(0, abs=1e-9)  # behind the last layer nobody attends any more
+    used = [not math.isnan(value) for value in tower["causal"]["methods"]["random"]["mean"]]
+    assert used == [True] * 3 + [False]  # LLaVA reads the last layer but one
+    assert saint.status(model) is None
+
+
+@pytest.mark.parametrize("share", [0, 0.6, -1])
+def test_shares_that_cannot_be(share, loaded):
+    with pytest.raises(ValueError, match="SAINT drops at most half"):
+        Causal.of(loaded.model, share)
+
+
+def part(losses, shares, thresholds=(0.7, 0.8)):
+    high = [value * 1.2 for value in losses]
+    methods = {"saint": {"mean": losses, "low": losses, "high": high}}
+    return {
+        "stage": "vision",
+        "layers": len(losses),
+        "causal": {"measure": "1 - cosine", "methods": methods},
+        "droppable": {"thresholds": list(thresholds), "neighbors": 5, "mean": shares},
+    }
+
+
+def test_a_proposed_plan_begins_at_the_first_harmless_redundant_layer():
+    causal = Causal(0.25, "1 - cosine", {"vision": [0, 1, 2, 3]}, {"vision": saint.Saint()})
+    losses = [0.5, 0.01, 0.01, 0.01, 0.0]
+    plan = propose.propose([part(losses, [[0.3, 0.3, 0.9, 0.4, 0.4], [0.0, 0.0, 0.3, 0.3, 0.4]])], causal, {})
+    assert plan == saint.Plan(vision=saint.Stage(saint.Saint(threshold=0.7), layers=[1, 3]))
+    assert eval(propose.plan_line(plan), {"saint": saint}) == plan
+    assert propose.propose([part([0.5] * 4, [[0.3] * 4, [0.3] * 4])], causal, {}) is None
+    assert propose.propose([part(losses, [[0.01] * 5, [0.01] * 5])], causal, {}) is None
+    centred = propose.propose([part(losses, [[0.3] * 5, [0.0] * 5])], causal, {"vision": True})
+    assert centred.vision.method.center
+
+
+# -- the command ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(capsys):
+    def call(*args):
+        threads = torch.get_num_threads()
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main([str(a) for a in args])
+        finally:
+            torch.set_num_threads(threads)
+        said = capsys.readouterr()
+        return ended.value.code or 0, said.out, said.err
+
+    return call
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "my photos"
+    path.mkdir()
+    for n in range(9):
+        picture(n).save(path / f"{n}.png")
+    return path
+
+
+TINY = ["timm:test_vit", "--no-pretrained", "--threads", "1", "--device", "cpu"]
+
+
+def test_the_command_writes_a_record(command, folder, tmp_path):
+    file = tmp_path / "out" / "an.json"
+    code, said, err = command("analyze", *TINY, "--images", folder, "--causal", "3", "--json", file)
+    assert code == 0, err
+    assert "Stages: not shown" in said
+    assert "9 image(s)" in said
+    made = json.loads(file.read_text())
+    assert made["kind"] == "analyze"
+    assert made["images"] == {"count": 9, "set": "my photos"}
+    assert str(tmp_path) not in file.read_text()
+    assert made["questions"] is None
+    assert made["skipped"] == []
+    (found,) = made["parts"]
+    depth = found["layers"]
+    assert (found["stage"], depth, found["tokens"]) == ("vision", 6, {"candidates": 100, "protected": 1})
+    names = [quantity["name"] for quantity in found["quantities"]]
+    assert {"key_similarity", "cls_entropy", "token_entropy", "effective_rank", "cka_adjacent"} <= set(names)
+    for quantity in found["quantities"]:
+        assert quantity["n"] == 9
+        assert quantity["title"]
+        for low, mean, high in zip(quantity["low"], quantity["mean"], quantity["high"], strict=True):
+            assert low <= mean + 1e-9
+            assert mean <= high + 1e-9
+    assert len(found["droppable"]["mean"]) == len(found["droppable"]["thresholds"]) == 6
+    assert [len(row) for row in found["cka"]["mean"]] == [depth] * depth
+    assert found["cka"]["mean"][2][2] == pytest.approx(1)
+    assert found["causal"]["share"] == 0.25
+    assert found["causal"]["methods"]["random"]["n"] == 3
+    assert set(found["stages"]) >= {"verdict", "shown", "used", "segments", "boundaries", "criteria"}
+    if made["plan"] is not None:
+        assert saint.Plan.from_dict(made["plan"]) == eval(made["plan_line"], {"saint": saint})
+    again, said, _ = command("analyze", *TINY, "--images", folder, "--causal", "3", "--json", file)
+    assert again == 0
+    assert "9 of them from the journal" in said
+
+
+def test_one_image_and_no_causal_column(command, folder, tmp_path):
+    code, said, err = command("analyze", *TINY, "--images", folder / "3.png", "--causal", "0")
+    assert code == 0, err
+    assert "1 image(s)" in said
+    assert "-saint" not in said
+    assert "No plan" not in said
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--questions", "q.jsonl"], "vision-language"),
+        (["--prompt", "What?"], "vision-language"),
+        (["--share", "0.9"], "(0, 0.5]"),
+        (["--images", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_options_end_in_one_line(command, folder, args, words):
+    images = [] if "--images" in args else ["--images", folder]
+    code, _, err = command("analyze", *TINY, *images, *args)
+    assert code == 2
+    assert words in err
+
+
+def test_a_broken_image_ends_with_status_1(command, folder):
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    code, said, err = command("analyze", *TINY, "--images", folder, "--causal", "0")
+    assert code == 1
+    assert "9 image(s)" in said
+    assert "broken.jpg" in err
