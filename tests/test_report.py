@@ -119,7 +119,9 @@ def test_verdicts_say_what_the_numbers_say(written):
     analyze = report_records.analyze()
     text = read(make_report(written(analyze))).text
     assert "Vision encoder: three stages, boundaries in front of layers 2 and 4." in text
-    assert "Language model: stages: not shown." in text
+    assert "Language model: stages: not shown (20 images are too few)." in text
+    assert "saint.Plan(vision=saint.Saint(threshold=0.7))" in text
+    assert json.dumps(analyze["plan"], separators=(",", ":")) in text
 
 
 def test_text_of_records_is_text(written):
