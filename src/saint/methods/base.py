@@ -70,7 +70,7 @@ class FixedBudget(Method):
 
 
 def host_counts(counts: Tensor) -> tuple[int, ...]:
-    """Votes [B] as Python ints; under ``torch.compile`` the one place where the graph breaks."""
+    """Votes [B] as Python ints; under ``torch.compile`` the graph breaks here."""
     if torch.compiler.is_exporting():
         raise RuntimeError(
             "a budget by votes gives every batch other lengths, which an exported graph cannot have: give a number or a fraction "
