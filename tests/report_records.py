@@ -14,6 +14,7 @@ PLAN = {
 FIELDS = frozenset(  # names of a record, which a test of hostile text leaves as they are
     [
         "version",
+        "reasons",
         "saint",
         "date",
         "kind",
@@ -178,6 +179,7 @@ def analyze() -> dict[str, Any]:
             "stages": {
                 "verdict": "three stages, boundaries in front of layers 2 and 4" if shown else "not shown",
                 "shown": shown,
+                "reasons": [] if shown else ["20 images are too few"],
                 "used": ["key_similarity"],
                 "segments": [{"first": 0, "last": 1, "what": "rising"}, {"first": 2, "last": 5, "what": "flat"}],
                 "boundaries": [{"layer": 2, "low": 1, "high": 3}, {"layer": 4, "low": 4, "high": 5}],
@@ -191,11 +193,11 @@ def analyze() -> dict[str, Any]:
         "images": {"count": 20, "set": "noise"},
         "questions": {"count": 3},
         "seed": 0,
-        "settings": {"thresholds": [0.7, 0.8], "neighbors": 5},
+        "settings": {"thresholds": [0.7, 0.8], "neighbors": 5, "saint": {"vision": {"method": "saint"}}},
         "parts": [part("vision", True), part("language", False)],
         "survivors": [{"name": "a", "grid": [2, 3], "picture": _picture(), "layers": [{"layer": 1, "kept": [0, 5]}]}],
         "plan": PLAN,
-        "plan_line": '{"vision": 1}',
+        "plan_line": "saint.Plan(vision=saint.Saint(threshold=0.7))",
     }
 
 

@@ -119,7 +119,9 @@ def test_verdicts_say_what_the_numbers_say(written):
     analyze = report_records.analyze()
     text = read(make_report(written(analyze))).text
     assert "Vision encoder: three stages, boundaries in front of layers 2 and 4." in text
-    assert "Language model: stages: not shown." in text
+    assert "Language model: stages: not shown (20 images are too few)." in text
+    assert "saint.Plan(vision=saint.Saint(threshold=0.7))" in text
+    assert json.dumps(analyze["plan"], separators=(",", ":")) in text
 
 
 def test_text_of_records_is_text(written):
@@ -165,10 +167,8 @@ def test_points_of_accuracy_against_speed_are_matched_by_the_whole_plan(written)
 
 
 def test_the_front_holds_what_nothing_beats():
-    made = [
-        Point(n, "g", x, y)
-        for n, x, y in (("a", 1, 0.9), ("b", 1.2, 0.8), ("c", 1.1, 0.7), ("d", 1.2, 0.7), ("e", 1.0, 0.8))
-    ]
+    places = {"a": (1, 0.9), "b": (1.2, 0.8), "c": (1.1, 0.7), "d": (1.2, 0.7), "e": (1.1, 0.8), "f": (1, 0.8)}
+    made = [Point(name, "g", x, y) for name, (x, y) in places.items()]
     assert [p.name for p in front(made)] == ["a", "b"]
 
 
@@ -224,7 +224,7 @@ def test_tokens_of_a_prompt_are_laid_on_their_tiles(written):
     layers = [
         {"stage": "vision", "layer": 3, "sample": 0, "tokens_in": 4, "tokens_out": 3, "kept": [0, 1, 2]},
         {"stage": "vision", "layer": 3, "sample": 1, "tokens_in": 2, "tokens_out": 1, "kept": [1]},
-        {"stage": "language", "layer": 1, "sample": 0, "tokens_in": 4, "tokens_out": 2, "kept": [2, 5]},
+        {"stage": "language", "layer": 1, "sample": 0, "tokens_in": 4, "tokens_out": 2, "kept": [0, 4]},
     ]
     record["photos"][0] |= {
         "tiles": [[2, 2], [1, 2]],
@@ -287,6 +287,8 @@ def test_a_page_that_would_be_too_large_gets_smaller_pictures_or_is_refused(writ
         ('{"version": 2, "kind": "view"}', ["format 1", "2"]),
         ('{"version": 1, "kind": "view"}', ["kind view", "'photos'"]),
         ('{"version": 1, "kind": "bench/encoder", "speedup": 3}', ["kind bench/encoder"]),
+        ('{"version": 1, "kind": "view", "grid": [NaN, 1]}', ["is no JSON", "NaN"]),
+        ('{"version": 1, "kind": "view", "photos": [{"name": 1}], "model": 2, "plan": {}}', ["kind view", "'layers'"]),
         ("[" * 100_000, ["is no JSON", "nested"]),
         (b"\xff\xfe\x00", ["is no JSON"]),
     ],
@@ -320,6 +322,34 @@ def test_the_command_writes_the_page_whole(run, tmp_path):
     code, _, err = run(tmp_path / "nowhere.json")
     assert code == 2
     assert "nowhere.json" in err
+
+
+def test_records_of_the_commands_themselves_are_understood(run, tmp_path, capsys):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8)).save(
+        tmp_path / "noise.png"
+    )
+    rest = ["timm:test_vit", "--no-pretrained", "--device", "cpu", "--image", str(tmp_path / "noise.png")]
+    plan = ["--plan", json.dumps({"version": 1, "vision": {"method": {"method": "grid", "keep": 0.5}, "layers": [1]}})]
+    folder = str(tmp_path / "out")
+    for name, more in (
+        ("view", ["--out", folder]),
+        ("demo", ["--out", folder, "--repeats", "1"]),
+        ("bench", ["--repeats", "2", "--warmup", "0"]),
+    ):
+        with pytest.raises(SystemExit):
+            main([name, *rest, *plan, *more, "--json", str(tmp_path / f"{name}.json")])
+    capsys.readouterr()
+    for name in ("view", "demo"):
+        photo = json.loads((tmp_path / f"{name}.json").read_text())["photos"][0]
+        assert photo["picture"].startswith("data:image/jpeg;base64,")
+        assert len(photo["picture"]) <= 30_000
+    code, _, err = run(*(tmp_path / f"{name}.json" for name in ("view", "demo", "bench")), "-o", tmp_path / "page.html")
+    assert code == 0, err
+    seen = read((tmp_path / "page.html").read_text())
+    labels = [entry["data-label"] for _, entry in seen.found if "data-label" in entry]
+    assert labels == ["before the first drop point: 100 of 100 kept (100%)", "after layer 1: 50 of 100 kept (50%)"] * 2
+    points = [entry for _, entry in seen.found if entry.get("class") == "point"]
+    assert len(points) == 3  # unpruned; the demo's agreement at its own speed and at that of the bench
 
 
 def test_a_report_loads_no_torch(tmp_path):

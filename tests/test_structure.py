@@ -70,6 +70,8 @@ ROOMS = {
     "report/charts": {"report/markup"},  # from numbers to pictures
     "report/markup": set(),
     "report/reading": {"records"},
+    "ui/guard": set(),  # reads headers and sizes, before anything else sees a request
+    "ui/asking": {"images", "loading/plans", "methods", "plan", "presets", "ui/guard"},
     "testing/outputs": set(),
     "testing/hiding": {"upstream/specs"},  # the oracles share no code with the pruning path
     "view/overlay": {"records"},

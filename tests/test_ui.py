@@ -98,6 +98,7 @@ def test_a_picture_gets_survivors_outputs_times_and_a_plan(client):
     assert "saint demo timm:test_vit --plan" in html
     assert "&quot;budget&quot;:0.5" in html
     assert "<script" not in html
+    assert "probability" in html
 
 
 def test_an_empty_plan_field_means_the_models_own_and_a_recipe_or_json_is_taken(client):
@@ -136,8 +137,9 @@ def test_one_model_is_held_and_requests_wait_for_each_other(client, desk, monkey
     monkeypatch.setattr(Desk, "_encode", encode)
     statuses = []
     threads = [threading.Thread(target=lambda: statuses.append(post(client).status_code)) for _ in range(3)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
+    with client:  # one event loop for all, as in a server
+        [thread.start() for thread in threads]
+        [thread.join(60) for thread in threads]
     assert statuses == [200] * 3
     assert most == 1
     assert loads == [MODEL]
@@ -164,7 +166,7 @@ def test_too_many_waiting_requests_are_sent_away(client, desk, monkeypatch):
             assert begun.acquire(timeout=20)
         refused(post(client), 503, "4 requests", "try again")
         release.set()
-        [thread.join() for thread in threads]
+        [thread.join(60) for thread in threads]
     assert statuses == [200] * 4
     with client:
         assert post(client).status_code == 200
@@ -373,3 +375,33 @@ def test_the_demo_models_are_offered_and_those_of_the_command_line():
     assert list(made) == ["demo:clip-b16", "demo:dinov2-s", "demo:small-llava", "timm:test_vit"]
     assert [offer.answers for offer in made.values()] == [False, False, True, False]
     assert [offer.pretrained for offer in made.values()] == [True, True, True, False]
+
+
+# -- vision-language models -------------------------------------------------------------------------------------------
+
+
+def test_a_question_gets_both_answers(vlm):
+    client, spec = vlm
+    response = post(client, model=spec, question="what <b>", method="saint_full_graph", stage="connector", budget="9")
+    assert response.status_code == 200, response.text
+    html = response.json()["html"]
+    assert "9 of 36 tokens are left (25%)" in html
+    assert html.count("<blockquote>") == 2
+    assert "connector: 9 of 36 kept (25%)" in html
+    assert "First token of one question" in html
+    assert "saint chat" in html
+    assert "what &lt;b&gt;" in html
+    refused(post(client, model=spec), 400, "answers questions")
+    own = post(client, model=spec, question="what")
+    assert own.status_code == 200
+    assert "vision, after layer" in own.json()["html"]
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory):
+    """A client of a desk with a tiny LLaVA on disk."""
+    from test_chat import TEMPLATE, save
+
+    spec = save(tmp_path_factory.mktemp("llava"), TEMPLATE)
+    made = make_app(Desk(offered([spec]), repeats=1), hosts_of("127.0.0.1", 8765))
+    return TestClient(made, base_url=f"http://{HOST}", raise_server_exceptions=False), spec

@@ -52,6 +52,7 @@ def ui(
         server_header=False,
         ws="none",
         proxy_headers=False,
+        limit_concurrency=32,  # connections; the bodies of that many fit into memory
     )
     uvicorn.Server(config).run(sockets=[listening])
 

@@ -163,7 +163,7 @@ def _view_vlm(
     import torch
 
     from ..images import data_uri
-    from ..loading.modes import modes
+    from ..loading.modes import usual_plan
     from ..records import environment
     from ..session import pruned
     from ..view.facts import steps_of
@@ -171,8 +171,7 @@ def _view_vlm(
 
     photos, bad = pictures(image, limit)
     loaded = load_generator(model, device, threads=threads, pretrained=pretrained)
-    own = modes(loaded.model)
-    chosen = make_plan(own.get("hybrid", own["language"]), plan, threshold, layers)
+    chosen = make_plan(usual_plan(loaded.model), plan, threshold, layers)
     files: list[Path] = []
     facts = []
     with progress("drawing", len(photos)) as tick, pruned(loaded.model, chosen) as session, torch.no_grad():

@@ -32,3 +32,10 @@ def modes(model: Any) -> dict[str, Any]:
             half = Stage(Saint(threshold=0.83, budget=0.5), layers=layers)
             made["hybrid"] = Plan(vision=Stage(SaintFullGraph(keep=0.5), layers=at), language=half)
     return made
+
+
+def usual_plan(model: Any) -> Plan:
+    """What a model is shown with when nobody names a plan: the hybrid mode, or the language mode where there is none."""
+    own = modes(model)
+    found: Plan = own.get("hybrid", own["language"])
+    return found

@@ -298,6 +298,7 @@ def scatter(title: str, points: Sequence[Point], *, x: str, y: str, axis: str, n
     if len(best) > 1:
         stairs = [(axes.across(p.x), axes.up(p.y)) for p in best]
         parts.append(tag("path", d=f"M{_path(stairs)}", class_="front"))
+    taken = [(axes.across(p.x), axes.up(p.y)) for p in points]
     for i, point in enumerate(points, 1):
         style = groups.index(point.group) % STYLES
         across, up = axes.across(point.x), axes.up(point.y)
@@ -305,17 +306,18 @@ def scatter(title: str, points: Sequence[Point], *, x: str, y: str, axis: str, n
             f"{x} {interval(point.x, point.x_low, point.x_high)}; {y} {interval(point.y, point.y_low, point.y_high)}"
         )
         said = f"{i}: {point.name}; {where}"
-        inside = []
+        inside: list[Markup | None] = []
         if point.x_low is not None and point.x_high is not None:
             a, b = _n(axes.across(point.x_low)), _n(axes.across(point.x_high))
             inside.append(tag("path", d=f"M{a} {_n(up)}L{b} {_n(up)}", class_=f"whisker c{style}"))
         if point.y_low is not None and point.y_high is not None:
             a, b = _n(axes.up(point.y_low)), _n(axes.up(point.y_high))
             inside.append(tag("path", d=f"M{_n(across)} {a}L{_n(across)} {b}", class_=f"whisker c{style}"))
-        right = across < _WIDE - 40
-        label = tag(
-            "text", str(i), x=_n(across + (8 if right else -8)), y=_n(up - 6), text_anchor="start" if right else "end"
-        )
+        spot = _free(across, up, taken)
+        label = None
+        if spot is not None:
+            taken.append(spot)
+            label = tag("text", str(i), x=_n(spot[0]), y=_n(spot[1] + 4), text_anchor="middle")
         inside += [marker(style, across, up, 5), label, tag("title", said)]
         parts.append(tag("g", *inside, tabindex="0", role="img", aria_label=said, data_tip=said, class_="point"))
     picture = tag(
@@ -327,6 +329,15 @@ def scatter(title: str, points: Sequence[Point], *, x: str, y: str, axis: str, n
         items.append(tag("li", sample, group))
     caption = tag("figcaption", tag("b", title), tag("span", f" {note}") if note else None)
     return tag("figure", caption, picture, tag("ul", *items, class_="legend"), class_="chart")
+
+
+def _free(x: float, y: float, taken: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    """Middle of a place for a number beside a point that is on no other number or point; None where there is none."""
+    for dx, dy in ((12, -9), (12, 9), (-12, -9), (-12, 9), (0, -15), (0, 15)):
+        spot = x + dx, y + dy
+        if spot[0] < _WIDE - 8 and all(abs(spot[0] - a) > 11 or abs(spot[1] - b) > 9 for a, b in taken):
+            return spot
+    return None
 
 
 _CIVIDIS = [(0, 34, 78), (18, 53, 112), (59, 73, 108), (87, 93, 109), (112, 113, 115), (138, 134, 120), (166, 157, 117)]

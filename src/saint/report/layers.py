@@ -1,5 +1,6 @@
 """Section of `saint analyze`: what happens in each layer."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ def analyze_section(record: Record, prefix: str, side: int) -> Section:
     if data.get("plan") is not None:
         body += [tag("h3", "Proposed plan"), plan_box(data["plan"], data.get("plan_line"))]
     body.append(skipped(record))
+    if data.get("settings"):
+        body.append(details("all settings", tag("pre", json.dumps(data["settings"], indent=1), tabindex="0")))
     images, questions = data["images"], data.get("questions")
     more = {
         "images": f"{images['count']} ({images['set']})" if images.get("set") else images["count"],
@@ -41,7 +44,10 @@ def _verdict(stages: Mapping[str, Any] | None) -> str:
     if stages is None:
         return "stages were not looked for"
     said = str(stages["verdict"])
-    return f"stages: {said}" if not stages["shown"] and said == "not shown" else said
+    if not stages["shown"] and said == "not shown":
+        reasons = "; ".join(map(str, stages.get("reasons") or []))
+        return f"stages: not shown ({reasons})" if reasons else "stages: not shown"
+    return said
 
 
 def _part(part: Mapping[str, Any]) -> Markup:
@@ -76,7 +82,7 @@ def _part(part: Mapping[str, Any]) -> Markup:
             Line(str(name), c["mean"], c.get("low") or (), c.get("high") or ()) for name, c in causal["methods"].items()
         ]
         note = f"when {number(100 * causal['share'])} % of the tokens are dropped at this layer alone"
-        figures.append(line_chart("Change of the answer", lines, y=str(causal["measure"]), boundaries=edges, note=note))
+        figures.append(line_chart("Change of the answer", lines, y=_measured(causal), boundaries=edges, note=note))
     if (cka := part.get("cka")) is not None:
         figures.append(heat_map("Similarity of layers (CKA)", cka["mean"], unit="linear CKA"))
     tokens = part.get("tokens") or {}
@@ -92,6 +98,11 @@ def _part(part: Mapping[str, Any]) -> Markup:
             charts(*figures),
         ]
     )
+
+
+def _measured(causal: Mapping[str, Any]) -> str:
+    unit = causal.get("unit")
+    return f"{causal['measure']}, {unit}" if unit and unit != "1" else str(causal["measure"])
 
 
 def _stages(stages: Mapping[str, Any]) -> Markup | None:
@@ -131,7 +142,8 @@ def _flat(values: Mapping[str, Any], before: str = "") -> Sequence[tuple[str, An
 
 
 def _settings(settings: Mapping[str, Any]) -> str | None:
-    shown = (f"{name} {', '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in settings.items())
+    plain = {name: v for name, v in settings.items() if not isinstance(v, Mapping)}
+    shown = (f"{name} {', '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in plain.items())
     return "; ".join(shown) or None
 
 

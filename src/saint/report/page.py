@@ -1,9 +1,10 @@
 """The page: one file, nothing fetched, readable without JavaScript."""
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 
 from .kept import demo_section, view_section
@@ -53,7 +54,8 @@ def make_report(records: Sequence[Record], limit: int = LIMIT) -> str:
 
 def _page(records: Sequence[Record], side: int) -> str:
     sections = [_section(record, f"r{i}", side) for i, record in enumerate(records)]
-    trade = trade_section(records)
+    with _named(*records):
+        trade = trade_section(records)
     style, script = _file("page.css"), _file("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
@@ -109,7 +111,7 @@ def _page(records: Sequence[Record], side: int) -> str:
 
 
 def _section(record: Record, prefix: str, side: int) -> Section:
-    try:
+    with _named(record):
         match record.kind:
             case "analyze":
                 return analyze_section(record, prefix, side)
@@ -123,11 +125,19 @@ def _section(record: Record, prefix: str, side: int) -> Section:
                 return generation_section(record)
             case _:
                 return eval_section(record)
+
+
+@contextlib.contextmanager
+def _named(*records: Record) -> Iterator[None]:
+    """Says of an error about fields in which records it was found."""
+    try:
+        yield
     except _STRUCTURE as error:
         what = f"no field {error}" if isinstance(error, KeyError) else str(error)
+        files = ", ".join(record.name for record in records)
+        kinds = ", ".join(dict.fromkeys(record.kind for record in records))
         raise ValueError(
-            f"{record.name}: not what a record of the kind {record.kind} holds ({what}): write it again with this "
-            "version of saint"
+            f"{files}: not what a record of the kind {kinds} holds ({what}): write it again with this version of saint"
         ) from error
 
 

@@ -57,7 +57,7 @@ def _read(path: Path) -> Record:
     if (size := path.stat().st_size) > _LARGEST:
         raise ValueError(f"{path} has {size / 1e6:.0f} MB; {known}, of at most {_LARGEST // 1_000_000} MB")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_not_json)
     except (ValueError, RecursionError) as error:  # bytes that are no UTF-8 are a ValueError too
         what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ValueError(f"{path} is no JSON ({what}); {known}") from error
@@ -73,6 +73,10 @@ def _read(path: Path) -> Record:
             f"{path}: a record of format {VERSION} is expected, got {version!r:.20}: write it again, or update saint"
         )
     return Record(path.name, path.parent, data)
+
+
+def _not_json(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _listed(names: Sequence[str]) -> str:

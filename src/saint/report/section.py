@@ -59,11 +59,12 @@ def plan_method(plan: Mapping[str, Any]) -> str:
 
 
 def plan_box(plan: Mapping[str, Any], line: str | None = None) -> Markup:
-    """A plan in words, and the line that ``--plan`` takes."""
-    text = line if line is not None else json.dumps(plan, separators=(",", ":"))
-    return tag(
-        "div", tag("p", plan_text(plan)), details("the plan, to paste behind --plan", tag("pre", text, tabindex="0"))
-    )
+    """A plan in words, as the text that ``--plan`` takes, and as the line of Python that makes it, if a record has one."""
+    text = json.dumps(plan, separators=(",", ":"))
+    pasted = [details("the plan, to paste behind --plan", tag("pre", text, tabindex="0"))]
+    if line is not None:
+        pasted.append(details("the plan in Python", tag("pre", line, tabindex="0")))
+    return tag("div", tag("p", plan_text(plan)), *pasted)
 
 
 def conditions(record: Record, **more: Any) -> Markup:

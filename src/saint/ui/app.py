@@ -36,6 +36,7 @@ def make_app(desk: Desk, hosts: set[str]) -> Starlette:
     """
     busy = 0
     limiter = CapacityLimiter(WAITING)
+    decoding = CapacityLimiter(1)  # a large picture takes hundreds of MB until it is scaled down
 
     def page(request: Request) -> Response:
         package, name, kind = _PAGES[request.url.path]
@@ -67,7 +68,8 @@ def make_app(desk: Desk, hosts: set[str]) -> Starlette:
         busy += 1
         try:
             body = await request.body()
-            html = await to_thread.run_sync(lambda: desk.run(read(body, desk.offers)), limiter=limiter)
+            asked = await to_thread.run_sync(read, body, desk.offers, limiter=decoding)
+            html = await to_thread.run_sync(desk.run, asked, limiter=limiter)
         except OSError as error:
             return _error(503, plain(error))
         except (SaintError, ValueError, TypeError) as error:

@@ -12,7 +12,7 @@ from ..bench.agreement import agreement, answer
 from ..bench.generation import timed_answer
 from ..demo import MODELS, photos
 from ..loading import load_model
-from ..loading.modes import modes
+from ..loading.modes import usual_plan
 from ..loading.vlm import DEMO, LoadedVLM, is_vlm, load_vlm
 from ..plan import Plan
 from ..presets import recipe
@@ -145,9 +145,7 @@ class Desk:
 def _own_plan(spec: str, loaded: LoadedVLM) -> Plan:
     if spec == DEMO:
         return recipe("small-llava/hybrid")
-    own = modes(loaded.model)
-    found: Plan = own.get("hybrid", own["language"])
-    return found
+    return usual_plan(loaded.model)
 
 
 def _classifies(model: Any) -> bool:

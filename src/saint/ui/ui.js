@@ -77,7 +77,7 @@ async function run(event) {
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify(asked),
     });
-    const told = await response.json();
+    const told = await response.json().catch(() => ({ error: `the server answered ${response.status} without a word` }));
     if (!response.ok) throw new Error(told.error);
     at("answer").innerHTML = told.html; // made by this server, which escapes all text in it
     window.saintActivate(at("answer"));
