@@ -12,13 +12,25 @@ from saint.view import save_png
 TRAINED, RANDOM = (31, 90, 166), (190, 110, 30)
 SCALE = 2  # drawn larger and reduced: smooth lines
 PANEL, MARGIN = (230, 150), (44, 26, 10, 24)  # width and height; left, top, right, bottom; pixels
+LEGEND = 20  # height below the panels
 PICTURES = ("key_similarity", "cls_entropy", "last_entropy", "token_entropy", "effective_rank", "residual_update")
 TITLES = {"demo:clip-b16": "CLIP ViT-B/16", "demo:dinov2-s": "DINOv2 ViT-S/14", "demo:small-llava": "small LLaVA"}
 
 
 def write_pages(records: list[dict[str, Any]], docs: Path) -> None:
     """One page, one picture per stack of layers; of each model the record with trained weights and its control."""
-    lines = [HEAD.format(images=records[0]["images"]["count"], causal=_tried(records[0]))]
+    shown = {
+        weights: [
+            part["stages"]["shown"] for record in records if record["weights"] == weights for part in record["parts"]
+        ]
+        for weights in ("trained", "random")
+    }
+    lines = [
+        HEAD.format(
+            images=records[0]["images"]["count"], causal=_tried(records[0]), shown=sum(shown["trained"]),
+            stacks=len(shown["trained"]), control=sum(shown["random"]),
+        )
+    ]  # fmt: skip
     for name in dict.fromkeys(record["model"] for record in records):
         both = {record["weights"]: record for record in records if record["model"] == name}
         if set(both) != {"trained", "random"}:
@@ -39,10 +51,12 @@ def write_pages(records: list[dict[str, Any]], docs: Path) -> None:
 HEAD = """# What tokens do, layer by layer
 
 The models of the demo under `saint analyze`, on {images} photographs ({causal} of them in the causal column), and a twin of each
-with random weights as control. Means over images; bands in the pictures are 95 % bootstrap intervals over images.
-`make analysis PHOTOS=DIR` measures again and rewrites
-this page; records are in `evidence/results/analyze-*.json`. What the numbers are: docstrings of
+with random weights as control. Means over images; bands in the pictures are 95 % bootstrap intervals over images. The small
+LLaVA has learned generated scenes, and was asked the same question about every photograph. `make analysis PHOTOS=DIR` measures
+again and rewrites this page; records are in `evidence/results/analyze-*.json`. What the numbers are: docstrings of
 `saint.analysis`; how stages are decided: [architecture](architecture.md).
+
+Stages are shown in {shown} of the {stacks} stacks of layers with trained weights, and in {control} of those with random ones.
 """
 
 
@@ -106,7 +120,13 @@ def figure(trained: dict[str, Any], control: dict[str, Any]) -> Image.Image:
     panels.append((f"loss, SAINT: {trained['causal']['measure']}", causal))
     columns = 3
     width, height = PANEL
-    sheet = Image.new("RGB", (columns * width * SCALE, math.ceil(len(panels) / columns) * height * SCALE), "white")
+    below = math.ceil(len(panels) / columns) * height * SCALE
+    sheet = Image.new("RGB", (columns * width * SCALE, below + LEGEND * SCALE), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10 * SCALE)
+    for place, (name, colour) in enumerate((("trained weights", TRAINED), ("random weights", RANDOM))):
+        x = (MARGIN[0] + place * 140) * SCALE
+        draw.line([(x, below + 8 * SCALE), (x + 24 * SCALE, below + 8 * SCALE)], fill=colour, width=2 * SCALE)
+        draw.text((x + 30 * SCALE, below + 8 * SCALE), name, fill="black", font=font, anchor="lm")
     for place, (title, curves) in enumerate(panels):
         corner = (place % columns * width * SCALE, place // columns * height * SCALE)
         sheet.paste(panel(title, curves), corner)
@@ -142,6 +162,4 @@ def panel(title: str, curves: list[dict[str, Any]]) -> Image.Image:
             draw.polygon(band, fill=(*colour, 60))
         draw.line([at(i, curve["mean"][i]) for i in there], fill=colour, width=2 * SCALE)
     draw.text((8 * SCALE, 4 * SCALE), title, fill="black", font=font)
-    draw.text((width - right, top), "trained", fill=TRAINED, font=font, anchor="rt")
-    draw.text((width - right, top + 12 * SCALE), "random", fill=RANDOM, font=font, anchor="rt")
     return image
