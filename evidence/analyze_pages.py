@@ -17,7 +17,7 @@ PICTURES = ("key_similarity", "cls_entropy", "last_entropy", "token_entropy", "e
 TITLES = {"demo:clip-b16": "CLIP ViT-B/16", "demo:dinov2-s": "DINOv2 ViT-S/14", "demo:small-llava": "small LLaVA"}
 
 
-def write_pages(records: list[dict[str, Any]], docs: Path) -> None:
+def write_pages(records: list[dict[str, Any]], again: list[dict[str, Any]], docs: Path) -> None:
     """One page, one picture per stack of layers; of each model the record with trained weights and its control."""
     shown = {
         weights: [
