@@ -645,9 +645,33 @@ def test_one_image_and_no_causal_column(command, folder, tmp_path):
     assert "No plan" not in said
 
 
+def test_choices_of_the_command(command, folder, tmp_path):
+    file = tmp_path / "an.json"
+    args = [
+        *TINY,
+        "--images",
+        folder,
+        "--limit",
+        "2",
+        "--causal",
+        "1",
+        "--choices",
+        "saint,attention,tome",
+        "--json",
+        file,
+    ]
+    code, said, err = command("analyze", *args)
+    assert code == 0, err
+    assert "-saint, -attention, -tome: 1 - cosine" in " ".join(said.split())
+    causal = json.loads(file.read_text())["parts"][0]["causal"]
+    assert list(causal["methods"]) == ["saint", "attention", "tome"]
+    assert set(causal["more_than_saint"]) == {"attention", "tome"}
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
+        (["--choices", "random"], "saint among them"),
         (["--questions", "q.jsonl"], "vision-language"),
         (["--prompt", "What?"], "vision-language"),
         (["--share", "0.9"], "(0, 0.5]"),
