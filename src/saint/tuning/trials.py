@@ -143,9 +143,9 @@ class Trials:
                 self.tick(len(numbers))
         return {"losses": losses, "left": [[n for part in parts for n in part] for parts in zip(*left, strict=True)]}
 
-    def collect(self, plan: Plan, which: Sequence[int], observer: Any) -> None:
-        """Run ``plan`` for what ``observer`` is told."""
-        with pruned(self.model, plan, observers=[observer]):
+    def show(self, plan: Plan, which: Sequence[int]) -> None:
+        """Run ``plan`` for what its methods see; nothing is kept."""
+        with pruned(self.model, plan):
             for numbers in self._batches(which):
                 self._forward(numbers)
                 self.tick(len(numbers))
