@@ -45,7 +45,9 @@ def tune(
     prompt: Annotated[
         str | None, typer.Option(help="vision-language models, without --questions [default: Describe the image.]")
     ] = None,
-    target_flops: Annotated[float | None, typer.Option(help="share of the encoder's FLOPs that is left, in (0, 1)")] = None,
+    target_flops: Annotated[
+        float | None, typer.Option(help="share of the encoder's FLOPs that is left, in (0, 1)")
+    ] = None,
     target_speed: Annotated[float | None, typer.Option(help="times faster, as measured here at batch 1, > 1")] = None,
     target_agreement: Annotated[
         float | None, typer.Option(help="cosine (of maps: correlation) with the unpruned output, in (0, 1)")
@@ -110,9 +112,7 @@ def tune(
             bad.append((item.where, " ".join(str(error).split()) or type(error).__name__))
     facts = {"model": model, "pretrained": pretrained, "size": size, "dtype": dtype, "set": images.resolve().name}
     file = output.with_suffix(".journal.sqlite") if journal is None else journal
-    total = forwards(
-        len(data), held_out, agreement=target.agreement is not None, frontier=frontier is not None
-    )
+    total = forwards(len(data), held_out, agreement=target.agreement is not None, frontier=frontier is not None)
     try:
         with progress("tuning", total) as advance:
             found = search(
@@ -146,6 +146,7 @@ def print_tuning(model: str, found: "Tuning") -> None:
     out.print(
         f"[bold]{model}[/]  target {target}; {counts['tuned']} images, {counts['held_out']} held back{resumed}",
         highlight=False,
+        soft_wrap=True,
     )
     layers = Table("place", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in ("method", "tokens left"):

@@ -115,9 +115,7 @@ def _steps(method: Method, counts: np.ndarray) -> np.ndarray:
     return np.array([[b < a and step_possible(method, a, b) for b in values] for a in values])
 
 
-def _singles(
-    space: Space, costs: Costs, methods: Sequence[Method], table: Table, budget: float
-) -> list[Layout]:
+def _singles(space: Space, costs: Costs, methods: Sequence[Method], table: Table, budget: float) -> list[Layout]:
     ranked = []
     for (place, number), cost in costs.items():
         layout = space.fitted((Drop(place, methods[number], space.tokens // 2),), table, budget)

@@ -139,9 +139,7 @@ def tune(
         {'flops': 0.7}
     """
     target = Target(target_flops, target_speed, target_agreement)
-    return search(
-        model, images, target, chosen=methods, plan=plan, held_out=held_out, journal=journal, seed=seed
-    ).plan
+    return search(model, images, target, chosen=methods, plan=plan, held_out=held_out, journal=journal, seed=seed).plan
 
 
 def forwards(count: int, held_out: float = 1 / 3, *, agreement: bool = False, frontier: bool = False) -> int:
@@ -263,7 +261,9 @@ def _space(
     stages = () if plan is None else plan.slots.get("vision", ())
     output = stages[0].output if stages and slot == "vision" else "survivors"
     run = trials.once(0)
-    stage = Stage(Random(keep=0.5), layers=[0], output=output) if slot == "vision" else Stage(Random(keep=0.5), layers=[0])
+    stage = (
+        Stage(Random(keep=0.5), layers=[0], output=output) if slot == "vision" else Stage(Random(keep=0.5), layers=[0])
+    )
     with pruned(model, Plan(**{slot: stage})) as session:
         run(model)
         tokens = int(session.trace[0].tokens_in[0])

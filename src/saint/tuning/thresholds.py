@@ -77,9 +77,7 @@ def calibrated(
         if number < len(layout) - 1:
             value = bisect(lambda t: float(left(t).mean()), drop.left, -0.99, 1.0)
         else:
-            value = bisect(
-                lambda t: float(np.mean(space.work(layout, table, [*behind, left(t)]))), budget, -0.99, 1.0
-            )
+            value = bisect(lambda t: float(np.mean(space.work(layout, table, [*behind, left(t)]))), budget, -0.99, 1.0)
         methods.append(dataclasses.replace(drop.method, **_settings(value)))
         behind.append(left(value))
     reached = float(np.mean(space.work(layout, table, behind)))

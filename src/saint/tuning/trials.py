@@ -6,6 +6,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -134,14 +135,15 @@ class Trials:
     def _measured(self, plan: Plan, which: Sequence[int]) -> dict[str, Any]:
         self._see(which)
         losses: list[float] = []
-        left: list[list[int]] = []
+        left: list[list[list[int]]] = []
         with pruned(self.model, plan) as session:
             for numbers in self._batches(which):
                 found = self._forward(numbers)
                 losses += self._losses(numbers, found)
-                left.append([list(entry.tokens_out.tolist()) for entry in session.trace])
+                left.append([entry.tokens_out.tolist() for entry in session.trace])
                 self.tick(len(numbers))
-        return {"losses": losses, "left": [[n for part in parts for n in part] for parts in zip(*left, strict=True)]}
+        points = zip(*left, strict=True)  # of each batch's lists the first drop point's, then the second's, ...
+        return {"losses": losses, "left": [list(chain.from_iterable(batches)) for batches in points]}
 
     def show(self, plan: Plan, which: Sequence[int]) -> None:
         """Run ``plan`` for what its methods see; nothing is kept."""
