@@ -346,7 +346,7 @@ def _checked(found: Search, plan: Plan, layout: Layout, held: Sequence[int], see
     """What a plan reaches on the images held back."""
     trials, meter = found.trials, found.meter
     trial = trials.run(plan, held)
-    reached: dict[str, Any] = {"flops": _mean([meter.flops(plan, trials.once(number)) for number in held], seed)}
+    reached: dict[str, Any] = {"flops": _mean(_flops(found, plan, layout, held), seed)}
     if found.table.unit == "time":
         share = meter.times([plan], 25)[0]
         reached["speed"] = 1 / share
@@ -356,6 +356,17 @@ def _checked(found: Search, plan: Plan, layout: Layout, held: Sequence[int], see
         for drop in layout
     ]
     return {"layers": layers, "reached": reached, "tuned_loss": trials.run(plan, found.which).loss}
+
+
+def _flops(found: Search, plan: Plan, layout: Layout, held: Sequence[int]) -> list[float]:
+    """Share of the FLOPs of each image; fixed budgets take the same of all images of a shape, so one of them is counted."""
+    fixed = plan == found.space.plan(layout)
+    shares: dict[str, float] = {}
+    keys = [str(found.trials.shapes(number)) if fixed else str(number) for number in held]
+    for key, number in zip(keys, held, strict=True):
+        if key not in shares:
+            shares[key] = found.meter.flops(plan, found.trials.once(number))
+    return [shares[key] for key in keys]
 
 
 def _lost(found: Search, losses: np.ndarray, seed: int) -> dict[str, Any]:

@@ -145,6 +145,10 @@ class Trials:
         points = zip(*left, strict=True)  # of each batch's lists the first drop point's, then the second's, ...
         return {"losses": losses, "left": [list(chain.from_iterable(batches)) for batches in points]}
 
+    def shapes(self, number: int) -> list[Any]:
+        """Shapes and dtypes of an image's tensors: images that share them may share a batch."""
+        return [(tuple(t.shape), t.dtype) for t in self.samples[number].tensors]
+
     def show(self, plan: Plan, which: Sequence[int]) -> None:
         """Run ``plan`` for what its methods see; nothing is kept."""
         with pruned(self.model, plan):
@@ -188,15 +192,12 @@ class Trials:
         """Neighbours whose tensors have the same shapes, at most a batch of them."""
         batch: list[int] = []
         for number in which:
-            if batch and (len(batch) == self.batch or self._shapes(batch[0]) != self._shapes(number)):
+            if batch and (len(batch) == self.batch or self.shapes(batch[0]) != self.shapes(number)):
                 yield batch
                 batch = []
             batch.append(number)
         if batch:
             yield batch
-
-    def _shapes(self, number: int) -> list[Any]:
-        return [(tuple(t.shape), t.dtype) for t in self.samples[number].tensors]
 
     def _fingerprint(self) -> int:
         """Of the images and of some weights: another image or another checkpoint is another run."""
