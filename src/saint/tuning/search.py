@@ -20,6 +20,7 @@ KEPT = 1.25  # a kind of method is looked at further where its first look loses 
 JOINT = 6  # proposals that are run
 MOVES = 14  # neighbours that are run
 _CLOSE = 0.004  # of the target: as near as counts of tokens get
+_NEAR = 0.01  # of the target: near enough not to change a layout any more
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,10 @@ class Search:
         """The images of the first look."""
         return self.which[:FEW]
 
+    def budget(self, target: float) -> float:
+        """What the table should say of a layout that is to leave ``target``: a little less, not to end above it."""
+        return target * (1 - _CLOSE / 2) / self.factor
+
     def published(self, method: Method) -> Layout:
         """Where SAINT drops as published, the first half of the layers; in front of them where ``method`` works only there."""
         places = [p for p in range(1, self.space.depth // 2 + 1) if self.space.usable(method, p)]
@@ -82,7 +87,7 @@ class Search:
         for kind in self.kinds:
             losses = []
             for method in kind:
-                layout = self.space.fitted(self.published(method), self.table, target / self.factor)
+                layout = self.space.fitted(self.published(method), self.table, self.budget(target))
                 if layout is not None:
                     losses.append((self.trials.run(self.space.plan(layout), self.few).loss, method))
             losses.sort(key=lambda entry: entry[0])
@@ -113,7 +118,7 @@ class Search:
 
     def candidates(self, target: float) -> list[Layout]:
         """What is worth a joint run for ``target``: the knapsack's layouts, and the published one."""
-        budget = target / self.factor
+        budget = self.budget(target)
         found: list[Layout] = []
         for kind, costs in zip(self.kinds, self.costs, strict=True):
             found += proposals(self.space, costs, kind, self.table, budget)
@@ -134,26 +139,36 @@ class Search:
         """The layout that loses the least for ``target``: the best proposal, moved as long as that helps beyond noise."""
         ranked = self.candidates(target)
         now = min((self.run(layout) for layout in ranked[: JOINT * len(self.kinds)]), key=lambda t: t.trial.loss)
-        seen = {now.layout}
+        seen, order = {now.layout}, np.random.default_rng(0)
         while moves > 0:
-            better = None
-            for moved in self.space.moves(now.layout, self.last):
-                layout = self.space.fitted(moved, self.table, target / self.factor)
-                if layout is None or layout in seen or moves <= 0:
-                    continue
+            fits = (self.space.fitted(near, self.table, self.budget(target)) for near in self._near(now.layout, order))
+            fresh = [layout for layout in dict.fromkeys(fits) if layout is not None and layout not in seen]
+            if not fresh:
+                break
+            for layout in fresh[:moves]:
                 seen.add(layout)
                 moves -= 1
                 tried = self.run(layout)
-                if gains(tried.trial, now.trial) and (better is None or tried.trial.loss < better.trial.loss):
-                    better = tried
-            if better is None:
+                if gains(tried.trial, now.trial):
+                    now = tried  # and on from there
+                    break
+            else:
                 break
-            now = better
         return now
 
+    def _near(self, layout: Layout, order: np.random.Generator) -> list[Layout]:
+        """The neighbours in random order: not all can be run."""
+        near = list(self.space.moves(layout, self.last))
+        return [near[i] for i in order.permutation(len(near))]
+
     def settled(self, layout: Layout, target: float) -> Layout:
-        """``layout`` with counts at which the measured work is ``target``, or as close below as counts get."""
-        budget, best = target / self.factor, None
+        """``layout`` as it is where its measured work is close below ``target``, else with other counts.
+
+        A layout was found by its loss, and a token more or less at one place makes others leave at the next.
+        """
+        if self._off(self.measured(layout), target) < _NEAR:
+            return layout
+        budget, best = self.budget(target), None
         for _ in range(4):
             fit = self.space.fitted(layout, self.table, budget)
             if fit is None:
