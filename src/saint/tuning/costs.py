@@ -57,7 +57,7 @@ def measured(trials: Trials, space: Space, methods: Sequence[Method], last: int,
             left = [round(space.tokens * (1 - share)) for share in SHARES]
             left = sorted({n for n in left if 1 <= n < space.tokens and step_possible(method, space.tokens, n)})
             if left:
-                losses = [trials.run(space.plan((Drop(place, method, n),)), which).loss for n in left]
+                losses = [trials.run(space.plan((Drop(place, method, n),)), which).score for n in left]
                 costs[place, number] = Cost.fit([1 - n / space.tokens for n in left], losses)
     return costs
 

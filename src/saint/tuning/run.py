@@ -111,7 +111,7 @@ def tune(
 
     Args:
         model: an encoder of the support table or a vision-language model, in eval mode, without a plan.
-        images: 12 or more, best 60: a tensor [n, 3, H, W] as the model takes it, or a list of such tensors [3, H, W] or of
+        images: 12 or more, best 100: a tensor [n, 3, H, W] as the model takes it, or a list of such tensors [3, H, W] or of
             keyword arguments of ``model.forward`` for one image each (of a vision-language model: with its prompt).
         target_flops: share of the encoder's FLOPs that is left, in (0, 1); of a vision-language model of the prefill's.
         target_speed: how many times faster, > 1, as measured on this machine at batch 1.
@@ -413,7 +413,7 @@ def _additivity(found: Search) -> list[dict[str, float]]:
                 cost = costs[drop.place, number]
                 before += float(max(0.0, cost.at(np.array(x)) - cost.at(np.array(came))))
                 came = x
-            out.append({"added_up": before, "joint": tried.trial.loss})
+            out.append({"added_up": before, "joint": tried.trial.score})
     return out
 
 

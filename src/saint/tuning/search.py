@@ -18,7 +18,7 @@ from .work import Meter, Table
 FEW = 16  # images of the first look at methods, and of the costs of single places
 KEPT = 1.25  # a kind of method is looked at further where its first look loses at most so many times the best
 JOINT = 6  # proposals that are run
-MOVES = 14  # neighbours that are run
+MOVES = 8  # neighbours that are run
 _CLOSE = 0.004  # of the target: as near as counts of tokens get
 _NEAR = 0.01  # of the target: near enough not to change a layout any more
 
@@ -89,7 +89,7 @@ class Search:
             for method in kind:
                 layout = self.space.fitted(self.published(method), self.table, self.budget(target))
                 if layout is not None:
-                    losses.append((self.trials.run(self.space.plan(layout), self.few).loss, method))
+                    losses.append((self.trials.run(self.space.plan(layout), self.few).score, method))
             losses.sort(key=lambda entry: entry[0])
             near = [m for loss, m in losses if loss <= KEPT * losses[0][0]]
             if losses:  # two methods that go together at most: each is measured at every place
@@ -138,7 +138,7 @@ class Search:
     def best(self, target: float, moves: int = MOVES) -> Tried:
         """The layout that loses the least for ``target``: the best proposal, moved as long as that helps beyond noise."""
         ranked = self.candidates(target)
-        now = min((self.run(layout) for layout in ranked[: JOINT * len(self.kinds)]), key=lambda t: t.trial.loss)
+        now = min((self.run(layout) for layout in ranked[: JOINT * len(self.kinds)]), key=lambda t: t.trial.score)
         seen, order = {now.layout}, np.random.default_rng(0)
         while moves > 0:
             fits = (self.space.fitted(near, self.table, self.budget(target)) for near in self._near(now.layout, order))
@@ -210,8 +210,8 @@ class Search:
 
 
 def gains(new: Trial, old: Trial) -> bool:
-    """Whether ``new`` loses less than ``old`` on the same images, by more than the standard error of the difference."""
-    difference = new.losses - old.losses
+    """Whether ``new`` is closer than ``old`` on the same images, beyond noise: by two standard errors of the difference."""
+    difference = new.distances - old.distances
     if len(difference) < 2:
         return bool(difference.mean() < 0)
-    return bool(difference.mean() < -difference.std(ddof=1) / np.sqrt(len(difference)))
+    return bool(difference.mean() < -2 * difference.std(ddof=1) / np.sqrt(len(difference)))

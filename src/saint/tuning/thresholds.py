@@ -6,7 +6,7 @@ Letters: n images, P drop points.
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 
@@ -25,21 +25,24 @@ def dynamic(method: Method) -> bool:
     return {"threshold", "budget"} <= names and not method.merges
 
 
+class _EnoughSeen(Exception):  # noqa: N818  (no error)
+    """Raised in a forward of which no more is needed."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Watched(Method):
-    """A method that keeps what it is shown."""
+    """A method that keeps what it is shown, and ends the forward there: what comes behind is not needed."""
 
     name: ClassVar[str] = "watched"
     paper: ClassVar[str] = "none"
     stages: ClassVar[frozenset[str]] = frozenset({"vision", "connector", "language"})
 
-    method: Method
     seen: list[Candidates]
 
-    def select(self, candidates: Candidates) -> Selection | None:
+    def select(self, candidates: Candidates) -> NoReturn:
         kept = {name: getattr(candidates, name).clone() for name in ("keys", "features")}
         self.seen.append(dataclasses.replace(candidates, **kept))
-        return self.method.select(candidates)
+        raise _EnoughSeen
 
 
 def bisect(left: Callable[[float], float], goal: float, low: float, high: float) -> float:
@@ -65,8 +68,8 @@ def calibrated(
     methods: list[Method] = []
     behind: list[np.ndarray] = []  # of the drop points that are done, [n]
     for number, drop in enumerate(layout):
-        watched = _Watched(dataclasses.replace(drop.method, **_settings(0.75)), [])
-        trials.show(space.plan(layout[: number + 1], [*methods, watched]), which)
+        watched = _Watched([])
+        trials.show(space.plan(layout[: number + 1], [*methods, watched]), which, _EnoughSeen)
 
         def left(threshold: float, seen: list[Candidates] = watched.seen, method: Method = drop.method) -> np.ndarray:
             chosen = dataclasses.replace(method, **_settings(threshold))

@@ -5,6 +5,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -79,6 +80,19 @@ class Trial:
         """Mean over the images."""
         return float(self.losses.mean())
 
+    @property
+    def distances(self) -> np.ndarray:
+        """Square roots of the losses, [n]: of cosines, angles up to a constant (1 - cos is about half their square).
+
+        Losses have heavy tails, and a choice by their mean is made by a few images.
+        """
+        return np.sqrt(np.maximum(self.losses, 0.0))
+
+    @property
+    def score(self) -> float:
+        """What layouts are compared by: the squared mean of the distances, which is in units of the loss."""
+        return float(self.distances.mean() ** 2)
+
 
 class Trials:
     """Runs plans, each once.
@@ -149,11 +163,12 @@ class Trials:
         """Shapes and dtypes of an image's tensors: images that share them may share a batch."""
         return [(tuple(t.shape), t.dtype) for t in self.samples[number].tensors]
 
-    def show(self, plan: Plan, which: Sequence[int]) -> None:
-        """Run ``plan`` for what its methods see; nothing is kept."""
+    def show(self, plan: Plan, which: Sequence[int], enough: type[Exception]) -> None:
+        """Run ``plan`` for what its methods see, until one of them raises ``enough``; nothing is kept."""
         with pruned(self.model, plan):
             for numbers in self._batches(which):
-                self._forward(numbers)
+                with suppress(enough):
+                    self._forward(numbers)
                 self.tick(len(numbers))
 
     def once(self, number: int) -> Callable[[nn.Module], Any]:
