@@ -46,7 +46,8 @@ def tune(
         str | None, typer.Option(help="vision-language models, without --questions [default: Describe the image.]")
     ] = None,
     target_flops: Annotated[
-        float | None, typer.Option(help="share of the encoder's FLOPs that is left, in (0, 1)")
+        float | None,
+        typer.Option(help="share of the FLOPs that is left, in (0, 1): of the encoder, or of the language model"),
     ] = None,
     target_speed: Annotated[float | None, typer.Option(help="times faster, as measured here at batch 1, > 1")] = None,
     target_agreement: Annotated[

@@ -3,17 +3,14 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
-from .. import __version__, methods
-from ..analysis.bootstrap import interval, weights
-from ..analysis.causal import COSINE, layers_of
+from .. import methods
+from ..analysis.causal import layers_of
 from ..errors import AlreadyAppliedError, SaintError
 from ..methods.base import Method
 from ..methods.random import Random
@@ -24,6 +21,7 @@ from ..session import pruned, status
 from ..vlm.locate import find
 from .costs import grid
 from .layout import Layout, Space, with_budget
+from .record import additivity, against, checked, head_of, point
 from .search import FEW, JOINT, MOVES, Search, gains
 from .thresholds import calibrated
 from .trials import Sample, Trials, read_samples
@@ -32,7 +30,6 @@ from .work import Meter
 DEFAULT_METHODS = ("saint", "tome", "match")  # those of them that are registered
 LEAST = 12  # images: fewer say nothing about others
 FRONTIER = (0.35, 0.45, 0.55, 0.65, 0.75, 0.85)  # shares of the work of the curve's points
-_RESAMPLES = 1000
 _ROUNDS = 6  # of the search for the least work that agrees well enough
 
 
@@ -41,7 +38,8 @@ class Target:
     """What a plan is tuned for; one of the three.
 
     Attributes:
-        flops: share of the encoder's FLOPs that is left, in (0, 1); of a vision-language model of the prefill's.
+        flops: share of the encoder's FLOPs that is left, in (0, 1); of a vision-language model of its language model's, for the
+            prompt.
         speed: how many times faster, > 1, as measured here at batch 1.
         agreement: mean agreement with the unpruned output, in (0, 1); encoders only.
 
@@ -113,7 +111,8 @@ def tune(
         model: an encoder of the support table or a vision-language model, in eval mode, without a plan.
         images: 12 or more, best 100: a tensor [n, 3, H, W] as the model takes it, or a list of such tensors [3, H, W] or of
             keyword arguments of ``model.forward`` for one image each (of a vision-language model: with its prompt).
-        target_flops: share of the encoder's FLOPs that is left, in (0, 1); of a vision-language model of the prefill's.
+        target_flops: share of the encoder's FLOPs that is left, in (0, 1). Of a vision-language model, whose encoder is left as
+            it is, of its language model's, for the prompt.
         target_speed: how many times faster, > 1, as measured on this machine at batch 1.
         target_agreement: mean cosine (of maps: correlation) with the unpruned output, in (0, 1); encoders only.
         methods: to choose from, by name or as they are, with any budget; those that merge are not mixed with those that drop.
@@ -201,11 +200,11 @@ def search(
         found.look(0.7 if target.work is None else target.work)
         work, layout = _solved(found, target)
         chosen_plan, per_image = _each_its_own(found, layout, work)
-        head = _head(model, space, target, tuning, held, facts)
-        record = {**head, **_checked(found, chosen_plan, layout, held, seed), "per_image": per_image}
-        record["against"] = _against(found, layout, held, seed)
-        record["additivity"] = _additivity(found)
-        points = [_point(found, share, head, held, seed) for share in FRONTIER] if frontier else []
+        head = head_of(model, space, target.to_dict(), tuning, held, facts)
+        record = {**head, **checked(found, chosen_plan, layout, held, seed), "per_image": per_image}
+        record["against"] = against(found, layout, held, seed)
+        record["additivity"] = additivity(found)
+        points = [point(found, share, head, held, seed) for share in FRONTIER] if frontier else []
     finally:
         trials.close()
     kept = {name: value for name, value in record.items() if name not in ("against", "additivity")}
@@ -315,113 +314,3 @@ def _each_its_own(found: Search, layout: Layout, work: float) -> tuple[Plan, boo
         return fixed, False
     each = space.plan(layout, methods)
     return (each, True) if gains(found.trials.run(each, found.which), found.run(layout).trial) else (fixed, False)
-
-
-# -- what is written down -------------------------------------------------------------------------------------------------
-
-
-def _head(
-    model: nn.Module, space: Space, target: Target, tuning: Sequence[int], held: Sequence[int], facts: Mapping[str, Any]
-) -> dict[str, Any]:
-    return {
-        "model": facts.get("model"),
-        "class": type(model).__name__,
-        "depth": {space.slot: space.depth},
-        "tokens": space.tokens,
-        "images": {"set": facts.get("set"), "tuned": len(tuning), "held_out": len(held)},
-        "target": target.to_dict(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "saint": __version__,
-        "torch": torch.__version__,
-    }
-
-
-def _mean(values: Sequence[float] | np.ndarray, seed: int) -> dict[str, float | None]:
-    found = interval(np.asarray(values, dtype=float), weights(len(values), _RESAMPLES, seed))
-    low, high = (None if np.isnan(value) else float(value) for value in (found.low, found.high))
-    return {"mean": float(found.mean), "low": low, "high": high}
-
-
-def _checked(found: Search, plan: Plan, layout: Layout, held: Sequence[int], seed: int) -> dict[str, Any]:
-    """What a plan reaches on the images held back."""
-    trials, meter = found.trials, found.meter
-    trial = trials.run(plan, held)
-    reached: dict[str, Any] = {"flops": _mean(_flops(found, plan, layout, held), seed)}
-    if found.table.unit == "time":
-        share = meter.times([plan], 25)[0]
-        reached["speed"] = 1 / share
-    reached |= _lost(found, trial.losses, seed)
-    layers = [
-        {"place": drop.place - 1 if drop.place else "input", "method": drop.method.name, "left": drop.left}
-        for drop in layout
-    ]
-    return {"layers": layers, "reached": reached, "tuned_loss": trials.run(plan, found.which).loss}
-
-
-def _flops(found: Search, plan: Plan, layout: Layout, held: Sequence[int]) -> list[float]:
-    """Share of the FLOPs of each image; fixed budgets take the same of all images of a shape, so one of them is counted."""
-    fixed = plan == found.space.plan(layout)
-    shares: dict[str, float] = {}
-    keys = [str(found.trials.shapes(number)) if fixed else str(number) for number in held]
-    for key, number in zip(keys, held, strict=True):
-        if key not in shares:
-            shares[key] = found.meter.flops(plan, found.trials.once(number))
-    return [shares[key] for key in keys]
-
-
-def _lost(found: Search, losses: np.ndarray, seed: int) -> dict[str, Any]:
-    out = {"measure": found.trials.measure, "loss": _mean(losses, seed)}
-    return {**out, "agreement": _mean(1 - losses, seed)} if found.trials.measure == COSINE else out
-
-
-def _against(found: Search, layout: Layout, held: Sequence[int], seed: int) -> list[dict[str, Any]]:
-    """Published SAINT and random choice at the same work, on the same images, and how much less the plan loses."""
-    space = found.space
-    work = found.measured(layout)
-    saint = next((m for kind in found.kinds for m in kind if isinstance(m, Saint)), Saint())
-    rivals = {"published saint": found.published(saint), "random": found.published(Random())}
-    out = []
-    own = found.trials.run(space.plan(layout), held).losses
-    for name, rival in rivals.items():
-        fit = space.fitted(rival, found.table, work / found.factor)
-        if fit is None:
-            continue
-        rival_layout = found.settled(fit, work)
-        losses = found.trials.run(space.plan(rival_layout), held).losses
-        out.append(
-            {
-                "name": name,
-                "work": found.measured(rival_layout),
-                **_lost(found, losses, seed),
-                "difference": _mean(own - losses, seed),
-            }
-        )
-    return out
-
-
-def _additivity(found: Search) -> list[dict[str, float]]:
-    """What costs of single drop points say of layouts that were run, added up, and what they lost jointly."""
-    out = []
-    for tried in found.tried.values():
-        for kind, costs in zip(found.kinds, found.costs, strict=True):
-            places = [(drop, kind.index(drop.method)) for drop in tried.layout if drop.method in kind]
-            if len(places) < len(tried.layout) or any((d.place, number) not in costs for d, number in places):
-                continue
-            came, before = 0.0, 0.0
-            for drop, number in places:
-                x = -np.log(drop.left / found.space.tokens)
-                cost = costs[drop.place, number]
-                before += float(max(0.0, cost.at(np.array(x)) - cost.at(np.array(came))))
-                came = x
-            out.append({"added_up": before, "joint": tried.trial.score})
-    return out
-
-
-def _point(found: Search, share: float, head: Mapping[str, Any], held: Sequence[int], seed: int) -> dict[str, Any]:
-    """One point of the curve."""
-    try:
-        layout = found.settled(found.best(share, moves=0).layout, share)
-    except ValueError as error:
-        return {"work": share, "missing": str(error)}
-    plan = found.space.plan(layout)
-    return {"work": share, **_checked(found, plan, layout, held, seed), "plan": plan.to_dict()}

@@ -94,7 +94,9 @@ class Meter:
             raise ValueError(f"plans are tuned for models of at least 2 layers, this one has {depth}")
         self.model, self.run, self.slot, self.depth, self.tokens, self.output = model, run, slot, depth, tokens, output
         self.device = next(model.parameters()).device
-        path = "" if find(model) is not None else locate(model)[0]
+        family = find(model)
+        parts = [locate(model)[0]] if family is None else [family[0], family[2].decoder]
+        path = ".".join(part for part in parts if part)
         self._module = f"{type(model).__name__}.{path}" if path else "Global"
         self.whole = self._counted(None, run)
 
@@ -102,7 +104,7 @@ class Meter:
         """Share of the FLOPs that ``plan`` leaves; of another image with its ``run``.
 
         Of an encoder: its own, with the patch embedding and what choosing tokens takes, without a head that is no part of it.
-        Of a vision-language model: of the prefill.
+        Of a vision-language model: those of its language model for the prompt; the encoder is left as it is.
         """
         if run is None:
             return self._counted(plan, self.run) / self.whole
