@@ -58,7 +58,7 @@ def tune(
         str | None, typer.Option(help="to choose from, e.g. saint,tome [default: those that usually win]")
     ] = None,
     plan: PlanText = None,
-    limit: Annotated[int, typer.Option(min=12, help="at most so many images, evenly spaced")] = 120,
+    limit: Annotated[int, typer.Option(min=12, help="at most so many images, evenly spaced")] = 96,
     held_out: Annotated[float, typer.Option(help="share of the images that are held back for the check")] = 1 / 3,
     frontier: Annotated[Path | None, typer.Option("--frontier", help="also write plans for other budgets here")] = None,
     seed: Annotated[int, typer.Option(min=0, help="of the split and the resamples")] = 0,
