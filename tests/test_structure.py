@@ -45,9 +45,10 @@ UPPER = {
     "loading": {"demo"},
     "eval": {"bench", "loading"},
     "analysis": {"bench", "eval", "loading"},
+    "tuning": {"bench", "eval", "analysis"},
     "report": {"records"},  # reads records; loads no model
     "ui": {"bench", "view", "demo", "loading", "report"},
-    "cli": {"records", "bench", "testing", "view", "demo", "loading", "eval", "analysis", "report", "ui"},
+    "cli": {"records", "bench", "testing", "view", "demo", "loading", "eval", "analysis", "tuning", "report", "ui"},
 }
 # rooms of packages that stand alone: all that they may import, also of their own package
 ROOMS = {
@@ -63,6 +64,7 @@ ROOMS = {
     "analysis/bootstrap": set(),
     "analysis/stages": {"analysis/bootstrap"},
     "bench/timing": set(),
+    "tuning/knapsack": set(),
     "demo/scenes": {"records", "demo/pictures"},
     "loading/failures": {"errors"},
     "loading/photos": {"images"},

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .session import remove as remove
     from .session import status as status
     from .tokens import LayerTrace as LayerTrace
+    from .tuning.run import tune as tune
     from .upstream.registry import register as register
 
     def plan(source: str | PathLike[str]) -> Plan: ...  # the module, called
@@ -58,6 +59,7 @@ _LAZY = {
     "register": "upstream.registry",
     "remove": "session",
     "status": "session",
+    "tune": "tuning.run",
     "testing": None,
 }
 

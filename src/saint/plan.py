@@ -227,6 +227,8 @@ class Plan:
         vision: the :class:`Stage` of the slot, a tuple of stages where several were given, or None.
         connector: likewise.
         language: likewise.
+        tuned: what :func:`saint.tune` found the plan on, and what it reached; None for other plans. Plans that differ in this
+            alone are equal, and only :meth:`save` writes it.
 
     Raises:
         ValueError: a stage that its slot cannot have, or stages of one slot that cannot go together.
@@ -246,6 +248,7 @@ class Plan:
     vision: Any
     connector: Any
     language: Any
+    tuned: Mapping[str, Any] | None = dataclasses.field(default=None, init=False, compare=False, repr=False)
 
     def __init__(self, vision: Slot = None, connector: Slot = None, language: Slot = None) -> None:
         for name, value in zip(STAGES, (vision, connector, language), strict=True):
@@ -297,11 +300,24 @@ class Plan:
         version = data.get("version")
         if isinstance(version, bool) or not isinstance(version, int) or version not in range(1, VERSION + 1):
             raise ValueError(f"plan version {version!r:.80} is not one of 1..{VERSION}, which this release reads")
-        unknown = sorted(str(name) for name in set(data) - {"version", *STAGES})
+        unknown = sorted(str(name) for name in set(data) - {"version", "tuned", *STAGES})
         if unknown:
             raise ValueError(f"unknown plan entries {unknown}; known: {', '.join(STAGES)}")
         entries = {name: data[name] for name in STAGES if data.get(name) is not None}
-        return cls(**{name: _read_slot(version, entry) for name, entry in entries.items()})
+        plan = cls(**{name: _read_slot(version, entry) for name, entry in entries.items()})
+        return plan if data.get("tuned") is None else plan.with_tuned(data["tuned"])
+
+    def with_tuned(self, tuned: Mapping[str, Any]) -> "Plan":
+        """The same plan with the record of how it was found; see :attr:`tuned`.
+
+        Raises:
+            ValueError: not an object.
+        """
+        if not isinstance(tuned, Mapping):
+            raise ValueError(f"tuned must be an object, as saint.tune makes it, got {tuned!r:.80}")
+        plan = Plan(self.vision, self.connector, self.language)
+        object.__setattr__(plan, "tuned", dict(tuned))
+        return plan
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -313,7 +329,7 @@ class Plan:
         return cls.from_dict(data)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON, from which :meth:`load` reads it; readers never see half a file.
+        """Write the plan as JSON, with :attr:`tuned`, from which :meth:`load` reads it; readers never see half a file.
 
         Args:
             path: the file; its folder is made.
@@ -323,7 +339,8 @@ class Plan:
         """
         from .records import write_whole
 
-        write_whole(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
+        data = self.to_dict() if self.tuned is None else {**self.to_dict(), "tuned": self.tuned}
+        write_whole(path, (json.dumps(data, indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> "Plan":

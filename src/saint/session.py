@@ -5,8 +5,9 @@ the user's modules. Two models in one process are independent.
 """
 
 import os
+import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -318,7 +319,23 @@ def apply(model: ModelLike, plan: PlanLike, *, observers: Sequence[Any] = ()) ->
     session = Session(model, plan)
     session._vlm, session._encoder = assemble(model, plan, Observers(observers))
     session._install(model)
+    if plan.tuned is not None and (other := _not_tuned_on(model, session, plan.tuned)):
+        warnings.warn(f"the plan was tuned on another model ({other}); saint.tune finds one for this", stacklevel=2)
     return session
+
+
+def _not_tuned_on(model: nn.Module, session: Session, tuned: Mapping[str, Any]) -> str:
+    """How ``model`` differs from the one that a plan was tuned on; "" where it does not, as far as the record tells."""
+    if (name := tuned.get("class", type(model).__name__)) != type(model).__name__:
+        return f"{name}, and this is a {type(model).__name__}"
+    depths = {} if session._encoder is None else {"vision": session._encoder.depth}
+    if session._vlm is not None:
+        depths["language"] = session._vlm.decoder.depth
+    depth = tuned.get("depth")
+    for stage, layers in depth.items() if isinstance(depth, Mapping) else ():
+        if stage in depths and depths[stage] != layers:
+            return f"{layers} {stage} layers, and this one has {depths[stage]}"
+    return ""
 
 
 def remove(model: ModelLike) -> None:

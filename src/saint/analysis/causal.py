@@ -130,18 +130,14 @@ class Causal:
         family = find(model)
         stages = {} if plan is None else plan.slots
         own = {slot: stage[0] for slot, stage in stages.items() if stage}
-        if family is None:
-            _, encoder, spec = locate(model)
-            layers = {"vision": list(range(len(part(encoder, spec.blocks))))}
-        else:
-            layers = _family_layers(*family[1:])
+        layers = layers_of(model)
         methods = {}
         for slot in layers:
             method = own[slot].method if slot in own else None
             default = Saint(threshold=0.75 if slot == "vision" else 0.83)
             methods[slot] = replace(method if isinstance(method, Saint) else default, budget=1 - share)
         output = own["vision"].output if "vision" in own and family is None else "survivors"
-        return Causal(share, COSINE if family is None else KL, layers, methods, output, seed, choices)
+        return Causal(share, measure_of(model), layers, methods, output, seed, choices)
 
     def plan(self, slot: str, layer: int, method: str, image: str, scores: Tensor | None = None) -> Plan:
         """Tokens leave at ``layer``, by ``method``; ``scores`` are what "attention" goes by in an encoder, [B, N]."""
@@ -194,10 +190,33 @@ class Causal:
 
     def loss(self, base: Any, found: Any) -> float:
         """What ``found`` lost against ``base``."""
-        if self.measure == COSINE:
-            values = agreement(base, found).values
-            return max(0.0, 1 - sum(values) / len(values))
-        return next_token_kl(base.logits, found.logits)
+        values = sample_losses(self.measure, base, found)
+        return max(0.0, sum(values) / len(values))
+
+
+def layers_of(model: nn.Module) -> dict[str, list[int]]:
+    """By stage, the layers of ``model`` at which tokens can leave.
+
+    Raises:
+        UnsupportedModelError: neither a supported encoder nor a vision-language model.
+    """
+    family = find(model)
+    if family is not None:
+        return _family_layers(*family[1:])
+    _, encoder, spec = locate(model)
+    return {"vision": list(range(len(part(encoder, spec.blocks))))}
+
+
+def measure_of(model: nn.Module) -> str:
+    """How a loss of ``model`` is measured: "1 - cosine" of an encoder, else "KL of the next token"; see :class:`Causal`."""
+    return COSINE if find(model) is None else KL
+
+
+def sample_losses(measure: str, base: Any, found: Any) -> list[float]:
+    """What the output ``found`` lost against ``base``, one number per sample (of a vision-language model: one sample)."""
+    if measure == COSINE:
+        return [1 - value for value in agreement(base, found).values]
+    return [next_token_kl(base.logits, found.logits)]
 
 
 def next_token_kl(base: Tensor, found: Tensor) -> float:

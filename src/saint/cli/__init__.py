@@ -18,6 +18,7 @@ COMMANDS = {  # name -> module; the function (or group of commands) carries the 
     "chat": "chat",
     "view": "view",
     "analyze": "analyze",
+    "tune": "tune",
     "report": "report",
     "ui": "ui",
     "list": "tables",

@@ -8,6 +8,7 @@ import typer
 from rich import box
 from rich.table import Table
 
+from .asked import check_asked, gather
 from .common import (
     MODEL_HELP,
     Device,
@@ -22,6 +23,7 @@ from .common import (
     out,
     progress,
     save,
+    tick,
 )
 
 if TYPE_CHECKING:
@@ -97,30 +99,16 @@ def analyze(
     stages, or that this is not shown, and proposes a plan.
     """
     from ..analysis.record import make_record
-    from ..analysis.run import Asked, Settings
+    from ..analysis.run import Settings
     from ..analysis.run import analyze as measure
-    from ..eval.data import find_samples
     from ..loading.vlm import is_vlm
     from ..records import environment
 
     settings = Settings(share=share, causal=causal, seed=seed, choices=tuple(choices.split(",")))
     number = None if dtype == "auto" else dtype_of(dtype)
     generates = is_vlm(model)
-    if not generates and (questions is not None or prompt is not None):
-        raise ValueError(f"--questions and --prompt are for vision-language models, {model} is none")
-    if questions is not None and prompt is not None:
-        raise ValueError("give --questions or --prompt, not both")
-    bad: list[tuple[str, str]] = []
-    if questions is not None:
-        items, bad = _questions(questions, images, limit)
-    else:
-        text = "Describe the image." if prompt is None else prompt
-        samples = find_samples(str(images.parent if images.is_file() else images))
-        found = [s for s in samples.items if not images.is_file() or s.where == images.name]
-        if not found:
-            raise ValueError(f"{images} is not an image that Pillow reads")
-        found = found if limit is None else [found[i * len(found) // limit] for i in range(min(limit, len(found)))]
-        items = [Asked.of(sample, text) for sample in found]
+    check_asked(model, generates, questions, prompt)
+    items, bad = gather(images, questions, prompt, limit)
     if generates:
         if size is not None:
             raise ValueError("--size is for encoders: the processor of a vision-language model chooses the size")
@@ -167,22 +155,6 @@ def analyze(
             err.print(f"[yellow]skipped[/] {where}: {reason}", highlight=False)
         err.print(f"[yellow]{len(record['skipped'])} image(s) could not be measured[/]")
         raise typer.Exit(1)
-
-
-def tick(advance: Callable[[], None], count: int) -> None:
-    """``count`` steps."""
-    for _ in range(count):
-        advance()
-
-
-def _questions(file: Path, images: Path, limit: int | None) -> tuple[list[Any], list[tuple[str, str]]]:
-    from ..analysis.run import Asked
-    from ..eval.vqa import default_prompt, read_questions
-
-    asked, unreadable = read_questions(file, images)
-    if limit is not None and limit < len(asked):
-        asked = [asked[i * len(asked) // limit] for i in range(limit)]
-    return [Asked.question(q, default_prompt(q)) for q in asked], [(f.where, f.reason) for f in unreadable]
 
 
 def print_record(model: str, record: dict[str, Any], result: "Analysis") -> None:

@@ -1,6 +1,6 @@
 """Options and habits that several commands share."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -141,6 +141,12 @@ def progress(what: str, total: int) -> Iterator[Any]:
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda: bar.advance(task)
+
+
+def tick(advance: Callable[[], None], count: int) -> None:
+    """``count`` steps of a bar."""
+    for _ in range(count):
+        advance()
 
 
 def bar(share: float, width: int = 20) -> str:

@@ -1,0 +1,176 @@
+"""`saint tune`: a plan for MODEL and your images, without labels."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+
+from .asked import check_asked, gather
+from .common import (
+    MODEL_HELP,
+    Device,
+    Json,
+    PlanText,
+    Pretrained,
+    Size,
+    Threads,
+    describe,
+    dtype_of,
+    err,
+    load,
+    load_generator,
+    out,
+    progress,
+    save,
+    tick,
+)
+
+if TYPE_CHECKING:
+    from ..tuning import Tuning
+
+
+def tune(
+    model: Annotated[str, typer.Argument(help=f"{MODEL_HELP}; also of a vision-language model")],
+    images: Annotated[Path, typer.Option("--images", help="a folder of images, 12 or more")],
+    questions: Annotated[
+        Path | None,
+        typer.Option(
+            "--questions",
+            help='vision-language models, JSON lines: {"image": "file", "question": "..."} [default: --prompt of every image]',
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="vision-language models, without --questions [default: Describe the image.]")
+    ] = None,
+    target_flops: Annotated[
+        float | None,
+        typer.Option(help="share of the FLOPs that is left, in (0, 1): of the encoder, or of the language model"),
+    ] = None,
+    target_speed: Annotated[float | None, typer.Option(help="times faster, as measured here at batch 1, > 1")] = None,
+    target_agreement: Annotated[
+        float | None, typer.Option(help="cosine (of maps: correlation) with the unpruned output, in (0, 1)")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="the plan file")] = Path("plan.json"),
+    methods: Annotated[
+        str | None, typer.Option(help="to choose from, e.g. saint,tome [default: those that usually win]")
+    ] = None,
+    plan: PlanText = None,
+    limit: Annotated[int, typer.Option(min=12, help="at most so many images, evenly spaced")] = 96,
+    held_out: Annotated[float, typer.Option(help="share of the images that are held back for the check")] = 1 / 3,
+    frontier: Annotated[Path | None, typer.Option("--frontier", help="also write plans for other budgets here")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the split and the resamples")] = 0,
+    size: Size = None,
+    threads: Threads = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    pretrained: Pretrained = True,
+    journal: Annotated[
+        Path | None, typer.Option("--journal", help="results of trials; a killed run continues [default: beside -o]")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Find a plan for MODEL: where tokens leave, by which method, and how many stay. No labels, minutes.
+
+    What leaving costs is measured at one layer at a time, a knapsack chooses, joint runs check, and images that were held back
+    say what was reached, with 95 % intervals. The plan file keeps that; every command takes it as --plan.
+    """
+    from ..loading.vlm import is_vlm
+    from ..records import environment
+    from ..tuning import Target, forwards
+    from ..tuning.run import DEFAULT_METHODS, search
+
+    target = Target(target_flops, target_speed, target_agreement)
+    for file, option in ((output, "-o"), (frontier, "--frontier")):
+        if file is not None and file.is_dir():
+            raise IsADirectoryError(f"{option} needs a file name, {file} is a directory")
+    number = None if dtype == "auto" else dtype_of(dtype)
+    generates = is_vlm(model)
+    check_asked(model, generates, questions, prompt)
+    items, bad = gather(images, questions, prompt, limit)
+    chosen = DEFAULT_METHODS if methods is None else tuple(name.strip() for name in methods.split(","))
+    if generates:
+        if size is not None:
+            raise ValueError("--size is for encoders: the processor of a vision-language model chooses the size")
+        vlm = load_generator(model, device, threads=threads, pretrained=pretrained, dtype=number)
+        network, place, suits = vlm.model, vlm.device, None
+        inputs: Any = lambda item, image: vlm.inputs([item.prompt], [image])  # noqa: E731
+    else:
+        loaded = load(model, device, size=size, threads=threads, pretrained=pretrained)
+        network, place, suits = loaded.model if number is None else loaded.model.to(number), loaded.device, loaded.plan
+        inputs = lambda item, image: loaded.inputs([image])  # noqa: E731
+    if plan is not None:
+        from ..loading.plans import read_plan
+
+        suits = read_plan(plan)
+    data = []
+    for item in items:
+        try:
+            data.append(dict(inputs(item, item.load())))
+        except (OSError, ValueError) as error:
+            bad.append((item.where, " ".join(str(error).split()) or type(error).__name__))
+    facts = {"model": model, "pretrained": pretrained, "size": size, "dtype": dtype, "set": images.resolve().name}
+    file = output.with_suffix(".journal.sqlite") if journal is None else journal
+    total = forwards(len(data), held_out, agreement=target.agreement is not None, frontier=frontier is not None)
+    try:
+        with progress("tuning", total) as advance:
+            found = search(
+                network, data, target, chosen=chosen, plan=suits, held_out=held_out, journal=file, seed=seed,
+                frontier=frontier is not None, facts=facts, tick=lambda n: tick(advance, n),
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        err.print(f"[yellow]interrupted[/]; results so far are in {file}: run the same command again", highlight=False)
+        raise typer.Exit(130) from None
+    found.plan.save(output)
+    print_tuning(model, found)
+    err.print(f"wrote {output}", highlight=False)
+    record = {"kind": "tune", **found.record, "plan": found.plan.to_dict(), "environment": environment(place)}
+    if json is not None:
+        save(json, {**record, "frontier": found.frontier or None})
+    if frontier is not None:
+        save(frontier, {**record, "frontier": found.frontier})
+    if bad:
+        for where, reason in bad[:20]:
+            err.print(f"[yellow]skipped[/] {where}: {reason}", highlight=False)
+        err.print(f"[yellow]{len(bad)} image(s) could not be used[/]")
+        raise typer.Exit(1)
+
+
+def print_tuning(model: str, found: "Tuning") -> None:
+    """Where tokens leave, what was reached on the images held back, and what others reach there."""
+    record = found.record
+    target = ", ".join(f"{name} {value:g}" for name, value in record["target"].items())
+    counts = record["images"]
+    resumed = f", {found.resumed} trials from the journal" if found.resumed else ""
+    out.print(
+        f"[bold]{model}[/]  target {target}; {counts['tuned']} images, {counts['held_out']} held back{resumed}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    layers = Table("place", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("method", "tokens left"):
+        layers.add_column(heading, justify="right")
+    for row in record["layers"]:
+        layers.add_row(str(row["place"]), row["method"], f"{row['left']} of {record['tokens']}")
+    out.print(layers)
+    if record["per_image"]:
+        out.print("thresholds: every image keeps its own number, these are means")
+    reached = record["reached"]
+    table = Table("held-out images", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("FLOPs left", reached["measure"], "95 %"):
+        table.add_column(heading, justify="right")
+    table.add_row("this plan", f"{reached['flops']['mean']:.3f}", *_interval(reached["loss"]))
+    unit = "" if record["target"].get("speed") is None else " of the time"
+    for rival in record["against"]:
+        table.add_row(rival["name"], f"{rival['work']:.3f}{unit}", *_interval(rival["loss"]))
+    out.print(table)
+    if "speed" in reached:
+        out.print(f"measured speed-up at batch 1: x{reached['speed']:.2f}", highlight=False)
+    out.print(describe(found.plan), highlight=False, soft_wrap=True)
+
+
+def _interval(value: Mapping[str, float | None]) -> tuple[str, str]:
+    low, high = value["low"], value["high"]
+    return f"{value['mean']:.4f}", "-" if low is None or high is None else f"{low:.4f} to {high:.4f}"

@@ -1,0 +1,229 @@
+"""Forwards of plans on images, written down as they are made, so that a killed run continues."""
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..analysis.causal import KL, measure_of, sample_losses
+from ..bench.agreement import answer
+from ..eval.journal import Journal
+from ..plan import Plan
+from ..session import pruned
+
+BATCH = 8  # images per forward of an encoder; results of fixed budgets do not depend on it
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Arguments of ``model.forward`` for one image: tensors with a batch of one, and what else it takes."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor)]
+
+
+def read_samples(images: Any) -> list[Sample]:
+    """What :func:`saint.tune` takes as images, one by one.
+
+    Raises:
+        TypeError: something else.
+    """
+    expected = (
+        "images must be a tensor [n, 3, H, W] as the model takes it, or a list of such tensors [3, H, W] or of the keyword "
+        "arguments of model.forward for one image each"
+    )
+    if isinstance(images, Tensor):
+        images = list(images)
+    if not isinstance(images, Sequence) or isinstance(images, str):
+        raise TypeError(f"{expected}; got {type(images).__name__}")
+    samples = []
+    for image in images:
+        if isinstance(image, Mapping):
+            samples.append(Sample((), dict(image)))
+        elif isinstance(image, Tensor) and image.ndim == 3:
+            samples.append(Sample((image.unsqueeze(0),), {}))
+        else:
+            got = f"a tensor of shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            raise TypeError(f"{expected}; got {got} in it (an image file is read by `saint tune` on the command line)")
+    return samples
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A plan on n images.
+
+    Attributes:
+        losses: against the unpruned model, float64 [n]; see :func:`saint.analysis.causal.sample_losses`.
+        left: tokens behind each drop point, in order, int64 [points, n].
+    """
+
+    losses: np.ndarray
+    left: np.ndarray
+
+    @property
+    def loss(self) -> float:
+        """Mean over the images."""
+        return float(self.losses.mean())
+
+    @property
+    def distances(self) -> np.ndarray:
+        """Square roots of the losses, [n]: of cosines, angles up to a constant (1 - cos is about half their square).
+
+        Losses have heavy tails, and a choice by their mean is made by a few images.
+        """
+        return np.sqrt(np.maximum(self.losses, 0.0))
+
+    @property
+    def score(self) -> float:
+        """What layouts are compared by: the squared mean of the distances, which is in units of the loss."""
+        return float(self.distances.mean() ** 2)
+
+
+class Trials:
+    """Runs plans, each once.
+
+    Args:
+        model: unpruned, in eval mode.
+        samples: the images, by number.
+        facts: what else results depend on, for the journal's key.
+        journal: file that keeps the results; see :class:`saint.eval.Journal`.
+        tick: called with the number of images that have been through the model since the last call.
+
+    Raises:
+        JournalError: the journal belongs to another run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: Sequence[Sample],
+        *,
+        facts: Mapping[str, Any],
+        journal: str | os.PathLike[str] | None = None,
+        tick: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self.model, self.samples, self.tick = model, list(samples), tick
+        self.measure = measure_of(model)
+        self.batch = 1 if self.measure == KL else BATCH
+        self._bases: dict[int, Tensor] = {}
+        self._known: dict[str, dict[str, Any]] = {}
+        key = {"kind": "tune", **facts, "measure": self.measure, "batch": self.batch, "data": self._fingerprint()}
+        self._journal = None if journal is None else Journal(Path(journal), key)
+        if self._journal is not None:
+            self._known.update(self._journal.done)
+        self.resumed = len(self._known)
+
+    def close(self) -> None:
+        """Close the journal."""
+        if self._journal is not None:
+            self._journal.close()
+
+    def run(self, plan: Plan, which: Sequence[int]) -> Trial:
+        """``plan`` on the images ``which``."""
+        text = json.dumps([plan.to_dict(), list(which)], sort_keys=True)
+        name = hashlib.sha256(text.encode()).hexdigest()
+        if name not in self._known:
+            self._known[name] = self._measured(plan, which)
+            if self._journal is not None:
+                self._journal.append([{"id": name, **self._known[name]}])
+        else:
+            self.tick(len(which))
+        found = self._known[name]
+        return Trial(np.array(found["losses"]), np.array(found["left"]).reshape(-1, len(which)))
+
+    def _measured(self, plan: Plan, which: Sequence[int]) -> dict[str, Any]:
+        self._see(which)
+        losses: list[float] = []
+        left: list[list[list[int]]] = []
+        with pruned(self.model, plan) as session:
+            for numbers in self._batches(which):
+                found = self._forward(numbers)
+                losses += self._losses(numbers, found)
+                left.append([entry.tokens_out.tolist() for entry in session.trace])
+                self.tick(len(numbers))
+        points = zip(*left, strict=True)  # of each batch's lists the first drop point's, then the second's, ...
+        return {"losses": losses, "left": [list(chain.from_iterable(batches)) for batches in points]}
+
+    def shapes(self, number: int) -> list[Any]:
+        """Shapes and dtypes of an image's tensors: images that share them may share a batch."""
+        return [(tuple(t.shape), t.dtype) for t in self.samples[number].tensors]
+
+    def show(self, plan: Plan, which: Sequence[int], enough: type[Exception]) -> None:
+        """Run ``plan`` for what its methods see, until one of them raises ``enough``; nothing is kept."""
+        with pruned(self.model, plan):
+            for numbers in self._batches(which):
+                with suppress(enough):
+                    self._forward(numbers)
+                self.tick(len(numbers))
+
+    def once(self, number: int) -> Callable[[nn.Module], Any]:
+        """The forward of one image by a model, for counting and timing."""
+        sample = self.samples[number]
+
+        def run(model: nn.Module) -> Any:
+            with torch.inference_mode():
+                return model(*sample.args, **sample.kwargs)
+
+        return run
+
+    def _see(self, which: Sequence[int]) -> None:
+        """Keep what the unpruned model answers."""
+        for numbers in self._batches([number for number in which if number not in self._bases]):
+            answers = self._forward(numbers)
+            self._bases.update(dict(zip(numbers, answers.split(1), strict=True)))
+
+    def _losses(self, numbers: Sequence[int], found: Tensor) -> list[float]:
+        base = torch.cat([self._bases[number] for number in numbers])
+        if self.measure == KL:
+            return sample_losses(KL, SimpleNamespace(logits=base), SimpleNamespace(logits=found))
+        return sample_losses(self.measure, base, found)
+
+    def _forward(self, numbers: Sequence[int]) -> Tensor:
+        """What is compared: [B, C], [B, 1, H, W], or the logits behind the prompt [1, 1, vocabulary]."""
+        samples = [self.samples[number] for number in numbers]
+        args = tuple(_joined(values) for values in zip(*(s.args for s in samples), strict=True))
+        kwargs = {name: _joined([s.kwargs[name] for s in samples]) for name in samples[0].kwargs}
+        with torch.inference_mode():
+            out = self.model(*args, **kwargs)
+            # only the last token's distribution is compared; the cache belongs to a session that ends
+            return out.logits[:, -1:].clone() if self.measure == KL else answer(out)[1].clone()
+
+    def _batches(self, which: Sequence[int]) -> Iterator[list[int]]:
+        """Neighbours whose tensors have the same shapes, at most a batch of them."""
+        batch: list[int] = []
+        for number in which:
+            if batch and (len(batch) == self.batch or self.shapes(batch[0]) != self.shapes(number)):
+                yield batch
+                batch = []
+            batch.append(number)
+        if batch:
+            yield batch
+
+    def _fingerprint(self) -> int:
+        """Of the images and of some weights: another image or another checkpoint is another run."""
+        parameters = [p for p in self.model.parameters() if p.is_floating_point()]
+        tensors = [t for sample in self.samples for t in sample.tensors] + parameters[:2] + parameters[-2:]
+        found = 0
+        for tensor in tensors:
+            found = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), found)
+        return found
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    first = values[0]
+    return torch.cat(list(values)) if isinstance(first, Tensor) else first
