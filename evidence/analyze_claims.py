@@ -9,12 +9,14 @@ Named = list[tuple[str, dict[str, Any]]]  # titles of stacks of layers with trai
 def claims(stacks: Named, again: list[dict[str, Any]]) -> str:
     """A section of markdown."""
     tried = [(title, part["causal"]) for title, part in stacks if "attention" in part["causal"]["methods"]]
+    without = [title for title, part in stacks if "attention" not in part["causal"]["methods"]]
     merged = {"tome": "ToMe", "tome_plain": "ToMe, beta 0"}
     lines = [
         "## Three claims of the paper, on these models\n",
         INTRO.format(
             share=f"{tried[0][1]['share']:.0%}",
             counts=", ".join(f"{c['methods']['saint']['n']} photographs for {title}" for title, c in tried),
+            without=f"; not measured for {' and '.join(without)}" if without else "",
         ),
         "### Tokens go through the same three stages in encoders and language models\n",
         _staged(stacks),
@@ -32,7 +34,8 @@ def claims(stacks: Named, again: list[dict[str, Any]]) -> str:
 
 
 INTRO = """Computed from the records. Losses are those of the tables below: {share} of the tokens leave at one layer alone
-({counts}). Differences are paired by photograph: the loss of the other choice minus that of SAINT, a mean over layers, with its
+({counts}{without}).
+Differences are paired by photograph: the loss of the other choice minus that of SAINT, a mean over layers, with its
 95 % bootstrap interval over photographs, uncorrected for the number of intervals. Above zero, SAINT loses less. "Held up" means
 that every interval lies above zero, "contradicted" that every one lies below, "not decided" anything else.
 """
