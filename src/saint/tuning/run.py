@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -231,25 +231,26 @@ def _kinds(chosen: Sequence[str | Method], plan: Plan | None, slot: str) -> list
     known = set(methods.names())
     stages = () if plan is None else plan.slots.get(slot, ())
     own = next((stage.method for stage in stages if isinstance(stage.method, Saint)), None)
-    threshold = 0.75 if slot == "vision" else 0.83
-    saint = Saint(threshold=threshold) if own is None else own
+    saint = Saint(threshold=0.75 if slot == "vision" else 0.83) if own is None else own
     found: list[Method] = []
     for one in chosen:
         if isinstance(one, Method):
             found.append(one)
-        elif one == "saint":
-            found += [_with(saint, center) for center in (saint.center, not saint.center)]
         elif one == "tome":
             found += [ToMe(budget=0.5, beta=beta) for beta in (1.0, 0.0)]
         elif one in known or tuple(chosen) != DEFAULT_METHODS:
-            found.append(methods.get(one)())
+            found += _centred(saint if one == "saint" else methods.get(one)())
     found = [with_budget(method, 0.5) for method in found]
     groups = [[m for m in found if not m.merges], [m for m in found if m.merges]]
     return [group for group in groups if group]
 
 
-def _with(saint: Saint, center: bool) -> Saint:
-    return Saint(saint.threshold, saint.neighbors, saint.gamma, center=center, floor=saint.floor)
+def _centred(method: Method) -> list[Method]:
+    """The method, and where it can centre keys also the other way."""
+    if (center := getattr(method, "center", None)) is None:
+        return [method]
+    other: dict[str, Any] = {"center": not center}
+    return [method, replace(method, **other)]
 
 
 def _space(
