@@ -52,6 +52,7 @@ results: $(STAMP) ## re-measure docs/results.md (STAMPS=, FASHION=: folders, see
 	$(RUN)/python evidence/measure.py tables
 analysis: $(STAMP) ## re-measure docs/analysis.md on photographs (PHOTOS=, a folder)
 	$(RUN)/python evidence/analyze.py run --photos '$(PHOTOS)'
+	$(RUN)/python evidence/analyze.py again --photos '$(PHOTOS)'
 tables: $(STAMP) ## regenerate the support table of the README
 	$(RUN)/python docs/make_tables.py
 docs: $(STAMP)   ## build the documentation into site/ (the build itself needs no network)

@@ -1,6 +1,7 @@
 """What tokens do in the demo's models, and in models of the same make with random weights.
 
     python evidence/analyze.py run --photos DIR          # evidence/results/analyze-*.json; a killed run continues
+    python evidence/analyze.py again --photos DIR        # trained weights, other photographs, another seed: again-*.json
     python evidence/analyze.py pages                     # docs/analysis.md and its pictures, from the records
 
 DIR is any folder of photographs. The twins with random weights are the control: what they show, training has not made.
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from analyze_again import overlap
 from analyze_pages import write_pages
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
+from saint.analysis.causal import METHODS
 from saint.analysis.record import make_record
 from saint.analysis.run import Asked, Settings, analyze
 from saint.demo import small_llava
@@ -28,7 +31,12 @@ from saint.records import environment, write_json
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 QUESTION = "What color is the thing?"  # the small LLaVA knows the words of generated scenes only
-MODELS = ("demo:clip-b16", "demo:dinov2-s", "demo:small-llava")
+CAUSAL = {
+    "demo:clip-b16": 24,
+    "demo:dinov2-s": 24,
+    "demo:small-llava": 8,
+}  # photographs with a forward per layer and choice
+MODELS = tuple(CAUSAL)
 console = Console(width=150)
 
 
@@ -54,18 +62,24 @@ def seeded(make: Callable[[], Any]) -> Any:
         return make()
 
 
-def measure(name: str, control: bool, photos: Path, limit: int, causal: int) -> None:
-    """One record."""
+def measure(name: str, control: bool, photos: Path, limit: int, causal: int, again: bool = False) -> dict[str, Any]:
+    """One record. ``again``: another seed, and photographs that lie between those of the first run."""
     model, inputs, plan = build(name, control)
-    samples = find_samples(str(photos), limit=limit)
-    items = [Asked.of(sample, QUESTION) for sample in samples.items]
+    samples = find_samples(str(photos)).items
+    if len(samples) < (2 if again else 1) * limit:
+        raise ValueError(f"{photos} has {len(samples)} photographs: give --limit {len(samples) // (2 if again else 1)}")
+    shift = len(samples) // (2 * limit) if again else 0
+    items = [Asked.of(samples[place * len(samples) // limit + shift], QUESTION) for place in range(limit)]
     weights = "random" if control else "trained"
-    stem = f"analyze-{name.removeprefix('demo:')}-{weights}"
+    stem = f"{'again' if again else 'analyze'}-{name.removeprefix('demo:')}-{weights}"
     facts = {"model": name, "weights": weights, "set": photos.name}
+    settings = Settings(causal=causal, choices=METHODS, seed=1 if again else 0)
+    if control and causal:  # its causal column is drawn beside the other and decides nothing
+        settings = Settings(causal=8)
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task(stem, total=len(items))
         result = analyze(
-            model, items, inputs, plan=plan, settings=Settings(causal=causal), facts=facts,
+            model, items, inputs, plan=plan, settings=settings, facts=facts,
             journal=HERE / "cache" / f"{stem}.journal.sqlite", tick=lambda n: bar.advance(task, n),
         )  # fmt: skip
     head = {
@@ -75,10 +89,10 @@ def measure(name: str, control: bool, photos: Path, limit: int, causal: int) -> 
         "images": {"count": len(result.entries), "set": photos.name},
         "questions": {"count": len(result.entries), "question": QUESTION} if name.endswith("llava") else None,
     }
-    record = rounded({**head, **make_record(result), "environment": environment("cpu")})
-    write_json(RESULTS / f"{stem}.json", record)
+    record: dict[str, Any] = rounded({**head, **make_record(result), "environment": environment("cpu")})
     for part in record["parts"]:
         console.print(f"{stem} {part['stage']}: {part['stages']['verdict']} {'; '.join(part['stages']['reasons'])}")
+    return record
 
 
 def rounded(value: Any) -> Any:
@@ -92,22 +106,29 @@ def rounded(value: Any) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "pages"])
+    parser.add_argument("what", choices=["run", "again", "pages"])
     parser.add_argument("--photos", type=Path, help="folder of photographs")
-    parser.add_argument("--limit", type=int, default=200, help="photographs, evenly spaced")
-    parser.add_argument("--causal", type=int, default=16, help="of them in the causal column")
+    parser.add_argument("--limit", type=int, default=100, help="photographs, evenly spaced")
+    parser.add_argument("--causal", type=int, help="of them in the causal column [default: 24, small LLaVA 8]")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", choices=MODELS, help="one model")
     options = parser.parse_args()
-    if options.what == "run":
-        if options.photos is None:
-            parser.error("run needs --photos DIR")
-        torch.set_num_threads(options.threads)
-        for name in [options.only] if options.only else MODELS:
+    if options.what != "pages" and options.photos is None:
+        parser.error(f"{options.what} needs --photos DIR")
+    torch.set_num_threads(options.threads)
+    for name in [options.only] if options.only else MODELS:
+        short = name.removeprefix("demo:")
+        if options.what == "run":
+            causal = CAUSAL[name] if options.causal is None else options.causal
             for control in (False, True):
-                measure(name, control, options.photos, options.limit, options.causal)
-    records = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("analyze-*.json"))]
-    write_pages(records, HERE.parent / "docs")
+                record = measure(name, control, options.photos, options.limit, causal)
+                write_json(RESULTS / f"analyze-{short}-{record['weights']}.json", record)
+        elif options.what == "again":
+            first = json.loads((RESULTS / f"analyze-{short}-trained.json").read_text())
+            second = measure(name, False, options.photos, options.limit, 0, again=True)
+            write_json(RESULTS / f"again-{short}-trained.json", rounded(overlap(first, second)))
+    records, again = ([json.loads(f.read_text()) for f in sorted(RESULTS.glob(g))] for g in ("analyze-*", "again-*"))
+    write_pages(records, again, HERE.parent / "docs")
 
 
 if __name__ == "__main__":

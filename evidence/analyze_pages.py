@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from analyze_claims import claims
 from PIL import Image, ImageDraw, ImageFont
 
 from saint.records import write_whole
@@ -14,10 +15,11 @@ SCALE = 2  # drawn larger and reduced: smooth lines
 PANEL, MARGIN = (230, 150), (44, 26, 10, 24)  # width and height; left, top, right, bottom; pixels
 LEGEND = 20  # height below the panels
 PICTURES = ("key_similarity", "cls_entropy", "last_entropy", "token_entropy", "effective_rank", "residual_update")
+LOSSES = {"tome": "ToMe", "tome_plain": "ToMe, beta 0"}
 TITLES = {"demo:clip-b16": "CLIP ViT-B/16", "demo:dinov2-s": "DINOv2 ViT-S/14", "demo:small-llava": "small LLaVA"}
 
 
-def write_pages(records: list[dict[str, Any]], docs: Path) -> None:
+def write_pages(records: list[dict[str, Any]], again: list[dict[str, Any]], docs: Path) -> None:
     """One page, one picture per stack of layers; of each model the record with trained weights and its control."""
     shown = {
         weights: [
@@ -27,19 +29,19 @@ def write_pages(records: list[dict[str, Any]], docs: Path) -> None:
     }
     lines = [
         HEAD.format(
-            images=records[0]["images"]["count"], causal=_tried(records[0]), shown=sum(shown["trained"]),
-            stacks=len(shown["trained"]), control=sum(shown["random"]),
+            images=records[0]["images"]["count"], shown=sum(shown["trained"]), stacks=len(shown["trained"]),
+            control=sum(shown["random"]),
         )
     ]  # fmt: skip
+    trained = [record for record in records if record["weights"] == "trained"]
+    lines += [claims([(_where(r, part), part) for r in trained for part in r["parts"]], again)]
     for name in dict.fromkeys(record["model"] for record in records):
         both = {record["weights"]: record for record in records if record["model"] == name}
         if set(both) != {"trained", "random"}:
             raise ValueError(f"{name} needs a record with trained and one with random weights, got {sorted(both)}")
         for trained, control in zip(both["trained"]["parts"], both["random"]["parts"], strict=True):
-            stage = trained["stage"]
-            where = TITLES[name] + {"language": ", language model", "vision": ""}[stage]
-            where += ", tower" if stage == "vision" and len(both["trained"]["parts"]) > 1 else ""
-            file = f"analysis-{name.removeprefix('demo:')}-{stage}.png"
+            where = _where(both["trained"], trained)
+            file = f"analysis-{name.removeprefix('demo:')}-{trained['stage']}.png"
             save_png(figure(trained, control), docs / "images" / file)
             lines += [f"## {where}\n", f"![{where}: trained and random weights](images/{file})\n", table(trained), ""]
             lines += [verdict("Trained", trained), verdict("Random", control), ""]
@@ -50,18 +52,20 @@ def write_pages(records: list[dict[str, Any]], docs: Path) -> None:
 
 HEAD = """# What tokens do, layer by layer
 
-The models of the demo under `saint analyze`, on {images} photographs ({causal} of them in the causal column), and a twin of each
-with random weights as control. Means over images; bands in the pictures are 95 % bootstrap intervals over images. The small
-LLaVA has learned generated scenes, and was asked the same question about every photograph. `make analysis PHOTOS=DIR` measures
-again and rewrites this page; records are in `evidence/results/analyze-*.json`. What the numbers are: docstrings of
-`saint.analysis`; how stages are decided: [architecture](architecture.md).
+The models of the demo under `saint analyze`, on {images} photographs, and a twin of each with random weights as control. Means
+over images; bands in the pictures are 95 % bootstrap intervals over images. The small LLaVA has learned generated scenes, and was
+asked the same question about every photograph. `make analysis PHOTOS=DIR` measures again and rewrites this page; records are in
+`evidence/results/analyze-*.json`. What the numbers are: docstrings of `saint.analysis`; how stages are decided:
+[architecture](architecture.md).
 
 Stages are shown in {shown} of the {stacks} stacks of layers with trained weights, and in {control} of those with random ones.
 """
 
 
-def _tried(record: dict[str, Any]) -> int:
-    return int(record["parts"][0]["causal"]["methods"]["saint"]["n"])
+def _where(record: dict[str, Any], part: dict[str, Any]) -> str:
+    """The title of a stack of layers."""
+    tower = ", tower" if len(record["parts"]) > 1 else ""
+    return TITLES[record["model"]] + (", language model" if part["stage"] == "language" else tower)
 
 
 def verdict(weights: str, part: dict[str, Any]) -> str:
@@ -88,7 +92,7 @@ def table(part: dict[str, Any]) -> str:
         ("CKA in/out", values.get("cka_adjacent"), 2),
         ("high norms", values.get("outliers"), 3),
         ("would drop at 0.75", {"mean": part["droppable"]["mean"][part["droppable"]["thresholds"].index(0.75)]}, 2),
-        *((f"loss, {name}", found, 4) for name, found in part["causal"]["methods"].items()),
+        *((f"loss, {LOSSES.get(name, name)}", found, 4) for name, found in part["causal"]["methods"].items()),
     ]
     columns = [column for column in columns if column[1] is not None]
     rows = ["| layer | " + " | ".join(name for name, _, _ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -96,7 +100,10 @@ def table(part: dict[str, Any]) -> str:
         cells = [_text(found["mean"][layer], digits) for _, found, digits in columns]
         rows.append(f"| {layer} | " + " | ".join(cells) + " |")
     causal = part["causal"]
-    note = f"Entropies in nat. Loss: {causal['measure']} when {causal['share']:.0%} of the tokens leave at that layer alone."
+    note = (
+        f"Entropies in nat. Loss: {causal['measure']} when {causal['share']:.0%} of the tokens leave at that layer alone; "
+        f"{causal['methods']['saint']['n']} photographs."
+    )
     return "\n".join([*rows, "", note])
 
 

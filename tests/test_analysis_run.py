@@ -18,7 +18,7 @@ import saint
 from saint import testing
 from saint.analysis import geometry, propose, record, run, similarity
 from saint.analysis.attention import received_entropy
-from saint.analysis.causal import Causal, next_token_kl
+from saint.analysis.causal import METHODS, Causal, Looks, next_token_kl
 from saint.analysis.probe import Probe
 from saint.cli import main
 from saint.eval.journal import JournalError
@@ -425,6 +425,71 @@ def test_causal_losses_are_those_of_plans_of_one_layer(loaded):
     assert causal.plan("vision", 1, "random", "a") != causal.plan("vision", 1, "random", "b")
 
 
+def test_every_choice_of_the_causal_column_is_the_plan_it_names(loaded):
+    model, inputs = loaded.model, loaded.inputs([picture(3)])
+    looks, raw = Looks(), Raw()
+    with torch.no_grad():
+        with saint.pruned(model, saint.Plan(), observers=[looks, raw]):
+            base = model(**inputs)
+        causal = Causal.of(model, 0.25, loaded.plan, choices=METHODS)
+        seen = looks.take()
+        got = causal.losses(model, lambda: model(**inputs), base, "a", {"vision": 6}, seen)["vision"]
+        for layer in range(6):
+            row = weights(raw.calls["vision", layer], 0)[0, 1:]
+            plan = causal.plan("vision", layer, "attention", "a", seen[layer])
+            with saint.pruned(model, plan) as session:
+                found = model(**inputs)
+                assert session.trace[0].kept[0].tolist() == sorted(row.topk(75).indices.tolist())
+            assert got["attention"][layer] == pytest.approx(causal.loss(base, found), abs=1e-9)
+            for name, beta in (("tome", 1), ("tome_plain", 0)):
+                method = saint.methods.ToMe(budget=0.75, beta=beta)
+                with saint.pruned(model, saint.Plan(vision=saint.Stage(method, layers=[layer]))) as session:
+                    found = model(**inputs)
+                    assert int(session.trace[0].tokens_out[0]) == 75
+                assert got[name][layer] == pytest.approx(causal.loss(base, found), abs=1e-9)
+    assert looks.take() == {}
+    assert saint.methods.FastV(keep=0.75) == causal_language_choice()
+
+
+def causal_language_choice():
+    causal = Causal(0.25, "KL of the next token", {}, {}, choices=METHODS)
+    return causal.plan("language", 1, "attention", "a").language.method
+
+
+def test_without_cls_nothing_is_chosen_by_attention(loaded):
+    model, inputs = loaded.model, loaded.inputs([picture(3)])
+    causal = Causal.of(model, 0.25, loaded.plan, choices=("saint", "attention"))
+    with torch.no_grad():
+        found = causal.losses(model, lambda: model(**inputs), model(**inputs), "a", {"vision": 6})["vision"]
+    assert found["attention"] == [None] * 6
+    assert None not in found["saint"]
+
+
+def test_differences_to_saint_are_paired(loaded):
+    items = [run.Asked(str(n), str(n), lambda n=n: picture(n)) for n in range(5)]
+    settings = run.Settings(bootstrap=300, simulations=9, causal=4, choices=METHODS)
+    result = measure(loaded, items, settings=settings)
+    made = record.make_record(result)["parts"][0]["causal"]
+    losses = {m: np.array([e["causal"]["vision"][m] for e in result.entries if "causal" in e]) for m in METHODS}
+    assert set(made["more_than_saint"]) == set(METHODS) - {"saint"}
+    for method, found in made["more_than_saint"].items():
+        less = losses[method] - losses["saint"]
+        assert found["n"] == 4
+        assert found["mean"] == pytest.approx(less.mean(0))
+        assert found["layers_early"] == 2
+        for name, part in (("early", less[:, :2]), ("late", less[:, 2:]), ("all", less)):
+            per_image = part.mean(1)
+            assert found[name]["mean"] == pytest.approx(per_image.mean())
+            assert per_image.min() - 1e-12 <= found[name]["low"] <= found[name]["mean"] <= found[name]["high"]
+            assert found[name]["high"] <= per_image.max() + 1e-12
+
+
+@pytest.mark.parametrize("choices", [("random",), ("saint", "best")])
+def test_choices_that_cannot_be(choices, loaded):
+    with pytest.raises(ValueError, match="saint among them"):
+        Causal.of(loaded.model, 0.25, choices=choices)
+
+
 def test_the_kl_of_the_next_token():
     base, found = torch.randn(1, 3, 7), torch.randn(1, 3, 7)
     p, q = base[0, -1].softmax(-1).tolist(), found[0, -1].softmax(-1).tolist()
@@ -439,7 +504,7 @@ def test_a_vision_language_model_loses_at_its_tower_and_in_its_language_model():
     model = family.build()
     inputs = prompts(family, model, [[3, "0", 4]])
     items = [run.Asked(str(n), str(n), lambda: picture(1)) for n in range(2)]
-    settings = run.Settings(bootstrap=20, simulations=19, causal=1)
+    settings = run.Settings(bootstrap=20, simulations=19, causal=1, choices=METHODS)
     result = run.analyze(model, items, lambda *_: inputs, settings=settings)
     made = record.make_record(result)
     tower, language = made["parts"]
@@ -580,9 +645,33 @@ def test_one_image_and_no_causal_column(command, folder, tmp_path):
     assert "No plan" not in said
 
 
+def test_choices_of_the_command(command, folder, tmp_path):
+    file = tmp_path / "an.json"
+    args = [
+        *TINY,
+        "--images",
+        folder,
+        "--limit",
+        "2",
+        "--causal",
+        "1",
+        "--choices",
+        "saint,attention,tome",
+        "--json",
+        file,
+    ]
+    code, said, err = command("analyze", *args)
+    assert code == 0, err
+    assert "-saint, -attention, -tome: 1 - cosine" in " ".join(said.split())
+    causal = json.loads(file.read_text())["parts"][0]["causal"]
+    assert list(causal["methods"]) == ["saint", "attention", "tome"]
+    assert set(causal["more_than_saint"]) == {"attention", "tome"}
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
+        (["--choices", "random"], "saint among them"),
         (["--questions", "q.jsonl"], "vision-language"),
         (["--prompt", "What?"], "vision-language"),
         (["--share", "0.9"], "(0, 0.5]"),

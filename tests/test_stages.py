@@ -251,3 +251,12 @@ def test_each_null_can_refuse(null, reason, monkeypatch):
     assert not found.shown
     assert reason in found.reasons[0]
     assert "p = 0.025" in found.reasons[0]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_orders_that_fit_as_well_count_whatever_rounding_says(seed, monkeypatch):
+    rng = np.random.default_rng(seed)
+    values = images(rng, planted(rng, 12, 6, (4, 9)), 0.2)
+    monkeypatch.setattr(stages, "order_null", lambda z, count, _: stages.gain(np.stack([z[::-1]] * count)))
+    found = stages.find_stages(values, bootstrap.weights(IMAGES, 100, seed), simulations=9)
+    assert found.criteria["p_permutation"] == 1

@@ -49,6 +49,7 @@ TESTS = {
     "test_scored.py",
     "runtime/forwards": "test_forwards.py",
     "runtime/layer": "test_guards.py test_scored.py test_placements.py",
+    "runtime/points": "test_guards.py test_scored.py test_placements.py",
     "runtime/attended": "test_observe_layers.py",
     "runtime/observe": "test_placements.py::test_observers_of_an_encoder test_placements.py::test_a_plan_that_only_observes "
     "test_placements.py::test_observing_a_vision_language_model test_placements.py::test_layers_an_observer_asks_for "

@@ -8,8 +8,8 @@ from torch import nn
 
 from .errors import UnsupportedModelError
 from .plan import Plan, Stage
-from .runtime.layer import DropPoint
 from .runtime.observe import Observers
+from .runtime.points import DropPoint
 from .upstream.names import LAYERS
 from .upstream.specs import EncoderSpec, FamilySpec, part
 from .upstream.verify import verify_encoder, verify_family

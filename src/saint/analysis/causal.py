@@ -1,28 +1,82 @@
 """What the output loses when a fixed share of the visual tokens leaves at exactly one layer.
 
-Plans of one layer, applied by :func:`saint.apply`: tokens chosen at random, and by SAINT.
+Plans of one layer, applied by :func:`saint.apply`: tokens chosen at random and by SAINT; where asked for, also by attention,
+or merged.
+
+Letters: B samples, N candidates.
 """
 
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..bench.agreement import agreement
+from ..methods.base import FixedBudget, Method
+from ..methods.fastv import FastV
 from ..methods.random import Random
 from ..methods.saint import Saint
+from ..methods.tome import ToMe
 from ..plan import Plan, Stage
+from ..runtime.attended import Attended
 from ..session import pruned
+from ..tokens import Candidates, Selection
 from ..upstream.names import LAYERS
 from ..upstream.specs import FamilySpec, part
 from ..vision.locate import locate, locate_tower
 from ..vlm.locate import find
+from .attention import rows
 
-METHODS = ("random", "saint")
+# "attention": what CLS (encoders) or the last prompt token (language models) attends to least; "tome": merged, with proportional
+# attention, and "tome_plain" without
+METHODS = ("random", "saint", "attention", "tome", "tome_plain")
 COSINE, KL = "1 - cosine", "KL of the next token"
+
+
+class Looks:
+    """Listens for what the first protected token of an encoder (CLS) attends to; an observer for :func:`saint.apply`."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, list[Tensor]] = {}
+
+    def attention(self, stage: str, layer: int, attended: Attended) -> None:
+        """Keep the row of CLS, averaged over heads, float32 [B, N]."""
+        prefix, slots = attended.prefix, attended.state.tokens.slots
+        if stage != "vision" or not prefix or attended.key.shape[-2] != prefix + slots:
+            return
+        found = []
+        for sample in range(len(attended.query)):
+            mask = attended.mask_of(sample)
+            mask = mask if mask is None else mask[..., :1, :]
+            query, key = attended.query[sample, :, :1], attended.key[sample]
+            ((_, row),) = rows(query, key, scale=attended.scale, mask=mask)
+            found.append(row[0, prefix:])
+        self._rows.setdefault(layer, []).append(torch.stack(found))
+
+    def take(self) -> dict[int, Tensor]:
+        """What was heard since the last call, by layer, [B, N]; of parallel attentions the mean."""
+        found = {layer: torch.stack(calls).mean(0) for layer, calls in self._rows.items()}
+        self._rows = {}
+        return found
+
+
+@dataclass(frozen=True)
+class Given(FixedBudget):
+    """Keeps the tokens with the highest of the scores it was given: one image, one layer. Not registered."""
+
+    name: ClassVar[str] = "given"
+    paper: ClassVar[str] = ""
+    stages: ClassVar[frozenset[str]] = frozenset({"vision"})
+
+    scores: tuple[tuple[float, ...], ...] = ()  # of each sample and candidate
+
+    def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
+        tokens = candidates.tokens
+        return Selection.from_scores(torch.tensor(self.scores, device=tokens.index.device), goal, tokens)
 
 
 @dataclass(frozen=True)
@@ -37,6 +91,7 @@ class Causal:
         methods: by stage, SAINT with its settings for this model.
         output: of a vision stage, see :class:`saint.Stage`.
         seed: of the random choice, which differs from image to image.
+        choices: of ``METHODS``, "saint" among them: each is a forward per layer.
     """
 
     share: float
@@ -45,15 +100,24 @@ class Causal:
     methods: dict[str, Saint]
     output: Literal["survivors", "nearest", "similar"] = "survivors"
     seed: int = 0
+    choices: tuple[str, ...] = ("random", "saint")
 
     def __post_init__(self) -> None:
+        if "saint" not in self.choices or not set(self.choices) <= set(METHODS):
+            raise ValueError(f"choices are of {', '.join(METHODS)}, saint among them, got {', '.join(self.choices)}")
         if not 0 < self.share <= 0.5:
             raise ValueError(
                 f"share is a fraction of the candidates in (0, 0.5] (SAINT drops at most half), got {self.share}"
             )
 
     @staticmethod
-    def of(model: nn.Module, share: float, plan: Plan | None = None, seed: int = 0) -> "Causal":
+    def of(
+        model: nn.Module,
+        share: float,
+        plan: Plan | None = None,
+        seed: int = 0,
+        choices: tuple[str, ...] = ("random", "saint"),
+    ) -> "Causal":
         """The plans for ``model``.
 
         Args:
@@ -61,6 +125,7 @@ class Causal:
             share: see above.
             plan: one that suits the model: its SAINT settings are used, and its output.
             seed: see above.
+            choices: see above.
         """
         family = find(model)
         stages = {} if plan is None else plan.slots
@@ -76,17 +141,34 @@ class Causal:
             default = Saint(threshold=0.75 if slot == "vision" else 0.83)
             methods[slot] = replace(method if isinstance(method, Saint) else default, budget=1 - share)
         output = own["vision"].output if "vision" in own and family is None else "survivors"
-        return Causal(share, COSINE if family is None else KL, layers, methods, output, seed)
+        return Causal(share, COSINE if family is None else KL, layers, methods, output, seed, choices)
 
-    def plan(self, slot: str, layer: int, method: str, image: str) -> Plan:
-        """Tokens leave at ``layer``, by ``method``."""
-        seed = zlib.crc32(f"{self.seed} {image}".encode())
-        chosen = self.methods[slot] if method == "saint" else Random(keep=1 - self.share, seed=seed)
+    def plan(self, slot: str, layer: int, method: str, image: str, scores: Tensor | None = None) -> Plan:
+        """Tokens leave at ``layer``, by ``method``; ``scores`` are what "attention" goes by in an encoder, [B, N]."""
+        keep = 1 - self.share
+        chosen: Method
+        if method == "saint":
+            chosen = self.methods[slot]
+        elif method == "random":
+            chosen = Random(keep=keep, seed=zlib.crc32(f"{self.seed} {image}".encode()))
+        elif method != "attention":
+            chosen = ToMe(budget=keep, beta=1.0 if method == "tome" else 0.0)
+        elif slot == "language":
+            chosen = FastV(keep=keep)
+        else:
+            assert scores is not None
+            chosen = Given(keep, tuple(map(tuple, scores.tolist())))
         stage = Stage(chosen, layers=[layer], output=self.output) if slot == "vision" else Stage(chosen, layers=[layer])
         return Plan(**{slot: stage})
 
     def losses(
-        self, model: nn.Module, run: Callable[[], Any], base: Any, image: str, depth: Mapping[str, int]
+        self,
+        model: nn.Module,
+        run: Callable[[], Any],
+        base: Any,
+        image: str,
+        depth: Mapping[str, int],
+        looks: Mapping[int, Tensor] = MappingProxyType({}),
     ) -> dict[str, dict[str, list[float | None]]]:
         """What one image loses, by stage and method, a number per layer (None: no tokens can leave there).
 
@@ -96,13 +178,17 @@ class Causal:
             base: what that gives.
             image: name, for the random choice.
             depth: layers of each stage.
+            looks: what CLS attends to, by layer, of :class:`Looks`; layers without it have no choice by attention.
         """
         out: dict[str, dict[str, list[float | None]]] = {}
         for slot, layers in self.layers.items():
-            out[slot] = {method: [None] * depth[slot] for method in METHODS}
+            out[slot] = {method: [None] * depth[slot] for method in self.choices}
             for layer in layers:
-                for method in METHODS:
-                    with pruned(model, self.plan(slot, layer, method, image)):
+                for method in self.choices:
+                    scores = looks.get(layer)
+                    if method == "attention" and slot == "vision" and scores is None:
+                        continue
+                    with pruned(model, self.plan(slot, layer, method, image, scores)):
                         out[slot][method][layer] = self.loss(base, run())
         return out
 

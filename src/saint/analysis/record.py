@@ -1,5 +1,6 @@
 """From what images gave to what is written: means with intervals, stages, and a plan to try."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 
 from . import bootstrap
-from .causal import KL, METHODS, Causal
+from .causal import KL, Causal
 from .geometry import cka
 from .probe import QUANTITIES
 from .propose import plan_line, propose
@@ -141,9 +142,30 @@ def _causal(stage: str, depth: int, analysis: Analysis, weight: np.ndarray) -> d
     causal = analysis.causal
     if causal is None or stage not in causal.layers:
         return None
-    methods = {}
-    for method in METHODS:
+    losses = {}
+    for method in causal.choices:
         rows = [entry.get("causal", {}).get(stage, {}).get(method) for entry in analysis.entries]
-        methods[method] = _lists(_array(rows, (depth,)), weight)
-    unit = "nat" if causal.measure == KL else ""
-    return {"share": causal.share, "measure": causal.measure, "unit": unit, "methods": methods}
+        losses[method] = _array(rows, (depth,))
+    return {
+        "share": causal.share,
+        "measure": causal.measure,
+        "unit": "nat" if causal.measure == KL else "",
+        "methods": {method: _lists(values, weight) for method, values in losses.items()},
+        "more_than_saint": {
+            method: _differences(values - losses["saint"], weight)
+            for method, values in losses.items()
+            if method != "saint" and np.isfinite(values).any()
+        },
+    }
+
+
+def _differences(values: np.ndarray, weight: np.ndarray) -> dict[str, Any]:
+    """Paired differences of losses [n, L]: per layer, and means over the first third of the layers, the others, and all."""
+    early = math.ceil(values.shape[1] / 3)
+    parts = {"early": values[:, :early], "late": values[:, early:], "all": values}
+    means = {}
+    for name, part in parts.items():
+        there = np.isfinite(part).any(0)  # layers at which tokens can leave
+        found = bootstrap.interval(part[:, there].mean(1), weight)
+        means[name] = {"mean": float(found.mean), "low": float(found.low), "high": float(found.high)}
+    return {**_lists(values, weight), **means, "layers_early": early}

@@ -17,7 +17,7 @@ from ..eval.vqa import Question
 from ..images import as_rgb, read_image
 from ..plan import Plan
 from ..session import pruned
-from .causal import KL, Causal
+from .causal import KL, Causal, Looks
 from .geometry import spread
 from .probe import COMPARED, Probe
 
@@ -34,8 +34,9 @@ class Settings:
         share: of the candidates that leave in the causal column.
         bootstrap: resamples of the images.
         simulations: of each null of the stages.
-        causal: images of the causal column, evenly spaced: two forwards per layer and image; 0: no such column.
+        causal: images of the causal column, evenly spaced: a forward per layer, image and choice; 0: no such column.
         seed: of everything random.
+        choices: of the causal column, see :class:`saint.analysis.causal.Causal`.
     """
 
     thresholds: tuple[float, ...] = THRESHOLDS
@@ -45,6 +46,7 @@ class Settings:
     simulations: int = 499
     causal: int = 32
     seed: int = 0
+    choices: tuple[str, ...] = ("random", "saint")
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def analyze(
     """
     if not items:
         raise ValueError("no image to analyze")
-    causal = Causal.of(model, settings.share, plan, settings.seed)
+    causal = Causal.of(model, settings.share, plan, settings.seed, settings.choices)
     center = {slot: method.center for slot, method in causal.methods.items()}
     dropped = {items[place].id for place in spread(len(items), settings.causal)} if settings.causal else set()
     probe = Probe(settings.thresholds, settings.neighbors, center)
@@ -133,13 +135,15 @@ def analyze(
             return SimpleNamespace(logits=out.logits[:, -1:].clone()) if causal.measure == KL else out
 
         probe.take()  # what a forward that failed has left
-        with pruned(model, Plan(), observers=[probe]):
+        looks = Looks()
+        listens = item.id in dropped and "attention" in settings.choices
+        with pruned(model, Plan(), observers=[probe, looks] if listens else [probe]):
             base = run()
         stages = probe.take()
         entry: dict[str, Any] = {"stages": stages}
         if item.id in dropped:
             depth = {stage: len(found["quantities"]["key_similarity"]) for stage, found in stages.items()}
-            entry["causal"] = causal.losses(model, run, base, item.id, depth)
+            entry["causal"] = causal.losses(model, run, base, item.id, depth, looks.take())
         return [entry]
 
     measured = {name: value for name, value in asdict(settings).items() if name not in ("bootstrap", "simulations")}

@@ -44,12 +44,20 @@ def segment_costs(z: np.ndarray) -> np.ndarray:
     count, layers, _ = z.shape
     sums = np.concatenate([np.zeros((count, 1, z.shape[2])), z.cumsum(1)], 1)
     squares = np.concatenate([np.zeros((count, 1)), (z**2).sum(2).cumsum(1)], 1)
-    cost = np.full((count, layers + 1, layers + 1), np.inf)
-    for i in range(layers):
-        for j in range(i + SHORTEST, layers + 1):
-            total = sums[:, j] - sums[:, i]
-            cost[:, i, j] = np.maximum(squares[:, j] - squares[:, i] - (total**2).sum(1) / (j - i), 0.0)
+    inner = sums @ sums.transpose(0, 2, 1)
+    own = np.einsum("sii->si", inner)
+    length, short = _lengths(layers)
+    total = own[:, None, :] + own[:, :, None] - 2 * inner  # |sum over i..j-1|^2
+    cost = np.maximum(squares[:, None, :] - squares[:, :, None] - total / length, 0.0)
+    cost[:, short] = np.inf
     return cost
+
+
+@lru_cache(maxsize=64)
+def _lengths(layers: int) -> tuple[np.ndarray, np.ndarray]:
+    """Layers from i to j, at least 1 [L + 1, L + 1], and whether they are too few for a segment."""
+    length = np.arange(layers + 1) - np.arange(layers + 1)[:, None]
+    return np.maximum(length, 1).astype(float), length < SHORTEST
 
 
 def staircases(z: np.ndarray, most: int = MOST) -> dict[int, tuple[np.ndarray, np.ndarray]]:
@@ -72,7 +80,7 @@ def staircases(z: np.ndarray, most: int = MOST) -> dict[int, tuple[np.ndarray, n
             break
         total = best[:, :, None] + cost  # [S, i, j]
         back.append(total.argmin(1))
-        best = total.min(1)
+        best = np.take_along_axis(total, back[-1][:, None], 1)[:, 0]
         ends, bounds = np.full(count, layers), []
         for step in reversed(back):
             ends = step[np.arange(count), ends]
@@ -82,24 +90,25 @@ def staircases(z: np.ndarray, most: int = MOST) -> dict[int, tuple[np.ndarray, n
 
 
 @lru_cache(maxsize=64)
-def _families(layers: int) -> tuple[tuple[str, int, np.ndarray], ...]:
-    """Smooth families: name, parameters of a quantity, orthonormal bases [members, L, columns]."""
-    place = np.linspace(-1, 1, layers)
-    out = [
-        (name, degree + 1, np.linalg.qr(np.vander(place, degree + 1))[0][None])
-        for name, degree in (("line", 1), ("quadratic", 2), ("cubic", 3), ("quartic", 4))
-        if degree + 2 < layers
-    ]
-    # a change that takes at least a quarter of the layers from a tenth to nine tenths: anything faster is a step
+def _polynomials(layers: int) -> np.ndarray:
+    """Orthonormal polynomials up to the fourth degree, by degree, [L, columns]; two layers more than parameters at least."""
+    degrees = [degree for degree in range(5) if degree < 2 or degree + 2 < layers]
+    return np.linalg.qr(np.vander(np.linspace(-1, 1, layers), len(degrees), increasing=True))[0]
+
+
+@lru_cache(maxsize=64)
+def _logistics(layers: int) -> np.ndarray:
+    """Slow logistic curves of unit length and without their mean, [L, members].
+
+    The change takes at least a quarter of the layers from a tenth to nine tenths: anything faster is a step.
+    """
     slowest = layers / 4 / (2 * np.log(9))
-    steps = np.arange(layers)
-    bases = []
-    for middle in np.arange(0, layers - 0.5, 0.5):
-        for width in slowest * np.array([1.0, 1.5, 2.25, 3.5]):
-            curve = 1 / (1 + np.exp(-(steps - middle) / width))
-            bases.append(np.linalg.qr(np.stack([np.ones(layers), curve], 1))[0])
-    out.append(("logistic", 4, np.stack(bases)))
-    return tuple(out)
+    middles = np.arange(0, layers - 0.5, 0.5)[:, None]
+    widths = slowest * np.array([1.0, 1.5, 2.25, 3.5])
+    away = (np.arange(layers)[:, None, None] - middles) / widths
+    curves = 1 / (1 + np.exp(-away.reshape(layers, -1)))
+    curves -= curves.mean(0)
+    return curves / np.linalg.norm(curves, axis=0)
 
 
 @dataclass(frozen=True)
@@ -114,27 +123,26 @@ class Smooth:
 def smooth(z: np.ndarray, *, fitted: bool = False) -> Smooth:
     """Per series and quantity, the family with the least ``L ln(RSS / L) + p ln L``; z [S, L, Q]."""
     count, layers, quantities = z.shape
-    squares = (z**2).sum(1)
-    scores, sums, params, members = [], [], [], []
-    for _, parameters, bases in _families(layers):
-        size = (np.einsum("mlc,slq->smcq", bases, z, optimize=True) ** 2).sum(2)  # [S, members, Q]
-        members.append(size.argmax(1))
-        rss = np.maximum(squares - size.max(1), 0.0)
-        sums.append(rss)
-        params.append(np.full_like(rss, parameters))
-        scores.append(layers * np.log(rss / layers + _FLOOR) + parameters * np.log(layers))
-    choice = np.stack(scores).argmin(0)[None]
-    rss = np.take_along_axis(np.stack(sums), choice, 0)[0]
-    chosen = np.take_along_axis(np.stack(params), choice, 0)[0]
+    flat = z.transpose(0, 2, 1).reshape(-1, layers)  # [S Q, L]
+    squares = (flat**2).sum(1)
+    basis, logistics = _polynomials(layers), _logistics(layers)
+    along = flat @ basis
+    explained = (along**2).cumsum(1)  # by degree
+    curve = np.abs(flat @ logistics)
+    member = curve.argmax(1)
+    steep = curve[np.arange(len(flat)), member]
+    rss = np.column_stack([squares[:, None] - explained[:, 1:], squares - explained[:, 0] - steep**2]).clip(0.0)
+    parameters = np.array([*range(2, basis.shape[1] + 1), 4])  # of the logistic curve: two levels, middle and width
+    choice = (layers * np.log(rss / layers + _FLOOR) + parameters * np.log(layers)).argmin(1)
+    shape = (count, quantities)
+    best = rss[np.arange(len(flat)), choice].reshape(shape), parameters[choice].reshape(shape)
     if not fitted:
-        return Smooth(rss, chosen)
-    fit = np.empty_like(z)
-    for s in range(count):
-        for q in range(quantities):
-            family = choice[0, s, q]
-            basis = _families(layers)[family][2][members[family][s, q]]
-            fit[s, :, q] = basis @ (basis.T @ z[s, :, q])
-    return Smooth(rss, chosen, fit)
+        return Smooth(*best)
+    polynomial = (along * (np.arange(basis.shape[1]) <= choice[:, None] + 1)) @ basis.T
+    slope = (flat * logistics.T[member]).sum(1)
+    logistic = along[:, :1] * basis[:, 0] + slope[:, None] * logistics.T[member]
+    fit = np.where((choice == len(parameters) - 1)[:, None], logistic, polynomial)
+    return Smooth(*best, fit.reshape(count, quantities, layers).transpose(0, 2, 1))
 
 
 def bic(rss: np.ndarray, parameters: np.ndarray | int, size: int) -> np.ndarray:
@@ -144,17 +152,19 @@ def bic(rss: np.ndarray, parameters: np.ndarray | int, size: int) -> np.ndarray:
 
 def line_rss(z: np.ndarray) -> np.ndarray:
     """Residual sum of squares of straight lines, [S]."""
-    basis = _families(z.shape[1])[0][2][0]
-    return (z**2).sum((1, 2)) - (np.einsum("lc,slq->scq", basis, z) ** 2).sum((1, 2))
+    basis = _polynomials(z.shape[1])[:, :2]
+    return (z**2).sum((1, 2)) - ((basis.T @ z) ** 2).sum((1, 2))
 
 
-def staircase_bic(z: np.ndarray) -> dict[int, np.ndarray]:
-    """BIC of the best staircase by K, [S]; z [S, L, Q].
+def staircase_bic(
+    z: np.ndarray, found: Mapping[int, tuple[np.ndarray, np.ndarray]] | None = None
+) -> dict[int, np.ndarray]:
+    """BIC of the best staircase by K, [S]; z [S, L, Q]; ``found``: its :func:`staircases`, where they are known.
 
     A boundary counts as two parameters: the search for its place fits more than one number does (Zhang and Siegmund, 2007).
     """
     size, quantities = z.shape[1] * z.shape[2], z.shape[2]
-    return {k: bic(rss, k * quantities + 2 * (k - 1), size) for k, (rss, _) in staircases(z).items()}
+    return {k: bic(rss, k * quantities + 2 * (k - 1), size) for k, (rss, _) in (found or staircases(z)).items()}
 
 
 def fewest(scores: Mapping[int, np.ndarray]) -> np.ndarray:
@@ -240,7 +250,7 @@ def sieve_null(z: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, float]
 def order_null(z: np.ndarray, count: int, seed: int) -> np.ndarray:
     """:func:`gain` with the layers of ``z`` [L, Q] in random orders, [count]."""
     rng = np.random.default_rng(seed)
-    return gain(np.stack([z[rng.permutation(len(z))] for _ in range(count)]))
+    return gain(z[np.stack([rng.permutation(len(z)) for _ in range(count)])])
 
 
 # -- the verdict --------------------------------------------------------------------------------------------------------
@@ -290,7 +300,7 @@ def find_stages(
     Args:
         values: by name, a number per image and layer, [n, L]. A quantity that is constant or missing somewhere is left out.
         weight: resamples of the images, [R, n], of :func:`saint.analysis.bootstrap.weights`.
-        simulations: of each null.
+        simulations: of smooth curves; twice as many orders of the layers, of which some are ties (within a segment, reversed).
         seed: of them.
 
     Returns:
@@ -306,12 +316,13 @@ def find_stages(
         return Stages("not shown", False, [why], used)
     everything = np.stack([values[name] for name in used], 2)  # [n, L, Q]
     z = _scored(everything.mean(0))[None]
-    steps, smoothly = staircase_bic(z), float(smooth_bic(z)[0])
+    found = staircases(z)
+    steps, smoothly = staircase_bic(z, found), float(smooth_bic(z)[0])
     best = int(fewest(steps)[0])
     line = float(bic(line_rss(z), 2 * len(used), layers * len(used))[0])
     null, rho = sieve_null(z[0], simulations, seed)
     p_smooth = _p(null, float(advantage(z)[0]))
-    p_order = _p(order_null(z[0], simulations, seed + 1), float(gain(z)[0]))
+    p_order = _p(order_null(z[0], 2 * simulations + 1, seed + 1), float(gain(z)[0]))
     criteria: dict[str, Any] = {
         "bic": {**{str(k): float(v[0]) for k, v in steps.items()}, "line": line, "smooth": smoothly},
         "p_permutation": p_order,
@@ -331,8 +342,8 @@ def find_stages(
     if p_smooth > ALPHA:
         reasons.append(f"smooth curves with noise like this give as good a staircase (p = {p_smooth:.3f})")
     if best > 1:
-        edges = staircases(z)[best][1][0]
-        redrawn = np.stack([_scored(curve) for curve in resampled(everything, weight)])
+        edges = found[best][1][0]
+        redrawn = _scored(resampled(everything, weight))
         agree, low, high = _stability(redrawn, best, edges)
         criteria["agreement"] = agree
         if agree < STABLE:
@@ -347,19 +358,20 @@ def find_stages(
 
 
 def _scored(curves: np.ndarray) -> np.ndarray:
-    """Each quantity with mean 0 and standard deviation 1 over the layers, [L, Q]."""
-    return (curves - curves.mean(0)) / np.maximum(curves.std(0), 1e-12)
+    """Each quantity with mean 0 and standard deviation 1 over the layers, [..., L, Q]."""
+    return (curves - curves.mean(-2, keepdims=True)) / np.maximum(curves.std(-2, keepdims=True), 1e-12)
 
 
 def _p(null: np.ndarray, seen: float) -> float:
-    """Share of the null that reaches what was seen, itself included."""
-    return float((1 + (null >= seen).sum()) / (1 + len(null)))
+    """Share of the null that reaches what was seen, itself included; rounding breaks no tie (an order reversed, say)."""
+    return float((1 + (null >= seen - 1e-9 * max(1.0, abs(seen))).sum()) / (1 + len(null)))
 
 
 def _stability(z: np.ndarray, best: int, edges: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
     """Share of the resamples z [R, L, Q] with ``best`` segments and every boundary within a layer; intervals of boundaries."""
-    places = staircases(z, best)[best][1]  # [R, best - 1]
-    same = (fewest(staircase_bic(z)) == best) & (np.abs(places - edges) <= 1).all(1)
+    found = staircases(z)
+    places = found[best][1]  # [R, best - 1]
+    same = (fewest(staircase_bic(z, found)) == best) & (np.abs(places - edges) <= 1).all(1)
     low, high = np.quantile(places, [0.025, 0.975], axis=0, method="nearest")
     return float(same.mean()), low, high
 

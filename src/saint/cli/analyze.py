@@ -69,9 +69,16 @@ def analyze(
     causal: Annotated[
         int,
         typer.Option(
-            min=0, help="images of which tokens leave at each layer alone, two forwards per layer each; 0: none"
+            min=0, help="images of which tokens leave at each layer alone, a forward per layer and choice each; 0: none"
         ),
     ] = 32,
+    choices: Annotated[
+        str,
+        typer.Option(
+            help="which tokens leave there: of random, saint, attention (CLS or the last prompt token attends least), tome and "
+            "tome_plain (merged, with and without proportional attention), with commas, saint among them"
+        ),
+    ] = "random,saint",
     seed: Annotated[int, typer.Option(min=0, help="of resamples and random choices")] = 0,
     size: Size = None,
     threads: Threads = None,
@@ -96,7 +103,7 @@ def analyze(
     from ..loading.vlm import is_vlm
     from ..records import environment
 
-    settings = Settings(share=share, causal=causal, seed=seed)
+    settings = Settings(share=share, causal=causal, seed=seed, choices=tuple(choices.split(",")))
     number = None if dtype == "auto" else dtype_of(dtype)
     generates = is_vlm(model)
     if not generates and (questions is not None or prompt is not None):
@@ -222,8 +229,9 @@ def _print_part(part: dict[str, Any]) -> None:
     out.print(f"{_LEGEND} at {thresholds[middle]:g}", highlight=False, style="dim")
     if causal is not None:
         unit = f" ({causal['unit']})" if causal["unit"] else ""
-        when = f"when {causal['share']:.0%} of the tokens leave at that layer alone, at random and by SAINT"
-        out.print(f"-random, -saint: {causal['measure']}{unit} {when}", highlight=False, style="dim")
+        when = f"when {causal['share']:.0%} of the tokens leave at that layer alone, by that choice"
+        names = ", ".join(f"-{method}" for method in causal["methods"])
+        out.print(f"{names}: {causal['measure']}{unit} {when}", highlight=False, style="dim")
     stages = part["stages"]
     out.print(f"[bold]Stages: {stages['verdict']}[/]", highlight=False)
     for reason in stages["reasons"]:

@@ -25,8 +25,9 @@ from ..errors import HookNeverFiredError, UnsupportedModelError
 from ..gathers import gather_tokens, is_dropped
 from ..patch import refuse_tracing
 from ..runtime.blocks import Block
-from ..runtime.layer import DropPoint, LayerStack, Seen
+from ..runtime.layer import LayerStack, Seen
 from ..runtime.observe import Observers
+from ..runtime.points import DropPoint
 from ..runtime.state import Forward, LayerState, some_tokens
 from ..tokens import Selection, TokenMap
 from ..upstream.decoders import BLOCKS

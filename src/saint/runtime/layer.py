@@ -8,13 +8,12 @@ keys show, and what the caller must see at full length.
 Letters: Q sequences, S tokens of a sequence, P prefix tokens, B samples, N candidates, C channels, D head dim.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,50 +26,8 @@ from .attended import Attended, Attending
 from .blocks import Block
 from .forwards import Forwards
 from .observe import Observers, Passed, Stopwatch, seconds
+from .points import DropPoint, refuse_non_finite, select_some
 from .state import Forward, LayerState
-
-
-class Decides(Protocol):
-    """What the mechanism asks of a method."""
-
-    @property
-    def needs(self) -> frozenset[str]: ...
-
-    @property
-    def merges(self) -> bool: ...
-
-    def select(self, candidates: Candidates) -> Selection | None: ...
-
-    def validate(self, total: int, steps: int) -> None: ...
-
-    def size_bias(self) -> float: ...
-
-
-@dataclass(frozen=True)
-class DropPoint:
-    """A place at which tokens may go.
-
-    Attributes:
-        stage: "vision", "connector" or "language".
-        layer: 0-based.
-        placement: "input": in front of the layer, "mid": between its attention and its MLP, "post": behind it.
-        method: what decides; None where candidates are only shown to observers.
-        step: this is drop point ``step`` (0-based) of ``steps`` of its stage in the plan.
-        steps: drop points of that stage.
-        needs: what is computed on demand for the method and the observers of the candidates.
-        shown: observers see the candidates.
-        group: which stage of its slot it belongs to.
-    """
-
-    stage: str
-    layer: int
-    placement: str
-    method: Decides | None
-    step: int = 0
-    steps: int = 1
-    needs: frozenset[str] = frozenset()
-    shown: bool = False
-    group: int = 0
 
 
 class Seen(NamedTuple):
@@ -236,7 +193,7 @@ class LayerStack(ABC, Uncopyable, Generic[F]):
                 point.method.validate(total, point.steps)
         keys, features = state.of_candidates(seen.keys), state.of_candidates(features.detach())
         if point.step == 0 and point.method is not None and reads_are_free(keys.device):
-            _refuse_non_finite(keys, self.where(point))
+            refuse_non_finite(keys, self.where(point))
         attention = seen.attention
         if attention is not None:
             attention = state.of_candidates(attention.unsqueeze(-1)).squeeze(-1)
@@ -263,7 +220,7 @@ class LayerStack(ABC, Uncopyable, Generic[F]):
         if len(some) == len(tokens.lengths):
             selection = point.method.select(candidates)
         else:
-            selection = _select_some(point.method, candidates, some) if some else None
+            selection = select_some(point.method, candidates, some) if some else None
         if self.observers.selected:
             stays = selection
             if stays is None:
@@ -371,50 +328,3 @@ class PrunedLayer(Uncopyable):
             spent = stack.watch.take("scoring"), stack.watch.take("gathering")
             for _, tell in observers.pruning_time:
                 tell(stage, self.layer, *spent)
-
-
-def _select_some(method: Decides, candidates: Candidates, some: list[int]) -> Selection | None:
-    """The decision for the samples that have candidates."""
-    tokens = candidates.tokens
-    pick = torch.tensor(some, device=tokens.index.device)
-    part = replace(
-        tokens,
-        index=tokens.index[pick],
-        lengths=tuple(tokens.lengths[i] for i in some),
-        total=tuple(tokens.total[i] for i in some),
-        valid=None if tokens.valid is None else tokens.valid[pick],
-    )
-    attention = None if candidates.attention is None else candidates.attention[pick]
-    chosen = method.select(
-        replace(
-            candidates,
-            keys=candidates.keys[pick],
-            features=candidates.features[pick],
-            tokens=part,
-            attention=attention,
-        )
-    )
-    if chosen is None:
-        return None
-    keep = torch.zeros_like(tokens.index, dtype=torch.bool)
-    keep[pick] = chosen.mask(tokens.slots)
-    lengths = [0] * len(tokens.lengths)
-    for sample, n in zip(some, chosen.lengths, strict=True):
-        lengths[sample] = n
-    stays = Selection.from_mask(keep, tuple(lengths))
-    if chosen.owner is None:
-        return stays
-    owner = torch.zeros_like(tokens.index)
-    owner[pick] = chosen.owner
-    return replace(stays, owner=owner)
-
-
-def _refuse_non_finite(keys: Tensor, where: str) -> None:
-    if math.isfinite(keys.sum()):  # one operation; a sum that overflows is looked at again
-        return
-    bad = ~torch.isfinite(keys).flatten(1).all(1)
-    if bool(bad.any()):
-        raise ValueError(
-            f"{where} are NaN or Inf for sample(s) {bad.nonzero().flatten().tolist()}: check the pixels for NaN or Inf, and "
-            "fp16 overflow"
-        )

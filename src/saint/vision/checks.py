@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..runtime.blocks import Block
-from ..runtime.layer import DropPoint
+from ..runtime.points import DropPoint
 from ..upstream.names import IMPLEMENTATION, TIMM_ROTARY
 from ..upstream.specs import BlockSpec, EncoderSpec, part
 

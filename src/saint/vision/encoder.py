@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ..gathers import gather_mask, gather_table, shorter, visible
 from ..patch import override
 from ..runtime.blocks import Block
-from ..runtime.layer import DropPoint, LayerStack, Seen
+from ..runtime.layer import LayerStack, Seen
 from ..runtime.observe import Observers
+from ..runtime.points import DropPoint
 from ..runtime.state import LayerState
 from ..tokens import Selection, TokenMap
 from ..upstream.names import LONGEST

@@ -1,0 +1,104 @@
+"""Where tokens may go, and how a method is asked there.
+
+Letters: B samples, N candidates, D head dim.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..tokens import Candidates, Selection
+
+
+class Decides(Protocol):
+    """What the mechanism asks of a method."""
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    @property
+    def merges(self) -> bool: ...
+
+    def select(self, candidates: Candidates) -> Selection | None: ...
+
+    def validate(self, total: int, steps: int) -> None: ...
+
+    def size_bias(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class DropPoint:
+    """A place at which tokens may go.
+
+    Attributes:
+        stage: "vision", "connector" or "language".
+        layer: 0-based.
+        placement: "input": in front of the layer, "mid": between its attention and its MLP, "post": behind it.
+        method: what decides; None where candidates are only shown to observers.
+        step: this is drop point ``step`` (0-based) of ``steps`` of its stage in the plan.
+        steps: drop points of that stage.
+        needs: what is computed on demand for the method and the observers of the candidates.
+        shown: observers see the candidates.
+        group: which stage of its slot it belongs to.
+    """
+
+    stage: str
+    layer: int
+    placement: str
+    method: Decides | None
+    step: int = 0
+    steps: int = 1
+    needs: frozenset[str] = frozenset()
+    shown: bool = False
+    group: int = 0
+
+
+def select_some(method: Decides, candidates: Candidates, some: list[int]) -> Selection | None:
+    """The decision for the samples that have candidates."""
+    tokens = candidates.tokens
+    pick = torch.tensor(some, device=tokens.index.device)
+    part = replace(
+        tokens,
+        index=tokens.index[pick],
+        lengths=tuple(tokens.lengths[i] for i in some),
+        total=tuple(tokens.total[i] for i in some),
+        valid=None if tokens.valid is None else tokens.valid[pick],
+    )
+    attention = None if candidates.attention is None else candidates.attention[pick]
+    chosen = method.select(
+        replace(
+            candidates,
+            keys=candidates.keys[pick],
+            features=candidates.features[pick],
+            tokens=part,
+            attention=attention,
+        )
+    )
+    if chosen is None:
+        return None
+    keep = torch.zeros_like(tokens.index, dtype=torch.bool)
+    keep[pick] = chosen.mask(tokens.slots)
+    lengths = [0] * len(tokens.lengths)
+    for sample, n in zip(some, chosen.lengths, strict=True):
+        lengths[sample] = n
+    stays = Selection.from_mask(keep, tuple(lengths))
+    if chosen.owner is None:
+        return stays
+    owner = torch.zeros_like(tokens.index)
+    owner[pick] = chosen.owner
+    return replace(stays, owner=owner)
+
+
+def refuse_non_finite(keys: Tensor, where: str) -> None:
+    """Raise ``ValueError`` where keys [B, N, D] of a sample are NaN or Inf; ``where`` says of which layer."""
+    if math.isfinite(keys.sum()):  # one operation; a sum that overflows is looked at again
+        return
+    bad = ~torch.isfinite(keys).flatten(1).all(1)
+    if bool(bad.any()):
+        raise ValueError(
+            f"{where} are NaN or Inf for sample(s) {bad.nonzero().flatten().tolist()}: check the pixels for NaN or Inf, and "
+            "fp16 overflow"
+        )
