@@ -344,3 +344,97 @@ def match(keys: Tensor, *, valid: Tensor | None = None) -> Partners:
         if valid is not None:
             score = score.masked_fill(~valid[:, 0::2], -torch.inf)
         return Partners(torch.arange(0, points.shape[1], 2, device=keys.device), 2 * best + 1, score)
+
+
+# -- matching -----------------------------------------------------------------------------------------------------------
+
+ROUNDS = 5  # of `pair`; with fewer than 4 embeddings get worse (docs/matching.md)
+
+
+class Pairs(NamedTuple):
+    """Disjoint pairs of similar tokens, one for each source.
+
+    Attributes:
+        leaves: slot of the token of a pair that is more similar to all others, int64 [B, S].
+        stays: slot of its partner, int64 [B, S].
+        similarity: their cosine, float32 [B, S]. A source whose every round failed comes after all pairs: it leaves, its most
+            similar target stays, and 4 is taken off their cosine. Padding holds -inf.
+    """
+
+    leaves: Tensor
+    stays: Tensor
+    similarity: Tensor
+
+
+def snake(index: Tensor, columns: int) -> Tensor:
+    """Rank of places on a grid in a walk that turns round at the end of each row: the parity of the rank is a chessboard.
+
+    Args:
+        index: places, row by row, int64 [B, N].
+        columns: of the grid.
+    """
+    row = torch.div(index, columns, rounding_mode="floor")
+    back = (2 * row + 1) * columns - 1 - index  # row * columns + (columns - 1 - column)
+    return torch.where(row % 2 == 0, index, back)
+
+
+def pair(
+    keys: Tensor,
+    index: Tensor,
+    columns: int | None = None,
+    *,
+    center: bool = False,
+    valid: Tensor | None = None,
+    rounds: int = ROUNDS,
+) -> Pairs:
+    """Greedy matching of the similarity graph, in parallel rounds.
+
+    Tokens alternate between sources and targets along the sequence, or along a snake over the grid, which makes the two sides
+    the colours of a chessboard (the published split by position makes them whole columns where the grid is even). In each round
+    every source and target whose best partner is the other one becomes a pair. These are the edges that greedy matching in
+    descending order takes, so pairs do not depend on the order of rounds; there is no loop over tokens.
+
+    Of a pair leaves the token with the larger sum of cosines to all tokens of the sample, of equal ones the source.
+
+    Args:
+        keys: [B, H, N, D] or [B, N, D], N >= 2.
+        index: original place of each token, int64 [B, N].
+        columns: of the grid that ``index`` counts along; None: tokens alternate in order.
+        center: see :func:`metric`.
+        valid: bool [B, N], False for padding.
+        rounds: of pairing.
+    """
+    with full_precision(keys.device):
+        points = metric(keys, center=center, valid=valid)  # [B, N, D]
+        batch, count, width = points.shape
+        real = points if valid is None else points * valid.unsqueeze(-1)
+        crowd = torch.bmm(points, real.sum(1).unsqueeze(-1)).squeeze(-1)  # [B, N]: sum of cosines to all tokens
+        order = torch.arange(count, device=keys.device).expand(batch, count)
+        if columns is not None:
+            walk = snake(index, columns)
+            order = torch.sort(walk if valid is None else walk.masked_fill(~valid, _LAST), dim=1).indices
+        source, target = order[:, 0::2], order[:, 1::2]  # [B, S], [B, T]
+        at = order.unsqueeze(-1).expand(-1, -1, width)
+        similarity = torch.bmm(points.gather(1, at[:, 0::2]), points.gather(1, at[:, 1::2]).mT)  # [B, S, T]
+        if valid is not None:
+            both = valid.gather(1, source).unsqueeze(2) & valid.gather(1, target).unsqueeze(1)
+            similarity = similarity.masked_fill(~both, _NO_TARGET)
+        first, partner = similarity.max(-1)  # [B, S]
+        weight = torch.where(first > _FREE, first - 4, -torch.inf)
+        places = torch.arange(source.shape[1], device=keys.device)
+        columns_of = torch.arange(target.shape[1], device=keys.device)
+        left = similarity
+        for _ in range(rounds):
+            value, best = left.max(-1)  # [B, S]
+            back = left.argmax(1)  # [B, T]
+            mutual = (back.gather(1, best) == places) & (value > _FREE)
+            weight, partner = torch.where(mutual, value, weight), torch.where(mutual, best, partner)
+            taken = mutual.gather(1, back) & (best.gather(1, back) == columns_of)  # [B, T]
+            left = left.masked_fill(mutual.unsqueeze(2) | taken.unsqueeze(1), _NO_TARGET)
+        other = target.gather(1, partner)  # [B, S]
+        swap = (crowd.gather(1, other) > crowd.gather(1, source)) & (weight > _FREE)
+        return Pairs(torch.where(swap, other, source), torch.where(swap, source, other), weight)
+
+
+_FREE = -1.5  # below every cosine, above `_NO_TARGET` and what unmatched sources hold
+_LAST = 2**40  # behind every place on a grid

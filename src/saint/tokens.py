@@ -112,7 +112,7 @@ class Selection:
             order: slots, most droppable first, int64 [B, S]; padding slots only behind real ones.
             drop: tokens to drop per sample.
             current: the map the slots refer to.
-            stride: ``order`` counts every ``stride``-th slot only; all of them where ``drop`` differs between samples.
+            stride: ``order`` counts every ``stride``-th slot only.
         """
         lengths = tuple(n - r for n, r in zip(current.lengths, drop, strict=True))
         if current.valid is None:
@@ -160,6 +160,7 @@ class Candidates:
         steps: drop points of the stage.
         attention: for methods that need "last_query": attention of the last prompt token at this layer, averaged over heads,
             float32 [B, N]; else None.
+        columns: of the grid that ``tokens.index`` counts along, row by row; None where there is none or it is not known.
     """
 
     keys: Tensor
@@ -168,6 +169,7 @@ class Candidates:
     step: int
     steps: int
     attention: Tensor | None = None
+    columns: int | None = None
 
 
 @dataclass(frozen=True)

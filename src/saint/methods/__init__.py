@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .divprune import DivPrune as DivPrune
     from .fastv import FastV as FastV
     from .grid import Grid as Grid
+    from .match import Match as Match
     from .random import Random as Random
     from .saint import Saint as Saint
     from .saint_full_graph import SaintFullGraph as SaintFullGraph
@@ -26,6 +27,7 @@ _BUILTIN = {
     "divprune": ("divprune", "DivPrune"),
     "fastv": ("fastv", "FastV"),
     "grid": ("grid", "Grid"),
+    "match": ("match", "Match"),
     "random": ("random", "Random"),
     "saint": ("saint", "Saint"),
     "saint_full_graph": ("saint_full_graph", "SaintFullGraph"),

@@ -148,6 +148,10 @@ class LayerStack(ABC, Uncopyable, Generic[F]):
         """For each candidate the new slot that stands for it at full length, int64 [B, N]; None: not asked for."""
         return None
 
+    def columns(self, forward: F, state: LayerState) -> int | None:
+        """Of the grid of candidates, where there is one."""
+        return None
+
     def where(self, point: DropPoint) -> str:
         """The keys of a drop point, for messages."""
         return f"the keys of {self.path} layer {point.layer}"
@@ -193,7 +197,9 @@ class LayerStack(ABC, Uncopyable, Generic[F]):
         attention = seen.attention
         if attention is not None:
             attention = state.of_candidates(attention.unsqueeze(-1)).squeeze(-1)
-        selection = self.select(point, Candidates(keys, features, state.counted, point.step, point.steps, attention))
+        columns = self.columns(forward, state)
+        shown = Candidates(keys, features, state.counted, point.step, point.steps, attention, columns)
+        selection = self.select(point, shown)
         if selection is None:
             after, chosen = state, None
         else:

@@ -155,6 +155,10 @@ class PrunedEncoder(LayerStack[EncoderForward]):
     def stand_in(self, keys: Tensor, selection: Selection) -> Tensor | None:
         return self.outputs.stand_in(keys, selection)
 
+    def columns(self, forward: EncoderForward, state: LayerState) -> int | None:
+        grid = forward.grid
+        return grid[1] if grid is not None and grid[0] * grid[1] == state.candidates.width else None
+
     def where(self, point: DropPoint) -> str:
         if point.placement == "input":
             return f"the patch embeddings of {self.path or type(self.module).__name__}"
