@@ -1,7 +1,7 @@
 """Match against SAINT's votes, ToMe and random choice at equal FLOPs: `python evidence/matching.py --photos DIR`.
 
-For each share of the model's FLOPs (batch 1) the budget of every plan is fitted by bisection, then the answers of the pruned model
-are compared with the unpruned ones, photograph by photograph. Writes evidence/results/matching-*.json and prints a table.
+For each share of the FLOPs (batch 1) the budget of every plan is fitted by bisection, then the answers of the pruned model are
+compared with the unpruned ones, photograph by photograph. Writes evidence/results/matching-*.json and prints a table.
 """
 
 import argparse

@@ -48,6 +48,7 @@ TESTS = {
     "test_support.py::test_keys_that_never_appear_are_an_error test_support.py::test_ragged_batches_without_masks "
     "test_scored.py",
     "runtime/forwards": "test_forwards.py",
+    "methods/match": "test_match.py",
     "runtime/layer": "test_guards.py test_scored.py test_placements.py",
     "runtime/points": "test_guards.py test_scored.py test_placements.py",
     "runtime/attended": "test_observe_layers.py",

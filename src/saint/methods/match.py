@@ -30,7 +30,7 @@ class Match(Method):
     """
 
     name: ClassVar[str] = "match"
-    paper: ClassVar[str] = "docs/matching.md"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2503.11549"  # the graph; the matching is ours
     stages: ClassVar[frozenset[str]] = frozenset({"vision", "language"})
 
     threshold: float = 0.75  # cosine from which the tokens of a pair are similar, in (-1, 1]
