@@ -348,6 +348,8 @@ def match(keys: Tensor, *, valid: Tensor | None = None) -> Partners:
 
 # -- matching -----------------------------------------------------------------------------------------------------------
 
+_FREE = -1.5  # below every cosine, above `_NO_TARGET` and what unmatched sources hold
+_LAST = 2**40  # behind every place on a grid
 ROUNDS = 5  # of `pair`; with fewer than 4 embeddings get worse (docs/matching.md)
 
 
@@ -419,22 +421,17 @@ def pair(
         if valid is not None:
             both = valid.gather(1, source).unsqueeze(2) & valid.gather(1, target).unsqueeze(1)
             similarity = similarity.masked_fill(~both, _NO_TARGET)
-        first, partner = similarity.max(-1)  # [B, S]
-        weight = torch.where(first > _FREE, first - 4, -torch.inf)
-        places = torch.arange(source.shape[1], device=keys.device)
-        columns_of = torch.arange(target.shape[1], device=keys.device)
-        left = similarity
-        for _ in range(rounds):
-            value, best = left.max(-1)  # [B, S]
+        left, (value, best) = similarity, similarity.max(-1)  # [B, S, T], and [B, S] of the first round
+        weight, partner = torch.where(value > _FREE, value - 4, -torch.inf), best
+        sources, targets = (torch.arange(side.shape[1], device=keys.device) for side in (source, target))
+        for number in range(rounds):
+            if number:
+                value, best = left.max(-1)
             back = left.argmax(1)  # [B, T]
-            mutual = (back.gather(1, best) == places) & (value > _FREE)
+            mutual = (back.gather(1, best) == sources) & (value > _FREE)
             weight, partner = torch.where(mutual, value, weight), torch.where(mutual, best, partner)
-            taken = mutual.gather(1, back) & (best.gather(1, back) == columns_of)  # [B, T]
+            taken = mutual.gather(1, back) & (best.gather(1, back) == targets)  # [B, T]
             left = left.masked_fill(mutual.unsqueeze(2) | taken.unsqueeze(1), _NO_TARGET)
         other = target.gather(1, partner)  # [B, S]
         swap = (crowd.gather(1, other) > crowd.gather(1, source)) & (weight > _FREE)
         return Pairs(torch.where(swap, other, source), torch.where(swap, source, other), weight)
-
-
-_FREE = -1.5  # below every cosine, above `_NO_TARGET` and what unmatched sources hold
-_LAST = 2**40  # behind every place on a grid

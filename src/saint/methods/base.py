@@ -185,6 +185,12 @@ def goals(keep: int | float, candidates: Candidates, name: str = "keep") -> tupl
     )
 
 
+def to_drop(budget: int | float, candidates: Candidates, name: str = "budget") -> tuple[int, ...]:
+    """Tokens of each sample that go at this drop point when the stage keeps ``budget`` (int: tokens, float: fraction)."""
+    left = goals(budget, candidates, name)
+    return tuple(n - k for n, k in zip(candidates.tokens.lengths, left, strict=True))
+
+
 def check_steps(budget: int | float, total: int, steps: int, most: Callable[[int], int], verb: str) -> None:
     """Raise ``ValueError`` where a drop point would have to ``verb`` more than ``most(tokens in front of it)``, about half."""
     keep, before = final_keep(budget, total), total

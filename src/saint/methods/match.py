@@ -13,8 +13,8 @@ from .base import (
     check_number,
     check_steps,
     floored,
-    goals,
     host_counts,
+    to_drop,
 )
 
 
@@ -55,18 +55,14 @@ class Match(Method):
         tokens = candidates.tokens
         if tokens.slots < 2:
             return None
-        drop: tuple[int, ...] | None = None
-        if not isinstance(self.budget, str):
-            left = goals(self.budget, candidates, "budget")
-            drop = tuple(n - k for n, k in zip(tokens.lengths, left, strict=True))
-            if not any(drop):
-                return None
+        drop = None if isinstance(self.budget, str) else to_drop(self.budget, candidates)
+        if drop is not None and not any(drop):
+            return None  # before the graph is made: the number does not come from it
         pairs = graph.pair(candidates.keys, tokens.index, candidates.columns, center=self.center, valid=tokens.valid)
         if drop is None:
             drop = host_counts((pairs.similarity >= self.threshold).sum(-1))
-            if not any(drop):
-                return None
-            drop = floored(drop, candidates, self.floor)
+            if any(drop):
+                drop = floored(drop, candidates, self.floor)
             if not any(drop):
                 return None
         order = graph.descending(pairs.similarity)

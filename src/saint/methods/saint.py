@@ -14,8 +14,8 @@ from .base import (
     check_number,
     check_steps,
     floored,
-    goals,
     host_counts,
+    to_drop,
 )
 
 _LARGEST_EXPONENT = 64.0
@@ -78,8 +78,7 @@ class Saint(Method):
             if any(drop):
                 drop = floored(drop, candidates, self.floor)
         else:
-            left = goals(self.budget, candidates, "budget")
-            drop = tuple(n - k for n, k in zip(tokens.lengths, left, strict=True))
+            drop = to_drop(self.budget, candidates)
         if not any(drop):
             return None
         score = graph.redundancy(edges, self.threshold, self.gamma, valid=tokens.valid)

@@ -7,7 +7,7 @@ import torch
 
 from .. import graph
 from ..tokens import Candidates, Selection, leading
-from .base import Method, check_budget, check_integer, check_number, check_steps, goals
+from .base import Method, check_budget, check_integer, check_number, check_steps, to_drop
 
 _PUBLISHED_R = 8  # MAE ViT-L/16, 24 layers, without training
 
@@ -70,8 +70,7 @@ class ToMe(Method):
             assert self.r is not None
             drop = tuple(min(self.r, n // 2) for n in tokens.lengths)
         else:
-            left = goals(self.budget, candidates, "budget")
-            drop = tuple(n - k for n, k in zip(tokens.lengths, left, strict=True))
+            drop = to_drop(self.budget, candidates)
         if not any(drop):
             return None
         edges = graph.match(candidates.keys, valid=tokens.valid)

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .. import graph
+from ..gathers import similar_survivor
 from ..runtime.observe import Observer
 from ..tokens import Candidates, Selection
 from .overlay import font, heatmap
@@ -64,11 +65,10 @@ class Witness(Observer):
         kept = selection.slots[0, : selection.lengths[0]].cpu()
         stays = torch.zeros(count, dtype=torch.bool).scatter(0, kept, True)
         if selection.owner is not None:
-            into = index[kept][selection.owner[0, :count].cpu()]
+            stands = selection.owner[0, :count].cpu()
         else:
-            points = graph.metric(keys[None])[0]
-            into = index[kept][(points @ points[kept].T).argmax(-1)]
-            into = torch.where(stays, index, into)
+            stands = similar_survivor(graph.metric(keys[None]), Selection(kept[None], (len(kept),)))[0]
+        into = index[kept][stands]
         self.steps.append(Step(layer, index, keys, stays, into))
 
     def take(self) -> list[Step]:
@@ -154,7 +154,7 @@ def around(
     for n, value in zip(step.index.tolist(), similarity.tolist(), strict=True):
         box = _box(canvas, grid, n)
         colour = heatmap(torch.tensor([[value]]), (box[2] - box[0], box[3] - box[1]))
-        canvas.paste(Image.blend(_large(photo).crop(box), colour, 0.75), box[:2])
+        canvas.paste(Image.blend(photo.crop(box), colour, 0.75), box[:2])
     draw = ImageDraw.Draw(canvas)
     centre = _centre(canvas, grid, number)
     for n, value in zip(step.index.tolist(), similarity.tolist(), strict=True):
@@ -182,17 +182,14 @@ def split(step: Step, grid: tuple[int, int], method: Any, *, board: bool) -> Ste
     count = int(graph.count_votes(edges, method.neighbors))
     order = torch.arange(rows * columns)
     if board:
-        dark = (order // columns + order % columns) % 2 == 0
-        sources, targets = order[dark], order[~dark]
-        paired = torch.full((2 * max(len(sources), len(targets)),), -1)
-        paired[0 : 2 * len(sources) : 2], paired[1 : 2 * len(targets) : 2] = sources, targets
-        order = paired[paired >= 0]
-    score = graph.redundancy(graph.connect(step.keys[None, order], method.threshold), method.threshold, method.gamma)
+        order = graph.snake(order, columns).argsort()
+        edges = graph.connect(step.keys[None, order], method.threshold)
+    score = graph.redundancy(edges, method.threshold, method.gamma)
     go = order[0::2][graph.descending(score)[0, :count]]
     stays = torch.ones(len(step.index), dtype=torch.bool).scatter(0, go, False)
-    points = graph.metric(step.keys[None])[0]
-    into = step.index[stays][(points @ points[stays].T).argmax(-1)]
-    return replace(step, stays=stays, into=torch.where(stays, step.index, into))
+    kept = stays.nonzero().flatten()
+    stands = similar_survivor(graph.metric(step.keys[None]), Selection(kept[None], (len(kept),)))[0]
+    return replace(step, stays=stays, into=step.index[kept][stands])
 
 
 def layer_colours(layers: Sequence[int]) -> dict[int, tuple[int, ...]]:
@@ -207,6 +204,11 @@ def layer_colours(layers: Sequence[int]) -> dict[int, tuple[int, ...]]:
 def _large(photo: Image.Image) -> Image.Image:
     times = max(1, math.ceil(_SIDE / min(photo.size)))
     return photo.convert("RGB").resize((photo.width * times, photo.height * times), Image.Resampling.BICUBIC)
+
+
+def _grey(photo: Image.Image) -> Image.Image:
+    """A pale grey version, for heat maps to lie on."""
+    return Image.blend(photo.convert("L").convert("RGB"), Image.new("RGB", photo.size, (128,) * 3), 0.6)
 
 
 def _box(image: Image.Image, grid: tuple[int, int], number: int) -> tuple[int, int, int, int]:
