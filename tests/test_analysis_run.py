@@ -7,6 +7,7 @@ import weakref
 
 import numpy as np
 import pytest
+import test_cli
 import torch
 from models import BUILDERS, build
 from PIL import Image
@@ -20,7 +21,6 @@ from saint.analysis import geometry, propose, record, run, similarity
 from saint.analysis.attention import received_entropy
 from saint.analysis.causal import METHODS, Causal, Looks, next_token_kl
 from saint.analysis.probe import Probe
-from saint.cli import main
 from saint.eval.journal import JournalError
 
 torch.set_num_threads(1)
@@ -551,20 +551,8 @@ def test_a_proposed_plan_begins_at_the_first_harmless_redundant_layer():
 
 # -- the command ----------------------------------------------------------------------------------------------------------
 
-
-@pytest.fixture
-def command(capsys):
-    def call(*args):
-        threads = torch.get_num_threads()
-        try:
-            with pytest.raises(SystemExit) as ended:
-                main([str(a) for a in args])
-        finally:
-            torch.set_num_threads(threads)
-        said = capsys.readouterr()
-        return ended.value.code or 0, said.out, said.err
-
-    return call
+TINY = test_cli.TINY
+command = test_cli.run  # the fixture
 
 
 @pytest.fixture
@@ -574,9 +562,6 @@ def folder(tmp_path):
     for n in range(9):
         picture(n).save(path / f"{n}.png")
     return path
-
-
-TINY = ["timm:test_vit", "--no-pretrained", "--threads", "1", "--device", "cpu"]
 
 
 def test_the_command_writes_a_record(command, folder, tmp_path):

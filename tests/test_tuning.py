@@ -3,10 +3,10 @@
 import dataclasses
 import json
 import warnings
-from typing import Any
 
 import numpy as np
 import pytest
+import test_cli
 import torch
 from models import build
 from PIL import Image
@@ -15,7 +15,6 @@ from vlm_models import FAMILIES, prompts
 
 import saint
 from saint import testing
-from saint.cli import main
 from saint.eval.journal import JournalError
 from saint.flops import count_flops
 from saint.methods import Random, ToMe
@@ -354,16 +353,8 @@ def test_bad_images_say_what_is_expected(vit, images):
 
 # -- the command ----------------------------------------------------------------------------------------------------------
 
-
-@pytest.fixture
-def command(capsys):
-    def call(*args: Any) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main([str(arg) for arg in args])
-        said = capsys.readouterr()
-        return ended.value.code or 0, said.out, said.err
-
-    return call
+TINY = test_cli.TINY
+command = test_cli.run  # the fixture
 
 
 @pytest.fixture
@@ -373,9 +364,6 @@ def folder(tmp_path):
     for number in range(13):
         Image.effect_noise((9, 7), 40 + 5 * number).convert("RGB").resize((90, 70)).save(path / f"{number}.png")
     return path
-
-
-TINY = ["timm:test_vit", "--no-pretrained", "--threads", "1", "--device", "cpu"]
 
 
 def test_the_command_writes_a_plan_that_other_commands_take(command, folder, tmp_path):

@@ -134,8 +134,7 @@ class Causal:
         methods = {}
         for slot in layers:
             method = own[slot].method if slot in own else None
-            default = Saint(threshold=0.75 if slot == "vision" else 0.83)
-            methods[slot] = replace(method if isinstance(method, Saint) else default, budget=1 - share)
+            methods[slot] = replace(method if isinstance(method, Saint) else usual_saint(slot), budget=1 - share)
         output = own["vision"].output if "vision" in own and family is None else "survivors"
         return Causal(share, measure_of(model), layers, methods, output, seed, choices)
 
@@ -192,6 +191,11 @@ class Causal:
         """What ``found`` lost against ``base``."""
         values = sample_losses(self.measure, base, found)
         return max(0.0, sum(values) / len(values))
+
+
+def usual_saint(slot: str) -> Saint:
+    """SAINT with the published threshold of a stage, for models without settings of their own."""
+    return Saint(threshold=0.75 if slot == "vision" else 0.83)
 
 
 def layers_of(model: nn.Module) -> dict[str, list[int]]:

@@ -1,6 +1,5 @@
 """`saint analyze`: what tokens do per layer of MODEL, and whether layers fall into stages."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,22 +7,21 @@ import typer
 from rich import box
 from rich.table import Table
 
-from .asked import check_asked, gather
+from .asked import Prompt, Questions, check_asked, finish_asked, gather, load_subject
 from .common import (
     MODEL_HELP,
     Device,
+    DType,
     Json,
     Pretrained,
     Size,
     Threads,
     dtype_of,
     err,
-    load,
-    load_generator,
     out,
     progress,
+    resumable,
     save,
-    tick,
 )
 
 if TYPE_CHECKING:
@@ -54,16 +52,8 @@ _LEGEND = (
 def analyze(
     model: Annotated[str, typer.Argument(help=f"{MODEL_HELP}; also of a vision-language model")],
     images: Annotated[Path, typer.Option("--images", help="an image, or a folder of them")],
-    questions: Annotated[
-        Path | None,
-        typer.Option(
-            "--questions",
-            help='vision-language models, JSON lines: {"image": "file", "question": "..."} [default: --prompt of every image]',
-        ),
-    ] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="vision-language models, without --questions [default: Describe the image.]")
-    ] = None,
+    questions: Questions = None,
+    prompt: Prompt = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="at most so many images, evenly spaced [default: all]")
     ] = None,
@@ -85,7 +75,7 @@ def analyze(
     size: Size = None,
     threads: Threads = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    dtype: DType = "auto",
     pretrained: Pretrained = True,
     journal: Annotated[
         Path | None,
@@ -105,20 +95,13 @@ def analyze(
     from ..records import environment
 
     settings = Settings(share=share, causal=causal, seed=seed, choices=tuple(choices.split(",")))
-    number = None if dtype == "auto" else dtype_of(dtype)
+    number = dtype_of(dtype)
     generates = is_vlm(model)
     check_asked(model, generates, questions, prompt)
     items, bad = gather(images, questions, prompt, limit)
-    if generates:
-        if size is not None:
-            raise ValueError("--size is for encoders: the processor of a vision-language model chooses the size")
-        vlm = load_generator(model, device, threads=threads, pretrained=pretrained, dtype=number)
-        network, place, plan = vlm.model, vlm.device, None
-        inputs: Callable[[Any, Any], Any] = lambda item, image: vlm.inputs([item.prompt], [image])  # noqa: E731
-    else:
-        loaded = load(model, device, size=size, threads=threads, pretrained=pretrained)
-        network, place, plan = loaded.model if number is None else loaded.model.to(number), loaded.device, loaded.plan
-        inputs = lambda item, image: loaded.inputs([image])  # noqa: E731
+    subject = load_subject(
+        model, device, generates=generates, size=size, threads=threads, pretrained=pretrained, dtype=number
+    )
     facts = {
         "model": model,
         "pretrained": pretrained,
@@ -128,16 +111,17 @@ def analyze(
         "set": images.name,
     }
     file = journal if journal is not None or json is None else json.with_suffix(".journal.sqlite")
-    try:
-        with progress("measuring", len(items)) as advance:
-            result = measure(
-                network, items, inputs, plan=plan, settings=settings, facts=facts, journal=file,
-                tick=lambda n: tick(advance, n),
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        kept = f"results so far are in {file}: run the same command again" if file else "nothing was kept"
-        err.print(f"[yellow]interrupted[/]; {kept}", highlight=False)
-        raise typer.Exit(130) from None
+    with resumable(file), progress("measuring", len(items)) as tick:
+        result = measure(
+            subject.model,
+            items,
+            subject.inputs,
+            plan=subject.plan,
+            settings=settings,
+            facts=facts,
+            journal=file,
+            tick=tick,
+        )
     with err.status("resampling"):
         record = make_record(result)
     record["skipped"] += [list(entry) for entry in bad]
@@ -149,12 +133,8 @@ def analyze(
             "images": {"count": len(result.entries), "set": images.resolve().name},
             "questions": None if questions is None else {"count": len(result.entries)},
         }
-        save(json, {**head, **record, "environment": environment(place)})
-    if record["skipped"]:
-        for where, reason in record["skipped"][:20]:
-            err.print(f"[yellow]skipped[/] {where}: {reason}", highlight=False)
-        err.print(f"[yellow]{len(record['skipped'])} image(s) could not be measured[/]")
-        raise typer.Exit(1)
+        save(json, {**head, **record, "environment": environment(subject.device)})
+    finish_asked(record["skipped"], "measured")
 
 
 def print_record(model: str, record: dict[str, Any], result: "Analysis") -> None:

@@ -1,7 +1,66 @@
 """The images of ``--images`` and the questions of ``--questions``, for commands that take both kinds of models."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from .common import err, load, load_generator
+
+Questions = Annotated[
+    Path | None,
+    typer.Option(
+        "--questions",
+        help='vision-language models, JSON lines: {"image": "file", "question": "..."} [default: --prompt of every image]',
+    ),
+]
+Prompt = Annotated[
+    str | None, typer.Option(help="vision-language models, without --questions [default: Describe the image.]")
+]
+
+
+class Subject(NamedTuple):
+    """A loaded model of either kind.
+
+    Attributes:
+        model: the network.
+        device: of it.
+        plan: that suits an encoder; None of a vision-language model.
+        inputs: keyword arguments of ``model.forward`` for an item of :func:`gather` and its image.
+    """
+
+    model: Any
+    device: Any
+    plan: Any
+    inputs: Callable[[Any, Any], Any]
+
+
+def load_subject(
+    model: str, device: str, *, generates: bool, size: int | None, threads: int | None, pretrained: bool, dtype: Any
+) -> Subject:
+    """Load ``model``, a vision-language model where it ``generates``; ``dtype`` None is the checkpoint's.
+
+    Raises:
+        ValueError: ``size`` of a vision-language model.
+    """
+    if generates:
+        if size is not None:
+            raise ValueError("--size is for encoders: the processor of a vision-language model chooses the size")
+        vlm = load_generator(model, device, threads=threads, pretrained=pretrained, dtype=dtype)
+        return Subject(vlm.model, vlm.device, None, lambda item, image: vlm.inputs([item.prompt], [image]))
+    loaded = load(model, device, size=size, threads=threads, pretrained=pretrained)
+    network = loaded.model if dtype is None else loaded.model.to(dtype)
+    return Subject(network, loaded.device, loaded.plan, lambda item, image: loaded.inputs([image]))
+
+
+def finish_asked(left_out: Sequence[Sequence[str]], what: str) -> None:
+    """Name items that were left out, each with the reason, and end with exit status 1 where there are any."""
+    if left_out:
+        for where, reason in left_out[:20]:
+            err.print(f"[yellow]skipped[/] {where}: {reason}", highlight=False)
+        err.print(f"[yellow]{len(left_out)} image(s) could not be {what}[/]")
+        raise typer.Exit(1)
 
 
 def check_asked(model: str, generates: bool, questions: Path | None, prompt: str | None) -> None:

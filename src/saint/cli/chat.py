@@ -8,6 +8,7 @@ from rich.table import Table
 
 from .common import (
     Device,
+    DType,
     Json,
     OldModel,
     PlanText,
@@ -38,7 +39,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="length of the answer at most")] = 128,
     threads: Threads = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    dtype: DType = "auto",
     pretrained: Pretrained = True,
     json: Json = None,
     old_model: OldModel = None,
@@ -55,7 +56,7 @@ def chat(
     photos, bad = load_images(image, 1)
     if bad:
         raise ValueError(f"{bad[0].name}: {bad[0].reason}")
-    number = None if dtype == "auto" else dtype_of(dtype)
+    number = dtype_of(dtype)
     loaded = load_generator(model, device, threads=threads, pretrained=pretrained, dtype=number)
     inputs = loaded.inputs([prompt], [photos[0].image])
     chosen = make_plan(modes(loaded.model)["connector"], plan, None, None)

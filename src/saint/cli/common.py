@@ -1,6 +1,6 @@
 """Options and habits that several commands share."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +29,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")]
 Size = Annotated[int | None, typer.Option(help="side of the pictures in pixels [default: the model's]")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads [default: torch's choice]")]
 Pretrained = Annotated[bool, typer.Option(help="--no-pretrained: random weights, nothing is downloaded")]
+DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 Limit = Annotated[int, typer.Option(min=1, help="use at most so many images")]
 Json = Annotated[Path | None, typer.Option("--json", help="also write the results to this file")]
 
@@ -69,8 +70,11 @@ def make_plan(default: "Plan", plan: str | None, threshold: float | None, layers
 
 
 def dtype_of(name: str) -> Any:
-    """The torch dtype called ``name``."""
+    """The torch dtype called ``name``; None for "auto"."""
     import torch
+
+    if name == "auto":
+        return None
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in dtypes:
@@ -136,17 +140,24 @@ def finish(bad: Sequence["Unreadable"]) -> None:
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Any]:
-    """A bar on stderr; yields the function that advances it by one."""
+    """A bar on stderr; yields the function that advances it, by one where no number is given."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
+        yield lambda count=1: bar.advance(task, count)
 
 
-def tick(advance: Callable[[], None], count: int) -> None:
-    """``count`` steps of a bar."""
-    for _ in range(count):
-        advance()
+@contextmanager
+def resumable(journal: Path | None) -> Iterator[None]:
+    """An interruption ends with status 130 and says how to go on; results are in ``journal``, where there is one."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = "nothing was kept"
+        if journal is not None:
+            kept = f"results so far are in {journal}: run the same command again to continue"
+        err.print(f"[yellow]interrupted[/]; {kept}", highlight=False)
+        raise typer.Exit(130) from None
 
 
 def bar(share: float, width: int = 20) -> str:

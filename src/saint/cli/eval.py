@@ -10,9 +10,11 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .asked import evenly
 from .common import (
     MODEL_HELP,
     Device,
+    DType,
     Json,
     Pretrained,
     Size,
@@ -23,6 +25,7 @@ from .common import (
     load,
     load_generator,
     out,
+    resumable,
     save,
 )
 
@@ -146,7 +149,7 @@ def vqa(
     batch: Annotated[int, typer.Option(min=1, help="questions per forward")] = 1,
     threads: Threads = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    dtype: DType = "auto",
     pretrained: Pretrained = True,
     journal: JournalFile = None,
     json: Json = None,
@@ -157,11 +160,10 @@ def vqa(
     from ..loading.modes import modes
 
     asked, unreadable = read_questions(questions, images)
-    if limit is not None and limit < len(asked):
-        asked = [asked[i * len(asked) // limit] for i in range(limit)]
+    asked = evenly(asked, limit)
     if prompt is not None:
         fill(prompt, asked[0])  # a bad template shows before the model is loaded
-    number = None if dtype == "auto" else dtype_of(dtype)
+    number = dtype_of(dtype)
     loaded = load_generator(model, _device(device), threads=threads, pretrained=pretrained, dtype=number)
     plans = _plans(plan, None) if plan else {"connector": modes(loaded.model)["connector"]}
     with _shown(len(asked), journal := _journal(journal, json)) as tick:
@@ -230,18 +232,10 @@ def _shown(total: int, journal: Path | None) -> Iterator[Callable[[int], None]]:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
         TimeRemainingColumn(),
     )  # fmt: skip
-    try:
-        with Progress(*columns, console=err, transient=True, disable=not _main_process()) as bar:
-            task = bar.add_task("evaluating", total=share)
-            yield lambda n: bar.advance(task, n)
-    except KeyboardInterrupt:
-        kept = (
-            f"results so far are in {journal}: run the same command again to continue"
-            if journal
-            else "nothing was kept"
-        )
-        err.print(f"[yellow]interrupted[/]; {kept}", highlight=False)
-        raise typer.Exit(130) from None
+    hidden = not _main_process()
+    with resumable(journal), Progress(*columns, console=err, transient=True, disable=hidden) as bar:
+        task = bar.add_task("evaluating", total=share)
+        yield lambda n: bar.advance(task, n)
 
 
 def _finish(kind: str, report: "Report", model: str, device: Any, json: Path | None, journal: Path | None) -> None:

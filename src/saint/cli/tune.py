@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
 from rich.table import Table
 
-from .asked import check_asked, gather
+from .asked import Prompt, Questions, check_asked, finish_asked, gather, load_subject
 from .common import (
     MODEL_HELP,
     Device,
+    DType,
     Json,
     PlanText,
     Pretrained,
@@ -20,12 +21,10 @@ from .common import (
     describe,
     dtype_of,
     err,
-    load,
-    load_generator,
     out,
     progress,
+    resumable,
     save,
-    tick,
 )
 
 if TYPE_CHECKING:
@@ -35,16 +34,8 @@ if TYPE_CHECKING:
 def tune(
     model: Annotated[str, typer.Argument(help=f"{MODEL_HELP}; also of a vision-language model")],
     images: Annotated[Path, typer.Option("--images", help="a folder of images, 12 or more")],
-    questions: Annotated[
-        Path | None,
-        typer.Option(
-            "--questions",
-            help='vision-language models, JSON lines: {"image": "file", "question": "..."} [default: --prompt of every image]',
-        ),
-    ] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="vision-language models, without --questions [default: Describe the image.]")
-    ] = None,
+    questions: Questions = None,
+    prompt: Prompt = None,
     target_flops: Annotated[
         float | None,
         typer.Option(help="share of the FLOPs that is left, in (0, 1): of the encoder, or of the language model"),
@@ -65,7 +56,7 @@ def tune(
     size: Size = None,
     threads: Threads = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    dtype: DType = "auto",
     pretrained: Pretrained = True,
     journal: Annotated[
         Path | None, typer.Option("--journal", help="results of trials; a killed run continues [default: beside -o]")
@@ -86,21 +77,15 @@ def tune(
     for file, option in ((output, "-o"), (frontier, "--frontier")):
         if file is not None and file.is_dir():
             raise IsADirectoryError(f"{option} needs a file name, {file} is a directory")
-    number = None if dtype == "auto" else dtype_of(dtype)
+    number = dtype_of(dtype)
     generates = is_vlm(model)
     check_asked(model, generates, questions, prompt)
     items, bad = gather(images, questions, prompt, limit)
     chosen = DEFAULT_METHODS if methods is None else tuple(name.strip() for name in methods.split(","))
-    if generates:
-        if size is not None:
-            raise ValueError("--size is for encoders: the processor of a vision-language model chooses the size")
-        vlm = load_generator(model, device, threads=threads, pretrained=pretrained, dtype=number)
-        network, place, suits = vlm.model, vlm.device, None
-        inputs: Any = lambda item, image: vlm.inputs([item.prompt], [image])  # noqa: E731
-    else:
-        loaded = load(model, device, size=size, threads=threads, pretrained=pretrained)
-        network, place, suits = loaded.model if number is None else loaded.model.to(number), loaded.device, loaded.plan
-        inputs = lambda item, image: loaded.inputs([image])  # noqa: E731
+    subject = load_subject(
+        model, device, generates=generates, size=size, threads=threads, pretrained=pretrained, dtype=number
+    )
+    suits = subject.plan
     if plan is not None:
         from ..loading.plans import read_plan
 
@@ -108,34 +93,26 @@ def tune(
     data = []
     for item in items:
         try:
-            data.append(dict(inputs(item, item.load())))
+            data.append(dict(subject.inputs(item, item.load())))
         except (OSError, ValueError) as error:
             bad.append((item.where, " ".join(str(error).split()) or type(error).__name__))
     facts = {"model": model, "pretrained": pretrained, "size": size, "dtype": dtype, "set": images.resolve().name}
     file = output.with_suffix(".journal.sqlite") if journal is None else journal
     total = forwards(len(data), held_out, agreement=target.agreement is not None, frontier=frontier is not None)
-    try:
-        with progress("tuning", total) as advance:
-            found = search(
-                network, data, target, chosen=chosen, plan=suits, held_out=held_out, journal=file, seed=seed,
-                frontier=frontier is not None, facts=facts, tick=lambda n: tick(advance, n),
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        err.print(f"[yellow]interrupted[/]; results so far are in {file}: run the same command again", highlight=False)
-        raise typer.Exit(130) from None
+    with resumable(file), progress("tuning", total) as tick:
+        found = search(
+            subject.model, data, target, chosen=chosen, plan=suits, held_out=held_out, journal=file, seed=seed,
+            frontier=frontier is not None, facts=facts, tick=tick,
+        )  # fmt: skip
     found.plan.save(output)
     print_tuning(model, found)
     err.print(f"wrote {output}", highlight=False)
-    record = {"kind": "tune", **found.record, "plan": found.plan.to_dict(), "environment": environment(place)}
+    record = {"kind": "tune", **found.record, "plan": found.plan.to_dict(), "environment": environment(subject.device)}
     if json is not None:
         save(json, {**record, "frontier": found.frontier or None})
     if frontier is not None:
         save(frontier, {**record, "frontier": found.frontier})
-    if bad:
-        for where, reason in bad[:20]:
-            err.print(f"[yellow]skipped[/] {where}: {reason}", highlight=False)
-        err.print(f"[yellow]{len(bad)} image(s) could not be used[/]")
-        raise typer.Exit(1)
+    finish_asked(bad, "used")
 
 
 def print_tuning(model: str, found: "Tuning") -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from .. import methods
-from ..analysis.causal import layers_of
+from ..analysis.causal import layers_of, usual_saint
 from ..errors import AlreadyAppliedError, SaintError
 from ..methods.base import Method
 from ..methods.random import Random
@@ -231,7 +231,7 @@ def _kinds(chosen: Sequence[str | Method], plan: Plan | None, slot: str) -> list
     known = set(methods.names())
     stages = () if plan is None else plan.slots.get(slot, ())
     own = next((stage.method for stage in stages if isinstance(stage.method, Saint)), None)
-    saint = Saint(threshold=0.75 if slot == "vision" else 0.83) if own is None else own
+    saint = usual_saint(slot) if own is None else own
     found: list[Method] = []
     for one in chosen:
         if isinstance(one, Method):
