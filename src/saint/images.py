@@ -74,15 +74,16 @@ def read_untrusted(data: bytes, pixels: int = 40_000_000) -> Image.Image:
     except UnidentifiedImageError as error:
         raise ValueError(f"{expected}; the contents are none of these, whatever the file is called") from error
     except Image.DecompressionBombError as error:  # twice Pillow's own limit, also by the header alone
-        raise ValueError(f"the image is too large ({_line(error)}): {most}") from error
+        raise ValueError(f"the image is too large ({reason(error)}): {most}") from error
     except (OSError, SyntaxError, EOFError, MemoryError, ValueError) as error:
-        raise ValueError(f"the image is damaged ({_line(error)}); {expected}") from error
+        raise ValueError(f"the image is damaged ({reason(error)}); {expected}") from error
     if not small:
         raise ValueError(f"the image is too large ({width} x {height} pixels): {most}")
     return whole
 
 
-def _line(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """Why an image could not be read, in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -68,6 +68,7 @@ def tune(
     What leaving costs is measured at one layer at a time, a knapsack chooses, joint runs check, and images that were held back
     say what was reached, with 95 % intervals. The plan file keeps that; every command takes it as --plan.
     """
+    from ..images import reason
     from ..loading.vlm import is_vlm
     from ..records import environment
     from ..tuning import Target, forwards
@@ -95,7 +96,7 @@ def tune(
         try:
             data.append(dict(subject.inputs(item, item.load())))
         except (OSError, ValueError) as error:
-            bad.append((item.where, " ".join(str(error).split()) or type(error).__name__))
+            bad.append((item.where, reason(error)))
     facts = {"model": model, "pretrained": pretrained, "size": size, "dtype": dtype, "set": images.resolve().name}
     file = output.with_suffix(".journal.sqlite") if journal is None else journal
     total = forwards(len(data), held_out, agreement=target.agreement is not None, frontier=frontier is not None)

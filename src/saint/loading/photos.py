@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from ..images import endings, read_image
+from ..images import endings, read_image, reason
 
 
 class Photo(NamedTuple):
@@ -55,7 +55,7 @@ def load_images(path: str | Path, limit: int | None = None) -> tuple[list[Photo]
         try:
             good.append(Photo(name, read_image(file)))
         except (OSError, ValueError) as error:
-            bad.append(Unreadable(file.name, " ".join(str(error).split()) or type(error).__name__))
+            bad.append(Unreadable(file.name, reason(error)))
     if not good:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in bad[:3])
         raise ValueError(f"none of the {len(bad)} image(s) at {path} can be read ({reasons})")
