@@ -5,42 +5,63 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import build
 
 import saint
 from saint import graph, testing
-from saint.methods import Match
+from saint.methods import Match, ToMe
 from saint.tokens import Candidates, TokenMap
 
 CPU = torch.device("cpu")
 
 
-def greedy(similarity, pairs):
-    """Edges of a bipartite graph in descending order, each token in one pair at most: the definition, one at a time."""
+def proposals(similarity, rounds=2):
+    """The definition, one source at a time: what each source that is taken has got, {source: (target, cosine)}."""
+    held = {}
+    for _ in range(rounds):
+        taken = {i for i, _ in held.values()}
+        asked = {}
+        for i, row in enumerate(similarity.tolist()):
+            open_to = [j for j in range(len(row)) if j not in held or row[j] > held[j][1]]
+            if i not in taken and open_to:
+                j = max(open_to, key=lambda j: row[j])
+                asked.setdefault(j, []).append((i, row[j]))
+        for j, proposers in asked.items():
+            held[j] = max(proposers, key=lambda pair: pair[1])
+    return {i: (j, value) for j, (i, value) in held.items()}
+
+
+def greedy(similarity):
+    """Edges in descending order, each token in one pair at most."""
+    count, others = similarity.shape
     edges = sorted(
-        ((float(similarity[i, j]), i, j) for i in range(similarity.shape[0]) for j in range(similarity.shape[1])),
-        key=lambda edge: -edge[0],
+        ((float(similarity[i, j]), i, j) for i in range(count) for j in range(others)), key=lambda edge: -edge[0]
     )
-    sources, targets, found = set(), set(), {}
+    found = {}
     for value, i, j in edges:
-        if i not in sources and j not in targets and len(found) < pairs:
-            sources.add(i)
-            targets.add(j)
+        if i not in found and j not in {t for t, _ in found.values()}:
             found[i] = (j, value)
     return found
 
 
+@given(seed=st.integers(0, 10**6))
+def test_more_proposals_would_end_in_greedy_matching(seed):
+    similarity = torch.randn(5, 5, generator=torch.Generator().manual_seed(seed))
+    assert proposals(similarity, rounds=25) == greedy(similarity)
+
+
 @given(seed=st.integers(0, 10**6), count=st.integers(2, 17), columns=st.sampled_from([None, 3, 4]))
-def test_pairs_are_those_of_greedy_matching(seed, count, columns):
+def test_pairs_are_those_of_two_rounds_of_proposals(seed, count, columns):
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn(1, count, 4, generator=generator)
     index = torch.arange(2 * count)[torch.randperm(2 * count, generator=generator)[:count].sort().values]
-    pairs = graph.pair(keys, index[None], columns, rounds=count)
+    pairs = graph.pair(keys, index[None], columns)
 
     points = torch.nn.functional.normalize(keys[0], dim=-1)
     place = index.tolist() if columns is None else [walk(n, columns) for n in index.tolist()]
     order = sorted(range(count), key=lambda n: place[n])
     source, target = order[0::2], order[1::2]
-    expected = greedy(points[source] @ points[target].T, count)
+    expected = proposals(points[source] @ points[target].T)
     crowd = (points @ points.T).sum(1)
     for i, slot in enumerate(source):
         if i not in expected:  # an odd one out: behind all pairs
@@ -117,6 +138,8 @@ def test_equal_tokens_leave_in_order():
         (lambda: Match(budget="batch"), "budget must be"),
         (lambda: Match(center=1), "center must be True or False"),
         (lambda: Match(floor=-1), "floor must be a number"),
+        (lambda: Match(fate="keep"), "fate must be one of drop, weigh, merge"),
+        (lambda: Match(beta=-1), "beta must be a number"),
         (lambda: Match(budget=0.4).validate(100, 1), "can drop at most half"),
     ],
 )
@@ -153,3 +176,84 @@ def test_the_encoder_says_how_wide_its_grid_is(vit):
     with torch.no_grad(), saint.apply(vit, Match(), observers=[Look()]):
         vit(torch.randn(1, 3, 224, 224))
     assert seen == [14, 14]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("fate", ["weigh", "merge"])
+@pytest.mark.parametrize("name", ["timm/dinov2-reg", "transformers/clip", "open_clip/vit", "timm/vit-avg"])
+def test_who_stays_counts_for_who_left(name, fate, beta):
+    model = build(name)
+    inputs = testing.example_inputs(model)
+    plan = saint.Plan(vision=saint.Stage(Match(budget=0.4, fate=fate, beta=beta), layers=[0, 2]))
+    assert "merged oracle" in testing.check_oracle(model, plan, inputs)
+    for contract in ("exact undo", "batch independence", "really on"):
+        testing.CONTRACTS[contract](model, plan, inputs)
+
+
+def test_a_weighed_token_keeps_its_features():
+    model = build("transformers/clip")
+    inputs = testing.example_inputs(model)
+    seen = {}
+
+    class Look:
+        def layer(self, stage, layer, passed):
+            seen[layer] = passed
+
+    rows = {}
+    for fate in ("drop", "weigh", "merge"):
+        plan = saint.Plan(vision=saint.Stage(Match(budget=0.6, fate=fate), layers=[1], placement="post"))
+        with torch.no_grad(), saint.apply(model, plan, observers=[Look()]) as session:
+            testing.run(model, inputs)
+            rows[fate] = seen[1].after
+            into = session.trace[-1].into
+        assert (into is None) == (fate == "drop")
+    assert torch.equal(rows["drop"], rows["weigh"])
+    assert not torch.equal(rows["drop"], rows["merge"])
+
+
+@pytest.mark.parametrize("method", [Match(budget=0.4), Match(budget=0.4, fate="merge"), ToMe(budget=0.4)], ids=repr)
+@pytest.mark.parametrize("placement", ["mid", "post"])
+def test_a_dropped_token_is_carried_by_what_stands_for_it(method, placement):
+    """Its row when it left, plus what the row that stands for it has changed by since: one token at a time."""
+    model = build("timm/dinov2-reg")
+    inputs = testing.example_inputs(model)
+    shown = []
+
+    class Look:
+        def candidates(self, stage, layer, candidates):
+            shown.append(candidates.features.clone())
+
+    plain = saint.Plan(vision=saint.Stage(method, layers=[0, 2], placement=placement, output="similar"))
+    carried = saint.Plan(vision=saint.Stage(method, layers=[0, 2], placement=placement, output="carried"))
+    blocks = []
+    hook = model.blocks[-1].register_forward_hook(lambda _m, _a, y: blocks.append(y.detach()))
+    with torch.no_grad():
+        for plan in (plain, carried):
+            with saint.apply(model, plan, observers=[Look()]) as session:
+                testing.run(model, inputs)
+                states = list(session._encoder.forward.drops.values())
+    hook.remove()
+    similar, found = blocks
+    prefix = found.shape[1] - states[0][0].tokens.slots
+    assert torch.equal(similar[:, :prefix], found[:, :prefix])
+    shown = shown[2:]  # of the second forward, in front of each drop point
+    for b in range(len(found)):
+        slot = {i: i for i in range(states[0][0].tokens.slots)}  # of each original token, what stands for it now
+        offset = {i: 0.0 for i in slot}
+        for (before, after), rows in zip(states, shown, strict=True):
+            first = after.stand_ins if before.stand_ins is None else None
+            for i in list(slot):
+                now = int(first[b, i]) if first is not None else int(after.stand_ins[b, i])
+                kept = after.tokens.index[b, now]
+                old = (before.tokens.index[b] == kept).nonzero().item()
+                survivor = rows[b, old] if not method.averages or not method.merges else mean(rows[b], before, after, b, now)
+                offset[i] = offset[i] + rows[b, slot[i]] - survivor
+                slot[i] = now
+        for i in slot:
+            assert torch.allclose(found[b, prefix + i], similar[b, prefix + i] + offset[i], atol=1e-5)
+
+
+def mean(rows, before, after, b, now):
+    """Of the slots that became ``now``, weighted by what they stand for."""
+    was = torch.arange(before.tokens.width) if before.merged is None else before.merged[b]
+    return torch.stack([rows[int(was[i])] for i in (after.merged[b] == now).nonzero().flatten()]).mean(0)

@@ -36,6 +36,12 @@ def gather_tokens(x: Tensor, slots: Tensor, prefix: int) -> Tensor:
     return x.reshape(batch * count, channels).index_select(0, rows.reshape(-1)).view(batch, -1, channels)
 
 
+def merged_sizes(sizes: Tensor, selection: Selection) -> Tensor:
+    """What each survivor stands for behind a merge: float [B, N] -> [B, K]."""
+    assert selection.owner is not None
+    return sizes.new_zeros(selection.slots.shape).scatter_add(1, selection.owner, sizes)
+
+
 def merge_tokens(x: Tensor, sizes: Tensor, selection: Selection, prefix: int) -> tuple[Tensor, Tensor]:
     """Keep the prefix, and average the candidates that become one, weighted by what they stand for.
 
@@ -51,7 +57,7 @@ def merge_tokens(x: Tensor, sizes: Tensor, selection: Selection, prefix: int) ->
     owner = selection.owner
     assert owner is not None
     batch, kept = selection.slots.shape
-    total = sizes.new_zeros(batch, kept).scatter_add(1, owner, sizes)
+    total = merged_sizes(sizes, selection)
     dtype = torch.promote_types(x.dtype, torch.float32)
     share = sizes.to(dtype) / total.to(dtype).gather(1, owner).clamp_min(1)
     body = x[:, prefix:] * share.unsqueeze(-1)

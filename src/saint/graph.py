@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .gathers import gather_tokens
+
 # A cosine never gets here and a valid threshold neither: marks targets that do not exist (padding).
 _NO_TARGET = -2.0
 
@@ -350,17 +352,16 @@ def match(keys: Tensor, *, valid: Tensor | None = None) -> Partners:
 
 _FREE = -1.5  # below every cosine, above `_NO_TARGET` and what unmatched sources hold
 _LAST = 2**40  # behind every place on a grid
-ROUNDS = 5  # of `pair`; with fewer than 4 embeddings get worse (docs/matching.md)
 
 
 class Pairs(NamedTuple):
-    """Disjoint pairs of similar tokens, one for each source.
+    """Pairs of similar tokens, one for each source, disjoint where they were won.
 
     Attributes:
         leaves: slot of the token of a pair that is more similar to all others, int64 [B, S].
         stays: slot of its partner, int64 [B, S].
-        similarity: their cosine, float32 [B, S]. A source whose every round failed comes after all pairs: it leaves, its most
-            similar target stays, and 4 is taken off their cosine. Padding holds -inf.
+        similarity: their cosine, float32 [B, S]. A source that won no target comes after all pairs: it leaves, its most similar
+            target stays, and 4 is taken off their cosine. Padding holds -inf.
     """
 
     leaves: Tensor
@@ -376,7 +377,7 @@ def snake(index: Tensor, columns: int) -> Tensor:
         columns: of the grid.
     """
     row = torch.div(index, columns, rounding_mode="floor")
-    back = (2 * row + 1) * columns - 1 - index  # row * columns + (columns - 1 - column)
+    back = row * (2 * columns) + (columns - 1) - index  # row * columns + (columns - 1 - column)
     return torch.where(row % 2 == 0, index, back)
 
 
@@ -387,14 +388,14 @@ def pair(
     *,
     center: bool = False,
     valid: Tensor | None = None,
-    rounds: int = ROUNDS,
 ) -> Pairs:
-    """Greedy matching of the similarity graph, in parallel rounds.
+    """Matching of the similarity graph by two rounds of proposals.
 
     Tokens alternate between sources and targets along the sequence, or along a snake over the grid, which makes the two sides
-    the colours of a chessboard (the published split by position makes them whole columns where the grid is even). In each round
-    every source and target whose best partner is the other one becomes a pair. These are the edges that greedy matching in
-    descending order takes, so pairs do not depend on the order of rounds; there is no loop over tokens.
+    the colours of a chessboard (the published split by position makes them whole columns where the grid is even). Every source
+    proposes to its most similar target, and a target takes the most similar of its proposers (of equal ones the first). Sources
+    that were not taken propose once more, to the most similar of the targets that hold nothing more similar, which then let go
+    what they hold. More rounds would end in greedy matching (edges in descending order). No loop over tokens.
 
     Of a pair leaves the token with the larger sum of cosines to all tokens of the sample, of equal ones the source.
 
@@ -404,34 +405,39 @@ def pair(
         columns: of the grid that ``index`` counts along; None: tokens alternate in order.
         center: see :func:`metric`.
         valid: bool [B, N], False for padding.
-        rounds: of pairing.
     """
     with full_precision(keys.device):
         points = metric(keys, center=center, valid=valid)  # [B, N, D]
-        batch, count, width = points.shape
-        real = points if valid is None else points * valid.unsqueeze(-1)
-        crowd = torch.bmm(points, real.sum(1).unsqueeze(-1)).squeeze(-1)  # [B, N]: sum of cosines to all tokens
-        order = torch.arange(count, device=keys.device).expand(batch, count)
-        if columns is not None:
+        if columns is None:
+            order = torch.arange(points.shape[1], device=keys.device).expand(points.shape[:2])
+        else:
             walk = snake(index, columns)
             order = torch.sort(walk if valid is None else walk.masked_fill(~valid, _LAST), dim=1).indices
-        source, target = order[:, 0::2], order[:, 1::2]  # [B, S], [B, T]
-        at = order.unsqueeze(-1).expand(-1, -1, width)
-        similarity = torch.bmm(points.gather(1, at[:, 0::2]), points.gather(1, at[:, 1::2]).mT)  # [B, S, T]
+            points = gather_tokens(points, order, 0)
+            valid = None if valid is None else valid.gather(1, order)
+        real = points if valid is None else points * valid.unsqueeze(-1)
+        crowd = torch.bmm(points, real.sum(1).unsqueeze(-1)).squeeze(-1)  # [B, N]: sum of cosines to all tokens
+        similarity = torch.bmm(points[:, 0::2], points[:, 1::2].mT)  # [B, S, T]
         if valid is not None:
-            both = valid.gather(1, source).unsqueeze(2) & valid.gather(1, target).unsqueeze(1)
+            both = valid[:, 0::2].unsqueeze(2) & valid[:, 1::2].unsqueeze(1)
             similarity = similarity.masked_fill(~both, _NO_TARGET)
-        left, (value, best) = similarity, similarity.max(-1)  # [B, S, T], and [B, S] of the first round
-        weight, partner = torch.where(value > _FREE, value - 4, -torch.inf), best
-        sources, targets = (torch.arange(side.shape[1], device=keys.device) for side in (source, target))
-        for number in range(rounds):
-            if number:
-                value, best = left.max(-1)
-            back = left.argmax(1)  # [B, T]
-            mutual = (back.gather(1, best) == sources) & (value > _FREE)
-            weight, partner = torch.where(mutual, value, weight), torch.where(mutual, best, partner)
-            taken = mutual.gather(1, back) & (best.gather(1, back) == targets)  # [B, T]
-            left = left.masked_fill(mutual.unsqueeze(2) | taken.unsqueeze(1), _NO_TARGET)
-        other = target.gather(1, partner)  # [B, S]
-        swap = (crowd.gather(1, other) > crowd.gather(1, source)) & (weight > _FREE)
-        return Pairs(torch.where(swap, other, source), torch.where(swap, source, other), weight)
+        held = similarity.new_full((similarity.shape[0], similarity.shape[2]), _FREE)  # [B, T]: what each target has taken
+        value, best = similarity.max(-1)  # [B, S]
+        held.scatter_reduce_(1, best, value, "amax")
+        won = value == held.gather(1, best)
+        more, other = similarity.masked_fill_(similarity <= held.unsqueeze(1), _NO_TARGET).max(-1)
+        held.scatter_reduce_(1, other, more.masked_fill_(won, _NO_TARGET), "amax")
+        late = (more == held.gather(1, other)) & (more > _FREE)
+        won = (won & (value == held.gather(1, best))) | late
+        pick, value = torch.where(late, other, best), torch.where(late, more, value)
+        # of equal proposals the first is taken
+        rank = torch.arange(pick.shape[1], device=keys.device).expand_as(pick)
+        nobody = torch.full_like(order[:, 1::2], pick.shape[1])
+        first = nobody.scatter_reduce_(1, pick, rank.masked_fill(~won, pick.shape[1]), "amin")
+        won = first.gather(1, pick) == rank
+        weight = torch.where(won, value, value - 4)
+        if valid is not None:
+            weight = weight.masked_fill(~valid[:, 0::2], -torch.inf)
+        swap = (crowd[:, 1::2].gather(1, pick) > crowd[:, 0::2]) & won
+        source, target = order[:, 0::2], order[:, 1::2].gather(1, pick)
+        return Pairs(torch.where(swap, target, source), torch.where(swap, source, target), weight)

@@ -9,7 +9,7 @@ import os
 import sys
 import types
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from . import methods
 from .methods.base import Method
@@ -21,7 +21,8 @@ STAGES = ("vision", "connector", "language")
 Layers = Literal["first_half"] | range | list[int] | tuple[int, ...] | None
 Placement = Literal["input", "mid", "post"] | None
 PROVIDES = {"vision": frozenset[str](), "connector": frozenset[str](), "language": frozenset({"last_query"})}
-OUTPUTS = ("survivors", "nearest", "similar")
+Output = Literal["survivors", "nearest", "similar", "carried"]
+OUTPUTS: tuple[Output, ...] = get_args(Output)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Stage:
         output: what a vision encoder hands on. "survivors": the shortened sequence, batches padded to the longest
             sample with the mean of its survivors (an average pool averages the survivors). Full length, every dropped
             token standing for its survivor: "nearest" (closest on the patch grid; for dense heads) or "similar" (most
-            similar key when it was dropped; an average pool then weights each survivor by the tokens it covers).
+            similar key when it was dropped; an average pool then weights each survivor by the tokens it covers), or
+            "carried": its own old state plus what that survivor has changed by since.
         evict: language stage only. After the prompt, throw the tokens dropped at later layers out of the KV caches of the
             earlier layers too. Prompt and first token are as without it; later tokens no longer see those in any layer.
 
@@ -50,7 +52,7 @@ class Stage:
     method: Method
     layers: Layers = None
     placement: Placement = None
-    output: Literal["survivors", "nearest", "similar"] = "survivors"
+    output: Output = "survivors"
     evict: bool = False
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from ..methods.fastv import FastV
 from ..methods.random import Random
 from ..methods.saint import Saint
 from ..methods.tome import ToMe
-from ..plan import Plan, Stage
+from ..plan import Output, Plan, Stage
 from ..runtime.attended import Attended
 from ..session import pruned
 from ..tokens import Candidates, Selection
@@ -98,7 +98,7 @@ class Causal:
     measure: str
     layers: dict[str, list[int]]
     methods: dict[str, Saint]
-    output: Literal["survivors", "nearest", "similar"] = "survivors"
+    output: Output = "survivors"
     seed: int = 0
     choices: tuple[str, ...] = ("random", "saint")
 

@@ -1,10 +1,12 @@
 """The paper's graph with every token in at most one pair: matching instead of votes. Ours; see docs/matching.md."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
+
+import torch
 
 from .. import graph
-from ..tokens import Candidates, Selection
+from ..tokens import Candidates, Selection, leading
 from .base import (
     Budget,
     Method,
@@ -18,15 +20,22 @@ from .base import (
 )
 
 
+Fate = Literal["drop", "weigh", "merge"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Match(Method):
-    """Pairs of most similar tokens; of each pair the one that is more similar to all others leaves, its partner stays.
+    """Pairs of similar tokens; of each pair the one that is more similar to all others leaves, its partner stays.
 
     The voting graph of SAINT scores every source on its own. Here a token leaves only beside a partner that stays, the two sides
     of the graph are the colours of a chessboard instead of even and odd positions, and either token of a pair may leave.
 
     With ``budget="sample"`` each sample drops as many tokens as it has pairs of at least ``threshold``. With a number the stage
     keeps that many tokens, the same share at every drop point, which can be half of what is there at most.
+
+    What becomes of the token that leaves is its ``fate``. "drop": nothing. "weigh": its partner counts for it, later attention adds
+    beta * log(size) to the logits of a token that stands for ``size`` of them, and is unchanged itself. "merge": likewise, and the
+    partner becomes the mean of what it stands for, as in :class:`saint.methods.ToMe`.
     """
 
     name: ClassVar[str] = "match"
@@ -36,6 +45,8 @@ class Match(Method):
     threshold: float = 0.75  # cosine from which the tokens of a pair are similar, in (-1, 1]
     budget: Budget = "sample"  # "sample" | tokens kept (int) | fraction of the candidates kept (float)
     center: bool = False  # subtract the mean key first; for encoders whose keys share a large common component
+    fate: Fate = "drop"  # of what leaves: "drop", "weigh" or "merge"
+    beta: float = 0.3  # of "weigh" and "merge": weight of log(size) in later attention, in [0, 1000]
     floor: float = 0.1  # fraction of the stage's original candidates that always survives, in [0, 1]
 
     def __post_init__(self) -> None:
@@ -43,9 +54,18 @@ class Match(Method):
         check_number("floor", self.floor, 0, 1, "a fraction of the stage's original candidates")
         check_budget(self.budget, ("sample",))
         check_flag("center", self.center)
+        if self.fate not in get_args(Fate):
+            raise ValueError(f"fate must be one of {', '.join(get_args(Fate))}, got {self.fate!r}")
+        check_number("beta", self.beta, 0, 1000, "0.3 suits fate='weigh', 1 suits fate='merge'")
+        # of the class in other methods; here a setting decides
+        object.__setattr__(self, "merges", self.fate != "drop")
+        object.__setattr__(self, "averages", self.fate == "merge")
 
     def layers(self, stage: str, depth: int) -> list[int]:
         return [0, 1][:depth] if stage == "vision" else list(range(min(7, depth - 1), min(9, depth)))
+
+    def size_bias(self) -> float:
+        return self.beta if self.merges else 0.0
 
     def validate(self, total: int, steps: int) -> None:
         if not isinstance(self.budget, str):
@@ -66,4 +86,10 @@ class Match(Method):
             if not any(drop):
                 return None
         order = graph.descending(pairs.similarity)
+        if self.merges:
+            go = leading(drop, order.shape[1], order.device)
+            leaves, stays = pairs.leaves.gather(1, order), pairs.stays.gather(1, order)
+            into = torch.arange(tokens.slots, device=order.device).expand_as(tokens.index)
+            into = into.scatter(1, leaves, torch.where(go, stays, leaves))
+            return Selection.merging(into, tuple(n - r for n, r in zip(tokens.lengths, drop, strict=True)), tokens)
         return Selection.from_order(pairs.leaves.gather(1, order), drop, tokens)

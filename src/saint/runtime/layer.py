@@ -18,7 +18,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..gathers import gather_tokens, merge_tokens
+from ..gathers import gather_tokens, merge_tokens, merged_sizes
 from ..patch import Uncopyable, override, refuse_replicas
 from ..tokens import Candidates, LayerTrace, Selection, reads_are_free
 from ..upstream.autograd import checkpointed
@@ -148,6 +148,10 @@ class LayerStack(ABC, Uncopyable, Generic[F]):
         """For each candidate the new slot that stands for it at full length, int64 [B, N]; None: not asked for."""
         return None
 
+    def carry(self, state: LayerState, rows: Tensor, after: LayerState, stay: Tensor) -> LayerState:
+        """``after`` with what full length needs of the candidates' rows in front of a drop, [B, N, C], and behind it, [B, K, C]."""
+        return after
+
     def columns(self, forward: F, state: LayerState) -> int | None:
         """Of the grid of candidates, where there is one."""
         return None
@@ -164,10 +168,12 @@ class LayerStack(ABC, Uncopyable, Generic[F]):
             state: nothing was chosen yet.
             features: hidden states behind the prefix that enter the first layer, those of ``state``, [Q, S, C].
         """
-        features = features.detach()
         for point in self.entries:
-            state, chosen, _ = self.choose(forward, point, state, features, Seen(features))
-            features = features if chosen is None else gather_tokens(features, chosen.slots, 0)
+            after, chosen, _ = self.choose(forward, point, state, features.detach(), Seen(features.detach()))
+            if chosen is not None:
+                stay = gather_tokens(features, chosen.slots, 0)
+                after, features = self.carry(state, features, after, stay), stay
+            state = after
         forward.states[self.first] = state if state.tokens.whole else replace(state, full_length=True)
 
     # -- a drop point -------------------------------------------------------------------------------------------------
@@ -236,17 +242,22 @@ class LayerStack(ABC, Uncopyable, Generic[F]):
         if chosen is None or selection is None:
             return after, y
         if selection.owner is None:
-            return after, gather_tokens(y, chosen.slots, self.prefix)
+            stay = gather_tokens(y, chosen.slots, self.prefix)
+            return self.carry(state, y[:, self.prefix :], after, stay[:, self.prefix :]), stay
         assert point.method is not None
         tokens, sizes = state.candidates, state.sizes
         if sizes is None:
             like = torch.ones_like(tokens.index) if tokens.valid is None else tokens.valid
             sizes = like.to(torch.float32)
-        if state.places is None:
+        old = y
+        if not point.method.averages:
+            y, sizes = gather_tokens(y, chosen.slots, self.prefix), merged_sizes(sizes, selection)
+        elif state.places is None:
             y, sizes = merge_tokens(y, sizes, selection, self.prefix)
         else:
             rows, sizes = merge_tokens(state.of_candidates(y), sizes, selection, 0)
             y = after.put(gather_tokens(y, chosen.slots, self.prefix), rows)
+        after = self.carry(state, old[:, self.prefix :], after, y[:, self.prefix :])
         return replace(after, sizes=sizes, beta=point.method.size_bias()), y
 
     # -- time ---------------------------------------------------------------------------------------------------------

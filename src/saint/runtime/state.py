@@ -32,6 +32,7 @@ class LayerState:
         merged: merging: for each original candidate the slot it is part of, int64 [B, N of the beginning].
         beta: merging: later attention adds beta * log(size) to the logits of a candidate's key.
         stand_ins: for each original candidate the slot that stands for it in a full-length map, int64 [B, N of the beginning].
+        offsets: what is added to the row of a stand-in, in the residual stream, [B, N of the beginning, C]; None: nothing.
         full_length: the hidden states arrive at the length of the beginning although ``tokens`` are fewer.
     """
 
@@ -43,6 +44,7 @@ class LayerState:
     merged: Tensor | None = None
     beta: float = 0.0
     stand_ins: Tensor | None = None
+    offsets: Tensor | None = None
     full_length: bool = False
 
     @property

@@ -25,7 +25,9 @@ from .outputs import Inputs, run
 
 
 def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[str, Tensor], list[LayerTrace]]:
-    """The full-length forward in which all tokens that ``plan`` merges into one share their mean from the merge on.
+    """The full-length forward in which all tokens that ``plan`` merges into one share a row from the merge on.
+
+    That row is their mean, or of methods that do not average (:attr:`saint.methods.base.Method.averages`) the survivor's.
 
     Copies of a token of size s are attended to s times as much as one, which is proportional attention with beta = 1; for
     another beta, (beta - 1) * log(s) is added to their logits. Copies take the rotary position of the survivor.
@@ -42,7 +44,7 @@ def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
         HookNeverFiredError: beta is not 1, or the encoder ends in an attention pool, and an attention was not seen.
     """
     stage = plan.slots["vision"][0]
-    beta, survivors = stage.method.size_bias(), stage.output == "survivors"
+    beta, averages, survivors = stage.method.size_bias(), stage.method.averages, stage.output == "survivors"
     with pruned(model, plan) as session:
         run(model, inputs)
         trace = session.trace
@@ -58,7 +60,7 @@ def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
         for sample, into in enumerate(groups):
             for survivor in into.unique().tolist():
                 members = prefix + (into == survivor).nonzero().flatten()
-                y[sample, members] = y[sample, members].mean(0)
+                y[sample, members] = y[sample, members].mean(0) if averages else y[sample, prefix + survivor].clone()
         return y
 
     def logits(count: int, like: Tensor) -> Tensor | None:

@@ -8,10 +8,10 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ..methods.base import Method
-from ..plan import PROVIDES, Plan, Stage
+from ..plan import PROVIDES, Output, Plan, Stage
 from .work import Table
 
 
@@ -58,7 +58,7 @@ class Space:
     mid: bool
     depth: int
     tokens: int
-    output: Literal["survivors", "nearest", "similar"] = "survivors"
+    output: Output = "survivors"
 
     def usable(self, method: Method, place: int) -> bool:
         """Whether ``method`` can choose at ``place``."""

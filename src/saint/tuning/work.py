@@ -17,7 +17,7 @@ from ..bench.timing import interleave
 from ..errors import SaintError
 from ..flops import count_flops
 from ..methods.random import Random
-from ..plan import Plan, Stage
+from ..plan import Output, Plan, Stage
 from ..session import pruned
 from ..vision.locate import locate
 from ..vlm.locate import find
@@ -88,7 +88,7 @@ class Meter:
         slot: str,
         depth: int,
         tokens: int,
-        output: Literal["survivors", "nearest", "similar"] = "survivors",
+        output: Output = "survivors",
     ) -> None:
         if depth < 2:
             raise ValueError(f"plans are tuned for models of at least 2 layers, this one has {depth}")

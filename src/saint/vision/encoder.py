@@ -155,6 +155,9 @@ class PrunedEncoder(LayerStack[EncoderForward]):
     def stand_in(self, keys: Tensor, selection: Selection) -> Tensor | None:
         return self.outputs.stand_in(keys, selection)
 
+    def carry(self, state: LayerState, rows: Tensor, after: LayerState, stay: Tensor) -> LayerState:
+        return self.outputs.carry(state, rows, after, stay)
+
     def columns(self, forward: EncoderForward, state: LayerState) -> int | None:
         grid = forward.grid
         return grid[1] if grid is not None and grid[0] * grid[1] == state.candidates.width else None

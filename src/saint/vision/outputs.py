@@ -179,7 +179,7 @@ class Outputs(Uncopyable):
 
     def stand_in(self, keys: Tensor, selection: Selection) -> Tensor | None:
         """For each current candidate the new slot that stands for it, int64 [B, N]; keys [B, N, D]; None: not asked for."""
-        if self.output != "similar":
+        if self.output not in ("similar", "carried"):
             return None
         return similar_survivor(metric(keys), selection) if selection.owner is None else selection.owner
 
@@ -188,7 +188,7 @@ class Outputs(Uncopyable):
         forward = self.forwards.state
         state, grid = forward.states[layer], forward.grid
         tokens = state.tokens
-        if self.output == "similar":
+        if self.output in ("similar", "carried"):
             assert state.stand_ins is not None
             return state.stand_ins
         if grid is None or grid[0] * grid[1] != tokens.width:
@@ -209,4 +209,22 @@ class Outputs(Uncopyable):
         """
         if self.forwards.state.states[layer].tokens.whole:
             return x
-        return gather_tokens(x, self.stand_ins(layer), self.prefix)  # [B, P + N, C]
+        full = gather_tokens(x, self.stand_ins(layer), self.prefix)  # [B, P + N, C]
+        offsets = self.forwards.state.states[layer].offsets
+        return full if offsets is None else torch.cat([full[:, : self.prefix], full[:, self.prefix :] + offsets], 1)
+
+    def carry(self, state: LayerState, rows: Tensor, after: LayerState, stay: Tensor) -> LayerState:
+        """``after`` with the offsets that give each original candidate the row it has now.
+
+        Args:
+            state: in front of a drop.
+            rows: of its candidates, [B, N, C].
+            after: the state behind it.
+            stay: rows of the survivors, [B, K, C].
+        """
+        if self.output != "carried":
+            return after
+        assert after.stand_ins is not None
+        now = rows if state.stand_ins is None else gather_tokens(rows, state.stand_ins, 0)
+        now = now if state.offsets is None else now + state.offsets
+        return replace(after, offsets=now - gather_tokens(stay, after.stand_ins, 0))
