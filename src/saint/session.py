@@ -27,6 +27,7 @@ from .vision.encoder import PrunedEncoder
 if TYPE_CHECKING:  # these import transformers
     from .language.decoder import KVMemory
     from .runtime.forwards import Forwards
+    from .language.prompt import PrunedText
     from .vlm.model import PrunedVLM
 
 
@@ -66,7 +67,7 @@ class Session(Uncopyable):
         self._disabled = 0  # blocks of disabled() that are open
         self._removed = False
         self._encoder: PrunedEncoder | None = None
-        self._vlm: PrunedVLM | None = None
+        self._vlm: PrunedVLM | PrunedText | None = None
 
     def __enter__(self) -> "Session":
         if self._removed:
@@ -284,7 +285,8 @@ def apply(model: ModelLike, plan: PlanLike, *, observers: Sequence[Any] = ()) ->
 
     Args:
         model: a model of the support table (``saint list``), one that contains exactly one, or an object that is no module and
-            keeps one in ``.model`` (a pipeline of transformers, say).
+            keeps one in ``.model`` (a pipeline of transformers, say). Of a language model without images (Llama, Mistral, Qwen
+            and Gemma of transformers) the ``language`` stage drops tokens of a prompt: all but its first and last are candidates.
         plan: a plan; a bare method means ``Plan(vision=method)``; a string names a recipe, or is looked up like
             :meth:`Plan.load` does.
         observers: objects with some of the methods of :class:`saint.Observer`, which are told of candidates, selections and
