@@ -10,7 +10,7 @@ from .common import Json, out
 def list_(json: Json = None) -> None:
     """What is supported: encoders, vision-language models, methods, recipes and demo models, those of plug-ins included."""
     from .. import demo, methods
-    from ..demo import scenes, small_llava
+    from ..demo import scenes, small_llava, smollm2
     from ..presets import recipes
     from ..upstream import registry
 
@@ -55,6 +55,12 @@ def list_(json: Json = None) -> None:
         "image_sizes": (scenes.SIDE,),
         "recipe": "",
         "licence": small_llava.LICENCE,
+    }
+    models[smollm2.NAME] = {
+        "title": smollm2.TITLE,
+        "image_sizes": (),
+        "recipe": "",
+        "licence": smollm2.LICENCE,
     }
     for name, facts in models.items():
         sizes = " to ".join(map(str, facts["image_sizes"]))
