@@ -26,8 +26,8 @@ from .vision.encoder import PrunedEncoder
 
 if TYPE_CHECKING:  # these import transformers
     from .language.decoder import KVMemory
-    from .runtime.forwards import Forwards
     from .language.prompt import PrunedText
+    from .runtime.forwards import Forwards
     from .vlm.model import PrunedVLM
 
 

@@ -36,8 +36,8 @@ _ENTROPIES = ("token_entropy", "cls_entropy", "last_entropy")
 
 
 def make_record(analysis: Analysis) -> dict[str, Any]:
-    """The results of a run as plain data: ``settings``, ``candidates`` (what tokens those are), ``parts``, ``plan``, ``plan_line``,
-    ``skipped`` and counts.
+    """The results of a run as plain data: ``settings``, ``candidates`` (what tokens those are), ``parts``, ``plan``,
+    ``plan_line``, ``skipped`` and counts.
 
     Args:
         analysis: of :func:`saint.analysis.run.analyze`.
@@ -87,7 +87,9 @@ def _part(stage: str, analysis: Analysis, weight: np.ndarray) -> dict[str, Any]:
     )
     shares = bootstrap.interval(droppable, weight)
     counts = np.array([e["tokens"] for e in entries if e], dtype=float).mean(0)
-    quantities = [{"name": name, **_described(name, _tokens(analysis)), **_lists(value, weight)} for name, value in values.items()]
+    quantities = [
+        {"name": name, **_described(name, _tokens(analysis)), **_lists(value, weight)} for name, value in values.items()
+    ]
     for quantity in quantities:
         if quantity["name"] == "cka_adjacent":  # of means over images, as the matrix
             quantity |= alike["adjacent"]

@@ -1,4 +1,6 @@
-"""Images, or prompts without any, streamed through the probe and the one-layer plans: one at a time, journalled, to be continued when killed."""
+"""Images, or prompts without any, streamed through the probe and the one-layer plans: one at a time, journalled, to be
+continued when killed.
+"""
 
 import os
 from collections.abc import Callable, Mapping, Sequence

@@ -7,7 +7,17 @@ import typer
 from rich import box
 from rich.table import Table
 
-from .asked import Prompt, Prompts, Questions, check_asked, finish_asked, gather, load_subject, load_text_subject, read_prompts
+from .asked import (
+    Prompt,
+    Prompts,
+    Questions,
+    check_asked,
+    finish_asked,
+    gather,
+    load_subject,
+    load_text_subject,
+    read_prompts,
+)
 from .common import (
     MODEL_HELP,
     Device,
@@ -44,7 +54,7 @@ _COLUMNS = (
 )
 _LEGEND = (
     "sim, simc: cosine of keys, of centred keys; Hcls, Hlast, Htok, Hrec: entropy of the attention of CLS, the last token, "
-    "{}, and of received attention (nat); v>v, t>v: attention of visual and text tokens on visual ones; upd: update; "
+    "{tokens}, and of received attention (nat); {shares}upd: update; "
     "CKA: of input and output; high: share of high norms; drop: share of sources that SAINT would drop"
 )
 
@@ -62,7 +72,8 @@ def analyze(
     causal: Annotated[
         int,
         typer.Option(
-            min=0, help="images or prompts of which tokens leave at each layer alone, a forward per layer and choice each; 0: none"
+            min=0,
+            help="images or prompts of which tokens leave at each layer alone, a forward per layer and choice each; 0: none",
         ),
     ] = 32,
     choices: Annotated[
@@ -86,8 +97,8 @@ def analyze(
 ) -> None:
     """What tokens do in each layer of MODEL: similarity, attention, rank, updates, and what the output loses without them.
 
-    Every number is a mean over images (or prompts) with a bootstrap interval (in the record of --json). Says whether the layers fall into
-    stages, or that this is not shown, and proposes a plan.
+    Every number is a mean over images (or prompts) with a bootstrap interval (in the record of --json). Says whether the layers
+    fall into stages, or that this is not shown, and proposes a plan.
     """
     from ..analysis.record import make_record
     from ..analysis.run import Settings
@@ -101,7 +112,9 @@ def analyze(
     if is_text(model):
         given = {"--images": images, "--questions": questions, "--prompt": prompt, "--size": size}
         if wrong := [name for name, value in given.items() if value is not None]:
-            raise ValueError(f"{model} is a language model without images: give --prompts FILE, and no {' and no '.join(wrong)}")
+            raise ValueError(
+                f"{model} is a language model without images: give --prompts FILE, and no {' and no '.join(wrong)}"
+            )
         if prompts is None:
             raise ValueError(f"{model} is a language model without images: give --prompts FILE")
         items, bad = read_prompts(prompts, limit)
@@ -198,7 +211,7 @@ def _print_part(part: dict[str, Any], candidates: str) -> None:
         cells += [_cell(m["mean"][layer], 3) for m in ({} if causal is None else causal["methods"]).values()]
         table.add_row(str(layer), *cells)
     out.print(table)
-    out.print(f"{_LEGEND.format(candidates)} at {thresholds[middle]:g}", highlight=False, style="dim")
+    out.print(f"{_legend(candidates)} at {thresholds[middle]:g}", highlight=False, style="dim")
     if causal is not None:
         unit = f" ({causal['unit']})" if causal["unit"] else ""
         when = f"when {causal['share']:.0%} of the tokens leave at that layer alone, by that choice"
@@ -213,6 +226,11 @@ def _print_part(part: dict[str, Any], candidates: str) -> None:
     if "bic" in stages["criteria"]:
         shown = ", ".join(f"{_named(name)} {value:.0f}" for name, value in stages["criteria"]["bic"].items())
         out.print(f"  BIC: {shown}", highlight=False)
+
+
+def _legend(candidates: str) -> str:
+    shares = "" if candidates == "prompt tokens" else "v>v, t>v: attention of visual and text tokens on visual ones; "
+    return _LEGEND.format(tokens=candidates, shares=shares)
 
 
 def _named(name: str) -> str:

@@ -26,7 +26,8 @@ Prompt = Annotated[
 Prompts = Annotated[
     Path | None,
     typer.Option(
-        "--prompts", help='language models without images, instead of --images: a prompt per line, or .jsonl {"prompt": "..."}'
+        "--prompts",
+        help='language models without images, instead of --images: a prompt per line, or .jsonl {"prompt": "..."}',
     ),
 ]
 

@@ -247,7 +247,9 @@ class PrunedDecoder(LayerStack[DecoderForward]):
                 forward.drops, forward.memory, forward.origin = before.drops, before.memory, before.origin
             return None
         x = EMBEDDINGS.read(kwargs)
-        if x is None and (marked or self.entries):  # a language model without images gives its token ids, and has neither
+        if x is None and (
+            marked or self.entries
+        ):  # a language model without images gives its token ids, and has neither
             raise HookNeverFiredError(
                 f"{self.path} ({type(module).__name__}) was not given {EMBEDDINGS}; this version of the model passes "
                 "its embeddings differently"

@@ -27,13 +27,11 @@ def find(model: nn.Module) -> tuple[str, nn.Module] | None:
         return "", model
     path = str(getattr(model, "base_model_prefix", ""))
     inner = getattr(model, path, None) if path else None
-    same = inner is not None and type(model).__module__ == type(inner).__module__
-    if same and _name(inner) in TEXT and type(model).__name__.endswith("ForCausalLM"):
-        return path, inner
-    return None
+    known = isinstance(inner, nn.Module) and _name(inner) in TEXT and type(model).__module__ == type(inner).__module__
+    return (path, inner) if known and type(model).__name__.endswith("ForCausalLM") else None
 
 
-def _name(module: Any) -> str:
+def _name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 

@@ -138,7 +138,9 @@ def _demo(name: str, pretrained: bool, size: int | None) -> Source:
             f"demo:{name} is a vision-language model: saint chat, view, bench and eval vqa take it; an encoder is expected here"
         )
     if name == smollm2.NAME:
-        raise ValueError(f"demo:{name} is a language model without images: saint analyze takes it; an encoder is expected here")
+        raise ValueError(
+            f"demo:{name} is a language model without images: saint analyze takes it; an encoder is expected here"
+        )
     if name not in demo.MODELS:
         raise ValueError(f"there is no demo:{name}; there are {', '.join(f'demo:{known}' for known in demo.MODELS)}")
     facts = demo.MODELS[name]
