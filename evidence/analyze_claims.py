@@ -9,13 +9,14 @@ Named = list[tuple[str, dict[str, Any]]]  # titles of stacks of layers with trai
 def claims(stacks: Named, again: list[dict[str, Any]]) -> str:
     """A section of markdown."""
     tried = [(title, part["causal"]) for title, part in stacks if "attention" in part["causal"]["methods"]]
+    things = {title: part.get("things", "photographs") for title, part in stacks}
     without = [title for title, part in stacks if "attention" not in part["causal"]["methods"]]
     merged = {"tome": "ToMe", "tome_plain": "ToMe, beta 0"}
     lines = [
         "## Three claims of the paper, on these models\n",
         INTRO.format(
             share=f"{tried[0][1]['share']:.0%}",
-            counts=", ".join(f"{c['methods']['saint']['n']} photographs for {title}" for title, c in tried),
+            counts=", ".join(f"{c['methods']['saint']['n']} {things[title]} for {title}" for title, c in tried),
             without=f"; not measured for {' and '.join(without)}" if without else "",
         ),
         "### Tokens go through the same three stages in encoders and language models\n",
@@ -35,8 +36,8 @@ def claims(stacks: Named, again: list[dict[str, Any]]) -> str:
 
 INTRO = """Computed from the records. Losses are those of the tables below: {share} of the tokens leave at one layer alone
 ({counts}{without}).
-Differences are paired by photograph: the loss of the other choice minus that of SAINT, a mean over layers, with its
-95 % bootstrap interval over photographs, uncorrected for the number of intervals. Above zero, SAINT loses less. "Held up" means
+Differences are paired by photograph or passage: the loss of the other choice minus that of SAINT, a mean over layers, with its
+95 % bootstrap interval over these, uncorrected for the number of intervals. Above zero, SAINT loses less. "Held up" means
 that every interval lies above zero, "contradicted" that every one lies below, "not decided" anything else.
 """
 
@@ -99,7 +100,7 @@ def _again(again: list[dict[str, Any]]) -> str:
         return ""
     lines = [
         "## A second run\n",
-        "Other photographs, another seed: how many of the 95 % intervals of the two runs overlap.\n",
+        "Other photographs or passages, another seed: how many of the 95 % intervals of the two runs overlap.\n",
     ]
     for record in again:
         for part in record["parts"]:
@@ -107,7 +108,8 @@ def _again(again: list[dict[str, Any]]) -> str:
             low = [name for name, (a, b) in part["counts"].items() if a < b]
             first, second = part["stages"]
             lines.append(
-                f"- {record['model']}, {part['stage']}, {record['images'][0]} and {record['images'][1]} photographs: "
+                f"- {record['model']}, {part['stage']}, {record['images'][0]} and {record['images'][1]} "
+                f"{record.get('things', 'photographs')}: "
                 f"{same} of {total} pairs of layer and quantity ({same / total:.1%})"
                 + (f"; not everywhere: {', '.join(low)}" if low else "")
                 + f". Stages: {first}, and again {second}."

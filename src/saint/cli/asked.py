@@ -119,14 +119,13 @@ def read_prompts(path: Path, limit: int | None) -> tuple[list[Any], list[tuple[s
             continue
         where = f"{path.name}, line {number}"
         try:
-            line: Any = raw.decode() if path.suffix != ".jsonl" else json.loads(raw)
-            found = line if isinstance(line, str) and path.suffix != ".jsonl" else dict(line)["prompt"]
-            if not isinstance(found, str) or not found.strip():
-                raise ValueError(f'"prompt" must be a text, got {found!r}')
-            good.append(Asked.text(f"line {number}", where, found))
+            prompt = raw.decode() if path.suffix != ".jsonl" else json.loads(raw)["prompt"]
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise ValueError(f'"prompt" must be a text, got {prompt!r}')
+            good.append(Asked.text(f"line {number}", where, prompt))
         except (ValueError, TypeError, KeyError) as error:
-            reason = str(error) if isinstance(error, ValueError) else 'a line is an object {"prompt": "..."}'
-            bad.append((where, reason))
+            told = isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError)
+            bad.append((where, str(error) if told else 'a line is an object like {"prompt": "..."}'))
     if not good:
         raise ValueError(f"no prompt in {path}" + "".join(f" ({where}: {reason})" for where, reason in bad[:1]))
     return evenly(good, limit), bad

@@ -27,8 +27,9 @@ def find(model: nn.Module) -> tuple[str, nn.Module] | None:
         return "", model
     path = str(getattr(model, "base_model_prefix", ""))
     inner = getattr(model, path, None) if path else None
-    known = isinstance(inner, nn.Module) and _name(inner) in TEXT and type(model).__module__ == type(inner).__module__
-    return (path, inner) if known and type(model).__name__.endswith("ForCausalLM") else None
+    if not isinstance(inner, nn.Module) or _name(inner) not in TEXT or type(model).__module__ != type(inner).__module__:
+        return None
+    return (path, inner) if type(model).__name__.endswith("ForCausalLM") else None
 
 
 def _name(module: nn.Module) -> str:
