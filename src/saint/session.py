@@ -120,12 +120,13 @@ class Session(Uncopyable):
         """What the last forward dropped, and what that left of its tokens, FLOPs and cache.
 
         Raises:
-            RuntimeError: no forward with images has run.
+            RuntimeError: no forward with candidates has run.
         """
         trace = self.trace
         if not trace:
             raise RuntimeError(
-                "summary() needs the drop points of a forward with images, and there are none yet: run the model first"
+                "summary() needs the drop points of a forward with candidates (images, or a prompt), and there are none yet: run the "
+                "model first"
                 if self.plan.stages
                 else "summary() has nothing to tell: the plan is empty"
             )
