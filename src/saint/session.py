@@ -125,8 +125,8 @@ class Session(Uncopyable):
         trace = self.trace
         if not trace:
             raise RuntimeError(
-                "summary() needs the drop points of a forward with candidates (images, or a prompt), and there are none yet: run the "
-                "model first"
+                "summary() needs the drop points of a forward with candidates (images, or a prompt), and there are none "
+                "yet: run the model first"
                 if self.plan.stages
                 else "summary() has nothing to tell: the plan is empty"
             )

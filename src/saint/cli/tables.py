@@ -8,7 +8,7 @@ from .common import Json, out
 
 
 def list_(json: Json = None) -> None:
-    """What is supported: encoders, language models with images and without, methods, recipes and demo models, those of plug-ins included."""
+    """What is supported: encoders, language models with images and without, methods, recipes, demo models; plug-ins included."""
     from .. import demo, methods
     from ..demo import scenes, small_llava, smollm2
     from ..presets import recipes
