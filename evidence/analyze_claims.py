@@ -50,6 +50,10 @@ photographs differs, intervals of equal width overlap in 99.4 % of the cases.
 def _staged(stacks: Named) -> str:
     three = [title for title, part in stacks if len(part["stages"]["segments"]) == 3]
     held = len(three) == len(stacks)
+    split = []
+    for kind, slot in (("encoders", "vision"), ("language models", "language")):
+        own = [title for title, part in stacks if part["stage"] == slot]
+        split.append(f"{len(set(own) & set(three))} of {len(own)} {kind}")
     rows = [
         "| layers of | stages | BIC, best staircase | BIC, smooth curves | p, smooth curves with noise | p, other orders |",
         "|---|---|---|---|---|---|",
@@ -65,7 +69,8 @@ def _staged(stacks: Named) -> str:
     alpha = stacks[0][1]["stages"]["criteria"]["alpha"]
     word = "held up" if held else "not shown"
     return (
-        f"**{word.capitalize()}**: three stages are shown in {len(three)} of {len(stacks)} stacks of layers.\nStages need a "
+        f"**{word.capitalize()}**: three stages are shown in {len(three)} of {len(stacks)} stacks of layers: "
+        f"{' and '.join(split)}.\nStages need a "
         f"staircase whose BIC is the lowest and both p at most {alpha:g}.\n\n" + "\n".join(rows) + "\n"
     )
 

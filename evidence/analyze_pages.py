@@ -64,8 +64,8 @@ HEAD = """# What tokens do, layer by layer
 The models of the demo under `saint analyze`, on {images} photographs, and a twin of each with random weights as control. Means
 over images; bands in the pictures are 95 % bootstrap intervals over images. The small LLaVA has learned generated scenes, and was
 asked the same question about every photograph. {prompts}
-`make analysis PHOTOS=DIR` measures again and rewrites this page; records are in `evidence/results/analyze-*.json`. What the numbers
-are: docstrings of `saint.analysis`; how stages are decided: [architecture](architecture.md).
+`make analysis PHOTOS=DIR` measures again and rewrites this page; records are in `evidence/results/analyze-*.json`. What the
+numbers are: docstrings of `saint.analysis`; how stages are decided: [architecture](architecture.md).
 
 Stages are shown in {shown} of the {stacks} stacks of layers with trained weights, and in {control} of those with random ones.
 """
