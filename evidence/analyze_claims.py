@@ -25,6 +25,7 @@ def claims(stacks: Named, again: list[dict[str, Any]]) -> str:
         _word(
             "what SAINT drops costs less than what CLS or the last prompt token attends to least", tried, ["attention"]
         ),
+        ATTENDED,
         _table(tried, {"attention": "by attention", "random": "at random"}),
         "### Dropping is better than merging in early layers\n",
         _word("in the first third, what SAINT drops costs less than as many merges", tried, list(merged), "early"),
@@ -39,6 +40,11 @@ INTRO = """Computed from the records. Losses are those of the tables below: {sha
 Differences are paired by photograph or passage: the loss of the other choice minus that of SAINT, a mean over layers, with its
 95 % bootstrap interval over these, uncorrected for the number of intervals. Above zero, SAINT loses less. "Held up" means
 that every interval lies above zero, "contradicted" that every one lies below, "not decided" anything else.
+"""
+
+
+ATTENDED = """In a language model the loss is that of the next token, read from the last one of the prompt, and the choice by attention
+goes by what that very token attends to at that layer.
 """
 
 
@@ -77,10 +83,15 @@ def _staged(stacks: Named) -> str:
 
 def _word(claim: str, tried: Named, methods: list[str], where: str = "all") -> str:
     """The verdict on a claim, from the intervals of ``methods`` over the layers ``where``."""
-    found = [c["more_than_saint"][m][where] for _, c in tried for m in methods if m in c["more_than_saint"]]
-    above, below = sum(f["low"] > 0 for f in found), sum(f["high"] < 0 for f in found)
-    word = "held up" if above == len(found) else "contradicted" if below == len(found) else "not decided"
-    return f"- **{word.capitalize()}**: {claim}: {above} of {len(found)} intervals above zero, {below} below.\n"
+    spans = [(title, c["more_than_saint"]) for title, c in tried]
+    found = [(title, by[m][where]) for title, by in spans for m in methods if m in by]
+    above = [title for title, f in found if f["low"] > 0]
+    below = [title for title, f in found if f["high"] < 0]
+    word = "held up" if len(above) == len(found) else "contradicted" if len(below) == len(found) else "not decided"
+    said = f"- **{word.capitalize()}**: {claim}: {len(above)} of {len(found)} intervals above zero, {len(below)} below."
+    for side, titles in (("Above", above), ("Below", below)):
+        said += f" {side}: {'; '.join(dict.fromkeys(titles))}." if titles else ""
+    return said + "\n"
 
 
 def _table(tried: Named, methods: dict[str, str]) -> str:

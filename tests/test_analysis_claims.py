@@ -75,6 +75,9 @@ def test_a_claim_needs_every_interval(claims, first, second, word):
     text = claims.claims(stacks, [])
     assert f"- **{word}**: what SAINT drops costs less than what CLS" in text
     assert "- **Contradicted**: in the first third" in text
+    line = text.split("attends to least")[1].splitlines()[0]
+    assert ("Above: A; B." in line) == (word == "Held up")
+    assert ("Below: A; B." in line) == (word == "Contradicted")
     assert "4 intervals above zero, 0 below" in text.split("in the other layers")[1].splitlines()[0]
     assert f"{sum(first) / 2:+.4f} ({first[0]:+.4f} to {first[1]:+.4f})" in text
 
