@@ -43,8 +43,8 @@ that every interval lies above zero, "contradicted" that every one lies below, "
 """
 
 
-ATTENDED = """In a language model the loss is that of the next token, read from the last one of the prompt, and the choice by attention
-goes by what that very token attends to at that layer.
+ATTENDED = """In a language model the loss is that of the next token, read from the last one of the prompt, and the choice by
+attention goes by what that very token attends to at that layer.
 """
 
 
