@@ -81,11 +81,16 @@ def seeded(make: Callable[[], Any]) -> Any:
 def passages(limit: int, shift: bool) -> list[Asked]:
     """Prose of the Python documentation, evenly spaced, each from the start of a paragraph; ``shift``: those in between."""
     whole = "\n\n".join(text for _, text in sorted(topics.items()))
-    items = []
-    for place in range(limit):
-        at = whole.index("\n\n", (2 * place + shift) * len(whole) // (2 * limit + 1)) + 2
-        items.append(Asked.text(str(at), f"pydoc_data.topics, character {at}", whole[at : at + 8 * TOKENS].lstrip()))
-    return items
+    taken: list[int] = []
+    for place in [*range(0, 2 * limit, 2), *range(1, 2 * limit, 2)]:
+        at = place * len(whole) // (2 * limit + 1)
+        while (at := whole.index("\n\n", at) + 2) in taken:  # a long paragraph is the next one of several places
+            pass
+        taken.append(at)
+    return [
+        Asked.text(str(at), f"pydoc_data.topics, character {at}", whole[at : at + 8 * TOKENS].lstrip())
+        for at in (taken[limit:] if shift else taken[:limit])
+    ]
 
 
 def photographs(photos: Path, limit: int, again: bool) -> list[Asked]:
