@@ -11,6 +11,7 @@ from saint.records import write_whole
 from saint.view import save_png
 
 TRAINED, RANDOM = (31, 90, 166), (190, 110, 30)
+COLOURS = 64  # of a picture: a quarter of the bytes
 SCALE = 2  # drawn larger and reduced: smooth lines
 PANEL, MARGIN = (230, 150), (44, 26, 10, 24)  # width and height; left, top, right, bottom; pixels
 LEGEND = 20  # height below the panels
@@ -50,7 +51,7 @@ def write_pages(records: list[dict[str, Any]], again: list[dict[str, Any]], docs
         for trained, control in zip(both["trained"]["parts"], both["random"]["parts"], strict=True):
             where = _where(both["trained"], trained)
             file = f"analysis-{name.removeprefix('demo:')}-{trained['stage']}.png"
-            save_png(figure(trained, control), docs / "images" / file)
+            save_png(figure(trained, control).quantize(COLOURS, dither=Image.Dither.NONE), docs / "images" / file)
             lines += [f"## {where}\n", f"![{where}: trained and random weights](images/{file})\n"]
             lines += [table(trained, _things(both["trained"])), ""]
             lines += [verdict("Trained", trained), verdict("Random", control), ""]
