@@ -12,10 +12,10 @@ from ..images import data_uri, read_untrusted
 from .charts import Line, line_chart
 from .markup import Markup, details, join, number, table, tag
 from .reading import Record
-from .section import Section, charts, conditions, load_note, names, plan_box, skipped
+from .reasons import UNIT, Leaving, Why, left, legend, told, votes
+from .section import Section, charts, conditions, load_note, names, plan_box, plan_text, skipped
 
 MOST = 12  # pictures of a record that are drawn
-_UNIT = 10  # side of a patch in the drawing
 _SHEET = 900  # pixels of a sheet that another command drew
 
 
@@ -27,11 +27,15 @@ class Step:
         name: of the drop point.
         kept: indices into the grid.
         tokens_in: what came in.
+        mark: short name of the drop point, for the patches that left there.
+        why: what stands for them, and how they voted; None where it is not known.
     """
 
     name: str
     kept: Sequence[int]
     tokens_in: int
+    mark: str = ""
+    why: Why | None = None
 
 
 def embedded(uri: str, side: int = 320) -> str:
@@ -55,7 +59,10 @@ def embedded(uri: str, side: int = 320) -> str:
 
 
 def figure(name: str, uri: str | None, grid: Sequence[int], steps: Sequence[Step], number_: str, side: int) -> Markup:
-    """One picture with a layer's dropped patches darkened, hatched and outlined; the last layer shows without JavaScript.
+    """One picture with the patches that left darkened, hatched, and in the colour and with the number of the layer where they did.
+
+    Where reasons are known, lines go from what leaves at a layer to what stands for it, and a heat map beside the picture shows
+    the votes. The last layer shows without JavaScript.
 
     Args:
         name: of the picture.
@@ -72,7 +79,7 @@ def figure(name: str, uri: str | None, grid: Sequence[int], steps: Sequence[Step
     total = rows * columns
     if not 0 < total <= 100_000:
         raise ValueError(f"a grid of {rows} x {columns} patches cannot be drawn")
-    high, wide = rows * _UNIT, columns * _UNIT
+    high, wide = rows * UNIT, columns * UNIT
     hatch = f"hatch{number_}"
     pattern = tag(
         "pattern",
@@ -82,16 +89,18 @@ def figure(name: str, uri: str | None, grid: Sequence[int], steps: Sequence[Step
         height=10,
         patternUnits="userSpaceOnUse",
     )
+    photo = f"photo{number_}"
     parts = [tag("defs", pattern)]
     parts.append(
-        tag("image", href=embedded(uri, side), width=wide, height=high, preserveAspectRatio="none")
+        tag("image", href=embedded(uri, side), width=wide, height=high, preserveAspectRatio="none", id=photo)
         if uri is not None
-        else tag("rect", width=wide, height=high, fill="#8a8f98")
+        else tag("rect", width=wide, height=high, fill="#8a8f98", id=photo)
     )
     shown = [Step("before the first drop point", range(total), total), *steps]
+    gone_before, leaving, labels = [False] * total, [], []
     for i, step in enumerate(shown):
         dropped = _dropped(step.kept, total)
-        label = f"{step.name}: {total - sum(dropped)} of {total} kept ({(total - sum(dropped)) / total:.0%})"
+        labels.append(f"{step.name}: {total - sum(dropped)} of {total} kept ({(total - sum(dropped)) / total:.0%})")
         area, edge = _outline(dropped, rows, columns)
         layer = [
             tag("path", d=area, class_="dark"),
@@ -99,14 +108,17 @@ def figure(name: str, uri: str | None, grid: Sequence[int], steps: Sequence[Step
             tag("path", d=edge, class_="rim"),
         ]
         last = i == len(shown) - 1
-        parts.append(tag("g", *(layer if area else []), class_="step" if last else "step off", data_label=label))
-    picture = tag(
-        "svg", *parts, viewBox=f"0 0 {wide} {high}", role="img", aria_label=f"{name}; hatched patches were dropped"
-    )
-    last_label = (
-        f"{shown[-1].name}: {len(set(shown[-1].kept))} of {total} kept ({len(set(shown[-1].kept)) / total:.0%})"
-    )
-    said = tag("output", last_label, id=f"said{number_}", aria_live="polite")
+        parts.append(tag("g", *(layer if area else []), class_="step" if last else "step off", data_label=labels[-1]))
+        gone = [n for n in range(total) if dropped[n] and not gone_before[n]]
+        if gone:
+            leaving.append(Leaving(i, step.mark, step.name, gone, step.why))
+        gone_before = dropped
+    reasons = [step.why for step in shown]
+    _check_reasons(leaving, reasons, total)
+    parts.append(left(leaving, columns))
+    about = f"{name}; hatched patches were dropped, and the number on one is that of the layer where it was"
+    picture = tag("svg", *parts, viewBox=f"0 0 {wide} {high}", role="img", aria_label=about, class_="map")
+    said = tag("output", labels[-1], id=f"said{number_}", aria_live="polite")
     slider = tag(
         "label",
         tag("span", f"layer, {name}", class_="hidden-label"),
@@ -122,7 +134,27 @@ def figure(name: str, uri: str | None, grid: Sequence[int], steps: Sequence[Step
         class_="slider",
         hidden=True,
     )
-    return tag("figure", tag("figcaption", tag("b", name)), picture, slider, said, class_="kept")
+    heat = votes(reasons, [step.name for step in shown], rows, columns, photo)
+    head = tag("figcaption", tag("b", name))
+    under = [slider, said, legend(leaving) if leaving else None]
+    if all(why is None for why in reasons):
+        return tag("figure", head, picture, *under, class_="kept")
+    patch = tag("output", class_="patch", aria_live="polite", hidden=True)
+    title = tag("p", tag("b", "What left"), ", and what stands for it")
+    panel = tag("div", title, picture, under[-1], patch, class_="panel")
+    data = told(leaving, reasons, rows, columns)
+    both = tag("div", panel, heat, class_="panels")
+    return tag("figure", head, slider, said, both, class_="kept why", data_why=data)
+
+
+def _check_reasons(leaving: Sequence[Leaving], reasons: Sequence[Why | None], total: int) -> None:
+    for step in leaving:
+        if step.why is not None and sorted(step.why.gone) != list(step.gone):
+            raise ValueError(f"{step.name}: the reasons are of other patches than those that left")
+    for why in reasons:
+        for n in () if why is None else (*(to for to in why.into if to is not None), *why.degree):
+            if not 0 <= n < total:
+                raise ValueError(f"a patch of the reasons is in 0..{total - 1}, got {n}")
 
 
 def _dropped(kept: Sequence[int], total: int) -> list[bool]:
@@ -145,11 +177,11 @@ def _outline(dropped: Sequence[bool], rows: int, columns: int) -> tuple[str, str
             if inside and start is None:
                 start = column
             elif not inside and start is not None:
-                wide = (column - start) * _UNIT
-                area.append(f"M{start * _UNIT} {row * _UNIT}h{wide}v{_UNIT}h-{wide}z")
+                wide = (column - start) * UNIT
+                area.append(f"M{start * UNIT} {row * UNIT}h{wide}v{UNIT}h-{wide}z")
                 start = None
             if 0 < column < columns and line[column - 1] != line[column]:
-                edge.append(f"M{column * _UNIT} {row * _UNIT}v{_UNIT}")
+                edge.append(f"M{column * UNIT} {row * UNIT}v{UNIT}")
         if row:
             above = dropped[(row - 1) * columns : row * columns]
             start = None
@@ -158,7 +190,7 @@ def _outline(dropped: Sequence[bool], rows: int, columns: int) -> tuple[str, str
                 if inside and start is None:
                     start = column
                 elif not inside and start is not None:
-                    edge.append(f"M{start * _UNIT} {row * _UNIT}h{(column - start) * _UNIT}")
+                    edge.append(f"M{start * UNIT} {row * UNIT}h{(column - start) * UNIT}")
                     start = None
     return "".join(area), "".join(edge)
 
@@ -175,14 +207,36 @@ def gallery(record: Record, prefix: str, side: int) -> Markup | None:
         made = _sheets(record, side)
         left_out = None
     if not made:
+        return join([tag("h3", "What stays"), note]) if (note := _of(record)) else None
+    keys = ""
+    if not record.data.get("files") or left_out is not None or _own(photos):
+        keys = "Hatched patches were dropped, in the colour and with the number of the layer where they left; the slider goes through "
+        keys += "the drop points. "
+    if any(step.get("why") is not None for photo in photos for step in photo["layers"]):
+        keys += "A line ends at the patch that stands for the one that left: point at a patch, or walk over them with the arrow keys. "
+    return join([tag("h3", "What stays"), _of(record), tag("p", keys, left_out), tag("div", *made, class_="gallery")])
+
+
+def _of(record: Record) -> Markup | None:
+    """Which plan an analysis shows, and which pictures it could not."""
+    of = record.data.get("survivors_of")
+    if of is None:
         return None
-    keys = "Hatched patches were dropped; the slider goes through the drop points. "
-    note = tag("p", keys if not record.data.get("files") or left_out is not None or _own(photos) else "", left_out)
-    return join([tag("h3", "What stays"), note, tag("div", *made, class_="gallery")])
+    bad = of.get("left_out") or []
+    said = "; ".join(f"{where}: {why}" for where, why in bad)
+    return join([tag("p", f"Of {of['why']}: {plan_text(of['plan'])}."), tag("p", f"Not shown: {said}.") if bad else None])
 
 
 def _own(photos: Sequence[Mapping[str, Any]]) -> bool:
     return any(photo.get("picture") or photo.get("pictures") for photo in photos)
+
+
+def steps_on_grid(layers: Iterable[Mapping[str, Any]], count: int) -> list[Step]:
+    """The drop points of an encoder's photograph on a grid of ``count`` patches."""
+    return [
+        Step(f"after layer {s['layer']}", s["kept"], s.get("tokens_in", 0), str(s["layer"]), Why.of(s, 0, count))
+        for s in layers
+    ]
 
 
 def pictures_of(
@@ -197,7 +251,7 @@ def pictures_of(
                 name,
                 photo.get("picture"),
                 own,
-                [Step(f"after layer {s['layer']}", s["kept"], s.get("tokens_in", 0)) for s in layers],
+                steps_on_grid(layers, int(own[0]) * int(own[1])),
             )
         return
     tiles, uris = photo["tiles"], photo.get("pictures") or []
@@ -207,12 +261,13 @@ def pictures_of(
         steps = []
         for step in layers:
             title = step["stage"] if step["stage"] == "connector" else f"{step['stage']}, after layer {step['layer']}"
+            mark = {"vision": f"v{step['layer']}", "connector": "c"}.get(step["stage"], str(step["layer"]))
             if step["stage"] == "vision":
                 if int(step["sample"]) == tile:
-                    steps.append(Step(title, step["kept"], step["tokens_in"]))
+                    steps.append(Step(title, step["kept"], step["tokens_in"], mark, Why.of(step, 0, counts[tile])))
             elif sum(counts) == photo["visual_tokens"]:  # otherwise the prompt has tokens that lie on no grid
                 here = [int(k) - first for k in step["kept"] if first <= int(k) < first + counts[tile]]
-                steps.append(Step(title, here, step["tokens_in"]))
+                steps.append(Step(title, here, step["tokens_in"], mark, Why.of(step, first, counts[tile])))
         yield f"{name}, tile {tile + 1} of {len(tiles)}" if len(tiles) > 1 else name, uri, grid_, steps
 
 
