@@ -57,7 +57,7 @@ function explain(figure, layer) {
   const { rows, columns, gone, degrees, names } = JSON.parse(figure.dataset.why);
   const said = figure.querySelector("output.patch");
   const hint = "Point at a patch, or move to the picture with the tab key and walk with the arrow keys.";
-  const maps = [...figure.querySelectorAll(".panels svg[role=img]")];
+  const maps = [...figure.querySelectorAll("svg.map, svg.field")];
   let [at, pinned] = [null, false];
   const place = (n) => `row ${Math.floor(n / columns) + 1}, column ${(n % columns) + 1}`;
   const middle = (n) => `${(n % columns) * 10 + 5} ${Math.floor(n / columns) * 10 + 5}`;

@@ -105,6 +105,13 @@ def left(leaving: Sequence[Leaving], columns: int) -> Markup:
         cells = [divmod(n, columns) for n in step.gone]
         area = "".join(f"M{c * UNIT} {r * UNIT}h{UNIT}v{UNIT}h-{UNIT}z" for r, c in cells)
         parts = [tag("path", d=area, fill=f"rgb{colour}", class_="tint")]
+        if step.why is not None:
+            ends = [(divmod(n, columns), divmod(to, columns)) for n, to in
+                    zip(step.why.gone, step.why.into, strict=True) if to is not None]  # fmt: skip
+            lines = "".join(f"M{_middle(a)}L{_middle(b)}" for a, b in ends)
+            dots = "".join(f"M{_middle(b)}h0" for b in sorted({b for _, b in ends}))
+            shapes = ((lines, "to shade"), (dots, "to dot shade"), (lines, "to"), (dots, "to dot"))
+            parts += [tag("path", d=d, class_=name) for d, name in shapes] if lines else []
         if columns <= _NUMBERED:
             dark = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] < 140
             ink = "light" if dark else "ink"
@@ -112,11 +119,6 @@ def left(leaving: Sequence[Leaving], columns: int) -> Markup:
                 tag("text", step.mark, x=c * UNIT + UNIT // 2, y=r * UNIT + 7, text_anchor="middle") for r, c in cells
             )
             parts.append(tag("g", *marks, class_=f"marks {ink}"))
-        if step.why is not None:
-            ends = [(divmod(n, columns), divmod(to, columns)) for n, to in
-                    zip(step.why.gone, step.why.into, strict=True) if to is not None]  # fmt: skip
-            lines = "".join(f"M{_middle(a)}L{_middle(b)}" for a, b in ends)
-            parts += [tag("path", d=lines, class_="to shade"), tag("path", d=lines, class_="to")] if lines else []
         made.append(tag("g", *parts, class_="gone now" if i == last else "gone", data_from=step.place))
     return join(made)
 
@@ -166,7 +168,7 @@ def votes(shown: Sequence[Why | None], names: Sequence[str], rows: int, columns:
     wide, high = columns * UNIT, rows * UNIT
     paper = tag("rect", width=wide, height=high, fill="#fff")
     picture = tag("svg", paper, tag("g", tag("use", href=f"#{photo}"), class_="pale"), *groups, viewBox=f"0 0 {wide} {high}", role="img",
-                  aria_label="neighbours of each source; framed ones vote to go")  # fmt: skip
+                  aria_label="neighbours of each source; framed ones vote to go", class_="field")  # fmt: skip
     said = tag("p", _counted(shown[-1], names[-1]), class_="counted")
     title = tag("p", tag("b", "Neighbours of each source"), " at that layer")
     return tag("div", title, picture, _scale(top, known), said, class_="votes")
