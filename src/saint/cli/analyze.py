@@ -149,7 +149,11 @@ def _survivors(subject: "Subject", record: dict[str, Any], result: "Analysis", i
     if record["plan"] is not None:
         plan = Plan.from_dict(record["plan"])
     else:
-        no_plan = "what leaving costs was not measured, --causal 0" if result.causal is None else "no layer is redundant and harmless"
+        no_plan = (
+            "what leaving costs was not measured, --causal 0"
+            if result.causal is None
+            else "no layer is redundant and harmless"
+        )
         why = f"no plan is proposed ({no_plan}): the usual setting for this model"
         plan = subject.plan if subject.plan is not None else _usual(subject.model)
     measured = result.outcome.entries

@@ -77,8 +77,8 @@ function explain(figure, layer) {
     else {
       const end = found[found.length - 1];
       const through = found.length > 2 ? ` (through ${found.length - 2} that left since)` : "";
-      const verb = gone[n][2] ? "became part of" : "is stood for by";
-      parts.push(`left ${names[gone[n][0]]}`, end === null ? "what stands for it is on another picture or not known" : `${verb} ${place(end)}${through}`);
+      const verb = gone[n][2] ? "became part of" : "its most similar survivor:";
+      parts.push(`left ${names[gone[n][0]]}`, end === null ? "what stands for it is not on this picture" : `${verb} ${place(end)}${through}`);
     }
     if (source >= 0) parts.push(`${seen[1][source]} neighbours: ${seen[1][source] >= seen[2] ? "votes to go" : "no vote"}`);
     return parts.join("; ");

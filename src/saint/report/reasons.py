@@ -1,4 +1,4 @@
-"""Why patches left, drawn over a picture: the layer where each did, what stands for it, and the neighbours of the voting graph."""
+"""Why patches left, drawn over a picture: the layer where each did, what stands for it, and the votes."""
 
 import json
 import math
@@ -167,8 +167,11 @@ def votes(shown: Sequence[Why | None], names: Sequence[str], rows: int, columns:
         groups.append(tag("g", *at, class_="heat" if last else "heat off", data_label=_counted(why, name)))
     wide, high = columns * UNIT, rows * UNIT
     paper = tag("rect", width=wide, height=high, fill="#fff")
-    picture = tag("svg", paper, tag("g", tag("use", href=f"#{photo}"), class_="pale"), *groups, viewBox=f"0 0 {wide} {high}", role="img",
-                  aria_label="neighbours of each source; framed ones vote to go", class_="field")  # fmt: skip
+    pale = tag("g", tag("use", href=f"#{photo}"), class_="pale")
+    about = "neighbours of each source; framed ones vote to go"
+    picture = tag(
+        "svg", paper, pale, *groups, viewBox=f"0 0 {wide} {high}", role="img", aria_label=about, class_="field"
+    )
     said = tag("p", _counted(shown[-1], names[-1]), class_="counted")
     title = tag("p", tag("b", "Neighbours of each source"), " at that layer")
     return tag("div", title, picture, _scale(top, known), said, class_="votes")

@@ -108,7 +108,6 @@ def _qualities(record: Record) -> Iterator[tuple[str, str, Mapping[str, Any], _Q
         measure = f"{agreement['measure']} with the unpruned model (demo)"
         yield data["model"], "", data["plan"], _Quality(measure, agreement["mean"], None, None, 1.0)
 
-
     elif record.kind == "tune":
         for name, plan, reached in _tuned(data):
             if (a := reached.get("agreement")) is not None:

@@ -37,10 +37,11 @@ class Reasons(Observer):
         self._found.append([_reason(seen, selection, sample, method) for sample in range(len(seen.tokens.lengths))])
 
     def take(self) -> list[list[dict[str, Any]]]:
-        """Of each drop point since they were taken last, in the order of the trace, what :func:`saint.view.facts.layer_facts`
-        writes as ``why`` of each sample: ``gone`` and ``into`` (original indices: what left, and what each of it is part of or
-        what stands for it), ``merged``, and where the method votes ``degree`` (of each source, the even positions of what came),
-        ``neighbors`` and ``threshold``.
+        """Of each drop point since they were taken last, in the order of the trace, and of each sample, what a record keeps as ``why``.
+
+        ``gone`` and ``into``: original indices of what left, and of each what it is part of, or the survivor with the most
+        similar key. ``merged``: which of the two. Where the method votes: ``degree`` of each source (the even positions of what
+        came), ``neighbors`` and ``threshold``.
         """
         found, self._found, self._stages = self._found, [], []
         return found
@@ -63,18 +64,16 @@ def _reason(seen: Candidates, selection: Selection, sample: int, method: Any) ->
     index, keys = seen.tokens.index[sample, :count].cpu(), seen.keys[sample, :count].float().cpu()  # [N], [N, D]
     kept = selection.slots[sample, : selection.lengths[sample]].cpu()
     gone = torch.ones(count, dtype=torch.bool).scatter(0, kept, False)
-    votes = isinstance(method, Saint)
-    center = bool(getattr(method, "center", False))
     into: Tensor = index[:0]
     if bool(gone.any()):
         if selection.owner is not None:
             stands = selection.owner[sample, :count].cpu()
         else:
-            points = graph.metric(keys[None], center=center)
-            stands = similar_survivor(points, Selection(kept[None], (len(kept),)))[0]
+            # keys as they are, also where the method centres them: so does a stage with output="similar"
+            stands = similar_survivor(graph.metric(keys[None]), Selection(kept[None], (len(kept),)))[0]
         into = index[kept][stands][gone]
     why = {"gone": index[gone].tolist(), "into": into.tolist(), "merged": selection.owner is not None}
-    if votes:
-        degree = graph.connect(keys[None], method.threshold, center=center).degree[0]  # [S]
+    if isinstance(method, Saint):
+        degree = graph.connect(keys[None], method.threshold, center=method.center).degree[0]  # [S]
         why |= {"degree": degree.int().tolist(), "neighbors": method.neighbors, "threshold": method.threshold}
     return why
