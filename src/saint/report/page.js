@@ -84,7 +84,7 @@ function explain(figure, layer) {
     return parts.join("; ");
   };
   const make = (name, attributes) => {
-    const node = document.createElementNS("http://www.w3.org/2000/svg", name);
+    const node = document.createElementNS(maps[0].namespaceURI, name);
     for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
     return node;
   };

@@ -37,7 +37,7 @@ class Reasons(Observer):
         self._found.append([_reason(seen, selection, sample, method) for sample in range(len(seen.tokens.lengths))])
 
     def take(self) -> list[list[dict[str, Any]]]:
-        """Of each drop point since they were taken last, in the order of the trace, and of each sample, what a record keeps as ``why``.
+        """Of each drop point since they were taken last, in the order of the trace, and of each sample: ``why`` of a record.
 
         ``gone`` and ``into``: original indices of what left, and of each what it is part of, or the survivor with the most
         similar key. ``merged``: which of the two. Where the method votes: ``degree`` of each source (the even positions of what
