@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,8 @@ def test_patches_are_drawn_with_their_layer_and_what_stands_for_them(written):  
     assert [entry["d"] for entry in of_class(seen, "tint")] == ["M20 0h10v10h-10zM10 10h10v10h-10z", "M10 0h10v10h-10z"]
     lines = [entry["d"] for entry in of_class(seen, "to") if entry["class"] == "to"]
     assert lines == ["M25 5L15 5M15 15L15 5", "M15 5L25 15"]  # 2 and 4 to 1; then 1 to 5
-    marks = [part.split("<")[0] for part in page.split("<text")[1:] for part in part.split(">")[1:2]]
-    assert [m for m in marks[-8:] if m in ("0", "3")][:3] == ["0", "0", "3"]
+    marks = [re.findall(r">(\w+)</text>", part.partition("</g>")[0]) for part in page.split('class="marks ')[1:]]
+    assert marks == [["0", "0"], ["3"]]
     assert "after layer 0: 2 left" in seen.text
     assert "after layer 3: 1 left" in seen.text
     assert "Of the proposed plan: vision: saint (threshold 0.7)" in seen.text

@@ -80,7 +80,7 @@ function explain(figure, layer) {
       const verb = gone[n][2] ? "became part of" : "its most similar survivor:";
       parts.push(`left ${names[gone[n][0]]}`, end === null ? "what stands for it is not on this picture" : `${verb} ${place(end)}${through}`);
     }
-    if (source >= 0) parts.push(`${seen[1][source]} neighbours: ${seen[1][source] >= seen[2] ? "votes to go" : "no vote"}`);
+    if (source >= 0) parts.push(`${seen[1][source]} neighbour${seen[1][source] === 1 ? "" : "s"}: ${seen[1][source] >= seen[2] ? "votes to go" : "no vote"}`);
     return parts.join("; ");
   };
   const make = (name, attributes) => {
