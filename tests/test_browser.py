@@ -20,8 +20,8 @@ pytest.importorskip("selenium", reason="selenium is not installed")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 import uvicorn
 from selenium import webdriver
-from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
@@ -228,7 +228,11 @@ def test_patches_are_walked_by_keyboard_and_pinned_by_a_click(shown, report):
     hand.click().move_to_element(slider).perform()
     assert said.text.startswith("row 1, column 3; left after layer 0")  # stays
     slider.send_keys(Keys.END)
-    assert said.text == "row 1, column 3; left after layer 0; its most similar survivor: row 2, column 3 (through 1 that left since)"
+    through = "its most similar survivor: row 2, column 3 (through 1 that left since)"
+    assert said.text == f"row 1, column 3; left after layer 0; {through}"
+        said.text
+        == "row 1, column 3; left after layer 0; its most similar survivor: row 2, column 3 (through 1 that left since)"
+    )
     assert lines() == ["M25 5L15 5L25 15", "M20 0h10v10h-10z"]
 
 

@@ -135,7 +135,9 @@ def test_text_of_records_is_text(written):
         if isinstance(value, list):
             return [poison(v, key) for v in value]
         return (
-            evil if isinstance(value, str) and key not in ("kind", "picture", "pictures", "place", "stage", "version") else value
+            evil
+            if isinstance(value, str) and key not in ("kind", "picture", "pictures", "place", "stage", "version")
+            else value
         )
 
     for kind, make in report_records.MAKERS.items():
