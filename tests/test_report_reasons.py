@@ -54,7 +54,7 @@ def test_degrees_are_coloured_and_votes_framed(written):  # noqa: F811
     for degree, cell in ((1, "M0 0h10"), (3, "M20 0h10"), (2, "M10 10h10")):  # sources 0, 2, 4 of six patches
         assert f'd="{cell}v10h-10z" fill="{cividis((degree / 3) ** 0.5)}"' in first
     assert 'd="M21 1h8v8h-8zM11 11h8v8h-8z" class="vote"' in first
-    assert "cosine of keys of 0.70 or more" in seen.text
+    assert "cosine of keys of at least 0.70" in seen.text
 
 
 def test_the_script_is_told_the_same(written):  # noqa: F811

@@ -11,6 +11,7 @@ from .markup import Markup, join, number, tag
 
 UNIT = 10  # side of a patch in the drawing
 _NUMBERED = 28  # columns up to which the layer's number on a patch can be read
+_MANY = 80  # lines from which they are drawn thin
 _LEVELS = 24  # colours of the scale
 _BAR = 320  # width of the scale, in pixels of its drawing
 # Okabe and Ito's colours in an order from light blue to violet; between them mixtures. The number on a patch says the layer, too
@@ -112,13 +113,15 @@ def left(leaving: Sequence[Leaving], columns: int) -> Markup:
             dots = "".join(f"M{_middle(b)}h0" for b in sorted({b for _, b in ends}))
             shapes = ((lines, "to shade"), (dots, "to dot shade"), (lines, "to"), (dots, "to dot"))
             parts += [tag("path", d=d, class_=name) for d, name in shapes] if lines else []
+            if len(ends) > _MANY:
+                parts[1:] = [tag("g", *parts[1:], class_="many")]
         if columns <= _NUMBERED:
             dark = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] < 140
             ink = "light" if dark else "ink"
             marks = (
                 tag("text", step.mark, x=c * UNIT + UNIT // 2, y=r * UNIT + 7, text_anchor="middle") for r, c in cells
             )
-            parts.append(tag("g", *marks, class_=f"marks {ink}"))
+            parts.append(tag("g", *marks, class_=f"marks {ink}{' long' if len(step.mark) > 2 else ''}"))
         made.append(tag("g", *parts, class_="gone now" if i == last else "gone", data_from=step.place))
     return join(made)
 
@@ -147,9 +150,9 @@ def votes(shown: Sequence[Why | None], names: Sequence[str], rows: int, columns:
         photo: id of the picture that it lies on.
     """
     top = max((d for why in shown if why is not None for d in why.degree.values()), default=None)
-    known = next((why for why in shown if why is not None and why.degree), None)
-    if top is None or known is None:
+    if top is None:
         return None
+    voting = [why for why in shown if why is not None and why.degree]
     groups = []
     for i, (why, name) in enumerate(zip(shown, names, strict=True)):
         at: list[Markup] = []
@@ -174,7 +177,7 @@ def votes(shown: Sequence[Why | None], names: Sequence[str], rows: int, columns:
     )
     said = tag("p", _counted(shown[-1], names[-1]), class_="counted")
     title = tag("p", tag("b", "Neighbours of each source"), " at that layer")
-    return tag("div", title, picture, _scale(top, known), said, class_="votes")
+    return tag("div", title, picture, _scale(top, voting), said, class_="votes")
 
 
 def _counted(why: Why | None, name: str) -> str:
@@ -195,23 +198,26 @@ def _cell(n: int, columns: int, inset: int) -> str:
     return f"M{column * UNIT + inset} {row * UNIT + inset}h{side}v{side}h-{side}z"
 
 
-def _scale(top: int, known: Why) -> Markup:
+def _scale(top: int, voting: Sequence[Why]) -> Markup:
     """The colours with their numbers, and what the marks mean."""
     wide = _BAR / _LEVELS
     boxes = [tag("rect", x=i * wide, y=0, width=wide + 0.5, height=12, fill=cividis(i / (_LEVELS - 1)))
              for i in range(_LEVELS)]  # fmt: skip
-    at = _share(known.neighbors, top) * _BAR
+    needed = sorted({why.neighbors for why in voting})
+    cosines = " or ".join(number(threshold, 2) for threshold in sorted({why.threshold for why in voting}))
     ticks = [tag("text", "0", x=0, y=26), tag("text", number(top), x=_BAR, y=26, text_anchor="end")]
-    if 0.1 * _BAR < at < 0.9 * _BAR:
-        ticks.append(tag("path", d=f"M{at:.0f} 0v15", class_="tick"))
-        ticks.append(tag("text", number(known.neighbors), x=round(at), y=26, text_anchor="middle"))
+    for count in needed:
+        at = _share(count, top) * _BAR
+        if 0.1 * _BAR < at < 0.9 * _BAR:
+            ticks.append(tag("path", d=f"M{at:.0f} 0v15", class_="tick"))
+            ticks.append(tag("text", number(count), x=round(at), y=26, text_anchor="middle"))
     said = f"colours from 0 to {number(top)} neighbours"
     bar = tag("svg", *boxes, *ticks, viewBox=f"0 0 {_BAR} 30", class_="scale", role="img", aria_label=said)
     inner = "M3 3h8v8h-8z"
     frame = tag("svg", tag("rect", width=14, height=14, fill=cividis(0.2)), tag("path", d=inner, class_="vote shade"),
                 tag("path", d=inner, class_="vote"), viewBox="0 0 14 14", class_="dot", aria_hidden="true")  # fmt: skip
-    what = f"neighbours: other tokens with a cosine of keys of {number(known.threshold, 2)} or more"
-    items = [tag("li", what), tag("li", frame, f"{known.neighbors} or more: votes to go"),
+    what = f"neighbours: other tokens with a cosine of keys of at least {cosines}"
+    items = [tag("li", what), tag("li", frame, f"{' or '.join(map(str, needed))} or more: votes to go"),
              tag("li", "pale: no source, or gone before")]  # fmt: skip
     return join([bar, tag("ul", *items, class_="legend")])
 
