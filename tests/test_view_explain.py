@@ -73,7 +73,7 @@ def test_degrees_are_counts_of_neighbours():
 
 
 def test_degrees_of_a_method_that_centres_are_of_centred_keys():
-    keys = [[3.0, 1.0], [3.0, 0.9], [3.0, -1.0], [3.0, -0.9]]  # alike until their mean is subtracted
+    keys = [[9.0, 1.0], [9.0, 0.9], [9.0, -1.0], [9.0, -0.9]]  # alike until their mean is subtracted
     seen = step(0, [0, 1, 2, 3], keys, [True] * 4, [0, 1, 2, 3])
     framed = [
         explain.degrees(flat(), (2, 2), seen, 0.9, 2, center=c).getpixel((2, 2)) == (255,) * 3 for c in (False, True)
