@@ -137,6 +137,12 @@ def test_the_verdict_of_a_tuned_plan_says_target_reach_and_rivals(written):  # n
     assert "Met: 59 % of the FLOPs are left (60 % of the FLOPs asked for)" in said
     assert "agreement 0.9600 [0.9500, 0.9700] with the unpruned model on 4 images held back" in said
     assert "it loses less than published saint, and no difference to random is shown" in said
+    record["against"][1]["work"] = 0.7
+    said = verdict_of(written, record)
+    assert (
+        "At the same work it loses less than published saint. Not at the same work, so not compared: random at 70 %"
+        in said
+    )
     record["target"] = {"flops": 0.5}
     assert "Missed: 59 %" in verdict_of(written, record)
     for wanted, words in ((0.94, "Met: "), (0.955, "Met in the mean only: "), (0.98, "Missed: ")):

@@ -8,6 +8,8 @@ from .markup import Cell, Markup, interval, join, number, table, tag
 from .reading import Record
 from .section import Section, charts, conditions, plan_box, skipped
 
+_SAME_WORK = 0.03  # relative difference up to which two plans leave the same work; times are noisier than counts
+
 
 def tune_section(record: Record) -> Section:
     """`saint tune`."""
@@ -111,14 +113,27 @@ def _target(data: Mapping[str, Any]) -> str:
 
 
 def _compared(data: Mapping[str, Any]) -> str:
-    said = []
+    """What rivals lose on the same images; those of which measured times turned out to be of other work are named as such."""
+    said, apart = [], []
+    own = _left_of(data["reached"], data["target"])
     for rival in data["against"]:
         d = rival["difference"]
-        if d["low"] is None or d["high"] is None or d["low"] <= 0 <= d["high"]:
+        if abs(rival["work"] / own - 1) > _SAME_WORK:
+            apart.append(f"{rival['name']} at {number(100 * rival['work'], 1)} %")
+        elif d["low"] is None or d["high"] is None or d["low"] <= 0 <= d["high"]:
             said.append(f"no difference to {rival['name']} is shown")
         else:
             said.append(f"it loses {'less' if d['high'] < 0 else 'more'} than {rival['name']}")
-    return f"At the same work {', and '.join(said)}." if said else ""
+    same = f"At the same work {', and '.join(said)}." if said else ""
+    if not apart:
+        return same
+    other = f"{' and '.join(apart)} of the {_work(data)}, the plan at {number(100 * own, 1)} %"
+    return f"{same} Not at the same work, so not compared: {other}.".strip()
+
+
+def _left_of(reached: Mapping[str, Any], target: Mapping[str, float]) -> float:
+    """Share of the work that is left: of the time where a speed was asked for, else of the FLOPs."""
+    return float(1 / reached["speed"] if "speed" in target else reached["flops"]["mean"])
 
 
 def _interval(value: Mapping[str, float | None], digits: int = 4) -> str:
@@ -131,7 +146,7 @@ def _work(data: Mapping[str, Any]) -> str:
 
 def _held_out(data: Mapping[str, Any]) -> Markup:
     reached = data["reached"]
-    own = 1 / reached["speed"] if "speed" in reached else reached["flops"]["mean"]
+    own = _left_of(reached, data["target"])
     rows = [["this plan", own, _cell(reached["loss"]), "-"]]
     rows += [[r["name"], r["work"], _cell(r["loss"]), _cell(r["difference"])] for r in data["against"]]
     head = [
