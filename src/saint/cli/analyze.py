@@ -36,6 +36,7 @@ from .common import (
 
 if TYPE_CHECKING:
     from ..analysis.run import Analysis
+    from .asked import Subject
 
 # columns of the table on the terminal: quantity, heading, digits
 _COLUMNS = (
@@ -165,8 +166,37 @@ def analyze(
             "prompts": what if result.text else None,
             "questions": None if questions is None else {"count": len(result.entries)},
         }
-        save(json, {**head, **record, "environment": environment(subject.device)})
+        with err.status("drawing"):
+            shown = {} if result.text else _survivors(subject, record, result, items)
+        save(json, {**head, **record, **shown, "environment": environment(subject.device)})
     finish_asked(record["skipped"], "measured", things)
+
+
+def _survivors(subject: "Subject", record: dict[str, Any], result: "Analysis", items: list[Any]) -> dict[str, Any]:
+    """What the proposed plan keeps of the first images that were measured; the usual plan where none is proposed."""
+    from ..plan import Plan
+    from ..view.survivors import survivors
+
+    why = "the proposed plan"
+    if record["plan"] is not None:
+        plan = Plan.from_dict(record["plan"])
+    else:
+        no_plan = (
+            "what leaving costs was not measured, --causal 0"
+            if result.causal is None
+            else "no layer is redundant and harmless"
+        )
+        why = f"no plan is proposed ({no_plan}): the usual setting for this model"
+        plan = subject.plan if subject.plan is not None else _usual(subject.model)
+    measured = result.outcome.entries
+    photos, left_out = survivors(subject.loaded, plan, [i for i in items if i.id in measured], subject.inputs)
+    return {"survivors": photos, "survivors_of": {"plan": plan.to_dict(), "why": why, "left_out": left_out}}
+
+
+def _usual(model: Any) -> Any:
+    from ..loading.modes import usual_plan
+
+    return usual_plan(model)
 
 
 def print_record(model: str, record: dict[str, Any], result: "Analysis") -> None:

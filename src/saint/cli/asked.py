@@ -40,12 +40,14 @@ class Subject(NamedTuple):
         device: of it.
         plan: that suits an encoder; None of a language model.
         inputs: keyword arguments of ``model.forward`` for an item and its image, if it has one.
+        loaded: what the loader gave, with pictures and grids.
     """
 
     model: Any
     device: Any
     plan: Any
     inputs: Callable[[Any, Any], Any]
+    loaded: Any
 
 
 def load_subject(
@@ -60,10 +62,10 @@ def load_subject(
         if size is not None:
             raise ValueError("--size is for encoders: the processor of a vision-language model chooses the size")
         vlm = load_generator(model, device, threads=threads, pretrained=pretrained, dtype=dtype)
-        return Subject(vlm.model, vlm.device, None, lambda item, image: vlm.inputs([item.prompt], [image]))
+        return Subject(vlm.model, vlm.device, None, lambda item, image: vlm.inputs([item.prompt], [image]), vlm)
     loaded = load(model, device, size=size, threads=threads, pretrained=pretrained)
     network = loaded.model if dtype is None else loaded.model.to(dtype)
-    return Subject(network, loaded.device, loaded.plan, lambda item, image: loaded.inputs([image]))
+    return Subject(network, loaded.device, loaded.plan, lambda item, image: loaded.inputs([image]), loaded)
 
 
 def load_text_subject(model: str, device: str, *, threads: int | None, pretrained: bool, dtype: Any) -> Subject:
@@ -76,7 +78,7 @@ def load_text_subject(model: str, device: str, *, threads: int | None, pretraine
         torch.set_num_threads(threads)
     with err.status(f"loading {model}"):
         loaded = load_text(model, device, pretrained, dtype)
-    return Subject(loaded.model, loaded.device, None, lambda item, _: loaded.inputs(item.prompt))
+    return Subject(loaded.model, loaded.device, None, lambda item, _: loaded.inputs(item.prompt), loaded)
 
 
 def finish_asked(left_out: Sequence[Sequence[str]], what: str, things: str = "image(s)") -> None:

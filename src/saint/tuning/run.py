@@ -21,7 +21,7 @@ from ..session import pruned, status
 from ..vlm.locate import find
 from .costs import grid
 from .layout import Layout, Space, with_budget
-from .record import additivity, against, checked, head_of, point
+from .record import additivity, against, checked, costs, head_of, point
 from .search import FEW, JOINT, MOVES, Search, gains
 from .thresholds import calibrated
 from .trials import Sample, Trials, read_samples
@@ -204,10 +204,11 @@ def search(
         record = {**head, **checked(found, chosen_plan, layout, held, seed), "per_image": per_image}
         record["against"] = against(found, layout, held, seed)
         record["additivity"] = additivity(found)
+        record["costs"] = costs(found, seed)
         points = [point(found, share, head, held, seed) for share in FRONTIER] if frontier else []
     finally:
         trials.close()
-    kept = {name: value for name, value in record.items() if name not in ("against", "additivity")}
+    kept = {name: value for name, value in record.items() if name not in ("against", "additivity", "costs")}
     return Tuning(chosen_plan.with_tuned(kept), record, trials.resumed, points)
 
 
