@@ -74,7 +74,8 @@ def main() -> None:
                 f"nothing dropped {idle:+.1%}, eager attention x{row['eager_over_fused']:.2f} the time",
                 soft_wrap=True,
             )
-    write_json(options.out, {"command": "python benchmarks/encoders.py", "environment": environment(), "rows": rows})
+    record = {"kind": "benchmarks/encoders", "command": "python benchmarks/encoders.py"}
+    write_json(options.out, {**record, "environment": environment(), "rows": rows})
     console.print(f"wrote {options.out}")
 
 

@@ -4,13 +4,16 @@
     python evidence/analyze.py again --photos DIR        # trained weights, other photographs, another seed: again-*.json
     python evidence/analyze.py pages                     # docs/analysis.md and its pictures, from the records
 
-DIR is any folder of photographs. The twins with random weights are the control: what they show, training has not made.
+DIR is any folder of photographs. The language model without images reads passages of Python's own documentation
+(`pydoc_data`) and needs none. The twins with random weights are the control: what they show, training has not made.
 """
 
 import argparse
 import json
+import platform
 from collections.abc import Callable
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ from saint.analysis.run import Asked, Settings, analyze
 from saint.demo import small_llava
 from saint.eval.data import find_samples
 from saint.loading import load_model
+from saint.loading.text import load_text
 from saint.loading.vlm import load_vlm
 from saint.records import environment, write_json
 
@@ -35,8 +39,11 @@ CAUSAL = {
     "demo:clip-b16": 24,
     "demo:dinov2-s": 24,
     "demo:small-llava": 8,
+    "demo:smollm2-135m": 8,  # of passages: 30 layers and five choices are 150 forwards each
 }  # photographs with a forward per layer and choice
 MODELS = tuple(CAUSAL)
+TEXT = "demo:smollm2-135m"
+TOKENS = 256  # of a passage
 console = Console(width=150)
 
 
@@ -46,6 +53,15 @@ def build(name: str, control: bool) -> tuple[Any, Callable[..., Any], Any]:
         loaded = load_vlm(name)
         model = seeded(lambda: small_llava.blank(None)) if control else loaded.model
         return model, lambda item, image: loaded.inputs([item.prompt], [image]), None
+    if name == TEXT:
+        text = load_text(name)
+        model = seeded(lambda: type(text.model)(text.model.config).eval()) if control else text.model
+
+        def cut(item: Asked, _: None) -> dict[str, Any]:
+            made = text.inputs(item.prompt)
+            return {key: value[:, :TOKENS] if isinstance(value, torch.Tensor) else value for key, value in made.items()}
+
+        return model, cut, None
     encoder = load_model(name)
     model = encoder.model
     if control:
@@ -62,20 +78,45 @@ def seeded(make: Callable[[], Any]) -> Any:
         return make()
 
 
-def measure(name: str, control: bool, photos: Path, limit: int, causal: int, again: bool = False) -> dict[str, Any]:
-    """One record. ``again``: another seed, and photographs that lie between those of the first run."""
-    model, inputs, plan = build(name, control)
+def passages(limit: int, shift: bool) -> list[Asked]:
+    """Prose of the Python documentation, evenly spaced, each from the start of a paragraph; ``shift``: those in between."""
+    whole = "\n\n".join(text for _, text in sorted(topics.items()))
+    taken: list[int] = []
+    for place in [*range(0, 2 * limit, 2), *range(1, 2 * limit, 2)]:
+        at = place * len(whole) // (2 * limit + 1)
+        while (at := whole.index("\n\n", at) + 2) in taken:  # a long paragraph is the next one of several places
+            pass
+        taken.append(at)
+    return [
+        Asked.text(str(at), f"pydoc_data.topics, character {at}", whole[at : at + 8 * TOKENS].lstrip())
+        for at in (taken[limit:] if shift else taken[:limit])
+    ]
+
+
+def photographs(photos: Path, limit: int, again: bool) -> list[Asked]:
+    """Of a folder, evenly spaced; ``again``: those that lie between."""
     samples = find_samples(str(photos)).items
     if len(samples) < (2 if again else 1) * limit:
         raise ValueError(f"{photos} has {len(samples)} photographs: give --limit {len(samples) // (2 if again else 1)}")
     shift = len(samples) // (2 * limit) if again else 0
-    items = [Asked.of(samples[place * len(samples) // limit + shift], QUESTION) for place in range(limit)]
+    return [Asked.of(samples[place * len(samples) // limit + shift], QUESTION) for place in range(limit)]
+
+
+def measure(
+    name: str, control: bool, photos: Path | None, limit: int, causal: int, again: bool = False
+) -> dict[str, Any]:
+    """One record. ``again``: another seed, and photographs or passages that lie between those of the first run."""
+    model, inputs, plan = build(name, control)
+    if photos is None:
+        items, source = passages(limit, again), f"pydoc_data.topics of Python {platform.python_version()}"
+    else:
+        items, source = photographs(photos, limit, again), photos.name
     weights = "random" if control else "trained"
     stem = f"{'again' if again else 'analyze'}-{name.removeprefix('demo:')}-{weights}"
-    facts = {"model": name, "weights": weights, "set": photos.name}
+    facts = {"model": name, "weights": weights, "set": source}
     settings = Settings(causal=causal, choices=METHODS, seed=1 if again else 0)
     if control and causal:  # its causal column is drawn beside the other and decides nothing
-        settings = Settings(causal=8)
+        settings = Settings(causal=min(8, causal))
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task(stem, total=len(items))
         result = analyze(
@@ -86,7 +127,8 @@ def measure(name: str, control: bool, photos: Path, limit: int, causal: int, aga
         "kind": "analyze",
         "model": name,
         "weights": weights,
-        "images": {"count": len(result.entries), "set": photos.name},
+        "images": None if photos is None else {"count": len(result.entries), "set": source},
+        "prompts": {"count": len(result.entries), "set": source, "tokens": TOKENS} if photos is None else None,
         "questions": {"count": len(result.entries), "question": QUESTION} if name.endswith("llava") else None,
     }
     record: dict[str, Any] = rounded({**head, **make_record(result), "environment": environment("cpu")})
@@ -109,23 +151,24 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "again", "pages"])
     parser.add_argument("--photos", type=Path, help="folder of photographs")
     parser.add_argument("--limit", type=int, default=100, help="photographs, evenly spaced")
-    parser.add_argument("--causal", type=int, help="of them in the causal column [default: 24, small LLaVA 8]")
+    parser.add_argument("--causal", type=int, help="of them in the causal column [default: 24, language models 8]")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", choices=MODELS, help="one model")
     options = parser.parse_args()
-    if options.what != "pages" and options.photos is None:
+    if options.what != "pages" and options.photos is None and options.only != TEXT:
         parser.error(f"{options.what} needs --photos DIR")
     torch.set_num_threads(options.threads)
     for name in [options.only] if options.only else MODELS:
         short = name.removeprefix("demo:")
+        photos = None if name == TEXT else options.photos
         if options.what == "run":
             causal = CAUSAL[name] if options.causal is None else options.causal
             for control in (False, True):
-                record = measure(name, control, options.photos, options.limit, causal)
+                record = measure(name, control, photos, options.limit, causal)
                 write_json(RESULTS / f"analyze-{short}-{record['weights']}.json", record)
         elif options.what == "again":
             first = json.loads((RESULTS / f"analyze-{short}-trained.json").read_text())
-            second = measure(name, False, options.photos, options.limit, 0, again=True)
+            second = measure(name, False, photos, options.limit, 0, again=True)
             write_json(RESULTS / f"again-{short}-trained.json", rounded(overlap(first, second)))
     records, again = ([json.loads(f.read_text()) for f in sorted(RESULTS.glob(g))] for g in ("analyze-*", "again-*"))
     write_pages(records, again, HERE.parent / "docs")

@@ -9,13 +9,14 @@ Named = list[tuple[str, dict[str, Any]]]  # titles of stacks of layers with trai
 def claims(stacks: Named, again: list[dict[str, Any]]) -> str:
     """A section of markdown."""
     tried = [(title, part["causal"]) for title, part in stacks if "attention" in part["causal"]["methods"]]
+    things = {title: part.get("things", "photographs") for title, part in stacks}
     without = [title for title, part in stacks if "attention" not in part["causal"]["methods"]]
     merged = {"tome": "ToMe", "tome_plain": "ToMe, beta 0"}
     lines = [
         "## Three claims of the paper, on these models\n",
         INTRO.format(
             share=f"{tried[0][1]['share']:.0%}",
-            counts=", ".join(f"{c['methods']['saint']['n']} photographs for {title}" for title, c in tried),
+            counts=", ".join(f"{c['methods']['saint']['n']} {things[title]} for {title}" for title, c in tried),
             without=f"; not measured for {' and '.join(without)}" if without else "",
         ),
         "### Tokens go through the same three stages in encoders and language models\n",
@@ -24,6 +25,7 @@ def claims(stacks: Named, again: list[dict[str, Any]]) -> str:
         _word(
             "what SAINT drops costs less than what CLS or the last prompt token attends to least", tried, ["attention"]
         ),
+        ATTENDED,
         _table(tried, {"attention": "by attention", "random": "at random"}),
         "### Dropping is better than merging in early layers\n",
         _word("in the first third, what SAINT drops costs less than as many merges", tried, list(merged), "early"),
@@ -35,9 +37,14 @@ def claims(stacks: Named, again: list[dict[str, Any]]) -> str:
 
 INTRO = """Computed from the records. Losses are those of the tables below: {share} of the tokens leave at one layer alone
 ({counts}{without}).
-Differences are paired by photograph: the loss of the other choice minus that of SAINT, a mean over layers, with its
-95 % bootstrap interval over photographs, uncorrected for the number of intervals. Above zero, SAINT loses less. "Held up" means
+Differences are paired by photograph or passage: the loss of the other choice minus that of SAINT, a mean over layers, with its
+95 % bootstrap interval over these, uncorrected for the number of intervals. Above zero, SAINT loses less. "Held up" means
 that every interval lies above zero, "contradicted" that every one lies below, "not decided" anything else.
+"""
+
+
+ATTENDED = """In a language model the loss is that of the next token, read from the last one of the prompt, and the choice by
+attention goes by what that very token attends to at that layer.
 """
 
 
@@ -49,6 +56,10 @@ photographs differs, intervals of equal width overlap in 99.4 % of the cases.
 def _staged(stacks: Named) -> str:
     three = [title for title, part in stacks if len(part["stages"]["segments"]) == 3]
     held = len(three) == len(stacks)
+    split = []
+    for kind, slot in (("encoders", "vision"), ("language models", "language")):
+        own = [title for title, part in stacks if part["stage"] == slot]
+        split.append(f"{len(set(own) & set(three))} of {len(own)} {kind}")
     rows = [
         "| layers of | stages | BIC, best staircase | BIC, smooth curves | p, smooth curves with noise | p, other orders |",
         "|---|---|---|---|---|---|",
@@ -64,17 +75,23 @@ def _staged(stacks: Named) -> str:
     alpha = stacks[0][1]["stages"]["criteria"]["alpha"]
     word = "held up" if held else "not shown"
     return (
-        f"**{word.capitalize()}**: three stages are shown in {len(three)} of {len(stacks)} stacks of layers.\nStages need a "
+        f"**{word.capitalize()}**: three stages are shown in {len(three)} of {len(stacks)} stacks of layers: "
+        f"{' and '.join(split)}.\nStages need a "
         f"staircase whose BIC is the lowest and both p at most {alpha:g}.\n\n" + "\n".join(rows) + "\n"
     )
 
 
 def _word(claim: str, tried: Named, methods: list[str], where: str = "all") -> str:
     """The verdict on a claim, from the intervals of ``methods`` over the layers ``where``."""
-    found = [c["more_than_saint"][m][where] for _, c in tried for m in methods if m in c["more_than_saint"]]
-    above, below = sum(f["low"] > 0 for f in found), sum(f["high"] < 0 for f in found)
-    word = "held up" if above == len(found) else "contradicted" if below == len(found) else "not decided"
-    return f"- **{word.capitalize()}**: {claim}: {above} of {len(found)} intervals above zero, {below} below.\n"
+    spans = [(title, c["more_than_saint"]) for title, c in tried]
+    found = [(title, by[m][where]) for title, by in spans for m in methods if m in by]
+    above = [title for title, f in found if f["low"] > 0]
+    below = [title for title, f in found if f["high"] < 0]
+    word = "held up" if len(above) == len(found) else "contradicted" if len(below) == len(found) else "not decided"
+    said = f"- **{word.capitalize()}**: {claim}: {len(above)} of {len(found)} intervals above zero, {len(below)} below."
+    for side, titles in (("Above", above), ("Below", below)):
+        said += f" {side}: {'; '.join(dict.fromkeys(titles))}." if titles else ""
+    return said + "\n"
 
 
 def _table(tried: Named, methods: dict[str, str]) -> str:
@@ -99,7 +116,7 @@ def _again(again: list[dict[str, Any]]) -> str:
         return ""
     lines = [
         "## A second run\n",
-        "Other photographs, another seed: how many of the 95 % intervals of the two runs overlap.\n",
+        "Other photographs or passages, another seed: how many of the 95 % intervals of the two runs overlap.\n",
     ]
     for record in again:
         for part in record["parts"]:
@@ -107,7 +124,8 @@ def _again(again: list[dict[str, Any]]) -> str:
             low = [name for name, (a, b) in part["counts"].items() if a < b]
             first, second = part["stages"]
             lines.append(
-                f"- {record['model']}, {part['stage']}, {record['images'][0]} and {record['images'][1]} photographs: "
+                f"- {record['model']}, {part['stage']}, {record['images'][0]} and {record['images'][1]} "
+                f"{record.get('things', 'photographs')}: "
                 f"{same} of {total} pairs of layer and quantity ({same / total:.1%})"
                 + (f"; not everywhere: {', '.join(low)}" if low else "")
                 + f". Stages: {first}, and again {second}."

@@ -11,12 +11,18 @@ from saint.records import write_whole
 from saint.view import save_png
 
 TRAINED, RANDOM = (31, 90, 166), (190, 110, 30)
+COLOURS = 64  # of a picture: a quarter of the bytes
 SCALE = 2  # drawn larger and reduced: smooth lines
 PANEL, MARGIN = (230, 150), (44, 26, 10, 24)  # width and height; left, top, right, bottom; pixels
 LEGEND = 20  # height below the panels
 PICTURES = ("key_similarity", "cls_entropy", "last_entropy", "token_entropy", "effective_rank", "residual_update")
 LOSSES = {"tome": "ToMe", "tome_plain": "ToMe, beta 0"}
-TITLES = {"demo:clip-b16": "CLIP ViT-B/16", "demo:dinov2-s": "DINOv2 ViT-S/14", "demo:small-llava": "small LLaVA"}
+TITLES = {
+    "demo:clip-b16": "CLIP ViT-B/16",
+    "demo:dinov2-s": "DINOv2 ViT-S/14",
+    "demo:small-llava": "small LLaVA",
+    "demo:smollm2-135m": "SmolLM2-135M",
+}
 
 
 def write_pages(records: list[dict[str, Any]], again: list[dict[str, Any]], docs: Path) -> None:
@@ -29,12 +35,15 @@ def write_pages(records: list[dict[str, Any]], again: list[dict[str, Any]], docs
     }
     lines = [
         HEAD.format(
-            images=records[0]["images"]["count"], shown=sum(shown["trained"]), stacks=len(shown["trained"]),
-            control=sum(shown["random"]),
+            images=next(record["images"]["count"] for record in records if record["images"]),
+            prompts="".join({PROMPTS.format(**record["prompts"]) for record in records if not record["images"]}),
+            shown=sum(shown["trained"]), stacks=len(shown["trained"]), control=sum(shown["random"]),
         )
     ]  # fmt: skip
     trained = [record for record in records if record["weights"] == "trained"]
-    lines += [claims([(_where(r, part), part) for r in trained for part in r["parts"]], again)]
+    lines += [
+        claims([(_where(r, part), {**part, "things": _things(r)}) for r in trained for part in r["parts"]], again)
+    ]
     for name in dict.fromkeys(record["model"] for record in records):
         both = {record["weights"]: record for record in records if record["model"] == name}
         if set(both) != {"trained", "random"}:
@@ -42,8 +51,9 @@ def write_pages(records: list[dict[str, Any]], again: list[dict[str, Any]], docs
         for trained, control in zip(both["trained"]["parts"], both["random"]["parts"], strict=True):
             where = _where(both["trained"], trained)
             file = f"analysis-{name.removeprefix('demo:')}-{trained['stage']}.png"
-            save_png(figure(trained, control), docs / "images" / file)
-            lines += [f"## {where}\n", f"![{where}: trained and random weights](images/{file})\n", table(trained), ""]
+            save_png(figure(trained, control).quantize(COLOURS, dither=Image.Dither.NONE), docs / "images" / file)
+            lines += [f"## {where}\n", f"![{where}: trained and random weights](images/{file})\n"]
+            lines += [table(trained, _things(both["trained"])), ""]
             lines += [verdict("Trained", trained), verdict("Random", control), ""]
         plan = both["trained"]["plan_line"]
         lines += [f"Proposed plan: `{plan}`\n" if plan else "No plan proposed.\n"]
@@ -54,18 +64,28 @@ HEAD = """# What tokens do, layer by layer
 
 The models of the demo under `saint analyze`, on {images} photographs, and a twin of each with random weights as control. Means
 over images; bands in the pictures are 95 % bootstrap intervals over images. The small LLaVA has learned generated scenes, and was
-asked the same question about every photograph. `make analysis PHOTOS=DIR` measures again and rewrites this page; records are in
-`evidence/results/analyze-*.json`. What the numbers are: docstrings of `saint.analysis`; how stages are decided:
-[architecture](architecture.md).
+asked the same question about every photograph. {prompts}
+`make analysis PHOTOS=DIR` measures again and rewrites this page; records are in `evidence/results/analyze-*.json`. What the
+numbers are: docstrings of `saint.analysis`; how stages are decided: [architecture](architecture.md).
 
 Stages are shown in {shown} of the {stacks} stacks of layers with trained weights, and in {control} of those with random ones.
 """
+
+PROMPTS = """SmolLM2-135M-Instruct is a language model without images, and read {count}
+passages of {tokens} tokens of Python's documentation (`{set}`): there tokens are those of the prompt but
+its first and last, and means are over passages."""
+
+
+def _things(record: dict[str, Any]) -> str:
+    """What was counted."""
+    return "photographs" if record["images"] else "passages"
 
 
 def _where(record: dict[str, Any], part: dict[str, Any]) -> str:
     """The title of a stack of layers."""
     tower = ", tower" if len(record["parts"]) > 1 else ""
-    return TITLES[record["model"]] + (", language model" if part["stage"] == "language" else tower)
+    named = ", language model" if record["images"] and part["stage"] == "language" else tower
+    return TITLES[record["model"]] + named
 
 
 def verdict(weights: str, part: dict[str, Any]) -> str:
@@ -76,7 +96,7 @@ def verdict(weights: str, part: dict[str, Any]) -> str:
     return f"- {weights} weights, stages: **{stages['verdict']}**{why}. {segments}".rstrip()
 
 
-def table(part: dict[str, Any]) -> str:
+def table(part: dict[str, Any], things: str) -> str:
     """Means per layer."""
     values = {quantity["name"]: quantity for quantity in part["quantities"]}
     columns = [
@@ -102,7 +122,7 @@ def table(part: dict[str, Any]) -> str:
     causal = part["causal"]
     note = (
         f"Entropies in nat. Loss: {causal['measure']} when {causal['share']:.0%} of the tokens leave at that layer alone; "
-        f"{causal['methods']['saint']['n']} photographs."
+        f"{causal['methods']['saint']['n']} {things}."
     )
     return "\n".join([*rows, "", note])
 

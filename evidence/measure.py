@@ -195,7 +195,7 @@ def _knn(name: str, samples: Samples, plans: dict[str, Plan], options: argparse.
         )
     write_json(
         RESULTS / f"{name}.json",
-        {"command": f"python evidence/measure.py {name}", "classes": samples.classes,
+        {"kind": f"evidence/{name}", "command": f"python evidence/measure.py {name}", "classes": samples.classes,
          "given": report.given, "evaluated": report.evaluated, "rows": rows, "environment": environment("cpu")},
     )  # fmt: skip
 
@@ -274,6 +274,7 @@ def saliency(options: argparse.Namespace) -> None:
     write_json(
         RESULTS / "saliency.json",
         {
+            "kind": "evidence/saliency",
             "command": "python evidence/measure.py saliency",
             "images": len(pictures),
             "rows": rows,

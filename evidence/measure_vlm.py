@@ -223,7 +223,7 @@ def _measure(
     base, _ = answers.ask(Plan())
     blind, _ = answers.ask(Plan(), shift=1)
     record: dict[str, Any] = {
-        "command": f"python evidence/measure.py {name}", "pictures": len(about),
+        "kind": f"evidence/{name}", "command": f"python evidence/measure.py {name}", "pictures": len(about),
         "questions": sum(len(questions) for _, questions in about),
         "unpruned": _by_category(base), "another picture": _by_category(blind), "rows": [],
         "unpruned by picture": _rounded(base["all"]),

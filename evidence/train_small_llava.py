@@ -385,6 +385,7 @@ def train(options: argparse.Namespace) -> None:
     write_json(
         HERE / "small_llava_training.json",
         {
+            "kind": "evidence/small_llava_training",
             "options": {k: str(v) for k, v in vars(options).items() if k not in ("run", "folder", "command")},
             "pictures": pictures.there,
             "epochs": pictures.epoch,

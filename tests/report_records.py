@@ -129,6 +129,9 @@ FIELDS = frozenset(  # names of a record, which a test of hostile text leaves as
         "threads",
         "efficiency",
         "pretrained",
+        *("why", "gone", "into", "merged", "degree", "neighbors", "survivors_of", "left_out"),
+        *("depth", "tuned", "held_out", "target", "place", "left", "reached", "loss", "per_image", "against", "work"),
+        *("costs", "places", "center", "frontier", "missing"),
     ]
 )
 
@@ -195,9 +198,63 @@ def analyze() -> dict[str, Any]:
         "seed": 0,
         "settings": {"thresholds": [0.7, 0.8], "neighbors": 5, "saint": {"vision": {"method": "saint"}}},
         "parts": [part("vision", True), part("language", False)],
-        "survivors": [{"name": "a", "grid": [2, 3], "picture": _picture(), "layers": [{"layer": 1, "kept": [0, 5]}]}],
+        "survivors": [survivor()],
+        "survivors_of": {"plan": PLAN, "why": "the proposed plan", "left_out": [["c.png", "is gone"]]},
         "plan": PLAN,
         "plan_line": "saint.Plan(vision=saint.Saint(threshold=0.7))",
+    }
+
+
+def survivor() -> dict[str, Any]:
+    """2 x 3 patches: 2 and 4 leave behind layer 0 for 1, then 1 behind layer 3 for 5; sources 0, 2, 4, then 0, 3."""
+    first = {"gone": [2, 4], "into": [1, 1], "merged": False, "degree": [1, 3, 2], "neighbors": 2, "threshold": 0.7}
+    then = {"gone": [1], "into": [5], "merged": False, "degree": [2, 0], "neighbors": 2, "threshold": 0.7}
+    layers = [
+        {"layer": 0, "tokens_in": 6, "tokens_out": 4, "kept": [0, 1, 3, 5], "why": first},
+        {"layer": 3, "tokens_in": 4, "tokens_out": 3, "kept": [0, 3, 5], "why": then},
+    ]
+    return {"name": "b", "grid": [2, 3], "picture": _picture(), "layers": layers}
+
+
+def _ends(mean: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - 0.01, "high": mean + 0.01}
+
+
+def _reached(flops: float, loss: float) -> dict[str, Any]:
+    found = {"flops": _ends(flops), "measure": "1 - cosine", "loss": _ends(loss), "agreement": _ends(1 - loss)}
+    found["flops"] |= {"low": flops, "high": flops}
+    return found
+
+
+def tune() -> dict[str, Any]:
+    """Of an encoder, for its FLOPs, with two other budgets; a third cannot be reached."""
+    rival = {"work": 0.6, "measure": "1 - cosine", "loss": _ends(0.08), "agreement": _ends(0.92)}
+    rivals = [{"name": "published saint", **rival, "difference": _ends(-0.04)},
+              {"name": "random", **rival, "difference": {"mean": -0.004, "low": -0.01, "high": 0.01}}]  # fmt: skip
+    curve = {"places": [-1, 0, 1, 2], "mean": [0.05, 0.04, 0.03, 0.04]}
+    curve |= {"low": [0.04, 0.03, 0.02, 0.03], "high": [0.06, 0.05, 0.04, 0.05]}
+    costs = [{"method": {"method": name, "center": center}, "left": left, "share": 1 - left / 10, **curve}
+             for name, center in (("saint", True), ("match", False)) for left in (5, 8)]  # fmt: skip
+    frontier = [{"work": 0.4, "layers": [], **{"reached": _reached(0.4, 0.2)}, "plan": PLAN},
+                {"work": 0.8, "layers": [], **{"reached": _reached(0.8, 0.01)}, "plan": PLAN},
+                {"work": 0.2, "missing": "0.25 is the least"}]  # fmt: skip
+    return {
+        **_head("tune"),
+        "model": "timm:t",
+        "class": "VisionTransformer",
+        "depth": {"vision": 6},
+        "tokens": 10,
+        "images": {"set": "photos", "tuned": 8, "held_out": 4},
+        "target": {"flops": 0.6},
+        "layers": [{"place": "input", "method": "saint", "left": 8}, {"place": 2, "method": "match", "left": 5}],
+        "reached": _reached(0.59, 0.04),
+        "tuned_loss": 0.03,
+        "per_image": False,
+        "against": rivals,
+        "additivity": [],
+        "costs": costs,
+        "frontier": frontier,
+        "plan": PLAN,
     }
 
 
@@ -315,5 +372,6 @@ MAKERS = {
     "demo": demo,
     "eval/images": eval_images,
     "eval/vqa": eval_vqa,
+    "tune": tune,
     "view": view,
 }

@@ -36,6 +36,7 @@ def found(early, late):
 
 def part(attention, tome, segments=0):
     return {
+        "stage": "vision",
         "stages": {
             "verdict": "three stages" if segments else "not shown",
             "segments": [{}] * segments,
@@ -74,6 +75,9 @@ def test_a_claim_needs_every_interval(claims, first, second, word):
     text = claims.claims(stacks, [])
     assert f"- **{word}**: what SAINT drops costs less than what CLS" in text
     assert "- **Contradicted**: in the first third" in text
+    line = text.split("attends to least")[1].splitlines()[0]
+    assert ("Above: A; B." in line) == (word == "Held up")
+    assert ("Below: A; B." in line) == (word == "Contradicted")
     assert "4 intervals above zero, 0 below" in text.split("in the other layers")[1].splitlines()[0]
     assert f"{sum(first) / 2:+.4f} ({first[0]:+.4f} to {first[1]:+.4f})" in text
 
@@ -81,8 +85,12 @@ def test_a_claim_needs_every_interval(claims, first, second, word):
 @pytest.mark.parametrize(("segments", "word"), [((3, 3), "Held up"), ((3, 0), "Not shown"), ((2, 3), "Not shown")])
 def test_three_stages_must_be_shown_everywhere(claims, segments, word):
     stacks = [(name, part(found(ABOVE, ABOVE), found(ABOVE, ABOVE), n)) for name, n in zip("AB", segments, strict=True)]
+    stacks[1][1].update(stage="language", things="passages")
     text = claims.claims(stacks, [])
     assert f"**{word}**: three stages are shown in {segments.count(3)} of 2 stacks" in text
+    first, second = (int(n == 3) for n in segments)
+    assert f"{first} of 1 encoders and {second} of 1 language models" in text
+    assert "24 photographs for A, 24 passages for B" in text
     assert "| 4 | 5 | 0.250 | 0.500 |" in text  # the best staircase of two segments or more, the best smooth curve
 
 

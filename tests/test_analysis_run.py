@@ -22,6 +22,7 @@ from saint.analysis.attention import received_entropy
 from saint.analysis.causal import METHODS, Causal, Looks, next_token_kl
 from saint.analysis.probe import Probe
 from saint.eval.journal import JournalError
+from saint.report import make_report, read_records
 
 torch.set_num_threads(1)
 
@@ -595,9 +596,39 @@ def test_the_command_writes_a_record(command, folder, tmp_path):
     assert set(found["stages"]) >= {"verdict", "shown", "used", "segments", "boundaries", "criteria"}
     if made["plan"] is not None:
         assert saint.Plan.from_dict(made["plan"]) == eval(made["plan_line"], {"saint": saint})
+    shown, of = made["survivors"], made["survivors_of"]
+    assert [photo["name"] for photo in shown] == ["0.png", "1.png", "2.png"]
+    assert (of["plan"] == made["plan"]) is (made["plan"] is not None)
+    assert of["left_out"] == []
+    for photo in shown:
+        assert photo["grid"] == [10, 10]
+        assert photo["picture"].startswith("data:image/jpeg;base64,")
+        left = set(range(100))
+        for step in photo["layers"]:
+            assert sorted([*step["kept"], *step["why"]["gone"]]) == sorted(left)
+            assert set(step["why"]["into"]) <= set(step["kept"])
+            assert len(step["why"]["degree"]) == (len(left) + 1) // 2
+            left = set(step["kept"])
+    assert "What stays" in make_report(read_records([file]))
     again, said, _ = command("analyze", *TINY, "--images", folder, "--causal", "3", "--json", file)
     assert again == 0
     assert "9 of them from the journal" in said
+    resumed = json.loads(file.read_text())
+    assert (resumed["survivors"], resumed["survivors_of"]) == (shown, of)
+
+
+def test_without_a_proposed_plan_the_usual_one_is_shown_and_said(command, folder, tmp_path):
+    file = tmp_path / "an.json"
+    code, _, err = command("analyze", *TINY, "--images", folder, "--limit", "2", "--causal", "0", "--json", file)
+    assert code == 0, err
+    made = json.loads(file.read_text())
+    assert made["plan"] is None
+    assert made["survivors_of"]["why"] == (
+        "no plan is proposed (what leaving costs was not measured, --causal 0): the usual setting for this model"
+    )
+    assert made["survivors_of"]["plan"]["vision"]["method"]["method"] == "saint"
+    assert len(made["survivors"]) == 2
+    assert "no plan is proposed (what leaving costs was not measured" in make_report(read_records([file]))
 
 
 def test_questions_to_a_vision_language_model(command, spec, folder, tmp_path):  # noqa: F811
@@ -617,6 +648,14 @@ def test_questions_to_a_vision_language_model(command, spec, folder, tmp_path): 
         quantity["name"] for quantity in made["parts"][1]["quantities"]
     }
     assert "language  5 layers" in said
+    assert made["plan"] is None or made["survivors_of"]["plan"] == made["plan"]
+    assert [photo["name"] for photo in made["survivors"]] == list(dict.fromkeys(p["name"] for p in made["survivors"]))
+    for photo in made["survivors"]:
+        assert photo["pictures"][0].startswith("data:image/jpeg;base64,")
+        assert sum(rows * columns for rows, columns in photo["tiles"]) == photo["visual_tokens"] == 36
+        assert all("gone" in step["why"] for step in photo["layers"])
+    assert len(made["survivors"]) == 3
+    assert "What stays" in make_report(read_records([file]))
     code, _, err = command(*args[:-2], "--prompt", "what", "--limit", "2")
     assert code == 0, err
     assert command(*args[:-2], "--prompt", "what", "--questions", tmp_path / "q.jsonl")[0] == 2

@@ -21,6 +21,7 @@ pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 import uvicorn
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
@@ -161,6 +162,75 @@ def test_sliders_change_what_is_shown(shown, report):
     assert visible() == [said.text] == [slider.get_attribute("aria-valuetext")]
     slider.send_keys(Keys.HOME)
     assert visible() == ["before the first drop point: 6 of 6 kept (100%)"]
+
+
+def test_the_slider_changes_the_heat_map_and_who_stands_for_whom(shown, report):
+    page = shown(report)
+    figure = page.find_element(By.CSS_SELECTOR, "figure.why")
+    slider, counted = figure.find_element(By.TAG_NAME, "input"), figure.find_element(By.CLASS_NAME, "counted")
+
+    def heat() -> list[str]:
+        fills = "[...arguments[0].querySelectorAll('g.heat:not(.off) path[fill]')].map((p) => p.getAttribute('d'))"
+        return page.execute_script(f"return {fills}", figure)
+
+    def now() -> list[str]:
+        shown = [g for g in figure.find_elements(By.CSS_SELECTOR, "g.gone:not(.off)") if g.is_displayed()]
+        return [g.get_attribute("data-from") for g in shown], [
+            path.get_attribute("d")
+            for path in figure.find_elements(By.CSS_SELECTOR, "path.to:not(.shade):not(.dot)")
+            if page.execute_script("return getComputedStyle(arguments[0]).display !== 'none'", path)
+        ]
+
+    assert heat() == ["M0 10h10v10h-10z", "M0 0h10v10h-10z"]  # sources 3 and 0, the lower degree first
+    assert now() == (["1", "2"], ["M15 5L25 15"])
+    assert counted.text == "after layer 3: 1 of 2 sources have 2 or more, a vote to go"
+    slider.send_keys(Keys.ARROW_LEFT)
+    assert heat() == ["M0 0h10v10h-10z", "M10 10h10v10h-10z", "M20 0h10v10h-10z"]
+    assert now() == (["1"], ["M25 5L15 5M15 15L15 5"])
+    assert counted.text == "after layer 0: 2 of 3 sources have 2 or more, a vote to go"
+    slider.send_keys(Keys.HOME)
+    assert (heat(), now()) == ([], ([], []))
+    assert counted.text == "before the first drop point: no vote"
+
+
+def test_patches_are_walked_by_keyboard_and_pinned_by_a_click(shown, report):
+    page = shown(report)
+    figure = page.find_element(By.CSS_SELECTOR, "figure.why")
+    slider, said = figure.find_element(By.TAG_NAME, "input"), figure.find_element(By.CSS_SELECTOR, "output.patch")
+
+    def lines() -> list[str]:
+        cursors = figure.find_elements(By.CSS_SELECTOR, "svg.map .cursor .line")
+        assert len(cursors) == len(figure.find_elements(By.CSS_SELECTOR, "svg.field .cursor .line"))  # on both pictures
+        return [line.get_attribute("d") for line in cursors]
+
+    assert said.text.startswith("Point at a patch")
+    slider.send_keys(Keys.ARROW_LEFT)  # behind layer 0, where patches 2 and 4 have left for 1
+    slider.send_keys(Keys.TAB)
+    assert page.switch_to.active_element.get_attribute("class") == "map"
+    assert said.text == (
+        "row 1, column 3; left after layer 0; its most similar survivor: row 1, column 2; 3 neighbours: votes to go"
+    )
+    assert lines() == ["M25 5L15 5", "M20 0h10v10h-10z"]
+    page.switch_to.active_element.send_keys(Keys.ARROW_LEFT)
+    assert said.text == "row 1, column 2; stays here, leaves after layer 3"
+    assert lines() == ["M10 0h10v10h-10z"]
+    page.switch_to.active_element.send_keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT, Keys.ARROW_UP)  # the edge
+    assert said.text == "row 1, column 1; stays; 1 neighbour: no vote"
+    page.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert said.text.startswith("Point at a patch")
+    assert lines() == []
+
+    picture = figure.find_element(By.CSS_SELECTOR, "svg.map")
+    wide, high = picture.size["width"], picture.size["height"]
+    hand = ActionChains(page)
+    hand.move_to_element_with_offset(picture, round(wide / 3), round(-high / 4)).perform()  # from the middle: patch 2
+    assert said.text.startswith("row 1, column 3; left after layer 0")
+    hand.click().move_to_element(slider).perform()
+    assert said.text.startswith("row 1, column 3; left after layer 0")  # stays
+    slider.send_keys(Keys.END)
+    through = "its most similar survivor: row 2, column 3 (through 1 that left since)"
+    assert said.text == f"row 1, column 3; left after layer 0; {through}"
+    assert lines() == ["M25 5L15 5L25 15", "M20 0h10v10h-10z"]
 
 
 def test_points_tell_at_focus_and_hostile_names_do_not_run(shown, report):

@@ -228,7 +228,8 @@ def test_list_and_env(run, tmp_path):
     assert "timm.models.cait.Cait" in listed["refused"]
     assert {"saint", "saint_full_graph"} <= set(listed["methods"])
     assert set(listed["recipes"]) == set(saint.recipes())
-    assert set(listed["demo"]) == {"clip-b16", "dinov2-s", "small-llava"}
+    assert set(listed["demo"]) == {"clip-b16", "dinov2-s", "small-llava", "smollm2-135m"}
+    assert "Llama" in {row["models"] for row in listed["texts"]}
     assert json.loads((tmp_path / "e.json").read_text())["environment"]["torch"]
 
 

@@ -247,7 +247,7 @@ def test_summary_of_an_encoder(vit, images):
     assert summary.layers == {"vision": (36, 26, 18, 18)}
     assert (summary.kv_kept, summary.kv_unpruned) == (None, None)
     assert str(summary) == (
-        "VisionTransformer: visual tokens per sample, mean (least..most)\n"
+        "VisionTransformer: candidates per sample, mean (least..most)\n"
         "  vision 0  36.0 -> 26.0\n"
         "  vision 1  26.0 -> 18.0\n"
         "entering each vision layer: 36 26 18 18\n"

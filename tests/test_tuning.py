@@ -18,6 +18,7 @@ from saint import testing
 from saint.eval.journal import JournalError
 from saint.flops import count_flops
 from saint.methods import Random, ToMe
+from saint.report import make_report, read_records
 from saint.tuning import Target, search, work
 from saint.tuning.costs import Cost, grid, proposals
 from saint.tuning.layout import Drop, Space
@@ -380,6 +381,18 @@ def test_the_command_writes_a_plan_that_other_commands_take(command, folder, tmp
     assert made["kind"] == json.loads(curve.read_text())["kind"] == "tune"
     assert str(tmp_path) not in record.read_text() + plan.read_text() + curve.read_text()
     assert saint.Plan.from_dict(made["plan"]) == loaded
+    for cost in made["costs"]:
+        assert cost["left"] == round((1 - cost["share"]) * 100)
+        assert cost["places"][-1] <= 4  # two thirds of six layers, counted from the one in front of them
+        assert len(cost["mean"]) == len(cost["low"]) == len(cost["high"]) == len(cost["places"])
+        assert all(low <= mean <= high for low, mean, high in zip(cost["low"], cost["mean"], cost["high"], strict=True))
+    assert {round(cost["share"], 1) for cost in made["costs"]} == {0.2, 0.5}
+    assert "costs" not in loaded.tuned
+    page = make_report(read_records([record, curve]))
+    assert "Other budgets" in page
+    assert "Loss when 50% of the tokens leave at one layer alone" in page
+    with pytest.raises(ValueError, match=r"plan\.json: .*a plan, which is not a record"):
+        read_records([plan])
     points = json.loads(curve.read_text())["frontier"]
     reached = [point for point in points if "plan" in point]
     assert len(reached) >= 3

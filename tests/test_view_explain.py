@@ -1,5 +1,6 @@
 """Pictures that say why patches left."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 import saint
 from saint import graph
+from saint.cli import main
 from saint.view import explain
 
 
@@ -70,6 +72,15 @@ def test_degrees_are_counts_of_neighbours():
     size = picture.width // 2
     assert picture.getpixel((2, 2)) == (255, 255, 255)  # the frame of a vote
     assert picture.getpixel((2, size + 2)) != (255, 255, 255)
+
+
+def test_degrees_of_a_method_that_centres_are_of_centred_keys():
+    keys = [[9.0, 1.0], [9.0, 0.9], [9.0, -1.0], [9.0, -0.9]]  # alike until their mean is subtracted
+    seen = step(0, [0, 1, 2, 3], keys, [True] * 4, [0, 1, 2, 3])
+    framed = [
+        explain.degrees(flat(), (2, 2), seen, 0.9, 2, center=c).getpixel((2, 2)) == (255,) * 3 for c in (False, True)
+    ]
+    assert framed == [True, False]
 
 
 def test_the_graph_around_a_patch():
@@ -138,3 +149,24 @@ def test_the_published_split_compares_columns_of_even_grids():
     assert sorted(graph.drop_order(ballot)[0, : int(ballot.votes)].tolist()) == gone.tolist()
     with pytest.raises(ValueError, match="whole grid"):
         explain.split(replace(seen, index=torch.arange(100)), (14, 14), method, board=True)
+
+
+def test_the_command_counts_degrees_as_the_method_does(tmp_path, monkeypatch):
+    counted = []
+    true = explain.degrees
+    monkeypatch.setattr(explain, "degrees", lambda *given, **more: counted.append(more) or true(*given, **more))
+    Image.effect_noise((90, 70), 60).save(tmp_path / "noise.png")
+    plan = saint.Plan(vision=saint.Stage(saint.Saint(threshold=0.3, center=True), layers=[0]))
+    rest = [
+        "--no-pretrained",
+        "--device",
+        "cpu",
+        "--image",
+        str(tmp_path / "noise.png"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    with pytest.raises(SystemExit) as ended:
+        main(["view", "timm:test_vit", *rest, "--plan", json.dumps(plan.to_dict()), "--why"])
+    assert not ended.value.code
+    assert counted == [{"center": True}]

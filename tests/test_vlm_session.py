@@ -147,12 +147,9 @@ def test_families_without_vision_stage_say_why(name):
         saint.apply(model, saint.Plan(vision=VISION))
 
 
-def test_text_only_model_is_refused():
-    config = hf.LlamaConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=32
-    )
-    model = hf.LlamaForCausalLM(config)
-    with pytest.raises(saint.UnsupportedModelError, match=r"no visual tokens.*LLaVA-1\.5"):
+def test_a_model_of_unknown_layers_is_refused():
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32))
+    with pytest.raises(saint.UnsupportedModelError, match=r"no visual tokens.*LLaVA-1\.5.*without images.*Llama"):
         saint.apply(model, saint.Plan(language=saint.Saint()))
 
 

@@ -70,6 +70,7 @@ TESTS = {
     "vision/outputs": "test_modes.py test_scored.py test_support.py::test_full_length_outputs test_vlm_towers.py",
     "language/cache": "test_cache_properties.py",
     "language/masks": "test_cache_properties.py test_placements.py::test_merging_in_a_language_model",
+    "language/prompt": "test_text.py",
     "language/positions": "test_cache_properties.py",
     "language/attention": "test_scored.py test_language.py",
     "language/decoder": "test_scored.py test_language.py test_placements.py",

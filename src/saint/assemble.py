@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .errors import UnsupportedModelError
+from .language.prompt import find as find_text
 from .plan import Plan, Stage
 from .runtime.observe import Observers
 from .runtime.points import DropPoint
+from .upstream.decoders import TEXT
 from .upstream.names import LAYERS
 from .upstream.specs import EncoderSpec, FamilySpec, part
-from .upstream.verify import verify_encoder, verify_family
+from .upstream.verify import verify_encoder, verify_family, verify_text
 from .upstream.versions import warn_if_untested
 from .vision.encoder import PrunedEncoder
 from .vision.locate import locate, locate_tower
@@ -20,10 +22,14 @@ from .vlm.locate import find as find_vlm
 from .vlm.locate import locate as locate_vlm
 
 if TYPE_CHECKING:  # imports transformers
+    from .language.decoder import Handover, PrunedDecoder
+    from .language.prompt import PrunedText
     from .vlm.model import PrunedVLM
 
 
-def assemble(model: nn.Module, plan: Plan, observers: Observers) -> "tuple[PrunedVLM | None, PrunedEncoder | None]":
+def assemble(
+    model: nn.Module, plan: Plan, observers: Observers
+) -> "tuple[PrunedVLM | PrunedText | None, PrunedEncoder | None]":
     """What a session installs; (None, None) where nothing is to be done.
 
     Raises:
@@ -31,6 +37,9 @@ def assemble(model: nn.Module, plan: Plan, observers: Observers) -> "tuple[Prune
     """
     if not plan.slots and not observers:
         return None, None
+    text = find_text(model)
+    if text is not None:
+        return _text(*text, plan, observers), None
     if plan.connector is None and plan.language is None and find_vlm(model) is None:
         path, encoder, spec = locate(model)
         verify_encoder(encoder, spec)
@@ -101,7 +110,7 @@ def _encoder(
 
 
 def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "tuple[PrunedVLM, PrunedEncoder | None]":
-    from .language.decoder import Handover, PrunedDecoder
+    from .language.decoder import Handover
     from .vlm.model import PrunedVLM, read_maps
 
     path, vlm, spec = locate_vlm(model, next(reversed(plan.slots), "language"))
@@ -117,27 +126,69 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "tuple[PrunedVLM
         mergers = read_maps(vlm, spec, _depth(tower, tower_spec)) if plan.vision is not None else {}
         restored = frozenset() if merge_size is None else frozenset(mergers.values())
         encoder = _encoder(plan, place, tower, tower_spec, observers, merge_size, restored)
-    text = vlm.get_submodule(spec.decoder)
-    layers: list[nn.Module] = list(LAYERS.get(text).children())
-    points = drop_points(
+    connector = drop_points(
         "connector", plan.slots.get("connector", ()), [[0]] if plan.connector else [], 1, observers, False
     )
-    language = plan.slots.get("language", ())
-    if language or _looks_everywhere(plan, observers):
-        chosen = plan.resolve_layers("language", len(layers))
-        points += drop_points("language", language, chosen, len(layers), observers, idle=not plan.slots)
-    decoder = PrunedDecoder(
+    decoder = _decoder(
         f"{prefix}{spec.decoder}",
-        text,
-        layers,
-        points,
-        observers=observers,
-        handover=handover,
+        vlm.get_submodule(spec.decoder),
+        plan,
+        observers,
+        handover,
+        connector,
         between=spec.between(vlm),
-        evict=bool(language) and language[0].evict,
         enters=encoder is not None and bool(mergers),
     )
     return PrunedVLM(path, vlm, spec, decoder, encoder, mergers, handover), encoder
+
+
+def _text(path: str, text: nn.Module, plan: Plan, observers: Observers) -> "PrunedText":
+    from .language.decoder import Handover
+    from .language.prompt import PrunedText
+
+    title = TEXT[f"{type(text).__module__}.{type(text).__qualname__}"]
+    if wrong := [slot for slot in plan.slots if slot != "language"]:
+        raise UnsupportedModelError(
+            f"{title} is a language model without images and has no {' and no '.join(wrong)} stage: tokens of its prompt leave "
+            "with saint.Plan(language=...)"
+        )
+    verify_text(text, title)
+    warn_if_untested("torch", "transformers", vlm=True)
+    handover = Handover()
+    return PrunedText(text, _decoder(path or "the model", text, plan, observers, handover), handover)
+
+
+def _decoder(
+    path: str,
+    text: nn.Module,
+    plan: Plan,
+    observers: Observers,
+    handover: "Handover",
+    points: Sequence[DropPoint] = (),
+    *,
+    between: int = 0,
+    enters: bool = False,
+) -> "PrunedDecoder":
+    """The language stage, and ``points`` of the connector in front of it."""
+    from .language.decoder import PrunedDecoder
+
+    layers: list[nn.Module] = list(LAYERS.get(text).children())
+    language = plan.slots.get("language", ())
+    own: list[DropPoint] = []
+    if language or _looks_everywhere(plan, observers):
+        chosen = plan.resolve_layers("language", len(layers))
+        own = drop_points("language", language, chosen, len(layers), observers, idle=not plan.slots)
+    return PrunedDecoder(
+        path,
+        text,
+        layers,
+        [*points, *own],
+        observers=observers,
+        handover=handover,
+        between=between,
+        evict=bool(language) and language[0].evict,
+        enters=enters,
+    )
 
 
 def _looks_everywhere(plan: Plan, observers: Observers) -> bool:

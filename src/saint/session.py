@@ -26,6 +26,7 @@ from .vision.encoder import PrunedEncoder
 
 if TYPE_CHECKING:  # these import transformers
     from .language.decoder import KVMemory
+    from .language.prompt import PrunedText
     from .runtime.forwards import Forwards
     from .vlm.model import PrunedVLM
 
@@ -66,7 +67,7 @@ class Session(Uncopyable):
         self._disabled = 0  # blocks of disabled() that are open
         self._removed = False
         self._encoder: PrunedEncoder | None = None
-        self._vlm: PrunedVLM | None = None
+        self._vlm: PrunedVLM | PrunedText | None = None
 
     def __enter__(self) -> "Session":
         if self._removed:
@@ -119,12 +120,13 @@ class Session(Uncopyable):
         """What the last forward dropped, and what that left of its tokens, FLOPs and cache.
 
         Raises:
-            RuntimeError: no forward with images has run.
+            RuntimeError: no forward with candidates has run.
         """
         trace = self.trace
         if not trace:
             raise RuntimeError(
-                "summary() needs the drop points of a forward with images, and there are none yet: run the model first"
+                "summary() needs the drop points of a forward with candidates (images, or a prompt), and there are none "
+                "yet: run the model first"
                 if self.plan.stages
                 else "summary() has nothing to tell: the plan is empty"
             )
@@ -284,7 +286,8 @@ def apply(model: ModelLike, plan: PlanLike, *, observers: Sequence[Any] = ()) ->
 
     Args:
         model: a model of the support table (``saint list``), one that contains exactly one, or an object that is no module and
-            keeps one in ``.model`` (a pipeline of transformers, say).
+            keeps one in ``.model`` (a pipeline of transformers, say). Of a language model without images (Llama, Mistral, Qwen
+            and Gemma of transformers) the ``language`` stage drops tokens of a prompt: all but its first and last are candidates.
         plan: a plan; a bare method means ``Plan(vision=method)``; a string names a recipe, or is looked up like
             :meth:`Plan.load` does.
         observers: objects with some of the methods of :class:`saint.Observer`, which are told of candidates, selections and

@@ -94,7 +94,7 @@ class Summary:
     kv_unpruned: int | None
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: visual tokens per sample, mean (least..most)"]
+        lines = [f"{self.model}: candidates per sample, mean (least..most)"]
         names = [_place(d) for d in self.drops]
         width = max(map(len, names))
         lines += [

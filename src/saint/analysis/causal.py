@@ -1,4 +1,4 @@
-"""What the output loses when a fixed share of the visual tokens leaves at exactly one layer.
+"""What the output loses when a fixed share of the candidates leaves at exactly one layer.
 
 Plans of one layer, applied by :func:`saint.apply`: tokens chosen at random and by SAINT; where asked for, also by attention,
 or merged.
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bench.agreement import agreement
+from ..language.prompt import find as find_text
 from ..methods.base import FixedBudget, Method
 from ..methods.fastv import FastV
 from ..methods.random import Random
@@ -85,7 +86,7 @@ class Causal:
 
     Attributes:
         share: of the candidates that leave; SAINT drops sources only, so at most half.
-        measure: of an encoder "1 - cosine" of its output (1 - correlation where that is a map); of a vision-language model
+        measure: of an encoder "1 - cosine" of its output (1 - correlation where that is a map); of a language model
             "KL of the next token", KL(unpruned || pruned) behind the last prompt token, nat.
         layers: by stage, the layers at which tokens can leave.
         methods: by stage, SAINT with its settings for this model.
@@ -121,7 +122,7 @@ class Causal:
         """The plans for ``model``.
 
         Args:
-            model: a supported encoder, a model that holds one, or a vision-language model.
+            model: a supported encoder, a model that holds one, or a language model, with images or without.
             share: see above.
             plan: one that suits the model: its SAINT settings are used, and its output.
             seed: see above.
@@ -202,18 +203,21 @@ def layers_of(model: nn.Module) -> dict[str, list[int]]:
     """By stage, the layers of ``model`` at which tokens can leave.
 
     Raises:
-        UnsupportedModelError: neither a supported encoder nor a vision-language model.
+        UnsupportedModelError: neither a supported encoder nor a language model.
     """
     family = find(model)
     if family is not None:
         return _family_layers(*family[1:])
+    text = find_text(model)
+    if text is not None:
+        return {"language": list(range(len(list(LAYERS.get(text[1]).children()))))}
     _, encoder, spec = locate(model)
     return {"vision": list(range(len(part(encoder, spec.blocks))))}
 
 
 def measure_of(model: nn.Module) -> str:
     """How a loss of ``model`` is measured: "1 - cosine" of an encoder, else "KL of the next token"; see :class:`Causal`."""
-    return COSINE if find(model) is None else KL
+    return COSINE if find(model) is None and find_text(model) is None else KL
 
 
 def sample_losses(measure: str, base: Any, found: Any) -> list[float]:

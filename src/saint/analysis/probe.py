@@ -52,17 +52,25 @@ class Probe:
     """Measures one image per forward; an observer for :func:`saint.apply` with an empty plan.
 
     In a vision encoder "CLS" is the first protected token, and visual tokens are the candidates. In a language model they are the
-    visual tokens of the prompt, and text means what stands behind the first of them. Where an image is several samples (tiles)
+    visual tokens of the prompt, and text means what stands behind the first of them; without images they are the tokens of the
+    prompt but its first and last, and nothing is said of text and visual tokens. Where an image is several samples (tiles)
     or a layer's attention several calls (windows, parallel attentions), numbers are means over them.
 
     Args:
         thresholds: for :func:`saint.analysis.similarity.droppable`.
         neighbors: likewise.
         center: likewise, by stage; a stage that is missing is not centred.
+        text: the model has no images.
     """
 
-    def __init__(self, thresholds: Sequence[float], neighbors: int = 5, center: dict[str, bool] | None = None) -> None:
-        self.thresholds, self.neighbors, self.center = list(thresholds), neighbors, center or {}
+    def __init__(
+        self,
+        thresholds: Sequence[float],
+        neighbors: int = 5,
+        center: dict[str, bool] | None = None,
+        text: bool = False,
+    ) -> None:
+        self.thresholds, self.neighbors, self.center, self.text = list(thresholds), neighbors, center or {}, text
         self._sums: dict[str, dict[str, dict[int, list[float]]]] = {}
         self._grams: dict[str, list[Tensor]] = {}
         self._counts: dict[str, tuple[float, int]] = {}
@@ -137,14 +145,16 @@ class Probe:
         if not bool(visual.any()):
             return
         found = self._summary(attended, sample, visual, visual)
+        self._add("language", "last_entropy", layer, float(found.entropy[-1]))
+        self._tokens("language", layer, found, visual)
+        if self.text:
+            return
         keys = attended.key[sample].float().mean(0)
         self._add("language", "text_similarity", layer, similarity.cross_similarity(keys[visual], keys[~visual]))
         behind = ~visual & (visual.cumsum(0) > 0)
-        self._add("language", "last_entropy", layer, float(found.entropy[-1]))
         self._add("language", "last_share", layer, float(found.share[-1]))
         self._add("language", "visual_share", layer, float(found.share[visual].mean()))
         self._add("language", "text_share", layer, float(found.share[behind].mean()))
-        self._tokens("language", layer, found, visual)
 
     def _summary(self, attended: Attended, sample: int, senders: Tensor, onto: Tensor) -> Summary:
         query, key = attended.query[sample], attended.key[sample]

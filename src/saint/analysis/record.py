@@ -36,7 +36,8 @@ _ENTROPIES = ("token_entropy", "cls_entropy", "last_entropy")
 
 
 def make_record(analysis: Analysis) -> dict[str, Any]:
-    """The results of a run as plain data: ``settings``, ``parts``, ``plan``, ``plan_line``, ``skipped`` and counts.
+    """The results of a run as plain data: ``settings``, ``candidates`` (what tokens those are), ``parts``, ``plan``,
+    ``plan_line``, ``skipped`` and counts.
 
     Args:
         analysis: of :func:`saint.analysis.run.analyze`.
@@ -53,12 +54,17 @@ def make_record(analysis: Analysis) -> dict[str, Any]:
             **{name: value for name, value in asdict(settings).items() if name != "seed"},
             "saint": {} if analysis.causal is None else _settings(analysis.causal),
         },
+        "candidates": _tokens(analysis),
         "parts": parts,
         "plan": None if plan is None else plan.to_dict(),
         "plan_line": None if plan is None else plan_line(plan),
         "skipped": [[failure.where, failure.reason] for failure in analysis.outcome.failures],
         "resumed": analysis.outcome.resumed,
     }
+
+
+def _tokens(analysis: Analysis) -> str:
+    return "prompt tokens" if analysis.text else "visual tokens"
 
 
 def _settings(causal: Causal) -> dict[str, Any]:
@@ -81,7 +87,9 @@ def _part(stage: str, analysis: Analysis, weight: np.ndarray) -> dict[str, Any]:
     )
     shares = bootstrap.interval(droppable, weight)
     counts = np.array([e["tokens"] for e in entries if e], dtype=float).mean(0)
-    quantities = [{"name": name, **_described(name), **_lists(value, weight)} for name, value in values.items()]
+    quantities = [
+        {"name": name, **_described(name, _tokens(analysis)), **_lists(value, weight)} for name, value in values.items()
+    ]
     for quantity in quantities:
         if quantity["name"] == "cka_adjacent":  # of means over images, as the matrix
             quantity |= alike["adjacent"]
@@ -105,8 +113,8 @@ def _part(stage: str, analysis: Analysis, weight: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _described(name: str) -> dict[str, str]:
-    return {"title": QUANTITIES[name].title, "unit": QUANTITIES[name].unit}
+def _described(name: str, tokens: str) -> dict[str, str]:
+    return {"title": QUANTITIES[name].title.replace("visual tokens", tokens), "unit": QUANTITIES[name].unit}
 
 
 def _lists(values: np.ndarray, weight: np.ndarray) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Images streamed through the probe and the one-layer plans: one at a time, journalled, to be continued when killed."""
+"""Images, or prompts without any, streamed through the probe and the one-layer plans: one at a time, journalled, to be
+continued when killed.
+"""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +17,7 @@ from ..eval.data import Sample
 from ..eval.loop import Loop, Outcome, Processes
 from ..eval.vqa import Question
 from ..images import as_rgb, read_image
+from ..language.prompt import find as find_text
 from ..plan import Plan
 from ..session import pruned
 from .causal import KL, Causal, Looks
@@ -51,12 +54,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What a run measured: per image, by stage, what :meth:`Probe.take` gives and what it loses causally (``causal``)."""
+    """What a run measured: per image, by stage, what :meth:`Probe.take` gives and what it loses causally (``causal``).
+
+    ``text``: of a language model without images, so per prompt.
+    """
 
     outcome: Outcome
     settings: Settings
     causal: Causal | None
     center: dict[str, bool] = field(default_factory=dict)
+    text: bool = False
 
     @property
     def entries(self) -> list[dict[str, Any]]:
@@ -66,11 +73,11 @@ class Analysis:
 
 @dataclass(frozen=True)
 class Asked:
-    """An image, and what is asked about it; nothing of an encoder."""
+    """An image, and what is asked about it, nothing of an encoder; or a prompt without an image."""
 
     id: str
     where: str
-    load: Callable[[], Image.Image]
+    load: Callable[[], Image.Image | None]
     prompt: str = ""
 
     @staticmethod
@@ -86,11 +93,16 @@ class Asked:
             return Asked(question.id, question.where, lambda: as_rgb(image), prompt)
         return Asked(question.id, question.where, lambda: read_image(Path(image)), prompt)
 
+    @staticmethod
+    def text(id: str, where: str, prompt: str) -> "Asked":
+        """A prompt of a language model without images."""
+        return Asked(id, where, lambda: None, prompt)
+
 
 def analyze(
     model: nn.Module,
     items: Sequence[Asked],
-    inputs: Callable[[Asked, Image.Image], Mapping[str, Any]],
+    inputs: Callable[[Asked, Any], Mapping[str, Any]],
     *,
     plan: Plan | None = None,
     settings: Settings = Settings(),
@@ -103,9 +115,9 @@ def analyze(
     One image is in memory at a time, and the next one being read; of an image only numbers are kept.
 
     Args:
-        model: an encoder of the support table or a vision-language model, in eval mode, without a plan.
-        items: the images.
-        inputs: makes the keyword arguments of ``model.forward`` from one of them, a batch of one.
+        model: an encoder of the support table, or a language model, with images or without; in eval mode, without a plan.
+        items: the images, or prompts without any.
+        inputs: makes the keyword arguments of ``model.forward`` from one of them and its image (None), a batch of one.
         plan: one that suits the model: SAINT is measured with its settings.
         settings: what is measured.
         facts: what else results depend on, e.g. the model's name: goes into the journal's key.
@@ -118,13 +130,14 @@ def analyze(
         JournalError: the journal belongs to another run.
     """
     if not items:
-        raise ValueError("no image to analyze")
+        raise ValueError("no image, or no prompt, to analyze")
     causal = Causal.of(model, settings.share, plan, settings.seed, settings.choices)
     center = {slot: method.center for slot, method in causal.methods.items()}
     dropped = {items[place].id for place in spread(len(items), settings.causal)} if settings.causal else set()
-    probe = Probe(settings.thresholds, settings.neighbors, center)
+    text = find_text(model) is not None
+    probe = Probe(settings.thresholds, settings.neighbors, center, text)
 
-    def score(asked: Sequence[Asked], images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+    def score(asked: Sequence[Asked], images: Sequence[Image.Image | None]) -> list[dict[str, Any]]:
         (item,), (image,) = asked, images
         given = dict(inputs(item, image))
 
@@ -156,4 +169,4 @@ def analyze(
     }
     loop = Loop(lambda item: item.load(), score, journal=journal, key=key, batch=1, processes=Processes(), tick=tick)
     outcome = loop.run(items)
-    return Analysis(outcome, settings, causal if settings.causal else None, center)
+    return Analysis(outcome, settings, causal if settings.causal else None, center, text)

@@ -312,7 +312,7 @@ def find_stages(
         return Stages("not shown", False, ["no quantity changes over the layers"])
     count, layers = values[used[0]].shape
     if count < IMAGES or layers < 3 * SHORTEST:
-        why = f"{count} image(s) and {layers} layers are too few: at least {IMAGES} and {3 * SHORTEST} are needed"
+        why = f"{count} sample(s) and {layers} layers are too few: at least {IMAGES} and {3 * SHORTEST} are needed"
         return Stages("not shown", False, [why], used)
     everything = np.stack([values[name] for name in used], 2)  # [n, L, Q]
     z = _scored(everything.mean(0))[None]

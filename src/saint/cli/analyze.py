@@ -7,7 +7,17 @@ import typer
 from rich import box
 from rich.table import Table
 
-from .asked import Prompt, Questions, check_asked, finish_asked, gather, load_subject
+from .asked import (
+    Prompt,
+    Prompts,
+    Questions,
+    check_asked,
+    finish_asked,
+    gather,
+    load_subject,
+    load_text_subject,
+    read_prompts,
+)
 from .common import (
     MODEL_HELP,
     Device,
@@ -26,6 +36,7 @@ from .common import (
 
 if TYPE_CHECKING:
     from ..analysis.run import Analysis
+    from .asked import Subject
 
 # columns of the table on the terminal: quantity, heading, digits
 _COLUMNS = (
@@ -44,24 +55,26 @@ _COLUMNS = (
 )
 _LEGEND = (
     "sim, simc: cosine of keys, of centred keys; Hcls, Hlast, Htok, Hrec: entropy of the attention of CLS, the last token, "
-    "visual tokens, and of received attention (nat); v>v, t>v: attention of visual and text tokens on visual ones; upd: update; "
+    "{tokens}, and of received attention (nat); {shares}upd: update; "
     "CKA: of input and output; high: share of high norms; drop: share of sources that SAINT would drop"
 )
 
 
 def analyze(
-    model: Annotated[str, typer.Argument(help=f"{MODEL_HELP}; also of a vision-language model")],
-    images: Annotated[Path, typer.Option("--images", help="an image, or a folder of them")],
+    model: Annotated[str, typer.Argument(help=f"{MODEL_HELP}; also of a language model, with images or without")],
+    images: Annotated[Path | None, typer.Option("--images", help="an image, or a folder of them")] = None,
+    prompts: Prompts = None,
     questions: Questions = None,
     prompt: Prompt = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="at most so many images, evenly spaced [default: all]")
+        int | None, typer.Option(min=1, help="at most so many images or prompts, evenly spaced [default: all]")
     ] = None,
     share: Annotated[float, typer.Option(help="of the tokens that leave in the causal column, in (0, 0.5]")] = 0.25,
     causal: Annotated[
         int,
         typer.Option(
-            min=0, help="images of which tokens leave at each layer alone, a forward per layer and choice each; 0: none"
+            min=0,
+            help="images or prompts of which tokens leave at each layer alone, a forward per layer and choice each; 0: none",
         ),
     ] = 32,
     choices: Annotated[
@@ -85,30 +98,48 @@ def analyze(
 ) -> None:
     """What tokens do in each layer of MODEL: similarity, attention, rank, updates, and what the output loses without them.
 
-    Every number is a mean over images with a bootstrap interval (in the record of --json). Says whether the layers fall into
-    stages, or that this is not shown, and proposes a plan.
+    Every number is a mean over images (or prompts) with a bootstrap interval (in the record of --json). Says whether the layers
+    fall into stages, or that this is not shown, and proposes a plan.
     """
     from ..analysis.record import make_record
     from ..analysis.run import Settings
     from ..analysis.run import analyze as measure
+    from ..loading.text import is_text
     from ..loading.vlm import is_vlm
     from ..records import environment
 
     settings = Settings(share=share, causal=causal, seed=seed, choices=tuple(choices.split(",")))
     number = dtype_of(dtype)
-    generates = is_vlm(model)
-    check_asked(model, generates, questions, prompt)
-    items, bad = gather(images, questions, prompt, limit)
-    subject = load_subject(
-        model, device, generates=generates, size=size, threads=threads, pretrained=pretrained, dtype=number
-    )
+    if is_text(model):
+        given = {"--images": images, "--questions": questions, "--prompt": prompt, "--size": size}
+        if wrong := [name for name, value in given.items() if value is not None]:
+            raise ValueError(
+                f"{model} is a language model without images: give --prompts FILE, and no {' and no '.join(wrong)}"
+            )
+        if prompts is None:
+            raise ValueError(f"{model} is a language model without images: give --prompts FILE")
+        items, bad = read_prompts(prompts, limit)
+        subject = load_text_subject(model, device, threads=threads, pretrained=pretrained, dtype=number)
+        source, things = prompts, "prompt(s)"
+    else:
+        if prompts is not None:
+            raise ValueError(f"--prompts is for language models without images, {model} is none: give --images")
+        if images is None:
+            raise ValueError(f"{model} needs --images, an image or a folder of them")
+        generates = is_vlm(model)
+        check_asked(model, generates, questions, prompt)
+        items, bad = gather(images, questions, prompt, limit)
+        subject = load_subject(
+            model, device, generates=generates, size=size, threads=threads, pretrained=pretrained, dtype=number
+        )
+        source, things = images, "image(s)"
     facts = {
         "model": model,
         "pretrained": pretrained,
         "size": size,
         "dtype": dtype,
         "prompt": prompt,
-        "set": images.name,
+        "set": source.name,
     }
     file = journal if journal is not None or json is None else json.with_suffix(".journal.sqlite")
     with resumable(file), progress("measuring", len(items)) as tick:
@@ -127,24 +158,56 @@ def analyze(
     record["skipped"] += [list(entry) for entry in bad]
     print_record(model, record, result)
     if json is not None:
+        what = {"count": len(result.entries), "set": source.resolve().name}
         head = {
             "kind": "analyze",
             "model": model,
-            "images": {"count": len(result.entries), "set": images.resolve().name},
+            "images": None if result.text else what,
+            "prompts": what if result.text else None,
             "questions": None if questions is None else {"count": len(result.entries)},
         }
-        save(json, {**head, **record, "environment": environment(subject.device)})
-    finish_asked(record["skipped"], "measured")
+        with err.status("drawing"):
+            shown = {} if result.text else _survivors(subject, record, result, items)
+        save(json, {**head, **record, **shown, "environment": environment(subject.device)})
+    finish_asked(record["skipped"], "measured", things)
+
+
+def _survivors(subject: "Subject", record: dict[str, Any], result: "Analysis", items: list[Any]) -> dict[str, Any]:
+    """What the proposed plan keeps of the first images that were measured; the usual plan where none is proposed."""
+    from ..plan import Plan
+    from ..view.survivors import survivors
+
+    why = "the proposed plan"
+    if record["plan"] is not None:
+        plan = Plan.from_dict(record["plan"])
+    else:
+        no_plan = (
+            "what leaving costs was not measured, --causal 0"
+            if result.causal is None
+            else "no layer is redundant and harmless"
+        )
+        why = f"no plan is proposed ({no_plan}): the usual setting for this model"
+        plan = subject.plan if subject.plan is not None else _usual(subject.model)
+    measured = result.outcome.entries
+    photos, left_out = survivors(subject.loaded, plan, [i for i in items if i.id in measured], subject.inputs)
+    return {"survivors": photos, "survivors_of": {"plan": plan.to_dict(), "why": why, "left_out": left_out}}
+
+
+def _usual(model: Any) -> Any:
+    from ..loading.modes import usual_plan
+
+    return usual_plan(model)
 
 
 def print_record(model: str, record: dict[str, Any], result: "Analysis") -> None:
     """Per part a table, a row per layer, and the verdict; then the plan."""
     count = len(result.entries)
     resumed = f", {record['resumed']} of them from the journal" if record["resumed"] else ""
-    out.print(f"[bold]{model}[/]  {count} image(s){resumed}", highlight=False)
+    things = "prompt(s)" if result.text else "image(s)"
+    out.print(f"[bold]{model}[/]  {count} {things}{resumed}", highlight=False)
     for part in record["parts"]:
         out.print()
-        _print_part(part)
+        _print_part(part, record["candidates"])
     if record["plan_line"] is not None:
         out.print("\nA plan to try (the earliest layers where SAINT costs little and finds much; evaluate it):")
         out.print(record["plan_line"], highlight=False, soft_wrap=True)
@@ -152,7 +215,7 @@ def print_record(model: str, record: dict[str, Any], result: "Analysis") -> None
         out.print("\nNo plan proposed: no layer is both redundant and harmless to thin out.")
 
 
-def _print_part(part: dict[str, Any]) -> None:
+def _print_part(part: dict[str, Any], candidates: str) -> None:
     tokens = part["tokens"]
     protected = f" and {tokens['protected']:g} protected" if tokens["protected"] else ""
     title = f"[bold]{part['stage']}[/]  {part['layers']} layers, {tokens['candidates']:g} candidates{protected} tokens"
@@ -178,7 +241,7 @@ def _print_part(part: dict[str, Any]) -> None:
         cells += [_cell(m["mean"][layer], 3) for m in ({} if causal is None else causal["methods"]).values()]
         table.add_row(str(layer), *cells)
     out.print(table)
-    out.print(f"{_LEGEND} at {thresholds[middle]:g}", highlight=False, style="dim")
+    out.print(f"{_legend(candidates)} at {thresholds[middle]:g}", highlight=False, style="dim")
     if causal is not None:
         unit = f" ({causal['unit']})" if causal["unit"] else ""
         when = f"when {causal['share']:.0%} of the tokens leave at that layer alone, by that choice"
@@ -193,6 +256,11 @@ def _print_part(part: dict[str, Any]) -> None:
     if "bic" in stages["criteria"]:
         shown = ", ".join(f"{_named(name)} {value:.0f}" for name, value in stages["criteria"]["bic"].items())
         out.print(f"  BIC: {shown}", highlight=False)
+
+
+def _legend(candidates: str) -> str:
+    shares = "" if candidates == "prompt tokens" else "v>v, t>v: attention of visual and text tokens on visual ones; "
+    return _LEGEND.format(tokens=candidates, shares=shares)
 
 
 def _named(name: str) -> str:

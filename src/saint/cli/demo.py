@@ -72,6 +72,7 @@ def demo(
     from ..records import environment, write_json
     from ..session import pruned
     from ..view.facts import layer_facts
+    from ..view.reasons import Reasons
 
     model = given_model("demo", model, old_model, DEFAULT_MODEL)
     photos, bad = pictures(image, limit)
@@ -81,14 +82,16 @@ def demo(
     agreements: list[Agreement] = []
     traces: list[list[LayerTrace]] = []
     answers: list[tuple[Any, Any]] = []
+    asked, reasons = Reasons(chosen), []
     with progress("running", len(photos) * (repeats + WARMUP)) as tick:
         for photo in photos:
             inputs = loaded.inputs([photo.image])
             with torch.inference_mode():
                 base = loaded.model(**inputs)
-                with pruned(loaded.model, chosen) as session:
+                with pruned(loaded.model, chosen, observers=[asked]) as session:
                     short = loaded.model(**inputs)
                     traces.append(session.trace)
+                    reasons.append(asked.take())
             agreements.append(agreement(base, short))
             answers.append((base, short))
             benches.append(bench_encoder(loaded.model, chosen, inputs, repeats, WARMUP, extras=False, tick=tick))
@@ -134,12 +137,12 @@ def demo(
             {
                 "name": photo.name,
                 **thumbnail(loaded, photo),
-                "layers": [layer_facts(t) for t in trace],
+                "layers": [layer_facts(t, 0, why[0]) for t, why in zip(trace, given, strict=True)],
                 "agreement": found.values[0],
                 "same_top1": found.same_top1[0] if found.same_top1 else None,
                 "bench": {key: value for key, value in measured.to_dict().items() if key != "plan"},
             }
-            for photo, trace, found, measured in zip(photos, traces, agreements, benches, strict=True)
+            for photo, trace, given, found, measured in zip(photos, traces, reasons, agreements, benches, strict=True)
         ],
         "skipped": [list(entry) for entry in bad],
         "files": [file.name for file in files],

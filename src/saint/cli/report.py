@@ -14,7 +14,7 @@ def report(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="the page")] = Path("report.html"),
 ) -> None:
-    """One HTML page from records of saint analyze, bench, eval, demo and view.
+    """One HTML page from records of saint analyze, bench, eval, demo, tune and view.
 
     A single file: nothing is fetched when it is opened. Records of speed and of accuracy for the same model and plans are also
     plotted against each other.

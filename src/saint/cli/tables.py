@@ -8,11 +8,12 @@ from .common import Json, out
 
 
 def list_(json: Json = None) -> None:
-    """What is supported: encoders, vision-language models, methods, recipes and demo models, those of plug-ins included."""
+    """What is supported: encoders, language models with images and without, methods, recipes, demo models; plug-ins included."""
     from .. import demo, methods
-    from ..demo import scenes, small_llava
+    from ..demo import scenes, small_llava, smollm2
     from ..presets import recipes
     from ..upstream import registry
+    from ..upstream.decoders import TEXT
 
     encoders: dict[tuple[str, str], list[str]] = {}
     for spec in registry.encoders().values():
@@ -26,6 +27,11 @@ def list_(json: Json = None) -> None:
     table = Table("library", "models", "stages", title="vision-language models", title_justify="left")
     for family in families:
         table.add_row(family.library, family.title, ", ".join(family.stages))
+    out.print(table)
+
+    table = Table("library", "models", "stages", title="language models without images", title_justify="left")
+    for title in TEXT.values():
+        table.add_row("transformers", title, "language")
     out.print(table)
 
     refused = registry.refused()
@@ -56,6 +62,12 @@ def list_(json: Json = None) -> None:
         "recipe": "",
         "licence": small_llava.LICENCE,
     }
+    models[smollm2.NAME] = {
+        "title": smollm2.TITLE,
+        "image_sizes": (),
+        "recipe": "",
+        "licence": smollm2.LICENCE,
+    }
     for name, facts in models.items():
         sizes = " to ".join(map(str, facts["image_sizes"]))
         table.add_row(f"demo:{name}", facts["title"], sizes, facts["recipe"], facts["licence"])
@@ -76,6 +88,7 @@ def list_(json: Json = None) -> None:
                     {"library": family.library, "models": family.title, "class": family.model, "stages": family.stages}
                     for family in families
                 ],
+                "texts": [{"library": "transformers", "models": title, "class": cls} for cls, title in TEXT.items()],
                 "refused": refused,
                 "methods": {
                     name: {"stages": sorted(method.stages), "paper": method.paper} for name, method in known.items()

@@ -78,6 +78,7 @@ def view(
     from ..session import pruned
     from ..view.explain import Witness
     from ..view.facts import layer_facts
+    from ..view.reasons import Reasons
     from .why import draw_reasons, read_patch
 
     around = read_patch(patch)
@@ -100,8 +101,9 @@ def view(
     loaded = load(model, device, size=size, threads=threads, pretrained=pretrained)
     chosen = make_plan(loaded.plan, plan, threshold, layers)
     traces: list[list[LayerTrace]] = []
-    reasons, witness = [], Witness()
-    observers = [witness] if why else []
+    drawn, witness, asked = [], Witness(), Reasons(chosen)
+    reasons: list[list[list[dict[str, Any]]]] = []
+    observers = [asked, witness] if why else [asked]
     with (
         progress("drawing", len(photos)) as tick,
         pruned(loaded.model, chosen, observers=observers) as session,
@@ -110,16 +112,21 @@ def view(
         for photo in photos:
             loaded.model(**loaded.inputs([photo.image]))
             traces.append(session.trace)
+            reasons.append(asked.take())
             if why:
-                reasons.append(draw_reasons(loaded, chosen, photo, witness.take(), around, folder))
+                drawn.append(draw_reasons(loaded, chosen, photo, witness.take(), around, folder))
             tick()
-    files = [*draw_strips(loaded, chosen, photos, traces, folder), *reasons]
+    files = [*draw_strips(loaded, chosen, photos, traces, folder), *drawn]
     for file in files:
         out.print(str(file), highlight=False)
     if json is not None:
         facts = [
-            {"name": photo.name, **thumbnail(loaded, photo), "layers": [layer_facts(t) for t in trace]}
-            for photo, trace in zip(photos, traces, strict=True)
+            {
+                "name": photo.name,
+                **thumbnail(loaded, photo),
+                "layers": [layer_facts(t, 0, found[0]) for t, found in zip(trace, given, strict=True)],
+            }
+            for photo, trace, given in zip(photos, traces, reasons, strict=True)
         ]
         record = {
             "kind": "view",
@@ -167,14 +174,19 @@ def _view_vlm(
     from ..records import environment
     from ..session import pruned
     from ..view.facts import steps_of
+    from ..view.reasons import Reasons
     from ..view.tiles import tiles, visual_tokens
 
     photos, bad = pictures(image, limit)
     loaded = load_generator(model, device, threads=threads, pretrained=pretrained)
     chosen = make_plan(usual_plan(loaded.model), plan, threshold, layers)
     files: list[Path] = []
-    facts = []
-    with progress("drawing", len(photos)) as tick, pruned(loaded.model, chosen) as session, torch.no_grad():
+    facts, reasons = [], Reasons(chosen)
+    with (
+        progress("drawing", len(photos)) as tick,
+        pruned(loaded.model, chosen, observers=[reasons]) as session,
+        torch.no_grad(),
+    ):
         for photo in photos:
             inputs = loaded.inputs([prompt], [photo.image])
             loaded.model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1)
@@ -188,7 +200,7 @@ def _view_vlm(
                     "visual_tokens": total,
                     "tiles": [tile.grid for tile in seen],
                     "pictures": [data_uri(tile.picture) for tile in seen],
-                    "layers": steps_of(trace),
+                    "layers": steps_of(trace, reasons.take()),
                 }
             )
             tick()

@@ -55,7 +55,7 @@ def draw_reasons(
     if method is not None:
         rows.append([])
         for step in dropping[:_MOST] or [first]:
-            votes = explain.degrees(seen, grid, step, method.threshold, method.neighbors)
+            votes = explain.degrees(seen, grid, step, method.threshold, method.neighbors, center=method.center)
             note = f"white frame: {method.neighbors} or more, a vote"
             rows[-1].append(Cell(votes, f"neighbours, layer {step.layer}", note))
         if dropping and grid[1] % 2 == 0 and len(first.index) == grid[0] * grid[1]:

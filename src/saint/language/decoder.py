@@ -67,7 +67,7 @@ class Handover(threading.local):
     """What the glue of a model learns of a prompt before its language model starts, on each thread.
 
     Attributes:
-        visual: the visual tokens, bool [B, L]; None when the prompt brings none.
+        visual: the candidates, the visual tokens of a vision-language model, bool [B, L]; None when the prompt brings none.
         marked: rows of features that the encoder dropped are among them (``gathers.is_dropped``).
         waiting: images came in, and their places are not known yet.
     """
@@ -247,25 +247,28 @@ class PrunedDecoder(LayerStack[DecoderForward]):
                 forward.drops, forward.memory, forward.origin = before.drops, before.memory, before.origin
             return None
         x = EMBEDDINGS.read(kwargs)
-        if x is None:
+        if x is None and (
+            marked or self.entries
+        ):  # a language model without images gives its token ids, and has neither
             raise HookNeverFiredError(
                 f"{self.path} ({type(module).__name__}) was not given {EMBEDDINGS}; this version of the model passes "
                 "its embeddings differently"
             )
         wanted = ALL_STATES.read(kwargs, ALL_STATES.get(self.module.config))
         forward.all_states = wanted is not None and wanted is not False
-        gone = is_dropped(x) & visual if marked else None
+        gone = is_dropped(x) & visual if marked and x is not None else None
         # the one look at the device: which numbers of visual tokens there are, and are left of the encoder
         there = visual.sum(1)
         both = (there if gone is None else torch.cat([there, (visual & ~gone).sum(1)])).tolist()
-        lengths, left = tuple(both[: len(x)]), tuple(both[len(x) :])
+        lengths, left = tuple(both[: len(visual)]), tuple(both[len(visual) :])
         state = some_tokens(visual, lengths)
-        if gone is not None:
+        if gone is not None and x is not None:
             x = torch.where(gone.unsqueeze(-1), torch.zeros_like(x), x)
             if left != lengths:
                 state = _without(state, gone, left)
         forward.origin = state
-        shown = gather_tokens(x, state.tokens.index, 0) if self.entries and not state.tokens.whole else x  # [B, S, C]
+        whole = x is None or state.tokens.whole or not self.entries
+        shown = x if whole else gather_tokens(x, state.tokens.index, 0)  # [B, S, C]
         self.enter(forward, state, shown)
         return ((), self.parameters.put(kwargs, EMBEDDINGS, x)) if marked else None
 

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from ..demo import smollm2
 from ..extras import require
 from ..presets import recipe
 from ..vision.locate import locate
@@ -135,6 +136,10 @@ def _demo(name: str, pretrained: bool, size: int | None) -> Source:
     if f"demo:{name}" == _DEMO_VLM:
         raise ValueError(
             f"demo:{name} is a vision-language model: saint chat, view, bench and eval vqa take it; an encoder is expected here"
+        )
+    if name == smollm2.NAME:
+        raise ValueError(
+            f"demo:{name} is a language model without images: saint analyze takes it; an encoder is expected here"
         )
     if name not in demo.MODELS:
         raise ValueError(f"there is no demo:{name}; there are {', '.join(f'demo:{known}' for known in demo.MODELS)}")

@@ -275,26 +275,29 @@ class Point:
     y_high: float | None = None
 
 
-def front(points: Sequence[Point]) -> list[Point]:
-    """Those that no other beats in x without losing in y, from left to right."""
+def front(points: Sequence[Point], *, least: bool = False) -> list[Point]:
+    """Those that no other beats in x without losing in y, from left to right; ``least``: a smaller y is better."""
     best: list[Point] = []
-    for point in sorted(points, key=lambda p: (-p.x, -p.y)):
-        if not best or point.y > best[-1].y:
+    sign = -1 if least else 1
+    for point in sorted(points, key=lambda p: (-p.x, -sign * p.y)):
+        if not best or sign * point.y > sign * best[-1].y:
             best.append(point)
     return best[::-1]
 
 
-def scatter(title: str, points: Sequence[Point], *, x: str, y: str, axis: str, note: str = "") -> Markup:
+def scatter(
+    title: str, points: Sequence[Point], *, x: str, y: str, axis: str, note: str = "", least: bool = False
+) -> Markup:
     """Numbered points with the line of those that none beats; each can be reached by the keyboard.
 
-    ``y`` is the whole name of the measure, ``axis`` the short one beside the axis.
+    ``y`` is the whole name of the measure, ``axis`` the short one beside the axis; ``least``: a smaller y is better.
     """
     groups = list(dict.fromkeys(point.group for point in points))
     wide = [v for p in points for v in (p.x, p.x_low, p.x_high) if v is not None]
     high = [v for p in points for v in (p.y, p.y_low, p.y_high) if v is not None]
     axes = _Axes(_padded(wide), _padded(high))
     parts = [axes.frame(x, axis, whole=False)]
-    best = front(points)
+    best = front(points, least=least)
     if len(best) > 1:
         stairs = [(axes.across(p.x), axes.up(p.y)) for p in best]
         parts.append(tag("path", d=f"M{_path(stairs)}", class_="front"))

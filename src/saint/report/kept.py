@@ -1,166 +1,20 @@
 """Survivors over the picture, with a slider over layers: of `saint view`, `saint demo` and `saint analyze`."""
 
-import base64
-import binascii
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import PurePath
 from statistics import fmean
 from typing import Any
 
 from ..images import data_uri, read_untrusted
 from .charts import Line, line_chart
+from .figure import Step, figure, steps_on_grid
 from .markup import Markup, details, join, number, table, tag
 from .reading import Record
-from .section import Section, charts, conditions, load_note, names, plan_box, skipped
+from .reasons import Why
+from .section import Section, charts, conditions, load_note, names, plan_box, plan_text, skipped
 
 MOST = 12  # pictures of a record that are drawn
-_UNIT = 10  # side of a patch in the drawing
 _SHEET = 900  # pixels of a sheet that another command drew
-
-
-@dataclass(frozen=True)
-class Step:
-    """What stays behind a drop point.
-
-    Attributes:
-        name: of the drop point.
-        kept: indices into the grid.
-        tokens_in: what came in.
-    """
-
-    name: str
-    kept: Sequence[int]
-    tokens_in: int
-
-
-def embedded(uri: str, side: int = 320) -> str:
-    """A picture of a record, decoded safely and written anew as a small JPEG.
-
-    Args:
-        uri: "data:image/...;base64,...".
-        side: of the result at most, pixels.
-
-    Raises:
-        ValueError: no such picture.
-    """
-    head, comma, body = str(uri).partition(",")
-    if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
-        raise ValueError(f'a picture is "data:image/...;base64,...", got {str(uri)[:40]!r}')
-    try:
-        data = base64.b64decode(body, validate=True)
-    except binascii.Error as error:
-        raise ValueError("a picture is no base64") from error
-    return data_uri(read_untrusted(data), side)
-
-
-def figure(name: str, uri: str | None, grid: Sequence[int], steps: Sequence[Step], number_: str, side: int) -> Markup:
-    """One picture with a layer's dropped patches darkened, hatched and outlined; the last layer shows without JavaScript.
-
-    Args:
-        name: of the picture.
-        uri: see :func:`embedded`; None draws on grey.
-        grid: rows and columns.
-        steps: drop points in order.
-        number_: makes ids unique.
-        side: pixels of the picture at most.
-
-    Raises:
-        ValueError: an index beyond the grid.
-    """
-    rows, columns = (int(side_) for side_ in grid)
-    total = rows * columns
-    if not 0 < total <= 100_000:
-        raise ValueError(f"a grid of {rows} x {columns} patches cannot be drawn")
-    high, wide = rows * _UNIT, columns * _UNIT
-    hatch = f"hatch{number_}"
-    pattern = tag(
-        "pattern",
-        tag("path", d="M-2 12L12 -2M-2 2L2 -2M8 12L12 8"),
-        id=hatch,
-        width=10,
-        height=10,
-        patternUnits="userSpaceOnUse",
-    )
-    parts = [tag("defs", pattern)]
-    parts.append(
-        tag("image", href=embedded(uri, side), width=wide, height=high, preserveAspectRatio="none")
-        if uri is not None
-        else tag("rect", width=wide, height=high, fill="#8a8f98")
-    )
-    shown = [Step("before the first drop point", range(total), total), *steps]
-    for i, step in enumerate(shown):
-        dropped = _dropped(step.kept, total)
-        label = f"{step.name}: {total - sum(dropped)} of {total} kept ({(total - sum(dropped)) / total:.0%})"
-        area, edge = _outline(dropped, rows, columns)
-        layer = [
-            tag("path", d=area, class_="dark"),
-            tag("path", d=area, fill=f"url(#{hatch})"),
-            tag("path", d=edge, class_="rim"),
-        ]
-        last = i == len(shown) - 1
-        parts.append(tag("g", *(layer if area else []), class_="step" if last else "step off", data_label=label))
-    picture = tag(
-        "svg", *parts, viewBox=f"0 0 {wide} {high}", role="img", aria_label=f"{name}; hatched patches were dropped"
-    )
-    last_label = (
-        f"{shown[-1].name}: {len(set(shown[-1].kept))} of {total} kept ({len(set(shown[-1].kept)) / total:.0%})"
-    )
-    said = tag("output", last_label, id=f"said{number_}", aria_live="polite")
-    slider = tag(
-        "label",
-        tag("span", f"layer, {name}", class_="hidden-label"),
-        tag(
-            "input",
-            type="range",
-            min=0,
-            max=len(shown) - 1,
-            value=len(shown) - 1,
-            step=1,
-            aria_describedby=f"said{number_}",
-        ),
-        class_="slider",
-        hidden=True,
-    )
-    return tag("figure", tag("figcaption", tag("b", name)), picture, slider, said, class_="kept")
-
-
-def _dropped(kept: Sequence[int], total: int) -> list[bool]:
-    dropped = [True] * total
-    for index in kept:
-        if not 0 <= int(index) < total:
-            raise ValueError(f"a kept patch is in 0..{total - 1}, got {index!r:.20}")
-        dropped[int(index)] = False
-    return dropped
-
-
-def _outline(dropped: Sequence[bool], rows: int, columns: int) -> tuple[str, str]:
-    """Path of the dropped cells, a rectangle per run of a row; and of the edges they share with kept ones."""
-    area, edge = [], []
-    for row in range(rows):
-        line = dropped[row * columns : (row + 1) * columns]
-        start = None
-        for column in range(columns + 1):
-            inside = column < columns and line[column]
-            if inside and start is None:
-                start = column
-            elif not inside and start is not None:
-                wide = (column - start) * _UNIT
-                area.append(f"M{start * _UNIT} {row * _UNIT}h{wide}v{_UNIT}h-{wide}z")
-                start = None
-            if 0 < column < columns and line[column - 1] != line[column]:
-                edge.append(f"M{column * _UNIT} {row * _UNIT}v{_UNIT}")
-        if row:
-            above = dropped[(row - 1) * columns : row * columns]
-            start = None
-            for column in range(columns + 1):
-                inside = column < columns and line[column] != above[column]
-                if inside and start is None:
-                    start = column
-                elif not inside and start is not None:
-                    edge.append(f"M{start * _UNIT} {row * _UNIT}h{(column - start) * _UNIT}")
-                    start = None
-    return "".join(area), "".join(edge)
 
 
 def gallery(record: Record, prefix: str, side: int) -> Markup | None:
@@ -175,10 +29,26 @@ def gallery(record: Record, prefix: str, side: int) -> Markup | None:
         made = _sheets(record, side)
         left_out = None
     if not made:
+        return join([tag("h3", "What stays"), note]) if (note := _of(record)) else None
+    keys = ""
+    if not record.data.get("files") or left_out is not None or _own(photos):
+        keys = "Hatched patches were dropped, in the colour and with the number of the layer where they left; "
+        keys += "the slider goes through the drop points. "
+    if any(step.get("why") is not None for photo in photos for step in photo["layers"]):
+        keys += "From what leaves at a layer a line goes to the patch that stands for it, or that it became part of. "
+    return join([tag("h3", "What stays"), _of(record), tag("p", keys, left_out), tag("div", *made, class_="gallery")])
+
+
+def _of(record: Record) -> Markup | None:
+    """Which plan an analysis shows, and which pictures it could not."""
+    of = record.data.get("survivors_of")
+    if of is None:
         return None
-    keys = "Hatched patches were dropped; the slider goes through the drop points. "
-    note = tag("p", keys if not record.data.get("files") or left_out is not None or _own(photos) else "", left_out)
-    return join([tag("h3", "What stays"), note, tag("div", *made, class_="gallery")])
+    bad = of.get("left_out") or []
+    said = "; ".join(f"{where}: {why}" for where, why in bad)
+    return join(
+        [tag("p", f"Of {of['why']}: {plan_text(of['plan'])}."), tag("p", f"Not shown: {said}.") if bad else None]
+    )
 
 
 def _own(photos: Sequence[Mapping[str, Any]]) -> bool:
@@ -197,7 +67,7 @@ def pictures_of(
                 name,
                 photo.get("picture"),
                 own,
-                [Step(f"after layer {s['layer']}", s["kept"], s.get("tokens_in", 0)) for s in layers],
+                steps_on_grid(layers, int(own[0]) * int(own[1])),
             )
         return
     tiles, uris = photo["tiles"], photo.get("pictures") or []
@@ -207,12 +77,13 @@ def pictures_of(
         steps = []
         for step in layers:
             title = step["stage"] if step["stage"] == "connector" else f"{step['stage']}, after layer {step['layer']}"
+            mark = {"vision": f"v{step['layer']}", "connector": "c"}.get(step["stage"], str(step["layer"]))
             if step["stage"] == "vision":
                 if int(step["sample"]) == tile:
-                    steps.append(Step(title, step["kept"], step["tokens_in"]))
+                    steps.append(Step(title, step["kept"], step["tokens_in"], mark, Why.of(step, 0, counts[tile])))
             elif sum(counts) == photo["visual_tokens"]:  # otherwise the prompt has tokens that lie on no grid
                 here = [int(k) - first for k in step["kept"] if first <= int(k) < first + counts[tile]]
-                steps.append(Step(title, here, step["tokens_in"]))
+                steps.append(Step(title, here, step["tokens_in"], mark, Why.of(step, first, counts[tile])))
         yield f"{name}, tile {tile + 1} of {len(tiles)}" if len(tiles) > 1 else name, uri, grid_, steps
 
 

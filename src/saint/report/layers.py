@@ -25,9 +25,11 @@ def analyze_section(record: Record, prefix: str, side: int) -> Section:
     body.append(skipped(record))
     if data.get("settings"):
         body.append(details("all settings", tag("pre", json.dumps(data["settings"], indent=1), tabindex="0")))
-    images, questions = data["images"], data.get("questions")
+    read, questions = data["images"] or data["prompts"], data.get("questions")
     more = {
-        "images": f"{images['count']} ({images['set']})" if images.get("set") else images["count"],
+        "images" if data["images"] else "prompts": f"{read['count']} ({read['set']})"
+        if read.get("set")
+        else read["count"],
         "questions": questions["count"] if questions else None,
         "settings": _settings(data.get("settings") or {}),
     }

@@ -14,6 +14,7 @@ from .measured import encoder_section, eval_section, generation_section
 from .reading import Record
 from .section import Section
 from .trade import trade_section
+from .tuned import tune_section
 
 LIMIT = 5_000_000  # bytes of a report
 _SIDES = (320, 240, 160, 96)  # pixels of a picture, tried in this order until the page is small enough
@@ -117,6 +118,8 @@ def _section(record: Record, prefix: str, side: int) -> Section:
                 return analyze_section(record, prefix, side)
             case "view":
                 return view_section(record, prefix, side)
+            case "tune":
+                return tune_section(record)
             case "demo":
                 return demo_section(record, prefix, side)
             case "bench/encoder":

@@ -15,8 +15,10 @@ KINDS = {  # of record -> the command that writes it
     "demo": "saint demo",
     "eval/images": "saint eval images",
     "eval/vqa": "saint eval vqa",
+    "tune": "saint tune",
     "view": "saint view",
 }
+_ELSEWHERE = ("evidence/", "benchmarks/", "headline", "matching", "again")  # kinds that scripts of the repository write
 _LARGEST = 200_000_000  # bytes; the largest records (kept indices of many photographs) are a few MB
 
 
@@ -66,6 +68,10 @@ def _read(path: Path) -> Record:
     kind = data.get("kind")
     if kind not in KINDS:
         came = f"the kind {kind!r:.60}" if "kind" in data else f"no kind, and the fields {_listed(list(data)[:8])}"
+        if "kind" not in data and {"vision", "connector", "language"} & data.keys():
+            came = "a plan, which is not a record: saint tune --json FILE and --frontier FILE write what a plan was tuned on"
+        elif str(kind).startswith(_ELSEWHERE):
+            came += ", what a script of evidence/ or benchmarks/ measured, which docs/ shows as tables"
         raise ValueError(f"{path}: a report takes records of the kinds {_listed(list(KINDS))}; this file has {came}")
     version = data.get("version")
     if version != VERSION:

@@ -84,6 +84,10 @@ def _speeds(record: Record) -> Iterator[tuple[str, str, Mapping[str, Any], _Spee
             )
     elif record.kind == "demo":
         yield data["model"], "", data["plan"], _Speed(data["speedup"], None, None, "demo, batch 1")
+    elif record.kind == "tune":
+        for name, plan, reached in _tuned(data):
+            if "speed" in reached:
+                yield data["model"], name, plan, _Speed(reached["speed"], None, None, "tune, batch 1")
 
 
 def _qualities(record: Record) -> Iterator[tuple[str, str, Mapping[str, Any], _Quality]]:
@@ -103,6 +107,20 @@ def _qualities(record: Record) -> Iterator[tuple[str, str, Mapping[str, Any], _Q
         agreement = data["agreement"]
         measure = f"{agreement['measure']} with the unpruned model (demo)"
         yield data["model"], "", data["plan"], _Quality(measure, agreement["mean"], None, None, 1.0)
+
+    elif record.kind == "tune":
+        for name, plan, reached in _tuned(data):
+            if (a := reached.get("agreement")) is not None:
+                measure = "agreement with the unpruned model (tune, held-out images)"
+                yield data["model"], name, plan, _Quality(measure, a["mean"], a["low"], a["high"], 1.0)
+
+
+def _tuned(data: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    """Name, plan and what it reached, of the tuned plan and of those for other budgets."""
+    yield "tuned", data["plan"], data["reached"]
+    for point in data.get("frontier") or []:
+        if "plan" in point:
+            yield f"tuned for {point['work']:g}", point["plan"], point["reached"]
 
 
 def trade_section(records: Sequence[Record]) -> tuple[str, Markup] | None:

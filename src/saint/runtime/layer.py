@@ -160,15 +160,17 @@ class LayerStack(ABC, Uncopyable, Generic[F]):
         """The keys of a drop point, for messages."""
         return f"the keys of {self.path} layer {point.layer}"
 
-    def enter(self, forward: F, state: LayerState, features: Tensor) -> None:
+    def enter(self, forward: F, state: LayerState, features: Tensor | None) -> None:
         """Note the state in front of the first layer, behind the drop points that lie in front of it.
 
         Args:
             forward: begins.
             state: nothing was chosen yet.
-            features: hidden states behind the prefix that enter the first layer, those of ``state``, [Q, S, C].
+            features: hidden states behind the prefix that enter the first layer, those of ``state``, [Q, S, C]; None where no
+                drop point lies in front of it.
         """
         for point in self.entries:
+            assert features is not None
             after, chosen, _ = self.choose(forward, point, state, features.detach(), Seen(features.detach()))
             if chosen is not None:
                 stay = gather_tokens(features, chosen.slots, 0)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HookNeverFiredError
+from ..language.prompt import find as find_text
 from ..patch import override
 from ..plan import Plan
 from ..session import pruned
 from ..tokens import LayerTrace
-from ..upstream.names import EMBEDDINGS, GRID, POOLED, SEGMENTS, Parameters
+from ..upstream.names import EMBEDDINGS, GRID, LAYERS, MASK, POOLED, SEGMENTS, Parameters
 from ..upstream.specs import EncoderSpec, FamilySpec, part
 from ..upstream.verify import merge_method
 from ..vision.locate import locate, locate_tower
@@ -28,7 +29,7 @@ def masked_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
     """The unpruned-length forward in which the tokens that ``plan`` drops are hidden from every later attention.
 
     Args:
-        model: an encoder or a vision-language model, not patched; left as it was.
+        model: an encoder or a language model, with images or without, not patched; left as it was.
         plan: decides, in a pruned forward run first, which tokens are dropped where.
         inputs: keyword inputs of the model.
 
@@ -40,8 +41,8 @@ def masked_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
     Raises:
         HookNeverFiredError: an attention behind a drop point was not seen (not computed by torch's fused functions).
     """
-    family = find_vlm(model)
-    if family is not None:
+    family, text = find_vlm(model), find_text(model)
+    if family is not None or text is not None:
         inputs = {**inputs, "use_cache": False}
     with pruned(model, plan) as session:
         run(model, inputs)
@@ -49,7 +50,9 @@ def masked_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
     mode = HideKeys()
     with ExitStack() as stack:
         stack.enter_context(unfused())
-        if family is None:
+        if text is not None:
+            _hide_in_decoder(stack, mode, text[1], trace, [_inner(inputs)])
+        elif family is None:
             _, encoder, spec = locate(model)
             _hide_in_encoder(stack, mode, encoder, spec, trace, None)
         else:
@@ -59,7 +62,9 @@ def masked_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
                 drops = [entry for entry in trace if entry.stage == "vision"]
                 _hide_in_encoder(stack, mode, encoder, spec, drops, facts.merge_size(vlm))
                 _mark_features(stack, vlm, facts, spec, drops)
-            _hide_in_decoder(stack, mode, vlm, facts, [entry for entry in trace if entry.stage != "vision"])
+            visual = _placeholders(stack, vlm)
+            drops = [entry for entry in trace if entry.stage != "vision"]
+            _hide_in_decoder(stack, mode, vlm.get_submodule(facts.decoder), drops, visual)
         stack.enter_context(mode)
         return run(model, inputs), trace
 
@@ -196,16 +201,20 @@ def _mark_features(
     stack.callback(vlm.get_submodule(path).register_forward_hook(hook).remove)
 
 
-def _hide_in_decoder(
-    stack: ExitStack, mode: HideKeys, vlm: nn.Module, facts: FamilySpec, trace: list[LayerTrace]
-) -> None:
-    layers = list(vlm.get_submodule(facts.decoder).get_submodule("layers").children())
-    parameters = Parameters(type(vlm.get_submodule(facts.decoder)).forward)
-    visual: list[Tensor] = []  # bool [B, L] of images, of videos
-    seen: Tensor | None = None  # bool [B, L], tokens not dropped so far
+def _inner(inputs: Inputs) -> Tensor:
+    """All tokens of prompts without images but the first and last real ones, bool [B, L]."""
+    real = torch.ones_like(inputs["input_ids"]) if MASK.read(inputs) is None else MASK.read(inputs)
+    inner = torch.zeros_like(real, dtype=torch.bool)
+    for row, found in zip(inner, real, strict=True):
+        row[found.nonzero().flatten()[1:-1]] = True
+    return inner
 
+
+def _placeholders(stack: ExitStack, vlm: nn.Module) -> list[Tensor]:
+    """Fills during a forward: where images are, where videos are, bool [B, L]."""
     from ..vlm.model import placeholders  # imports transformers
 
+    visual: list[Tensor] = []
     method, merges = merge_method(vlm)
 
     def listen(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -216,6 +225,18 @@ def _hide_in_decoder(
             return result
 
         return merge
+
+    override(stack, vlm, method, listen)
+    return visual
+
+
+def _hide_in_decoder(
+    stack: ExitStack, mode: HideKeys, decoder: nn.Module, trace: list[LayerTrace], visual: list[Tensor]
+) -> None:
+    """``visual``: where the candidates are, bool [B, L] each, known when the decoder starts."""
+    layers = list(LAYERS.get(decoder).children())
+    parameters = Parameters(type(decoder).forward)
+    seen: Tensor | None = None  # bool [B, L], tokens not dropped so far
 
     def drop(entry: LayerTrace) -> None:
         nonlocal seen
@@ -230,7 +251,9 @@ def _hide_in_decoder(
     def begin(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         nonlocal seen
         given = parameters.named(args, kwargs)
-        x = EMBEDDINGS.read(given)
+        seen, x = None, EMBEDDINGS.read(given)
+        if x is None:  # token ids: nothing was dropped in front
+            return None
         lost = torch.isnan(x).any(-1)
         seen = ~lost if bool(lost.any()) else None
         for entry in trace:
@@ -255,8 +278,7 @@ def _hide_in_decoder(
 
         return hook
 
-    override(stack, vlm, method, listen)
-    stack.callback(vlm.get_submodule(facts.decoder).register_forward_pre_hook(begin, with_kwargs=True).remove)
+    stack.callback(decoder.register_forward_pre_hook(begin, with_kwargs=True).remove)
     for layer, module in enumerate(layers):
         stack.callback(module.register_forward_pre_hook(enter).remove)
         stack.callback(module.register_forward_hook(leave(layer)).remove)

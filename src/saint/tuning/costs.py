@@ -54,12 +54,16 @@ def measured(trials: Trials, space: Space, methods: Sequence[Method], last: int,
         for place in range(last + 1):
             if not space.usable(method, place):
                 continue
-            left = [round(space.tokens * (1 - share)) for share in SHARES]
-            left = sorted({n for n in left if 1 <= n < space.tokens and step_possible(method, space.tokens, n)})
-            if left:
+            if left := counts(method, space):
                 losses = [trials.run(space.plan((Drop(place, method, n),)), which).score for n in left]
                 costs[place, number] = Cost.fit([1 - n / space.tokens for n in left], losses)
     return costs
+
+
+def counts(method: Method, space: Space) -> list[int]:
+    """How many tokens stay where a place is measured alone, ascending: those of ``SHARES`` that the method can do."""
+    left = {round(space.tokens * (1 - share)) for share in SHARES}
+    return sorted(n for n in left if 1 <= n < space.tokens and step_possible(method, space.tokens, n))
 
 
 def grid(tokens: int) -> np.ndarray:

@@ -14,7 +14,8 @@ from ..analysis.causal import COSINE
 from ..methods.random import Random
 from ..methods.saint import Saint
 from ..plan import Plan
-from .layout import Layout, Space
+from .costs import counts
+from .layout import Drop, Layout, Space
 from .search import Search
 
 _RESAMPLES = 1000
@@ -120,6 +121,25 @@ def additivity(found: Search) -> list[dict[str, float]]:
                 before += float(max(0.0, cost.at(np.array(x)) - cost.at(np.array(came))))
                 came = x
             out.append({"added_up": before, "joint": tried.trial.score})
+    return out
+
+
+def costs(found: Search, seed: int) -> list[dict[str, Any]]:
+    """What leaving costs at one place alone, on the images of the first look: of each method and share a curve over places.
+
+    Places are layers; -1 is in front of them.
+    """
+    out = []
+    space = found.space
+    for kind, fitted in zip(found.kinds, found.costs, strict=True):
+        for number, method in enumerate(kind):
+            places = sorted(place for place, which in fitted if which == number)
+            for left in counts(method, space):
+                losses = [found.trials.run(space.plan((Drop(p, method, left),)), found.few).losses for p in places]
+                values = [_mean(loss, seed) for loss in losses]  # of trials that were run: nothing runs again
+                curve = {end: [value[end] for value in values] for end in ("mean", "low", "high")}
+                out.append({"method": method.to_dict(), "left": left, "share": 1 - left / space.tokens,
+                            "places": [p - 1 for p in places], **curve})  # fmt: skip
     return out
 
 

@@ -13,6 +13,7 @@ from .. import methods
 from ..analysis.causal import layers_of, usual_saint
 from ..errors import AlreadyAppliedError, SaintError
 from ..methods.base import Method
+from ..methods.match import Match
 from ..methods.random import Random
 from ..methods.saint import Saint
 from ..methods.tome import ToMe
@@ -21,13 +22,13 @@ from ..session import pruned, status
 from ..vlm.locate import find
 from .costs import grid
 from .layout import Layout, Space, with_budget
-from .record import additivity, against, checked, head_of, point
-from .search import FEW, JOINT, MOVES, Search, gains
+from .record import additivity, against, checked, costs, head_of, point
+from .search import COSTED, FEW, JOINT, METHODS, MOVES, Search, gains
 from .thresholds import calibrated
 from .trials import Sample, Trials, read_samples
 from .work import Meter
 
-DEFAULT_METHODS = ("saint", "tome", "match")  # those of them that are registered
+DEFAULT_METHODS = ("saint", "tome", "match")
 LEAST = 12  # images: fewer say nothing about others
 FRONTIER = (0.35, 0.45, 0.55, 0.65, 0.75, 0.85)  # shares of the work of the curve's points
 _ROUNDS = 6  # of the search for the least work that agrees well enough
@@ -115,7 +116,8 @@ def tune(
             it is, of its language model's, for the prompt.
         target_speed: how many times faster, > 1, as measured on this machine at batch 1.
         target_agreement: mean cosine (of maps: correlation) with the unpruned output, in (0, 1); encoders only.
-        methods: to choose from, by name or as they are, with any budget; those that merge are not mixed with those that drop.
+        methods: to choose from, by name or as they are, with any budget; by name "match" stands for all its fates. Those that drop,
+            merge or weigh (:class:`saint.methods.Match`) are not mixed with one another.
         plan: one that suits the model: the settings of its SAINT and its output are used.
         held_out: share of the images that are held back, in (0, 0.9].
         journal: file that keeps the results, so that a killed run continues; see :class:`saint.eval.Journal`.
@@ -145,9 +147,9 @@ def forwards(count: int, held_out: float = 1 / 3, *, agreement: bool = False, fr
     """About how many images :func:`search` sends through the model, for a progress bar."""
     tuning = count - round(count * held_out)
     few = min(FEW, tuning)
-    looks, places, joint = 4, 2 * 9 * 2, JOINT + MOVES
-    runs = joint + (2 * _ROUNDS * JOINT if agreement else 0) + (len(FRONTIER) * JOINT if frontier else 0)
-    return few * (looks + places) + tuning * (1 + runs) + count
+    searches = 1 + (_ROUNDS if agreement else 0) + (len(FRONTIER) if frontier else 0)
+    looks = few * 9 + COSTED * METHODS * 2 * 9
+    return looks + searches * (few * 16 + tuning * JOINT) + tuning * (3 + MOVES) + 3 * count
 
 
 def search(
@@ -204,10 +206,11 @@ def search(
         record = {**head, **checked(found, chosen_plan, layout, held, seed), "per_image": per_image}
         record["against"] = against(found, layout, held, seed)
         record["additivity"] = additivity(found)
+        record["costs"] = costs(found, seed)
         points = [point(found, share, head, held, seed) for share in FRONTIER] if frontier else []
     finally:
         trials.close()
-    kept = {name: value for name, value in record.items() if name not in ("against", "additivity")}
+    kept = {name: value for name, value in record.items() if name not in ("against", "additivity", "costs")}
     return Tuning(chosen_plan.with_tuned(kept), record, trials.resumed, points)
 
 
@@ -228,7 +231,6 @@ def split(count: int, held_out: float, seed: int) -> tuple[list[int], list[int]]
 
 def _kinds(chosen: Sequence[str | Method], plan: Plan | None, slot: str) -> list[list[Method]]:
     """The methods to choose from, those together that can go together."""
-    known = set(methods.names())
     stages = () if plan is None else plan.slots.get(slot, ())
     own = next((stage.method for stage in stages if isinstance(stage.method, Saint)), None)
     saint = usual_saint(slot) if own is None else own
@@ -238,11 +240,15 @@ def _kinds(chosen: Sequence[str | Method], plan: Plan | None, slot: str) -> list
             found.append(one)
         elif one == "tome":
             found += [ToMe(budget=0.5, beta=beta) for beta in (1.0, 0.0)]
-        elif one in known or tuple(chosen) != DEFAULT_METHODS:
+        elif one == "match":
+            found += [*_centred(Match()), Match(fate="weigh"), *(Match(fate="merge", beta=beta) for beta in (1.0, 0.0))]
+        else:
             found += _centred(saint if one == "saint" else methods.get(one)())
     found = [with_budget(method, 0.5) for method in found]
-    groups = [[m for m in found if not m.merges], [m for m in found if m.merges]]
-    return [group for group in groups if group]
+    groups: dict[tuple[bool, bool], list[Method]] = {}
+    for method in found:
+        groups.setdefault((method.merges, method.merges and method.averages), []).append(method)
+    return list(groups.values())
 
 
 def _centred(method: Method) -> list[Method]:

@@ -15,10 +15,12 @@ from .layout import Drop, Layout, Space
 from .trials import Trial, Trials
 from .work import Meter, Table
 
-FEW = 16  # images of the first look at methods, and of the costs of single places
+FEW = 16  # images of the first look at methods and layouts
+COSTED = 10  # images of the costs of single places, which only propose
 KEPT = 1.25  # a kind of method is looked at further where its first look loses at most so many times the best
-JOINT = 6  # proposals that are run
-MOVES = 8  # neighbours that are run
+METHODS = 3  # at most so many methods are measured at every place
+JOINT = 5  # layouts that are run on all images: the best of the first look
+MOVES = 5  # neighbours that are run
 _CLOSE = 0.004  # of the target: as near as counts of tokens get
 _NEAR = 0.01  # of the target: near enough not to change a layout any more
 
@@ -81,6 +83,13 @@ class Search:
         places = [p for p in range(1, self.space.depth // 2 + 1) if self.space.usable(method, p)]
         return self.space.even(method, places or [0])
 
+    def ranges(self, method: Method) -> list[Layout]:
+        """Even layouts: the published one, all layers or those behind the second, the first two, every other one."""
+        depth = self.space.depth
+        spans = (range(1, 3), range(1, depth + 1), range(3, depth + 1), range(2, depth + 1, 2))
+        found = [[p for p in span if self.space.usable(method, p)] for span in spans]
+        return [self.published(method), *(self.space.even(method, places) for places in found if places)]
+
     def look(self, target: float) -> None:
         """Choose the kinds of methods worth measuring, by even layouts for ``target``; then measure what leaving costs."""
         best: list[tuple[float, list[Method]]] = []
@@ -97,8 +106,14 @@ class Search:
         if not best:
             raise ValueError(self._impossible(target))
         least = min(loss for loss, _ in best)
-        self.kinds = [kind for loss, kind in best if loss <= KEPT * least]
-        self.costs = [measured(self.trials, self.space, kind, self.last, self.few) for kind in self.kinds]
+        best.sort(key=lambda entry: entry[0])
+        self.kinds, room = [], METHODS
+        for loss, kind in best:
+            if loss <= KEPT * least and room:
+                self.kinds.append(kind[:room])
+                room -= len(self.kinds[-1])
+        costed = self.few[:COSTED]
+        self.costs = [measured(self.trials, self.space, kind, self.last, costed) for kind in self.kinds]
 
     def _impossible(self, target: float) -> str:
         least = 1.0
@@ -117,14 +132,13 @@ class Search:
         )
 
     def candidates(self, target: float) -> list[Layout]:
-        """What is worth a joint run for ``target``: the knapsack's layouts, and the published one."""
+        """What is worth a look for ``target``: the knapsack's layouts, and even ones over ranges of layers."""
         budget = self.budget(target)
         found: list[Layout] = []
         for kind, costs in zip(self.kinds, self.costs, strict=True):
             found += proposals(self.space, costs, kind, self.table, budget)
-            found += [
-                fit for m in kind[:1] if (fit := self.space.fitted(self.published(m), self.table, budget)) is not None
-            ]
+            even = (self.space.fitted(layout, self.table, budget) for layout in self.ranges(kind[0]))
+            found += [fit for fit in even if fit is not None]
         if not found:
             raise ValueError(self._impossible(target))
         return list(dict.fromkeys(found))
@@ -136,9 +150,14 @@ class Search:
         return self.tried[layout]
 
     def best(self, target: float, moves: int = MOVES) -> Tried:
-        """The layout that loses the least for ``target``: the best proposal, moved as long as that helps beyond noise."""
+        """The layout that loses the least for ``target``: the best proposal, moved as long as that helps beyond noise.
+
+        All proposals are run on few images, the best of them on all.
+        """
         ranked = self.candidates(target)
-        now = min((self.run(layout) for layout in ranked[: JOINT * len(self.kinds)]), key=lambda t: t.trial.score)
+        looks = {layout: self.trials.run(self.space.plan(layout), self.few).score for layout in ranked}
+        ranked.sort(key=lambda layout: looks[layout])
+        now = min((self.run(layout) for layout in ranked[:JOINT]), key=lambda t: t.trial.score)
         seen, order = {now.layout}, np.random.default_rng(0)
         while moves > 0:
             fits = (self.space.fitted(near, self.table, self.budget(target)) for near in self._near(now.layout, order))

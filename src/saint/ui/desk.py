@@ -18,6 +18,7 @@ from ..plan import Plan
 from ..presets import recipe
 from ..session import pruned
 from ..view.facts import layer_facts, steps_of
+from ..view.reasons import Reasons
 from ..view.tiles import tiles, visual_tokens
 from . import pages
 from .asking import Asked
@@ -85,7 +86,7 @@ class Desk:
         inputs = loaded.inputs([asked.image])
         with torch.inference_mode():
             base = loaded.model(**inputs)
-            with pruned(loaded.model, plan) as session:
+            with pruned(loaded.model, plan, observers=[reasons := Reasons(plan)]) as session:
                 short = loaded.model(**inputs)
                 trace = session.trace
         same = agreement(base, short)
@@ -97,7 +98,7 @@ class Desk:
             plan=plan,
             picture=seen,
             grid=None if seen is None else loaded.grid,
-            steps=[layer_facts(step) for step in trace],
+            steps=[layer_facts(step, 0, why[0]) for step, why in zip(trace, reasons.take(), strict=True)],
             agreement=same,
             outputs=(base, short),
             classes=_classes(loaded.model),
@@ -124,9 +125,10 @@ class Desk:
         plan = asked.plan or _own_plan(asked.model, loaded)
         inputs = loaded.inputs([asked.question], [asked.image])
         answers = [timed_answer(loaded.model, inputs, _ANSWER, loaded.device)]
-        with pruned(loaded.model, plan) as session, torch.no_grad():
+        with pruned(loaded.model, plan, observers=[reasons := Reasons(plan)]) as session, torch.no_grad():
             loaded.model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1)
             trace, total = session.trace, visual_tokens(loaded.model, inputs)
+            why = reasons.take()  # of this one: more forwards follow
             answers.append(timed_answer(loaded.model, inputs, _ANSWER, loaded.device))
         seen = tiles(loaded.model, loaded.processor, inputs)
         bench = bench_generation(loaded.model, {"pruned": plan}, inputs, 1, self.repeats, 1)
@@ -136,7 +138,7 @@ class Desk:
             plan=plan,
             tiles=seen,
             total=total,
-            steps=steps_of(trace),
+            steps=steps_of(trace, why),
             answers=[loaded.decode(answer.tokens) for answer in answers],
             bench=bench,
         )

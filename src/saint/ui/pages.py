@@ -14,7 +14,8 @@ from ..bench.timing import Spread
 from ..images import data_uri
 from ..plan import Plan
 from ..report.charts import Line, line_chart
-from ..report.kept import Step, figure, pictures_of
+from ..report.figure import figure, steps_on_grid
+from ..report.kept import pictures_of
 from ..report.markup import Cell, Markup, interval, join, number, table, tag
 from ..report.section import plan_text
 from ..view import heatmap
@@ -44,7 +45,7 @@ def encoder_page(
     """
     parts = [_lead(steps, f"{agreement.measure} of the two outputs {number(agreement.values[0], 4)}", bench.speedup)]
     if picture is not None and grid is not None:
-        shown = [Step(f"after layer {s['layer']}", s["kept"], s["tokens_in"]) for s in steps]
+        shown = steps_on_grid(steps, grid[0] * grid[1])
         drawn = figure("the picture as the model sees it", data_uri(picture, _SIDE, 90_000), grid, shown, "ui", _SIDE)
         parts += [tag("h3", "What stays"), tag("div", drawn, _tokens(steps), class_="gallery")]
     else:

@@ -1,7 +1,8 @@
-"""Facts about the decoder layers of transformers, for tokens that go between attention and MLP."""
+"""Facts about the decoder layers of transformers, for tokens that go between attention and MLP; and language models of them."""
 
 from .names import MASK, ROTARY
 from .specs import BlockSpec
+from .transformers import qualified
 
 _LLAMA = BlockSpec(
     attn="self_attn",
@@ -40,4 +41,15 @@ BLOCKS: dict[str, BlockSpec] = {
         _LLAMA,
     ),
     "Gemma3DecoderLayer": _GEMMA3,
+}
+
+# language models without images: class without its head -> title. Of a prompt every token but the first (where attention rests)
+# and the last (which the next one is read from) is a candidate
+TEXT: dict[str, str] = {
+    qualified("llama", "LlamaModel"): "Llama",
+    qualified("mistral", "MistralModel"): "Mistral",
+    qualified("qwen2", "Qwen2Model"): "Qwen2",
+    qualified("qwen3", "Qwen3Model"): "Qwen3",
+    qualified("gemma", "GemmaModel"): "Gemma",
+    qualified("gemma3", "Gemma3TextModel"): "Gemma 3, text",
 }

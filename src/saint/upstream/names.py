@@ -83,6 +83,7 @@ MASK = Role("attention_mask")
 ROTARY = Role("position_embeddings")
 POSITIONS = Role("position_ids")
 EMBEDDINGS = Role("inputs_embeds")
+IDS = Role("input_ids")
 ALL_STATES = Role("output_hidden_states")  # also a field of configs
 PIXELS = Role("pixel_values")
 VIDEOS = Role("pixel_values_videos")

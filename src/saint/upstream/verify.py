@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from .names import CACHE, EMBEDDINGS, LAYERS, MASK, MERGER, PLACEHOLDER_MASK, Parameters
+from .names import CACHE, EMBEDDINGS, IDS, LAYERS, MASK, MERGER, PLACEHOLDER_MASK, Parameters
 from .specs import EncoderSpec, FamilySpec, part
 from .versions import known_from
 
@@ -69,6 +69,12 @@ def verify_family(model: nn.Module, spec: FamilySpec) -> None:
     if PLACEHOLDER_MASK.of(model) is None and MERGER.of(model) is None:
         missing.append(f"method {PLACEHOLDER_MASK} or {MERGER} (shows where its visual tokens are)")
     _refuse(model, spec.title, spec.library, missing)
+
+
+def verify_text(decoder: nn.Module, title: str) -> None:
+    """Raise ``UnsupportedModelError`` that names every argument that the ``decoder`` of a language model lacks."""
+    missing = [f"argument {name}" for name in Parameters(type(decoder).forward).missing(CACHE, MASK, EMBEDDINGS, IDS)]
+    _refuse(decoder, title, "transformers", missing if LAYERS.of(decoder) is not None else [*missing, str(LAYERS)])
 
 
 def merge_method(model: Any) -> tuple[str, bool]:

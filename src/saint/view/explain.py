@@ -107,12 +107,14 @@ def left(photo: Image.Image, grid: tuple[int, int], steps: Sequence[Step], *, li
     return canvas
 
 
-def degrees(photo: Image.Image, grid: tuple[int, int], step: Step, threshold: float, neighbors: int) -> Image.Image:
+def degrees(
+    photo: Image.Image, grid: tuple[int, int], step: Step, threshold: float, neighbors: int, *, center: bool = False
+) -> Image.Image:
     """Heat map of the voting graph: neighbours at or above the threshold of each source; sources that vote have a white frame.
 
-    Targets of the graph and patches that are gone are grey: they have no degree.
+    Targets of the graph and patches that are gone are grey: they have no degree. ``center`` is the method's own.
     """
-    edges = graph.connect(step.keys[None], threshold)
+    edges = graph.connect(step.keys[None], threshold, center=center)
     degree = edges.degree[0]
     top = max(1.0, float(degree.max()))
     canvas = Image.blend(
@@ -178,12 +180,12 @@ def split(step: Step, grid: tuple[int, int], method: Any, *, board: bool) -> Ste
     rows, columns = grid
     if len(step.index) != rows * columns:
         raise ValueError("the split is shown at a drop point that still has the whole grid: the first one")
-    edges = graph.connect(step.keys[None], method.threshold)
+    edges = graph.connect(step.keys[None], method.threshold, center=method.center)
     count = int(graph.count_votes(edges, method.neighbors))
     order = torch.arange(rows * columns)
     if board:
         order = graph.snake(order, columns).argsort()
-        edges = graph.connect(step.keys[None, order], method.threshold)
+        edges = graph.connect(step.keys[None, order], method.threshold, center=method.center)
     score = graph.redundancy(edges, method.threshold, method.gamma)
     go = order[0::2][graph.descending(score)[0, :count]]
     stays = torch.ones(len(step.index), dtype=torch.bool).scatter(0, go, False)

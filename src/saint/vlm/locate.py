@@ -4,6 +4,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..upstream import registry
+from ..upstream.decoders import TEXT
 from ..upstream.specs import FamilySpec
 
 
@@ -29,6 +30,7 @@ def locate(model: nn.Module, stage: str) -> tuple[str, nn.Module, FamilySpec]:
         known = ", ".join(spec.title for spec in registry.families().values())
         raise UnsupportedModelError(
             f"the {stage} stage needs a vision-language model, and {type(model).__name__} ({type(model).__module__}) contains "
-            f"none that is known, so there are no visual tokens to drop; known families: {known}"
+            f"none that is known, so there are no visual tokens to drop; known families: {known}; known language "
+            f"models without images, whose prompt tokens the language stage drops: {', '.join(TEXT.values())}"
         )
     return found

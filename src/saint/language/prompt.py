@@ -1,0 +1,81 @@
+"""A language model without images: which tokens of a prompt are the candidates of its language stage.
+
+Letters: B batch, L positions of the forward.
+"""
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..patch import Uncopyable
+from ..upstream.decoders import TEXT
+from ..upstream.names import CACHE, EMBEDDINGS, IDS, MASK, Parameters
+
+if TYPE_CHECKING:  # imports transformers
+    from .decoder import Handover, PrunedDecoder
+
+
+def find(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """The decoder of a language model without images as (dotted path, module): ``model`` itself, or what it puts a head for the
+    next token on; None when it is none.
+
+    Exact classes: what holds such a decoder, or is derived from one, may bring images.
+    """
+    if _name(model) in TEXT:
+        return "", model
+    path = str(getattr(model, "base_model_prefix", ""))
+    inner = getattr(model, path, None) if path else None
+    if not isinstance(inner, nn.Module) or _name(inner) not in TEXT or type(model).__module__ != type(inner).__module__:
+        return None
+    return (path, inner) if type(model).__name__.endswith("ForCausalLM") else None
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def candidates(mask: Tensor) -> Tensor:
+    """All real tokens but the first and the last of each prompt: mask [B, L], not 0 where a token is real -> bool [B, L]."""
+    real = mask.bool()
+    before, behind = real.cumsum(1) > 1, real.flip(1).cumsum(1).flip(1) > 1
+    return real & before & behind
+
+
+class PrunedText(Uncopyable):
+    """Tells the pruned decoder which tokens of a prompt are candidates; the counterpart of ``vlm.model.PrunedVLM``.
+
+    A prompt is a forward that fills an empty cache, or has none; forwards on a filled cache add tokens that all stay.
+
+    Args:
+        model: the decoder.
+        decoder: the language stage.
+        handover: between this and the decoder.
+    """
+
+    def __init__(self, model: nn.Module, decoder: "PrunedDecoder", handover: "Handover") -> None:
+        self.model, self.decoder, self.handover = model, decoder, handover
+        self.parameters = Parameters(type(model).forward)
+
+    def install(self, stack: ExitStack) -> None:
+        """Patch the instance; ``stack`` undoes it."""
+        # registered before the decoder's own hook, so it runs first
+        stack.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+        self.decoder.install(stack)
+
+    def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.handover.visual = None
+        given = self.parameters.named(args, kwargs)
+        cache, mask, embedded = CACHE.read(given), MASK.read(given), EMBEDDINGS.read(given)
+        tokens = IDS.read(given) if embedded is None else embedded[..., 0]
+        if tokens is None or (cache is not None and cache.get_seq_length()):
+            return
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != tokens.shape):
+            shown = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"{MASK} must be [B, L] = {tuple(tokens.shape)}, which shows the first and last token of each prompt, got {shown}"
+            )
+        found = candidates(torch.ones_like(tokens) if mask is None else mask)
+        if tokens.shape[1] > 2:
+            self.handover.visual = found.to(tokens.device)

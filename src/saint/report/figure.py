@@ -1,0 +1,196 @@
+"""One picture with the patches that left, and when and why, under a slider over layers."""
+
+import base64
+import binascii
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..images import data_uri, read_untrusted
+from .markup import Markup, tag
+from .reasons import UNIT, Leaving, Why, left, legend, told, votes
+
+
+@dataclass(frozen=True)
+class Step:
+    """What stays behind a drop point.
+
+    Attributes:
+        name: of the drop point.
+        kept: indices into the grid.
+        tokens_in: what came in.
+        mark: short name of the drop point, for the patches that left there.
+        why: what stands for them, and how they voted; None where it is not known.
+    """
+
+    name: str
+    kept: Sequence[int]
+    tokens_in: int
+    mark: str = ""
+    why: Why | None = None
+
+
+def embedded(uri: str, side: int = 320) -> str:
+    """A picture of a record, decoded safely and written anew as a small JPEG.
+
+    Args:
+        uri: "data:image/...;base64,...".
+        side: of the result at most, pixels.
+
+    Raises:
+        ValueError: no such picture.
+    """
+    head, comma, body = str(uri).partition(",")
+    if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
+        raise ValueError(f'a picture is "data:image/...;base64,...", got {str(uri)[:40]!r}')
+    try:
+        data = base64.b64decode(body, validate=True)
+    except binascii.Error as error:
+        raise ValueError("a picture is no base64") from error
+    return data_uri(read_untrusted(data), side)
+
+
+def figure(name: str, uri: str | None, grid: Sequence[int], steps: Sequence[Step], number_: str, side: int) -> Markup:
+    """One picture with the patches that left darkened, hatched, and with colour and number of the layer where they did.
+
+    Where reasons are known, lines go from what leaves at a layer to what stands for it, and a heat map beside the picture shows
+    the votes. The last layer shows without JavaScript.
+
+    Args:
+        name: of the picture.
+        uri: see :func:`embedded`; None draws on grey.
+        grid: rows and columns.
+        steps: drop points in order.
+        number_: makes ids unique.
+        side: pixels of the picture at most.
+
+    Raises:
+        ValueError: an index beyond the grid.
+    """
+    rows, columns = (int(side_) for side_ in grid)
+    total = rows * columns
+    if not 0 < total <= 100_000:
+        raise ValueError(f"a grid of {rows} x {columns} patches cannot be drawn")
+    high, wide = rows * UNIT, columns * UNIT
+    hatch = f"hatch{number_}"
+    pattern = tag(
+        "pattern",
+        tag("path", d="M-2 12L12 -2M-2 2L2 -2M8 12L12 8"),
+        id=hatch,
+        width=10,
+        height=10,
+        patternUnits="userSpaceOnUse",
+    )
+    photo = f"photo{number_}"
+    parts = [tag("defs", pattern)]
+    parts.append(
+        tag("image", href=embedded(uri, side), width=wide, height=high, preserveAspectRatio="none", id=photo)
+        if uri is not None
+        else tag("rect", width=wide, height=high, fill="#8a8f98", id=photo)
+    )
+    shown = [Step("before the first drop point", range(total), total), *steps]
+    gone_before, leaving, labels = [False] * total, [], []
+    for i, step in enumerate(shown):
+        dropped = _dropped(step.kept, total)
+        labels.append(f"{step.name}: {total - sum(dropped)} of {total} kept ({(total - sum(dropped)) / total:.0%})")
+        area, edge = _outline(dropped, rows, columns)
+        layer = [
+            tag("path", d=area, class_="dark"),
+            tag("path", d=area, fill=f"url(#{hatch})"),
+            tag("path", d=edge, class_="rim"),
+        ]
+        last = i == len(shown) - 1
+        parts.append(tag("g", *(layer if area else []), class_="step" if last else "step off", data_label=labels[-1]))
+        gone = [n for n in range(total) if dropped[n] and not gone_before[n]]
+        if gone:
+            leaving.append(Leaving(i, step.mark, step.name, gone, step.why))
+        gone_before = dropped
+    reasons = [step.why for step in shown]
+    _check_reasons(leaving, reasons, total)
+    parts.append(left(leaving, columns))
+    about = f"{name}; hatched patches were dropped, and the number on one is that of the layer where it was"
+    picture = tag("svg", *parts, viewBox=f"0 0 {wide} {high}", role="img", aria_label=about, class_="map")
+    said = tag("output", labels[-1], id=f"said{number_}", aria_live="polite")
+    slider = tag(
+        "label",
+        tag("span", f"layer, {name}", class_="hidden-label"),
+        tag(
+            "input",
+            type="range",
+            min=0,
+            max=len(shown) - 1,
+            value=len(shown) - 1,
+            step=1,
+            aria_describedby=f"said{number_}",
+        ),
+        class_="slider",
+        hidden=True,
+    )
+    heat = votes(reasons, [step.name for step in shown], rows, columns, photo)
+    head = tag("figcaption", tag("b", name))
+    under = [slider, said, legend(leaving) if leaving else None]
+    if all(why is None for why in reasons):
+        return tag("figure", head, picture, *under, class_="kept")
+    patch = tag("output", class_="patch", aria_live="polite", hidden=True)
+    merged = any(why is not None and why.merged for why in reasons)
+    title = tag("p", tag("b", "What left"), f" (lines: {'became part of' if merged else 'most similar survivor'})")
+    panel = tag("div", title, picture, under[-1], patch, class_="panel")
+    data = told(leaving, reasons, rows, columns)
+    both = tag("div", panel, heat, class_="panels")
+    return tag("figure", head, slider, said, both, class_="kept why", data_why=data)
+
+
+def _check_reasons(leaving: Sequence[Leaving], reasons: Sequence[Why | None], total: int) -> None:
+    for step in leaving:
+        if step.why is not None and sorted(step.why.gone) != list(step.gone):
+            raise ValueError(f"{step.name}: the reasons are of other patches than those that left")
+    for why in reasons:
+        for n in () if why is None else (*(to for to in why.into if to is not None), *why.degree):
+            if not 0 <= n < total:
+                raise ValueError(f"a patch of the reasons is in 0..{total - 1}, got {n}")
+
+
+def _dropped(kept: Sequence[int], total: int) -> list[bool]:
+    dropped = [True] * total
+    for index in kept:
+        if not 0 <= int(index) < total:
+            raise ValueError(f"a kept patch is in 0..{total - 1}, got {index!r:.20}")
+        dropped[int(index)] = False
+    return dropped
+
+
+def _outline(dropped: Sequence[bool], rows: int, columns: int) -> tuple[str, str]:
+    """Path of the dropped cells, a rectangle per run of a row; and of the edges they share with kept ones."""
+    area, edge = [], []
+    for row in range(rows):
+        line = dropped[row * columns : (row + 1) * columns]
+        start = None
+        for column in range(columns + 1):
+            inside = column < columns and line[column]
+            if inside and start is None:
+                start = column
+            elif not inside and start is not None:
+                wide = (column - start) * UNIT
+                area.append(f"M{start * UNIT} {row * UNIT}h{wide}v{UNIT}h-{wide}z")
+                start = None
+            if 0 < column < columns and line[column - 1] != line[column]:
+                edge.append(f"M{column * UNIT} {row * UNIT}v{UNIT}")
+        if row:
+            above = dropped[(row - 1) * columns : row * columns]
+            start = None
+            for column in range(columns + 1):
+                inside = column < columns and line[column] != above[column]
+                if inside and start is None:
+                    start = column
+                elif not inside and start is not None:
+                    edge.append(f"M{start * UNIT} {row * UNIT}h{(column - start) * UNIT}")
+                    start = None
+    return "".join(area), "".join(edge)
+
+
+def steps_on_grid(layers: Iterable[Mapping[str, Any]], count: int) -> list[Step]:
+    """The drop points of an encoder's photograph on a grid of ``count`` patches."""
+    return [
+        Step(f"after layer {s['layer']}", s["kept"], s.get("tokens_in", 0), str(s["layer"]), Why.of(s, 0, count))
+        for s in layers
+    ]

@@ -1,0 +1,247 @@
+"""Section of `saint tune`: what was asked for and reached, where tokens leave, what leaving costs, other budgets."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .charts import Line, Point, front, line_chart, scatter
+from .markup import Cell, Markup, interval, join, number, table, tag
+from .reading import Record
+from .section import Section, charts, conditions, plan_box, skipped
+
+_SAME_WORK = 0.03  # relative difference up to which two plans leave the same work; times are noisier than counts
+
+
+def tune_section(record: Record) -> Section:
+    """`saint tune`."""
+    data = record.data
+    images, tokens = data["images"], data["tokens"]
+    verdict = f"{_target(data)} {_compared(data)}".strip()
+    layers = data["layers"]
+    rows = [
+        [Cell(_place(row["place"]), _number(row["place"])), row["method"],
+         Cell(f"{row['left']} of {tokens}", float(row["left"])), Cell(f"{row['left'] / tokens:.0%}", row["left"] / tokens)]
+        for row in layers
+    ]  # fmt: skip
+    per_image = "Every image keeps its own number; these are means." if data.get("per_image") else None
+    figures = [_left(data), *_costs(data)]
+    if (curve := _frontier(data)) is not None:
+        figures.append(curve[0])
+    body = join(
+        [
+            table(["where", "method", "tokens left", "share left"], rows, "Where tokens leave"),
+            tag("p", per_image) if per_image else None,
+            _held_out(data),
+            charts(*figures),
+            None if curve is None else curve[1],
+            _missing(data),
+            tag("h3", "Plan"),
+            plan_box(data["plan"]),
+            skipped(record),
+        ]
+    )
+    more = {
+        "target": _asked(data["target"]),
+        "images": f"{images['tuned']} to tune on, {images['held_out']} held back"
+        + (f" ({images['set']})" if images.get("set") else ""),
+        "measure": _measure(data),
+    }
+    asked = f"Where can tokens of {data['model']} leave for {_asked(data['target'])}, and what does that lose?"
+    return Section(f"Tuned plan: {data['model']}", asked, verdict, conditions(record, **more), body)
+
+
+def _left(data: Mapping[str, Any]) -> Markup:
+    """Tokens behind every layer."""
+    (depth,) = data["depth"].values()
+    left = {_number(row["place"]): float(row["left"]) for row in data["layers"]}
+    behind, now = [], float(data["tokens"])
+    for place in range(-1, int(depth)):
+        now = left.get(float(place), now)
+        behind.append(now)
+    line = Line("tokens left", behind, x=[float(place) for place in range(-1, int(depth))])
+    return line_chart("Tokens behind each layer", [line], y="tokens", x=_AXIS)
+
+
+_AXIS = "layer; -1: in front of all"
+
+
+def _place(place: Any) -> str:
+    return "in front of the layers" if place == "input" else f"layer {place}"
+
+
+def _number(place: Any) -> float:
+    return -1.0 if place == "input" else float(place)
+
+
+def _asked(target: Mapping[str, float]) -> str:
+    ((name, value),) = target.items()
+    words = {
+        "flops": f"{number(100 * value, 1)} % of the FLOPs",
+        "speed": f"{number(value, 2)} times the speed",
+        "agreement": f"an agreement of {number(value, 4)}",
+    }
+    return words[name]
+
+
+def _measure(data: Mapping[str, Any]) -> str:
+    reached = data["reached"]
+    if "agreement" in reached:
+        return f"agreement with the unpruned output (1 - loss; the loss is {reached['measure']})"
+    return f"{reached['measure']}, nat: lower is better"
+
+
+def _target(data: Mapping[str, Any]) -> str:
+    """Whether the target was met on images that were held back, and what is lost there."""
+    ((name, wanted),) = data["target"].items()
+    reached, count = data["reached"], data["images"]["held_out"]
+    kept = reached.get("agreement")
+    agree = "" if kept is None else f"agreement {_interval(kept)} with the unpruned model"
+    agree = agree or f"{reached['measure']} {_interval(reached['loss'])} nat"
+    on = f"on {count} images held back"
+    flops = f"{number(100 * reached['flops']['mean'], 1)} % of the FLOPs are left"
+    if name == "flops":
+        met = "Met" if reached["flops"]["mean"] <= wanted else "Missed"
+        return f"{met}: {flops} ({_asked(data['target'])} asked for); {agree} {on}."
+    if name == "speed":
+        met = "Met" if reached["speed"] >= wanted else "Missed"
+        return (
+            f"{met}: {number(reached['speed'], 2)} times as fast at batch 1 as measured ({number(wanted, 2)} asked for), "
+            f"{flops}; {agree} {on}."
+        )
+    low = kept["low"]
+    met = "Missed" if kept["mean"] < wanted else "Met" if low is not None and low >= wanted else "Met in the mean only"
+    return f"{met}: {agree} {on} ({number(wanted, 4)} asked for); {flops}."
+
+
+def _compared(data: Mapping[str, Any]) -> str:
+    """What rivals lose on the same images; those of which measured times turned out to be of other work are named as such."""
+    said, apart = [], []
+    own = _left_of(data["reached"], data["target"])
+    for rival in data["against"]:
+        d = rival["difference"]
+        if abs(rival["work"] / own - 1) > _SAME_WORK:
+            apart.append(f"{rival['name']} at {number(100 * rival['work'], 1)} %")
+        elif d["low"] is None or d["high"] is None or d["low"] <= 0 <= d["high"]:
+            said.append(f"no difference to {rival['name']} is shown")
+        else:
+            said.append(f"it loses {'less' if d['high'] < 0 else 'more'} than {rival['name']}")
+    same = f"At the same work {', and '.join(said)}." if said else ""
+    if not apart:
+        return same
+    other = f"{' and '.join(apart)} of the {_work(data)}, the plan at {number(100 * own, 1)} %"
+    return f"{same} Not at the same work, so not compared: {other}.".strip()
+
+
+def _left_of(reached: Mapping[str, Any], target: Mapping[str, float]) -> float:
+    """Share of the work that is left: of the time where a speed was asked for, else of the FLOPs."""
+    return float(1 / reached["speed"] if "speed" in target else reached["flops"]["mean"])
+
+
+def _interval(value: Mapping[str, float | None], digits: int = 4) -> str:
+    return interval(value["mean"], value["low"], value["high"], digits)
+
+
+def _work(data: Mapping[str, Any]) -> str:
+    return "time" if "speed" in data["target"] else "FLOPs"
+
+
+def _held_out(data: Mapping[str, Any]) -> Markup:
+    reached = data["reached"]
+    own = _left_of(reached, data["target"])
+    rows = [["this plan", own, _cell(reached["loss"]), "-"]]
+    rows += [[r["name"], r["work"], _cell(r["loss"]), _cell(r["difference"])] for r in data["against"]]
+    head = [
+        "plan",
+        f"share of the {_work(data)} left",
+        reached["measure"],
+        "this plan less that one (below 0: it loses less)",
+    ]
+    return table(head, rows, f"On {data['images']['held_out']} images held back, mean [95 % interval]")
+
+
+def _cell(value: Mapping[str, Any]) -> Cell:
+    return Cell(_interval(value), value["mean"])
+
+
+def _costs(data: Mapping[str, Any]) -> list[Markup]:
+    """Per share of the tokens a chart of what leaving costs at one layer alone."""
+    made = []
+    curves = data.get("costs") or []
+    chosen = {row["place"] if row["place"] != "input" else -1 for row in data["layers"]}
+    for share in sorted({curve["share"] for curve in curves}):
+        lines = [
+            Line(
+                _method(curve["method"]),
+                curve["mean"],
+                curve["low"],
+                curve["high"],
+                [float(p) for p in curve["places"]],
+            )
+            for curve in curves
+            if curve["share"] == share
+        ]
+        title = f"Loss when {share:.0%} of the tokens leave at one layer alone"
+        note = f"band: 95 % interval; chosen: {', '.join(map(str, sorted(chosen)))}"
+        made.append(line_chart(title, lines, y=data["reached"]["measure"], x=_AXIS, note=note))
+    return made
+
+
+def _method(settings: Mapping[str, Any]) -> str:
+    more = [f"{key} {settings[key]:g}" for key in ("beta",) if settings.get(key) is not None]
+    more += ["centred"] if settings.get("center") else []
+    return ", ".join([str(settings["method"]), *more])
+
+
+def _frontier(data: Mapping[str, Any]) -> tuple[Markup, Markup] | None:
+    """The plan, its rivals and plans for other budgets, as a plot and a table; None where there are no other budgets."""
+    found = [point for point in data.get("frontier") or [] if "reached" in point]
+    if not found:
+        return None
+    timed = "speed" in data["target"]
+    least = "agreement" not in data["reached"]
+
+    def at(name: str, group: str, x: float, of: Mapping[str, Any]) -> Point:
+        y = of["loss"] if least else of["agreement"]
+        x = round(x, 2)  # plans of the same budget differ by a token or less, which shall not make one unbeaten
+        return Point(name, group, x, y["mean"], y_low=y["low"], y_high=y["high"])
+
+    points = [Point("unpruned", "unpruned", 1.0, 0.0 if least else 1.0)]
+    points.append(at("this plan", "this plan", gain(data["reached"], timed=timed), data["reached"]))
+    points += [
+        at(
+            f"tuned for {number(p['work'], 2)} of the {_work(data)}",
+            "tuned",
+            gain(p["reached"], timed=timed),
+            p["reached"],
+        )
+        for p in found
+    ]
+    points += [at(rival["name"], rival["name"], 1 / rival["work"], rival) for rival in data["against"]]
+    measure = data["reached"]["measure"] if least else "agreement with the unpruned model"
+    x = "measured speed-up, batch 1" if timed else "times fewer FLOPs"
+    note = "whiskers: 95 % interval on images held back; the line joins plans that none beats in both"
+    axis = measure.partition(" with ")[0]
+    plot = scatter("Other budgets", points, x=x, y=measure, axis=axis, note=note, least=least)
+    best = front(points, least=least)
+    rows = [
+        [
+            Cell(f"{i}: {p.name}", float(i)),
+            p.x,
+            Cell(interval(p.y, p.y_low, p.y_high, 4), p.y),
+            "yes" if p in best else "no",
+        ]
+        for i, p in enumerate(points, 1)
+    ]
+    return plot, table(["plan", x, measure, "unbeaten"], rows, "Other budgets, by the numbers of the plot")
+
+
+def gain(reached: Mapping[str, Any], *, timed: bool) -> float:
+    """How many times less work is left."""
+    return float(reached["speed"] if timed else 1 / reached["flops"]["mean"])
+
+
+def _missing(data: Mapping[str, Any]) -> Markup | None:
+    missing: Sequence[Mapping[str, Any]] = [p for p in data.get("frontier") or [] if "missing" in p]
+    if not missing:
+        return None
+    items = (tag("li", f"{number(p['work'], 2)} of the {_work(data)}: {p['missing']}") for p in missing)
+    return tag("div", tag("p", "No plan was found for:"), tag("ul", *items))

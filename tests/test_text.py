@@ -1,0 +1,251 @@
+"""Language models without images: tokens of a prompt leave, and everything else is as with visual tokens."""
+
+import copy
+from contextlib import ExitStack
+
+import pytest
+import torch
+import transformers as hf
+from vlm_models import cache_of, cached, hide, missing
+
+import saint
+from saint import testing
+from saint.errors import UnsupportedModelError
+from saint.language.prompt import candidates, find
+from saint.testing.contracts import snapshot
+from saint.upstream.decoders import BLOCKS, TEXT
+from saint.upstream.tiny import LAYERS, PAD, make, text_config
+
+torch.set_num_threads(1)
+GEMMA3 = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]}
+MODELS = {  # the head's class, the config, and more of it
+    "llama": (hf.LlamaForCausalLM, hf.LlamaConfig, {}),
+    "mistral": (hf.MistralForCausalLM, hf.MistralConfig, {"sliding_window": None}),
+    "mistral-sliding": (hf.MistralForCausalLM, hf.MistralConfig, {"sliding_window": 6}),
+    "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config, {}),
+    "qwen3": (hf.Qwen3ForCausalLM, hf.Qwen3Config, {}),
+    "gemma": (hf.GemmaForCausalLM, hf.GemmaConfig, {}),
+    "gemma3": (hf.Gemma3ForCausalLM, hf.Gemma3TextConfig, GEMMA3),
+}
+SAINT = saint.Stage(saint.Saint(threshold=0.9, budget=0.4), layers=[1, 2])
+PLANS = {
+    "post": saint.Plan(language=SAINT),
+    "mid": saint.Plan(language=saint.Stage(saint.Saint(threshold=0.9, budget=0.5), layers=[0, 3], placement="mid")),
+    "attention": saint.Plan(language=saint.Stage(saint.methods.FastV(keep=0.3), layers=[1])),
+    "evict": saint.Plan(language=saint.Stage(saint.methods.Random(keep=0.5), layers=[2], evict=True)),
+}
+
+
+def tiny(name: str):
+    cls, config, more = MODELS[name]
+    return make(cls, config(**text_config(**more)))
+
+
+@pytest.fixture
+def llama():
+    return tiny("llama")
+
+
+def batch(lengths: list[int], side: str = "left", seed: int = 0) -> dict:
+    """Prompts padded to the longest."""
+    generator = torch.Generator().manual_seed(seed)
+    most = max(lengths)
+    ids, mask = torch.full((len(lengths), most), PAD), torch.zeros(len(lengths), most, dtype=torch.long)
+    for row, n in enumerate(lengths):
+        where = slice(most - n, most) if side == "left" else slice(0, n)
+        ids[row, where] = torch.randint(2, 99, (n,), generator=generator)
+        mask[row, where] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def inner(mask):
+    """Literally: all real tokens but the first and the last."""
+    out = torch.zeros_like(mask, dtype=torch.bool)
+    for b in range(len(mask)):
+        real = [place for place in range(mask.shape[1]) if mask[b, place]]
+        for place in real[1:-1]:
+            out[b, place] = True
+    return out
+
+
+def off(got, want):
+    return float((got - want).abs().max() / want.abs().max())
+
+
+def hidden(model, trace, inputs, grown=None):
+    """Logits of the full forward, eager attention and no cache, with dropped tokens hidden as keys."""
+    twin, places = copy.deepcopy(model), inner(inputs["attention_mask"])
+    twin.set_attn_implementation("eager")
+
+    def gone_before(layer):
+        gone = torch.zeros_like(places)
+        for entry in trace:
+            if entry.layer < layer:
+                gone |= missing(entry.kept, places)
+        return gone if bool(gone.any()) else None
+
+    with ExitStack() as stack, torch.no_grad():
+        hide(stack, twin.model.layers, gone_before)
+        return twin(**(grown or inputs), use_cache=False).logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("mode", PLANS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_are_those_of_the_masked_oracles(name, mode, side):
+    model, plan, inputs = tiny(name), PLANS[mode], batch([19, 9, 2, 24], side)
+    with torch.no_grad(), saint.pruned(model, plan) as session:
+        got, trace = model(**inputs).logits, session.trace
+    assert trace[0].tokens_in.tolist() == [17, 7, 0, 22]
+    assert bool((trace[-1].tokens_out[[0, 1, 3]] < trace[0].tokens_in[[0, 1, 3]]).all())
+    want, _ = testing.masked_oracle(model, plan, inputs)
+    real = inputs["attention_mask"].bool()
+    stays = real & ~missing(
+        trace[-1].kept, inner(inputs["attention_mask"])
+    )  # of tokens that went, only a stand-in shows
+    assert off(got[stays], want["logits"][stays]) < 1e-5
+    if mode != "mid":  # hooks in front of layers cannot hide from the attention of the same layer only
+        assert off(got[stays], hidden(model, trace, inputs)[stays]) < 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("mode", ["post", "attention"])
+def test_greedy_tokens_are_those_of_the_oracle(name, mode):
+    model, inputs, steps = tiny(name), batch([19, 9]), 8
+    with torch.no_grad(), saint.pruned(model, PLANS[mode]) as session:
+        made = model.generate(
+            **inputs, max_new_tokens=steps, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        trace, memory = session.trace, session.kv_memory
+    assert trace[0].tokens_in.tolist() == [17, 7]  # of the prompt: steps drop nothing
+    if not getattr(model.config, "sliding_window", None):  # shorter windows than prompts hold less already
+        assert memory.kept < memory.unpruned
+    new = made.sequences[:, 19:]
+    grown = {
+        "input_ids": made.sequences,
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(new)], 1),
+    }
+    want = hidden(model, trace, inputs, grown)[:, 18:-1]
+    assert off(torch.stack(made.logits, 1), want) < 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_plan_that_keeps_everything_changes_nothing(name):
+    model, inputs = tiny(name), batch([19, 9, 24])
+    real = inputs["attention_mask"].bool()
+    keep = saint.Plan(language=saint.Stage(saint.Saint(threshold=1.0, budget=1.0), layers=[0, 2]))
+    before = snapshot(model)
+    with torch.no_grad():
+        base = model(**inputs).logits
+        with saint.pruned(model, keep):
+            assert torch.equal(model(**inputs).logits[real], base[real])
+        assert torch.equal(model(**inputs).logits, base)
+    assert snapshot(model) == before
+    assert saint.status(model) is None
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_prompt_does_not_depend_on_its_batch(llama, side):
+    lengths = [19, 9, 24]
+    together = batch(lengths, side)
+    with torch.no_grad(), saint.pruned(llama, PLANS["post"]) as session:
+        logits, trace = llama(**together).logits, session.trace
+        for b, n in enumerate(lengths):
+            real = together["attention_mask"][b].bool()
+            alone = llama(input_ids=together["input_ids"][b : b + 1, real]).logits[0]  # and without a mask
+            assert off(logits[b, real], alone) < 1e-5
+            for entry, single in zip(trace, session.trace, strict=True):
+                assert torch.equal(entry.kept[b], single.kept[0])
+            assert session.trace[0].tokens_in.tolist() == [n - 2]
+
+
+def test_the_decoder_alone_and_embeddings(llama):
+    inputs = batch([19, 9])
+    with torch.no_grad():
+        with saint.pruned(llama, PLANS["post"]):
+            want = llama.model(**inputs).last_hidden_state
+            embeds = llama.model.embed_tokens(inputs["input_ids"])
+            given = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+            assert torch.equal(llama.model(**given).last_hidden_state, want)
+        with saint.pruned(llama.model, PLANS["post"]):
+            assert torch.equal(llama.model(**inputs).last_hidden_state, want)
+
+
+def test_only_the_prompt_that_starts_a_cache_is_pruned(llama):
+    inputs, more = batch([19]), torch.randint(2, 99, (1, 12))
+    with torch.no_grad(), saint.pruned(llama, PLANS["post"]) as session:
+        out = llama(**inputs, use_cache=True)
+        trace = session.trace
+        turned = llama(input_ids=more, **cached(llama, cache_of(out)), use_cache=True).logits
+        assert [entry.kept[0].tolist() for entry in session.trace] == [entry.kept[0].tolist() for entry in trace]
+    both = {
+        "input_ids": torch.cat([inputs["input_ids"], more], 1),
+        "attention_mask": torch.ones(1, 31, dtype=torch.long),
+    }
+    assert off(turned, hidden(llama, trace, inputs, both)[:, 19:]) < 1e-4
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_prompts_without_candidates_run_unpruned(llama, length):
+    inputs = batch([length])
+    with torch.no_grad():
+        base = llama(**inputs).logits
+        with saint.pruned(llama, PLANS["post"]):
+            assert torch.equal(llama(**inputs).logits, base)
+
+
+def test_candidates_are_all_but_the_first_and_last():
+    mask = torch.tensor(
+        [[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]]
+    )
+    assert torch.equal(candidates(mask), inner(mask))
+
+
+def test_a_mask_of_another_shape_is_refused(llama):
+    with (
+        saint.pruned(llama, PLANS["post"]),
+        pytest.raises(ValueError, match=r"must be \[B, L\] = \(1, 9\).*\(1, 1, 9, 9\)"),
+    ):
+        llama(input_ids=torch.randint(2, 99, (1, 9)), attention_mask=torch.ones(1, 1, 9, 9))
+
+
+@pytest.mark.parametrize(
+    ("plan", "word"),
+    [(saint.Saint(), "vision"), (saint.Plan(connector=saint.SaintFullGraph(keep=0.5), language=SAINT), "connector")],
+)
+def test_other_stages_are_refused(llama, plan, word):
+    before = snapshot(llama)
+    with pytest.raises(UnsupportedModelError, match=rf"without images and has no {word} stage.*language="):
+        saint.apply(llama, plan)
+    assert snapshot(llama) == before
+
+
+def test_what_only_holds_or_derives_from_a_language_model_is_none(llama):
+    class Images(hf.LlamaForCausalLM):
+        """Merges images into the embeddings, for all that is known."""
+
+    class Seeing(hf.LlamaModel):
+        """Likewise."""
+
+    class Holder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.vision = llama.model, torch.nn.Linear(2, 2)
+
+    for model in (Images(llama.config), Seeing(llama.config), Holder(), hf.LlamaForTokenClassification(llama.config)):
+        assert find(model) is None
+        with pytest.raises(UnsupportedModelError, match="without images, whose prompt tokens"):
+            saint.apply(model, PLANS["post"])
+    assert find(llama) == ("model", llama.model)
+    assert find(llama.model) == ("", llama.model)
+
+
+def test_every_row_of_the_table_is_tested_and_has_known_layers():
+    tested = set()
+    for name in MODELS:
+        path, decoder = find(tiny(name))
+        assert path == "model"
+        assert type(decoder.layers[0]).__name__ in BLOCKS
+        assert len(decoder.layers) == LAYERS
+        tested.add(f"{type(decoder).__module__}.{type(decoder).__qualname__}")
+    assert tested == set(TEXT)
