@@ -19,7 +19,7 @@ ALLOWED = {
     "extras": {"errors"},
     "images": set(),
     "flops": set(),
-    "graph": set(),
+    "graph": {"gathers"},
     "tokens": set(),
     "gathers": {"tokens"},
     "patch": set(),

@@ -38,6 +38,10 @@ class _Watched(Method):
     stages: ClassVar[frozenset[str]] = frozenset({"vision", "connector", "language"})
 
     seen: list[Candidates]
+    like: Method  # it stands behind stages that merge, where this one does
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "merges", self.like.merges)
 
     def select(self, candidates: Candidates) -> NoReturn:
         kept = {name: getattr(candidates, name).clone() for name in ("keys", "features")}
@@ -68,7 +72,7 @@ def calibrated(
     methods: list[Method] = []
     behind: list[np.ndarray] = []  # of the drop points that are done, [n]
     for number, drop in enumerate(layout):
-        watched = _Watched([])
+        watched = _Watched([], drop.method)
         trials.show(space.plan(layout[: number + 1], [*methods, watched]), which, _EnoughSeen)
 
         def left(threshold: float, seen: list[Candidates] = watched.seen, method: Method = drop.method) -> np.ndarray:
