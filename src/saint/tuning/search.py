@@ -15,12 +15,12 @@ from .layout import Drop, Layout, Space
 from .trials import Trial, Trials
 from .work import Meter, Table
 
-FEW = 16  # images of the first look at methods and layouts
-COSTED = 10  # images of the costs of single places, which only propose
+FEW = 12  # images of the first look at methods and layouts
+COSTED = 8  # images of the costs of single places, which only propose
 KEPT = 1.25  # a kind of method is looked at further where its first look loses at most so many times the best
 METHODS = 3  # at most so many methods are measured at every place
-JOINT = 5  # layouts that are run on all images: the best of the first look
-MOVES = 5  # neighbours that are run
+JOINT = 3  # layouts that are run on all images: the best of the first look
+MOVES = 4  # neighbours that are run
 _CLOSE = 0.004  # of the target: as near as counts of tokens get
 _NEAR = 0.01  # of the target: near enough not to change a layout any more
 
