@@ -113,6 +113,15 @@ def test_a_token_unlike_all_others_is_protected():
     assert 7 not in {*into, *into.values()}
 
 
+def test_a_sample_of_few_tokens_merges_within_its_own_even_if_they_point_apart():
+    angles = torch.deg2rad(torch.tensor([0.0, 110.0, 236.0] * 4))  # energies fall, every cosine is negative
+    keys = torch.stack([torch.ones(12, 2), torch.stack([angles.cos(), angles.sin()], -1)])
+    candidates = shown(keys, [12, 3])
+    got = PiToMe(r=5).select(candidates)
+    assert got.lengths == (7, 2)
+    assert merged(got, candidates.tokens, 1) == {0: 1}
+
+
 @few
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=2, max_size=4),
