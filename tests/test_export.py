@@ -28,6 +28,7 @@ PLANS = {
         ]
     ),
     "merging": Plan(vision=Stage(methods.ToMe(budget=0.6), layers=[0, 1])),
+    "merging by energy": Plan(vision=Stage(methods.PiToMe(budget=0.6), layers=[0, 1])),
     "full length": Plan(vision=Stage(methods.Grid(keep=0.5), layers=[1], output="similar")),
     "random": Plan(vision=Stage(methods.Random(keep=0.5), layers=[1])),
 }

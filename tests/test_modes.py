@@ -423,6 +423,7 @@ METHODS = {
     "random": saint.methods.Random(keep=0.5),
     "grid": saint.methods.Grid(keep=0.5),
     "tome": saint.methods.ToMe(budget=0.5),
+    "pitome": saint.methods.PiToMe(budget=0.5),
 }
 
 

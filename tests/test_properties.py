@@ -579,7 +579,9 @@ grids, randoms = (
     st.builds(methods.Random, keep=budgets, seed=st.integers(0, 2**40)),
 )
 tomes = st.one_of(
-    st.builds(methods.ToMe, r=st.integers(1, 99), beta=st.floats(0, 9)), st.builds(methods.ToMe, budget=budgets)
+    st.builds(methods.ToMe, r=st.integers(1, 99), beta=st.floats(0, 9)),
+    st.builds(methods.ToMe, budget=budgets),
+    st.builds(methods.PiToMe, budget=budgets, margin=st.floats(0, 1)),
 )
 layers = st.one_of(st.none(), st.just("first_half"), st.lists(st.integers(0, 40), min_size=1, max_size=5, unique=True))
 vision = st.builds(

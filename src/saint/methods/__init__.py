@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .fastv import FastV as FastV
     from .grid import Grid as Grid
     from .match import Match as Match
+    from .pitome import PiToMe as PiToMe
     from .random import Random as Random
     from .saint import Saint as Saint
     from .saint_full_graph import SaintFullGraph as SaintFullGraph
@@ -28,6 +29,7 @@ _BUILTIN = {
     "fastv": ("fastv", "FastV"),
     "grid": ("grid", "Grid"),
     "match": ("match", "Match"),
+    "pitome": ("pitome", "PiToMe"),
     "random": ("random", "Random"),
     "saint": ("saint", "Saint"),
     "saint_full_graph": ("saint_full_graph", "SaintFullGraph"),

@@ -64,13 +64,15 @@ class ToMe(Method):
             return
         check_steps(self.budget, total, steps, lambda n: n // 2, "merge")
 
+    def merged(self, candidates: Candidates) -> tuple[int, ...]:
+        """Tokens of each sample that merge into another at this drop point."""
+        if self.budget is not None:
+            return to_drop(self.budget, candidates)
+        assert self.r is not None
+        return tuple(min(self.r, n // 2) for n in candidates.tokens.lengths)
+
     def select(self, candidates: Candidates) -> Selection | None:
-        tokens = candidates.tokens
-        if self.budget is None:
-            assert self.r is not None
-            drop = tuple(min(self.r, n // 2) for n in tokens.lengths)
-        else:
-            drop = to_drop(self.budget, candidates)
+        tokens, drop = candidates.tokens, self.merged(candidates)
         if not any(drop):
             return None
         edges = graph.match(candidates.keys, valid=tokens.valid)
