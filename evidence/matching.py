@@ -21,7 +21,8 @@ from saint.methods import Grid, Match, PiToMe, Random, ToMe
 from saint.records import environment, write_json
 
 FOLDER = Path(__file__).parent / "results"
-EARLY, HALF, ALL = [0, 1], list(range(6)), list(range(12))
+EARLY, HALF, ODD, ALL = [0, 1], list(range(6)), list(range(1, 12, 2)), list(range(12))
+CARRIED = "Match merge, layers 2-11, carried"  # of dense outputs: the other rows copy the survivor
 PUBLISHED = "Saint, layers 0-5"  # what the others are compared with
 SMALLER = "smaller picture"
 PLANS = {
@@ -29,6 +30,11 @@ PLANS = {
     "Saint, layers 0, 1": (lambda keep: saint.Saint(budget=keep), EARLY),
     "Match, layers 0, 1": (lambda keep: Match(budget=keep), EARLY),
     "Match, layers 0-5": (lambda keep: Match(budget=keep), HALF),
+    "Match weigh, layers 0-5": (lambda keep: Match(budget=keep, fate="weigh"), HALF),
+    "Match weigh, odd layers": (lambda keep: Match(budget=keep, fate="weigh"), ODD),
+    "Match merge, all layers": (lambda keep: Match(budget=keep, fate="merge", beta=1.0), ALL),
+    "Match merge, layers 2-11": (lambda keep: Match(budget=keep, fate="merge", beta=1.0), ALL[2:]),
+    CARRIED: (lambda keep: Match(budget=keep, fate="merge", beta=1.0), ALL[2:]),
     "ToMe (beta 0), layers 0-5": (lambda keep: ToMe(budget=keep, beta=0.0), HALF),
     "ToMe (beta 0), all layers": (lambda keep: ToMe(budget=keep, beta=0.0), ALL),
     "ToMe (beta 1), all layers": (lambda keep: ToMe(budget=keep), ALL),
@@ -76,11 +82,10 @@ class Subject:
     def fitted(self, name: str, share: float) -> Any:
         """The plan with the largest budget whose FLOPs are at most ``share``; None where no budget is small enough."""
         make, layers = PLANS[name]
+        output = "survivors" if not self.dense else "carried" if name == CARRIED else "similar"
 
         def plan(keep: float) -> Any:
-            return saint.Plan(
-                vision=saint.Stage(make(keep), layers=layers, output="similar" if self.dense else "survivors")
-            )
+            return saint.Plan(vision=saint.Stage(make(keep), layers=layers, output=output))
 
         low, high = 0.5 ** len(layers) + 0.01, 1.0  # each drop point may halve at most
         if self.flops(plan(low)) > share * self.full:
@@ -124,6 +129,8 @@ def main() -> None:
     for share in options.shares:
         for name in options.only or [*PLANS, SMALLER]:
             plan = side = None
+            if name == CARRIED and not subject.dense:
+                continue
             if name == SMALLER:
                 side = subject.fitted_side(share)
             else:
