@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from .methods.divprune import DivPrune
 from .methods.fastv import FastV
+from .methods.match import Match
 from .methods.saint import Saint
 from .methods.saint_full_graph import SaintFullGraph
 from .methods.tome import ToMe
@@ -42,6 +43,10 @@ _RECIPES = {
     "vit/dense": Recipe(
         Plan(vision=Stage(Saint(threshold=0.70, center=True), layers=[0, 2, 4], output="similar")),
         "for DINO-like encoders of 12 layers under a dense head: centred keys, three drop points, full-length output",
+    ),
+    "vit/match": Recipe(
+        Plan(vision=Match(budget=0.25, fate="weigh")),
+        "about half of the FLOPs of any ViT, without a threshold: matching at every other block, who stays counts for who left",
     ),
     "vit/tome": Recipe(
         Plan(vision=Stage(ToMe(r=8), output="similar")),

@@ -62,7 +62,7 @@ class Match(Method):
         object.__setattr__(self, "averages", self.fate == "merge")
 
     def layers(self, stage: str, depth: int) -> list[int]:
-        return [0, 1][:depth] if stage == "vision" else list(range(min(7, depth - 1), min(9, depth)))
+        return list(range(1, depth, 2)) or [0] if stage == "vision" else list(range(min(7, depth - 1), min(9, depth)))
 
     def size_bias(self) -> float:
         return self.beta if self.merges else 0.0
