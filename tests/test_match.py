@@ -246,7 +246,9 @@ def test_a_dropped_token_is_carried_by_what_stands_for_it(method, placement):
                 now = int(first[b, i]) if first is not None else int(after.stand_ins[b, i])
                 kept = after.tokens.index[b, now]
                 old = (before.tokens.index[b] == kept).nonzero().item()
-                survivor = rows[b, old] if not method.averages or not method.merges else mean(rows[b], before, after, b, now)
+                survivor = (
+                    rows[b, old] if not method.averages or not method.merges else mean(rows[b], before, after, b, now)
+                )
                 offset[i] = offset[i] + rows[b, slot[i]] - survivor
                 slot[i] = now
         for i in slot:

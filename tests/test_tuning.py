@@ -136,7 +136,7 @@ def test_a_full_length_output_is_that_of_the_plan_that_suits(vit, images):
     suits = saint.Plan(vision=saint.Stage(saint.Saint(threshold=0.6, center=True), output="similar"))
     plan = saint.tune(vit, images, target_flops=0.7, plan=suits, methods=["saint"])
     for stage in plan.slots["vision"]:
-        assert stage.output == "similar"
+        assert stage.output == "carried"
         assert stage.method.name == "saint"
 
 

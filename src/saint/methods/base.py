@@ -28,7 +28,9 @@ class Method(ABC):
     stages: ClassVar[frozenset[str]]  # stages the method is defined for
     needs: ClassVar[frozenset[str]] = frozenset()  # what a stage computes on demand: "last_query" fills `attention`
     merges: ClassVar[bool] = False  # tokens go into survivors instead of away; not in the connector stage
-    averages: ClassVar[bool] = True  # of methods that merge: a survivor becomes the mean of what it stands for, or stays as it is
+    averages: ClassVar[bool] = (
+        True  # of methods that merge: a survivor becomes the mean of what it stands for, or stays as it is
+    )
 
     @abstractmethod
     def select(self, candidates: Candidates) -> Selection | None:

@@ -19,7 +19,6 @@ from .base import (
     to_drop,
 )
 
-
 Fate = Literal["drop", "weigh", "merge"]
 
 
@@ -33,9 +32,9 @@ class Match(Method):
     With ``budget="sample"`` each sample drops as many tokens as it has pairs of at least ``threshold``. With a number the stage
     keeps that many tokens, the same share at every drop point, which can be half of what is there at most.
 
-    What becomes of the token that leaves is its ``fate``. "drop": nothing. "weigh": its partner counts for it, later attention adds
-    beta * log(size) to the logits of a token that stands for ``size`` of them, and is unchanged itself. "merge": likewise, and the
-    partner becomes the mean of what it stands for, as in :class:`saint.methods.ToMe`.
+    What becomes of the token that leaves is its ``fate``. "drop": nothing. "weigh": its partner counts for it, later attention
+    adds beta * log(size) to the logits of a token that stands for ``size`` of them, and is unchanged itself. "merge": likewise,
+    and the partner becomes the mean of what it stands for, as in :class:`saint.methods.ToMe`.
     """
 
     name: ClassVar[str] = "match"

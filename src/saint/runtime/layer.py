@@ -149,7 +149,7 @@ class LayerStack(ABC, Uncopyable, Generic[F]):
         return None
 
     def carry(self, state: LayerState, rows: Tensor, after: LayerState, stay: Tensor) -> LayerState:
-        """``after`` with what full length needs of the candidates' rows in front of a drop, [B, N, C], and behind it, [B, K, C]."""
+        """``after`` with what full length needs of the rows in front of a drop, [B, N, C], and behind it, [B, K, C]."""
         return after
 
     def columns(self, forward: F, state: LayerState) -> int | None:

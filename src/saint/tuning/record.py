@@ -13,6 +13,7 @@ from ..analysis.bootstrap import interval, weights
 from ..analysis.causal import COSINE
 from ..methods.random import Random
 from ..methods.saint import Saint
+from ..methods.tome import ToMe
 from ..plan import Plan
 from .costs import counts
 from .layout import Drop, Layout, Space
@@ -82,11 +83,16 @@ def _lost(found: Search, losses: np.ndarray, seed: int) -> dict[str, Any]:
 
 
 def against(found: Search, layout: Layout, held: Sequence[int], seed: int) -> list[dict[str, Any]]:
-    """Published SAINT and random choice at the same work, on the same images, and how much less the plan loses."""
+    """Published SAINT, random choice and ToMe (every layer, beta 0) at the same work on the same images.
+
+    ``difference``: the loss of the plan less theirs.
+    """
     space = found.space
     work = found.measured(layout)
     saint = next((m for kind in found.kinds for m in kind if isinstance(m, Saint)), Saint())
     rivals = {"published saint": found.published(saint), "random": found.published(Random())}
+    if space.slot == "vision":
+        rivals["tome"] = space.even(ToMe(budget=0.5, beta=0.0), range(1, space.depth + 1))
     out = []
     own = found.trials.run(space.plan(layout), held).losses
     for name, rival in rivals.items():

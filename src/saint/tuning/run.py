@@ -116,8 +116,8 @@ def tune(
             it is, of its language model's, for the prompt.
         target_speed: how many times faster, > 1, as measured on this machine at batch 1.
         target_agreement: mean cosine (of maps: correlation) with the unpruned output, in (0, 1); encoders only.
-        methods: to choose from, by name or as they are, with any budget; by name "match" stands for all its fates. Those that drop,
-            merge or weigh (:class:`saint.methods.Match`) are not mixed with one another.
+        methods: to choose from, by name or as they are, with any budget; by name "match" stands for all its fates. Methods that
+            drop, merge or weigh (:class:`saint.methods.Match`) are not mixed with one another.
         plan: one that suits the model: the settings of its SAINT and its output are used.
         held_out: share of the images that are held back, in (0, 0.9].
         journal: file that keeps the results, so that a killed run continues; see :class:`saint.eval.Journal`.
@@ -148,8 +148,8 @@ def forwards(count: int, held_out: float = 1 / 3, *, agreement: bool = False, fr
     tuning = count - round(count * held_out)
     few = min(FEW, tuning)
     searches = 1 + (_ROUNDS if agreement else 0) + (len(FRONTIER) if frontier else 0)
-    looks = few * 9 + COSTED * METHODS * 2 * 9
-    return looks + searches * (few * 16 + tuning * JOINT) + tuning * (3 + MOVES) + 3 * count
+    looks = few * 9 * 2 + COSTED * METHODS * 2 * 9
+    return looks + searches * (few * 20 + tuning * JOINT) + tuning * (3 + MOVES) + 3 * count
 
 
 def search(
@@ -266,6 +266,7 @@ def _space(
     slot = "vision" if find(model) is None else "language"
     stages = () if plan is None else plan.slots.get("vision", ())
     output = stages[0].output if stages and slot == "vision" else "survivors"
+    output = "carried" if output == "similar" else output  # never worse where it was measured (docs/matching.md)
     run = trials.once(0)
     stage = (
         Stage(Random(keep=0.5), layers=[0], output=output) if slot == "vision" else Stage(Random(keep=0.5), layers=[0])

@@ -87,22 +87,17 @@ class Search:
         """Even layouts: the published one, all layers or those behind the second, the first two, every other one."""
         depth = self.space.depth
         spans = (range(1, 3), range(1, depth + 1), range(3, depth + 1), range(2, depth + 1, 2))
-        found = [[p for p in span if self.space.usable(method, p)] for span in spans]
-        return [self.published(method), *(self.space.even(method, places) for places in found if places)]
+        found = [[p for p in span if self.space.usable(method, p)] or [0] for span in spans]
+        return [self.published(method), *(self.space.even(method, places) for places in found)]
 
     def look(self, target: float) -> None:
         """Choose the kinds of methods worth measuring, by even layouts for ``target``; then measure what leaving costs."""
         best: list[tuple[float, list[Method]]] = []
         for kind in self.kinds:
-            losses = []
-            for method in kind:
-                layout = self.space.fitted(self.published(method), self.table, self.budget(target))
-                if layout is not None:
-                    losses.append((self.trials.run(self.space.plan(layout), self.few).score, method))
+            losses = [(loss, method) for method in kind if (loss := self._first(method, target)) is not None]
             losses.sort(key=lambda entry: entry[0])
-            near = [m for loss, m in losses if loss <= KEPT * losses[0][0]]
             if losses:  # two methods that go together at most: each is measured at every place
-                best.append((losses[0][0], near[: 1 if near[0].merges else 2]))
+                best.append((losses[0][0], [m for loss, m in losses if loss <= KEPT * losses[0][0]][:2]))
         if not best:
             raise ValueError(self._impossible(target))
         least = min(loss for loss, _ in best)
@@ -114,6 +109,15 @@ class Search:
                 room -= len(self.kinds[-1])
         costed = self.few[:COSTED]
         self.costs = [measured(self.trials, self.space, kind, self.last, costed) for kind in self.kinds]
+
+    def _first(self, method: Method, target: float) -> float | None:
+        """The lesser loss of the published layout and of all layers; None where neither can be."""
+        published, _, everywhere, *_ = self.ranges(method)
+        fits = (self.space.fitted(layout, self.table, self.budget(target)) for layout in (published, everywhere))
+        return min((self._look(fit) for fit in fits if fit is not None), default=None)
+
+    def _look(self, layout: Layout) -> float:
+        return self.trials.run(self.space.plan(layout), self.few).score
 
     def _impossible(self, target: float) -> str:
         least = 1.0
@@ -137,7 +141,8 @@ class Search:
         found: list[Layout] = []
         for kind, costs in zip(self.kinds, self.costs, strict=True):
             found += proposals(self.space, costs, kind, self.table, budget)
-            even = (self.space.fitted(layout, self.table, budget) for layout in self.ranges(kind[0]))
+            spread = [layout for method in kind for layout in self.ranges(method)]
+            even = (self.space.fitted(layout, self.table, budget) for layout in spread)
             found += [fit for fit in even if fit is not None]
         if not found:
             raise ValueError(self._impossible(target))
@@ -155,8 +160,7 @@ class Search:
         All proposals are run on few images, the best of them on all.
         """
         ranked = self.candidates(target)
-        looks = {layout: self.trials.run(self.space.plan(layout), self.few).score for layout in ranked}
-        ranked.sort(key=lambda layout: looks[layout])
+        ranked.sort(key=self._look)
         now = min((self.run(layout) for layout in ranked[:JOINT]), key=lambda t: t.trial.score)
         seen, order = {now.layout}, np.random.default_rng(0)
         while moves > 0:
