@@ -255,6 +255,45 @@ def test_a_dropped_token_is_carried_by_what_stands_for_it(method, placement):
             assert torch.allclose(found[b, prefix + i], similar[b, prefix + i] + offset[i], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "stages", [[{"layers": [0, 2]}], [{"placement": "input"}, {"layers": [1]}]], ids=["layers", "input"]
+)
+def test_gradients_reach_what_a_carried_token_was(stages):
+    model = build("timm/vit-augreg")
+    x = testing.example_inputs(model)["x"]
+    found = []
+    for output in ("similar", "carried"):
+        pixels = x.clone().requires_grad_()
+        several = [saint.Stage(saint.methods.Random(keep=0.5), output=output, **stage) for stage in stages]
+        with saint.pruned(model, saint.Plan(vision=several)) as session:
+            model.forward_features(pixels)[:, 1:].square().sum().backward()
+            kept = session.trace[0].kept
+        side = x.shape[-1] // model.patch_embed.grid_size[1]
+        blocks = pixels.grad.unfold(2, side, side).unfold(3, side, side).abs().sum((1, 4, 5)).flatten(1)  # [B, N]
+        gone = torch.ones(blocks.shape, dtype=torch.bool)
+        for b, rows in enumerate(kept):
+            gone[b, rows] = False
+        found.append(float(blocks[gone].min()))
+    if stages[0].get("placement") == "input":
+        assert found[0] == 0  # dropped in front of everything: nothing of them is in the output
+    assert found[1] > 0
+
+
+def test_gradients_of_carried_tokens_in_checkpointed_blocks():
+    model = build("timm/vit-augreg")
+    x = testing.example_inputs(model)["x"]
+    stage = saint.Stage(Match(budget=0.5), layers=[0, 2], output="carried")
+    found = []
+    for again in (False, True):
+        model.set_grad_checkpointing(again)
+        pixels = x.clone().requires_grad_()
+        with saint.pruned(model, stage):
+            model(pixels).square().sum().backward()
+        found.append(pixels.grad)
+        model.set_grad_checkpointing(False)
+    assert torch.allclose(*found, rtol=1e-5, atol=1e-6)
+
+
 def mean(rows, before, after, b, now):
     """Of the slots that became ``now``, weighted by what they stand for."""
     was = torch.arange(before.tokens.width) if before.merged is None else before.merged[b]

@@ -230,7 +230,7 @@ def test_boundaries_that_hang_on_a_few_images_are_not_shown():
 def test_few_images_and_constant_or_missing_quantities():
     rng = np.random.default_rng(0)
     few = {"key_similarity": rng.standard_normal((3, 12))}
-    assert "3 image(s)" in stages.find_stages(few, bootstrap.weights(3, 10)).reasons[0]
+    assert "3 sample(s)" in stages.find_stages(few, bootstrap.weights(3, 10)).reasons[0]
     dull = {"key_similarity": np.ones((20, 12)), "cls_entropy": np.full((20, 12), np.nan)}
     assert stages.find_stages(dull, bootstrap.weights(20, 10)).reasons == ["no quantity changes over the layers"]
     values = images(rng, planted(rng, 12, 3, (4, 8)), 0.1) | {"held": np.ones((IMAGES, 12))}

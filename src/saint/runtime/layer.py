@@ -59,6 +59,7 @@ class LayerStack(ABC, Uncopyable, Generic[F]):
 
     stage: str
     prefix = 0  # protected tokens in front of every sequence, P
+    carries = False  # what full length needs of dropped rows is kept, see `carry`
     packed = False  # hidden states come without batch axis
 
     def __init__(
@@ -171,6 +172,8 @@ class LayerStack(ABC, Uncopyable, Generic[F]):
         """
         for point in self.entries:
             assert features is not None
+            # saved for backward only where a row that is dropped here shows again: checkpoints recompute none of this
+            features = features if self.carries else features.detach()
             after, chosen, _ = self.choose(forward, point, state, features.detach(), Seen(features.detach()))
             if chosen is not None:
                 stay = gather_tokens(features, chosen.slots, 0)

@@ -78,6 +78,7 @@ class PrunedEncoder(LayerStack[EncoderForward]):
         prove(self.blocks, self.points, self.prefix)
         check_budget(encoder, spec, (*self.entries, *self.points.values()))
         self.inputs = Inputs(encoder, spec, merge_size, self.forwards)
+        self.carries = output == "carried"
         self.outputs = Outputs(encoder, spec, self.depth, output, restored, self.forwards, _by_length)
 
     # -- installation -------------------------------------------------------------------------------------------------
@@ -156,7 +157,7 @@ class PrunedEncoder(LayerStack[EncoderForward]):
         return self.outputs.stand_in(keys, selection)
 
     def carry(self, state: LayerState, rows: Tensor, after: LayerState, stay: Tensor) -> LayerState:
-        return self.outputs.carry(state, rows, after, stay)
+        return self.outputs.carry(state, rows, after, stay) if self.carries else after
 
     def columns(self, forward: EncoderForward, state: LayerState) -> int | None:
         grid = forward.grid

@@ -222,8 +222,6 @@ class Outputs(Uncopyable):
             after: the state behind it.
             stay: rows of the survivors, [B, K, C].
         """
-        if self.output != "carried":
-            return after
         assert after.stand_ins is not None
         now = rows if state.stand_ins is None else gather_tokens(rows, state.stand_ins, 0)
         now = now if state.offsets is None else now + state.offsets
