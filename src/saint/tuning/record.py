@@ -131,7 +131,7 @@ def additivity(found: Search) -> list[dict[str, float]]:
 
 
 def costs(found: Search, seed: int) -> list[dict[str, Any]]:
-    """What leaving costs at one place alone, on the images of the first look: of each method and share a curve over places.
+    """What leaving costs at one place alone, on the images that measured it: of each method and share a curve over places.
 
     Places are layers; -1 is in front of them.
     """
@@ -141,7 +141,7 @@ def costs(found: Search, seed: int) -> list[dict[str, Any]]:
         for number, method in enumerate(kind):
             places = sorted(place for place, which in fitted if which == number)
             for left in counts(method, space):
-                losses = [found.trials.run(space.plan((Drop(p, method, left),)), found.few).losses for p in places]
+                losses = [found.trials.run(space.plan((Drop(p, method, left),)), found.costed).losses for p in places]
                 values = [_mean(loss, seed) for loss in losses]  # of trials that were run: nothing runs again
                 curve = {end: [value[end] for value in values] for end in ("mean", "low", "high")}
                 out.append({"method": method.to_dict(), "left": left, "share": 1 - left / space.tokens,

@@ -20,7 +20,7 @@ COSTED = 8  # images of the costs of single places, which only propose
 KEPT = 1.25  # a kind of method is looked at further where its first look loses at most so many times the best
 METHODS = 3  # at most so many methods are measured at every place
 JOINT = 3  # layouts that are run on all images: the best of the first look
-MOVES = 4  # neighbours that are run
+MOVES = 6  # neighbours that are run
 _CLOSE = 0.004  # of the target: as near as counts of tokens get
 _NEAR = 0.01  # of the target: near enough not to change a layout any more
 
@@ -74,6 +74,11 @@ class Search:
         """The images of the first look."""
         return self.which[:FEW]
 
+    @property
+    def costed(self) -> Sequence[int]:
+        """The images of the costs of single places."""
+        return self.which[:COSTED]
+
     def budget(self, target: float) -> float:
         """What the table should say of a layout that is to leave ``target``: a little less, not to end above it."""
         return target * (1 - _CLOSE / 2) / self.factor
@@ -107,8 +112,7 @@ class Search:
             if loss <= KEPT * least and room:
                 self.kinds.append(kind[:room])
                 room -= len(self.kinds[-1])
-        costed = self.few[:COSTED]
-        self.costs = [measured(self.trials, self.space, kind, self.last, costed) for kind in self.kinds]
+        self.costs = [measured(self.trials, self.space, kind, self.last, self.costed) for kind in self.kinds]
 
     def _first(self, method: Method, target: float) -> float | None:
         """The lesser loss of the published layout and of all layers; None where neither can be."""
