@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -195,3 +196,20 @@ def test_agreement_of_vectors_and_maps():
     assert found.values == pytest.approx([1.0, 1.0])
     with pytest.raises(ValueError, match="shapes"):
         bench.agreement(saliency, saliency[:, :, :4])
+
+
+def test_numbers_of_a_list_share_a_line_in_a_record_and_nothing_else_changes(tmp_path):
+    record = {
+        "numbers": [1, -2.5, 1e-7, math.inf, True],
+        "rows": [[0.1, 0.2], [0.3, 0.4]],
+        "words": ["a", "b"],
+        "text": "[\n  1,\n  2\n]",
+        "none": [],
+        "mixed": [1, "a"],
+    }
+    write_json(tmp_path / "r.json", record)
+    text = (tmp_path / "r.json").read_text()
+    assert '"numbers": [1, -2.5, 1e-07, null, true],' in text
+    assert "    [0.1, 0.2],\n" in text
+    found = json.loads(text)
+    assert {name: found[name] for name in record} == {**record, "numbers": [1, -2.5, 1e-7, None, True]}

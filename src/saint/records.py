@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -74,6 +75,11 @@ def _cores() -> int | None:
     return os.cpu_count()
 
 
+# a list of numbers that is indented, one on a line; in no string, since those hold no bare line breaks
+_NUMBER = r"(?:-?\d[\d.eE+-]*|null|true|false)"
+_NUMBERS = re.compile(rf"\[\s*\n\s*{_NUMBER}(?:,\n\s*{_NUMBER})*\n\s*\]")
+
+
 def write_json(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
     """Write a record, with the format's version, this library's and the date; readers never see half a file.
 
@@ -90,6 +96,7 @@ def write_json(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     text = json.dumps(_plain({**head, **record}), indent=2, allow_nan=False) + "\n"
+    text = _NUMBERS.sub(lambda found: re.sub(r"\s+", " ", found[0]).replace("[ ", "[").replace(" ]", "]"), text)
     write_whole(path, text.encode())
 
 
