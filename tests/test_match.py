@@ -242,6 +242,7 @@ def test_a_dropped_token_is_carried_by_what_stands_for_it(method, placement):
         offset = {i: 0.0 for i in slot}
         for (before, after), rows in zip(states, shown, strict=True):
             first = after.stand_ins if before.stand_ins is None else None
+            kept_now = set(after.tokens.index[b].tolist())
             for i in list(slot):
                 now = int(first[b, i]) if first is not None else int(after.stand_ins[b, i])
                 kept = after.tokens.index[b, now]
@@ -249,7 +250,7 @@ def test_a_dropped_token_is_carried_by_what_stands_for_it(method, placement):
                 survivor = (
                     rows[b, old] if not method.averages or not method.merges else mean(rows[b], before, after, b, now)
                 )
-                offset[i] = offset[i] + rows[b, slot[i]] - survivor
+                offset[i] = 0.0 if i in kept_now else offset[i] + rows[b, slot[i]] - survivor
                 slot[i] = now
         for i in slot:
             assert torch.allclose(found[b, prefix + i], similar[b, prefix + i] + offset[i], atol=1e-5)
@@ -298,3 +299,39 @@ def mean(rows, before, after, b, now):
     """Of the slots that became ``now``, weighted by what they stand for."""
     was = torch.arange(before.tokens.width) if before.merged is None else before.merged[b]
     return torch.stack([rows[int(was[i])] for i in (after.merged[b] == now).nonzero().flatten()]).mean(0)
+
+
+@pytest.mark.parametrize(
+    "method", [Match(budget=0.6, fate="weigh"), Match(budget=0.6, fate="merge"), ToMe(budget=0.6)], ids=repr
+)
+@pytest.mark.parametrize(
+    ("name", "output"),
+    [
+        ("timm/dinov2-reg", "survivors"),
+        ("timm/dinov2-reg", "carried"),
+        ("transformers/clip", "survivors"),
+        ("transformers/clip", "carried"),
+        ("timm/vit-avg", "survivors"),
+    ],
+)
+def test_tokens_that_become_one_in_front_of_the_layers(name, method, output):
+    model = build(name)
+    inputs = testing.example_inputs(model)
+    first = saint.Stage(method, placement="input", output=output)
+    plan = saint.Plan(vision=[first, saint.Stage(method, layers=[1], output=output)])
+    assert "merged oracle" in testing.check_oracle(model, plan, inputs)
+    for contract in ("exact undo", "batch independence", "really on"):
+        testing.CONTRACTS[contract](model, plan, inputs)
+
+
+@pytest.mark.parametrize("method", [Match(budget=0.5), Match(budget=0.5, fate="merge"), ToMe(budget=0.5)], ids=repr)
+def test_maps_of_intermediate_layers_change_nothing_behind_them(method):
+    """Each layer's map is expanded to full length, and the next layer goes on with what was there before."""
+    model = build("timm/dinov2-reg")
+    x = testing.example_inputs(model)["x"]
+    plan = saint.Plan(vision=saint.Stage(method, layers=[0, 2], output="carried"))
+    with torch.no_grad(), saint.pruned(model, plan):
+        last = model.forward_features(x)
+        maps = model.get_intermediate_layers(x, n=len(model.blocks), norm=True)
+    prefix = last.shape[1] - maps[-1].shape[1]
+    assert torch.allclose(maps[-1], last[:, prefix:], atol=1e-5)

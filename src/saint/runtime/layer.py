@@ -174,10 +174,9 @@ class LayerStack(ABC, Uncopyable, Generic[F]):
             assert features is not None
             # saved for backward only where a row that is dropped here shows again: checkpoints recompute none of this
             features = features if self.carries else features.detach()
-            after, chosen, _ = self.choose(forward, point, state, features.detach(), Seen(features.detach()))
-            if chosen is not None:
-                stay = gather_tokens(features, chosen.slots, 0)
-                after, features = self.carry(state, features, after, stay), stay
+            after, chosen, selection = self.choose(forward, point, state, features.detach(), Seen(features.detach()))
+            if chosen is not None and selection is not None:
+                after, features = self.go(point, state, after, chosen, selection, features, 0)
             state = after
         forward.states[self.first] = state if state.tokens.whole else replace(state, full_length=True)
 
@@ -246,24 +245,70 @@ class LayerStack(ABC, Uncopyable, Generic[F]):
         after, chosen, selection = self.choose(forward, point, state, y[:, self.prefix :], seen)
         if chosen is None or selection is None:
             return after, y
+        return self.go(point, state, after, chosen, selection, y, self.prefix)
+
+    def go(
+        self,
+        point: DropPoint,
+        state: LayerState,
+        after: LayerState,
+        chosen: Selection,
+        selection: Selection,
+        y: Tensor,
+        prefix: int,
+    ) -> tuple[LayerState, Tensor]:
+        """What a decision makes of tokens.
+
+        Args:
+            point: where.
+            state: in front of it.
+            after: behind it, as far as the decision alone says.
+            chosen: which tokens of the sequences stay.
+            selection: which candidates.
+            y: [Q, prefix + S, C].
+            prefix: protected tokens in ``y``.
+
+        Returns:
+            The state behind it, and [Q, prefix + K, C].
+        """
+        old = y
         if selection.owner is None:
-            stay = gather_tokens(y, chosen.slots, self.prefix)
-            return self.carry(state, y[:, self.prefix :], after, stay[:, self.prefix :]), stay
+            y = gather_tokens(y, chosen.slots, prefix)
+            return self.carry(state, old[:, prefix:], after, y[:, prefix:]), y
         assert point.method is not None
         tokens, sizes = state.candidates, state.sizes
         if sizes is None:
             like = torch.ones_like(tokens.index) if tokens.valid is None else tokens.valid
             sizes = like.to(torch.float32)
-        old = y
         if not point.method.averages:
-            y, sizes = gather_tokens(y, chosen.slots, self.prefix), merged_sizes(sizes, selection)
+            y, sizes = gather_tokens(y, chosen.slots, prefix), merged_sizes(sizes, selection)
         elif state.places is None:
-            y, sizes = merge_tokens(y, sizes, selection, self.prefix)
+            y, sizes = merge_tokens(y, sizes, selection, prefix)
         else:
             rows, sizes = merge_tokens(state.of_candidates(y), sizes, selection, 0)
-            y = after.put(gather_tokens(y, chosen.slots, self.prefix), rows)
-        after = self.carry(state, old[:, self.prefix :], after, y[:, self.prefix :])
+            y = after.put(gather_tokens(y, chosen.slots, prefix), rows)
+        after = self.carry(state, old[:, prefix:], after, y[:, prefix:])
         return replace(after, sizes=sizes, beta=point.method.size_bias()), y
+
+    def shorten(self, layer: int, state: LayerState, x: Tensor) -> Tensor:
+        """The tokens that are left, of hidden states of full length: [Q, P + N, C] -> [Q, P + K, C].
+
+        Where tokens have left in front of the first layer, it is what stood there; else the layer before has expanded it.
+        """
+        if layer == self.first and any(
+            p.method is not None and p.method.merges and p.method.averages for p in self.entries
+        ):
+            assert state.merged is not None
+            assert state.sizes is not None
+            real = torch.ones(x.shape[0], x.shape[1] - self.prefix, device=x.device)
+            origin = self.forward.origin
+            if origin is not None and origin.candidates.valid is not None:
+                real = origin.candidates.valid.to(real.dtype)
+            tokens = state.tokens
+            return merge_tokens(
+                x, real, Selection(tokens.index, tokens.lengths, tokens.valid, state.merged), self.prefix
+            )[0]
+        return gather_tokens(x, state.tokens.index, self.prefix)
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
@@ -300,7 +345,7 @@ class PrunedLayer(Uncopyable):
             return self.original(x, *args, **stack.unpruned(layer, x, kwargs))
         x = x.unsqueeze(0) if stack.packed else x
         if state.full_length:
-            x = gather_tokens(x, state.tokens.index, stack.prefix)
+            x = stack.shorten(layer, state, x)
             state = replace(state, full_length=False)
         block, call = stack.blocks[layer], self.original
         if self.split:

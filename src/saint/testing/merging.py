@@ -51,7 +51,8 @@ def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
     _, encoder, spec = locate(model)
     blocks = list(part(encoder, spec.blocks))
     prefix, mode = spec.prefix(encoder), HideKeys()
-    by_layer = {entry.layer: entry for entry in trace if entry.into is not None}
+    entries = [entry for entry in trace if entry.into is not None and entry.placement == "input"]
+    by_layer = {entry.layer: entry for entry in trace if entry.into is not None and entry.placement != "input"}
     groups: list[Tensor] | None = None  # for each original candidate the survivor it is part of
 
     def share(y: Tensor) -> Tensor:
@@ -91,6 +92,9 @@ def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             nonlocal groups
             groups = None if layer == 0 else groups
+            for entry in entries if layer == 0 else ():
+                groups = entry.into
+                x = share(x)
             kwargs = block.named(args, kwargs)
             if groups is not None:
                 kwargs |= {n: positions(kwargs[n]) for n in block.tables if kwargs.get(n) is not None}

@@ -214,7 +214,7 @@ class Outputs(Uncopyable):
         return full if offsets is None else torch.cat([full[:, : self.prefix], full[:, self.prefix :] + offsets], 1)
 
     def carry(self, state: LayerState, rows: Tensor, after: LayerState, stay: Tensor) -> LayerState:
-        """``after`` with the offsets that give each original candidate the row it has now.
+        """``after`` with the offsets that give each original candidate that is gone the row it has now; survivors have none.
 
         Args:
             state: in front of a drop.
@@ -225,4 +225,6 @@ class Outputs(Uncopyable):
         assert after.stand_ins is not None
         now = rows if state.stand_ins is None else gather_tokens(rows, state.stand_ins, 0)
         now = now if state.offsets is None else now + state.offsets
-        return replace(after, offsets=now - gather_tokens(stay, after.stand_ins, 0))
+        offsets = now - gather_tokens(stay, after.stand_ins, 0)
+        # a survivor that became a mean shows that
+        return replace(after, offsets=offsets.masked_fill(~dropped(after.tokens).unsqueeze(-1), 0.0))
