@@ -297,18 +297,19 @@ def _solved(found: Search, target: Target) -> tuple[float, Layout]:
         middle = (low + high) / 2
         try:
             tried = found.best(middle, moves=0)
+            settled = found.settled(tried.layout, middle)
         except ValueError:
             low = middle
             continue
         if 1 - tried.trial.loss >= target.agreement:
-            high, best = middle, tried.layout
+            high, best = middle, settled
         else:
             low = middle
     if best is None:
         raise ValueError(
             f"target_agreement={target.agreement:g} cannot be reached: even {high:.2f} of the FLOPs lose more with these methods"
         )
-    return high, found.settled(best, high)
+    return high, best
 
 
 def _each_its_own(found: Search, layout: Layout, work: float) -> tuple[Plan, bool]:

@@ -210,10 +210,14 @@ class Search:
             raise ValueError(self._impossible(target))
         found, share = best
         while share > target and self.table.unit == "flops":  # the last token that is too many
-            found = (*found[:-1], replace(found[-1], left=found[-1].left - 1))
-            if not self.space.possible(found):
+            fewer = (
+                (*found[:i], replace(drop, left=drop.left - 1), *found[i + 1 :])
+                for i, drop in reversed(list(enumerate(found)))
+            )
+            less = next((layout for layout in fewer if self.space.possible(layout)), None)
+            if less is None:
                 raise ValueError(self._impossible(target))
-            share = self.measured(found)
+            found, share = less, self.measured(less)
         return found
 
     def _off(self, share: float, target: float) -> float:
