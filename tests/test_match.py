@@ -335,3 +335,16 @@ def test_maps_of_intermediate_layers_change_nothing_behind_them(method):
         maps = model.get_intermediate_layers(x, n=len(model.blocks), norm=True)
     prefix = last.shape[1] - maps[-1].shape[1]
     assert torch.allclose(maps[-1], last[:, prefix:], atol=1e-5)
+
+
+@given(seed=st.integers(0, 10**6))
+def test_what_leaves_beside_a_token_that_leaves_goes_where_that_goes(seed):
+    keys = torch.randn(1, 24, 3, generator=torch.Generator().manual_seed(seed))
+    chosen = Match(budget=0.5, fate="merge").select(shown(keys, [24], 4))
+    pairs = graph.pair(keys, torch.arange(24)[None], 4)
+    partner = dict(zip(pairs.leaves[0].tolist(), pairs.stays[0].tolist(), strict=True))  # half leave: all of them
+    for slot in range(24):
+        into = slot
+        while into in partner:
+            into = partner[into]
+        assert int(chosen.slots[0, chosen.owner[0, slot]]) == into

@@ -421,9 +421,8 @@ def pair(
         if valid is not None:
             both = valid[:, 0::2].unsqueeze(2) & valid[:, 1::2].unsqueeze(1)
             similarity = similarity.masked_fill(~both, _NO_TARGET)
-        held = similarity.new_full(
-            (similarity.shape[0], similarity.shape[2]), _FREE
-        )  # [B, T]: what each target has taken
+        batch, _, targets = similarity.shape
+        held = similarity.new_full((batch, targets), _FREE)  # [B, T]: what each target has taken
         value, best = similarity.max(-1)  # [B, S]
         held.scatter_reduce_(1, best, value, "amax")
         won = value == held.gather(1, best)

@@ -95,6 +95,24 @@ class Selection:
         return Selection(stay.slots, lengths, stay.valid, owner)
 
     @staticmethod
+    def joining(leaves: Tensor, stays: Tensor, drop: tuple[int, ...], current: TokenMap) -> "Selection":
+        """The first ``drop[b]`` slots of ``leaves[b]`` become part of those beside them in ``stays[b]``.
+
+        Where such a one leaves too, they go where it goes.
+
+        Args:
+            leaves: slots, int64 [B, S], no slot twice in a row.
+            stays: likewise; one that leaves becomes part of one that does not.
+            drop: tokens that leave per sample.
+            current: the map the slots refer to.
+        """
+        go = leading(drop, leaves.shape[1], leaves.device)
+        into = torch.arange(current.slots, device=leaves.device).expand_as(current.index)
+        into = into.scatter(1, leaves, torch.where(go, stays, leaves))
+        into = into.gather(1, into)
+        return Selection.merging(into, tuple(n - r for n, r in zip(current.lengths, drop, strict=True)), current)
+
+    @staticmethod
     def from_mask(keep: Tensor, lengths: tuple[int, ...]) -> "Selection":
         """From a bool mask [B, N] with ``lengths[b]`` True in row b."""
         even, most = min(lengths) == max(lengths), max(lengths)

@@ -3,10 +3,8 @@
 import dataclasses
 from typing import ClassVar, Literal, get_args
 
-import torch
-
 from .. import graph
-from ..tokens import Candidates, Selection, leading
+from ..tokens import Candidates, Selection
 from .base import (
     Budget,
     Method,
@@ -85,10 +83,7 @@ class Match(Method):
             if not any(drop):
                 return None
         order = graph.descending(pairs.similarity)
+        leaves = pairs.leaves.gather(1, order)
         if self.merges:
-            go = leading(drop, order.shape[1], order.device)
-            leaves, stays = pairs.leaves.gather(1, order), pairs.stays.gather(1, order)
-            into = torch.arange(tokens.slots, device=order.device).expand_as(tokens.index)
-            into = into.scatter(1, leaves, torch.where(go, stays, leaves))
-            return Selection.merging(into, tuple(n - r for n, r in zip(tokens.lengths, drop, strict=True)), tokens)
-        return Selection.from_order(pairs.leaves.gather(1, order), drop, tokens)
+            return Selection.joining(leaves, pairs.stays.gather(1, order), drop, tokens)
+        return Selection.from_order(leaves, drop, tokens)

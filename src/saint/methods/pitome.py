@@ -58,9 +58,7 @@ class PiToMe(ToMe):
             rows = torch.arange(order.shape[0], device=device).unsqueeze(1)
             edges = similarity[rows.unsqueeze(2), sources.unsqueeze(2), targets.unsqueeze(1)]  # [B, K, K]
             best = edges.masked_fill(~go.unsqueeze(-2), -torch.inf).argmax(-1)
-        into = torch.arange(tokens.slots, device=device).expand_as(tokens.index)
-        into = into.scatter(1, sources, torch.where(go, targets.gather(1, best), sources))
-        return Selection.merging(into, tuple(n - k for n, k in zip(tokens.lengths, drop, strict=True)), tokens)
+        return Selection.joining(sources, targets.gather(1, best), drop, tokens)
 
 
 def _cosines(keys: Tensor) -> Tensor:

@@ -3,10 +3,8 @@
 import dataclasses
 from typing import ClassVar
 
-import torch
-
 from .. import graph
-from ..tokens import Candidates, Selection, leading
+from ..tokens import Candidates, Selection
 from .base import Method, check_budget, check_integer, check_number, check_steps, to_drop
 
 _PUBLISHED_R = 8  # MAE ViT-L/16, 24 layers, without training
@@ -76,9 +74,5 @@ class ToMe(Method):
         if not any(drop):
             return None
         edges = graph.match(candidates.keys, valid=tokens.valid)
-        order = torch.sort(edges.similarity, dim=1, descending=True, stable=True).indices
-        sources = edges.sources[order]
-        go = leading(drop, order.shape[1], order.device)
-        into = torch.arange(tokens.slots, device=order.device).expand_as(tokens.index)
-        into = into.scatter(1, sources, torch.where(go, edges.targets.gather(1, order), sources))
-        return Selection.merging(into, tuple(n - r for n, r in zip(tokens.lengths, drop, strict=True)), tokens)
+        order = graph.descending(edges.similarity)
+        return Selection.joining(edges.sources[order], edges.targets.gather(1, order), drop, tokens)

@@ -299,7 +299,6 @@ class LayerStack(ABC, Uncopyable, Generic[F]):
             p.method is not None and p.method.merges and p.method.averages for p in self.entries
         ):
             assert state.merged is not None
-            assert state.sizes is not None
             real = torch.ones(x.shape[0], x.shape[1] - self.prefix, device=x.device)
             origin = self.forward.origin
             if origin is not None and origin.candidates.valid is not None:
