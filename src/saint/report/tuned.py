@@ -205,12 +205,12 @@ def _frontier(data: Mapping[str, Any]) -> tuple[Markup, Markup] | None:
         return Point(name, group, x, y["mean"], y_low=y["low"], y_high=y["high"])
 
     points = [Point("unpruned", "unpruned", 1.0, 0.0 if least else 1.0)]
-    points.append(at("this plan", "this plan", gain(data["reached"], timed=timed), data["reached"]))
+    points.append(at("this plan", "this plan", 1 / _left_of(data["reached"], data["target"]), data["reached"]))
     points += [
         at(
             f"tuned for {number(p['work'], 2)} of the {_work(data)}",
             "tuned",
-            gain(p["reached"], timed=timed),
+            1 / _left_of(p["reached"], data["target"]),
             p["reached"],
         )
         for p in found
@@ -232,11 +232,6 @@ def _frontier(data: Mapping[str, Any]) -> tuple[Markup, Markup] | None:
         for i, p in enumerate(points, 1)
     ]
     return plot, table(["plan", x, measure, "unbeaten"], rows, "Other budgets, by the numbers of the plot")
-
-
-def gain(reached: Mapping[str, Any], *, timed: bool) -> float:
-    """How many times less work is left."""
-    return float(reached["speed"] if timed else 1 / reached["flops"]["mean"])
 
 
 def _missing(data: Mapping[str, Any]) -> Markup | None:
