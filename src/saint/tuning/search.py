@@ -48,7 +48,8 @@ class Search:
         meter: counts or times plans.
         table: work by tokens.
         which: the images.
-        kinds: methods that can go together; those that merge go alone.
+        kinds: methods that can go together; those that merge go alone. Of those whose costs are measured.
+        near: methods of which even layouts are looked at, however many.
         costs: of each kind, once measured.
         factor: measured work over that of the table.
         tried: layouts that were run, for the record.
@@ -60,6 +61,7 @@ class Search:
     table: Table
     which: Sequence[int]
     kinds: list[list[Method]]
+    near: list[Method] = field(default_factory=list)
     costs: list[Costs] = field(default_factory=list)
     factor: float = 1.0
     tried: dict[Layout, Tried] = field(default_factory=dict)
@@ -98,14 +100,17 @@ class Search:
     def look(self, target: float) -> None:
         """Choose the kinds of methods worth measuring, by even layouts for ``target``; then measure what leaving costs."""
         best: list[tuple[float, list[Method]]] = []
+        first: list[tuple[float, Method]] = []
         for kind in self.kinds:
             losses = [(loss, method) for method in kind if (loss := self._first(method, target)) is not None]
             losses.sort(key=lambda entry: entry[0])
+            first += losses
             if losses:  # two methods that go together at most: each is measured at every place
                 best.append((losses[0][0], [m for loss, m in losses if loss <= KEPT * losses[0][0]][:2]))
         if not best:
             raise ValueError(self._impossible(target))
         least = min(loss for loss, _ in best)
+        self.near = [method for loss, method in first if loss <= KEPT * least]
         best.sort(key=lambda entry: entry[0])
         self.kinds, room = [], METHODS
         for loss, kind in best:
@@ -145,9 +150,9 @@ class Search:
         found: list[Layout] = []
         for kind, costs in zip(self.kinds, self.costs, strict=True):
             found += proposals(self.space, costs, kind, self.table, budget)
-            spread = [layout for method in kind for layout in self.ranges(method)]
-            even = (self.space.fitted(layout, self.table, budget) for layout in spread)
-            found += [fit for fit in even if fit is not None]
+        spread = (layout for method in self.near for layout in self.ranges(method))
+        even = (self.space.fitted(layout, self.table, budget) for layout in spread)
+        found += [fit for fit in even if fit is not None]
         if not found:
             raise ValueError(self._impossible(target))
         return list(dict.fromkeys(found))
