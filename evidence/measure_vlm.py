@@ -22,6 +22,7 @@ from saint import demo
 from saint.demo import scenes, small_llava
 from saint.demo.easy_vqa import easy_vqa
 from saint.eval import compare
+from saint.gathers import is_dropped
 from saint.methods import DivPrune, FastV, Grid, Random
 from saint.plan import Plan, Stage
 from saint.records import environment, write_json
@@ -111,7 +112,7 @@ class Answers:
         self.known: dict[str, Tensor] = {}
 
     def features(self, vision: Stage | None) -> Tensor:
-        """What the connector hands on, [pictures, 196, C]; tokens that the tower dropped are rows of NaN."""
+        """What the connector hands on, [pictures, 196, C]; rows of tokens that the tower dropped are marked."""
         key = json.dumps(Plan(vision=vision).to_dict(), sort_keys=True)
         if key not in self.known:
             found, info = [], demo.MODELS["clip-b16"]
@@ -169,7 +170,7 @@ class Answers:
     def _left(self, session: Any, shown: list[Tensor]) -> Tensor:
         """Visual tokens that each sample shows a layer, mean over the layers, [questions]."""
         depth = self.model.config.text_config.num_hidden_layers
-        entered = torch.tensor([float((~row[:, 0].isnan()).sum()) for row in shown])
+        entered = torch.tensor([float((~is_dropped(row)).sum()) for row in shown])
         seen = entered.unsqueeze(1).repeat(1, depth)
         for entry in session.trace:
             if entry.stage == "connector":

@@ -102,7 +102,7 @@ def test_stages_that_only_a_model_puts_out_of_order():
         ([], r"a plan is an object like \{\"version\": 1.*Plan.to_dict\(\).*got \[\]"),
         (None, "a plan is an object.*got None"),
         ("x" * 1000, r"a plan is an object.*got 'x{79}$"),
-        ({}, "version None is not one of 1..3"),
+        ({}, "version None is not one of 1..4"),
         ({"version": True}, "version True"),
         ({"version": 1.0}, r"version 1\.0"),
         ({"version": [1]}, r"version \[1\]"),

@@ -103,6 +103,7 @@ def _encoder(
         spec,
         drop_points("vision", stages, layers, depth, observers, idle=not plan.slots),
         output=stages[0].output if stages else "survivors",
+        guard=stages[0].guard if stages else 0.0,
         observers=observers,
         merge_size=merge_size,
         restored=restored,

@@ -12,10 +12,12 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from . import methods
-from .methods.base import Method
+from .methods.base import Method, check_number
 
-VERSION = 3  # what several stages of a slot and placement="input" need; `evict` needs 2. A plan is written as the lowest version
-# that can say it, which older releases read
+VERSION = (
+    4  # what `guard` needs; several stages of a slot and placement="input" need 3, `evict` 2. A plan is written as the
+)
+# lowest version that can say it, which older releases read
 STAGES = ("vision", "connector", "language")
 
 Layers = Literal["first_half"] | range | list[int] | tuple[int, ...] | None
@@ -41,6 +43,9 @@ class Stage:
             token standing for its survivor: "nearest" (closest on the patch grid; for dense heads) or "similar" (most
             similar key when it was dropped; an average pool then weights each survivor by the tokens it covers), or
             "carried": its own old state plus what that survivor has changed by since.
+        guard: vision stage only. The share of its candidates that a picture full of fine detail, such as a page of text, keeps at
+            least, in [0, 1]; the plainer, the less of it, and photographs mostly nothing (see docs/matching.md). Samples then
+            keep their own numbers, whatever the budget.
         evict: language stage only. After the prompt, throw the tokens dropped at later layers out of the KV caches of the
             earlier layers too. Prompt and first token are as without it; later tokens no longer see those in any layer.
 
@@ -54,6 +59,7 @@ class Stage:
     placement: Placement = None
     output: Output = "survivors"
     evict: bool = False
+    guard: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
@@ -86,6 +92,7 @@ class Stage:
             raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {self.output!r}")
         if not isinstance(self.evict, bool):
             raise ValueError(f"evict must be True or False, got {self.evict!r}")
+        check_number("guard", self.guard, 0, 1, "the share that a page of text keeps at least")
 
     def resolve_layers(self, stage: str, depth: int) -> list[int]:
         """The drop points in a model of ``depth`` layers, ascending; of ``placement="input"`` the layer it is in front of.
@@ -107,7 +114,8 @@ class Stage:
     def to_dict(self) -> dict[str, Any]:
         layers = list(self.layers) if isinstance(self.layers, tuple) else self.layers
         data = {"method": self.method.to_dict(), "layers": layers, "placement": self.placement, "output": self.output}
-        return {**data, "evict": True} if self.evict else data
+        data |= {"evict": True} if self.evict else {}
+        return data | ({"guard": self.guard} if self.guard else {})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Stage":
@@ -144,6 +152,8 @@ def _check_stage(name: str, stage: Stage) -> None:
         )
     if name != "vision" and stage.output != "survivors":
         raise ValueError(f"output={stage.output!r} is for the vision stage only")
+    if name != "vision" and stage.guard:
+        raise ValueError(f"guard={stage.guard:g} is for the vision stage only, which sees the pixels")
     if name != "language" and stage.evict:
         raise ValueError(
             "evict=True is for the language stage only: behind the other stages no cache holds a dropped token"
@@ -175,7 +185,7 @@ def _check_together(name: str, stages: tuple[Stage, ...]) -> None:
     """What the stages of one slot must agree on, as far as a plan can tell without a model."""
     if name == "connector" and len(stages) > 1:
         raise ValueError(f"the connector stage is one place and takes one stage, got {len(stages)}")
-    for setting in ("output", "evict"):
+    for setting in ("output", "evict", "guard"):
         if len({getattr(stage, setting) for stage in stages}) > 1:
             values = ", ".join(repr(getattr(stage, setting)) for stage in stages)
             raise ValueError(f"{setting} is a property of the {name} slot: give all its stages the same, got {values}")
@@ -321,6 +331,17 @@ class Plan:
         object.__setattr__(plan, "tuned", dict(tuned))
         return plan
 
+    def guarded(self, guard: float) -> "Plan":
+        """The same plan with a guard in its vision stages; see :attr:`Stage.guard`.
+
+        Raises:
+            ValueError: no vision stage, or not in [0, 1].
+        """
+        stages = self.slots.get("vision")
+        if stages is None:
+            raise ValueError("a guard is of the vision stage, and this plan has none")
+        return Plan([dataclasses.replace(stage, guard=guard) for stage in stages], self.connector, self.language)
+
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         """Like :meth:`from_dict`, from JSON text."""
@@ -367,6 +388,8 @@ class Plan:
 
 
 def _needs_version(stages: tuple[Stage, ...]) -> int:
+    if any(stage.guard for stage in stages):
+        return 4
     if len(stages) > 1 or any(stage.placement == "input" for stage in stages):
         return 3
     return 2 if any(stage.evict for stage in stages) else 1
@@ -377,6 +400,9 @@ def _read_slot(version: int, entry: Any) -> Stage | list[Stage]:
         raise ValueError(
             f"a stage is an object in a plan of version {version}; write version 3 for a list of stages, got {entry!r:.80}"
         )
+    entries = entry if isinstance(entry, list) else [entry]
+    if version < 4 and any(isinstance(one, Mapping) and "guard" in one for one in entries):
+        raise ValueError(f"a plan of version {version} has no entry guard; write version 4")
     if isinstance(entry, list):
         return [Stage.from_dict(one) for one in entry]
     if isinstance(entry, Mapping):

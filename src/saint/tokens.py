@@ -179,6 +179,7 @@ class Candidates:
         attention: for methods that need "last_query": attention of the last prompt token at this layer, averaged over heads,
             float32 [B, N]; else None.
         columns: of the grid that ``tokens.index`` counts along, row by row; None where there is none or it is not known.
+        least: tokens of each sample that stay at least, whatever the budget, B Python ints; None: as the budget says.
     """
 
     keys: Tensor
@@ -188,6 +189,7 @@ class Candidates:
     steps: int
     attention: Tensor | None = None
     columns: int | None = None
+    least: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -182,16 +182,29 @@ def scheduled_keep(keep: int, total: int, step: int, steps: int) -> int:
 
 def goals(keep: int | float, candidates: Candidates, name: str = "keep") -> tuple[int, ...]:
     """Survivors of each sample after this drop point when the stage keeps ``keep`` (int: tokens, float: fraction)."""
-    return tuple(
+    kept = (
         scheduled_keep(final_keep(keep, total, name), total, candidates.step, candidates.steps)
         for total in candidates.tokens.total
     )
+    if candidates.least is None:
+        return tuple(kept)
+    # of what is there: a sample that keeps more than its schedule at one drop point has more in front of the next
+    bounds = zip(kept, candidates.least, candidates.tokens.lengths, strict=True)
+    return tuple(min(max(k, least), n) for k, least, n in bounds)
 
 
 def to_drop(budget: int | float, candidates: Candidates, name: str = "budget") -> tuple[int, ...]:
     """Tokens of each sample that go at this drop point when the stage keeps ``budget`` (int: tokens, float: fraction)."""
     left = goals(budget, candidates, name)
     return tuple(n - k for n, k in zip(candidates.tokens.lengths, left, strict=True))
+
+
+def spared(drop: tuple[int, ...], candidates: Candidates) -> tuple[int, ...]:
+    """Cap ``drop`` so that as many tokens of each sample stay as ``candidates.least`` says."""
+    if candidates.least is None:
+        return drop
+    bounds = zip(drop, candidates.tokens.lengths, candidates.least, strict=True)
+    return tuple(max(0, min(r, n - least)) for r, n, least in bounds)
 
 
 def check_steps(budget: int | float, total: int, steps: int, most: Callable[[int], int], verb: str) -> None:
@@ -218,4 +231,4 @@ def floored(drop: tuple[int, ...], candidates: Candidates, floor: float) -> tupl
             "common component: try center=True or a higher threshold",
             stacklevel=2,
         )
-    return capped
+    return spared(capped, candidates)

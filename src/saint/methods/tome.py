@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from .. import graph
 from ..tokens import Candidates, Selection
-from .base import Method, check_budget, check_integer, check_number, check_steps, to_drop
+from .base import Method, check_budget, check_integer, check_number, check_steps, spared, to_drop
 
 _PUBLISHED_R = 8  # MAE ViT-L/16, 24 layers, without training
 
@@ -67,7 +67,7 @@ class ToMe(Method):
         if self.budget is not None:
             return to_drop(self.budget, candidates)
         assert self.r is not None
-        return tuple(min(self.r, n // 2) for n in candidates.tokens.lengths)
+        return spared(tuple(min(self.r, n // 2) for n in candidates.tokens.lengths), candidates)
 
     def select(self, candidates: Candidates) -> Selection | None:
         tokens, drop = candidates.tokens, self.merged(candidates)

@@ -157,6 +157,10 @@ class LayerStack(ABC, Uncopyable, Generic[F]):
         """Of the grid of candidates, where there is one."""
         return None
 
+    def least(self, forward: F, state: LayerState) -> tuple[int, ...] | None:
+        """Tokens of each sample that stay at least; None: as many as the budget says."""
+        return None
+
     def where(self, point: DropPoint) -> str:
         """The keys of a drop point, for messages."""
         return f"the keys of {self.path} layer {point.layer}"
@@ -208,7 +212,8 @@ class LayerStack(ABC, Uncopyable, Generic[F]):
         if attention is not None:
             attention = state.of_candidates(attention.unsqueeze(-1)).squeeze(-1)
         columns = self.columns(forward, state)
-        shown = Candidates(keys, features, state.counted, point.step, point.steps, attention, columns)
+        least = self.least(forward, state)
+        shown = Candidates(keys, features, state.counted, point.step, point.steps, attention, columns, least)
         selection = self.select(point, shown)
         if selection is None:
             after, chosen = state, None

@@ -71,6 +71,7 @@ def select_some(method: Decides, candidates: Candidates, some: list[int]) -> Sel
         valid=None if tokens.valid is None else tokens.valid[pick],
     )
     attention = None if candidates.attention is None else candidates.attention[pick]
+    least = None if candidates.least is None else tuple(candidates.least[i] for i in some)
     chosen = method.select(
         replace(
             candidates,
@@ -78,6 +79,7 @@ def select_some(method: Decides, candidates: Candidates, some: list[int]) -> Sel
             features=candidates.features[pick],
             tokens=part,
             attention=attention,
+            least=least,
         )
     )
     if chosen is None:

@@ -25,6 +25,7 @@ from ..tokens import Selection, TokenMap
 from ..upstream.names import LONGEST
 from ..upstream.specs import EncoderSpec, part
 from .checks import check_bias, check_budget, check_output, check_seams, placed, prove, read_blocks, takes_dense_mask
+from .guard import least
 from .inputs import EncoderForward, Inputs
 from .outputs import Outputs
 
@@ -39,6 +40,7 @@ class PrunedEncoder(LayerStack[EncoderForward]):
         points: drop points; a placement of "" means "mid" where every such point has a place between attention and MLP, else
             "post".
         output: see :class:`saint.Stage`.
+        guard: likewise.
         observers: of the session.
         merge_size: side of the square of patches that a merger behind the encoder joins into one token. Those squares are the
             candidates then: a method sees their mean keys, and their tokens stay or go together.
@@ -60,6 +62,7 @@ class PrunedEncoder(LayerStack[EncoderForward]):
         points: Sequence[DropPoint],
         *,
         output: str = "survivors",
+        guard: float = 0.0,
         observers: Observers,
         merge_size: int | None = None,
         restored: frozenset[int] = frozenset(),
@@ -77,7 +80,7 @@ class PrunedEncoder(LayerStack[EncoderForward]):
         check_output(encoder, spec, output)
         prove(self.blocks, self.points, self.prefix)
         check_budget(encoder, spec, (*self.entries, *self.points.values()))
-        self.inputs = Inputs(encoder, spec, merge_size, self.forwards)
+        self.inputs = Inputs(encoder, spec, merge_size, self.forwards, guard)
         self.carries = output == "carried"
         self.outputs = Outputs(encoder, spec, self.depth, output, restored, self.forwards, _by_length)
 
@@ -162,6 +165,9 @@ class PrunedEncoder(LayerStack[EncoderForward]):
     def columns(self, forward: EncoderForward, state: LayerState) -> int | None:
         grid = forward.grid
         return grid[1] if grid is not None and grid[0] * grid[1] == state.candidates.width else None
+
+    def least(self, forward: EncoderForward, state: LayerState) -> tuple[int, ...] | None:
+        return least(forward.shares, state.candidates.total) if forward.shares else None
 
     def where(self, point: DropPoint) -> str:
         if point.placement == "input":

@@ -16,6 +16,7 @@ from ..runtime.forwards import Forwards
 from ..runtime.state import Forward, LayerState, all_tokens, packed_groups, squares
 from ..upstream.names import GRID, Parameters
 from ..upstream.specs import EncoderSpec, part
+from .guard import shares
 
 
 @dataclass
@@ -27,12 +28,14 @@ class EncoderForward(Forward):
         grid: rows and columns of patches.
         samples: packed: tokens per image or frame.
         order: packed: group at each place.
+        shares: of its candidates that each picture keeps at least; empty without a guard.
     """
 
     shown: dict[int, Tensor] = field(default_factory=dict)
     grid: tuple[int, int] | None = None
     samples: list[int] = field(default_factory=list)
     order: Tensor | None = None
+    shares: tuple[float, ...] = ()
 
 
 class Inputs(Uncopyable):
@@ -43,11 +46,26 @@ class Inputs(Uncopyable):
         spec: what is known of its class.
         merge_size: see :class:`saint.vision.encoder.PrunedEncoder`.
         forwards: of the encoder.
+        guard: see :class:`saint.Stage`.
+
+    Raises:
+        ValueError: a guard, and the encoder is not given pictures.
     """
 
     def __init__(
-        self, encoder: nn.Module, spec: EncoderSpec, merge_size: int | None, forwards: Forwards[EncoderForward]
+        self,
+        encoder: nn.Module,
+        spec: EncoderSpec,
+        merge_size: int | None,
+        forwards: Forwards[EncoderForward],
+        guard: float = 0.0,
     ) -> None:
+        self.guard = guard
+        if guard and (spec.packed or spec.patch is None):
+            raise ValueError(
+                f"guard={guard:g} looks at pictures [B, C, H, W] in front of the patch embedding, and {type(encoder).__name__} "
+                "is given patches: leave guard out"
+            )
         self.module, self.spec, self.merge_size, self.forwards = encoder, spec, merge_size, forwards
         self.prefix = spec.prefix(encoder)
         self.parameters = Parameters(type(encoder).forward)
@@ -59,7 +77,21 @@ class Inputs(Uncopyable):
         if self.spec.order is not None and (reorder := self.spec.order.of(self.module)) is not None:
             override(stack, self.module, reorder, self._note_order)
         if self.spec.patch is not None:
-            stack.callback(part(self.module, self.spec.patch).register_forward_hook(self._note_grid).remove)
+            patch = part(self.module, self.spec.patch)
+            stack.callback(patch.register_forward_hook(self._note_grid).remove)
+            if self.guard:
+                stack.callback(patch.register_forward_pre_hook(self._note_detail, with_kwargs=True).remove)
+
+    def _note_detail(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "a guard gives every picture its own number of tokens, which an exported graph cannot have: leave guard out"
+            )
+        pixels = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        if pixels is None or pixels.ndim != 4:
+            got = "nothing" if pixels is None else f"shape {tuple(pixels.shape)}"
+            raise ValueError(f"guard looks at pictures [B, C, H, W] in front of the patch embedding, got {got}")
+        self.forwards.prelude().shares = shares(pixels, self.guard)
 
     def _note_samples(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         grid = GRID.read(self.parameters.named(args, kwargs))

@@ -1,0 +1,155 @@
+"""The guard: a picture full of fine detail keeps a share of its tokens, whatever the budget."""
+
+import math
+
+import pytest
+import timm
+import torch
+from models import build
+from vlm_models import FAMILIES
+
+import saint
+from saint import testing
+from saint.methods import Grid, Match, Random, ToMe
+from saint.vision.guard import detail, least, shares
+
+GUARD = 0.7
+METHODS = [
+    saint.Saint(budget=0.3),
+    saint.Saint(threshold=0.01, neighbors=1, floor=0.0),
+    saint.Saint(threshold=0.01, neighbors=1, floor=0.0, budget="batch"),
+    saint.SaintFullGraph(keep=0.3),
+    Match(budget=0.3),
+    Match(threshold=-0.9, fate="weigh", floor=0.0),
+    Match(budget=0.3, fate="merge", beta=1.0),
+    ToMe(r=40),
+    ToMe(budget=0.3),
+    Random(keep=0.3),
+    Grid(keep=0.3),
+]
+
+
+def pictures(side):
+    """A slope, noise, and stripes of three pixels that no ramp reaches the end of."""
+    row = torch.linspace(-1, 1, side)
+    noise = torch.randn(3, side, side, generator=torch.Generator().manual_seed(0))
+    waves = torch.sin(torch.arange(side) * 0.55)  # slope over contrast: 0.24 each way where both differ
+    return torch.stack([row.expand(3, side, side), noise, (waves[:, None] + waves[None]).expand(3, side, side)])
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return timm.create_model("test_vit", num_classes=0).eval()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_detail_keeps_its_share_and_plain_pictures_follow_the_budget(vit, method):
+    x, layers = pictures(160), [0, 1, 2]
+    with saint.pruned(vit, saint.Plan(vision=saint.Stage(method, layers=layers))) as session:
+        vit(x)
+        free = [entry.tokens_out.tolist() for entry in session.trace]
+    with saint.pruned(vit, saint.Plan(vision=saint.Stage(method, layers=layers, guard=GUARD))) as session:
+        vit(x)
+        kept = [entry.tokens_out.tolist() for entry in session.trace]
+    bounds = least(shares(x, GUARD), (100, 100, 100))
+    assert bounds[0] == 0
+    assert bounds[1] == 70
+    assert 0 < bounds[2] < 70
+    assert free[-1][1] < 70, "the budget alone would go below it, or this tests nothing"
+    assert free[-1][2] < bounds[2]
+    assert kept[-1][1:] == [70, bounds[2]]
+    if method not in METHODS[2:3]:  # of a batch of votes the mean is shared
+        assert [row[0] for row in kept] == [row[0] for row in free]
+
+
+def test_several_stages_count_from_the_first_candidates(vit):
+    stages = [saint.Stage(Match(budget=0.6), layers=[layer], guard=0.5) for layer in (0, 1, 2)]
+    with saint.pruned(vit, saint.Plan(vision=stages)) as session:
+        vit(pictures(160)[1:2])
+        assert [int(entry.tokens_out) for entry in session.trace] == [60, 50, 50]
+
+
+@pytest.mark.parametrize("fate", ["drop", "weigh", "merge"])
+def test_a_guarded_forward_equals_its_oracle_alone_and_in_a_batch(vit, fate):
+    plan = saint.Plan(vision=Match(budget=0.4, fate=fate)).guarded(GUARD)
+    inputs = {"x": pictures(160)}
+    testing.check_oracle(vit, plan, inputs)
+    testing.check_batch(vit, plan, inputs)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm/vit-augreg", "timm/eva02", "timm/beit", "transformers/vit", "transformers/clip", "transformers/siglip",
+        "transformers/dinov2", "transformers/dinov3", "open_clip/vit", "open_clip/coca",
+    ],
+)  # fmt: skip
+def test_it_sees_the_pixels_of_every_library(name):
+    model = build(name)
+    inputs = testing.example_inputs(model)
+    argument = next(key for key, value in inputs.items() if value.ndim == 4)
+    inputs[argument] = torch.randn_like(inputs[argument])
+    with saint.pruned(model, saint.Plan(vision=saint.Stage(Random(keep=0.3), layers=[0, 1], guard=1.0))) as session:
+        testing.run(model, inputs)
+        assert all(torch.equal(entry.tokens_in, entry.tokens_out) for entry in session.trace)
+
+
+def test_neither_contrast_nor_brightness_counts():
+    x = pictures(64)
+    assert torch.allclose(detail(x), detail(3 * x + 5), atol=1e-6)
+    assert torch.equal(detail(torch.full((1, 3, 8, 8), 0.3)), torch.zeros(1))
+    stripes = torch.tensor([0.0, 1.0]).repeat(8).expand(1, 3, 16, 16)
+    assert detail(stripes).item() == pytest.approx(1.0)  # a step of two deviations in one of two directions
+
+
+def test_shares_rise_with_detail():
+    waves = torch.sin(torch.arange(64) * torch.linspace(0.05, 1.5, 30)[:, None])  # [30, 64]
+    found = shares((waves[:, :, None] + waves[:, None]).unsqueeze(1), 0.8)
+    assert found[0] == 0
+    assert found[-1] == 0.8
+    assert list(found) == sorted(found)
+    assert len({share for share in found if 0 < share < 0.8}) > 3
+    assert least((0.0, 0.501), (100, 100)) == (0, 51)
+
+
+@pytest.mark.parametrize("guard", [-0.1, 1.1, math.nan, True, "0.5"])
+def test_other_guards_are_refused(guard):
+    with pytest.raises(ValueError, match="guard must be a number in"):
+        saint.Stage(saint.Saint(), guard=guard)
+
+
+def test_a_guard_where_no_pixels_are_seen_is_refused(vit):
+    with pytest.raises(ValueError, match="vision stage only"):
+        saint.Plan(language=saint.Stage(saint.Saint(), layers=[1], guard=0.5))
+    with pytest.raises(ValueError, match="this plan has none"):
+        saint.Plan(connector=saint.methods.DivPrune()).guarded(0.5)
+    patches = build("timm/naflex")  # takes pictures too
+    with saint.pruned(patches, saint.Plan(vision=Random()).guarded(0.5)), pytest.raises(ValueError, match="got shape"):
+        patches(
+            {"patches": torch.randn(1, 9, 768), "patch_coord": torch.zeros(1, 9, 2), "patch_valid": torch.ones(1, 9)}
+        )
+    packed = FAMILIES["qwen2.5-vl"].build()
+    before = testing.snapshot(packed)
+    with pytest.raises(ValueError, match="is given patches: leave guard out"):
+        saint.apply(packed, saint.Plan(vision=Random()).guarded(0.5))
+    assert testing.snapshot(packed) == before
+    with pytest.raises(ValueError, match="give all its stages the same"):
+        saint.Plan(vision=[saint.Stage(Random(), layers=[0], guard=0.5), saint.Stage(Random(), layers=[1])])
+
+
+def test_a_plan_with_a_guard_is_of_its_own_version():
+    plan = saint.Plan(vision=saint.Saint()).guarded(0.5)
+    data = plan.to_dict()
+    assert data["version"] == 4
+    assert saint.Plan.from_dict(data) == plan
+    assert plan.guarded(0.0).to_dict()["version"] == 1
+    with pytest.raises(ValueError, match="no entry guard; write version 4"):
+        saint.Plan.from_dict({**data, "version": 3})
+
+
+def test_it_cannot_be_exported(vit):
+    with (
+        saint.pruned(vit, saint.Plan(vision=Random(keep=0.5)).guarded(0.5)),
+        pytest.raises(ValueError, match="exported graph"),
+    ):
+        torch.export.export(vit, (pictures(160)[:1],))
