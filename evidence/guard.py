@@ -2,8 +2,8 @@
 
     python evidence/guard.py --photos DIR
 
-CLIP ViT-B/16, one method and its layers. For each share of the FLOPs and each guard the budget is fitted so that the mean FLOPs over
-a tenth of the mix, one picture at a time, are at most that share: what pages keep more, photographs keep less.
+CLIP ViT-B/16, one method and its layers. For each share of the FLOPs and each guard the budget is fitted so that the mean FLOPs
+over a tenth of the mix, one picture at a time, are at most that share: what pages keep more, photographs keep less.
 Writes evidence/results/guard.json.
 """
 

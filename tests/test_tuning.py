@@ -26,6 +26,8 @@ from saint.tuning.run import split
 from saint.tuning.thresholds import bisect, calibrated
 from saint.tuning.trials import Trials, read_samples
 from saint.tuning.work import Meter, Table
+from saint.upstream.tiny import IMAGE, VIDEO
+from saint.vlm.prompts import answered
 
 torch.set_num_threads(1)
 MODEL = "timm/vit-augreg"
@@ -153,11 +155,34 @@ def test_a_vision_language_model_is_tuned_on_its_next_token():
     several = [{**one, "pixel_values": torch.randn(one["pixel_values"].shape, generator=generator)} for _ in range(12)]
     found = search(model, several, Target(flops=0.9))
     assert set(found.plan.slots) <= {"connector", "language"}
-    assert found.record["reached"]["measure"] == "KL of the next token"
+    assert found.record["reached"]["measure"] == "KL of the answer's tokens"
     assert "agreement" not in found.record["reached"]
     assert abs(found.record["reached"]["flops"]["mean"] / 0.9 - 1) < 0.02
     with pytest.raises(ValueError, match="for encoders"):
         saint.tune(model, several, target_agreement=0.99)
+
+
+@pytest.mark.parametrize("name", ["llava-llama", "qwen2.5-vl", "paligemma"])
+def test_the_loss_of_an_answer_is_the_mean_over_its_tokens(name):
+    family = FAMILIES[name]
+    model = family.build()
+    one = prompts(family, model, [[3, "0", 4]])
+    trials = Trials(model, read_samples([one]), facts={})
+    plan = saint.Plan(language=saint.Stage(Random(keep=0.3), layers=[0]))
+    found = trials.run(plan, [0]).loss
+    said = model.generate(**one, max_new_tokens=16, do_sample=False, suppress_tokens=[IMAGE, VIDEO])
+    length, losses = one["input_ids"].shape[1], []
+    for end in range(length, said.shape[1]):
+        now = answered(model, one, said[:, length:end])
+        with torch.inference_mode():
+            base = model(**now, use_cache=False).logits[0, -1].double().log_softmax(-1)
+            with saint.pruned(model, plan):
+                pruned = model(**now, use_cache=False).logits[0, -1].double().log_softmax(-1)
+        losses.append(float((base.exp() * (base - pruned)).sum()))
+    assert len(losses) > 4
+    assert len({round(loss, 6) for loss in losses}) > 2
+    assert found == pytest.approx(np.mean(losses), rel=1e-3)
+    assert trials.run(saint.Plan(), [0]).loss == pytest.approx(0, abs=1e-9)
 
 
 # -- how it continues -----------------------------------------------------------------------------------------------------
@@ -414,7 +439,7 @@ def test_questions_to_a_vision_language_model(command, spec, folder, tmp_path): 
     code, said, err = command(*args, "--questions", tmp_path / "q.jsonl")
     assert code == 1, err  # the last line asks nothing
     assert "q.jsonl, line 13" in err
-    assert "KL of the next token" in said
+    assert "KL of the answer's tokens" in said
     assert set(saint.Plan.load(plan).slots) <= {"connector", "language"}
 
 

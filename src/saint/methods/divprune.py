@@ -15,11 +15,13 @@ class DivPrune(FixedBudget):
     With d(i, j) = 1 - cos(f_i, f_j) of the embeddings f that enter the language model: the first survivor is
     argmax_i min_{j != i} d(i, j), each further one argmax_j min_{s in S} d(j, s), until ``keep`` are chosen. Needs neither
     text nor attention. A fraction is rounded half up, everywhere in this library.
+
+    Published for the connector. In the vision stage, which is ours, the embeddings are those of the residual stream.
     """
 
     name: ClassVar[str] = "divprune"
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.02175"
-    stages: ClassVar[frozenset[str]] = frozenset({"connector"})
+    stages: ClassVar[frozenset[str]] = frozenset({"vision", "connector"})
 
     keep: int | float = 0.25  # survivors: a number (int) or a fraction of the candidates (float)
 

@@ -15,8 +15,9 @@ from ..methods.saint_full_graph import SaintFullGraph
 from ..plan import Plan, Stage
 from ..session import pruned
 from ..tokens import LayerTrace
-from ..upstream.names import IMAGE_TOKEN, LAYERS, MASK, VIDEO_TOKEN
+from ..upstream.names import LAYERS, MASK
 from ..vlm.locate import locate
+from ..vlm.prompts import answered, placeholders
 from .contracts import Result, check_undo, evaluating, outcomes, snapshot
 from .examples import poisoned
 from .oracle import masked_oracle
@@ -34,15 +35,9 @@ def hybrid_plan(model: nn.Module) -> Plan:
     return Plan(vision=vision, connector=SaintFullGraph(keep=0.8), language=language)
 
 
-def _placeholders(model: nn.Module) -> list[int]:
-    """Tokens that stand for images and videos."""
-    _, vlm, _ = locate(model, "language")
-    return [token for role in (IMAGE_TOKEN, VIDEO_TOKEN) if (token := role.get(vlm.config)) is not None]
-
-
 def _words(model: nn.Module, inputs: Inputs) -> Tensor:
     """Positions that no plan can drop and that are no padding, bool [B, L]."""
-    places = torch.isin(inputs["input_ids"], torch.tensor(_placeholders(model), device=inputs["input_ids"].device))
+    places = torch.isin(inputs["input_ids"], torch.tensor(placeholders(model), device=inputs["input_ids"].device))
     mask = MASK.read(inputs)
     return ~places if mask is None else ~places & mask.bool()
 
@@ -93,18 +88,12 @@ def check_generation(model: Any, plan: Plan, make: Make, steps: int = 8) -> str:
     with pruned(model, plan), torch.no_grad():
         made = model.generate(
             **inputs, max_new_tokens=steps, do_sample=False, output_logits=True, return_dict_in_generate=True,
-            suppress_tokens=_placeholders(model),
+            suppress_tokens=placeholders(model),
         )  # fmt: skip
     length = inputs["input_ids"].shape[1]
     new = made.sequences[:, length:]
-    grown = dict(inputs)
     # by induction over the steps, one forward over prompt and new tokens gives what recomputing at every step gives
-    for name, value in inputs.items():
-        if isinstance(value, Tensor) and value.shape == inputs["input_ids"].shape:
-            more = value[:, -1:].expand(-1, new.shape[1])
-            if name == "token_type_ids" and model.config.model_type == "paligemma":
-                more = torch.ones_like(more)  # what is not part of the bidirectional prefix
-            grown[name] = torch.cat([value, new if name == "input_ids" else more], 1)
+    grown = answered(model, inputs, new)
     want = masked_oracle(model, plan, grown)[0]["logits"][:, length - 1 : -1]
     real = torch.ones_like(new, dtype=torch.bool)  # behind the first end of a sample generate only pads
     ends = model.generation_config.eos_token_id

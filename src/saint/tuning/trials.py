@@ -9,20 +9,23 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..analysis.causal import KL, measure_of, sample_losses
+from ..analysis.causal import KL, measure_of, next_token_kl, sample_losses
 from ..bench.agreement import answer
 from ..eval.journal import Journal
 from ..plan import Plan
 from ..session import pruned
+from ..upstream.names import IDS
+from ..vlm.prompts import answered, placeholders
 
 BATCH = 8  # images per forward of an encoder; results of fixed budgets do not depend on it
+ANSWER = 16  # tokens of the unpruned model's answer that are compared
+ANSWER_KL = "KL of the answer's tokens"
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,10 @@ class Trials:
         tick: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.model, self.samples, self.tick = model, list(samples), tick
-        self.measure = measure_of(model)
-        self.batch = 1 if self.measure == KL else BATCH
+        self.generates = measure_of(model) == KL
+        self.measure = ANSWER_KL if self.generates else measure_of(model)
+        self.batch = 1 if self.generates else BATCH
+        self._asked: dict[int, tuple[Sample, int]] = {}
         self._bases: dict[int, Tensor] = {}
         self._known: dict[str, dict[str, Any]] = {}
         key = {"kind": "tune", **facts, "measure": self.measure, "batch": self.batch, "data": self._fingerprint()}
@@ -183,25 +188,49 @@ class Trials:
 
     def _see(self, which: Sequence[int]) -> None:
         """Keep what the unpruned model answers."""
+        if self.generates:
+            self._asked.update({i: self._answered(self.samples[i]) for i in which if i not in self._asked})
         for numbers in self._batches([number for number in which if number not in self._bases]):
             answers = self._forward(numbers)
             self._bases.update(dict(zip(numbers, answers.split(1), strict=True)))
 
     def _losses(self, numbers: Sequence[int], found: Tensor) -> list[float]:
         base = torch.cat([self._bases[number] for number in numbers])
-        if self.measure == KL:
-            return sample_losses(KL, SimpleNamespace(logits=base), SimpleNamespace(logits=found))
+        if self.generates:
+            steps = range(1, base.shape[1] + 1)
+            return [float(np.mean([next_token_kl(base[:, :i], found[:, :i]) for i in steps]))]
         return sample_losses(self.measure, base, found)
 
     def _forward(self, numbers: Sequence[int]) -> Tensor:
-        """What is compared: [B, C], [B, 1, H, W], or the logits behind the prompt [1, 1, vocabulary]."""
-        samples = [self.samples[number] for number in numbers]
+        """What is compared: [B, C], [B, 1, H, W], or the logits of the answer's tokens [1, tokens, vocabulary]."""
+        asked = [self._asked.get(number, (self.samples[number], 1)) for number in numbers]
+        samples, length = [sample for sample, _ in asked], asked[0][1]
         args = tuple(_joined(values) for values in zip(*(s.args for s in samples), strict=True))
         kwargs = {name: _joined([s.kwargs[name] for s in samples]) for name in samples[0].kwargs}
         with torch.inference_mode():
             out = self.model(*args, **kwargs)
-            # only the last token's distribution is compared; the cache belongs to a session that ends
-            return out.logits[:, -1:].clone() if self.measure == KL else answer(out)[1].clone()
+            # the cache belongs to a session that ends
+            return out.logits[:, -length:].clone() if self.generates else answer(out)[1].clone()
+
+    def _answered(self, sample: Sample) -> tuple[Sample, int]:
+        """The sample with the unpruned model's greedy answer behind its prompt, and how many tokens are compared.
+
+        Logits behind the prompt and behind each token of the answer but the last are. Where an argument runs along the prompt in
+        a way that is not known here, or the model does not generate, only what follows the prompt is.
+        """
+        ids = IDS.read(sample.kwargs)
+        if ids is None or not hasattr(self.model, "generate") or not _grows(sample, ids):
+            return sample, 1
+        with torch.inference_mode():
+            made = self.model.generate(
+                **sample.kwargs,
+                max_new_tokens=ANSWER,
+                do_sample=False,
+                num_beams=1,
+                suppress_tokens=placeholders(self.model),
+            )
+        said = made[:, ids.shape[1] : -1]
+        return Sample(sample.args, answered(self.model, sample.kwargs, said)), 1 + said.shape[1]
 
     def _batches(self, which: Sequence[int]) -> Iterator[list[int]]:
         """Neighbours whose tensors have the same shapes, at most a batch of them."""
@@ -222,6 +251,13 @@ class Trials:
         for tensor in tensors:
             found = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), found)
         return found
+
+
+def _grows(sample: Sample, ids: Tensor) -> bool:
+    """Whether every tensor that runs along the prompt [1, L] has its shape."""
+    length = ids.shape[1]
+    others = (value for value in sample.tensors if value.shape != ids.shape and not value.is_floating_point())
+    return not any(length in value.shape[1:] for value in others)
 
 
 def _joined(values: Sequence[Any]) -> Any:
