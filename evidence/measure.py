@@ -380,7 +380,8 @@ def main() -> None:
     command("fashion", fashion, fashion=folder, cache=cache, pictures=pictures(1500))
     command("saliency", saliency, stamps=folder)
     command("vlm", partial(measure_vlm.about_scenes, results=RESULTS), pictures=pictures(240))
-    command("modes", partial(measure_vlm.about_modes, results=RESULTS), pictures=pictures(1000))
+    rows: dict[str, Any] = {"nargs": "+", "metavar": "ROW"}
+    command("modes", partial(measure_vlm.about_modes, results=RESULTS), pictures=pictures(1000), only=rows)
     command("easy", partial(measure_vlm.about_easy, results=RESULTS), pictures=pictures(40))
     command("tables", tables)
     options = parser.parse_args()

@@ -71,6 +71,7 @@ def plans() -> dict[str, dict[str, Plan]]:
         "ViT-only, voting, layers 2-4": Plan(vision=vision(voting(budget=49), [2, 3, 4])),
         "ViT-only, full graph, centred": Plan(vision=vision(full(keep=49, center=True))),
         "ViT-only, random": Plan(vision=vision(Random(keep=49))),
+        "ViT-only, DivPrune": Plan(vision=vision(DivPrune(keep=49))),
         "LLM-only, full graph": Plan(language=language(full(keep=20))),
         "LLM-only, FastV": Plan(language=language(FastV(keep=20))),
         "LLM-only, random": Plan(language=language(Random(keep=20))),
@@ -79,6 +80,7 @@ def plans() -> dict[str, dict[str, Plan]]:
         "hybrid, full graph and voting": Plan(
             vision=vision(full(keep=90)), language=language(voting(budget=37), [0, 1])
         ),
+        "hybrid, DivPrune and full graph": Plan(vision=vision(DivPrune(keep=172)), language=language(full(keep=24))),
     }
     made["10 %"] |= {
         "hybrid, voting and full graph": Plan(
@@ -198,10 +200,14 @@ def about_scenes(options: argparse.Namespace, results: Path) -> None:
 
 
 def about_modes(options: argparse.Namespace, results: Path) -> None:
-    """One plan of each mode, and random, on a larger sample: who is ahead of whom."""
-    wanted = ("hybrid, voting and full graph", "LLM-only, full graph", "ViT-only, voting", "ViT-only, random")
+    """One plan of each mode, and random, on a larger sample: who is ahead of whom. ``--only`` adds rows to the record."""
+    wanted = options.only or (
+        "hybrid, DivPrune and full graph", "hybrid, voting and full graph", "LLM-only, full graph", "ViT-only, DivPrune",
+        "ViT-only, voting", "ViT-only, random",
+    )  # fmt: skip
     quarter = plans()["25 %"]
-    _measure("modes", {"25 %": {name: quarter[name] for name in wanted}}, _held_out(options.pictures), results)
+    record = json.loads((results / "modes.json").read_text()) if options.only else None
+    _measure("modes", {"25 %": {name: quarter[name] for name in wanted}}, _held_out(options.pictures), results, record)
 
 
 def about_easy(options: argparse.Namespace, results: Path) -> None:
@@ -219,31 +225,43 @@ def _measure(
     chosen: dict[str, dict[str, Plan]],
     about: list[tuple[Image.Image, list[scenes.Question]]],
     results: Path,
+    record: dict[str, Any] | None = None,
 ) -> None:
     answers = Answers(about)
     base, _ = answers.ask(Plan())
-    blind, _ = answers.ask(Plan(), shift=1)
-    record: dict[str, Any] = {
-        "kind": f"evidence/{name}", "command": f"python evidence/measure.py {name}", "pictures": len(about),
-        "questions": sum(len(questions) for _, questions in about),
-        "unpruned": _by_category(base), "another picture": _by_category(blind), "rows": [],
-        "unpruned by picture": _rounded(base["all"]),
-    }  # fmt: skip
+    if record is not None and record["unpruned by picture"] != _rounded(base["all"]):
+        raise SystemExit(f"{name}.json holds other answers of the unpruned model: measure it without --only")
+    record = record or _unpruned(name, answers, base)
     console.print("unpruned", record["unpruned"], "\nanother picture", record["another picture"])
     for share, group in chosen.items():
         for title, plan in group.items():
             found, tokens = answers.ask(plan)
             paired = compare(base["all"], found["all"])
-            record["rows"].append(
-                {"share": share, "plan": title, "settings": plan.to_dict(), "left": tokens,
-                 "by_category": _by_category(found), "paired": dataclasses.asdict(paired),
-                 "by_picture": _rounded(found["all"])}
-            )  # fmt: skip
+            row = {
+                "share": share, "plan": title, "settings": plan.to_dict(), "left": tokens, "by_category": _by_category(found),
+                "paired": dataclasses.asdict(paired), "by_picture": _rounded(found["all"]), "environment": environment("cpu"),
+            }  # fmt: skip
+            record["rows"] = [
+                other for other in record["rows"] if other["plan"] != title or other["share"] != share
+            ] + [row]
             console.print(
                 f"{share} {title}: {tokens:.1f} tokens, {paired.base:.3f} -> {paired.pruned:.3f} "
                 f"[{paired.low:+.3f}, {paired.high:+.3f}]"
             )
-            write_json(results / f"{name}.json", record | {"environment": environment("cpu")})
+            write_json(results / f"{name}.json", record)
+
+
+def _unpruned(name: str, answers: Answers, base: dict[str, list[float]]) -> dict[str, Any]:
+    """A record without rows yet."""
+    blind, _ = answers.ask(Plan(), shift=1)
+    about = answers.about
+    return {
+        "kind": f"evidence/{name}", "command": f"python evidence/measure.py {name}", "pictures": len(about),
+        "questions": sum(len(questions) for _, questions in about),
+        "unpruned": _by_category(base), "another picture": _by_category(blind), "rows": [],
+        "unpruned by picture": _rounded(base["all"]),
+        "environment": environment("cpu"),
+    }  # fmt: skip
 
 
 def modes_table(record: dict[str, Any]) -> list[str]:

@@ -393,3 +393,13 @@ def test_merging_methods_are_refused(models):
     with pytest.raises(saint.UnsupportedModelError, match="ToMe merges patches of different squares"):
         saint.apply(model, plan)
     assert saint.status(model) is None
+
+
+def test_a_method_that_names_its_own_layers_leaves_out_those_behind_the_features():
+    model = FAMILIES["llava-llama"].build()
+    depth = model.config.vision_config.num_hidden_layers
+    with saint.pruned(model, saint.Plan(vision=saint.methods.ToMe(r=1))) as session:  # by itself in every layer
+        model(**prompts(FAMILIES["llava-llama"], model, [[3, "0", 4]]))
+        assert [entry.layer for entry in session.trace] == list(range(depth - 1))
+    with pytest.raises(ValueError, match="lies behind the features"):
+        saint.apply(model, saint.Plan(vision=saint.Stage(saint.methods.ToMe(r=1), layers=[depth - 1])))

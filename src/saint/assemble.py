@@ -92,11 +92,12 @@ def _encoder(
     observers: Observers,
     merge_size: int | None = None,
     restored: frozenset[int] = frozenset(),
+    read: int | None = None,
 ) -> PrunedEncoder:
-    """The vision stage of an encoder that was verified."""
+    """The vision stage of an encoder that was verified; only the first ``read`` layers are of use to whoever reads it."""
     warn_if_untested("torch", spec.library)
     stages, depth = plan.slots.get("vision", ()), _depth(encoder, spec)
-    layers = plan.resolve_layers("vision", depth)
+    layers = plan.resolve_layers("vision", depth, read)
     return PrunedEncoder(
         path,
         encoder,
@@ -126,7 +127,7 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "tuple[PrunedVLM
         verify_encoder(tower, tower_spec)
         mergers = read_maps(vlm, spec, _depth(tower, tower_spec)) if plan.vision is not None else {}
         restored = frozenset() if merge_size is None else frozenset(mergers.values())
-        encoder = _encoder(plan, place, tower, tower_spec, observers, merge_size, restored)
+        encoder = _encoder(plan, place, tower, tower_spec, observers, merge_size, restored, mergers.get(spec.connector))
     connector = drop_points(
         "connector", plan.slots.get("connector", ()), [[0]] if plan.connector else [], 1, observers, False
     )

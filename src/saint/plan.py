@@ -94,8 +94,10 @@ class Stage:
             raise ValueError(f"evict must be True or False, got {self.evict!r}")
         check_number("guard", self.guard, 0, 1, "the share that a page of text keeps at least")
 
-    def resolve_layers(self, stage: str, depth: int) -> list[int]:
+    def resolve_layers(self, stage: str, depth: int, read: int | None = None) -> list[int]:
         """The drop points in a model of ``depth`` layers, ascending; of ``placement="input"`` the layer it is in front of.
+
+        Where the method itself says which, those of the first ``read`` layers: behind them nothing is used.
 
         Raises:
             ValueError: a layer beyond the depth.
@@ -104,7 +106,11 @@ class Stage:
             return [0]
         if self.layers == "first_half":
             return list(range(depth // 2 or 1))
-        chosen = self.method.layers(stage, depth) if self.layers is None else [int(i) for i in self.layers]
+        if self.layers is None:
+            usual = self.method.layers(stage, depth)
+            chosen = [layer for layer in usual if read is None or layer < read] or usual[:1]
+        else:
+            chosen = [int(i) for i in self.layers]
         if chosen[-1] >= depth:
             raise ValueError(
                 f"layer {chosen[-1]} is out of range: this model's {stage} stage has layers 0..{depth - 1}"
@@ -281,14 +287,14 @@ class Plan:
         """The slots in use as they were given: a :class:`Stage`, or a tuple of stages where there are several."""
         return {name: value for name in STAGES if (value := getattr(self, name)) is not None}
 
-    def resolve_layers(self, slot: str, depth: int) -> list[list[int]]:
+    def resolve_layers(self, slot: str, depth: int, read: int | None = None) -> list[list[int]]:
         """The drop points of each stage of ``slot`` in a model of ``depth`` layers; see :meth:`Stage.resolve_layers`.
 
         Raises:
             ValueError: a layer beyond the depth, or stages that are not one behind the other in this model.
         """
         stages = self.slots.get(slot, ())
-        layers = [stage.resolve_layers(slot, depth) for stage in stages]
+        layers = [stage.resolve_layers(slot, depth, read) for stage in stages]
         _check_order(slot, list(zip(stages, layers, strict=True)))
         return layers
 
