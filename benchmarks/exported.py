@@ -2,9 +2,9 @@
 
     python benchmarks/exported.py [--rounds 15] [--only onnxruntime] [--batches 1]
 
-ONNX Runtime, OpenVINO and torch.compile run the unpruned and the pruned graphs in turn, in one process. A speed-up is the ratio of a
-round's two times; its bound is the ratio of their FLOPs. One JSON record with all conditions; needs the extra `export`, and a
-C++ compiler for torch.compile.
+ONNX Runtime, OpenVINO and torch.compile run the unpruned and the pruned graphs in turn, in one process. A speed-up is the ratio
+of a round's two times; its bound is the ratio of their FLOPs. One JSON record with all conditions; needs the extra `export`, and
+a C++ compiler for torch.compile.
 """
 
 import argparse
@@ -30,6 +30,7 @@ MODEL = "clip-b16"
 PLANS = {
     "base": Plan(),
     "saint, 2 layers": Plan(vision=Stage(saint.Saint(budget=0.42), layers=[1, 2])),
+    "grid, 2 layers": Plan(vision=Stage(methods.Grid(keep=0.42), layers=[1, 2])),  # the same shapes, and nothing scored
     "match weigh": Plan(vision=Stage(methods.Match(budget=0.34, fate="weigh"), layers=[1, 3, 5])),
 }
 ENGINES = ("eager", "torch.compile", "onnxruntime", "openvino")
@@ -43,10 +44,11 @@ def graphs(
     """Of each engine, functions of pixels [B, 3, H, W] by plan."""
     found: dict[str, dict[str, Any]] = {engine: {} for engine in engines}
     for number, (name, plan) in enumerate(PLANS.items()):
-        if "onnxruntime" in engines:
-            found["onnxruntime"][name] = onnx(export(model, plan, folder / f"{number}.onnx", pixels).path, threads)
-        if "openvino" in engines:
-            found["openvino"][name] = ir(export(model, plan, folder / f"{number}", pixels).path, threads)
+        files = {"onnxruntime": onnxruntime_graph, "openvino": openvino_graph}  # one file for both
+        if wanted := files.keys() & set(engines):
+            file = export(model, plan, folder / f"{number}.onnx", pixels).path
+            for engine in wanted:
+                found[engine][name] = files[engine](file, threads)
         for engine in {"eager", "torch.compile"} & set(engines):
             twin = demo.MODELS[MODEL].load()
             saint.apply(twin, plan)
@@ -54,7 +56,7 @@ def graphs(
     return found
 
 
-def onnx(path: Path, threads: int) -> Callable[[Tensor], Any]:
+def onnxruntime_graph(path: Path, threads: int) -> Callable[[Tensor], Any]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -63,11 +65,11 @@ def onnx(path: Path, threads: int) -> Callable[[Tensor], Any]:
     return lambda pixels: session.run(None, {"pixel_values": pixels.numpy()})
 
 
-def ir(path: Path, threads: int) -> Callable[[Tensor], Any]:
+def openvino_graph(path: Path, threads: int) -> Callable[[Tensor], Any]:
     import openvino
 
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-    request = openvino.Core().compile_model(path / "openvino_model.xml", "CPU", settings).create_infer_request()
+    request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
     return lambda pixels: request.infer({"pixel_values": pixels.numpy()}, share_inputs=True, share_outputs=True)
 
 

@@ -144,10 +144,10 @@ def _check_plan(plan: Plan) -> None:
         )
     for stage in plan.slots.get("vision", ()):
         if counts_by_votes(stage.method):
+            method = f"{type(stage.method).__name__}(budget={stage.method.to_dict()['budget']!r})"
             raise ValueError(
-                f"{type(stage.method).__name__}(budget={stage.method.to_dict()['budget']!r}) lets every image keep its own number of "
-                "tokens, which no exported graph can have: give a number or a fraction as budget, or freeze the plan to images of "
-                "yours (saint.freeze; saint export --images)"
+                f"{method} lets every image keep its own number of tokens, which no exported graph can have: give a number or a "
+                "fraction as budget, or freeze the plan to images of yours (saint.freeze; saint export --images)"
             )
 
 
@@ -322,8 +322,8 @@ def _compared(
             if not error <= TOLERANCE:
                 raise ParityError(
                     f"{name} of the graph differs from the patched model's by {error:.2g} (shapes {tuple(value.shape)} and "
-                    f"{tuple(want.shape)}) for a batch of {size}, so nothing was written. Two tokens whose scores are equal up to "
-                    "rounding can be chosen either way: try other images; if it stays, this is a bug"
+                    f"{tuple(want.shape)}) for a batch of {size}, so nothing was written. Of two tokens whose scores are equal "
+                    "up to rounding either may be chosen: try other images; if it stays, this is a bug"
                 )
             worst = max(worst, error)
     return worst

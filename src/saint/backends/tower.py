@@ -13,7 +13,7 @@ from ..errors import UnsupportedModelError
 from ..plan import Plan
 from ..session import apply
 from ..tokens import Candidates, Selection
-from ..upstream.specs import FamilySpec
+from ..upstream.specs import FamilySpec, part
 from ..vision.locate import locate_tower
 from ..vlm.model import read_maps
 
@@ -41,7 +41,7 @@ class Tower(nn.Module):
             )
         _, tower, tower_spec = locate_tower(model.get_submodule(spec.tower))
         self.tower = tower
-        self._layer = read_maps(model, spec, len(tower.get_submodule(tower_spec.blocks)))[spec.connector]
+        self._layer = read_maps(model, spec, len(list(part(tower, tower_spec.blocks))))[spec.connector]
         self._kept = _Kept()
         stack.enter_context(apply(model, plan, observers=[self._kept]))
 
