@@ -19,8 +19,9 @@ ALLOWED = {
     "extras": {"errors"},
     "images": set(),
     "flops": set(),
-    "graph": {"gathers"},
-    "tokens": set(),
+    "order": set(),
+    "graph": {"gathers", "order"},
+    "tokens": {"order"},
     "gathers": {"tokens"},
     "patch": set(),
     "plugins": {"errors"},
@@ -46,9 +47,23 @@ UPPER = {
     "eval": {"bench", "loading"},
     "analysis": {"bench", "eval", "loading"},
     "tuning": {"bench", "eval", "analysis"},
+    "backends": set(),
     "report": {"records"},  # reads records; loads no model
     "ui": {"bench", "view", "demo", "loading", "report"},
-    "cli": {"records", "bench", "testing", "view", "demo", "loading", "eval", "analysis", "tuning", "report", "ui"},
+    "cli": {
+        "records",
+        "bench",
+        "testing",
+        "view",
+        "demo",
+        "loading",
+        "eval",
+        "analysis",
+        "tuning",
+        "backends",
+        "report",
+        "ui",
+    },
 }
 # rooms of packages that stand alone: all that they may import, also of their own package
 ROOMS = {

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .session import remove as remove
     from .session import status as status
     from .tokens import LayerTrace as LayerTrace
+    from .tuning.freeze import freeze as freeze
     from .tuning.run import tune as tune
     from .upstream.registry import register as register
 
@@ -51,6 +52,7 @@ _LAZY = {
     "Stage": "plan",
     "UnsupportedModelError": "errors",
     "apply": "session",
+    "freeze": "tuning.freeze",
     "graph": None,
     "methods": None,
     "plan": None,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .gathers import gather_tokens
+from .order import descending as descending
 
 # A cosine never gets here and a valid threshold neither: marks targets that do not exist (padding).
 _NO_TARGET = -2.0
@@ -134,6 +135,10 @@ def redundancy(edges: Edges, threshold: float, gamma: float, *, valid: Tensor | 
     with full_precision(similarity.device):
         # the shift by the float just below the threshold is that of the comparison: each edge adds more than zero
         excess = (similarity - _just_below(threshold)).clamp_min_(0).sum(-1)  # sum of S - threshold over the edges
+        if torch.compiler.is_exporting():  # the same without a NaN: ONNX has no fmax, and runtimes simplify 0 / 0
+            mean, edges_or_one = similarity.mean(-1), degree.clamp_min(1)
+            linked = torch.addcdiv(edges_or_one.log(), excess, edges_or_one, value=gamma).exp()
+            return torch.where(degree > 0, torch.maximum(linked, mean), mean)
         # log(c) + gamma * (s - threshold); without an edge 0 / 0, a NaN, for which fmax puts the mean
         linked = torch.addcdiv(degree.log(), excess, degree, value=gamma).exp_()
         if valid is None:
@@ -195,11 +200,6 @@ def vote(
 def drop_order(vote: Vote) -> Tensor:
     """Candidate indices of the sources, most redundant first, ties by index. int64 [B, S]."""
     return vote.sources[descending(vote.score)]
-
-
-def descending(score: Tensor) -> Tensor:
-    """Places of the scores from high to low, ties by place: [B, S] -> int64 [B, S]."""
-    return torch.sort(score, dim=-1, descending=True, stable=True).indices
 
 
 _GRID = 2.0**20  # see `eliminate`
@@ -267,7 +267,7 @@ def eliminate(
                 return alive
             total = alive.unsqueeze(1).to(points.dtype) @ points  # [B, 1, D]
             score = (points @ total.mT + own).squeeze(-1)
-            order = torch.sort(score.masked_fill(~alive, -torch.inf), dim=-1, descending=True, stable=True).indices
+            order = descending(score.masked_fill(~alive, -torch.inf))
             if len(set(out)) == 1:
                 alive = alive.scatter(1, order[:, : out[0]], False)
             else:

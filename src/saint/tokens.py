@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .order import descending, true_places
+
 
 def reads_are_free(device: torch.device) -> bool:
     """Whether a look at a tensor's values costs no wait for the device; where it does, only what must be known is read."""
@@ -118,6 +120,8 @@ class Selection:
         even, most = min(lengths) == max(lengths), max(lengths)
         if even and reads_are_free(keep.device):
             return Selection(keep.nonzero()[:, 1].view(keep.shape[0], -1), lengths)  # no sort, and no sync to fear
+        if even and torch.compiler.is_exporting():
+            return Selection(true_places(keep, most), lengths)
         first = torch.sort(keep.view(torch.uint8), dim=1, descending=True, stable=True)
         slots = first.indices[:, :most]  # [B, K]
         return Selection(slots, lengths) if even else Selection(slots, lengths, first.values[:, :most].view(torch.bool))
@@ -155,7 +159,7 @@ class Selection:
             lengths: survivors per sample, at most ``current.lengths``.
             current: the map the slots refer to.
         """
-        order = torch.sort(score, dim=1, descending=True, stable=True).indices
+        order = descending(score)
         if current.valid is not None:  # padding behind everything real
             padded = (~current.valid).gather(1, order).to(torch.uint8)
             order = order.gather(1, torch.sort(padded, dim=1, stable=True).indices)

@@ -19,6 +19,7 @@ COMMANDS = {  # name -> module; the function (or group of commands) carries the 
     "view": "view",
     "analyze": "analyze",
     "tune": "tune",
+    "export": "export",
     "report": "report",
     "ui": "ui",
     "list": "tables",

@@ -72,12 +72,17 @@ class FixedBudget(Method):
         """Choose exactly ``goal[b]`` survivors of sample b. Called only when at least one token must be dropped."""
 
 
+def counts_by_votes(method: Method) -> bool:
+    """Whether the picture decides how many tokens ``method`` keeps: its budget is a word, not a number."""
+    return isinstance(getattr(method, "budget", None), str)
+
+
 def host_counts(counts: Tensor) -> tuple[int, ...]:
     """Votes [B] as Python ints; under ``torch.compile`` the graph breaks here."""
     if torch.compiler.is_exporting():
         raise RuntimeError(
             "a budget by votes gives every batch other lengths, which an exported graph cannot have: give a number or a fraction "
-            "as budget"
+            "as budget, or freeze the plan (saint.freeze)"
         )
     if torch.compiler.is_compiling():
         _warn_of_recompiling()

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..tokens import Candidates, Selection
@@ -36,7 +37,13 @@ class Random(FixedBudget):
     def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
         tokens = candidates.tokens
         offset = _mix(_mix(self.seed & 0xFFFFFFFF) + (self.seed >> 32) + candidates.step)
-        return Selection.from_scores(_mix(tokens.index ^ offset), goal, tokens)
+        if torch.compiler.is_exporting():  # what some runtimes compute with 32 bits must not come from products of 64
+            words = [_mix(place ^ offset) for place in range(tokens.width)]
+            rank = {word: place for place, word in enumerate(sorted(words))}
+            score = torch.tensor([rank[word] for word in words], device=tokens.index.device)[tokens.index]
+        else:
+            score = _mix(tokens.index ^ offset)
+        return Selection.from_scores(score, goal, tokens)
 
 
 def _mix(x: Word) -> Word:

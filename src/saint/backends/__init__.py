@@ -1,0 +1,1 @@
+"""Pruned models outside of PyTorch's eager mode."""
