@@ -46,9 +46,25 @@ UPPER = {
     "eval": {"bench", "loading"},
     "analysis": {"bench", "eval", "loading"},
     "tuning": {"bench", "eval", "analysis"},
+    "embed": {"records", "bench", "eval", "loading"},
+    "backends": {"records", "loading", "embed"},
     "report": {"records"},  # reads records; loads no model
     "ui": {"bench", "view", "demo", "loading", "report"},
-    "cli": {"records", "bench", "testing", "view", "demo", "loading", "eval", "analysis", "tuning", "report", "ui"},
+    "cli": {
+        "records",
+        "bench",
+        "testing",
+        "view",
+        "demo",
+        "loading",
+        "eval",
+        "analysis",
+        "tuning",
+        "report",
+        "ui",
+        "embed",
+        "backends",
+    },
 }
 # rooms of packages that stand alone: all that they may import, also of their own package
 ROOMS = {
@@ -57,7 +73,7 @@ ROOMS = {
     "eval/journal": {"errors"},
     "eval/loop": {"errors", "extras", "eval/journal"},
     "eval/report": {"plan", "session", "eval/compare", "eval/loop"},
-    "eval/data": {"extras", "images", "loading/failures", "eval/loop"},
+    "eval/data": {"extras", "images", "loading/failures", "loading/shards", "eval/loop"},
     "analysis/similarity": {"graph"},  # formulas, here and in the next four
     "analysis/attention": set(),
     "analysis/geometry": set(),
@@ -69,6 +85,9 @@ ROOMS = {
     "loading/failures": {"errors"},
     "loading/photos": {"images"},
     "loading/plans": {"plan"},
+    "loading/shards": set(),
+    "embed/sources": {"extras", "images", "loading/shards"},  # lists and reads; loads no model
+    "embed/parts": {"errors", "extras", "records", "embed/sources"},
     "report/charts": {"report/markup"},  # from numbers to pictures
     "report/markup": set(),
     "report/reading": {"records"},

@@ -19,6 +19,7 @@ COMMANDS = {  # name -> module; the function (or group of commands) carries the 
     "view": "view",
     "analyze": "analyze",
     "tune": "tune",
+    "embed": "embed",
     "report": "report",
     "ui": "ui",
     "list": "tables",
