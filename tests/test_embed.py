@@ -175,6 +175,30 @@ def test_answers(tmp_path):
         answer(tmp_path / "in", loaded, plan, question=" ")
 
 
+def test_images_of_similar_budgets_share_a_batch(tmp_path, monkeypatch):
+    from saint.embed.work import Worker, alike, sameness
+
+    quiet, busy = torch.ones(3, 56, 56), torch.randn(3, 56, 56)
+    half = torch.cat([quiet[:, :28], busy[:, 28:]], 1)
+    assert sameness(busy) < sameness(half) < sameness(quiet)
+    mixed = [quiet, busy, ValueError("broken"), half]
+    assert alike(mixed, 2) == [[2, 1], [3, 0]]
+    assert alike(mixed, 4) == [[0, 1, 2, 3]]
+    (tmp_path / "in").mkdir()
+    for i in range(8):
+        made = Image.new("RGB", (40, 40), "green") if i % 2 else Image.effect_noise((40, 40), 90).convert("RGB")
+        made.save(tmp_path / "in" / f"{i}.png")
+    real, seen = Worker.rows, []
+    monkeypatch.setattr(
+        Worker, "rows", lambda self, keys, *rest: seen.append([k[0] for k in keys]) or real(self, keys, *rest)
+    )
+    embed(tmp_path / "in", plan=PLAN, batch=4, **MODEL)
+    assert [sorted(keys) for keys in seen] == [list("0246"), list("1357")]  # the flat ones come last
+    seen.clear()
+    embed(tmp_path / "in", plan=saint.Saint(budget=0.5), batch=4, **MODEL)
+    assert seen == [list("0123"), list("4567")]  # nothing is padded, so nothing is sorted
+
+
 # -- sources ----------------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..embed.parts import Parts
 from ..embed.run import Rows, check_output, facts_of
-from ..embed.sources import NAMES, Item, Reader, find_items, in_batches, located
+from ..embed.sources import NAMES, Item, Reader, find_items, located
 from ..embed.work import Job, ModelSource, Worker, picture, stream
 from ..errors import SaintError
 from ..extras import require
@@ -27,7 +27,7 @@ from ..session import PlanLike, as_plan
 
 _KEYS = ("key", "__key__", "id", "path")  # columns of a data set that name its rows
 _IMAGES = ("image", "bytes", *PICTURES, *NAMES)
-_TOGETHER = 4  # batches per task: one is read while another is in the model; what a killed actor repeats
+_TOGETHER = 2  # units per task: one is read while another is in the model; what a killed actor repeats
 _WEIGHTS = "weights"  # a column between actors and driver
 
 
@@ -143,7 +143,7 @@ def _made(
     if isinstance(dataset, (str, os.PathLike)):
         items = find_items(dataset, column=column)
         if output is None:
-            return _of_batches(job, in_batches(items, batch), workers, gpus, stamp=False)
+            return _of_units(job, job.units(items, batch), batch, workers, gpus, stamp=False)
         run(items, dataset, job, output, batch=batch, rows=rows, workers=workers, gpus=gpus, tick=tick)
     elif not isinstance(dataset, data.Dataset):
         raise TypeError(f"a ray.data.Dataset or a path is expected, got {type(dataset).__name__}")
@@ -180,9 +180,9 @@ def run(
     with Parts(output, facts_of(job, source, items, batch), rows) as parts:
         resumed = len(parts.done)
         tick(resumed)
-        left = parts.missing(in_batches(items, batch))
+        left = parts.missing(job.units(items, batch))
         if left:
-            _write(_of_batches(job, left, workers, gpus, stamp=True), parts, tick)
+            _write(_of_units(job, left, batch, workers, gpus, stamp=True), parts, tick)
         parts.finish(len(items))
     return Rows.of(Path(output), resumed)
 
@@ -209,14 +209,14 @@ def local_cluster() -> Iterator[None]:
 # -- the driver -------------------------------------------------------------------------------------------------------
 
 
-def _of_batches(
-    job: Job, batches: Sequence[Sequence[Item]], workers: int | None, gpus: float | None, *, stamp: bool
+def _of_units(
+    job: Job, units: Sequence[Sequence[Item]], batch: int, workers: int | None, gpus: float | None, *, stamp: bool
 ) -> Any:
-    """Rows of the items; each batch of images is a row of what goes in, so that Ray cannot mix them."""
+    """Rows of the items; each unit is a row of what goes in, so that Ray cannot mix them."""
     data = require("ray.data", "ray")
-    blocks = -(-len(batches) // _TOGETHER)
-    planned = data.from_items([{"items": pickle.dumps(list(batch))} for batch in batches], override_num_blocks=blocks)
-    return _mapped(planned, _BatchActor, (job, stamp), _TOGETHER, workers, gpus, reads=False)
+    blocks = -(-len(units) // _TOGETHER)
+    planned = data.from_items([{"items": pickle.dumps(list(unit))} for unit in units], override_num_blocks=blocks)
+    return _mapped(planned, _UnitActor, (job, stamp, batch), _TOGETHER, workers, gpus, reads=False)
 
 
 def _of_rows(
@@ -311,9 +311,13 @@ class _Actor:
         return table.append_column(_WEIGHTS, [[self.worker.weights] * len(table)]) if self.stamp else table
 
 
-class _BatchActor(_Actor):
-    def __call__(self, batches: dict[str, np.ndarray]) -> Iterator[Any]:
-        for rows in stream(self.started(), [pickle.loads(items) for items in batches["items"]]):
+class _UnitActor(_Actor):
+    def __init__(self, job: Job, stamp: bool, batch: int) -> None:
+        super().__init__(job, stamp)
+        self.batch = batch
+
+    def __call__(self, units: dict[str, np.ndarray]) -> Iterator[Any]:
+        for rows in stream(self.started(), [pickle.loads(items) for items in units["items"]], self.batch):
             yield self.table(rows)
 
 
@@ -328,8 +332,9 @@ class _RowActor(_Actor):
         column = _pick(names, self.column, _IMAGES, "column")
         keys = [str(value) for value in batch[_pick(names, self.key, _KEYS, "key")]]
         paths = [str(value) for value in batch["path"]] if "path" in names else keys
-        pictures = self.pool.map(lambda value: picture(lambda: self.read(value)), batch[column])
-        return self.table(self.started().rows(keys, paths, list(pictures)))
+        worker = self.started()
+        pictures = self.pool.map(lambda value: picture(lambda: worker.prepare(self.read(value))), batch[column])
+        return self.table(worker.rows(keys, paths, list(pictures)))
 
     def read(self, value: Any) -> Image.Image:
         if isinstance(value, np.ndarray):

@@ -103,9 +103,9 @@ class Parts:
                 ) from error
         return last + 1, done
 
-    def missing(self, batches: Sequence[Sequence[Item]]) -> list[Sequence[Item]]:
-        """The batches of which a row is missing. They are made whole again, so that no result depends on where a run stopped."""
-        return [batch for batch in batches if any(item.key not in self.done for item in batch)]
+    def missing(self, units: Sequence[Sequence[Item]]) -> list[Sequence[Item]]:
+        """The units of which a row is missing. They are made whole again, so that no result depends on where a run stopped."""
+        return [unit for unit in units if any(item.key not in self.done for item in unit)]
 
     def check_weights(self, weights: str) -> None:
         """Hold the fingerprint of the model's weights against that of the rows on disk.
@@ -139,7 +139,7 @@ class Parts:
                 raise OutputError(f"the key {keys[row]!r} came twice: keys must be unique within a source")
             self._new.add(keys[row])
         if len(new) < len(keys):
-            table = table.take(new)
+            table = table.take(require("pyarrow", "embed").array(new, "int64"))
         self._waiting.append(table)
         while sum(len(waiting) for waiting in self._waiting) >= self.size:
             self._flush()

@@ -10,7 +10,7 @@ from ..eval.report import digest
 from ..extras import require
 from ..session import PlanLike, as_plan
 from .parts import Parts, files
-from .sources import Item, find_items, in_batches
+from .sources import Item, find_items
 from .work import Job, ModelSource, Worker, stream
 
 
@@ -173,11 +173,11 @@ def run(
     tick: Callable[[int], None],
 ) -> Rows:
     """:func:`embed` and :func:`answer` behind the listing of the source."""
-    batches = in_batches(items, batch)
+    units = job.units(items, batch)
     if output is None:
         with Worker(job, device) as worker:
             made = []
-            for found in stream(worker, batches):
+            for found in stream(worker, units, batch):
                 made += found
                 tick(len(found))
         return Rows(len(made), sum(row.get("error") is not None for row in made), 0, None, job.table(made))
@@ -185,11 +185,11 @@ def run(
     with Parts(output, facts_of(job, source, items, batch), rows) as parts:
         resumed = len(parts.done)
         tick(resumed)
-        left = parts.missing(batches)
+        left = parts.missing(units)
         if left:
             with Worker(job, device) as worker:
                 parts.check_weights(worker.weights)
-                for found in stream(worker, left):
+                for found in stream(worker, left, batch):
                     tick(parts.add(job.table(found)))
         parts.finish(len(items))
     return Rows.of(Path(output), resumed)

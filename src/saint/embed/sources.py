@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,8 +208,3 @@ class Reader:
             table = parquet.ParquetFile(item.path).read_row_group(group, columns=[item.column])
             self._groups[item.path, group] = table.column(0)
         return self._groups[item.path, group], starts[group]
-
-
-def in_batches(items: Sequence[Item], batch: int) -> list[list[Item]]:
-    """The items in batches, which depend on nothing but the source and ``batch``: a run that continues makes the same ones."""
-    return [list(items[start : start + batch]) for start in range(0, len(items), batch)]

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ..bench.features import Features
 from ..errors import SaintError
 from ..eval.report import fingerprint
 from ..extras import require
+from ..graph import vote
 from ..images import reason
 from ..loading.models import load_model
 from ..loading.source import Loaded
@@ -22,11 +24,15 @@ from ..session import apply
 from .sources import Item, Reader
 
 _PATIENCE = 4  # images that the model may fail on before its first success
-_READERS = 8  # threads that read and decode
+_READERS = 8  # threads that read, decode and preprocess
+_GRID = 14  # patches along the shorter side
+_SAME = 0.95  # cosine of the pixels of two patches
+_WINDOW = 4  # batches whose images are sorted among each other
 
 ModelSource = str | Loaded | LoadedVLM | Callable[[], Any]
 Row = dict[str, Any]
-Picture = Image.Image | Exception
+Prepared = Image.Image | Tensor  # preprocessed [3, height, width], where the model takes pictures of one size
+Picture = Prepared | Exception
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +72,22 @@ class Job:
     def answers(self) -> bool:
         """Whether rows hold answers; embeddings otherwise."""
         return self.question is not None
+
+    @property
+    def ragged(self) -> bool:
+        """Whether images of a batch keep different numbers of tokens, and are padded to the longest."""
+        stages = self.plan.slots.get("vision", ())
+        return not self.answers and any(getattr(stage.method, "budget", None) == "sample" for stage in stages)
+
+    def units(self, items: Sequence[Item], batch: int) -> list[list[Item]]:
+        """The items in units that are made together: batches, or windows of batches where images are sorted.
+
+        They depend on the listing, ``batch`` and the plan alone, so a run that continues makes the same ones.
+        """
+        if batch < 1:
+            raise ValueError(f"batch must be >= 1, got {batch}")
+        size = batch * (_WINDOW if self.ragged else 1)
+        return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
     def facts(self) -> dict[str, Any]:
         """What rows depend on, plain data for the manifest."""
@@ -146,6 +168,12 @@ class Worker:
             self.features.remove()
         self.session.remove()
 
+    def prepare(self, image: Image.Image) -> Prepared:
+        """What can be done of an image outside the model, in a thread of its own."""
+        if isinstance(self.loaded, Loaded) and self.loaded.source.batch is None:
+            return self.loaded.preprocess(image)
+        return image
+
     def rows(
         self, keys: Sequence[str], paths: Sequence[str], pictures: Sequence[Picture], questions: Sequence[str] = ()
     ) -> list[Row]:
@@ -154,7 +182,7 @@ class Worker:
         Args:
             keys: of the rows.
             paths: files to look at.
-            pictures: images, or why there is none.
+            pictures: images as :meth:`prepare` gives them, or why there is none.
             questions: one per image; none means the job's.
 
         Raises:
@@ -167,7 +195,7 @@ class Worker:
             asked: Sequence[str | None] = questions or [self.job.question] * len(rows)
             for row, question in zip(rows, asked, strict=True):
                 row["question"] = question
-        good: list[tuple[Row, Image.Image]] = []
+        good: list[tuple[Row, Prepared]] = []
         for row, picture in zip(rows, pictures, strict=True):
             if isinstance(picture, Exception):
                 row["error"] = reason(picture)
@@ -176,7 +204,7 @@ class Worker:
         self._run(good)
         return rows
 
-    def _run(self, good: list[tuple[Row, Image.Image]]) -> None:
+    def _run(self, good: list[tuple[Row, Prepared]]) -> None:
         if not good:
             return
         try:
@@ -197,7 +225,7 @@ class Worker:
         for (row, _), result in zip(good, made, strict=True):
             row.update(result)
 
-    def _forward(self, rows: Sequence[Row], images: Sequence[Image.Image]) -> list[Row]:
+    def _forward(self, rows: Sequence[Row], images: Sequence[Any]) -> list[Row]:
         made: list[Row]
         if isinstance(self.loaded, LoadedVLM):
             inputs = self.loaded.inputs([row["question"] for row in rows], images)
@@ -208,7 +236,8 @@ class Worker:
             made = [{"answer": self.loaded.decode(new)} for new in tokens[:, inputs["input_ids"].shape[1] :]]
         else:
             assert self.features is not None
-            features, _ = self.features(self.loaded.inputs(images))  # [B, C]
+            inputs = self.loaded.inputs_of(images) if isinstance(images[0], Tensor) else self.loaded.inputs(images)
+            features, _ = self.features(inputs)  # [B, C]
             made = [
                 {"embedding": row.numpy()} if bool(finite) else {"error": "the embedding is not finite"}
                 for row, finite in zip(features, torch.isfinite(features).all(1), strict=True)
@@ -228,7 +257,7 @@ class Worker:
         return found
 
 
-def picture(read: Callable[[], Image.Image]) -> Picture:
+def picture(read: Callable[[], Prepared]) -> Picture:
     """What ``read`` returns, or what it raises."""
     try:
         return read()
@@ -236,14 +265,34 @@ def picture(read: Callable[[], Image.Image]) -> Picture:
         return error
 
 
-def stream(worker: Worker, batches: Iterable[Sequence[Item]]) -> Iterator[list[Row]]:
-    """Rows of each batch; the next batch is read and decoded while one is in the model."""
+def sameness(pixels: Tensor) -> int:
+    """How redundant the patches of [3, height, width] are: votes of the paper's graph on their pixels. Costs no model.
+
+    On 250 photographs its rank correlation with the tokens that CLIP ViT-B/16 drops (threshold 0.75) is 0.82; that of bytes per
+    pixel of the file is 0.67, that of differences between neighbouring pixels 0.61.
+    """
+    side = max(1, min(pixels.shape[1:]) // _GRID)
+    patches = torch.nn.functional.unfold(pixels[None], side, stride=side)  # [1, D, N]
+    return int(vote(patches.transpose(1, 2), _SAME).votes.sum())
+
+
+def alike(pictures: Sequence[Picture], batch: int) -> list[list[int]]:
+    """Places of ``pictures`` in batches of similar sameness; in their order where they fit into one."""
+    order = list(range(len(pictures)))
+    if len(order) > batch:
+        same = [sameness(one) if isinstance(one, Tensor) else -1 for one in pictures]
+        order.sort(key=lambda place: same[place])
+    return [order[start : start + batch] for start in range(0, len(order), batch)]
+
+
+def stream(worker: Worker, units: Iterable[Sequence[Item]], batch: int) -> Iterator[list[Row]]:
+    """Rows of each batch of each unit; the next unit is read, decoded and preprocessed while one is in the model."""
     reader = Reader()
 
     def read(item: Item) -> Picture:
-        return picture(lambda: reader(item))
+        return picture(lambda: worker.prepare(reader(item)))
 
-    queue = iter(batches)
+    queue = iter(units)
     with ThreadPoolExecutor(_READERS) as pool:
 
         def ahead() -> tuple[Sequence[Item], list[Future[Picture]]]:
@@ -252,6 +301,9 @@ def stream(worker: Worker, batches: Iterable[Sequence[Item]]) -> Iterator[list[R
 
         items, coming = ahead()
         while items:
-            now, pictures = items, coming
+            now, futures = items, coming
             items, coming = ahead()
-            yield worker.rows([i.key for i in now], [i.path for i in now], [future.result() for future in pictures])
+            pictures = [future.result() for future in futures]
+            for places in alike(pictures, batch):
+                some = [now[i] for i in places]
+                yield worker.rows([i.key for i in some], [i.path for i in some], [pictures[i] for i in places])
