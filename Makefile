@@ -8,7 +8,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin
 
-.PHONY: help setup demo test mutants names matrix check fix bench results analysis tables docs lock clean
+.PHONY: help setup demo test engines mutants names matrix check fix bench results analysis tables docs lock clean
 help:            ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -25,6 +25,9 @@ demo: $(STAMP)   ## prune a real CLIP on real photographs, with pictures in demo
 	$(RUN)/saint demo $(ARGS)
 test: $(STAMP)   ## the whole suite
 	$(RUN)/python -m pytest $(ARGS)
+engines: $(STAMP) ## engines of other projects (Ray): installs their extras and runs their tests
+	$(RUN)/python -m pip install --quiet $(addprefix -c ,$(CONSTRAINTS)) -e '.[ray]'
+	$(RUN)/python -m pytest tests/engines $(ARGS)
 mutants: $(STAMP) ## do the tests notice small errors? writes docs/testing.md (ARGS='--only graph --minutes 10')
 	$(RUN)/python tools/mutants.py $(ARGS)
 names: $(STAMP)  ## seconds: are all names of other libraries that saint relies on still there?

@@ -15,9 +15,9 @@ from PIL import Image
 from test_cli import one_line, run  # noqa: F401  (a fixture)
 
 import saint
+from saint.bench.features import Features
 from saint.eval import compare, evaluate_images, find_samples
 from saint.eval import scores as score_
-from saint.eval.images import _Probe
 from saint.loading import load_model
 from saint.methods import Random
 from saint.plan import Plan, Stage
@@ -270,7 +270,7 @@ def test_transformers_features_are_the_classifiers_input(tmp_path):
     model = build("transformers/vit")
     model.num_labels  # noqa: B018  (a classifier)
     pixels = torch.randn(2, 3, 96, 96)
-    features, logits = _Probe(model)({"pixel_values": pixels})
+    features, logits = Features(model)({"pixel_values": pixels})
     with torch.no_grad():
         assert torch.allclose(model.classifier(features), logits, atol=1e-5)
         assert torch.allclose(model(pixels).logits, logits, atol=1e-5)
@@ -470,7 +470,7 @@ def test_broken_images_are_told_and_the_status_says_so(run, folder, tmp_path):  
 def test_an_interruption_says_how_to_go_on(run, folder, tmp_path, monkeypatch):  # noqa: F811
     from saint.eval import images
 
-    real, calls = images._Probe.__call__, []
+    real, calls = images.Features.__call__, []
 
     def interrupted(self, inputs):
         calls.append(1)
@@ -478,7 +478,7 @@ def test_an_interruption_says_how_to_go_on(run, folder, tmp_path, monkeypatch): 
             raise KeyboardInterrupt
         return real(self, inputs)
 
-    monkeypatch.setattr(images._Probe, "__call__", interrupted)
+    monkeypatch.setattr(images.Features, "__call__", interrupted)
     args = ["eval", "images", *TINY[:1], folder, *TINY[1:], "--plan", PLAN, "--batch", 2, "--json", tmp_path / "r.json"]
     code, _, err = run(*args)
     assert code == 130

@@ -47,7 +47,8 @@ UPPER = {
     "eval": {"bench", "loading"},
     "analysis": {"bench", "eval", "loading"},
     "tuning": {"bench", "eval", "analysis"},
-    "backends": set(),
+    "embed": {"records", "bench", "eval", "loading"},
+    "backends": {"records", "loading", "embed"},
     "report": {"records"},  # reads records; loads no model
     "ui": {"bench", "view", "demo", "loading", "report"},
     "cli": {
@@ -60,6 +61,7 @@ UPPER = {
         "eval",
         "analysis",
         "tuning",
+        "embed",
         "backends",
         "report",
         "ui",
@@ -72,7 +74,7 @@ ROOMS = {
     "eval/journal": {"errors"},
     "eval/loop": {"errors", "extras", "eval/journal"},
     "eval/report": {"plan", "session", "eval/compare", "eval/loop"},
-    "eval/data": {"extras", "images", "loading/failures", "eval/loop"},
+    "eval/data": {"extras", "images", "loading/failures", "loading/shards", "eval/loop"},
     "analysis/similarity": {"graph"},  # formulas, here and in the next four
     "analysis/attention": set(),
     "analysis/geometry": set(),
@@ -84,6 +86,9 @@ ROOMS = {
     "loading/failures": {"errors"},
     "loading/photos": {"images"},
     "loading/plans": {"plan"},
+    "loading/shards": set(),
+    "embed/sources": {"extras", "images", "loading/shards"},  # lists and reads; loads no model
+    "embed/parts": {"errors", "extras", "records", "embed/sources"},
     "report/charts": {"report/markup"},  # from numbers to pictures
     "report/markup": set(),
     "report/reading": {"records"},

@@ -1,1 +1,1 @@
-"""Pruned models outside of PyTorch's eager mode."""
+"""Pruned models in engines and formats of other projects, one module each."""

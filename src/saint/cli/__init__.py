@@ -20,6 +20,7 @@ COMMANDS = {  # name -> module; the function (or group of commands) carries the 
     "analyze": "analyze",
     "tune": "tune",
     "export": "export",
+    "embed": "embed",
     "report": "report",
     "ui": "ui",
     "list": "tables",

@@ -1,7 +1,6 @@
 """Labelled images where people keep them: a folder per class, webdataset shards, Hugging Face data sets."""
 
 import json
-import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from PIL import Image
 
 from ..extras import require
 from ..images import endings, read_image
+from ..loading import shards as shards_
 from ..loading.failures import explained
 from .loop import Failure
 
@@ -113,27 +113,16 @@ def _file(file: Path, root: Path, label: int | None) -> Sample:
     return Sample(name, name, lambda: read_image(file), label)
 
 
-_IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff")
-
-
 def _shards(shards: Sequence[Path]) -> Samples:
-    """The webdataset layout: members of one sample are neighbours that share the name up to the first dot."""
     items: list[Sample] = []
     bad: list[Failure] = []
     for shard in shards:
-        groups: dict[str, dict[str, tarfile.TarInfo]] = {}
-        try:
-            with tarfile.open(shard, "r:") as tar:  # members are read in place: not compressed
-                for member in tar:
-                    folder, _, base = member.name.rpartition("/")
-                    stem, _, ending = base.partition(".")
-                    if member.isfile() and ending:
-                        groups.setdefault(f"{folder}/{stem}".lstrip("./"), {})[ending.lower()] = member
-        except tarfile.TarError as error:
-            bad.append(Failure(shard.name, shard.name, f"not a complete, uncompressed .tar file: {error}"))
+        groups, broken = shards_.groups(shard)
+        if broken is not None:
+            bad.append(Failure(shard.name, shard.name, broken))
         for key, members in groups.items():
             where = f"{shard.name}: {key}"
-            picture = next((members[e] for e in members if e in _IMAGES), None)
+            picture = shards_.picture(members)
             if picture is None:
                 bad.append(Failure(f"{shard.name}/{key}", where, f"no image among {', '.join(members)}"))
                 continue
@@ -146,30 +135,21 @@ def _shards(shards: Sequence[Path]) -> Samples:
     return Samples(items, None, bad)
 
 
-def _label(shard: Path, members: dict[str, tarfile.TarInfo]) -> int | None:
+def _label(shard: Path, members: dict[str, shards_.Member]) -> int | None:
     if "cls" in members:
-        text = _bytes(shard, members["cls"]).decode().strip()
+        text = shards_.contents(shard, members["cls"]).decode().strip()
         if not text.isdigit():
             raise ValueError(f"the label must be a class number, got {text[:40]!r}")
         return int(text)
     if "json" in members:
-        fields = json.loads(_bytes(shard, members["json"]))
+        fields = json.loads(shards_.contents(shard, members["json"]))
         value = fields.get("label", fields.get("cls")) if isinstance(fields, dict) else None
         return value if isinstance(value, int) else None
     return None
 
 
-def _bytes(shard: Path, member: tarfile.TarInfo) -> bytes:
-    with shard.open("rb") as file:
-        file.seek(member.offset_data)
-        data = file.read(member.size)
-    if len(data) < member.size:
-        raise ValueError(f"the shard ends inside {member.name}")
-    return data
-
-
-def _member(shard: Path, member: tarfile.TarInfo) -> Callable[[], Image.Image]:
-    return lambda: read_image(_bytes(shard, member))
+def _member(shard: Path, member: shards_.Member) -> Callable[[], Image.Image]:
+    return lambda: read_image(shards_.contents(shard, member))
 
 
 def _saved(path: Path, split: str | None) -> Samples:

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..bench.agreement import answer
 from ..bench.encoder import copy_sharing_weights
+from ..bench.features import Features, classifier
 from ..errors import AlreadyAppliedError
 from ..plan import Plan
 from ..session import Session, apply, status
@@ -90,7 +90,7 @@ def evaluate_images(
         "text": None if text is None else digest(text.double().cpu().tolist()),
     }
     processes = Processes.here(parameter.device.type == "cpu")
-    probes: dict[str, _Probe] = {}
+    probes: dict[str, Features] = {}
     sessions: dict[str, Session] = {}
 
     def score(items: Sequence[Sample], images: Sequence[Image.Image]) -> list[dict[str, Any]]:
@@ -123,11 +123,11 @@ def evaluate_images(
         return entries
 
     try:
-        probes[BASE] = _Probe(copy_sharing_weights(model))
+        probes[BASE] = Features(copy_sharing_weights(model))
         for plan, what in plans.items():
             copy = copy_sharing_weights(model)
             sessions[plan] = apply(copy, what)
-            probes[plan] = _Probe(copy)
+            probes[plan] = Features(copy)
         loop = Loop(
             lambda sample: sample.load(),
             score,
@@ -214,43 +214,9 @@ def _choose(
     return tuple(name for name in SCORES if name in wanted)
 
 
-def _head(model: nn.Module) -> nn.Module | None:
-    """The classifier: what timm's ``get_classifier`` or transformers' ``classifier`` is."""
-    if hasattr(model, "get_classifier"):
-        head = model.get_classifier()  # type: ignore[operator]
-        head = head[0] if isinstance(head, tuple) else head  # distilled DeiT has two
-    else:
-        head = next((getattr(model, n) for n in ("classifier", "cls_classifier") if hasattr(model, n)), None)
-    return head if isinstance(head, nn.Linear) else None
-
-
 def _outputs(model: nn.Module) -> int | None:
-    head = _head(model)
-    return None if head is None else int(head.out_features)  # type: ignore[arg-type]
-
-
-class _Probe:
-    """One forward that gives features [B, C] and, where there is a classifier, logits [B, classes]; float32, on the CPU."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.features: Tensor | None = None
-        self.head = _head(model)
-        if self.head is not None:
-            self.head.register_forward_pre_hook(self._note)  # on a copy of the user's model
-
-    def _note(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.features = args[0]
-
-    def __call__(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-        self.features = None
-        with torch.inference_mode():
-            _, output = answer(self.model(**inputs))
-        output = output.flatten(1).float().cpu()
-        if self.features is None:
-            return output, None
-        features = self.features if self.features.ndim == 2 else self.features[:, 0]
-        return features.float().cpu(), output
+    head = classifier(model)
+    return None if head is None else int(head.out_features)
 
 
 def _hits(logits: Tensor | None, items: Sequence[Sample], chosen: Sequence[str]) -> dict[str, Tensor]:

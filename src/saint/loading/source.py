@@ -61,9 +61,14 @@ class Loaded:
     def inputs(self, images: Sequence[Image.Image]) -> dict[str, Any]:
         """Keyword arguments of ``model.forward``: B images as [B, 3, height, width] in the model's dtype and place."""
         if self.source.batch is not None:
-            tensors = self.source.batch(list(images))
-        else:
-            tensors = {self.source.argument: torch.stack([self.preprocess(image) for image in images])}
+            return self._placed(self.source.batch(list(images)))
+        return self.inputs_of([self.preprocess(image) for image in images])
+
+    def inputs_of(self, pixels: Sequence[Tensor]) -> dict[str, Any]:
+        """:meth:`inputs` of B images that :meth:`preprocess` has seen, each [3, height, width]."""
+        return self._placed({self.source.argument: torch.stack(list(pixels))})
+
+    def _placed(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         moved = {k: t.to(self.device, dtype if t.is_floating_point() else None) for k, t in tensors.items()}
         return {**moved, **self.source.extra}

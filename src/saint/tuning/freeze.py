@@ -18,7 +18,7 @@ _FIXED = {"budget", "keep", "r"}  # settings that say how many tokens go, whatev
 
 
 def freeze(plan: PlanLike, model: nn.Module, images: Any) -> Plan:
-    """The plan with one number for all images where its methods let every image have its own.
+    """The plan with one number for all images where its methods, or a guard, let every image have its own.
 
     Each drop point of such a method becomes a stage that keeps a fixed share of the tokens in front of it: the mean number left
     there over ``images``, by the mean number that came. For images of one size that is one number of tokens per layer, so shapes
@@ -54,14 +54,14 @@ def freeze(plan: PlanLike, model: nn.Module, images: Any) -> Plan:
     for slot, stages in plan.slots.items():
         for stage in stages:
             _check(slot, stage.method)
-    if not any(counts_by_votes(stage.method) for stages in plan.slots.values() for stage in stages):
+    if not any(_varies(stage) for stages in plan.slots.values() for stage in stages):
         return plan
     layers, counts = _counted(plan, model, samples)
     slots = {}
     for slot, stages in plan.slots.items():
         frozen: list[Stage] = []
         for stage, chosen in zip(stages, layers[slot], strict=True):
-            frozen += _frozen(slot, stage, chosen, counts) if counts_by_votes(stage.method) else [stage]
+            frozen += _frozen(slot, stage, chosen, counts) if _varies(stage) else [stage]
         if frozen:
             slots[slot] = frozen
     if not slots:
@@ -69,6 +69,11 @@ def freeze(plan: PlanLike, model: nn.Module, images: Any) -> Plan:
             f"on the {len(samples)} image(s) no token leaves, so nothing is left to freeze: give a lower threshold, or others"
         )
     return Plan(**slots)
+
+
+def _varies(stage: Stage) -> bool:
+    """Whether images keep their own numbers of tokens."""
+    return counts_by_votes(stage.method) or stage.guard > 0
 
 
 def _check(slot: str, method: Method) -> None:
@@ -122,6 +127,6 @@ def _frozen(slot: str, stage: Stage, layers: Sequence[int], counts: _Counts) -> 
         if left >= came:
             continue
         at = None if entry else [layer]
-        out.append(dataclasses.replace(stage, method=with_budget(stage.method, left / came), layers=at))
+        out.append(dataclasses.replace(stage, method=with_budget(stage.method, left / came), layers=at, guard=0.0))
         came = left
     return out

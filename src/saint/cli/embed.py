@@ -1,0 +1,95 @@
+"""`saint embed`: the embeddings of a folder of images, as parquet."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import (
+    MODEL_HELP,
+    Device,
+    DType,
+    Json,
+    Pretrained,
+    Size,
+    Threads,
+    describe,
+    err,
+    out,
+    progress,
+    resumable,
+    save,
+)
+
+
+def embed(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="a folder of images, .parquet files (bytes, or paths on disk) or .tar shards", metavar="DIR"
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the parts; a killed run continues there")],
+    model: Annotated[str, typer.Option("--model", help=MODEL_HELP)],
+    plan: Annotated[str, typer.Option("--plan", help="a recipe's name, JSON, or a .json file")],
+    batch: Annotated[int, typer.Option(min=1, help="images per forward")] = 32,
+    rows: Annotated[int, typer.Option(min=1, help="rows of a part")] = 1000,
+    column: Annotated[str | None, typer.Option(help="of parquet files [default: the one that holds images]")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="on a Ray cluster (RAY_ADDRESS), or all of this machine")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="with --ray, models [default: one per GPU, or per CPU]")
+    ] = None,
+    size: Size = None,
+    threads: Threads = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    pretrained: Pretrained = True,
+    json: Json = None,
+) -> None:
+    """Embed every image of DIR under a plan: a row each, with the tokens that were kept, or why it could not be read.
+
+    The folder of -o holds parquet parts and a manifest. The same command continues a run that was stopped; every row is there
+    once. Another model, plan or source is refused.
+    """
+    from ..embed.run import run
+    from ..embed.sources import find_items
+    from ..embed.work import Job
+    from ..loading import read_plan
+    from ..records import environment
+
+    if workers is not None and not ray:
+        raise ValueError("--workers is for --ray")
+    if ray and (device != "auto" or threads is not None):
+        raise ValueError("--device and --threads are not for --ray, which gives each model a GPU, or else a CPU")
+    chosen = read_plan(plan)
+    job = Job(model, chosen, pretrained=pretrained, size=size, dtype=dtype)
+    with err.status(f"listing {source}"):
+        items = find_items(source, column=column)
+    with resumable(output), progress("embedding", len(items)) as tick:
+        if ray:
+            from ..backends.ray import local_cluster
+            from ..backends.ray import run as run_on_ray
+
+            with local_cluster():
+                made = run_on_ray(items, source, job, output, batch=batch, rows=rows, workers=workers, tick=tick)
+        else:
+            if threads is not None:
+                import torch
+
+                torch.set_num_threads(threads)
+            made = run(items, source, job, output, batch=batch, device=device, rows=rows, tick=tick)
+    out.print(f"[bold]{model}[/]  {describe(chosen)}", highlight=False, soft_wrap=True)
+    resumed = f", {made.resumed} of them from an earlier run" if made.resumed else ""
+    out.print(f"{made.count} rows in {output}{resumed}", highlight=False, soft_wrap=True)
+    if json is not None:
+        record = {
+            "model": model,
+            "plan": chosen.to_dict(),
+            "images": made.count,
+            "errors": made.errors,
+            "resumed": made.resumed,
+        }
+        save(json, {"kind": "embed", **record, "batch": batch, "ray": ray, "environment": environment()})
+    if made.errors:
+        err.print(f"[yellow]{made.errors} image(s) could not be embedded: their rows hold the error[/]")
+        raise typer.Exit(1)

@@ -1,0 +1,210 @@
+"""Images where people keep them: folders, parquet files with bytes or paths, webdataset shards; listed, then read one by one."""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from PIL import Image
+
+from ..extras import require
+from ..images import endings, read_image
+from ..loading import shards
+
+FORMS = "a folder of images, .parquet files, or .tar shards (a file, or a folder of one kind)"
+NAMES = (
+    "image",
+    "bytes",
+    "path",
+    "image_path",
+    "file",
+    "file_name",
+    "filename",
+    "url",
+    "uri",
+)  # of columns with images
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An image that is not read yet; plain data, so that it can be sent to another process.
+
+    Attributes:
+        key: unique within the source, and the same wherever the source lies.
+        path: file to look at.
+        size: bytes, where known.
+        place: inside ``path``: offset in a shard, or row in a parquet file; -1 for a whole file.
+        column: of a parquet file with bytes; "" elsewhere.
+        error: why there is no image; "" where there may be one.
+    """
+
+    key: str
+    path: str
+    size: int = -1
+    place: int = -1
+    column: str = ""
+    error: str = ""
+
+
+def find_items(source: str | os.PathLike[str], *, column: str | None = None) -> list[Item]:
+    """The images at ``source``, in an order that never changes.
+
+    Args:
+        source: a folder (its subfolders included) of images, of ``.parquet`` files or of ``.tar`` shards, or one such file.
+        column: of parquet files: the images' bytes, their paths (from the file's folder) or ``file://`` URLs. None means the one
+            that is called like an image, or holds structs with ``bytes`` and ``path`` as the library datasets writes them.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: no image in it, several kinds of files, or no single column with images.
+        MissingExtraError: parquet, and pyarrow is not installed.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"no such source: {path}; give {FORMS}")
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    readable = endings()
+    kinds = {
+        ".parquet": [f for f in files if f.suffix.lower() == ".parquet"],
+        ".tar": [f for f in files if f.suffix.lower() == ".tar"],
+        "image": [f for f in files if f.suffix.lower() in readable],
+    }
+    found = [kind for kind, those in kinds.items() if those]
+    if len(found) != 1:
+        held = f"files of several kinds ({', '.join(found)})" if found else "no image"
+        raise ValueError(f"{path} holds {held}; give {FORMS}")
+    if column is not None and found != [".parquet"]:
+        raise ValueError(f"a column is of parquet files, and {path} holds {found[0]} files: leave it out")
+    root = path.parent if path.is_file() else path
+    items: list[Item] = []
+    for file in kinds[found[0]]:
+        name = file.relative_to(root).as_posix()
+        if found == ["image"]:
+            items.append(Item(name, str(file), file.stat().st_size))
+        else:
+            items += _shard(file, name) if found == [".tar"] else _parquet(file, name, column)
+    if not items:
+        raise ValueError(f"{path} holds no image; give {FORMS}")
+    return items
+
+
+def _shard(file: Path, name: str) -> Iterator[Item]:
+    groups, broken = shards.groups(file)
+    for key, members in groups.items():
+        image = shards.picture(members)
+        if image is None:
+            yield Item(f"{name}/{key}", str(file), error=f"no image among {', '.join(members)}")
+        else:
+            yield Item(f"{name}/{key}", str(file), image.size, image.offset)
+    if broken is not None:
+        yield Item(name, str(file), error=broken)
+
+
+def _parquet(file: Path, name: str, column: str | None) -> Iterator[Item]:
+    parquet = require("pyarrow.parquet", "embed")
+    opened = parquet.ParquetFile(file)
+    column, paths = _column(opened.schema_arrow, file, column)
+    if not paths:
+        for row in range(opened.metadata.num_rows):
+            yield Item(f"{name}/{row}", str(file), place=row, column=column)
+        return
+    values = opened.read(columns=[column]).column(0).to_pylist()
+    for row, value in enumerate(values):
+        yield located(f"{name}/{row}", value, file.parent)
+
+
+def located(key: str, value: str | None, folder: Path) -> Item:
+    """The item of a path (from ``folder``) or a ``file://`` URL."""
+    if not value:
+        return Item(key, "", error="the path is empty")
+    url = urlsplit(value)
+    if url.scheme == "file":
+        return Item(key, unquote(url.path))
+    if url.scheme and "://" in value:
+        return Item(key, value, error=f"not on disk: {url.scheme} is not fetched; download it and give the path")
+    return Item(key, str(folder / value))
+
+
+def _column(schema: Any, file: Path, wanted: str | None) -> tuple[str, bool]:
+    """The column with images, and whether it holds paths."""
+    types = require("pyarrow.types", "embed")
+
+    def holds(kind: Any) -> bool | None:  # True: paths, False: bytes, None: no images
+        if types.is_struct(kind):
+            return False if kind.get_field_index("bytes") >= 0 else None
+        if types.is_binary(kind) or types.is_large_binary(kind):
+            return False
+        return True if types.is_string(kind) or types.is_large_string(kind) else None
+
+    held = {field.name: holds(field.type) for field in schema}
+    if wanted is not None:
+        if held.get(wanted) is None:
+            said = "is not there" if wanted not in held else f"is of type {schema.field(wanted).type}"
+            raise ValueError(
+                f"the column {wanted!r} of {file} {said}; expected bytes, a path, or a struct with bytes, in one of {list(held)}"
+            )
+        return wanted, bool(held[wanted])
+    fitting = [name for name, paths in held.items() if paths is False]
+    fitting = fitting or [name for name, paths in held.items() if paths and name.lower() in NAMES]
+    if len(fitting) != 1:
+        raise ValueError(
+            f"{file} has {'several columns' if fitting else 'no column'} that may hold images "
+            f"({', '.join(fitting or held)}): name one (--column)"
+        )
+    return fitting[0], bool(held[fitting[0]])
+
+
+class Reader:
+    """Reads items; keeps the last row groups of parquet files. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
+        self._starts: dict[str, list[int]] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, item: Item) -> Image.Image:
+        """The image: upright, opaque, 8-bit RGB.
+
+        Raises:
+            ValueError: there is none, or it cannot be decoded.
+            OSError: it cannot be read.
+        """
+        if item.error:
+            raise ValueError(item.error)
+        if item.column:
+            return self._row(item)
+        if item.place >= 0:
+            return read_image(shards.contents(Path(item.path), shards.Member(item.key, item.place, item.size)))
+        return read_image(Path(item.path))
+
+    def _row(self, item: Item) -> Image.Image:
+        with self._lock:
+            values, first = self._group(item)
+            value = values[item.place - first].as_py()
+        if isinstance(value, dict):
+            if not value.get("bytes"):
+                return self(located(item.key, value.get("path"), Path(item.path).parent))
+            value = value["bytes"]
+        if not value:
+            raise ValueError("the row holds no bytes")
+        return read_image(bytes(value))
+
+    def _group(self, item: Item) -> tuple[Any, int]:
+        """The row group that holds ``item``, and its first row."""
+        parquet = require("pyarrow.parquet", "embed")
+        if item.path not in self._starts:
+            metadata = parquet.read_metadata(item.path)
+            rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+            self._starts[item.path] = [sum(rows[:i]) for i in range(len(rows))]
+        starts = self._starts[item.path]
+        group = max(i for i, start in enumerate(starts) if start <= item.place)
+        if (item.path, group) not in self._groups:
+            if len(self._groups) == 2:  # batches go through rows in order, and may lie across a border
+                self._groups.popitem(last=False)
+            table = parquet.ParquetFile(item.path).read_row_group(group, columns=[item.column])
+            self._groups[item.path, group] = table.column(0)
+        return self._groups[item.path, group], starts[group]
