@@ -213,6 +213,7 @@ class Looks(Bessel):
 
 REFUSED = {
     "votes": (saint.Saint(), "m.onnx", ValueError, "Saint.*own number of tokens.*freeze the plan"),
+    "a guard": (WEIGH.guarded(0.5), "m.onnx", ValueError, "guard=0.5 gives every picture.*freeze the plan"),
     "another stage": (Plan(connector=saint.SaintFullGraph(keep=5)), "m.onnx", ValueError, "only the vision stage"),
     "an operator": (Stage(Bessel(), layers=[0]), "m.onnx", saint.UnsupportedModelError, "bessel_j0.*pt2 file can"),
     "a look": (Stage(Looks(), layers=[0]), "m.pt2", saint.UnsupportedModelError, "torch.export cannot"),

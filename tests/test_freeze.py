@@ -145,3 +145,18 @@ def test_prompts_without_images_say_nothing_of_visual_tokens():
     assert isinstance(inputs, Mapping)
     with pytest.raises(ValueError, match="give prompts with images"):
         saint.freeze(Plan(vision=VOTES), model, [inputs])
+
+
+def test_a_guard_is_counted_in_and_gone(vit):
+    noise = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    image = torch.nn.functional.interpolate(noise, testing.example_inputs(vit)["x"].shape[-2:])
+    plan = Plan(vision=Stage(methods.Grid(keep=0.4), layers=[0, 1])).guarded(0.8)
+    with saint.pruned(vit, plan) as session:
+        vit(image)
+        kept = [entry.tokens_out.tolist() for entry in session.trace]
+        assert kept[-1][0] > 0.4 * int(session.trace[0].tokens_in[0]), "the guard binds, or this tests nothing"
+    frozen = saint.freeze(plan, vit, image)
+    assert all(stage.guard == 0 for stage in frozen.slots["vision"])
+    with saint.pruned(vit, frozen) as session:
+        vit(image)
+        assert int(session.trace[-1].tokens_out[0]) == round(sum(kept[-1]) / 2)

@@ -63,6 +63,7 @@ TESTS = {
     "test_support.py::test_a_changed_block_is_an_error_not_a_wrong_number "
     "test_support.py::test_ragged_batches_without_masks test_tome.py test_modes.py",
     "vision/encoder": "test_modes.py test_tome.py test_support.py::test_ragged_batches_without_masks test_scored.py",
+    "vision/guard": "test_guard.py",
     "vision/inputs": "test_modes.py test_scored.py test_support.py::test_patches_of_pictures_of_several_shapes",
     "vision/locate": "test_plugins.py test_support.py::test_unknown_models_hear_what_was_looked_for "
     "test_support.py::test_two_encoders_ask_which "
