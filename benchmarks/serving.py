@@ -20,7 +20,8 @@ from typing import Any
 SIDE, PATCH, IMAGE, PAD, VOCAB = 336, 14, 4, 0, 1024
 SHAPES = {  # tower: channels, layers; language model: channels, MLP, layers
     "tiny": ((64, 2), (128, 256, 2)),  # to try the script
-    "200m": ((256, 12), (1024, 2816, 16)),  # tower : language model = 1 : 21, as in LLaVA-1.5 7B
+    "120m": ((192, 12), (768, 2048, 16)),  # tower : language model = 1 : 21, as in LLaVA-1.5 7B
+    "200m": ((256, 12), (1024, 2816, 16)),
 }
 
 
@@ -168,10 +169,11 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--shape", choices=SHAPES, default="200m")
+    parser.add_argument("--shape", choices=SHAPES, default="120m")
     parser.add_argument("--keep", type=float, default=0.25, help="fraction of the visual tokens")
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=2, help="requests per place in flight")
     parser.add_argument("--words", type=int, default=40, help="text tokens of a prompt")
     parser.add_argument("--new", type=int, default=16, help="tokens of an answer")
     parser.add_argument("--dtype", default="bfloat16")
@@ -198,7 +200,7 @@ def main() -> None:
         for keep in (1.0, given.keep):
             client.run(2, 2, keep)  # warm-up
         load = os.getloadavg()[0]
-        rows = measure(client, {n: max(4, 2 * n) for n in given.in_flight}, given.keep, given.rounds)
+        rows = measure(client, {n: max(4, given.turns * n) for n in given.in_flight}, given.keep, given.rounds)
     if given.json is not None:
         from saint.backends.vllm import names
         from saint.records import environment, write_json

