@@ -177,11 +177,14 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=40, help="text tokens of a prompt")
     parser.add_argument("--new", type=int, default=16, help="tokens of an answer")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, default=2, help="1 on a busy machine, where threads wait for each other")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the client steps the engine and reads its KV manager
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2"),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(given.threads),
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
     }

@@ -154,3 +154,14 @@ def test_serve_says_what_is_missing(line, why, capsys, monkeypatch):
 def test_the_plan_of_serve_is_json_that_the_engine_reads():
     plan = saint.Plan(connector=DIVPRUNE(keep=0.25))
     assert saint.Plan.load(json.dumps(plan.to_dict())) == plan
+
+
+def test_the_page_lists_what_is_pruned():
+    import re
+    from pathlib import Path
+
+    from saint.backends.vllm import names
+
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    listed = re.findall(r"^\| .* \| `(\w+)` \|", page, re.MULTILINE)
+    assert sorted(listed) == sorted(names.ARCHITECTURES)

@@ -65,7 +65,9 @@ def main(jobs):
         noted.clear()
         prompts = [request(job, jobs["side"]) for job in requests]
         ways = [
-            SamplingParams(temperature=0, max_tokens=job["new"], ignore_eos=True, logit_bias=dict.fromkeys(jobs["never"], -100))
+            SamplingParams(
+                temperature=0, max_tokens=job["new"], ignore_eos=True, logit_bias=dict.fromkeys(jobs["never"], -100)
+            )
             for job in requests
         ]
         try:
