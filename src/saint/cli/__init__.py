@@ -23,9 +23,12 @@ COMMANDS = {  # name -> module; the function (or group of commands) carries the 
     "embed": "embed",
     "report": "report",
     "ui": "ui",
+    "serve": "serve",
     "list": "tables",
     "env": "tables",
 }
+
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # options of the program that is started
 
 app = typer.Typer(
     help="SAINT: drop redundant visual tokens, without training, in unmodified models.",
@@ -53,7 +56,7 @@ for _name, _module in COMMANDS.items():
     if isinstance(_command, typer.Typer):
         app.add_typer(_command, name=_name)
     else:
-        app.command(_name)(_command)
+        app.command(_name, context_settings=_PASSED_ON if _name == "serve" else None)(_command)
 
 
 def main(args: list[str] | None = None) -> None:

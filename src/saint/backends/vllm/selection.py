@@ -1,0 +1,67 @@
+"""Which of a picture's features enter the language model.
+
+Letters: B pictures, N features of one, K kept, C channels.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...gathers import gather_tokens
+from ...tokens import Candidates, TokenMap
+from .budget import Choice
+
+
+def prune(features: Sequence[Tensor], packed: Sequence[Tensor]) -> list[Tensor]:
+    """Shorten each picture's features to the places that its prompt has.
+
+    Args:
+        features: per picture, [N, C].
+        packed: per picture, :meth:`Choice.packed`.
+
+    Returns:
+        Per picture [K, C], in their order.
+
+    Raises:
+        ValueError: features of another number than the prompt was made for.
+    """
+    choices = [Choice.unpacked(one) for one in packed]
+    if len(choices) != len(features):
+        raise ValueError(f"{len(features)} pictures came out of the encoder, expected {len(choices)}")
+    for one, choice in zip(features, choices, strict=True):
+        if one.shape[0] != sum(choice.runs):
+            raise ValueError(
+                f"the encoder made {one.shape[0]} features of a picture, its prompt counts on {sum(choice.runs)}"
+            )
+    kept: list[Tensor] = list(features)
+    for choice in dict.fromkeys(choices):  # equal ones together
+        members = [i for i, other in enumerate(choices) if other == choice]
+        together = torch.stack([features[i] for i in members])  # [B, N, C]
+        short = gather_tokens(together, choose(together, choice), 0)  # [B, K, C]
+        for i, one in zip(members, short.unbind(0), strict=True):
+            kept[i] = one
+    return kept
+
+
+def choose(features: Tensor, choice: Choice) -> Tensor:
+    """The places that stay, of pictures with one choice.
+
+    Args:
+        features: [B, N, C]. NaN and infinity count as 0: no picture of one user may stop an engine that serves others.
+        choice: what to keep.
+
+    Returns:
+        int64 [B, K], ascending.
+    """
+    features = torch.nan_to_num(features, nan=0.0, posinf=0.0, neginf=0.0)
+    kept, start = [], 0
+    for run, goal in zip(choice.runs, choice.goals, strict=True):
+        shown = features[:, start : start + run]
+        tokens = TokenMap.full(shown.shape[0], run, shown.device)
+        method = dataclasses.replace(choice.method, keep=goal)
+        selection = method.select(Candidates(shown, shown, tokens, step=0, steps=1))
+        kept.append((tokens.index if selection is None else selection.slots) + start)
+        start += run
+    return torch.cat(kept, 1)

@@ -1,0 +1,167 @@
+"""What vLLM is asked to keep, without vLLM: plans, requests, shares of tiles, the choice of features, `saint serve`."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import saint
+from saint.backends.vllm import budget, selection
+from saint.backends.vllm.budget import Choice
+from saint.cli import main
+
+DIVPRUNE = saint.methods.DivPrune
+
+
+@pytest.mark.parametrize(
+    ("plan", "why"),
+    [
+        (saint.plan("llava-1.5/hybrid"), "vision stage of a plan: the encoder is vLLM's own"),
+        (saint.plan("llava-1.5/llm"), "language stage of a plan: in paged attention"),
+    ],
+)
+def test_what_vllm_cannot_follow_is_refused_with_the_reason(plan, why):
+    with pytest.raises(ValueError, match=why):
+        budget.of_plan(plan)
+
+
+def test_a_plan_of_the_connector_is_followed():
+    assert budget.of_plan(saint.plan("llava-1.5/divprune-128")) == DIVPRUNE(keep=128)
+    assert budget.of_plan(saint.Plan(connector=DIVPRUNE(keep=1.0))) is None
+    assert budget.of_plan(saint.Plan()) is None
+
+
+def test_the_engine_reads_its_plan(monkeypatch, tmp_path):
+    monkeypatch.delenv(budget.VARIABLE, raising=False)
+    assert budget.default() is None
+    saint.Plan(connector=DIVPRUNE(keep=0.25)).save(tmp_path / "plan.json")
+    monkeypatch.setenv(budget.VARIABLE, str(tmp_path / "plan.json"))
+    assert budget.default() == DIVPRUNE(keep=0.25)
+    monkeypatch.setenv(budget.VARIABLE, str(tmp_path / "none.json"))
+    with pytest.raises(ValueError, match=r"SAINT_PLAN=.*none\.json"):
+        budget.default()
+
+
+@pytest.mark.parametrize(
+    ("asked", "engine", "got"),
+    [
+        ({"keep": 0.5}, None, DIVPRUNE(keep=0.5)),
+        ({"keep": 0.5}, saint.SaintFullGraph(keep=99, step=8), saint.SaintFullGraph(keep=0.5, step=8)),
+        ({"method": "saint_full_graph", "step": 4}, saint.SaintFullGraph(keep=99, step=8), saint.SaintFullGraph(99, 4)),
+        ({"method": "random", "seed": 5}, DIVPRUNE(keep=7), saint.methods.Random(seed=5)),
+        ({"keep": 1.0}, DIVPRUNE(keep=7), None),
+        ({}, DIVPRUNE(keep=7), DIVPRUNE(keep=7)),
+    ],
+)
+def test_a_request_changes_the_plan_of_the_engine(asked, engine, got):
+    assert budget.requested(asked, engine) == got
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ({"method": "fastv", "keep": 9}, "FastV needs last_query.*caches a picture's features"),
+        ({"method": "saint"}, "Saint does not keep a fixed number of tokens"),
+        ({"method": "tome"}, "ToMe does not keep a fixed number"),
+        ({"keep": 0.0}, "keep must be an int >= 1"),
+        ({"keep": True}, "keep must be an int >= 1"),
+        ({"ratio": 0.5}, "ratio"),
+        ({"method": "divprun"}, "did you mean 'divprune'"),
+        (0.25, 'must be an object like {"keep": 0.25}'),
+    ],
+)
+def test_bad_requests_name_what_is_wrong(asked, why):
+    with pytest.raises(ValueError, match=why):
+        budget.requested(asked, None)
+
+
+@pytest.mark.parametrize("runs", [(36,), (9, 9, 9), (5, 1, 30), (4, 4, 4, 7)])
+def test_shares_of_tiles(runs):
+    total = sum(runs)
+    assert budget.shares(0.5, runs) == [max(1, math.floor(run / 2 + 0.5)) for run in runs]
+    for keep in range(len(runs), total + 1):
+        got = budget.shares(keep, runs)
+        assert sum(got) == keep
+        assert all(1 <= g <= run for g, run in zip(got, runs, strict=True))
+        exact = [keep * run / total for run in runs]
+        assert all(abs(g - e) < 1 or g == 1 for g, e in zip(got, exact, strict=True)) or min(exact) < 1
+    with pytest.raises(ValueError, match=f"only {total} candidates"):
+        budget.shares(total + 1, runs)
+    if len(runs) > 1:
+        with pytest.raises(ValueError, match="at least one of each"):
+            budget.shares(len(runs) - 1, runs)
+
+
+def test_a_choice_survives_the_way_to_the_model():
+    choice = Choice(saint.SaintFullGraph(keep=0.5, step=4, center=True), (36, 20), (18, 10))
+    assert Choice.unpacked(choice.packed()) == choice
+
+
+def test_features_are_chosen_run_by_run_whatever_their_neighbours():
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.randn(12, 8, generator=generator) for _ in range(3)]
+    choices = [Choice(DIVPRUNE(keep=0.5), (8, 4), (4, 2)), Choice(DIVPRUNE(keep=0.25), (12,), (3,))]
+    given = [choices[0], choices[1], choices[0]]
+    got = selection.prune(features, [choice.packed() for choice in given])
+    for one, choice, short in zip(features, given, got, strict=True):
+        (kept,) = selection.choose(one.unsqueeze(0), choice)
+        assert torch.equal(short, one[kept])
+        assert kept.tolist() == sorted(set(kept.tolist()))
+        assert len(kept) == sum(choice.goals)
+    first = selection.choose(features[0].unsqueeze(0), choices[0])[0]
+    assert [(first < 8).sum().item(), (first >= 8).sum().item()] == [4, 2]
+
+
+def test_bad_features_stop_no_engine():
+    features = torch.full((10, 4), torch.nan)
+    (short,) = selection.prune([features], [Choice(DIVPRUNE(keep=0.5), (10,), (5,)).packed()])
+    assert short.shape == (5, 4)
+
+
+def test_features_of_another_number_are_told():
+    with pytest.raises(ValueError, match="made 9 features of a picture, its prompt counts on 10"):
+        selection.prune([torch.zeros(9, 4)], [Choice(DIVPRUNE(keep=0.5), (10,), (5,)).packed()])
+
+
+def test_nothing_here_imports_vllm():
+    import subprocess
+    import sys
+
+    code = "import sys, saint.backends.vllm, saint.backends.vllm.model, saint.cli; assert 'vllm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("serve some/model --plan llava-1.5/divprune-128", r"vllm is not installed: pip install \"saint-vlm\[vllm\]\""),
+        ("serve some/model --plan llava-1.5/hybrid", "vLLM cannot follow the vision stage"),
+        ("serve timm:vit_tiny", "takes hf:NAME_OR_PATH"),
+    ],
+)
+def test_serve_says_what_is_missing(line, why, capsys, monkeypatch):
+    import re
+    import sys
+
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not installed
+    with pytest.raises(SystemExit) as ended:
+        main(line.split())
+    assert ended.value.code == 2
+    assert re.search(why, capsys.readouterr().err)
+
+
+def test_the_plan_of_serve_is_json_that_the_engine_reads():
+    plan = saint.Plan(connector=DIVPRUNE(keep=0.25))
+    assert saint.Plan.load(json.dumps(plan.to_dict())) == plan
+
+
+def test_the_page_lists_what_is_pruned():
+    import re
+    from pathlib import Path
+
+    from saint.backends.vllm import names
+
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    listed = re.findall(r"^\| .* \| `(\w+)` \|", page, re.MULTILINE)
+    assert sorted(listed) == sorted(names.ARCHITECTURES)
