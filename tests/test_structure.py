@@ -39,7 +39,6 @@ ALLOWED = {
 # behind the session; a package and what it may import of the others here, besides everything below the session
 UPPER = {
     "records": set(),
-    "backends": set(),
     "bench": set(),
     "testing": set(),
     "view": {"records"},

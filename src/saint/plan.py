@@ -120,8 +120,8 @@ class Stage:
     def to_dict(self) -> dict[str, Any]:
         layers = list(self.layers) if isinstance(self.layers, tuple) else self.layers
         data = {"method": self.method.to_dict(), "layers": layers, "placement": self.placement, "output": self.output}
-        data |= {"evict": True} if self.evict else {}
-        return data | ({"guard": self.guard} if self.guard else {})
+        rare = {"evict": self.evict, "guard": self.guard}  # older releases read plans without them
+        return {**data, **{name: value for name, value in rare.items() if value}}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Stage":

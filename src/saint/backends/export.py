@@ -145,8 +145,8 @@ def _check_plan(plan: Plan) -> None:
     for stage in plan.slots.get("vision", ()):
         if stage.guard:
             raise ValueError(
-                f"guard={stage.guard:g} gives every picture its own number of tokens, which no exported graph can have: freeze the "
-                "plan to images of yours (saint.freeze; saint export --images)"
+                f"guard={stage.guard:g} gives every picture its own number of tokens, which no exported graph can have: freeze "
+                "the plan to images of yours (saint.freeze; saint export --images)"
             )
         if counts_by_votes(stage.method):
             method = f"{type(stage.method).__name__}(budget={stage.method.to_dict()['budget']!r})"

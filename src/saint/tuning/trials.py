@@ -222,7 +222,8 @@ class Trials:
         if ids is None or not hasattr(self.model, "generate") or not _grows(sample, ids):
             return sample, 1
         with torch.inference_mode():
-            made = self.model.generate(
+            model: Any = self.model
+            made = model.generate(
                 **sample.kwargs,
                 max_new_tokens=ANSWER,
                 do_sample=False,

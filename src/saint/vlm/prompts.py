@@ -33,7 +33,8 @@ def answered(model: nn.Module, inputs: Mapping[str, Any], answer: Tensor) -> dic
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.shape == ids.shape:
             more = value[:, -1:].expand(-1, answer.shape[1])
-            if name == "token_type_ids" and model.config.model_type == "paligemma":
+            config: Any = model.config
+            if name == "token_type_ids" and config.model_type == "paligemma":
                 more = torch.ones_like(more)  # what is not part of the bidirectional prefix
             grown[name] = torch.cat([value, answer if value is ids else more], 1)
     return grown
