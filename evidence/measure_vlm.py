@@ -274,7 +274,7 @@ def modes_table(record: dict[str, Any]) -> list[str]:
         f"| unpruned | 196 | {percent(record['unpruned']['all'])} | | | | |",
     ]
     above: list[float] = []
-    for row in record["rows"]:
+    for row in sorted(record["rows"], key=lambda row: -row["paired"]["pruned"]):
         paired = row["paired"]
         behind = interval(dataclasses.asdict(compare(above, row["by_picture"]))) if above else ""
         above = row["by_picture"]
