@@ -25,11 +25,16 @@ def matching(record: dict[str, Any]) -> list[str]:
     rows = (
         [
             f"{row['share']:.3f}", row["name"], f"{row['reached']:.3f}", within(row["mean"], row["interval"], 4),
-            within(row["error_ratio"], row["ratio_interval"], 2),
+            within(row["error_ratio"], row["ratio_interval"], 2), *(speedup(row, batch) for batch in ("1", "8")),
         ]
-        for row in record["results"]
+        for row in sorted(record["results"], key=lambda row: row["share"])
     )  # fmt: skip
-    return table(["FLOPs", "plan", "reached", "agreement", "error ratio"], rows)
+    return table(["FLOPs", "plan", "reached", "agreement", "error ratio", "faster, batch 1", "batch 8"], rows)
+
+
+def speedup(row: dict[str, Any], batch: str) -> str:
+    found = row.get("speedup", {}).get(batch)
+    return "" if found is None else f"x{found['median']:.2f} [{found['p20']:.2f}, {found['p80']:.2f}]"
 
 
 def tuned(record: dict[str, Any]) -> list[str]:
