@@ -37,12 +37,13 @@ torch.set_num_threads(1)  # as in the actors
 COUNT = int(os.environ.get("EMBED_IMAGES", "240"))
 PLAN = saint.Saint(threshold=0.5)
 MODEL = {"model": "timm:test_vit", "plan": PLAN, "pretrained": False}
-TIMEOUT = 60 + COUNT / 10  # s
+PROMPT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}  # Ray's 15 waits for whatever else runs here
+TIMEOUT = 300 + COUNT / 10  # s; seconds where nothing else runs
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ |= PROMPT
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield
@@ -192,13 +193,14 @@ def test_killed_actors_and_drivers_lose_and_double_nothing(tmp_path):
     folder, out = make_folder(tmp_path / "in", COUNT), tmp_path / "out"
     whole = by_key(embed(folder, device="cpu", batch=4, output=tmp_path / "whole", **MODEL))
 
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | PROMPT
     first = subprocess.Popen(command(folder, out), env=environment, start_new_session=True)
-    wait(lambda: out.exists() and files(out), first)
+    some = max(1, COUNT // 80)  # a quarter of the parts
+    wait(lambda: len(files(out)) >= some, first)
     (killed, *_) = actors(first.pid)
     killed.send_signal(signal.SIGKILL)
     had = len(files(out))
-    wait(lambda: len(files(out)) > had, first)  # it goes on
+    wait(lambda: len(files(out)) >= had + some, first)  # it goes on
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     there = Rows.of(out).count
