@@ -6,6 +6,7 @@ from typing import ClassVar
 from .. import graph
 from ..tokens import Candidates, Selection
 from .base import FixedBudget
+from .saint_full_graph import SaintFullGraph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,9 @@ class DivPrune(FixedBudget):
     stages: ClassVar[frozenset[str]] = frozenset({"vision", "connector"})
 
     keep: int | float = 0.25  # survivors: a number (int) or a fraction of the candidates (float)
+
+    def layers(self, stage: str, depth: int) -> list[int]:
+        return SaintFullGraph().layers(stage, depth)  # late, where the other one-time choice among all tokens is
 
     def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
         tokens = candidates.tokens
