@@ -209,7 +209,8 @@ def main() -> None:
         from saint.records import environment, write_json
 
         record = {
-            "command": "serving",
+            "kind": "benchmarks/serving",
+            "command": "python benchmarks/serving.py",
             "environment": {**environment("cpu"), "vllm": names.version(), "load_before": load},
             "settings": {name: value for name, value in vars(given).items() if name != "json"},
             "parameters": parameters,
