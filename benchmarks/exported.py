@@ -61,6 +61,8 @@ def onnxruntime_graph(path: Path, threads: int) -> Callable[[Tensor], Any]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # each session has threads of its own; those of one that waits must not spin while another is timed
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda pixels: session.run(None, {"pixel_values": pixels.numpy()})
 
