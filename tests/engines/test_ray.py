@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_embed import by_key
 
 import saint
 from saint.embed import OutputError, Rows, embed
@@ -76,14 +77,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(folder):
     return by_key(embed(folder, device="cpu", batch=4, **MODEL))
-
-
-def by_key(rows):
-    found = {}
-    for row in rows:
-        assert row["key"] not in found, f"{row['key']} is there twice"
-        found[row["key"]] = row
-    return found
 
 
 def close(row, other):

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ..embed.parts import Parts
-from ..embed.run import Rows, check_output, facts_of
+from ..embed.run import Rows, written
 from ..embed.sources import NAMES, Item, Reader, find_items, located
 from ..embed.work import Job, ModelSource, Worker, picture, stream
 from ..errors import SaintError
@@ -176,15 +176,11 @@ def run(
     tick: Callable[[int], None],
 ) -> Rows:
     """:func:`saint.embed.run.run` on a cluster: the same batches, the same rows, the same folder; either continues the other."""
-    check_output(source, output)
-    with Parts(output, facts_of(job, source, items, batch), rows) as parts:
-        resumed = len(parts.done)
-        tick(resumed)
-        left = parts.missing(job.units(items, batch))
-        if left:
-            _write(_of_units(job, left, batch, workers, gpus, stamp=True), parts, tick)
-        parts.finish(len(items))
-    return Rows.of(Path(output), resumed)
+
+    def make(left: list[Sequence[Item]], parts: Parts) -> None:
+        _write(_of_units(job, left, batch, workers, gpus, stamp=True), parts, tick)
+
+    return written(items, source, job, output, batch=batch, rows=rows, tick=tick, make=make)
 
 
 @contextmanager

@@ -173,23 +173,43 @@ def run(
     tick: Callable[[int], None],
 ) -> Rows:
     """:func:`embed` and :func:`answer` behind the listing of the source."""
-    units = job.units(items, batch)
     if output is None:
+        units = job.units(items, batch)
         with Worker(job, device) as worker:
             made = []
             for found in stream(worker, units, batch):
                 made += found
                 tick(len(found))
         return Rows(len(made), sum(row.get("error") is not None for row in made), 0, None, job.table(made))
+
+    def make(left: list[Sequence[Item]], parts: Parts) -> None:
+        with Worker(job, device) as worker:
+            parts.check_weights(worker.weights)
+            for found in stream(worker, left, batch):
+                tick(parts.add(job.table(found)))
+
+    return written(items, source, job, output, batch=batch, rows=rows, tick=tick, make=make)
+
+
+def written(
+    items: Sequence[Item],
+    source: str | os.PathLike[str],
+    job: Job,
+    output: str | os.PathLike[str],
+    *,
+    batch: int,
+    rows: int,
+    tick: Callable[[int], None],
+    make: Callable[[list[Sequence[Item]], Parts], None],
+) -> Rows:
+    """The rows of a run in ``output``: ``make`` adds those of the units that an earlier run left, wherever its models are."""
+    units = job.units(items, batch)
     check_output(source, output)
     with Parts(output, facts_of(job, source, items, batch), rows) as parts:
         resumed = len(parts.done)
         tick(resumed)
         left = parts.missing(units)
         if left:
-            with Worker(job, device) as worker:
-                parts.check_weights(worker.weights)
-                for found in stream(worker, left, batch):
-                    tick(parts.add(job.table(found)))
+            make(left, parts)
         parts.finish(len(items))
     return Rows.of(Path(output), resumed)

@@ -197,8 +197,8 @@ class Trials:
     def _losses(self, numbers: Sequence[int], found: Tensor) -> list[float]:
         base = torch.cat([self._bases[number] for number in numbers])
         if self.generates:
-            steps = range(1, base.shape[1] + 1)
-            return [float(np.mean([next_token_kl(base[:, :i], found[:, :i]) for i in steps]))]
+            tokens = zip(base.split(1, 1), found.split(1, 1), strict=True)
+            return [float(np.mean([next_token_kl(one, other) for one, other in tokens]))]
         return sample_losses(self.measure, base, found)
 
     def _forward(self, numbers: Sequence[int]) -> Tensor:
