@@ -17,7 +17,7 @@ import torch
 import typer
 from models import build
 from PIL import Image
-from test_video import movie
+from test_vlm_videos import movie
 from transformers import AutoProcessor, LlavaForConditionalGeneration, ViTConfig, ViTModel
 from vlm_models import FAMILIES, prompts
 
