@@ -103,10 +103,10 @@ def test_features_are_chosen_run_by_run_whatever_their_neighbours():
     features = [torch.randn(12, 8, generator=generator) for _ in range(3)]
     choices = [Choice(DIVPRUNE(keep=0.5), (8, 4), (4, 2)), Choice(DIVPRUNE(keep=0.25), (12,), (3,))]
     given = [choices[0], choices[1], choices[0]]
-    got = selection.prune(features, [choice.packed() for choice in given])
-    for one, choice, short in zip(features, given, got, strict=True):
+    got = selection.indices(features, given)
+    for one, choice, places in zip(features, given, got, strict=True):
         (kept,) = selection.choose(one.unsqueeze(0), choice)
-        assert torch.equal(short, one[kept])
+        assert torch.equal(places, kept)
         assert kept.tolist() == sorted(set(kept.tolist()))
         assert len(kept) == sum(choice.goals)
     first = selection.choose(features[0].unsqueeze(0), choices[0])[0]
@@ -115,13 +115,13 @@ def test_features_are_chosen_run_by_run_whatever_their_neighbours():
 
 def test_bad_features_stop_no_engine():
     features = torch.full((10, 4), torch.nan)
-    (short,) = selection.prune([features], [Choice(DIVPRUNE(keep=0.5), (10,), (5,)).packed()])
-    assert short.shape == (5, 4)
+    (kept,) = selection.indices([features], [Choice(DIVPRUNE(keep=0.5), (10,), (5,))])
+    assert kept.shape == (5,)
 
 
 def test_features_of_another_number_are_told():
     with pytest.raises(ValueError, match="made 9 features of a picture, its prompt counts on 10"):
-        selection.prune([torch.zeros(9, 4)], [Choice(DIVPRUNE(keep=0.5), (10,), (5,)).packed()])
+        selection.indices([torch.zeros(9, 4)], [Choice(DIVPRUNE(keep=0.5), (10,), (5,))])
 
 
 def test_nothing_here_imports_vllm():

@@ -115,8 +115,9 @@ class Reference:
         visual = (inputs["input_ids"][0] == checkpoints.IMAGE).nonzero().flatten()
         ids = torch.cat([inputs["input_ids"], torch.tensor([new])], 1)
         inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if "token_type_ids" in inputs:
-            inputs["token_type_ids"] = torch.nn.functional.pad(inputs["token_type_ids"], (0, len(new)))
+        for types in ("token_type_ids", "mm_token_type_ids"):
+            if types in inputs:
+                inputs[types] = torch.nn.functional.pad(inputs[types], (0, len(new)))
         kept, start = [], 0
         for seed in request["images"]:
             kept += [start + index for index in self.kept(seed, request["saint"])]
@@ -125,8 +126,8 @@ class Reference:
         there = torch.ones_like(ids[0])
         there[visual] = 0
         there[visual[kept]] = 1
-        # in the engine's prompt the survivors stand side by side
-        inputs["position_ids"] = (there.cumsum(0) - 1).clamp_min(0).unsqueeze(0)
+        if "mm_token_type_ids" not in inputs:  # rows and columns are kept; elsewhere survivors stand side by side
+            inputs["position_ids"] = (there.cumsum(0) - 1).clamp_min(0).unsqueeze(0)
         plan = saint.Plan(connector=Given(keep=len(kept), index=tuple(kept))) if kept else saint.Plan()
         with torch.no_grad():
             logits = masked_oracle(self.model, plan, inputs)[0]["logits"]
@@ -183,12 +184,15 @@ def test_indices_and_answers_are_those_of_transformers(run, reference):
         assert answer["new"] == reference.greedy(request, answer["new"])
 
 
+GRID = "<|vision_start|> <|image_pad|> <|vision_end|>"
 FAMILIES = {  # how a prompt names a picture; sides of pictures: of one run of places, and of several runs or of another number
     "llava-next": ("<image>", [SIDE, (20, 60)]),
     "llava-onevision": ("<image>", [SIDE, (20, 60)]),
     "internvl": ("<IMG_CONTEXT>", [SIDE]),
     "idefics3": ("<image>", [SIDE, (20, 60)]),
     "gemma3": ("<boi>", [SIDE]),
+    "qwen2.5-vl": (GRID, [(32, 48), (16, 80)]),
+    "qwen3-vl": (GRID, [(32, 48), (16, 80)]),
 }
 
 
@@ -213,24 +217,23 @@ def test_families(family, run, tmp_path):
 BUDGETS = [None, {"keep": 0.25}, {"keep": 0.5}, {"keep": 1.0}]
 
 
-def mixed(count):
+def mixed(count, image="<image>"):
     """Requests of every kind in random order: budgets, text alone, two pictures; some pictures several times."""
     draw = random.Random(0)
     requests = []
     for number in range(count):
         words = " ".join(f"w{draw.randrange(2, 99)}" for _ in range(draw.randrange(1, 60)))
         seeds = [draw.randrange(12) for _ in range((1, 1, 2, 0)[number % 4])]
-        text = f"w{draw.randrange(2, 99)} {'<image> ' * len(seeds)}{words}"
+        text = f"w{draw.randrange(2, 99)} {f'{image} ' * len(seeds)}{words}"
         requests.append(job(text, seeds, draw.choice(BUDGETS) if seeds else None, new=draw.randrange(2, 9)))
     draw.shuffle(requests)
     return requests
 
 
-def test_200_mixed_requests_at_once(run, reference):
-    """No answer is wrong or lost: prompts longer than a chunk, shared blocks of the cache, the plug-in loaded three times."""
-    requests = mixed(200)
+def check_mixed(run, reference, requests, **settings):
+    """All at once, twice, the plug-in loaded three times: every answer is that of the masked oracle."""
     got = run(
-        [requests, requests], loads=2, max_num_batched_tokens=48, enable_prefix_caching=True, block_size=32
+        [requests, requests], loads=2, max_num_batched_tokens=48, enable_prefix_caching=True, block_size=32, **settings
     )  # 48: less than the 36 places of a picture and the text around it
     first, again = got["rounds"]
     for request, answer in zip(requests, first, strict=True):
@@ -241,6 +244,19 @@ def test_200_mixed_requests_at_once(run, reference):
     assert [answer["new"] for answer in again] == [answer["new"] for answer in first]
     assert sum(answer["cached"] for answer in again) > 0, "no block of the cache was used again"
     assert max(len(answer["prompt"]) for answer in first) > 48
+
+
+def test_200_mixed_requests_at_once(run, reference):
+    """No answer is wrong or lost: prompts longer than a chunk, shared blocks of the cache."""
+    check_mixed(run, reference, mixed(200))
+
+
+@pytest.mark.parametrize("family", ["qwen2.5-vl", "qwen3-vl"])
+def test_mixed_requests_on_a_grid(family, run, tmp_path):
+    """Rows and columns are kept wherever a chunk ends and whatever was cached; some pictures are wider than they keep places."""
+    checkpoints.FAMILIES[family](tmp_path)
+    side = (16, 80)
+    check_mixed(run, Reference(tmp_path, GRID, side), mixed(80, GRID), model=tmp_path, side=side)
 
 
 def test_the_plan_of_the_engine(run, reference):

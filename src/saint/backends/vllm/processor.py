@@ -27,13 +27,19 @@ class PruningProcessor:
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Write out in full what a request asks for, so that the hash of its pictures says it."""
         kwargs, engine = dict(inputs.hf_processor_mm_kwargs), budget.default()
-        if KEY in (self.info.ctx.get_mm_config().mm_processor_kwargs or {}):  # type: ignore[attr-defined]
+        config = self.info.ctx.get_mm_config()  # type: ignore[attr-defined]
+        if KEY in (config.mm_processor_kwargs or {}):
             raise ValueError(
                 f"--mm-processor-kwargs of the engine has {KEY!r}, which is for requests: give the engine's plan as "
                 f"{budget.VARIABLE}, or start it with `saint serve --plan`"
             )
         method = budget.requested(kwargs.pop(KEY), engine) if KEY in kwargs else engine
         if method is not None:
+            if names.prunes_videos(config):
+                raise ValueError(
+                    "--video-pruning-rate is set, for which vLLM lays out positions anew from the features of videos; pictures "
+                    f"cannot lose tokens beside it: start the engine without it, or without {budget.VARIABLE} and {KEY!r}"
+                )
             kwargs[KEY] = method.to_dict()
         inputs = dataclasses.replace(inputs, hf_processor_mm_kwargs=kwargs)
         return super().apply(inputs, timing_ctx)  # type: ignore[misc]
