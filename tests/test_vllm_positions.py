@@ -20,7 +20,7 @@ def test_the_unpruned_prompt():
     assert whole == [1, 2, *[IMAGE] * 6, 3, *[VIDEO] * 3, 4, *[IMAGE] * 4, 5]
     assert begins == [2, 9, 13]
     assert places.tolist() == [0, 1, 3, 6, 8, 9, 10, 11, 12, 15, 17]
-    assert positions.unpruned([1, 2], []) [0] == [1, 2]
+    assert positions.unpruned([1, 2], [])[0] == [1, 2]
 
 
 @pytest.mark.parametrize(("places", "kept"), [(12, 12), (12, 1), (12, 5), (7, 3)])

@@ -1,8 +1,8 @@
 """Runs prompts through vLLM in an interpreter that has it: ``python drive_vllm.py JOBS RESULTS``, both JSON.
 
 Jobs: ``model`` (a folder), ``settings`` (of the engine), ``rounds``: lists of requests, each list at once. A request has
-``text``, ``images`` (seeds), ``saint`` (or null) and ``new`` (tokens); ``never``: tokens that are not made. Results: ``rounds``
-of the same shape with ``prompt`` (tokens), ``new``, ``cached`` (prompt tokens from the prefix cache) and ``error``; per
+``text``, ``images``, ``videos`` (seeds), ``saint`` (or null) and ``new`` (tokens); ``never``: tokens that are not made. Results:
+``rounds`` of the same shape with ``prompt`` (tokens), ``new``, ``cached`` (prompt tokens from the prefix cache) and ``error``; per
 round what was ``kept``, picture by picture; ``most``, the tokens of an item that memory is planned for.
 """
 
@@ -19,10 +19,23 @@ def picture(seed, side):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*side, 3), dtype=np.uint8))
 
 
+def video(seed, side, frames=4):
+    import numpy as np
+
+    pixels = np.random.default_rng(seed).integers(0, 255, (frames, *side, 3), dtype=np.uint8)
+    about = {"fps": 2.0, "duration": frames / 2, "total_num_frames": frames, "frames_indices": list(range(frames))}
+    return pixels, {**about, "video_backend": "opencv", "do_sample_frames": False}
+
+
 def request(job, side):
     prompt = {"prompt": job["text"]}
+    data = {}
     if job["images"]:
-        prompt["multi_modal_data"] = {"image": [picture(seed, side) for seed in job["images"]]}
+        data["image"] = [picture(seed, side) for seed in job["images"]]
+    if job["videos"]:
+        data["video"] = [video(seed, side) for seed in job["videos"]]
+    if data:
+        prompt["multi_modal_data"] = data
     if job["saint"] is not None:
         prompt["mm_processor_kwargs"] = {"saint": job["saint"]}
     return prompt
@@ -56,7 +69,7 @@ def main(jobs):
         return kept
 
     selection.choose = note
-    engine = LLM(jobs["model"], dtype="float32", enforce_eager=True, seed=0, **jobs["settings"])
+    engine = LLM(jobs["model"], dtype="float32", seed=0, **{"enforce_eager": True, **jobs["settings"]})
     for _ in range(jobs.get("loads", 0)):
         plugin.register()
     planned = MultiModalBudget(engine.llm_engine.vllm_config, MULTIMODAL_REGISTRY)
