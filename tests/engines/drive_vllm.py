@@ -2,8 +2,8 @@
 
 Jobs: ``model`` (a folder), ``settings`` (of the engine), ``rounds``: lists of requests, each list at once. A request has
 ``text``, ``images``, ``videos`` (seeds), ``saint`` (or null) and ``new`` (tokens); ``never``: tokens that are not made. Results:
-``rounds`` of the same shape with ``prompt`` (tokens), ``new``, ``cached`` (prompt tokens from the prefix cache) and ``error``; per
-round what was ``kept``, picture by picture; ``most``, the tokens of an item that memory is planned for.
+``rounds`` of the same shape with ``prompt`` (tokens), ``new``, ``cached`` (prompt tokens from the prefix cache) and ``error``;
+per round what was ``kept``, picture by picture; ``most``, the tokens of an item that memory is planned for.
 """
 
 import json

@@ -1,9 +1,9 @@
 """Positions on a grid (M-RoPE): each survivor of a picture keeps its row and column, the text behind a picture keeps its place.
 
 vLLM lays out the positions of a prompt when it comes in, and which places of a picture stay is known behind the encoder only. So
-the layout is that of the *unpruned* prompt, in which the survivors take evenly spaced places of their picture: everything but their
-rows and columns is final. What a survivor has to move from there travels in channels behind its features, and is added in the
-forward that computes it, whatever chunk that is. The first axis (time) is the same all over a picture.
+the layout is that of the *unpruned* prompt, in which the survivors take evenly spaced places of their picture: everything but
+their rows and columns is final. What a survivor has to move from there travels in channels behind its features, and is added in
+the forward that computes it, whatever chunk that is. The first axis (time) is the same all over a picture.
 
 Letters: N places of a picture, K kept, L tokens of a prompt, T tokens of a forward.
 """
