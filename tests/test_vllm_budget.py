@@ -2,12 +2,13 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import saint
-from saint.backends.vllm import budget, selection
+from saint.backends.vllm import budget, selection, tower
 from saint.backends.vllm.budget import Choice
 from saint.cli import main
 
@@ -17,13 +18,39 @@ DIVPRUNE = saint.methods.DivPrune
 @pytest.mark.parametrize(
     ("plan", "why"),
     [
-        (saint.plan("llava-1.5/hybrid"), "vision stage of a plan: the encoder is vLLM's own"),
+        (saint.plan("llava-1.5/hybrid"), "language stage of a plan: in paged attention"),
+        (saint.Plan(saint.Saint()), "Saint in the vision stage of a plan: each picture would keep its own number"),
+        (saint.Plan(saint.methods.ToMe()), "ToMe in the vision stage of a plan: it joins tokens"),
+        (saint.Plan(saint.Stage(saint.Saint(budget=9), output="nearest")), "is of full length"),
+        (saint.Plan(saint.Stage(saint.Saint(budget=9), guard=0.5)), "each picture would keep its own number"),
         (saint.plan("llava-1.5/llm"), "language stage of a plan: in paged attention"),
     ],
 )
 def test_what_vllm_cannot_follow_is_refused_with_the_reason(plan, why):
     with pytest.raises(ValueError, match=why):
         budget.of_plan(plan)
+
+
+def test_the_tower_leaves_what_each_stage_leaves():
+    config = SimpleNamespace(
+        vision_config=SimpleNamespace(num_hidden_layers=24, model_type="clip_vision_model"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    method = saint.Saint(budget=0.5)
+    plan = tower.resolved((saint.Stage(method), saint.Stage(saint.Saint(budget=0.5), layers=[20])), config)
+    assert [stage.layers for stage in plan.slots["vision"]] == [
+        tuple(range(12)),
+        (20,),
+    ]  # half of 24, though 23 are loaded
+    assert tower.left(plan, 577) == 145  # 289, then 144.5, rounded half up
+    with pytest.raises(ValueError, match="can drop at most half"):
+        tower.left(tower.resolved((saint.Stage(saint.Saint(budget=0.25), layers=[3]),), config), 576)
+    with pytest.raises(ValueError, match=r"layer 23 .* lies behind the features"):
+        tower.resolved((saint.Stage(method, layers=[23]),), config)
+    config.vision_feature_layer = [3, -2]
+    with pytest.raises(ValueError, match="must read one layer"):
+        tower.resolved((saint.Stage(method),), config)
 
 
 def test_a_plan_of_the_connector_is_followed():
@@ -136,7 +163,7 @@ def test_nothing_here_imports_vllm():
     ("line", "why"),
     [
         ("serve some/model --plan llava-1.5/divprune-128", r"vllm is not installed: pip install \"saint-vlm\[vllm\]\""),
-        ("serve some/model --plan llava-1.5/hybrid", "vLLM cannot follow the vision stage"),
+        ("serve some/model --plan llava-1.5/hybrid", "vLLM cannot follow the language stage"),
         ("serve timm:vit_tiny", "takes hf:NAME_OR_PATH"),
     ],
 )

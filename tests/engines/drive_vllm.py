@@ -3,7 +3,8 @@
 Jobs: ``model`` (a folder), ``settings`` (of the engine), ``rounds``: lists of requests, each list at once. A request has
 ``text``, ``images``, ``videos`` (seeds), ``saint`` (or null) and ``new`` (tokens); ``never``: tokens that are not made. Results:
 ``rounds`` of the same shape with ``prompt`` (tokens), ``new``, ``cached`` (prompt tokens from the prefix cache) and ``error``;
-per round what was ``kept``, picture by picture; ``most``, the tokens of an item that memory is planned for.
+per round what was ``kept``, picture by picture, and what the ``tower`` left of those it saw last; ``most``, the tokens of an
+item that memory is planned for.
 """
 
 import json
@@ -58,8 +59,15 @@ def main(jobs):
     from vllm.multimodal.encoder_budget import MultiModalBudget
 
     import saint.backends.vllm as plugin
-    from saint.backends.vllm import selection
+    from saint.backends.vllm import selection, tower
 
+    sessions, prune = [], tower.prune
+
+    def remember(*args):
+        sessions.append(prune(*args))
+        return sessions[-1]
+
+    tower.prune = remember
     noted = []
     choose = selection.choose
 
@@ -73,7 +81,7 @@ def main(jobs):
     for _ in range(jobs.get("loads", 0)):
         plugin.register()
     planned = MultiModalBudget(engine.llm_engine.vllm_config, MULTIMODAL_REGISTRY)
-    results = {"rounds": [], "kept": [], "most": dict(planned.mm_max_toks_per_item)}
+    results = {"rounds": [], "kept": [], "tower": [], "most": dict(planned.mm_max_toks_per_item)}
     for requests in jobs["rounds"]:
         noted.clear()
         prompts = [request(job, jobs["side"]) for job in requests]
@@ -100,6 +108,8 @@ def main(jobs):
                 ]
             )
         results["kept"].append(list(noted))
+        traces = [session.trace[-1] for session in sessions]
+        results["tower"].append([kept.tolist() for trace in traces for kept in trace.kept])
     return results
 
 

@@ -109,10 +109,24 @@ class Reference:
                 self.known[key] = selection.choose(seen.features, choice)[0].tolist()
         return self.known[key]
 
-    def greedy(self, request, new, never=SPECIAL, even=False):
+    def planned(self, seed, plan, settings=None):
+        """Patches that the tower keeps of one picture, and those of them that enter the language model."""
+        key = seed, json.dumps([plan.to_dict(), settings], sort_keys=True)
+        if key not in self.known:
+            connector = (
+                plan.connector if settings is None else saint.methods.from_dict({"method": "divprune", **settings})
+            )
+            with saint.pruned(self.model, saint.Plan(plan.vision, connector)) as session, torch.no_grad():
+                self.model(**self.inputs(f"w3 {self.image} w4", [seed]))
+                *_, tower = [entry.kept[0].tolist() for entry in session.trace if entry.stage == "vision"]
+                chosen = [entry.kept[0].tolist() for entry in session.trace if entry.stage == "connector"]
+            self.known[key] = tower, chosen[0] if chosen else tower
+        return self.known[key]
+
+    def greedy(self, request, new, never=SPECIAL, even=False, plan=None):
         """What the masked oracle answers behind each of the tokens ``new``: by induction, greedy decoding of them.
 
-        ``even``: the survivors of the picture have positions of evenly spaced places.
+        ``even``: the survivors of the picture have positions of evenly spaced places. ``plan``: with a vision stage.
         """
         inputs = self.inputs(request["text"], request["images"])
         visual = (inputs["input_ids"][0] == checkpoints.IMAGE).nonzero().flatten()
@@ -121,10 +135,17 @@ class Reference:
         for types in ("token_type_ids", "mm_token_type_ids"):
             if types in inputs:
                 inputs[types] = torch.nn.functional.pad(inputs[types], (0, len(new)))
-        kept, start = [], 0
+        kept, slots, start, left = [], [], 0, 0
         for seed in request["images"]:
-            kept += [start + index for index in self.kept(seed, request["saint"])]
-            start += len(self.kept(seed, None))
+            every = self.kept(seed, None)
+            seen, mine = (
+                (every, self.kept(seed, request["saint"]))
+                if plan is None
+                else self.planned(seed, plan, request["saint"])
+            )
+            kept += [start + index for index in mine]
+            slots += [left + seen.index(index) for index in mine]  # among those that arrive at the connector
+            start, left = start + len(every), left + len(seen)
         assert start == len(visual)
         there = torch.ones_like(ids[0])
         there[visual] = 0
@@ -136,7 +157,8 @@ class Reference:
             laid, _ = self.model.model.get_rope_index(ids, types, image_grid_thw=grid)  # [3, 1, L]
             places = positions.even(budget.Choice(Given(), (len(visual),), (len(kept),)))
             inputs["position_ids"] = laid.index_copy(2, visual[kept], laid[..., visual[places]])
-        plan = saint.Plan(connector=Given(keep=len(kept), index=tuple(kept))) if kept else saint.Plan()
+        given = Given(keep=len(slots), index=tuple(slots)) if slots else None
+        plan = saint.Plan(plan and plan.vision if slots else None, given)
         with torch.no_grad():
             logits = masked_oracle(self.model, plan, inputs)[0]["logits"]
         logits[..., never] = -torch.inf
@@ -243,17 +265,26 @@ def mixed(count, image="<image>"):
     return requests
 
 
-def check_mixed(run, reference, requests, **settings):
-    """All at once, twice, the plug-in loaded three times: every answer is that of the masked oracle."""
+def check_mixed(run, reference, requests, plan=None, **settings):
+    """All at once, twice, the plug-in loaded three times: every answer is that of the masked oracle.
+
+    ``plan``: of the engine, with a vision stage.
+    """
+    if plan is not None:
+        settings["plan"] = json.dumps(plan.to_dict())
     got = run(
         [requests, requests], loads=2, max_num_batched_tokens=48, enable_prefix_caching=True, block_size=32, **settings
     )  # 48: less than the 36 places of a picture and the text around it
     first, again = got["rounds"]
     for request, answer in zip(requests, first, strict=True):
-        places = sum(len(reference.kept(seed, request["saint"])) for seed in request["images"])
+        asked = request["saint"]
+        places = sum(
+            len(reference.kept(seed, asked) if plan is None else reference.planned(seed, plan, asked)[1])
+            for seed in request["images"]
+        )
         assert len(answer["prompt"]) == len(request["text"].split()) - len(request["images"]) + places
         assert len(answer["new"]) == request["new"]
-        assert answer["new"] == reference.greedy(request, answer["new"]), request
+        assert answer["new"] == reference.greedy(request, answer["new"], plan=plan), request
     assert [answer["new"] for answer in again] == [answer["new"] for answer in first]
     assert sum(answer["cached"] for answer in again) > 0, "no block of the cache was used again"
     assert max(len(answer["prompt"]) for answer in first) > 48
@@ -344,6 +375,41 @@ def test_the_plan_of_the_engine(run, reference):
     assert pruned["rounds"][0][0]["new"] == reference.greedy(
         job("w3 <image> w5", [0], {"keep": 0.25}), pruned["rounds"][0][0]["new"]
     )
+
+
+VISION = {
+    "layers": saint.Plan(saint.Saint(budget=0.5)),
+    "two stages": saint.Plan(
+        [saint.Stage(saint.Saint(budget=0.75), layers=[0]), saint.Stage(saint.SaintFullGraph(keep=12), layers=[2])]
+    ),
+    "in front": saint.Plan(saint.Stage(saint.methods.Random(keep=0.5), placement="input")),
+    "hybrid": saint.Plan(saint.Saint(budget=0.5), saint.methods.DivPrune(keep=0.5)),
+}
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_the_vision_stage_runs_in_vllms_tower(name, run, reference):
+    """Patches that leave, tokens that enter the language model, memory that is planned, and answers."""
+    plan, rounds = VISION[name], [[job(f"w{5 + seed} <image> w7 w8", [seed])] for seed in range(4)]
+    got = run(rounds, plan=json.dumps(plan.to_dict()))
+    for (request,), (answer,), tower, kept in zip(rounds, got["rounds"], got["tower"], got["kept"], strict=True):
+        patches, enter = reference.planned(request["images"][0], plan)
+        assert tower == [patches]
+        assert [[tower[0][index] for index in one] for one in kept] == [enter]
+        assert len(answer["prompt"]) == 3 + len(enter)
+        assert answer["new"] == reference.greedy(request, answer["new"], plan=plan)
+    assert got["most"] == {"image": len(enter)}
+    assert len(enter) < TOKENS
+
+
+def test_requests_have_budgets_of_their_own_behind_the_tower(run, reference):
+    check_mixed(run, reference, mixed(80), plan=VISION["hybrid"])
+
+
+def test_a_vision_stage_needs_a_tower_that_is_known(run, tmp_path):
+    checkpoints.llava_next(tmp_path)
+    said = run([], model=tmp_path, plan=json.dumps(VISION["layers"].to_dict()), fails=True)
+    assert "it runs inside the towers of LlavaForConditionalGeneration only" in said
 
 
 def test_bad_requests_stop_nobody(run):

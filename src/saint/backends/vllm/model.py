@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import names, positions, selection
+from ...session import Session
+from . import budget, names, positions, selection, tower
 from .budget import FIELD, Choice
 from .processor import factories
 
@@ -18,13 +19,25 @@ logger = logging.getLogger(__name__)
 class PruningModel:
     """In front of the class of a model."""
 
+    architecture: str  # of the checkpoint
+
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         if names.encoder_graphs_off(vllm_config):
             logger.warning("CUDA graphs of the encoder, which would run past the selection of tokens, are off")
+        if budget.vision() and names.in_parallel(vllm_config):
+            raise ValueError(
+                "vLLM cannot follow the vision stage of a plan with tensor parallelism: each process would choose by the keys "
+                "of its own heads; start it with --tensor-parallel-size 1, or give a connector stage"
+            )
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self._tower: Session | None = None
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Features per picture; those that come with a choice are shortened."""
+        if (
+            self._tower is None and budget.vision()
+        ):  # by now weights are loaded, on which the halves of blocks are proved
+            self._tower = tower.prune(self, type(self).architecture, budget.vision())  # type: ignore[arg-type]
         choices = [Choice.unpacked(one) for one in kwargs.pop(FIELD, ())]
         features = super().embed_multimodal(**kwargs)  # type: ignore[misc]
         return self._shortened(list(features), choices, kwargs) if features is not None else features
@@ -103,8 +116,10 @@ class GridModel(PruningModel):
 def _made(architecture: str) -> type:
     base = names.model_class(architecture)
     front = GridModel if names.on_grid(base) else PruningModel
-    cls = type(base.__name__, (front, base), {"__module__": __name__, "__doc__": base.__doc__})
-    parts = factories(base)
+    cls = type(
+        base.__name__, (front, base), {"__module__": __name__, "__doc__": base.__doc__, "architecture": architecture}
+    )
+    parts = factories(base, architecture)
     register = names.processor_registry().register_processor
     return register(parts["processor"], info=parts["info"], dummy_inputs=parts["dummy_inputs"])(cls)
 

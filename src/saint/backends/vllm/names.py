@@ -12,6 +12,7 @@ from typing import Any
 
 from ...errors import PluginError, UnsupportedModelError
 from ...extras import require
+from ...upstream.specs import BlockSpec, EncoderSpec
 from ...upstream.versions import installed
 
 TESTED = "0.32"  # the release that the tests of this plug-in have passed on
@@ -31,6 +32,10 @@ ARCHITECTURES = {
     "Qwen3VLForConditionalGeneration": ("qwen3_vl", "Qwen3VLForConditionalGeneration"),
 }
 
+# architecture -> path of its tower, module of vllm.model_executor.models, class
+TOWERS = {"LlavaForConditionalGeneration": ("vision_tower.vision_model", "clip", "CLIPVisionTransformer")}
+PIXELS = "pixel_values"  # input of a picture that goes through the tower
+
 # methods of a processor that are overridden -> their parameters
 PROCESSOR = {
     "apply": ("inputs", "timing_ctx"),
@@ -42,7 +47,7 @@ FIELDS = (  # of data classes: module, class, fields
     ("vllm.multimodal.inputs", "MultiModalFeatureSpec", ("data", "mm_position")),
     ("vllm.multimodal.inputs", "PlaceholderRange", ("offset",)),
     ("vllm.config", "VllmConfig", ("model_config", "parallel_config", "scheduler_config", "speculative_config")),
-    ("vllm.config", "ParallelConfig", ("pipeline_parallel_size",)),
+    ("vllm.config", "ParallelConfig", ("pipeline_parallel_size", "tensor_parallel_size")),
     ("vllm.config", "SchedulerConfig", ("max_num_batched_tokens",)),
 )
 INFO = {"get_mm_max_tokens_per_item": ("seq_len", "mm_counts")}  # of what a processor knows of its model
@@ -111,6 +116,52 @@ def model_class(architecture: str) -> Any:
     if on_grid(cls):
         _check_parameters(f"vllm.model_executor.models.{module}", name, GRID_MODEL)
     return cls
+
+
+def tower_spec(architecture: str) -> EncoderSpec:
+    """What the vision stage needs to know of vLLM's tower."""
+    _, module, name = TOWERS[architecture]
+    block = BlockSpec(
+        attn="self_attn",
+        mlp="mlp",
+        norm1="layer_norm1",
+        norm2="layer_norm2",
+        keys=("self_attn.qkv_proj",),
+        heads=("self_attn.num_heads",),
+        mask=None,
+        fused=True,
+    )
+    return EncoderSpec(
+        title="CLIP in vLLM",
+        library="vllm",
+        encoder=f"vllm.model_executor.models.{module}.{name}",
+        blocks="encoder.layers",
+        block_specs={"CLIPEncoderLayer": block},
+        prefix=lambda _: 1,
+        patch="embeddings.patch_embedding",
+    )
+
+
+def tower_layers(config: Any) -> tuple[int, int]:
+    """Layers of the whole tower, and how many of them the features that are used have passed.
+
+    Raises:
+        ValueError: features of several layers are joined, or the class token is one of them.
+    """
+    layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+    if not isinstance(layer, int) or strategy != "default" or config.vision_config.model_type != "clip_vision_model":
+        raise ValueError(
+            "vLLM cannot follow the vision stage of a plan in this model: it must read one layer of a CLIP tower without its "
+            f"class token; got vision_feature_layer={layer!r}, vision_feature_select_strategy={strategy!r} and a tower "
+            f"{config.vision_config.model_type!r}"
+        )
+    depth = int(config.vision_config.num_hidden_layers)
+    return depth, layer if layer >= 0 else depth + 1 + layer
+
+
+def in_parallel(config: Any) -> bool:
+    """Whether the heads of a layer lie in several processes."""
+    return int(config.parallel_config.tensor_parallel_size) > 1
 
 
 def on_grid(cls: Any) -> bool:
@@ -228,11 +279,12 @@ def check_allowed(environment: Mapping[str, str]) -> None:
         raise PluginError(f"{ALLOWED}={allowed!r} keeps vLLM from loading {PLUGIN}: add {PLUGIN} to it, or unset it")
 
 
-def check_model(model: str) -> None:
+def check_model(model: str, vision: bool = False) -> None:
     """See that pictures of ``model`` are pruned.
 
     Args:
         model: name on the hub, or a folder.
+        vision: also in its tower.
 
     Raises:
         UnsupportedModelError: they are not.
@@ -244,6 +296,21 @@ def check_model(model: str) -> None:
         raise UnsupportedModelError(
             f"{model} is a {' or '.join(found) or 'model of an unknown architecture'}, whose pictures are not pruned in vLLM; "
             f"known: {', '.join(ARCHITECTURES)}"
+        )
+    if vision:
+        check_tower(*(name for name in found if name in ARCHITECTURES))
+
+
+def check_tower(*found: str) -> None:
+    """See that the towers of these architectures are known.
+
+    Raises:
+        UnsupportedModelError: they are not.
+    """
+    if unknown := [name for name in found if name not in TOWERS]:
+        raise UnsupportedModelError(
+            f"vLLM cannot follow the vision stage of a plan in {unknown[0]}: it runs inside the towers of {', '.join(TOWERS)} "
+            "only; give a connector stage, e.g. saint.Plan(connector=saint.methods.DivPrune(keep=0.25))"
         )
 
 
