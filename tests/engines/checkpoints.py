@@ -210,6 +210,8 @@ def _qwen(name: str, folder: Path) -> None:
     if name == "Qwen3VL":
         tower |= {"deepstack_visual_indexes": [0, 2], "num_position_embeddings": 64}
         rope["mrope_interleaved"] = True
+    elif name == "Qwen2VL":
+        tower |= {"embed_dim": tower.pop("hidden_size"), "hidden_size": tower.pop("out_hidden_size"), "mlp_ratio": 2}
     else:
         tower |= {"window_size": 16, "fullatt_block_indexes": [2]}
     config = getattr(hf, f"{name}Config")(
@@ -235,6 +237,7 @@ FAMILIES = {
     "idefics3": partial(_idefics3, "Idefics3"),
     "smolvlm": partial(_idefics3, "SmolVLM"),
     "gemma3": gemma3,
+    "qwen2-vl": partial(_qwen, "Qwen2VL"),
     "qwen2.5-vl": partial(_qwen, "Qwen2_5_VL"),
     "qwen3-vl": partial(_qwen, "Qwen3VL"),
 }

@@ -40,6 +40,7 @@ FAMILIES = {  # how a prompt names a picture; sides of pictures: of one run of p
     "idefics3": ("<image>", [SIDE, (20, 60)]),
     "smolvlm": ("<image>", [SIDE, (20, 60)]),
     "gemma3": ("<boi>", [SIDE]),
+    "qwen2-vl": (GRID, [(32, 48), (16, 80)]),
     "qwen2.5-vl": (GRID, [(32, 48), (16, 80)]),
     "qwen3-vl": (GRID, [(32, 48), (16, 80)]),
 }
