@@ -5,7 +5,8 @@
 Runs in an environment with vLLM and saint (``make engines`` makes one: ``.engines/bin/python``). The model has random
 weights and the proportions of LLaVA-1.5: a 336-pixel CLIP with 576 tokens that is a small part of a Llama. Both sides
 run in one engine, in turns, as requests that differ in nothing but ``mm_processor_kwargs``; each picture is new, so no
-cache answers. A client keeps a fixed number of requests in flight. Ratios compare turns of the same round.
+cache answers. A client keeps a fixed number of requests in flight, then sends them at a fixed rate, whatever is in flight: at 0.8
+of what the unpruned side served with most in flight. Ratios compare turns of the same round.
 """
 
 import argparse
@@ -83,7 +84,7 @@ def write_model(folder: Path, shape: str) -> dict[str, int]:
 
 
 class Client:
-    """Keeps ``flying`` requests in flight in an engine that it steps itself."""
+    """Sends requests to an engine that it steps itself."""
 
     def __init__(self, engine: Any, words: int, new: int) -> None:
         from vllm import SamplingParams
@@ -92,13 +93,23 @@ class Client:
         self.sampling = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
         self.number = 0
 
-    def run(self, count: int, flying: int, keep: float) -> dict[str, float]:
-        """``count`` requests: requests per second, TTFT in seconds, most KV blocks in use (share of all)."""
+    def run(self, count: int, flying: int, keep: float, rate: float = 0.0) -> dict[str, float]:
+        """``count`` requests: requests per second, medians of TTFT and latency in seconds, most KV blocks in use (share of all).
+
+        Args:
+            count: requests.
+            flying: so many at most are in flight.
+            keep: fraction of the visual tokens.
+            rate: requests that come in per second; a request that finds no place waits, and its time runs. 0: as soon as there is
+                a place.
+        """
         import numpy as np
         from PIL import Image
 
         started: dict[str, float] = {}
         firsts: list[float] = []
+        came: dict[str, float] = {}
+        latencies: list[float] = []
         most, sent, tokens = 0.0, 0, 0
         pictures = []
         for i in range(count):
@@ -108,13 +119,18 @@ class Client:
         begin = time.perf_counter()
         while sent < count or started:
             while sent < count and len(started) < flying:
+                due = begin + sent / rate if rate else time.perf_counter()
+                if due > time.perf_counter():
+                    if started:
+                        break
+                    time.sleep(due - time.perf_counter())
                 name = str(self.number + sent)
                 prompt = {
                     "prompt": "w7 <image> " + " ".join(f"w{9 + i}" for i in range(self.words)),
                     "multi_modal_data": {"image": pictures[sent]},
                     "mm_processor_kwargs": {"saint": {"keep": keep}},
                 }
-                started[name] = time.perf_counter()
+                started[name] = came[name] = due
                 self.engine.add_request(name, prompt, self.sampling)
                 sent += 1
             for output in self.engine.step():
@@ -123,6 +139,7 @@ class Client:
                     started[output.request_id] = 0.0
                     tokens = len(output.prompt_token_ids)
                 if output.finished:
+                    latencies.append(time.perf_counter() - came[output.request_id])
                     del started[output.request_id]
             most = max(most, manager.usage)
         seconds = time.perf_counter() - begin
@@ -131,36 +148,32 @@ class Client:
         return {
             "requests_per_second": count / seconds,
             "ttft_median": statistics.median(firsts),
+            "latency_median": statistics.median(latencies),
             "kv_used": most,
             "prompt_tokens": tokens,
         }
 
 
-def measure(client: Client, counts: dict[int, int], keep: float, rounds: int) -> list[dict[str, Any]]:
-    """Per number of requests in flight: both sides, in turns, and their ratios round by round."""
-    rows = []
-    for flying, count in counts.items():
-        sides: dict[str, list[dict[str, float]]] = {"unpruned": [], "pruned": []}
-        for turn in range(rounds):
-            order = ("unpruned", "pruned") if turn % 2 == 0 else ("pruned", "unpruned")
-            for side in order:
-                sides[side].append(client.run(count, flying, 1.0 if side == "unpruned" else keep))
-        pairs = list(zip(sides["unpruned"], sides["pruned"], strict=True))
-        row: dict[str, Any] = {"in_flight": flying, "requests": count, "rounds": rounds}
-        for side, runs in sides.items():
-            row[side] = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-        row["throughput_ratio"] = _spread([p["requests_per_second"] / u["requests_per_second"] for u, p in pairs])
-        row["ttft_ratio"] = _spread([p["ttft_median"] / u["ttft_median"] for u, p in pairs])
-        row["kv_ratio"] = _spread([p["kv_used"] / u["kv_used"] for u, p in pairs])
-        rows.append(row)
-        print(
-            f"{flying:3} in flight: {row['unpruned']['requests_per_second']:.2f} -> "
-            f"{row['pruned']['requests_per_second']:.2f} requests/s (x{row['throughput_ratio']['median']:.2f}), TTFT "
-            f"{row['unpruned']['ttft_median']:.2f} -> {row['pruned']['ttft_median']:.2f} s, KV blocks "
-            f"x{row['kv_ratio']['median']:.2f}",
-            flush=True,
-        )
-    return rows
+def measure(client: Client, count: int, flying: int, keep: float, rounds: int, rate: float = 0.0) -> dict[str, Any]:
+    """Both sides, in turns, and their ratios round by round; arguments of :meth:`Client.run`."""
+    sides: dict[str, list[dict[str, float]]] = {"unpruned": [], "pruned": []}
+    for turn in range(rounds):
+        order = ("unpruned", "pruned") if turn % 2 == 0 else ("pruned", "unpruned")
+        for side in order:
+            sides[side].append(client.run(count, flying, 1.0 if side == "unpruned" else keep, rate))
+    pairs = list(zip(sides["unpruned"], sides["pruned"], strict=True))
+    row: dict[str, Any] = {"in_flight": flying, "rate": rate, "requests": count, "rounds": rounds}
+    for side, runs in sides.items():
+        row[side] = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    ratios = {"throughput": "requests_per_second", "ttft": "ttft_median", "latency": "latency_median", "kv": "kv_used"}
+    for name, measured in ratios.items():
+        row[f"{name}_ratio"] = _spread([p[measured] / u[measured] for u, p in pairs])
+    print(f"{rate:.2f} requests/s come in:" if rate else f"{flying:3} in flight:", end=" ")
+    for name, measured in ratios.items():
+        before, after = row["unpruned"][measured], row["pruned"][measured]
+        print(f"{name} {before:.3g} -> {after:.3g} (x{row[f'{name}_ratio']['median']:.2f})", end="; ")
+    print(flush=True)
+    return row
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -203,7 +216,11 @@ def main() -> None:
         for keep in (1.0, given.keep):
             client.run(2, 2, keep)  # warm-up
         load = os.getloadavg()[0]
-        rows = measure(client, {n: max(4, given.turns * n) for n in given.in_flight}, given.keep, given.rounds)
+        rows = [measure(client, max(4, given.turns * n), n, given.keep, given.rounds) for n in given.in_flight]
+        busiest = rows[-1]["unpruned"]["requests_per_second"]
+        rows.append(
+            measure(client, rows[-1]["requests"], rows[-1]["in_flight"], given.keep, given.rounds, 0.8 * busiest)
+        )
     if given.json is not None:
         from saint.backends.vllm import names
         from saint.records import environment, write_json

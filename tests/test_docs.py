@@ -17,6 +17,7 @@ import torch
 import typer
 from models import build
 from PIL import Image
+from test_video import movie
 from transformers import AutoProcessor, LlavaForConditionalGeneration, ViTConfig, ViTModel
 from vlm_models import FAMILIES, prompts
 
@@ -82,6 +83,8 @@ def namespace() -> dict[str, object]:
         "images": torch.randn(2, 3, 96, 96),
         "vlm": vlm,
         "inputs": inputs,
+        "video_vlm": FAMILIES["qwen3-vl"].build(),
+        "video_inputs": movie("qwen3-vl", [(4, 8, 8)]),
         "processor": Words(inputs),
         "image": noise(),
         "plan": plan,

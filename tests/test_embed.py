@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -394,3 +395,35 @@ def test_the_command(run, folder, tmp_path):  # noqa: F811
     code, _, err = run(*line, "--workers", 2)
     assert code == 2
     one_line(err, "--ray")
+
+
+def test_the_command_asks(run, folder, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.syspath_prepend(Path(__file__).parent / "engines")
+    import checkpoints
+
+    checkpoints.llava(tmp_path / "model")
+    plan = saint.Plan(connector=saint.methods.DivPrune(keep=0.25))
+    plan.save(tmp_path / "plan.json")
+    line = ["embed", folder, "-o", tmp_path / "out", "--model", f"hf:{tmp_path / 'model'}", "--device", "cpu"]
+    line += [
+        "--plan",
+        tmp_path / "plan.json",
+        "--question",
+        "w5 w6",
+        "--max-new-tokens",
+        3,
+        "--json",
+        tmp_path / "record.json",
+    ]
+    code, out, err = run(*line)
+    assert code == 1, err
+    assert "10 rows" in out
+    assert "1 image(s) could not be asked about" in err
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert (record["question"], record["batch"], record["errors"]) == ("w5 w6", 1, 1)
+    said = by_key(Rows.of(tmp_path / "out"))
+    want = by_key(answer(folder, line[5], plan, question="w5 w6", max_new_tokens=3, device="cpu"))
+    assert said == want
+    code, _, err = run(*line, "--size", 48)
+    assert code == 2
+    one_line(err, "size")

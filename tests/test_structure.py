@@ -21,11 +21,12 @@ ALLOWED = {
     "flops": set(),
     "order": set(),
     "graph": {"gathers", "order"},
+    "frames": {"graph"},
     "tokens": {"order"},
     "gathers": {"tokens"},
     "patch": set(),
     "plugins": {"errors"},
-    "methods": {"graph", "tokens", "errors", "plugins", "methods"},
+    "methods": {"frames", "graph", "tokens", "errors", "plugins", "methods"},
     "plan": {"methods", "plan", "presets", "records"},  # the last two when a plan is looked up or written
     "presets": {"methods", "plan"},
     "summary": {"methods", "plan", "tokens", "upstream", "vision", "runtime"},

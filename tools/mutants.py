@@ -80,6 +80,10 @@ TESTS = {
     "methods/saint_full_graph": "test_properties.py test_plan.py",
     "methods/tome": "test_properties.py test_tome.py::test_bad_settings_name_the_value",
     "methods/pitome": "test_pitome.py",
+    "methods/saint_video": "test_video.py",
+    "methods/evs": "test_video.py",
+    "frames": "test_video.py",
+    "vlm/videos": "test_video.py",
     "methods/random": "test_properties.py test_baselines.py::test_random_is_a_function_of_seed_drop_point_and_index "
     "test_baselines.py::test_bad_settings_name_the_value",
     "methods/grid": "test_properties.py test_baselines.py::test_grid_of_ragged_samples",

@@ -18,7 +18,7 @@ from .gathers import gather_tokens
 from .order import descending as descending
 
 # A cosine never gets here and a valid threshold neither: marks targets that do not exist (padding).
-_NO_TARGET = -2.0
+NO_TARGET = -2.0
 
 
 class Vote(NamedTuple):
@@ -68,7 +68,7 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _just_below(threshold: float) -> float:
+def just_below(threshold: float) -> float:
     """The float32 below the threshold, itself rounded to float32 as a comparison would (plain arithmetic: it compiles)."""
     mantissa, exponent = math.frexp(threshold)
     bits = 25 if mantissa == 0.5 else 24  # below a power of two the floats lie twice as dense
@@ -118,8 +118,8 @@ def connect(keys: Tensor, threshold: float, *, center: bool = False, valid: Tens
         points = metric(keys, center=center, valid=valid)
         similarity = torch.bmm(points[:, 0::2], points[:, 1::2].mT)  # [B, S, T]
         if valid is not None:
-            similarity = similarity.masked_fill(~valid[:, 1::2].unsqueeze(1), _NO_TARGET)
-        degree = (similarity > _just_below(threshold)).sum(-1, dtype=torch.float32)
+            similarity = similarity.masked_fill(~valid[:, 1::2].unsqueeze(1), NO_TARGET)
+        degree = (similarity > just_below(threshold)).sum(-1, dtype=torch.float32)
         return Edges(similarity, degree)
 
 
@@ -134,7 +134,7 @@ def redundancy(edges: Edges, threshold: float, gamma: float, *, valid: Tensor | 
     similarity, degree = edges
     with full_precision(similarity.device):
         # the shift by the float just below the threshold is that of the comparison: each edge adds more than zero
-        excess = (similarity - _just_below(threshold)).clamp_min_(0).sum(-1)  # sum of S - threshold over the edges
+        excess = (similarity - just_below(threshold)).clamp_min_(0).sum(-1)  # sum of S - threshold over the edges
         if torch.compiler.is_exporting():  # the same without a NaN: ONNX has no fmax, and runtimes simplify 0 / 0
             mean, edges_or_one = similarity.mean(-1), degree.clamp_min(1)
             linked = torch.addcdiv(edges_or_one.log(), excess, edges_or_one, value=gamma).exp()
@@ -350,7 +350,7 @@ def match(keys: Tensor, *, valid: Tensor | None = None) -> Partners:
 
 # -- matching -----------------------------------------------------------------------------------------------------------
 
-_FREE = -1.5  # below every cosine, above `_NO_TARGET` and what unmatched sources hold
+_FREE = -1.5  # below every cosine, above `NO_TARGET` and what unmatched sources hold
 _LAST = 2**40  # behind every place on a grid
 
 
@@ -420,14 +420,14 @@ def pair(
         similarity = torch.bmm(points[:, 0::2], points[:, 1::2].mT)  # [B, S, T]
         if valid is not None:
             both = valid[:, 0::2].unsqueeze(2) & valid[:, 1::2].unsqueeze(1)
-            similarity = similarity.masked_fill(~both, _NO_TARGET)
+            similarity = similarity.masked_fill(~both, NO_TARGET)
         batch, _, targets = similarity.shape
         held = similarity.new_full((batch, targets), _FREE)  # [B, T]: what each target has taken
         value, best = similarity.max(-1)  # [B, S]
         held.scatter_reduce_(1, best, value, "amax")
         won = value == held.gather(1, best)
-        more, other = similarity.masked_fill_(similarity <= held.unsqueeze(1), _NO_TARGET).max(-1)
-        held.scatter_reduce_(1, other, more.masked_fill_(won, _NO_TARGET), "amax")
+        more, other = similarity.masked_fill_(similarity <= held.unsqueeze(1), NO_TARGET).max(-1)
+        held.scatter_reduce_(1, other, more.masked_fill_(won, NO_TARGET), "amax")
         late = (more == held.gather(1, other)) & (more > _FREE)
         won = (won & (value == held.gather(1, best))) | late
         pick, value = torch.where(late, other, best), torch.where(late, more, value)

@@ -22,7 +22,11 @@ STAGES = ("vision", "connector", "language")
 
 Layers = Literal["first_half"] | range | list[int] | tuple[int, ...] | None
 Placement = Literal["input", "mid", "post"] | None
-PROVIDES = {"vision": frozenset[str](), "connector": frozenset[str](), "language": frozenset({"last_query"})}
+PROVIDES = {
+    "vision": frozenset({"frames"}),
+    "connector": frozenset({"frames"}),
+    "language": frozenset({"last_query", "frames"}),
+}
 Output = Literal["survivors", "nearest", "similar", "carried"]
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 

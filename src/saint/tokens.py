@@ -184,6 +184,8 @@ class Candidates:
             float32 [B, N]; else None.
         columns: of the grid that ``tokens.index`` counts along, row by row; None where there is none or it is not known.
         least: tokens of each sample that stay at least, whatever the budget, B Python ints; None: as the budget says.
+        cells: for methods that need "frames": equal numbers show the same place of one video at different times, in the order
+            of samples and slots, int64 [B, N]; -1: of no video. None where no candidate is of a video of several frames.
     """
 
     keys: Tensor
@@ -194,6 +196,7 @@ class Candidates:
     attention: Tensor | None = None
     columns: int | None = None
     least: tuple[int, ...] | None = None
+    cells: Tensor | None = None
 
 
 @dataclass(frozen=True)

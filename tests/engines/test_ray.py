@@ -13,6 +13,7 @@ import tarfile
 import time
 from pathlib import Path
 
+import checkpoints
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,7 @@ from PIL import Image
 from test_embed import by_key
 
 import saint
-from saint.embed import OutputError, Rows, embed
+from saint.embed import OutputError, Rows, answer, embed
 from saint.embed.parts import Parts, files
 from saint.embed.work import Job
 from saint.session import as_plan
@@ -31,6 +32,7 @@ import psutil
 import ray
 import ray.data
 
+from saint.backends.ray import answer as answer_on_ray
 from saint.backends.ray import embed as on_ray
 
 torch.set_num_threads(1)  # as in the actors
@@ -129,6 +131,26 @@ def test_a_data_set_with_paths_continues(cluster, folder, alone, tmp_path):
     assert rows.keys() == alone.keys()
     for key, row in rows.items():
         close(row, alone[key])
+
+
+def test_answers_of_a_folder_and_of_a_data_set(cluster, folder, tmp_path):
+    checkpoints.llava(tmp_path / "model")
+    asked = {
+        "model": f"hf:{tmp_path / 'model'}", "plan": saint.Plan(connector=saint.methods.DivPrune(keep=0.25)),
+        "question": "w5 w6", "max_new_tokens": 3, "batch": 3,
+    }  # fmt: skip
+    said = by_key(answer(folder, device="cpu", **asked))
+    assert sum(row["error"] is not None for row in said.values()) == 1
+    assert len({row["answer"] for row in said.values()}) > 1
+    assert {row["kept"][-1]["tokens"] * 4 for row in said.values() if row["kept"]} == {checkpoints.TOKENS}
+    made = answer_on_ray(folder, output=tmp_path / "out", rows=7, **asked)
+    assert by_key(made.take_all()) == said
+    assert answer(folder, output=tmp_path / "out", **asked).resumed == 30  # either continues the other
+    paths = ray.data.from_items([{"id": key, "path": str(folder / key)} for key in said])
+    lazy = by_key(answer_on_ray(paths, workers=1, **asked).take_all())
+    assert {key: row["answer"] for key, row in lazy.items()} == {key: row["answer"] for key, row in said.items()}
+    with pytest.raises(OutputError, match="w5 w6"):
+        answer_on_ray(folder, output=tmp_path / "out", **{**asked, "question": "w7"})
 
 
 def test_errors_say_what_to_do(cluster, folder, tmp_path):

@@ -32,7 +32,13 @@ def embed(
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for the parts; a killed run continues there")],
     model: Annotated[str, typer.Option("--model", help=MODEL_HELP)],
     plan: Annotated[str, typer.Option("--plan", help="a recipe's name, JSON, or a .json file")],
-    batch: Annotated[int, typer.Option(min=1, help="images per forward")] = 32,
+    question: Annotated[
+        str | None, typer.Option(help="ask a vision-language model about every image, in place of embeddings")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 16,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="images per forward [default: 32, with --question 1]")
+    ] = None,
     rows: Annotated[int, typer.Option(min=1, help="rows of a part")] = 1000,
     column: Annotated[str | None, typer.Option(help="of parquet files [default: the one that holds images]")] = None,
     ray: Annotated[bool, typer.Option("--ray", help="on a Ray cluster (RAY_ADDRESS), or all of this machine")] = False,
@@ -46,7 +52,7 @@ def embed(
     pretrained: Pretrained = True,
     json: Json = None,
 ) -> None:
-    """Embed every image of DIR under a plan: a row each, with the tokens that were kept, or why it could not be read.
+    """Embed every image of DIR under a plan, or ask about it: a row each, with the tokens kept, or why it could not be read.
 
     The folder of -o holds parquet parts and a manifest. The same command continues a run that was stopped; every row is there
     once. Another model, plan or source is refused.
@@ -62,10 +68,11 @@ def embed(
     if ray and (device != "auto" or threads is not None):
         raise ValueError("--device and --threads are not for --ray, which gives each model a GPU, or else a CPU")
     chosen = read_plan(plan)
-    job = Job(model, chosen, pretrained=pretrained, size=size, dtype=dtype)
+    batch = batch or (32 if question is None else 1)
+    job = Job(model, chosen, question, max_new_tokens, pretrained, size, dtype)
     with err.status(f"listing {source}"):
         items = find_items(source, column=column)
-    with resumable(output), progress("embedding", len(items)) as tick:
+    with resumable(output), progress("embedding" if question is None else "asking", len(items)) as tick:
         if ray:
             from ..backends.ray import local_cluster
             from ..backends.ray import run as run_on_ray
@@ -88,8 +95,9 @@ def embed(
             "images": made.count,
             "errors": made.errors,
             "resumed": made.resumed,
-        }
+        } | ({} if question is None else {"question": question, "max_new_tokens": max_new_tokens})
         save(json, {"kind": "embed", **record, "batch": batch, "ray": ray, "environment": environment()})
     if made.errors:
-        err.print(f"[yellow]{made.errors} image(s) could not be embedded: their rows hold the error[/]")
+        verb = "embedded" if question is None else "asked about"
+        err.print(f"[yellow]{made.errors} image(s) could not be {verb}: their rows hold the error[/]")
         raise typer.Exit(1)

@@ -70,11 +70,13 @@ class Handover(threading.local):
         visual: the candidates, the visual tokens of a vision-language model, bool [B, L]; None when the prompt brings none.
         marked: rows of features that the encoder dropped are among them (``gathers.is_dropped``).
         waiting: images came in, and their places are not known yet.
+        cells: where methods need them, see :class:`saint.tokens.Candidates`, of each position, int64 [B, L]; None: no video.
     """
 
     visual: Tensor | None = None
     marked: bool = False
     waiting: bool = False
+    cells: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,8 @@ class PrunedDecoder(LayerStack[DecoderForward]):
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         refuse_tracing()
         visual, marked = self.handover.visual, self.handover.marked
-        self.handover.visual, self.handover.marked = None, False
+        cells = self.handover.cells
+        self.handover.visual, self.handover.marked, self.handover.cells = None, False, None
         before, forward = self.forward, self.forwards.begin()
         kwargs = self.parameters.named(args, kwargs)
         cache = CACHE.read(kwargs)
@@ -262,6 +265,9 @@ class PrunedDecoder(LayerStack[DecoderForward]):
         both = (there if gone is None else torch.cat([there, (visual & ~gone).sum(1)])).tolist()
         lengths, left = tuple(both[: len(visual)]), tuple(both[len(visual) :])
         state = some_tokens(visual, lengths)
+        if cells is not None:
+            assert state.places is not None
+            forward.cells = cells.flatten()[state.places[..., 0]]
         if gone is not None and x is not None:
             x = torch.where(gone.unsqueeze(-1), torch.zeros_like(x), x)
             if left != lengths:

@@ -15,6 +15,7 @@ from .base import Method
 
 if TYPE_CHECKING:
     from .divprune import DivPrune as DivPrune
+    from .evs import EVS as EVS
     from .fastv import FastV as FastV
     from .grid import Grid as Grid
     from .match import Match as Match
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
     from .random import Random as Random
     from .saint import Saint as Saint
     from .saint_full_graph import SaintFullGraph as SaintFullGraph
+    from .saint_video import SaintVideo as SaintVideo
     from .tome import ToMe as ToMe
 
 _BUILTIN = {
     "divprune": ("divprune", "DivPrune"),
+    "evs": ("evs", "EVS"),
     "fastv": ("fastv", "FastV"),
     "grid": ("grid", "Grid"),
     "match": ("match", "Match"),
@@ -33,6 +36,7 @@ _BUILTIN = {
     "random": ("random", "Random"),
     "saint": ("saint", "Saint"),
     "saint_full_graph": ("saint_full_graph", "SaintFullGraph"),
+    "saint_video": ("saint_video", "SaintVideo"),
     "tome": ("tome", "ToMe"),
 }
 

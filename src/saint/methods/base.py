@@ -26,7 +26,8 @@ class Method(ABC):
     name: ClassVar[str]  # registry name, lower_snake
     paper: ClassVar[str]  # citation key or URL of the publication
     stages: ClassVar[frozenset[str]]  # stages the method is defined for
-    needs: ClassVar[frozenset[str]] = frozenset()  # what a stage computes on demand: "last_query" fills `attention`
+    # what a stage computes on demand: "last_query" fills `attention`, "frames" `cells`
+    needs: ClassVar[frozenset[str]] = frozenset()
     merges: ClassVar[bool] = False  # tokens go into survivors instead of away; not in the connector stage
     averages: ClassVar[bool] = (
         True  # of methods that merge: a survivor becomes the mean of what it stands for, or stays as it is

@@ -1,7 +1,10 @@
 """SAINT's voting graph: drop the tokens that many others resemble. arXiv 2503.11549, section 3."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar
+
+from torch import Tensor
 
 from .. import graph
 from ..tokens import Candidates, Selection
@@ -69,17 +72,25 @@ class Saint(Method):
     def select(self, candidates: Candidates) -> Selection | None:
         tokens = candidates.tokens
         edges = graph.connect(candidates.keys, self.threshold, center=self.center, valid=tokens.valid)
-        if isinstance(self.budget, str):
-            drop = host_counts(graph.count_votes(edges, self.neighbors, valid=tokens.valid))
-            if self.budget == "batch":
-                drop = (sum(drop) // len(drop),) * len(drop)
-                if tokens.valid is not None:  # a padded sample may have fewer sources than the mean asks for
-                    drop = tuple(min(r, (n + 1) // 2) for r, n in zip(drop, tokens.lengths, strict=True))
-            if any(drop):
-                drop = floored(drop, candidates, self.floor)
-        else:
-            drop = to_drop(self.budget, candidates)
+        drop = self.drops(lambda: graph.count_votes(edges, self.neighbors, valid=tokens.valid), candidates)
         if not any(drop):
             return None
         score = graph.redundancy(edges, self.threshold, self.gamma, valid=tokens.valid)
         return Selection.from_order(graph.descending(score), drop, tokens, stride=2)
+
+    def drops(self, votes: Callable[[], Tensor], candidates: Candidates) -> tuple[int, ...]:
+        """Tokens of each sample that go.
+
+        Args:
+            votes: counts the votes of each sample, int64 [B]; not called where a number was given.
+            candidates: of the drop point.
+        """
+        if not isinstance(self.budget, str):
+            return to_drop(self.budget, candidates)
+        tokens = candidates.tokens
+        drop = host_counts(votes())
+        if self.budget == "batch":
+            drop = (sum(drop) // len(drop),) * len(drop)
+            if tokens.valid is not None:  # a padded sample may have fewer sources than the mean asks for
+                drop = tuple(min(r, (n + 1) // 2) for r, n in zip(drop, tokens.lengths, strict=True))
+        return floored(drop, candidates, self.floor) if any(drop) else drop

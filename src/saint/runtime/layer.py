@@ -97,6 +97,11 @@ class LayerStack(ABC, Uncopyable, Generic[F]):
         self.forwards.forget()
 
     @property
+    def wants_frames(self) -> bool:
+        """Whether a method asks which candidates show the same place of a video at different times."""
+        return any("frames" in point.needs for point in (*self.entries, *self.points.values()))
+
+    @property
     def first_short(self) -> int:
         """The first layer that tokens may be missing from."""
         drops = [layer for layer, point in self.points.items() if point.method is not None]
@@ -161,6 +166,11 @@ class LayerStack(ABC, Uncopyable, Generic[F]):
         """Tokens of each sample that stay at least; None: as many as the budget says."""
         return None
 
+    def cells(self, forward: F, state: LayerState) -> Tensor | None:
+        """Of each candidate, see :class:`saint.tokens.Candidates`, int64 [B, N]."""
+        whole = forward.cells
+        return None if whole is None else whole.gather(1, state.candidates.index)
+
     def where(self, point: DropPoint) -> str:
         """The keys of a drop point, for messages."""
         return f"the keys of {self.path} layer {point.layer}"
@@ -213,7 +223,8 @@ class LayerStack(ABC, Uncopyable, Generic[F]):
             attention = state.of_candidates(attention.unsqueeze(-1)).squeeze(-1)
         columns = self.columns(forward, state)
         least = self.least(forward, state)
-        shown = Candidates(keys, features, state.counted, point.step, point.steps, attention, columns, least)
+        cells = self.cells(forward, state) if "frames" in point.needs else None
+        shown = Candidates(keys, features, state.counted, point.step, point.steps, attention, columns, least, cells)
         selection = self.select(point, shown)
         if selection is None:
             after, chosen = state, None

@@ -80,6 +80,7 @@ def select_some(method: Decides, candidates: Candidates, some: list[int]) -> Sel
             tokens=part,
             attention=attention,
             least=least,
+            cells=None if candidates.cells is None else candidates.cells[pick],
         )
     )
     if chosen is None:

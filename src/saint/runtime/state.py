@@ -148,12 +148,15 @@ class Forward:
         states: by layer, the state in front of it; behind the last: the number of layers.
         drops: by stage, placement and layer, the states in front of and behind a drop point, in the order of the forward.
         memo: tables and masks that layers share.
+        cells: of each candidate of ``origin``, see :class:`saint.tokens.Candidates`, int64 [B, N]; None where no method needs it
+            or there is no video.
     """
 
     origin: LayerState | None = None
     states: dict[int, LayerState] = field(default_factory=dict)
     drops: dict[tuple[str, str, int], tuple[LayerState, LayerState]] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
+    cells: Tensor | None = None
 
     def once(self, name: str, make: Callable[[], Any], *sources: Any) -> Any:
         """``make()`` once for a name and what it is made from; layers behind one drop point share the result."""

@@ -87,6 +87,7 @@ IDS = Role("input_ids")
 ALL_STATES = Role("output_hidden_states")  # also a field of configs
 PIXELS = Role("pixel_values")
 VIDEOS = Role("pixel_values_videos")
+VIDEO_GRID = Role("video_grid_thw")  # frames, rows and columns of patches of each video
 ENCODED = Role("mm_encoder_outputs")  # features computed earlier, in place of pixels
 GRID = Role("grid_thw")  # packed towers: rows and columns of patches of each image
 SEGMENTS = Role("cu_seqlens")  # packed towers: ends of the segments that attend to themselves
@@ -103,6 +104,7 @@ TIMM_VALID = Role("patch_valid")  # NaFlex: which patches are none of the paddin
 PLACEHOLDER_MASK = Role(
     "get_placeholder_mask"
 )  # returns where features go; called whenever there are features to merge
+VIDEO_FEATURES = Role("get_video_features")  # takes pixels of videos, returns what the language model receives of them
 MERGER = Role("inputs_merger")  # merges features into embeddings itself
 WINDOW_ORDER = Role("permute_input_for_window_attn")  # reorders groups of patches, given their order
 

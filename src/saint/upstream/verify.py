@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from .names import CACHE, EMBEDDINGS, IDS, LAYERS, MASK, MERGER, PLACEHOLDER_MASK, Parameters
+from .names import CACHE, EMBEDDINGS, IDS, LAYERS, MASK, MERGER, PLACEHOLDER_MASK, VIDEO_FEATURES, Parameters
 from .specs import EncoderSpec, FamilySpec, part
 from .versions import known_from
 
@@ -66,6 +66,8 @@ def verify_family(model: nn.Module, spec: FamilySpec) -> None:
     missing += _try(
         "mergers", lambda: missing.extend(path for path in spec.deepstack_mergers(model) if part(model, path) is None)
     )
+    if spec.clips is not None and VIDEO_FEATURES.of(model) is None:
+        missing.append(f"method {VIDEO_FEATURES}")
     if PLACEHOLDER_MASK.of(model) is None and MERGER.of(model) is None:
         missing.append(f"method {PLACEHOLDER_MASK} or {MERGER} (shows where its visual tokens are)")
     _refuse(model, spec.title, spec.library, missing)

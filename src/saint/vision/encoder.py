@@ -80,7 +80,7 @@ class PrunedEncoder(LayerStack[EncoderForward]):
         check_output(encoder, spec, output)
         prove(self.blocks, self.points, self.prefix)
         check_budget(encoder, spec, (*self.entries, *self.points.values()))
-        self.inputs = Inputs(encoder, spec, merge_size, self.forwards, guard)
+        self.inputs = Inputs(encoder, spec, merge_size, self.forwards, guard, self.wants_frames)
         self.carries = output == "carried"
         self.outputs = Outputs(encoder, spec, self.depth, output, restored, self.forwards, _by_length)
 

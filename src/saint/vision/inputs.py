@@ -27,6 +27,7 @@ class EncoderForward(Forward):
         shown: what showed the keys of a layer, until they are scored.
         grid: rows and columns of patches.
         samples: packed: tokens per image or frame.
+        grids: packed: frames, rows and columns of patches of each image or video.
         order: packed: group at each place.
         shares: of its candidates that each picture keeps at least; empty without a guard.
     """
@@ -34,6 +35,7 @@ class EncoderForward(Forward):
     shown: dict[int, Tensor] = field(default_factory=dict)
     grid: tuple[int, int] | None = None
     samples: list[int] = field(default_factory=list)
+    grids: list[list[int]] = field(default_factory=list)
     order: Tensor | None = None
     shares: tuple[float, ...] = ()
 
@@ -47,6 +49,7 @@ class Inputs(Uncopyable):
         merge_size: see :class:`saint.vision.encoder.PrunedEncoder`.
         forwards: of the encoder.
         guard: see :class:`saint.Stage`.
+        frames: note which groups show the same place of a video at different times.
 
     Raises:
         ValueError: a guard, and the encoder is not given pictures.
@@ -59,8 +62,9 @@ class Inputs(Uncopyable):
         merge_size: int | None,
         forwards: Forwards[EncoderForward],
         guard: float = 0.0,
+        frames: bool = False,
     ) -> None:
-        self.guard = guard
+        self.guard, self.frames = guard, frames
         if guard and (spec.packed or spec.patch is None):
             raise ValueError(
                 f"guard={guard:g} looks at pictures [B, C, H, W] in front of the patch embedding, and {type(encoder).__name__} "
@@ -96,7 +100,8 @@ class Inputs(Uncopyable):
     def _note_samples(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         grid = GRID.read(self.parameters.named(args, kwargs))
         forward = self.forwards.prelude()
-        forward.samples = torch.repeat_interleave(grid[:, 1] * grid[:, 2], grid[:, 0]).tolist()
+        forward.grids = grid.tolist()
+        forward.samples = [rows * columns for frames, rows, columns in forward.grids for _ in range(frames)]
         forward.order = None
 
     def _note_order(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -141,7 +146,10 @@ class Inputs(Uncopyable):
                 return squares(x.shape[0], count, self.merge_size, x.device)
             if sum(forward.samples) != count:
                 raise ValueError(f"grid_thw announces {sum(forward.samples)} patches, and there are {count}")
-            return packed_groups(forward.samples, self.merge_size**2, forward.order, x.device)
+            groups = packed_groups(forward.samples, self.merge_size**2, forward.order, x.device)
+            if self.frames and any(frames > 1 for frames, _, _ in forward.grids):
+                forward.cells = _cells(forward.grids, self.merge_size**2, groups.candidates.slots).to(x.device)
+            return groups
         valid = None
         if mask is not None and mask.ndim == 4:
             seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
@@ -153,3 +161,16 @@ class Inputs(Uncopyable):
             else:
                 valid = None if bool(seen.all()) else seen
         return all_tokens(x.shape[0], count, x.device, valid)
+
+
+def _cells(grids: list[list[int]], size: int, slots: int) -> Tensor:
+    """Of each group of ``size`` patches, the number of its place in its video, int64 [frames, slots]; -1: of a single picture."""
+    rows, first = [], 0
+    for frames, height, width in grids:
+        count = height * width // size
+        one = torch.full((slots,), -1)
+        if frames > 1:
+            one[:count] = torch.arange(first, first + count)
+            first += count
+        rows += [one] * frames
+    return torch.stack(rows)

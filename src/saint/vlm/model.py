@@ -22,6 +22,7 @@ from ..upstream.names import CACHE, ENCODED, IMAGE_TOKEN, Parameters
 from ..upstream.specs import FamilySpec
 from ..upstream.verify import merge_method
 from ..vision.encoder import PrunedEncoder
+from .videos import Videos
 
 
 class PrunedVLM(Uncopyable):
@@ -55,6 +56,7 @@ class PrunedVLM(Uncopyable):
         self.proved: set[str] = set()  # mergers that were seen to join the groups that they should
         self.parameters = Parameters(type(model).forward)
         self.merge, self.merges = merge_method(model)
+        self.videos = Videos(model, spec) if decoder.wants_frames and spec.clips is not None else None
         points = () if encoder is None else encoder.points.values()
         last = max((point.layer for point in points if point.method is not None), default=-1)
         if last >= mergers.get(spec.connector, last + 1):
@@ -67,6 +69,8 @@ class PrunedVLM(Uncopyable):
         """Patch the instance; ``stack`` undoes it."""
         stack.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         override(stack, self.model, self.merge, self._listen)
+        if self.videos is not None:
+            override(stack, self.model, self.videos.method, self.videos.encode)
         # registered before the decoder's own hook, so it runs first
         text = self.decoder.module
         stack.callback(text.register_forward_pre_hook(self._check_fired).remove)
@@ -85,6 +89,8 @@ class PrunedVLM(Uncopyable):
         self.handover.visual = None
         given = self.parameters.named(args, kwargs)
         self.handover.waiting = any(pixels.read(given) is not None for pixels in self.spec.pixels)
+        if self.videos is not None:
+            self.videos.begin(given)
         cache, encoded = CACHE.read(given), ENCODED.read(given)
         fresh = cache is None or cache.get_seq_length() == 0
         if self.encoder is not None and not self.handover.waiting and (encoded is None or not len(encoded)) and fresh:
@@ -99,6 +105,8 @@ class PrunedVLM(Uncopyable):
                 if mask is not None:
                     seen = mask[..., 0] if mask.ndim == 3 else mask  # [B, L]
                     self.handover.visual = seen if self.handover.visual is None else self.handover.visual | seen
+            if self.videos is not None:
+                self.videos.see(masks[1][..., 0])
             self.handover.marked = self.encoder is not None
             self.handover.waiting = False
             return result
@@ -112,6 +120,8 @@ class PrunedVLM(Uncopyable):
                 f"{type(self.model).__name__} was given images and did not call {self.merge}, so nothing shows where its "
                 "visual tokens are; this version of the model merges them differently"
             )
+        if self.videos is not None:
+            self.handover.cells = self.videos.cells()
 
     def _connect(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The connector sees the survivors; what it returns has full length, marked where a token was dropped."""

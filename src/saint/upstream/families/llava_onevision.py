@@ -1,9 +1,12 @@
 """LLaVA-OneVision: SigLIP, whose features are laid on a grid and interpolated."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 
 from ..names import PIXELS, VIDEOS
-from ..specs import FamilySpec
+from ..specs import Clip, FamilySpec
 from ..tiny import IMAGE, VIDEO, TinyVLM, make, text_config, tiles, tower_config
 from ..transformers import qualified
 
@@ -21,11 +24,17 @@ def _build() -> nn.Module:
     return make(hf.LlavaOnevisionForConditionalGeneration, config)
 
 
+def _clips(_model: Any, given: Mapping[str, Any], features: Any) -> list[Clip]:
+    videos, frames = VIDEOS.read(given).shape[:2]  # [videos, frames, channels, height, width]
+    return [Clip(frames, (features.shape[1] - 1) // frames, 1)] * videos  # a newline behind the last frame
+
+
 SPECS = (
     FamilySpec(
         title="LLaVA-OneVision",
         model=qualified("llava_onevision", "LlavaOnevisionModel"),
         pixels=(PIXELS, VIDEOS),
+        clips=_clips,
         no_vision="its packing interpolates between neighbouring features, which would mix dropped with kept ones; "
         "use the connector or language stage",
         tiny=(TinyVLM("llava-onevision", _build, tiles),),

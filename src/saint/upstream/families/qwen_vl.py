@@ -1,12 +1,13 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: packed towers (all images in one sequence) whose mergers join squares of patches."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..names import PIXELS, ROTARY, SEGMENTS, VIDEOS, WINDOW_ORDER, Role
-from ..specs import BlockSpec, EncoderSpec, FamilySpec
+from ..names import PIXELS, ROTARY, SEGMENTS, VIDEO_GRID, VIDEOS, WINDOW_ORDER, Role
+from ..specs import BlockSpec, Clip, EncoderSpec, FamilySpec
 from ..tiny import END, IMAGE, START, VIDEO, TinyVLM, make, text_config
 from ..transformers import qualified
 
@@ -36,6 +37,11 @@ def _tower(title: str, module: str, cls: str, block: str, order: Role | None = N
     )
 
 
+def _clips(model: Any, given: Mapping[str, Any], _features: Any) -> list[Clip]:
+    size = model.visual.spatial_merge_size**2
+    return [Clip(frames, rows * columns // size) for frames, rows, columns in VIDEO_GRID.read(given).tolist()]
+
+
 def _family(title: str, module: str, cls: str, **facts: Any) -> FamilySpec:
     return FamilySpec(
         title=title,
@@ -44,6 +50,7 @@ def _family(title: str, module: str, cls: str, **facts: Any) -> FamilySpec:
         connector="visual.merger",
         pixels=(PIXELS, VIDEOS),
         merge_size=lambda m: m.visual.spatial_merge_size,
+        clips=_clips,
         **facts,
     )
 
