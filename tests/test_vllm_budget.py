@@ -22,6 +22,8 @@ DIVPRUNE = saint.methods.DivPrune
         (saint.Plan(saint.Saint()), "Saint in the vision stage of a plan: each picture would keep its own number"),
         (saint.Plan(saint.methods.ToMe()), "ToMe in the vision stage of a plan: it joins tokens"),
         (saint.Plan(saint.Stage(saint.Saint(budget=9), output="nearest")), "is of full length"),
+        (saint.Plan(saint.methods.SaintVideo(budget=9)), "it needs frames, which the tower does not show"),
+        (saint.Plan(connector=saint.methods.EVS(0.5)), "EVS needs frames, which pictures do not have"),
         (saint.Plan(saint.Stage(saint.Saint(budget=9), guard=0.5)), "each picture would keep its own number"),
         (saint.plan("llava-1.5/llm"), "language stage of a plan: in paged attention"),
     ],

@@ -80,6 +80,11 @@ def checked(method: Method) -> FixedBudget | None:
         ValueError: it cannot; the message says why.
     """
     name = type(method).__name__
+    if "frames" in method.needs:
+        raise ValueError(
+            f"{name} needs frames, which pictures do not have; vLLM prunes videos by itself, with --video-pruning-rate: use a "
+            "method for pictures, e.g. divprune"
+        )
     if method.needs:
         raise ValueError(
             f"{name} needs {', '.join(sorted(method.needs))}, so what it keeps depends on the prompt; vLLM caches a picture's "

@@ -28,6 +28,8 @@ def checked(plan: Plan) -> tuple[Stage, ...]:
                 "each picture would keep its own number of tokens, and vLLM reserves the places of a picture before its encoder "
                 "runs: give a number or a fraction as budget, or freeze the plan (saint.freeze)"
             )
+        elif stage.method.needs:
+            why = f"it needs {', '.join(sorted(stage.method.needs))}, which the tower does not show: use another, e.g. saint"
         elif stage.method.merges:
             why = "it joins tokens, whose weights vLLM's attention does not take: use a method that drops them, e.g. saint"
         elif stage.output != "survivors":
