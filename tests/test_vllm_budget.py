@@ -2,12 +2,13 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import saint
-from saint.backends.vllm import budget, selection
+from saint.backends.vllm import budget, selection, tower
 from saint.backends.vllm.budget import Choice
 from saint.cli import main
 
@@ -17,13 +18,41 @@ DIVPRUNE = saint.methods.DivPrune
 @pytest.mark.parametrize(
     ("plan", "why"),
     [
-        (saint.plan("llava-1.5/hybrid"), "vision stage of a plan: the encoder is vLLM's own"),
+        (saint.plan("llava-1.5/hybrid"), "language stage of a plan: in paged attention"),
+        (saint.Plan(saint.Saint()), "Saint in the vision stage of a plan: each picture would keep its own number"),
+        (saint.Plan(saint.methods.ToMe()), "ToMe in the vision stage of a plan: it joins tokens"),
+        (saint.Plan(saint.Stage(saint.Saint(budget=9), output="nearest")), "is of full length"),
+        (saint.Plan(saint.methods.SaintVideo(budget=9)), "it needs frames, which the tower does not show"),
+        (saint.Plan(connector=saint.methods.EVS(0.5)), "EVS needs frames, which pictures do not have"),
+        (saint.Plan(saint.Stage(saint.Saint(budget=9), guard=0.5)), "each picture would keep its own number"),
         (saint.plan("llava-1.5/llm"), "language stage of a plan: in paged attention"),
     ],
 )
 def test_what_vllm_cannot_follow_is_refused_with_the_reason(plan, why):
     with pytest.raises(ValueError, match=why):
         budget.of_plan(plan)
+
+
+def test_the_tower_leaves_what_each_stage_leaves():
+    config = SimpleNamespace(
+        vision_config=SimpleNamespace(num_hidden_layers=24, model_type="clip_vision_model"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    method = saint.Saint(budget=0.5)
+    plan = tower.resolved((saint.Stage(method), saint.Stage(saint.Saint(budget=0.5), layers=[20])), config)
+    assert [stage.layers for stage in plan.slots["vision"]] == [
+        tuple(range(12)),
+        (20,),
+    ]  # half of 24, though 23 are loaded
+    assert tower.left(plan, 577) == 145  # 289, then 144.5, rounded half up
+    with pytest.raises(ValueError, match="can drop at most half"):
+        tower.left(tower.resolved((saint.Stage(saint.Saint(budget=0.25), layers=[3]),), config), 576)
+    with pytest.raises(ValueError, match=r"layer 23 .* lies behind the features"):
+        tower.resolved((saint.Stage(method, layers=[23]),), config)
+    config.vision_feature_layer = [3, -2]
+    with pytest.raises(ValueError, match="must read one layer"):
+        tower.resolved((saint.Stage(method),), config)
 
 
 def test_a_plan_of_the_connector_is_followed():
@@ -103,10 +132,10 @@ def test_features_are_chosen_run_by_run_whatever_their_neighbours():
     features = [torch.randn(12, 8, generator=generator) for _ in range(3)]
     choices = [Choice(DIVPRUNE(keep=0.5), (8, 4), (4, 2)), Choice(DIVPRUNE(keep=0.25), (12,), (3,))]
     given = [choices[0], choices[1], choices[0]]
-    got = selection.prune(features, [choice.packed() for choice in given])
-    for one, choice, short in zip(features, given, got, strict=True):
+    got = selection.indices(features, given)
+    for one, choice, places in zip(features, given, got, strict=True):
         (kept,) = selection.choose(one.unsqueeze(0), choice)
-        assert torch.equal(short, one[kept])
+        assert torch.equal(places, kept)
         assert kept.tolist() == sorted(set(kept.tolist()))
         assert len(kept) == sum(choice.goals)
     first = selection.choose(features[0].unsqueeze(0), choices[0])[0]
@@ -115,13 +144,13 @@ def test_features_are_chosen_run_by_run_whatever_their_neighbours():
 
 def test_bad_features_stop_no_engine():
     features = torch.full((10, 4), torch.nan)
-    (short,) = selection.prune([features], [Choice(DIVPRUNE(keep=0.5), (10,), (5,)).packed()])
-    assert short.shape == (5, 4)
+    (kept,) = selection.indices([features], [Choice(DIVPRUNE(keep=0.5), (10,), (5,))])
+    assert kept.shape == (5,)
 
 
 def test_features_of_another_number_are_told():
     with pytest.raises(ValueError, match="made 9 features of a picture, its prompt counts on 10"):
-        selection.prune([torch.zeros(9, 4)], [Choice(DIVPRUNE(keep=0.5), (10,), (5,)).packed()])
+        selection.indices([torch.zeros(9, 4)], [Choice(DIVPRUNE(keep=0.5), (10,), (5,))])
 
 
 def test_nothing_here_imports_vllm():
@@ -136,7 +165,7 @@ def test_nothing_here_imports_vllm():
     ("line", "why"),
     [
         ("serve some/model --plan llava-1.5/divprune-128", r"vllm is not installed: pip install \"saint-vlm\[vllm\]\""),
-        ("serve some/model --plan llava-1.5/hybrid", "vLLM cannot follow the vision stage"),
+        ("serve some/model --plan llava-1.5/hybrid", "vLLM cannot follow the language stage"),
         ("serve timm:vit_tiny", "takes hf:NAME_OR_PATH"),
     ],
 )

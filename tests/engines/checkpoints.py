@@ -7,7 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from saint.upstream.tiny import IMAGE, PAD, VIDEO, VOCAB, make, text_config, tower_config
+from saint.upstream.tiny import END, IMAGE, PAD, START, VIDEO, VOCAB, make, text_config, tower_config
 
 SIDE, PATCH = 24, 4  # pixels; 6 x 6 patches
 TOKENS = (SIDE // PATCH) ** 2
@@ -199,6 +199,36 @@ def gemma3(folder: Path) -> None:
     _as_on_the_hub(folder, {"vision_tower.": "vision_tower.vision_model."})
 
 
+def _qwen(name: str, folder: Path) -> None:
+    import transformers as hf
+
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]}
+    tower = {
+        "depth": 4, "num_heads": 2, "patch_size": PATCH, "hidden_size": 32, "out_hidden_size": TEXT["hidden_size"],
+        "intermediate_size": 48,
+    }  # fmt: skip
+    if name == "Qwen3VL":
+        tower |= {"deepstack_visual_indexes": [0, 2], "num_position_embeddings": 64}
+        rope["mrope_interleaved"] = True
+    elif name == "Qwen2VL":
+        tower |= {"embed_dim": tower.pop("hidden_size"), "hidden_size": tower.pop("out_hidden_size"), "mlp_ratio": 2}
+    else:
+        tower |= {"window_size": 16, "fullatt_block_indexes": [2]}
+    config = getattr(hf, f"{name}Config")(
+        vision_config=tower,
+        text_config=text_config(**TEXT, rope_parameters=rope),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
+    words = tokenizer("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    sizes = {"patch_size": PATCH, "size": {"shortest_edge": 64, "longest_edge": 4096}}
+    videos = hf.Qwen3VLVideoProcessor if name == "Qwen3VL" else hf.Qwen2VLVideoProcessor
+    processor = getattr(hf, f"{name}Processor")(hf.Qwen2VLImageProcessor(**sizes), words, videos(**sizes))
+    _save(name, config, folder, processor)
+
+
 FAMILIES = {
     "llava": llava,
     "llava-next": llava_next,
@@ -207,6 +237,9 @@ FAMILIES = {
     "idefics3": partial(_idefics3, "Idefics3"),
     "smolvlm": partial(_idefics3, "SmolVLM"),
     "gemma3": gemma3,
+    "qwen2-vl": partial(_qwen, "Qwen2VL"),
+    "qwen2.5-vl": partial(_qwen, "Qwen2_5_VL"),
+    "qwen3-vl": partial(_qwen, "Qwen3VL"),
 }
 
 if __name__ == "__main__":

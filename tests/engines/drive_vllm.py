@@ -1,9 +1,10 @@
 """Runs prompts through vLLM in an interpreter that has it: ``python drive_vllm.py JOBS RESULTS``, both JSON.
 
 Jobs: ``model`` (a folder), ``settings`` (of the engine), ``rounds``: lists of requests, each list at once. A request has
-``text``, ``images`` (seeds), ``saint`` (or null) and ``new`` (tokens); ``never``: tokens that are not made. Results: ``rounds``
-of the same shape with ``prompt`` (tokens), ``new``, ``cached`` (prompt tokens from the prefix cache) and ``error``; per
-round what was ``kept``, picture by picture; ``most``, the tokens of an item that memory is planned for.
+``text``, ``images``, ``videos`` (seeds), ``saint`` (or null) and ``new`` (tokens); ``never``: tokens that are not made. Results:
+``rounds`` of the same shape with ``prompt`` (tokens), ``new``, ``cached`` (prompt tokens from the prefix cache) and ``error``;
+per round what was ``kept``, picture by picture, and what the ``tower`` left of those it saw last; ``most``, the tokens of an
+item that memory is planned for.
 """
 
 import json
@@ -19,10 +20,23 @@ def picture(seed, side):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*side, 3), dtype=np.uint8))
 
 
+def video(seed, side, frames=4):
+    import numpy as np
+
+    pixels = np.random.default_rng(seed).integers(0, 255, (frames, *side, 3), dtype=np.uint8)
+    about = {"fps": 2.0, "duration": frames / 2, "total_num_frames": frames, "frames_indices": list(range(frames))}
+    return pixels, {**about, "video_backend": "opencv", "do_sample_frames": False}
+
+
 def request(job, side):
     prompt = {"prompt": job["text"]}
+    data = {}
     if job["images"]:
-        prompt["multi_modal_data"] = {"image": [picture(seed, side) for seed in job["images"]]}
+        data["image"] = [picture(seed, side) for seed in job["images"]]
+    if job["videos"]:
+        data["video"] = [video(seed, side) for seed in job["videos"]]
+    if data:
+        prompt["multi_modal_data"] = data
     if job["saint"] is not None:
         prompt["mm_processor_kwargs"] = {"saint": job["saint"]}
     return prompt
@@ -45,8 +59,15 @@ def main(jobs):
     from vllm.multimodal.encoder_budget import MultiModalBudget
 
     import saint.backends.vllm as plugin
-    from saint.backends.vllm import selection
+    from saint.backends.vllm import selection, tower
 
+    sessions, prune = [], tower.prune
+
+    def remember(*args):
+        sessions.append(prune(*args))
+        return sessions[-1]
+
+    tower.prune = remember
     noted = []
     choose = selection.choose
 
@@ -56,11 +77,11 @@ def main(jobs):
         return kept
 
     selection.choose = note
-    engine = LLM(jobs["model"], dtype="float32", enforce_eager=True, seed=0, **jobs["settings"])
+    engine = LLM(jobs["model"], dtype="float32", seed=0, **{"enforce_eager": True, **jobs["settings"]})
     for _ in range(jobs.get("loads", 0)):
         plugin.register()
     planned = MultiModalBudget(engine.llm_engine.vllm_config, MULTIMODAL_REGISTRY)
-    results = {"rounds": [], "kept": [], "most": dict(planned.mm_max_toks_per_item)}
+    results = {"rounds": [], "kept": [], "tower": [], "most": dict(planned.mm_max_toks_per_item)}
     for requests in jobs["rounds"]:
         noted.clear()
         prompts = [request(job, jobs["side"]) for job in requests]
@@ -87,6 +108,8 @@ def main(jobs):
                 ]
             )
         results["kept"].append(list(noted))
+        traces = [session.trace[-1] for session in sessions]
+        results["tower"].append([kept.tolist() for trace in traces for kept in trace.kept])
     return results
 
 

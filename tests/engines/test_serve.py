@@ -13,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 import checkpoints
 import pytest
 from drive_vllm import ENVIRONMENT, picture
-from test_vllm import PYTHON, SIDE, SPECIAL, Reference, environment, job, pytestmark  # noqa: F401  # the mark is this module's too
+from vllm_reference import PYTHON, SIDE, SPECIAL, Reference, environment, job, needs_vllm
 
 import saint
 
+pytestmark = needs_vllm
 PLAN = saint.Plan(connector=saint.methods.DivPrune(keep=0.25))
 OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "16"]
 

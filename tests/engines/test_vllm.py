@@ -4,167 +4,17 @@ vLLM lives in an environment of its own, whose interpreter ``SAINT_VLLM_PYTHON``
 These tests run in the usual environment and start it.
 """
 
-import dataclasses
-import importlib.util
 import json
-import os
-import random
 import subprocess
 import sys
-from pathlib import Path
-from typing import ClassVar
 
+import checkpoints
 import pytest
-import torch
+from vllm_reference import BUDGETS, GRID, PYTHON, SIDE, Reference, check_mixed, environment, job, mixed, needs_vllm
 
 import saint
-from saint.backends.vllm import budget, selection
-from saint.methods.base import FixedBudget
-from saint.testing import masked_oracle
-from saint.tokens import Candidates, Selection
 
-torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-import checkpoints  # noqa: E402
-from drive_vllm import picture  # noqa: E402
-
-PYTHON = os.environ.get("SAINT_VLLM_PYTHON") or (sys.executable if importlib.util.find_spec("vllm") else None)
-pytestmark = pytest.mark.skipif(PYTHON is None, reason="needs vllm: make engines, or SAINT_VLLM_PYTHON=its interpreter")
-SIDE = (checkpoints.SIDE, checkpoints.SIDE)
-TOKENS = checkpoints.TOKENS
-SPECIAL = list(range(checkpoints.IMAGE, checkpoints.VOCAB))  # made on neither side: transformers would miss a picture
-SMALL = {"max_model_len": 256, "max_num_seqs": 16, "limit_mm_per_prompt": {"image": 2}}
-
-
-@dataclasses.dataclass(frozen=True)
-class Given(FixedBudget):
-    """Keeps what it is told."""
-
-    name: ClassVar[str] = "given"
-    paper: ClassVar[str] = ""
-    stages: ClassVar[frozenset[str]] = frozenset({"connector"})
-
-    index: tuple[int, ...] = ()
-
-    def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
-        keep = torch.zeros(candidates.tokens.index.shape, dtype=torch.bool)
-        keep[0, list(self.index)] = True
-        return Selection.from_mask(keep, goal)
-
-
-def environment():
-    """For the other interpreter: this tree, and no plan."""
-    paths = [str(HERE / "site"), str(HERE.parents[1] / "src")]
-    return {k: v for k, v in os.environ.items() if k != "SAINT_PLAN"} | {"PYTHONPATH": os.pathsep.join(paths)}
-
-
-def job(text, images=(), saint=None, new=6):
-    return {"text": text, "images": list(images), "saint": saint, "new": new}
-
-
-class Seen:
-    """Notes the features that enter the language model."""
-
-    def candidates(self, stage, layer, candidates):
-        if stage == "connector":
-            self.features = candidates.features
-
-
-class Reference:
-    """The same model in transformers."""
-
-    def __init__(self, folder, image="<image>", side=SIDE):
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        self.model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-        self.processor = AutoProcessor.from_pretrained(folder)
-        self.image, self.side, self.known = image, side, {}
-
-    def inputs(self, text, seeds):
-        images = [picture(seed, self.side) for seed in seeds]
-        inputs = dict(self.processor(images=images or None, text=text, return_tensors="pt"))
-        if "token_type_ids" in inputs:  # Gemma 3's bidirectional pictures, which vLLM's attention on CPUs does not have
-            inputs["token_type_ids"] = torch.zeros_like(inputs["token_type_ids"])
-        return inputs
-
-    def kept(self, seed, settings):
-        """Indices that transformers keeps of one picture."""
-        key = seed, json.dumps(settings, sort_keys=True)
-        if key not in self.known:
-            inputs = self.inputs(f"w3 {self.image} w4", [seed])
-            visual = inputs["input_ids"][0] == checkpoints.IMAGE
-            if settings is None or settings.get("keep") == 1.0:
-                self.known[key] = list(range(int(visual.sum())))
-                return self.known[key]
-            method, seen = saint.methods.from_dict({"method": "divprune", **settings}), Seen()
-            plan = saint.Plan(connector=method)
-            with saint.pruned(self.model, plan, observers=[seen]) as session, torch.no_grad():
-                self.model(**inputs)
-                (entry,) = [entry for entry in session.trace if entry.stage == "connector"]
-                self.known[key] = entry.kept[0].tolist()
-            runs = torch.unique_consecutive(visual, return_counts=True)
-            if len(runs := tuple(runs[1][runs[0]].tolist())) > 1:  # tiles: in vLLM each has its own share
-                choice = budget.Choice(method, runs, tuple(budget.shares(method.keep, runs)))
-                self.known[key] = selection.choose(seen.features, choice)[0].tolist()
-        return self.known[key]
-
-    def greedy(self, request, new):
-        """What the masked oracle answers behind each of the tokens ``new``: by induction, greedy decoding of them."""
-        inputs = self.inputs(request["text"], request["images"])
-        visual = (inputs["input_ids"][0] == checkpoints.IMAGE).nonzero().flatten()
-        ids = torch.cat([inputs["input_ids"], torch.tensor([new])], 1)
-        inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if "token_type_ids" in inputs:
-            inputs["token_type_ids"] = torch.nn.functional.pad(inputs["token_type_ids"], (0, len(new)))
-        kept, start = [], 0
-        for seed in request["images"]:
-            kept += [start + index for index in self.kept(seed, request["saint"])]
-            start += len(self.kept(seed, None))
-        assert start == len(visual)
-        there = torch.ones_like(ids[0])
-        there[visual] = 0
-        there[visual[kept]] = 1
-        # in the engine's prompt the survivors stand side by side
-        inputs["position_ids"] = (there.cumsum(0) - 1).clamp_min(0).unsqueeze(0)
-        plan = saint.Plan(connector=Given(keep=len(kept), index=tuple(kept))) if kept else saint.Plan()
-        with torch.no_grad():
-            logits = masked_oracle(self.model, plan, inputs)[0]["logits"]
-        logits[..., SPECIAL] = -torch.inf
-        return logits[0, -len(new) - 1 : -1].argmax(-1).tolist()
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("llava")
-    checkpoints.llava(path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def reference(folder):
-    return Reference(folder)
-
-
-@pytest.fixture(scope="session")
-def run(folder, tmp_path_factory):
-    def start(rounds, plan=None, loads=0, model=folder, side=SIDE, fails=False, **settings):
-        where = tmp_path_factory.mktemp("run")
-        jobs = {"model": str(model), "settings": {**SMALL, **settings}, "rounds": rounds, "side": side, "loads": loads}
-        jobs["never"] = SPECIAL
-        (where / "jobs.json").write_text(json.dumps(jobs))
-        env = environment() | ({} if plan is None else {"SAINT_PLAN": plan})
-        done = subprocess.run(
-            [PYTHON, str(HERE / "drive_vllm.py"), "jobs.json", "results.json"],
-            cwd=where, env=env, capture_output=True, text=True, check=False, timeout=900,
-        )  # fmt: skip
-        if fails:
-            assert done.returncode != 0
-            return done.stderr
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        return json.loads((where / "results.json").read_text())
-
-    return start
+pytestmark = needs_vllm
 
 
 def test_indices_and_answers_are_those_of_transformers(run, reference):
@@ -188,13 +38,21 @@ FAMILIES = {  # how a prompt names a picture; sides of pictures: of one run of p
     "llava-onevision": ("<image>", [SIDE, (20, 60)]),
     "internvl": ("<IMG_CONTEXT>", [SIDE]),
     "idefics3": ("<image>", [SIDE, (20, 60)]),
+    "smolvlm": ("<image>", [SIDE, (20, 60)]),
     "gemma3": ("<boi>", [SIDE]),
+    "qwen2-vl": (GRID, [(32, 48), (16, 80)]),
+    "qwen2.5-vl": (GRID, [(32, 48), (16, 80)]),
+    "qwen3-vl": (GRID, [(32, 48), (16, 80)]),
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family, run, tmp_path):
     """Each picture loses its share, text between its tiles stays, and answers are those of the masked oracle."""
+    if family == "smolvlm":
+        for python in (sys.executable, PYTHON):
+            if subprocess.run([python, "-c", "import num2words"], capture_output=True, check=False).returncode:
+                pytest.skip(f"SmolVLM's processor needs num2words, which {python} does not have")
     checkpoints.FAMILIES[family](tmp_path)
     image, sides = FAMILIES[family]
     for side in sides:
@@ -210,37 +68,9 @@ def test_families(family, run, tmp_path):
             assert answer["new"] == reference.greedy(request, answer["new"])
 
 
-BUDGETS = [None, {"keep": 0.25}, {"keep": 0.5}, {"keep": 1.0}]
-
-
-def mixed(count):
-    """Requests of every kind in random order: budgets, text alone, two pictures; some pictures several times."""
-    draw = random.Random(0)
-    requests = []
-    for number in range(count):
-        words = " ".join(f"w{draw.randrange(2, 99)}" for _ in range(draw.randrange(1, 60)))
-        seeds = [draw.randrange(12) for _ in range((1, 1, 2, 0)[number % 4])]
-        text = f"w{draw.randrange(2, 99)} {'<image> ' * len(seeds)}{words}"
-        requests.append(job(text, seeds, draw.choice(BUDGETS) if seeds else None, new=draw.randrange(2, 9)))
-    draw.shuffle(requests)
-    return requests
-
-
 def test_200_mixed_requests_at_once(run, reference):
-    """No answer is wrong or lost: prompts longer than a chunk, shared blocks of the cache, the plug-in loaded three times."""
-    requests = mixed(200)
-    got = run(
-        [requests, requests], loads=2, max_num_batched_tokens=48, enable_prefix_caching=True, block_size=32
-    )  # 48: less than the 36 places of a picture and the text around it
-    first, again = got["rounds"]
-    for request, answer in zip(requests, first, strict=True):
-        places = sum(len(reference.kept(seed, request["saint"])) for seed in request["images"])
-        assert len(answer["prompt"]) == len(request["text"].split()) - len(request["images"]) + places
-        assert len(answer["new"]) == request["new"]
-        assert answer["new"] == reference.greedy(request, answer["new"]), request
-    assert [answer["new"] for answer in again] == [answer["new"] for answer in first]
-    assert sum(answer["cached"] for answer in again) > 0, "no block of the cache was used again"
-    assert max(len(answer["prompt"]) for answer in first) > 48
+    """No answer is wrong or lost: prompts longer than a chunk, shared blocks of the cache."""
+    check_mixed(run, reference, mixed(200))
 
 
 def test_the_plan_of_the_engine(run, reference):

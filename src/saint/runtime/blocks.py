@@ -60,8 +60,8 @@ class Block:
         """Call ``keep`` with the number of the parallel attention and what shows its keys, at each call; returns the undo."""
 
         def watch(index: int) -> Callable[..., None]:
-            def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-                keep(index, output)
+            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+                keep(index, output[0] if isinstance(output, tuple) else output)  # vLLM's layers return (output, bias)
 
             return hook
 

@@ -16,48 +16,60 @@ from torch import Tensor
 from ...methods import from_dict
 from ...methods.base import FixedBudget, Method, final_keep
 from ...methods.divprune import DivPrune
-from ...plan import Plan
+from ...plan import Plan, Stage
+from . import tower
 
 KEY = "saint"  # in mm_processor_kwargs of a request; part of the hash of its pictures, so caches tell budgets apart
+VISION = "saint_vision"  # beside it, from the engine's plan: what its tower leaves, part of the hash as well
 FIELD = "saint_selection"  # among the inputs of a picture: what to keep of it
 VARIABLE = "SAINT_PLAN"  # the plan of the engine: a file, a recipe's name or JSON
 
-_ELSEWHERE = {
-    "vision": "the encoder is vLLM's own and runs unpruned",
-    "language": "in paged attention every layer of a request has the same places, so tokens cannot leave between layers",
-}
-
 
 def default() -> FixedBudget | None:
-    """What the engine does with pictures of requests that ask for nothing; None: nothing.
+    """What the engine does behind the projector with pictures of requests that ask for nothing; None: nothing.
 
     Raises:
         ValueError: ``SAINT_PLAN`` is no plan that vLLM can follow.
     """
+    return _engine()[0]
+
+
+def vision() -> tuple[Stage, ...]:
+    """What the engine does inside the tower.
+
+    Raises:
+        ValueError: ``SAINT_PLAN`` is no plan that vLLM can follow.
+    """
+    return _engine()[1]
+
+
+def _engine() -> tuple[FixedBudget | None, tuple[Stage, ...]]:
     text = os.environ.get(VARIABLE, "")
-    return _read_default(text) if text.strip() else None
+    return _read(text) if text.strip() else (None, ())
 
 
 @functools.lru_cache(maxsize=4)
-def _read_default(text: str) -> FixedBudget | None:
+def _read(text: str) -> tuple[FixedBudget | None, tuple[Stage, ...]]:
     try:
-        return of_plan(Plan.load(text))
+        plan = Plan.load(text)
+        return of_plan(plan), tower.checked(plan)
     except (ValueError, OSError) as error:
         raise ValueError(f"{VARIABLE}={text!r:.200}: {error}") from error
 
 
 def of_plan(plan: Plan) -> FixedBudget | None:
-    """The method of ``plan``; None where it drops nothing.
+    """The method of the connector stage of ``plan``; None where it drops nothing there.
 
     Raises:
         ValueError: vLLM cannot follow it; the message says why.
     """
-    for slot in plan.slots:
-        if slot in _ELSEWHERE:
-            raise ValueError(
-                f"vLLM cannot follow the {slot} stage of a plan: {_ELSEWHERE[slot]}; give a connector stage, "
-                "e.g. saint.Plan(connector=saint.methods.DivPrune(keep=0.25))"
-            )
+    if plan.language is not None:
+        raise ValueError(
+            "vLLM cannot follow the language stage of a plan: in paged attention every layer of a request has the same "
+            "places, so tokens cannot leave between layers; give a connector stage, e.g. "
+            "saint.Plan(connector=saint.methods.DivPrune(keep=0.25))"
+        )
+    tower.checked(plan)
     return None if plan.connector is None else checked(plan.connector.method)
 
 
@@ -68,6 +80,11 @@ def checked(method: Method) -> FixedBudget | None:
         ValueError: it cannot; the message says why.
     """
     name = type(method).__name__
+    if "frames" in method.needs:
+        raise ValueError(
+            f"{name} needs frames, which pictures do not have; vLLM prunes videos by itself, with --video-pruning-rate: use a "
+            "method for pictures, e.g. divprune"
+        )
     if method.needs:
         raise ValueError(
             f"{name} needs {', '.join(sorted(method.needs))}, so what it keeps depends on the prompt; vLLM caches a picture's "

@@ -9,25 +9,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...gathers import gather_tokens
 from ...tokens import Candidates, TokenMap
 from .budget import Choice
 
 
-def prune(features: Sequence[Tensor], packed: Sequence[Tensor]) -> list[Tensor]:
-    """Shorten each picture's features to the places that its prompt has.
+def indices(features: Sequence[Tensor], choices: Sequence[Choice]) -> list[Tensor]:
+    """The places of each picture that its prompt has.
 
     Args:
         features: per picture, [N, C].
-        packed: per picture, :meth:`Choice.packed`.
+        choices: per picture, what to keep of it.
 
     Returns:
-        Per picture [K, C], in their order.
+        Per picture int64 [K], ascending.
 
     Raises:
         ValueError: features of another number than the prompt was made for.
     """
-    choices = [Choice.unpacked(one) for one in packed]
     if len(choices) != len(features):
         raise ValueError(f"{len(features)} pictures came out of the encoder, expected {len(choices)}")
     for one, choice in zip(features, choices, strict=True):
@@ -35,14 +33,12 @@ def prune(features: Sequence[Tensor], packed: Sequence[Tensor]) -> list[Tensor]:
             raise ValueError(
                 f"the encoder made {one.shape[0]} features of a picture, its prompt counts on {sum(choice.runs)}"
             )
-    kept: list[Tensor] = list(features)
+    kept: dict[int, Tensor] = {}
     for choice in dict.fromkeys(choices):  # equal ones together
         members = [i for i, other in enumerate(choices) if other == choice]
         together = torch.stack([features[i] for i in members])  # [B, N, C]
-        short = gather_tokens(together, choose(together, choice), 0)  # [B, K, C]
-        for i, one in zip(members, short.unbind(0), strict=True):
-            kept[i] = one
-    return kept
+        kept.update(zip(members, choose(together, choice).unbind(0), strict=True))
+    return [kept[i] for i in range(len(features))]
 
 
 def choose(features: Tensor, choice: Choice) -> Tensor:
