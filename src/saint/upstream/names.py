@@ -87,6 +87,7 @@ IDS = Role("input_ids")
 ALL_STATES = Role("output_hidden_states")  # also a field of configs
 PIXELS = Role("pixel_values")
 VIDEOS = Role("pixel_values_videos")
+FRAMES = Role("pixel_values_videos", "pixel_values")  # the same, of the method that encodes them
 VIDEO_GRID = Role("video_grid_thw")  # frames, rows and columns of patches of each video
 ENCODED = Role("mm_encoder_outputs")  # features computed earlier, in place of pixels
 GRID = Role("grid_thw")  # packed towers: rows and columns of patches of each image

@@ -147,8 +147,8 @@ class FamilySpec:
         feature_layer: index into the tower's hidden states (0 = embeddings) of the features used, from the instance; None
             where the features of several layers are joined.
         between: layers behind which the model adds to the full sequence, from the instance (DeepStack).
-        clips: from the instance, the arguments of the method that computes the features of videos, and these features: what each
-            video became. None where a family has no videos.
+        clips: from the instance and the arguments of the method that computes the features of videos: what each video becomes.
+            None where a family has no videos.
         library: import name of the library that the class comes from.
         tower_spec: the encoder in ``tower``, where no other model can read its output (the family joins groups of its
             tokens); None where it is a registered encoder.
@@ -166,7 +166,7 @@ class FamilySpec:
     deepstack_mergers: Callable[[Any], dict[str, int]] = lambda _: {}
     feature_layer: Callable[[nn.Module, int], int | None] = lambda _, depth: depth
     between: Callable[[nn.Module], int] = lambda _: 0
-    clips: Callable[[Any, Mapping[str, Any], Any], list[Clip]] | None = None
+    clips: Callable[[Any, Mapping[str, Any]], list[Clip]] | None = None
     library: str = "transformers"
     tower_spec: EncoderSpec | None = None
     tiny: tuple[TinyVLM, ...] = ()

@@ -40,10 +40,9 @@ class Videos(Uncopyable):
 
         def encode(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
-            features = POOLED.get(output, output)
-            clips = self.clips(self.model, self.parameters.named(args, kwargs), features)
+            clips = self.clips(self.model, self.parameters.named(args, kwargs))
             self._own.clips = clips
-            if (first := _first(features)) is not None:
+            if (first := _first(POOLED.get(output))) is not None:
                 self._known[first] = clips
             return output
 

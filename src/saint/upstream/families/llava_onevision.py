@@ -1,11 +1,12 @@
 """LLaVA-OneVision: SigLIP, whose features are laid on a grid and interpolated."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from ..names import PIXELS, VIDEOS
+from ..names import FRAMES, PIXELS, VIDEOS
 from ..specs import Clip, FamilySpec
 from ..tiny import IMAGE, VIDEO, TinyVLM, make, text_config, tiles, tower_config
 from ..transformers import qualified
@@ -24,9 +25,13 @@ def _build() -> nn.Module:
     return make(hf.LlavaOnevisionForConditionalGeneration, config)
 
 
-def _clips(_model: Any, given: Mapping[str, Any], features: Any) -> list[Clip]:
-    videos, frames = VIDEOS.read(given).shape[:2]  # [videos, frames, channels, height, width]
-    return [Clip(frames, (features.shape[1] - 1) // frames, 1)] * videos  # a newline behind the last frame
+def _clips(model: Any, given: Mapping[str, Any]) -> list[Clip]:
+    videos, frames = FRAMES.read(given).shape[:2]  # [videos, frames, channels, height, width]
+    tower = model.config.vision_config
+    side = math.ceil(
+        tower.image_size // tower.patch_size / 2
+    )  # squares of 2 x 2 patches become one token, also at the edge
+    return [Clip(frames, side * side, 1)] * videos  # a newline behind the last frame
 
 
 SPECS = (

@@ -37,7 +37,7 @@ def _tower(title: str, module: str, cls: str, block: str, order: Role | None = N
     )
 
 
-def _clips(model: Any, given: Mapping[str, Any], _features: Any) -> list[Clip]:
+def _clips(model: Any, given: Mapping[str, Any]) -> list[Clip]:
     size = model.visual.spatial_merge_size**2
     return [Clip(frames, rows * columns // size) for frames, rows, columns in VIDEO_GRID.read(given).tolist()]
 
