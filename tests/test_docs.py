@@ -125,14 +125,20 @@ def test_python_blocks_run(file, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "table"), [("support", "support_table"), ("families", "vlm_table"), ("zoo", "zoo_table")]
+    ("page", "name", "table"),
+    [
+        ("README.md", "support", "support_table"),
+        ("README.md", "families", "vlm_table"),
+        ("README.md", "zoo", "zoo_table"),
+        ("docs/serving.md", "serving", "serving_table"),
+    ],
 )
-def test_the_tables_of_the_readme_are_those_of_the_specs(name, table):
+def test_generated_tables_are_those_of_specs_and_records(page, name, table):
     spec = importlib.util.spec_from_file_location("make_tables", ROOT / "docs" / "make_tables.py")
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
-    readme = (ROOT / "README.md").read_text()
-    assert tables.replace(readme, name, getattr(tables, table)()) == readme, "run `make tables`"
+    text = (ROOT / page).read_text()
+    assert tables.replace(text, name, getattr(tables, table)()) == text, "run `make tables`"
 
 
 # -- shells -----------------------------------------------------------------------------------------------------------
