@@ -284,6 +284,23 @@ def test_a_video_keeps_the_same_in_every_batch(model, name, kind):
         assert off(got, want) < 1e-4
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["evs", "connector", "language"])
+def test_a_prompt_without_a_video_beside_one(model, name, kind):
+    one, inputs = model(name), movie(name, [(4, 8, 8)])
+    text = {"input_ids": torch.tensor([[5, 6, 7]]), "mm_token_type_ids": torch.zeros(1, 3, dtype=torch.long)}
+    both = {
+        **inputs,
+        **together([{key: text[key] for key in text if key in inputs}, {k: inputs[k] for k in text if k in inputs}]),
+    }
+    with saint.pruned(one, plans(name)[kind]) as session, torch.no_grad():
+        one(**inputs)
+        alone = session.trace
+        one(**both)
+        for entry, own in zip(session.trace, alone, strict=True):
+            assert [row.tolist() for row in entry.kept] == [[], own.kept[0].tolist()]
+
+
 @pytest.mark.parametrize("name", PACKED)
 def test_each_frame_has_its_own_budget(model, name):
     one = model(name)
