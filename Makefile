@@ -9,6 +9,7 @@ STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin
 
 ENGINES := .engines
+WORKERS ?= 2
 .PHONY: help setup demo test engines mutants names matrix check fix bench results analysis tables docs lock clean
 help:            ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -24,8 +25,8 @@ $(STAMP): pyproject.toml constraints.txt
 setup: $(STAMP)  ## build .venv
 demo: $(STAMP)   ## prune a real CLIP on real photographs, with pictures in demo_out/
 	$(RUN)/saint demo $(ARGS)
-test: $(STAMP)   ## the whole suite
-	$(RUN)/python -m pytest $(ARGS)
+test: $(STAMP)   ## the whole suite, in two processes (WORKERS=0: in one)
+	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 engines: $(STAMP) $(ENGINES)/.installed ## engines of other projects: Ray, ONNX Runtime, OpenVINO, and vLLM in .engines (several GB)
 	$(RUN)/python -m pip install --quiet $(addprefix -c ,$(CONSTRAINTS)) -e '.[ray,export]' num2words
 	SAINT_VLLM_PYTHON=$(abspath $(ENGINES))/bin/python $(RUN)/python -m pytest tests/engines tests/test_backends_export.py $(ARGS)

@@ -245,7 +245,8 @@ def _finish(kind: str, report: "Report", model: str, device: Any, json: Path | N
     if not _main_process():
         raise typer.Exit(1 if report.failures else 0)
     resumed = f", {report.conditions['resumed']} of them from {journal}" if report.conditions["resumed"] else ""
-    out.print(f"[bold]{model}[/]  {report.evaluated} of {report.given} evaluated{resumed}\n", highlight=False)
+    line = f"[bold]{model}[/]  {report.evaluated} of {report.given} evaluated{resumed}\n"
+    out.print(line, highlight=False, soft_wrap=True)
     print_report(report)
     if json is not None:
         save(

@@ -118,7 +118,7 @@ def view(
             tick()
     files = [*draw_strips(loaded, chosen, photos, traces, folder), *drawn]
     for file in files:
-        out.print(str(file), highlight=False)
+        out.print(str(file), highlight=False, soft_wrap=True)  # a path in one piece
     if json is not None:
         facts = [
             {
@@ -205,7 +205,7 @@ def _view_vlm(
             )
             tick()
     for file in files:
-        out.print(str(file), highlight=False)
+        out.print(str(file), highlight=False, soft_wrap=True)  # a path in one piece
     if json is not None:
         save(json, {
             "kind": "view",
