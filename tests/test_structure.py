@@ -32,9 +32,9 @@ ALLOWED = {
     "summary": {"methods", "plan", "tokens", "upstream", "vision", "runtime"},
     "upstream": {"errors", "plugins", "upstream"},
     "runtime": {"tokens", "gathers", "errors", "patch", "upstream", "runtime"},
-    "vision": {"graph", "tokens", "gathers", "errors", "patch", "runtime", "upstream", "vision"},
+    "vision": {"frames", "graph", "tokens", "gathers", "errors", "patch", "runtime", "upstream", "vision"},
     "language": {"tokens", "gathers", "errors", "patch", "runtime", "upstream", "language"},
-    "vlm": {"tokens", "gathers", "errors", "patch", "runtime", "upstream", "vision", "language", "vlm"},
+    "vlm": {"frames", "tokens", "gathers", "errors", "patch", "runtime", "upstream", "vision", "language", "vlm"},
     "assemble": {"errors", "plan", "runtime", "upstream", "vision", "language", "vlm"},
 }
 # behind the session; a package and what it may import of the others here, besides everything below the session

@@ -6,6 +6,7 @@ slots. Pure tensor functions, as in :mod:`saint.graph`.
 Letters: B batch, N candidate slots, S = ceil(N / 2) sources, D head dim.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,22 @@ from torch import Tensor
 from . import graph
 
 NONE = -1  # the cell of a candidate that is of no video, and what is earlier than the first
+
+
+def numbered(videos: Iterable[tuple[int, int]]) -> tuple[list[Tensor], int]:
+    """The cells of one frame of each video, and how many cells there are.
+
+    Args:
+        videos: frames, and places of a frame. A single frame has no cells.
+
+    Returns:
+        Per video int64 [places], and the number that comes next.
+    """
+    cells, first = list[Tensor](), 0
+    for frames, places in videos:
+        cells.append(torch.arange(first, first + places) if frames > 1 else torch.full((places,), NONE))
+        first += places if frames > 1 else 0
+    return cells, first
 
 
 def earlier(cells: Tensor, *, valid: Tensor | None = None) -> Tensor:
@@ -91,8 +108,9 @@ def vote(
         valid: bool [B, N], False for padding.
     """
     with graph.full_precision(keys.device):
-        edges = graph.connect(keys, threshold, center=center, valid=valid)
-        same = resemblance(graph.metric(keys, center=center, valid=valid), earlier(cells, valid=valid))
+        points = graph.metric(keys, center=center, valid=valid)
+        edges = graph.link(points, threshold, valid=valid)
+        same = resemblance(points, earlier(cells, valid=valid))
         floor = graph.just_below(threshold)
         linked = same > floor  # [B, N]
         degree = linked.to(torch.float32) * across
@@ -101,11 +119,7 @@ def vote(
         excess[:, 0::2] += (edges.similarity - floor).clamp_min(0).sum(-1)
         score = torch.addcdiv(degree.clamp_min(1).log(), excess, degree.clamp_min(1), value=gamma).exp()
         lonely = torch.full_like(score, -torch.inf)
-        if valid is None:
-            lonely[:, 0::2] = edges.similarity.mean(-1)
-        else:
-            real = valid[:, 1::2].unsqueeze(1)
-            lonely[:, 0::2] = (edges.similarity * real).sum(-1) / real.sum(-1).clamp_min(1)
+        lonely[:, 0::2] = graph.mean_similarity(edges.similarity, valid)
         score = torch.where(degree > 0, torch.maximum(score, lonely), lonely)
         ballots = degree >= neighbors
         if valid is not None:

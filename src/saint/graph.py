@@ -115,12 +115,16 @@ def connect(keys: Tensor, threshold: float, *, center: bool = False, valid: Tens
     Scores are computed elsewhere: a drop point at which no source votes needs none, and on a GPU each operation is a launch.
     """
     with full_precision(keys.device):
-        points = metric(keys, center=center, valid=valid)
-        similarity = torch.bmm(points[:, 0::2], points[:, 1::2].mT)  # [B, S, T]
-        if valid is not None:
-            similarity = similarity.masked_fill(~valid[:, 1::2].unsqueeze(1), NO_TARGET)
-        degree = (similarity > just_below(threshold)).sum(-1, dtype=torch.float32)
-        return Edges(similarity, degree)
+        return link(metric(keys, center=center, valid=valid), threshold, valid=valid)
+
+
+def link(points: Tensor, threshold: float, *, valid: Tensor | None = None) -> Edges:
+    """:func:`connect` for candidates whose unit vectors are known, float32 [B, N, D]; in full precision."""
+    similarity = torch.bmm(points[:, 0::2], points[:, 1::2].mT)  # [B, S, T]
+    if valid is not None:
+        similarity = similarity.masked_fill(~valid[:, 1::2].unsqueeze(1), NO_TARGET)
+    degree = (similarity > just_below(threshold)).sum(-1, dtype=torch.float32)
+    return Edges(similarity, degree)
 
 
 def count_votes(edges: Edges, neighbors: int, *, valid: Tensor | None = None) -> Tensor:
@@ -141,11 +145,16 @@ def redundancy(edges: Edges, threshold: float, gamma: float, *, valid: Tensor | 
             return torch.where(degree > 0, torch.maximum(linked, mean), mean)
         # log(c) + gamma * (s - threshold); without an edge 0 / 0, a NaN, for which fmax puts the mean
         linked = torch.addcdiv(degree.log(), excess, degree, value=gamma).exp_()
-        if valid is None:
-            return torch.fmax(linked, similarity.mean(-1))
-        real = valid[:, 1::2].unsqueeze(1)
-        lonely = (similarity * real).sum(-1) / real.sum(-1).clamp_min(1)
-        return torch.fmax(linked, lonely).masked_fill(~valid[:, 0::2], -torch.inf)
+        score = torch.fmax(linked, mean_similarity(similarity, valid))
+        return score if valid is None else score.masked_fill(~valid[:, 0::2], -torch.inf)
+
+
+def mean_similarity(similarity: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean cosine of each source and the real targets: [B, S, T] -> [B, S]; valid [B, N]."""
+    if valid is None:
+        return similarity.mean(-1)
+    real = valid[:, 1::2].unsqueeze(1)
+    return (similarity * real).sum(-1) / real.sum(-1).clamp_min(1)
 
 
 def vote(

@@ -36,9 +36,8 @@ class EVS(Method):
         real = torch.ones_like(cells, dtype=torch.bool) if tokens.valid is None else tokens.valid
         before = frames.earlier(cells, valid=tokens.valid)
         with graph.full_precision(cells.device):
-            change = 1 - frames.resemblance(
-                graph.metric(candidates.features), before
-            )  # 3 in the first frame: most of all
+            # 3 in the first frame, where there is no frame before: most of all
+            change = 1 - frames.resemblance(graph.metric(candidates.features), before)
         moving = (cells != frames.NONE) & real
         first = moving & (before == frames.NONE)
         counts = torch.stack([moving.sum(1), first.sum(1)]).tolist()

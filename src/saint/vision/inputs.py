@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
+from ..frames import NONE, numbered
 from ..patch import Uncopyable, override, refuse_tracing
 from ..runtime.forwards import Forwards
 from ..runtime.state import Forward, LayerState, all_tokens, packed_groups, squares
@@ -26,7 +28,6 @@ class EncoderForward(Forward):
     Attributes:
         shown: what showed the keys of a layer, until they are scored.
         grid: rows and columns of patches.
-        samples: packed: tokens per image or frame.
         grids: packed: frames, rows and columns of patches of each image or video.
         order: packed: group at each place.
         shares: of its candidates that each picture keeps at least; empty without a guard.
@@ -34,10 +35,14 @@ class EncoderForward(Forward):
 
     shown: dict[int, Tensor] = field(default_factory=dict)
     grid: tuple[int, int] | None = None
-    samples: list[int] = field(default_factory=list)
     grids: list[list[int]] = field(default_factory=list)
     order: Tensor | None = None
     shares: tuple[float, ...] = ()
+
+    @property
+    def samples(self) -> list[int]:
+        """Packed: tokens per image or frame."""
+        return [rows * columns for frames, rows, columns in self.grids for _ in range(frames)]
 
 
 class Inputs(Uncopyable):
@@ -101,7 +106,6 @@ class Inputs(Uncopyable):
         grid = GRID.read(self.parameters.named(args, kwargs))
         forward = self.forwards.prelude()
         forward.grids = grid.tolist()
-        forward.samples = [rows * columns for frames, rows, columns in forward.grids for _ in range(frames)]
         forward.order = None
 
     def _note_order(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -144,12 +148,13 @@ class Inputs(Uncopyable):
             # padding of an image is a candidate as well: the language model would receive it
             if not self.spec.packed:
                 return squares(x.shape[0], count, self.merge_size, x.device)
-            if sum(forward.samples) != count:
-                raise ValueError(f"grid_thw announces {sum(forward.samples)} patches, and there are {count}")
-            groups = packed_groups(forward.samples, self.merge_size**2, forward.order, x.device)
-            if self.frames and any(frames > 1 for frames, _, _ in forward.grids):
-                forward.cells = _cells(forward.grids, self.merge_size**2, groups.candidates.slots).to(x.device)
-            return groups
+            samples = forward.samples
+            if sum(samples) != count:
+                raise ValueError(f"grid_thw announces {sum(samples)} patches, and there are {count}")
+            size = self.merge_size**2
+            if self.frames:
+                forward.cells = _cells(forward.grids, size, x.device)
+            return packed_groups(samples, size, forward.order, x.device)
         valid = None
         if mask is not None and mask.ndim == 4:
             seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
@@ -163,14 +168,9 @@ class Inputs(Uncopyable):
         return all_tokens(x.shape[0], count, x.device, valid)
 
 
-def _cells(grids: list[list[int]], size: int, slots: int) -> Tensor:
-    """Of each group of ``size`` patches, the number of its place in its video, int64 [frames, slots]; -1: of a single picture."""
-    rows, first = [], 0
-    for frames, height, width in grids:
-        count = height * width // size
-        one = torch.full((slots,), -1)
-        if frames > 1:
-            one[:count] = torch.arange(first, first + count)
-            first += count
-        rows += [one] * frames
-    return torch.stack(rows)
+def _cells(grids: list[list[int]], size: int, device: torch.device) -> Tensor | None:
+    """The cells of groups of ``size`` patches, int64 [frames, groups of the largest]; None where no video has several frames."""
+    videos = [(frames, rows * columns // size) for frames, rows, columns in grids]
+    cells, every = numbered(videos)
+    rows = [one for one, (frames, _) in zip(cells, videos, strict=True) for _ in range(frames)]
+    return pad_sequence(rows, batch_first=True, padding_value=NONE).to(device) if every else None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..frames import NONE, numbered
 from ..patch import Uncopyable
 from ..upstream.names import ENCODED, POOLED, VIDEO_FEATURES, Parameters
 from ..upstream.specs import Clip, FamilySpec
@@ -89,24 +90,23 @@ def cells_of(mask: Tensor, clips: list[Clip]) -> Tensor | None:
             f"the prompts have {total} tokens of videos, and the videos encoded last became {each}, so the frames of the tokens "
             "are not known: encode them with the patched model (get_video_features, or pass pixels)"
         )
-    copies, flat, first = total // each, list[Tensor](), 0
-    for frames, tokens, behind in clips:
-        one = torch.arange(first, first + tokens) if frames > 1 else torch.full((tokens,), -1)
-        flat += [one] * frames + [torch.full((behind,), -1)]
-        first += tokens if frames > 1 else 0
-    if not first:
+    copies, flat = total // each, list[Tensor]()
+    numbers, every = numbered((clip.frames, clip.tokens) for clip in clips)
+    if not every:
         return None
+    for one, clip in zip(numbers, clips, strict=True):
+        flat += [one] * clip.frames + [torch.full((clip.behind,), NONE)]
     videos, start, rows = torch.cat(flat), 0, list[Tensor]()
     for row, count in enumerate(counts):
         copy = row % copies
         own = videos[start : start + count]
-        rows.append(torch.where(own < 0, own, own + copy * first))
+        rows.append(torch.where(own == NONE, own, own + copy * every))
         start += count if copy == copies - 1 else 0
     if start != each or sum(map(len, rows)) != total:
         raise ValueError(
             f"the prompts have {counts} tokens of videos, which is not {copies} times those of {len(clips)} videos"
         )
-    cells = torch.full(mask.shape, -1, device=mask.device)
+    cells = torch.full(mask.shape, NONE, device=mask.device)
     cells[mask] = torch.cat(rows).to(mask.device)
     return cells
 

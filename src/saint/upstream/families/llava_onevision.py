@@ -28,9 +28,8 @@ def _build() -> nn.Module:
 def _clips(model: Any, given: Mapping[str, Any]) -> list[Clip]:
     videos, frames = FRAMES.read(given).shape[:2]  # [videos, frames, channels, height, width]
     tower = model.config.vision_config
-    side = math.ceil(
-        tower.image_size // tower.patch_size / 2
-    )  # squares of 2 x 2 patches become one token, also at the edge
+    # squares of 2 x 2 patches become one token, also at the edge
+    side = math.ceil(tower.image_size // tower.patch_size / 2)
     return [Clip(frames, side * side, 1)] * videos  # a newline behind the last frame
 
 
