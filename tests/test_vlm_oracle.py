@@ -5,7 +5,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 from transformers.vision_utils import get_vision_window_index
-from vlm_models import FAMILIES, IMAGE, hide, hide_packed, members, missing, oracle_model, prompts
+from vlm_models import FAMILIES, IMAGE, hide, hide_packed, members, missing, one_at_a_time, oracle_model, prompts
 
 import saint
 import saint.testing
@@ -127,16 +127,11 @@ def relative_error(actual, expected):
 
 @pytest.fixture(scope="module")
 def models():
-    made = {}
+    def make(name):
+        model = FAMILIES[name].build()
+        return model, oracle_model(model)
 
-    def get(name):
-        if name not in made:
-            made.clear()  # cases come family by family
-            model = FAMILIES[name].build()
-            made[name] = (model, oracle_model(model))
-        return made[name]
-
-    return get
+    return one_at_a_time(make)
 
 
 @pytest.mark.parametrize(("name", "mode"), CASES)

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 from test_vlm_oracle import SPECIAL, Oracle, relative_error
-from vlm_models import FAMILIES, IMAGE, VIDEO, members, oracle_model, prompts
+from vlm_models import FAMILIES, IMAGE, VIDEO, members, one_at_a_time, oracle_model, prompts
 
 import saint
 from saint.gathers import is_dropped
@@ -37,16 +37,11 @@ def voting(model, inputs, **stage):
 
 @pytest.fixture(scope="module")
 def models():
-    made = {}
+    def make(name):
+        model = FAMILIES[name].build()
+        return FAMILIES[name], model, oracle_model(model)
 
-    def get(name):
-        if name not in made:
-            made.clear()  # cases come family by family
-            model = FAMILIES[name].build()
-            made[name] = (FAMILIES[name], model, oracle_model(model))
-        return made[name]
-
-    return get
+    return one_at_a_time(make)
 
 
 def pictures(inputs):

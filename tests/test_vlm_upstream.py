@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from test_vlm_oracle import SPECIAL
-from vlm_models import FAMILIES, cache_of, cached, checkpoint, prompts
+from vlm_models import FAMILIES, cache_of, cached, checkpoint, one_at_a_time, prompts
 
 import saint
 
@@ -39,15 +39,7 @@ def same(actual, expected):
 
 @pytest.fixture(scope="module")
 def models():
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made.clear()  # cases come family by family
-            made[name] = FAMILIES[name].build()
-        return FAMILIES[name], made[name]
-
-    return get
+    return one_at_a_time(lambda name: (FAMILIES[name], FAMILIES[name].build()))
 
 
 def both(model, plan, call):

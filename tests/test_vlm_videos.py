@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from vlm_models import FAMILIES, IMAGE, PAD, VIDEO
+from test_vlm_oracle import relative_error
+from vlm_models import FAMILIES, IMAGE, PAD, VIDEO, one_at_a_time
 
 import saint
 from saint import frames, graph, testing
@@ -156,15 +157,7 @@ def test_cells_of_copied_prompts():
 
 @pytest.fixture(scope="module")
 def model():
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made.clear()  # cases come family by family
-            made[name] = FAMILIES[name].build()
-        return made[name]
-
-    return get
+    return one_at_a_time(lambda name: FAMILIES[name].build())
 
 
 def movie(name, clips, seed=0, still=0.5):
@@ -248,7 +241,7 @@ def test_masked_oracle(model, name, kind):
         got = one(**inputs).logits
         said = one.generate(**inputs, max_new_tokens=4, do_sample=False, suppress_tokens=SPECIAL)
     words = inputs["input_ids"][0] != VIDEO
-    assert off(got[:, words], want["logits"][:, words]) < 1e-4
+    assert relative_error(got[:, words], want["logits"][:, words]) < 1e-4
     # step by step: each new token is what the oracle says behind the prompt so far
     grown = dict(inputs)
     for token in said[0, inputs["input_ids"].shape[1] :]:
@@ -259,10 +252,6 @@ def test_masked_oracle(model, name, kind):
             if key in grown:
                 more = token.view(1, 1) if key == "input_ids" else torch.zeros(1, 1, dtype=torch.long)
                 grown[key] = torch.cat([grown[key], more], 1)
-
-
-def off(got, want):
-    return float((got - want).abs().max() / want.abs().max())
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -281,7 +270,7 @@ def test_a_video_keeps_the_same_in_every_batch(model, name, kind):
         kept = [row for part in own for row in part.kept]
         assert [row.tolist() for row in entry.kept] == [row.tolist() for row in kept]
     for got, want in zip(both, logits, strict=True):
-        assert off(got, want) < 1e-4
+        assert relative_error(got, want) < 1e-4
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -22,6 +22,19 @@ torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 FAMILIES = {tiny.name: tiny for spec in SPECS for tiny in spec.tiny}
 
 
+def one_at_a_time(make: Callable[[str], object]) -> Callable[[str], object]:
+    """What ``make`` makes of a family's name, the last one kept: cases come family by family."""
+    made: dict[str, object] = {}
+
+    def get(name: str) -> object:
+        if name not in made:
+            made.clear()
+            made[name] = make(name)
+        return made[name]
+
+    return get
+
+
 # -- upstream's spellings -------------------------------------------------------------------------------------------------
 
 
