@@ -106,16 +106,22 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 }
 
 
+def replaced(text: str, name: str, lines: Iterable[str]) -> str:
+    """``text`` with ``lines`` as the table ``name``, where it has such a table."""
+    start, end = f"<!-- {name}: generated -->", f"<!-- end {name} -->"
+    if start not in text:
+        return text
+    head, _, rest = text.partition(start)
+    _, _, tail = rest.partition(end)
+    return "\n".join([f"{head}{start}", *lines, f"{end}{tail}"])
+
+
 def main() -> None:
     text = PAGE.read_text()
     for name, make in TABLES.items():
         file = HERE / "results" / f"{name}.json"
-        start, end = f"<!-- {name}: generated -->", f"<!-- end {name} -->"
-        if not file.exists() or start not in text:
-            continue
-        head, _, rest = text.partition(start)
-        _, _, tail = rest.partition(end)
-        text = "\n".join([f"{head}{start}", *make(json.loads(file.read_text())), f"{end}{tail}"])
+        if file.exists():
+            text = replaced(text, name, make(json.loads(file.read_text())))
     PAGE.write_text(text)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from matching import FOLDER
-from matching_pages import table, within
+from matching_pages import replaced, table, within
 from PIL import Image
 from torch import Tensor
 
@@ -189,13 +189,7 @@ def main() -> None:
         facts = {"frames": FRAMES, "tokens": TOKENS, "drift": DRIFT, "videos": options.videos}
         write_json(file, {"kind": "video", **facts, "kinds": kinds, "environment": environment("cpu")})
     record = json.loads(file.read_text())
-    before, _, rest = PAGE.read_text().partition("<!-- video: generated -->\n")
-    PAGE.write_text(
-        f"{before}<!-- video: generated -->\n"
-        + "\n".join(page(record))
-        + "\n<!-- end video -->"
-        + rest.split("<!-- end video -->")[1]
-    )
+    PAGE.write_text(replaced(PAGE.read_text(), "video", page(record)))
 
 
 if __name__ == "__main__":
