@@ -106,9 +106,9 @@ class Client:
         import numpy as np
         from PIL import Image
 
-        started: dict[str, float] = {}
+        came: dict[str, float] = {}  # of requests in flight, when they came in
+        silent: set[str] = set()  # those without a token so far
         firsts: list[float] = []
-        came: dict[str, float] = {}
         latencies: list[float] = []
         most, sent, tokens = 0.0, 0, 0
         pictures = []
@@ -117,11 +117,11 @@ class Client:
             pictures.append(Image.fromarray(draw.integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)))
         manager = self.engine.engine_core.engine_core.scheduler.kv_cache_manager
         begin = time.perf_counter()
-        while sent < count or started:
-            while sent < count and len(started) < flying:
+        while sent < count or came:
+            while sent < count and len(came) < flying:
                 due = begin + sent / rate if rate else time.perf_counter()
                 if due > time.perf_counter():
-                    if started:
+                    if came:
                         break
                     time.sleep(due - time.perf_counter())
                 name = str(self.number + sent)
@@ -130,17 +130,17 @@ class Client:
                     "multi_modal_data": {"image": pictures[sent]},
                     "mm_processor_kwargs": {"saint": {"keep": keep}},
                 }
-                started[name] = came[name] = due
+                came[name] = due
+                silent.add(name)
                 self.engine.add_request(name, prompt, self.sampling)
                 sent += 1
             for output in self.engine.step():
-                if output.request_id in started and started[output.request_id] and output.outputs[0].token_ids:
-                    firsts.append(time.perf_counter() - started[output.request_id])
-                    started[output.request_id] = 0.0
+                if output.request_id in silent and output.outputs[0].token_ids:
+                    firsts.append(time.perf_counter() - came[output.request_id])
+                    silent.remove(output.request_id)
                     tokens = len(output.prompt_token_ids)
                 if output.finished:
-                    latencies.append(time.perf_counter() - came[output.request_id])
-                    del started[output.request_id]
+                    latencies.append(time.perf_counter() - came.pop(output.request_id))
             most = max(most, manager.usage)
         seconds = time.perf_counter() - begin
         self.number += count
