@@ -104,7 +104,7 @@ def test_every_family_tells_its_layers(name):
         ear = Ear()
         with saint.pruned(model, saint.Plan(), observers=[ear]) as session:
             got = model(**inputs).logits
-            depth = session._vlm.decoder.depth
+            depth = session._vlm.door.depth
     assert torch.allclose(want, got, atol=1e-5)
     language = [key for key in ear.layers if key[0] == "language"]
     assert language == [("language", i) for i in range(depth)]

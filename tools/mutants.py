@@ -50,6 +50,7 @@ TESTS = {
     "runtime/forwards": "test_forwards.py",
     "methods/match": "test_match.py",
     "runtime/layer": "test_guards.py test_scored.py test_placements.py",
+    "runtime/deciding": "test_guards.py test_scored.py test_placements.py",
     "runtime/points": "test_guards.py test_scored.py test_placements.py",
     "runtime/attended": "test_observe_layers.py",
     "runtime/observe": "test_placements.py::test_observers_of_an_encoder test_placements.py::test_a_plan_that_only_observes "
@@ -70,6 +71,9 @@ TESTS = {
     "test_support.py::test_architectures_without_global_tokens_are_refused_by_name",
     "vision/outputs": "test_modes.py test_scored.py test_support.py::test_full_length_outputs test_vlm_towers.py",
     "language/cache": "test_cache_properties.py",
+    "language/doorway": "test_doorway.py test_vlm_generate.py",
+    "language/logical": "test_doorway.py test_vlm_generate.py",
+    "language/shortening": "test_doorway.py test_vlm_generate.py",
     "language/masks": "test_cache_properties.py test_placements.py::test_merging_in_a_language_model",
     "language/prompt": "test_text.py",
     "language/positions": "test_cache_properties.py",
@@ -83,6 +87,7 @@ TESTS = {
     "methods/saint_video": "test_vlm_videos.py",
     "methods/evs": "test_vlm_videos.py",
     "frames": "test_vlm_videos.py",
+    "vlm/merged": "test_doorway.py",
     "vlm/videos": "test_vlm_videos.py",
     "methods/random": "test_properties.py test_baselines.py::test_random_is_a_function_of_seed_drop_point_and_index "
     "test_baselines.py::test_bad_settings_name_the_value",

@@ -22,7 +22,7 @@ from .vlm.locate import find as find_vlm
 from .vlm.locate import locate as locate_vlm
 
 if TYPE_CHECKING:  # imports transformers
-    from .language.decoder import Handover, PrunedDecoder
+    from .language.doorway import Doorway, Handover
     from .language.prompt import PrunedText
     from .vlm.model import PrunedVLM
 
@@ -39,7 +39,7 @@ def assemble(
         return None, None
     text = find_text(model)
     if text is not None:
-        return _text(*text, plan, observers), None
+        return _text(model, *text, plan, observers), None
     if plan.connector is None and plan.language is None and find_vlm(model) is None:
         path, encoder, spec = locate(model)
         verify_encoder(encoder, spec)
@@ -112,7 +112,7 @@ def _encoder(
 
 
 def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "tuple[PrunedVLM, PrunedEncoder | None]":
-    from .language.decoder import Handover
+    from .language.doorway import Handover
     from .vlm.model import PrunedVLM, read_maps
 
     path, vlm, spec = locate_vlm(model, next(reversed(plan.slots), "language"))
@@ -131,7 +131,7 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "tuple[PrunedVLM
     connector = drop_points(
         "connector", plan.slots.get("connector", ()), [[0]] if plan.connector else [], 1, observers, False
     )
-    decoder = _decoder(
+    door = _door(
         f"{prefix}{spec.decoder}",
         vlm.get_submodule(spec.decoder),
         plan,
@@ -139,13 +139,13 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "tuple[PrunedVLM
         handover,
         connector,
         between=spec.between(vlm),
-        enters=encoder is not None and bool(mergers),
+        shortens=plan.vision is not None or plan.connector is not None,
     )
-    return PrunedVLM(path, vlm, spec, decoder, encoder, mergers, handover), encoder
+    return PrunedVLM(path, vlm, spec, door, encoder, mergers, handover, model), encoder
 
 
-def _text(path: str, text: nn.Module, plan: Plan, observers: Observers) -> "PrunedText":
-    from .language.decoder import Handover
+def _text(root: nn.Module, path: str, text: nn.Module, plan: Plan, observers: Observers) -> "PrunedText":
+    from .language.doorway import Handover
     from .language.prompt import PrunedText
 
     title = TEXT[f"{type(text).__module__}.{type(text).__qualname__}"]
@@ -157,10 +157,10 @@ def _text(path: str, text: nn.Module, plan: Plan, observers: Observers) -> "Prun
     verify_text(text, title)
     warn_if_untested("torch", "transformers", vlm=True)
     handover = Handover()
-    return PrunedText(text, _decoder(path or "the model", text, plan, observers, handover), handover)
+    return PrunedText(text, _door(path or "the model", text, plan, observers, handover), handover, root)
 
 
-def _decoder(
+def _door(
     path: str,
     text: nn.Module,
     plan: Plan,
@@ -169,27 +169,31 @@ def _decoder(
     points: Sequence[DropPoint] = (),
     *,
     between: int = 0,
-    enters: bool = False,
-) -> "PrunedDecoder":
-    """The language stage, and ``points`` of the connector in front of it."""
+    shortens: bool = False,
+) -> "Doorway":
+    """The door of a language model: ``points`` of the connector in front of it, the language stage behind it."""
+    from .language.cache import SessionToken
     from .language.decoder import PrunedDecoder
+    from .language.doorway import Doorway
 
     layers: list[nn.Module] = list(LAYERS.get(text).children())
     language = plan.slots.get("language", ())
-    own: list[DropPoint] = []
-    if language or _looks_everywhere(plan, observers):
+    decoder, token = None, SessionToken()
+    if language or observers.everywhere or _looks_everywhere(plan, observers):
         chosen = plan.resolve_layers("language", len(layers))
         own = drop_points("language", language, chosen, len(layers), observers, idle=not plan.slots)
-    return PrunedDecoder(
-        path,
-        text,
-        layers,
-        [*points, *own],
-        observers=observers,
-        handover=handover,
-        between=between,
-        evict=bool(language) and language[0].evict,
-        enters=enters,
+        decoder = PrunedDecoder(
+            path,
+            text,
+            layers,
+            own,
+            observers=observers,
+            token=token,
+            between=between,
+            evict=bool(language) and language[0].evict,
+        )
+    return Doorway(
+        path, text, points, observers=observers, handover=handover, decoder=decoder, token=token, shortens=shortens
     )
 
 

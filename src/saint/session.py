@@ -25,7 +25,7 @@ from .tokens import LayerTrace
 from .vision.encoder import PrunedEncoder
 
 if TYPE_CHECKING:  # these import transformers
-    from .language.decoder import KVMemory
+    from .language.cache import KVMemory
     from .language.prompt import PrunedText
     from .runtime.forwards import Forwards
     from .vlm.model import PrunedVLM
@@ -90,14 +90,14 @@ class Session(Uncopyable):
         language model receives them; those of the connector and language stages per sample, over all its visual tokens.
         """
         vision = self._encoder.trace() if self._encoder is not None else []
-        return vision + (self._vlm.decoder.trace() if self._vlm is not None else [])
+        return vision + (self._vlm.door.trace() if self._vlm is not None else [])
 
     @property
     def kv_memory(self) -> "KVMemory | None":
         """Bytes of keys and values that the last prompt with images left in the cache, and what the unpruned model would
         hold; None for a plain encoder, before the first such prompt, and with ``use_cache=False``.
         """
-        return self._vlm.decoder.memory if self._vlm is not None else None
+        return self._vlm.door.memory if self._vlm is not None else None
 
     @property
     def status(self) -> Status:
@@ -109,7 +109,10 @@ class Session(Uncopyable):
         return Status(self.plan, stages)
 
     def _stage(self, slot: str, group: int, stage: Stage) -> StageStatus:
-        stack: Any = self._encoder if slot == "vision" else self._vlm and self._vlm.decoder
+        stack: Any = self._encoder
+        if slot != "vision":
+            assert self._vlm is not None
+            stack = self._vlm.door if slot == "connector" else self._vlm.door.decoder
         points = [p for p in (*stack.entries, *stack.points.values()) if (p.stage, p.group) == (slot, group)]
         if slot == "connector":  # in front of the language model, and has always said "post"
             return StageStatus(stage.method, [], "post", stack.path)
@@ -133,7 +136,7 @@ class Session(Uncopyable):
         memory = self.kv_memory
         depths = {} if self._encoder is None else {"vision": self._encoder.depth}
         if self._vlm is not None:
-            depths["language"] = self._vlm.decoder.depth
+            depths["language"] = self._vlm.door.depth
         layers = {stage: tokens_per_layer(trace, stage, depth) for stage, depth in depths.items()}
         return Summary(
             model=self._model,
@@ -220,7 +223,7 @@ class Session(Uncopyable):
 
     def _forwards(self) -> "list[Forwards[Any]]":
         encoder = [] if self._encoder is None else [self._encoder.forwards]
-        return encoder if self._vlm is None else [*encoder, self._vlm.decoder.forwards]
+        return encoder if self._vlm is None else [*encoder, *self._vlm.door.all_forwards]
 
     def _install(self, model: nn.Module) -> None:
         before = Before(model)
@@ -239,8 +242,8 @@ class Session(Uncopyable):
 
     def _put_on(self) -> None:
         if self._vlm is not None:
-            self._patch(self._vlm.model, self._vlm.install)
-            self._vlm.decoder.token.reopen()  # the caches of before are its own again
+            self._patch(self._vlm.root, self._vlm.install)
+            self._vlm.door.token.reopen()  # the caches of before are its own again
         elif self._encoder is not None:
             self._patch(self._encoder.module, self._encoder.install)
 
@@ -333,7 +336,7 @@ def _not_tuned_on(model: nn.Module, session: Session, tuned: Mapping[str, Any]) 
         return f"{name}, and this is a {type(model).__name__}"
     depths = {} if session._encoder is None else {"vision": session._encoder.depth}
     if session._vlm is not None:
-        depths["language"] = session._vlm.decoder.depth
+        depths["language"] = session._vlm.door.depth
     depth = tuned.get("depth")
     for stage, layers in depth.items() if isinstance(depth, Mapping) else ():
         if stage in depths and depths[stage] != layers:

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+)
 
 from ..gathers import gather_entries
 from ..tokens import Selection, TokenMap
@@ -37,6 +44,7 @@ class CachePositions:
     end: int
     bias: Tensor | None = None
     _picked: list[Any] = field(default_factory=list, repr=False, compare=False)
+    _shown: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def columns(self, total: int) -> tuple[Tensor, Tensor | None]:
         """Positions and validity of all entries when ``total`` positions are cached, [B, K + total - end]."""
@@ -48,12 +56,60 @@ class CachePositions:
         valid = None if self.valid is None else torch.cat([self.valid, self.valid.new_ones(batch, more)], 1)
         return torch.cat([self.index, tail], 1), valid
 
+    def shown(self, first: int, count: int, width: int | None) -> tuple[Tensor, Tensor | None]:
+        """Positions of ``count`` entries from ``first`` on, and which of them may be seen, [B, count].
+
+        Places behind the last entry (of a static cache) count on; those from position ``width`` on may not be seen.
+        """
+        hit = self._shown.get((first, count, width))
+        if hit is None:
+            end = self.end + max(0, first + count - self.index.shape[1])
+            index, valid = self.columns(end)
+            index = index[:, first : first + count]
+            valid = None if valid is None else valid[:, first : first + count]
+            if width is not None and end > width:
+                inside = index < width
+                index, valid = index.clamp_max(width - 1), inside if valid is None else valid & inside
+            if len(self._shown) > 3:  # a dynamic cache grows with every step
+                self._shown.clear()
+            hit = self._shown[first, count, width] = index, valid
+        return hit
+
+    def followed_by(self, more: "CachePositions", before: int) -> "CachePositions":
+        """The map with the entries of the next sequence, when ``before`` positions are cached."""
+        index, valid = self.columns(before)
+        if valid is not None or more.valid is not None:
+            parts = [
+                torch.ones_like(i, dtype=torch.bool) if v is None else v
+                for i, v in ((index, valid), (more.index, more.valid))
+            ]
+            valid = torch.cat(parts, 1)
+        return CachePositions(torch.cat([index, more.index], 1), valid, more.end)
+
     def of_samples(self, samples: Tensor) -> "CachePositions":
         """The map of these samples, in this order; layers that shared a map share the result."""
         if not self._picked or self._picked[0] is not samples:
             pick = samples.to(self.index.device)
             self._picked[:] = [samples, self._each(lambda x: x[pick])]
         return self._picked[1]
+
+    def without_last(self, count: int, total: int) -> "CachePositions":
+        """The map when the last ``count`` of ``total`` positions are rolled back.
+
+        Raises:
+            ValueError: not all of these are the last entries of every sample.
+        """
+        reach = count - (total - self.end)
+        if reach <= 0:
+            return self
+        tail = torch.arange(self.end - reach, self.end, device=self.index.device)
+        own = self.index[:, -reach:] == tail if reach <= self.index.shape[1] else None
+        own = own if own is None or self.valid is None else own & self.valid[:, -reach:]
+        if own is None or not bool(own.all()):
+            raise ValueError(
+                f"cannot roll {count} of {total} positions back: they reach into a pruned prompt; start from an empty cache"
+            )
+        return self._each(lambda x: x[:, :-reach], self.end - reach)
 
     def repeat(self, times: int) -> "CachePositions":
         """Every sample ``times`` times, one behind the other: [B, K] -> [B * times, K]."""
@@ -275,11 +331,12 @@ class RaggedLayer(DynamicLayer):
             return
         if count < 0:
             raise ValueError(f"crop takes the negative number of tokens to remove, got {tokens_to_remove}")
-        if self.sliding_window is not None or (self.map is not None and self.length - count < self.map.end):
+        if self.sliding_window is not None:
             raise ValueError(
-                f"cannot roll {count} of {self.length} positions back: they reach into a pruned prompt or a sliding window; "
-                "start from an empty cache"
+                f"cannot roll {count} of {self.length} positions back in a layer with a sliding window: start from an empty cache"
             )
+        if self.map is not None:
+            self.map = self.map.without_last(count, self.length)
         self.keys, self.values = self.keys[:, :, :-count], self.values[:, :, :-count]
         self.length -= count
 
@@ -355,13 +412,44 @@ def ragged_layer(cache: DynamicCache, layer: int, session: SessionToken) -> Ragg
     return found
 
 
-def stored_bytes(layer: Any) -> tuple[int, int]:
-    """Bytes of keys and values a cache layer stores, and would store with nothing dropped."""
-    if not layer.is_initialized:
-        return 0, 0
-    kept = sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
-    stored = layer.keys.shape[-2]
-    unpruned = layer.get_seq_length()
-    if layer.is_sliding:
-        unpruned = min(unpruned, layer.sliding_window - 1)
-    return kept, kept // stored * unpruned if stored else 0
+@dataclass(frozen=True)
+class KVMemory:
+    """Bytes of keys and values cached by the last prompt, and what the unpruned model would cache."""
+
+    kept: int
+    unpruned: int
+
+
+def memory(cache: Any, gone: int) -> KVMemory | None:
+    """Bytes behind a prompt of which ``gone`` positions did not enter the decoder.
+
+    None without a cache (``use_cache=False``, gradient checkpointing), and where a layer stores other things than keys and values
+    by position (quantised).
+    """
+    sizes = [stored_bytes(layer, gone) for layer in getattr(cache, "layers", [])]
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes) or not any(unpruned for _, unpruned in known):
+        return None
+    return KVMemory(sum(kept for kept, _ in known), sum(unpruned for _, unpruned in known))
+
+
+def stored_bytes(layer: Any, gone: int = 0) -> tuple[int, int] | None:
+    """Bytes of keys and values a cache layer stores, and would store with nothing dropped; None: not known."""
+    if not isinstance(layer, CacheLayerMixin) or not layer.is_initialized:
+        return 0, 0  # a recurrent layer has no entries
+    if not isinstance(layer, (DynamicLayer, StaticLayer)):
+        return None
+    places, length = layer.keys.shape[-2], int(layer.get_seq_length())
+    reach = (
+        layer.max_cache_len
+        if isinstance(layer, StaticLayer)
+        else layer.sliding_window - 1
+        if layer.is_sliding
+        else None
+    )
+    unpruned = length + gone if reach is None else min(length + gone, reach)
+    stored = min(places, length)
+    if not isinstance(layer, RaggedLayer) and stored < (length if reach is None else min(length, reach)):
+        return None  # the others are kept in another form (quantised)
+    each = sum(t.numel() * t.element_size() for t in (layer.keys, layer.values)) // places if places else 0
+    return each * stored, each * unpruned

@@ -1,16 +1,11 @@
-"""A pruned decoder: what layers on shrinking sequences need, and what callers of a language model expect.
+"""A pruned decoder: the language stage.
 
-The layers from the first drop point on run on the tokens that are left (``runtime.layer``). Outside the layers every sequence
-has its full length: a dropped position shows the nearest survivor before it, the token whose prediction continues the text at
-that place once the dropped ones are gone. Logits of text positions, ``logits_to_keep`` and losses therefore mean what they
-meant.
-
-Only a prompt is pruned. Steps that add no visual tokens cost one look at the cache per patched layer.
+The layers behind the first drop point run on the tokens that are left (``runtime.layer``). Outside the layers every sequence has
+the length that entered (``doorway``): a dropped position shows the nearest survivor before it.
 
 Letters: B batch, L positions of the forward, S survivors of the longest sample, N visual candidates, H KV heads, D head dim.
 """
 
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -22,20 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HookNeverFiredError, UnsupportedModelError
-from ..gathers import gather_tokens, is_dropped
-from ..patch import refuse_tracing
+from ..gathers import gather_tokens
 from ..runtime.blocks import Block
-from ..runtime.layer import LayerStack, Seen
+from ..runtime.deciding import Seen
+from ..runtime.layer import LayerStack
 from ..runtime.observe import Observers
 from ..runtime.points import DropPoint
-from ..runtime.state import Forward, LayerState, some_tokens
-from ..tokens import Selection, TokenMap
+from ..runtime.state import Forward, LayerState
+from ..tokens import TokenMap
 from ..upstream.decoders import BLOCKS
 from ..upstream.names import (
     ALL_STATES,
     ATTENTION,
     CACHE,
-    EMBEDDINGS,
     IMPLEMENTATION,
     MASK,
     POSITIONS,
@@ -54,7 +48,6 @@ from .cache import (
     extended,
     ragged_layer,
     remaining,
-    stored_bytes,
 )
 from .masks import DENSE, FLASH, survivors_mask, weighed
 from .positions import gather_ids, gather_rotary
@@ -63,60 +56,33 @@ from .positions import gather_ids, gather_rotary
 _ARGUMENTS = (MASK, CACHE, ROTARY)
 
 
-class Handover(threading.local):
-    """What the glue of a model learns of a prompt before its language model starts, on each thread.
-
-    Attributes:
-        visual: the candidates, the visual tokens of a vision-language model, bool [B, L]; None when the prompt brings none.
-        marked: rows of features that the encoder dropped are among them (``gathers.is_dropped``).
-        waiting: images came in, and their places are not known yet.
-        cells: where methods need them, see :class:`saint.tokens.Candidates`, of each position, int64 [B, L]; None: no video.
-    """
-
-    visual: Tensor | None = None
-    marked: bool = False
-    waiting: bool = False
-    cells: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class KVMemory:
-    """Bytes of keys and values cached by the last prompt, and what the unpruned model would cache."""
-
-    kept: int
-    unpruned: int
-
-
 @dataclass
 class DecoderForward(Forward):
-    """What one forward of a decoder knows besides; decode steps go on telling the ``drops`` and ``memory`` of their prompt.
+    """What one forward of a decoder knows besides; decode steps go on telling the ``drops`` of their prompt.
 
     Attributes:
-        memory: bytes of the cache behind the prompt.
         all_states: the caller wants every hidden state.
         views: of layers that run, the cache as they see it.
         calls: how the attention of layers that run spells its arguments, and those it got.
     """
 
-    memory: KVMemory | None = None
     all_states: bool = False
     views: dict[int, CacheView] = field(default_factory=dict)
     calls: dict[int, tuple[Parameters, dict[str, Any]]] = field(default_factory=dict)
 
 
 class PrunedDecoder(LayerStack[DecoderForward]):
-    """The language and connector stages of a session.
+    """The language stage of a session.
 
     Args:
         path: where the decoder sits in the user's model, for messages.
         model: the module that owns the layers.
         layers: the layers.
-        points: drop points: of the connector in front of layer 0, of the language stage in and behind layers.
+        points: drop points, in and behind layers.
         observers: of the session.
-        handover: where the model's glue says which tokens are visual.
+        token: identity of the plan.
         between: layers behind which the model itself works on the full sequence (DeepStack).
         evict: behind a prompt, no layer's cache keeps a token that any layer dropped.
-        enters: tokens may have been dropped by the encoder.
 
     Raises:
         UnsupportedModelError: the layers cannot be given shortened sequences.
@@ -133,20 +99,17 @@ class PrunedDecoder(LayerStack[DecoderForward]):
         points: Sequence[DropPoint],
         *,
         observers: Observers,
-        handover: Handover,
+        token: SessionToken,
         between: int = 0,
         evict: bool = False,
-        enters: bool = False,
     ) -> None:
         super().__init__(path, model, layers, points, DecoderForward, observers)
         self.between, self.evict = between, evict
         looks = observers.everywhere and not any(point.method is not None for point in points)
-        if not (enters or self.entries or evict or looks):
+        if not (evict or looks):
             self.first = min(self.points, default=self.depth)
-        self.token = SessionToken()
-        self.parameters = Parameters(type(model).forward)
+        self.token = token
         self.layer_parameters = [Parameters(type(module).forward) for module in self.modules]
-        self.handover = handover
         self._checked: weakref.ref[Any] | None = None
         self._check()
 
@@ -195,9 +158,18 @@ class PrunedDecoder(LayerStack[DecoderForward]):
         block.prove(width, 0, table)
         return block
 
+    @property
+    def drops(self) -> bool:
+        """Whether tokens may leave here."""
+        return any(point.method is not None for point in self.points.values())
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What is computed on demand at some drop point."""
+        return frozenset().union(*(point.needs for point in self.points.values()))
+
     def install(self, stack: ExitStack) -> None:
         """Patch the instance; ``stack`` undoes it."""
-        stack.callback(self.module.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         for index in self.points:
             attention = ATTENTION.get(self.modules[index])
             if attention is not None:
@@ -205,7 +177,6 @@ class PrunedDecoder(LayerStack[DecoderForward]):
                 hook = attention.register_forward_pre_hook(partial(self._attend, index, parameters), with_kwargs=True)
                 stack.callback(hook.remove)
         self.replace_layers(stack)
-        stack.callback(self.token.close)
 
     def _attend(
         self, layer: int, parameters: Parameters, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -227,59 +198,29 @@ class PrunedDecoder(LayerStack[DecoderForward]):
         view.cache = None
         return (), parameters.put(given, CACHE, view)
 
-    @property
-    def memory(self) -> KVMemory | None:
-        """Bytes of the cache behind the last prompt."""
-        return self.forward.memory
-
     # -- start of a forward -------------------------------------------------------------------------------------------
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        refuse_tracing()
-        visual, marked = self.handover.visual, self.handover.marked
-        cells = self.handover.cells
-        self.handover.visual, self.handover.marked, self.handover.cells = None, False, None
+    def begin(self, state: LayerState | None, kwargs: dict[str, Any], cells: Tensor | None = None) -> None:
+        """A forward begins.
+
+        Args:
+            state: what enters; None in a forward in which nothing can go.
+            kwargs: arguments of the decoder.
+            cells: see :class:`saint.runtime.state.Forward`.
+        """
         before, forward = self.forward, self.forwards.begin()
-        kwargs = self.parameters.named(args, kwargs)
         cache = CACHE.read(kwargs)
         if cache is not None and (self._checked is None or self._checked() is not cache):
             check_cache(cache, self.token)
             self._checked = weakref.ref(cache)
-        if visual is None:
+        if state is None:
             if cache is not None and cache.get_seq_length():  # no new prompt
-                forward.drops, forward.memory, forward.origin = before.drops, before.memory, before.origin
-            return None
-        x = EMBEDDINGS.read(kwargs)
-        if x is None and (
-            marked or self.entries
-        ):  # a language model without images gives its token ids, and has neither
-            raise HookNeverFiredError(
-                f"{self.path} ({type(module).__name__}) was not given {EMBEDDINGS}; this version of the model passes "
-                "its embeddings differently"
-            )
+                forward.drops, forward.origin = before.drops, before.origin
+            return
         wanted = ALL_STATES.read(kwargs, ALL_STATES.get(self.module.config))
         forward.all_states = wanted is not None and wanted is not False
-        gone = is_dropped(x) & visual if marked and x is not None else None
-        # the one look at the device: which numbers of visual tokens there are, and are left of the encoder
-        there = visual.sum(1)
-        both = (there if gone is None else torch.cat([there, (visual & ~gone).sum(1)])).tolist()
-        lengths, left = tuple(both[: len(visual)]), tuple(both[len(visual) :])
-        state = some_tokens(visual, lengths)
-        if cells is not None:
-            assert state.places is not None
-            forward.cells = cells.flatten()[state.places[..., 0]]
-        if gone is not None and x is not None:
-            x = torch.where(gone.unsqueeze(-1), torch.zeros_like(x), x)
-            if left != lengths:
-                state = _without(state, gone, left)
-        forward.origin = state
-        whole = x is None or state.tokens.whole or not self.entries
-        shown = x if whole else gather_tokens(x, state.tokens.index, 0)  # [B, S, C]
-        self.enter(forward, state, shown)
-        return ((), self.parameters.put(kwargs, EMBEDDINGS, x)) if marked else None
-
-    def where(self, point: DropPoint) -> str:
-        return super().where(point) if point.placement != "input" else "the image features"
+        forward.origin, forward.cells = state, cells
+        self.enter(forward, state, None)
 
     # -- one layer ----------------------------------------------------------------------------------------------------
 
@@ -398,22 +339,18 @@ class PrunedDecoder(LayerStack[DecoderForward]):
             forward.states[after] = replace(state, full_length=True)
             y = gather_tokens(y, forward.once("shown", partial(nearest_before, tokens), tokens), 0)  # [B, L, C]
         cache = CACHE.read(kwargs)
-        if after == self.depth and cache is not None:
-            self._finish(forward, cache)
+        if after == self.depth and cache is not None and self.evict:
+            self._evict(forward, cache)
         return y
 
-    def _finish(self, forward: DecoderForward, cache: Any) -> None:
-        """Behind the last layer of a prompt: what its cache takes."""
-        if self.evict:
-            left = forward.states[self.depth].tokens
-            for layer in range(self.depth):
-                entry = ragged_layer(cache, layer, self.token)
-                if forward.states[layer].tokens is not left and entry.is_initialized:
-                    past, before = entry.map, entry.length - left.width
-                    entry.evict(*forward.once("left", partial(remaining, past, left, before=before), left, past))
-        sizes = [stored_bytes(layer) for layer in cache.layers]
-        kept, unpruned = (sum(size) for size in zip(*sizes, strict=True))
-        forward.memory = KVMemory(kept, unpruned) if unpruned else None  # gradient checkpointing takes the cache away
+    def _evict(self, forward: DecoderForward, cache: Any) -> None:
+        """Behind the last layer of a prompt: no entry of a token that any layer dropped stays."""
+        left = forward.states[self.depth].tokens
+        for layer in range(self.depth):
+            entry = ragged_layer(cache, layer, self.token)
+            if forward.states[layer].tokens is not left and entry.is_initialized:
+                past, before = entry.map, entry.length - left.width
+                entry.evict(*forward.once("left", partial(remaining, past, left, before=before), left, past))
 
 
 def nearest_before(tokens: TokenMap) -> Tensor:
@@ -422,11 +359,3 @@ def nearest_before(tokens: TokenMap) -> Tensor:
     index = tokens.index if tokens.valid is None else tokens.index.masked_fill(~tokens.valid, tokens.width)
     here = torch.zeros(batch, tokens.width + 1, dtype=torch.long, device=index.device).scatter_(1, index, 1)
     return (here[:, : tokens.width].cumsum(1) - 1).clamp_min(0)
-
-
-def _without(state: LayerState, gone: Tensor, left: tuple[int, ...]) -> LayerState:
-    """The state without the visual tokens that the encoder dropped: gone [B, L], ``left[b]`` visual tokens stay in row b."""
-    here = ~state.of_candidates(gone.unsqueeze(-1)).squeeze(-1)
-    valid = state.candidates.valid
-    after, _ = state.after(Selection.from_mask(here if valid is None else here & valid, left))
-    return after

@@ -14,7 +14,7 @@ from ..upstream.decoders import TEXT
 from ..upstream.names import CACHE, EMBEDDINGS, IDS, MASK, Parameters
 
 if TYPE_CHECKING:  # imports transformers
-    from .decoder import Handover, PrunedDecoder
+    from .doorway import Doorway, Handover
 
 
 def find(model: nn.Module) -> tuple[str, nn.Module] | None:
@@ -44,28 +44,34 @@ def candidates(mask: Tensor) -> Tensor:
 
 
 class PrunedText(Uncopyable):
-    """Tells the pruned decoder which tokens of a prompt are candidates; the counterpart of ``vlm.model.PrunedVLM``.
+    """Tells the door which tokens of a prompt are candidates; the counterpart of ``vlm.model.PrunedVLM``.
 
     A prompt is a forward that fills an empty cache, or has none; forwards on a filled cache add tokens that all stay.
 
     Args:
         model: the decoder.
-        decoder: the language stage.
-        handover: between this and the decoder.
+        door: of the language model.
+        handover: between this and the door.
+        root: the user's model, which holds ``model``.
     """
 
-    def __init__(self, model: nn.Module, decoder: "PrunedDecoder", handover: "Handover") -> None:
-        self.model, self.decoder, self.handover = model, decoder, handover
+    def __init__(self, model: nn.Module, door: "Doorway", handover: "Handover", root: nn.Module) -> None:
+        self.model, self.root = model, root
+        self.door, self.handover = door, handover
         self.parameters = Parameters(type(model).forward)
 
     def install(self, stack: ExitStack) -> None:
         """Patch the instance; ``stack`` undoes it."""
-        # registered before the decoder's own hook, so it runs first
+        from .generation import watch
+
         stack.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
-        self.decoder.install(stack)
+        self.door.install(stack)
+        watch(stack, self.root, self.door, lambda ids, given: None)
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.handover.visual = None
+        from .shortening import documents
+
+        note = self.handover.new()
         given = self.parameters.named(args, kwargs)
         cache, mask, embedded = CACHE.read(given), MASK.read(given), EMBEDDINGS.read(given)
         tokens = IDS.read(given) if embedded is None else embedded[..., 0]
@@ -76,6 +82,14 @@ class PrunedText(Uncopyable):
             raise ValueError(
                 f"{MASK} must be [B, L] = {tuple(tokens.shape)}, which shows the first and last token of each prompt, got {shown}"
             )
-        found = candidates(torch.ones_like(tokens) if mask is None else mask)
+        real = torch.ones_like(tokens) if mask is None else mask.clone()
+        if self.handover.prompt is not None:
+            real[:, self.handover.prompt :] = 0  # drafts
+        found = candidates(real)
+        packed = documents(given, self.model.config)
+        if packed is not None:  # of every document the first and the last
+            edge = packed.diff(dim=-1) != 0
+            found[:, 1:] &= ~edge
+            found[:, :-1] &= ~edge
         if tokens.shape[1] > 2:
-            self.handover.visual = found.to(tokens.device)
+            note.visual = found.to(tokens.device)

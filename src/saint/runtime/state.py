@@ -202,6 +202,32 @@ def some_tokens(mask: Tensor, lengths: tuple[int, ...]) -> LayerState:
     return LayerState(TokenMap.full(batch, count, mask.device), lengths, subset, rows.unsqueeze(-1))
 
 
+def packed_tokens(mask: Tensor, documents: Tensor, count: int | None = None) -> LayerState:
+    """The tokens of ``mask`` [1, L] are the candidates, those of each document of the row a sample of their own.
+
+    Args:
+        mask: bool [1, L].
+        documents: which document each token belongs to, ascending, int64 [1, L].
+        count: of documents; None: as many as there are.
+
+    Raises:
+        ValueError: there are several rows.
+    """
+    if len(mask) != 1:
+        raise ValueError(
+            f"several documents are packed into each of {len(mask)} rows: pass all of them in one row, or each in a row of its "
+            "own with an attention_mask"
+        )
+    count = int(documents[0, -1]) + 1 if count is None else count
+    rows = documents.new_zeros(count, mask.shape[1], dtype=torch.bool)
+    rows[documents[0], torch.arange(mask.shape[1], device=mask.device)] = mask[0]  # [D, L]
+    lengths = tuple(rows.sum(1).tolist())
+    apart = some_tokens(rows, lengths)
+    assert apart.places is not None
+    places = apart.places % mask.shape[1]
+    return replace(apart, tokens=TokenMap.full(1, mask.shape[1], mask.device), places=places)
+
+
 def squares(batch: int, count: int, side: int, device: torch.device) -> LayerState:
     """Groups of ``side`` x ``side`` neighbours on a square grid of ``count`` patches, row by row, are the candidates.
 

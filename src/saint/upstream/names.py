@@ -84,6 +84,7 @@ ROTARY = Role("position_embeddings")
 POSITIONS = Role("position_ids")
 EMBEDDINGS = Role("inputs_embeds")
 IDS = Role("input_ids")
+CACHING = Role("use_cache")  # also a field of configs
 ALL_STATES = Role("output_hidden_states")  # also a field of configs
 PIXELS = Role("pixel_values")
 VIDEOS = Role("pixel_values_videos")
@@ -105,12 +106,18 @@ TIMM_VALID = Role("patch_valid")  # NaFlex: which patches are none of the paddin
 PLACEHOLDER_MASK = Role(
     "get_placeholder_mask"
 )  # returns where features go; called whenever there are features to merge
+IMAGE_FEATURES = Role("get_image_features")  # takes pixels, returns what the language model receives of them
 VIDEO_FEATURES = Role("get_video_features")  # takes pixels of videos, returns what the language model receives of them
 MERGER = Role("inputs_merger")  # merges features into embeddings itself
 WINDOW_ORDER = Role("permute_input_for_window_attn")  # reorders groups of patches, given their order
 
+PREFILL = Role("_prefill")  # of `generate`: runs a prompt, in pieces where the generation config says so
+DRAFTS = Role("_assisted_decoding")  # of `generate`: the prompt's forward brings drafts behind the prompt
+BATCHING = (Role("generate_batch"), Role("init_continuous_batching"))  # an engine of its own, in a thread
+
 # -- fields -----------------------------------------------------------------------------------------------------------
 
+PIECE = Role("prefill_chunk_size")  # of generation configs
 IMPLEMENTATION = Role("_attn_implementation")  # of configs
 POOLED = Role("pooler_output")
 IMAGE_TOKEN = Role("image_token_id")  # of configs

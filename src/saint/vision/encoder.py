@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..gathers import gather_mask, gather_table, shorter, visible
 from ..patch import override
 from ..runtime.blocks import Block
-from ..runtime.layer import LayerStack, Seen
+from ..runtime.deciding import Seen
+from ..runtime.layer import LayerStack
 from ..runtime.observe import Observers
 from ..runtime.points import DropPoint
 from ..runtime.state import LayerState

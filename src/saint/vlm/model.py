@@ -5,7 +5,7 @@ features that the encoder dropped travel as marked rows (``tokens.DROPPED``) fro
 model, whatever the model does with them on the way (unpadding, tiles, newlines), and are removed there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -15,13 +15,27 @@ from torch import Tensor, nn
 
 from ..errors import HookNeverFiredError, ParityError, UnsupportedModelError
 from ..gathers import DROPPED, full_length, is_dropped
-from ..language.decoder import Handover, PrunedDecoder
+from ..language.doorway import Doorway, Handover, Note
+from ..language.generation import watch
 from ..patch import Uncopyable, override
-from ..tokens import reads_are_free
-from ..upstream.names import CACHE, ENCODED, IMAGE_TOKEN, Parameters
+from ..tokens import Selection, reads_are_free
+from ..upstream.names import (
+    CACHE,
+    EMBEDDINGS,
+    ENCODED,
+    IDS,
+    IMAGE_FEATURES,
+    IMAGE_TOKEN,
+    MASK,
+    POOLED,
+    VIDEO_FEATURES,
+    VIDEO_TOKEN,
+    Parameters,
+)
 from ..upstream.specs import FamilySpec
 from ..upstream.verify import merge_method
 from ..vision.encoder import PrunedEncoder
+from .merged import Known, tensors
 from .videos import Videos
 
 
@@ -32,10 +46,11 @@ class PrunedVLM(Uncopyable):
         path: where the model sits in the user's, for messages.
         model: the module of the family's spec.
         spec: what is known of the family.
-        decoder: the language and connector stages.
+        door: of the language model, with the connector and language stages.
         encoder: the vision stage, or None.
         mergers: paths of the modules that read the tower, the connector first, and the map of the encoder that each reads.
-        handover: between this and the decoder.
+        handover: between this and the door.
+        root: the user's model, which holds ``model``.
 
     Raises:
         ValueError: the encoder drops behind the features that the model uses.
@@ -46,17 +61,21 @@ class PrunedVLM(Uncopyable):
         path: str,
         model: Any,
         spec: FamilySpec,
-        decoder: PrunedDecoder,
+        door: Doorway,
         encoder: PrunedEncoder | None,
         mergers: dict[str, int],
         handover: Handover,
+        root: nn.Module,
     ) -> None:
-        self.path, self.model, self.spec, self.decoder, self.encoder = path, model, spec, decoder, encoder
+        self.path, self.model, self.spec, self.door, self.encoder = path, model, spec, door, encoder
         self.mergers, self.handover = mergers, handover
+        self.root, self.around = root, Parameters(type(root).forward)
+        self.known = Known()
+        handover.complete = self._complete
         self.proved: set[str] = set()  # mergers that were seen to join the groups that they should
         self.parameters = Parameters(type(model).forward)
         self.merge, self.merges = merge_method(model)
-        self.videos = Videos(model, spec) if decoder.wants_frames and spec.clips is not None else None
+        self.videos = Videos(model, spec) if door.wants_frames and spec.clips is not None else None
         points = () if encoder is None else encoder.points.values()
         last = max((point.layer for point in points if point.method is not None), default=-1)
         if last >= mergers.get(spec.connector, last + 1):
@@ -67,14 +86,19 @@ class PrunedVLM(Uncopyable):
 
     def install(self, stack: ExitStack) -> None:
         """Patch the instance; ``stack`` undoes it."""
+        if self.root is not self.model:
+            stack.callback(self.root.register_forward_pre_hook(self._see, with_kwargs=True).remove)
         stack.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         override(stack, self.model, self.merge, self._listen)
+        for role in (IMAGE_FEATURES, VIDEO_FEATURES):
+            if (method := role.of(self.model)) is not None:
+                override(stack, self.model, method, self._computed)
+        connector = self.model.get_submodule(self.spec.connector)
+        stack.callback(connector.register_forward_hook(self._connected).remove)
         if self.videos is not None:
             override(stack, self.model, self.videos.method, self.videos.encode)
-        # registered before the decoder's own hook, so it runs first
-        text = self.decoder.module
-        stack.callback(text.register_forward_pre_hook(self._check_fired).remove)
-        self.decoder.install(stack)
+        self.door.install(stack)
+        watch(stack, self.root, self.door, self._whole)
         if self.encoder is not None:
             self.encoder.install(stack)
             if not self.mergers:  # nothing is dropped in front of them
@@ -85,43 +109,122 @@ class PrunedVLM(Uncopyable):
                 for path, layer in self.mergers.items():
                     override(stack, self.model.get_submodule(path), "forward", partial(self._join, path, layer))
 
+    def _see(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """In front of a model around this one, which may merge features itself."""
+        self.handover.new(ids=IDS.read(self.around.named(args, kwargs)))
+
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.handover.visual = None
         given = self.parameters.named(args, kwargs)
-        self.handover.waiting = any(pixels.read(given) is not None for pixels in self.spec.pixels)
+        encoded, mask, embedded = ENCODED.read(given), MASK.read(given), EMBEDDINGS.read(given)
+        images = any(pixels.read(given) is not None for pixels in self.spec.pixels)
+        self.handover.new(
+            ids=self.handover.note.ids,
+            mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
+            plain=embedded is None or images or bool(encoded),
+            waiting=images,
+        )
         if self.videos is not None:
             self.videos.begin(given)
-        cache, encoded = CACHE.read(given), ENCODED.read(given)
-        fresh = cache is None or cache.get_seq_length() == 0
-        if self.encoder is not None and not self.handover.waiting and (encoded is None or not len(encoded)) and fresh:
+        if self.encoder is None or images or encoded or embedded is not None or self.handover.pieces is not None:
+            return
+        cache = CACHE.read(given)
+        if cache is None or cache.get_seq_length() == 0:
             self.encoder.forwards.begin()  # a new prompt without images
+
+    def _computed(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """In place of a method that computes features: notes them for a caller who merges them himself."""
+
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            if not self.handover.note.plain:
+                self.known.note(POOLED.get(output, output))
+            return output
+
+        return compute
+
+    def _connected(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        if not self.handover.note.plain:
+            self.known.note(output)
 
     def _listen(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def merge(*args: Any, **kwargs: Any) -> Any:
             masks: Any = placeholders(self.model, *args, **kwargs) if self.merges else None
             result = original(*args, **kwargs)
+            note = self.handover.note
             masks = result if masks is None else masks
             for mask in masks if isinstance(masks, tuple) else (masks,):
                 if mask is not None:
                     seen = mask[..., 0] if mask.ndim == 3 else mask  # [B, L]
-                    self.handover.visual = seen if self.handover.visual is None else self.handover.visual | seen
+                    note.visual = seen if note.visual is None else note.visual | seen
             if self.videos is not None:
                 self.videos.see(masks[1][..., 0])
-            self.handover.marked = self.encoder is not None
-            self.handover.waiting = False
+            note.marked = self.encoder is not None
+            note.waiting = self.known.waiting = False
             return result
 
         return merge
 
-    def _check_fired(self, _module: nn.Module, _args: Any) -> None:
-        if self.handover.waiting:
-            self.handover.waiting = False
+    def _complete(self, note: Note, given: Mapping[str, Any]) -> None:
+        """In front of the language model: where its visual tokens are, however they were merged."""
+        if note.waiting:
             raise HookNeverFiredError(
                 f"{type(self.model).__name__} was given images and did not call {self.merge}, so nothing shows where its "
                 "visual tokens are; this version of the model merges them differently"
             )
+        if note.visual is None and not note.plain:
+            self._find(note, EMBEDDINGS.read(given))
         if self.videos is not None:
-            self.handover.cells = self.videos.cells()
+            note.cells = self.videos.cells()
+
+    def _find(self, note: Note, x: Tensor | None) -> None:
+        """The visual tokens of a sequence that others have merged: by its token ids, or by what its rows hold."""
+        if x is None:
+            return
+        tokens = [token for role in (IMAGE_TOKEN, VIDEO_TOKEN) if (token := role.get(self.model.config)) is not None]
+        if note.ids is not None and note.ids.shape == x.shape[:2]:
+            found = torch.isin(note.ids, torch.tensor(tokens, device=note.ids.device)).to(x.device)
+        elif x.shape[1] > 1:
+            found = self.known.among(x)
+        else:
+            return
+        lost = is_dropped(x) if self.encoder is not None else torch.zeros_like(found)
+        if bool(found.any()):
+            note.visual, note.marked, self.known.waiting = found | lost, self.encoder is not None, False
+            return
+        chooses = self.door.entries or self.door.decoder is not None
+        if bool(lost.any()) and not chooses:
+            note.visual, note.marked = lost, True
+        elif bool(lost.any()) or self.known.waiting:
+            self.known.waiting = False
+            raise HookNeverFiredError(
+                f"{type(self.model).__name__} computed image features, and {self.door.path} was given embeddings in which none "
+                "of them is found, so its visual tokens are not known: merge the features as they are, give input_ids beside "
+                "the embeddings, or let the model merge them (pixel_values or mm_encoder_outputs)"
+            )
+
+    def _whole(self, ids: Tensor, given: dict[str, Any]) -> Tensor | None:
+        """Which places of a prompt enter the language model, bool [B, L], when its pieces bring features computed in front."""
+        encoded = ENCODED.read(given) or {}
+        token = {"image": IMAGE_TOKEN.get(self.model.config), "video": VIDEO_TOKEN.get(self.model.config)}
+        rows = {
+            kind: torch.cat([*tensors(POOLED.get(output))]) for kind, output in encoded.items() if output is not None
+        }
+        if not rows or (self.encoder is None and not self.door.entries):
+            return None
+        some = next(iter(rows.values()))
+        visual = torch.zeros(ids.shape, dtype=torch.bool, device=some.device)
+        x = some.new_zeros(*ids.shape, some.shape[-1])  # [B, L, C]
+        for kind, features in rows.items():
+            places = (ids == token[kind]).to(some.device)
+            x[places] = features.flatten(0, -2).to(x)
+            visual |= places
+        note = Note(visual=visual, marked=self.encoder is not None)
+        if self.videos is not None:
+            self.videos.begin({str(ENCODED): encoded})
+            self.videos.see((ids == token["video"]).to(some.device))
+            note.cells = self.videos.cells()
+        state = self.door.decide(visual, x, note)
+        return Selection(state.tokens.index, state.tokens.lengths, state.tokens.valid).mask(ids.shape[1])
 
     def _connect(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The connector sees the survivors; what it returns has full length, marked where a token was dropped."""

@@ -1,0 +1,489 @@
+"""The door of a language model: visual tokens that leave in front of it leave its input.
+
+The input of the decoder is shortened once and its output lengthened; nothing inside is touched, and the cache is the model's
+own, of any class. So nothing is known here of layers: attention of any kind, recurrent layers, tokens that look at each other,
+features that are added between layers. Tokens that leave *in* the language model (``decoder.PrunedDecoder``) leave behind this.
+
+What is dropped was marked by the encoder (``gathers.DROPPED``) or is chosen here (the connector stage). Survivors keep their true
+positions and see of each other what they saw; a dropped place shows the nearest survivor before it, the token whose prediction
+continues the text there once the dropped ones are gone. Logits of text, ``logits_to_keep`` and losses therefore mean what they
+meant. Steps that bring no visual tokens cost one look at the cache, and the columns of the survivors where a mask is needed.
+
+Letters: B samples, L places of the sequence, K rows that enter, N visual tokens, C channels.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from ..errors import HookNeverFiredError, UnsupportedModelError
+from ..gathers import gather_tokens, is_dropped
+from ..patch import override, refuse_replicas, refuse_tracing
+from ..runtime.deciding import Decider
+from ..runtime.forwards import Forwards
+from ..runtime.observe import Observers
+from ..runtime.points import DropPoint
+from ..runtime.state import Forward, LayerState, packed_tokens, some_tokens
+from ..tokens import LayerTrace, Selection, TokenMap
+from ..upstream.names import CACHE, EMBEDDINGS, IDS, IMPLEMENTATION, LAYERS, MASK, POSITIONS, Parameters
+from .cache import CachePositions, KVMemory, SessionToken, memory
+from .decoder import PrunedDecoder
+from .logical import Held, held_by, hold, inside
+from .masks import DENSE, FLASH
+from .shortening import RECURRENT, Reach, Short, Span, documents, everything, reaches, real_tokens, shown_before
+
+
+@dataclass
+class Note:
+    """What the glue of a model learns of a sequence before its language model starts.
+
+    Attributes:
+        visual: the candidates, the visual tokens of a vision-language model, bool [B, L]; None when there are none.
+        marked: rows of features that the encoder dropped may be among them (``gathers.is_dropped``).
+        mask: the padding mask that the caller gave, [B, T], or None.
+        cells: where methods need them, see :class:`saint.tokens.Candidates`, of each position, int64 [B, L]; None: no video.
+        ids: the token ids that a model around the language model was given, [B, L], or None.
+        plain: the embeddings are those of token ids, and of features that the model itself merges.
+        waiting: images came in, and their places are not known yet.
+    """
+
+    visual: Tensor | None = None
+    marked: bool = False
+    mask: Tensor | None = None
+    cells: Tensor | None = None
+    ids: Tensor | None = None
+    plain: bool = False
+    waiting: bool = False
+
+
+class Pieces:
+    """A prompt that comes in pieces: which of its places enter, bool [B, L]."""
+
+    def __init__(self, keep: Tensor) -> None:
+        self.keep, self.start = keep, 0
+
+    def next(self, count: int) -> Tensor:
+        """The places of the next ``count``."""
+        self.start += count
+        return self.keep[:, self.start - count : self.start]
+
+    @property
+    def done(self) -> bool:
+        return self.start >= self.keep.shape[1]
+
+
+class Handover:
+    """The note of the forward that runs on a thread.
+
+    Attributes:
+        complete: called by the door with the note and the arguments of the decoder, before it reads the note.
+    """
+
+    def __init__(self) -> None:
+        self._own = threading.local()
+        self._compiled = Note()  # the compiler knows no thread
+        self._compiled_pieces: Pieces | None = None
+        self.complete: Callable[[Note, Mapping[str, Any]], None] = lambda note, given: None
+
+    @property
+    def pieces(self) -> Pieces | None:
+        """The prompt that comes in pieces."""
+        return self._compiled_pieces if torch.compiler.is_compiling() else getattr(self._own, "pieces", None)
+
+    @pieces.setter
+    def pieces(self, pieces: Pieces | None) -> None:
+        self._compiled_pieces = self._own.pieces = pieces
+
+    @property
+    def prompt(self) -> int | None:
+        """Length of the prompt whose forward may bring drafts behind it."""
+        return getattr(self._own, "prompt", None)
+
+    @prompt.setter
+    def prompt(self, length: int | None) -> None:
+        self._own.prompt = length
+
+    @property
+    def note(self) -> Note:
+        if torch.compiler.is_compiling():
+            return self._compiled
+        if not hasattr(self._own, "note"):
+            self._own.note = Note()
+        return self._own.note
+
+    def new(self, **facts: Any) -> Note:
+        """A note for a forward that begins."""
+        note = Note(**facts)
+        if torch.compiler.is_compiling():
+            self._compiled = note
+        else:
+            self._own.note = note
+        return note
+
+    def take(self, given: Mapping[str, Any]) -> Note:
+        """The note, complete; it is read once."""
+        note = self.note
+        self.new()
+        self.complete(note, given)
+        return note
+
+
+@dataclass
+class DoorForward(Forward):
+    """What one forward knows besides.
+
+    Attributes:
+        memory: bytes of the cache behind the prompt.
+    """
+
+    memory: KVMemory | None = None
+
+
+@dataclass
+class Passage:
+    """A sequence on its way through the decoder.
+
+    Attributes:
+        given: the arguments that enter.
+        cache: the cache it fills, or None.
+        prompt: brings visual tokens.
+        short: what enters, where something does not.
+        positions: of the entries of the cache behind it; None where it has every position.
+    """
+
+    given: dict[str, Any]
+    cache: Any = None
+    prompt: bool = False
+    short: Short | None = None
+    positions: CachePositions | None = None
+
+
+class Doorway(Decider[DoorForward]):
+    """The connector stage of a session, and what carries out the vision stage in its language model.
+
+    Args:
+        path: where the decoder sits in the user's model, for messages.
+        module: the decoder.
+        points: of the connector stage.
+        observers: of the session.
+        handover: where the model's glue says which tokens are visual.
+        decoder: the language stage, or None.
+        shortens: tokens may have left in front of the decoder.
+
+    Raises:
+        UnsupportedModelError: the decoder cannot be given a shortened sequence.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        module: nn.Module,
+        points: Sequence[DropPoint],
+        *,
+        observers: Observers,
+        handover: Handover,
+        decoder: PrunedDecoder | None,
+        token: SessionToken,
+        shortens: bool,
+    ) -> None:
+        super().__init__(path, module, points, DoorForward, observers)
+        self.handover, self.decoder, self.token = handover, decoder, token
+        self.depth = len(list(LAYERS.get(module).children()))
+        self.parameters = Parameters(type(module).forward)
+        self.reaches = reaches(module.config)
+        each = self.reaches.values() if isinstance(self.reaches, dict) else [self.reaches]
+        self.boundless = IMPLEMENTATION.get(module.config) in FLASH or all(reach == Reach() for reach in each)
+        self.kinds = list(getattr(module.config, "layer_types", None) or ())
+        implementation = IMPLEMENTATION.get(module.config)
+        if shortens and implementation not in DENSE | FLASH:
+            raise UnsupportedModelError(
+                f"attention implementation {implementation!r} of the language model cannot be given the masks of shortened "
+                f"sequences; load the model with one of {', '.join(sorted(DENSE | FLASH))}"
+            )
+
+    @property
+    def memory(self) -> KVMemory | None:
+        """Bytes of the cache behind the last prompt."""
+        return self.forward.memory
+
+    @property
+    def all_forwards(self) -> list[Forwards[Any]]:
+        """Of the door and of the language stage behind it."""
+        return [self.forwards] if self.decoder is None else [self.forwards, self.decoder.forwards]
+
+    @property
+    def wants_frames(self) -> bool:
+        return super().wants_frames or (self.decoder is not None and self.decoder.wants_frames)
+
+    def trace(self) -> list[LayerTrace]:
+        return super().trace() + ([] if self.decoder is None else self.decoder.trace())
+
+    def where(self, point: DropPoint) -> str:
+        return "the image features"
+
+    def install(self, stack: ExitStack) -> None:
+        """Patch the instance; ``stack`` undoes it."""
+        if self.decoder is not None:
+            self.decoder.install(stack)
+        refuse_replicas(stack, self.module)
+        override(stack, self.module, "forward", self._through)
+        stack.callback(self.token.close)
+        stack.callback(self.reset)
+
+    def _through(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            passage = self._enter(self.parameters.named(args, kwargs))
+            with inside(passage.cache):
+                output = original(**passage.given)
+            return self._leave(passage, output)
+
+        return forward
+
+    # -- in front of the decoder --------------------------------------------------------------------------------------
+
+    def _enter(self, given: dict[str, Any]) -> Passage:
+        refuse_tracing()
+        note, cache = self.handover.take(given), CACHE.read(given)
+        held = held_by(cache)
+        if held is not None and held.token is not self.token:
+            raise ValueError(
+                "this cache was filled under another plan, which dropped other tokens: start from an empty cache"
+            )
+        if (pieces := self.handover.pieces) is not None:
+            return self._piece(pieces, note, given, cache, held)
+        if note.visual is not None:
+            return self._prompt(note, note.visual, given, cache, held)
+        if not torch.compiler.is_compiling() and (cache is None or not cache.get_seq_length()):
+            self.forwards.begin()  # a prompt without images
+        if self.decoder is not None:
+            self.decoder.begin(None, given)
+        return Passage(given, cache) if held is None else self._step(note, given, cache, held)
+
+    def _prompt(self, note: Note, visual: Tensor, given: dict[str, Any], cache: Any, held: Held | None) -> Passage:
+        x = EMBEDDINGS.read(given)
+        if x is None and (note.marked or self.entries):  # a model without images gives its token ids, and has neither
+            raise HookNeverFiredError(
+                f"{self.path} ({type(self.module).__name__}) was not given {EMBEDDINGS}; this version of the model passes "
+                "its embeddings differently"
+            )
+        packed = documents(given, self.module.config)
+        state = self.decide(visual, x, note, packed)
+        if state.tokens.whole:
+            passage = Passage(given, cache) if held is None else self._step(note, given, cache, held)
+        else:
+            keep = Selection(state.tokens.index, state.tokens.lengths, state.tokens.valid).mask(visual.shape[1])
+            passage = self._shortened(note, visual, keep, given, cache, held, packed)
+            assert passage.short is not None
+            state = _moved(state, passage.short)
+        passage.prompt = True
+        if self.decoder is not None:
+            self.decoder.begin(state, passage.given, self.forward.cells)
+        return passage
+
+    def decide(self, visual: Tensor, x: Tensor | None, note: Note, packed: Tensor | None = None) -> LayerState:
+        """A prompt begins: which of its tokens enter the language model.
+
+        Args:
+            visual: where the visual tokens are, bool [B, L].
+            x: embeddings, [B, L, C]; None where nothing leaves in front of the language model.
+            note: of the prompt.
+            packed: which document of the row each token belongs to, int64 [1, L]; each is a sample of its own.
+
+        Raises:
+            ValueError: documents are packed into several rows.
+        """
+        forward = self.forwards.begin()
+        gone = is_dropped(x) & visual if note.marked and x is not None else None
+        if packed is None:
+            # the one look at the device: which numbers of visual tokens there are, and are left of the encoder
+            there = visual.sum(1)
+            both = (there if gone is None else torch.cat([there, (visual & ~gone).sum(1)])).tolist()
+            lengths, left = tuple(both[: len(visual)]), tuple(both[len(visual) :])
+            state = some_tokens(visual, lengths)
+        else:
+            if self.decoder is not None and "last_query" in self.decoder.needs:
+                raise ValueError(
+                    "several documents are packed into one row, and a method of the language stage asks the last token of the "
+                    "row: use a method that does without, or pass each document as a row of its own with an attention_mask"
+                )
+            state = packed_tokens(visual, packed)
+            lengths = state.began
+            left = () if gone is None else packed_tokens(visual & ~gone, packed, len(lengths)).began
+        if note.cells is not None:
+            assert state.places is not None
+            forward.cells = note.cells.flatten()[state.places[..., 0]]
+        if gone is not None and left != lengths:
+            state = _without(state, gone, left)
+        forward.origin = state
+        if x is not None and self.entries:
+            state, _ = self.pass_entries(
+                forward, state, x if state.tokens.whole else gather_tokens(x, state.tokens.index, 0)
+            )
+        return state
+
+    def _shortened(
+        self,
+        note: Note,
+        visual: Tensor,
+        keep: Tensor,
+        given: dict[str, Any],
+        cache: Any,
+        held: Held | None,
+        packed: Tensor | None = None,
+    ) -> Passage:
+        """A sequence of which only the places of ``keep`` enter, bool [B, L]."""
+        x = EMBEDDINGS.read(given)
+        batch, places = x.shape[:2]
+        if cache is not None and not isinstance(cache, Cache):
+            raise ValueError(f"{CACHE.spellings[0]} must be a transformers Cache, got {type(cache).__name__}")
+        before, mask = 0 if cache is None else int(cache.get_seq_length()), MASK.read(given)
+        seen = mask if note.mask is None else note.mask
+        real = real_tokens(seen, batch, places, before)
+        short = Short.of(keep if real is None else keep & real)
+        out = short.shortened(given, visual, {*MASK.spellings, *POSITIONS.spellings, *CACHE.spellings})
+        if short.valid is not None:
+            rows = EMBEDDINGS.read(out).masked_fill(~short.valid.unsqueeze(-1), 0)  # [B, K, C]
+            out = self.parameters.put(out, EMBEDDINGS, rows)
+        if self.parameters.has(POSITIONS):
+            ids = POSITIONS.read(given)
+            ids = torch.arange(before, before + places, device=x.device).unsqueeze(0) if ids is None else ids
+            out = self.parameters.put(out, POSITIONS, short.take(ids, ids.ndim - 1))
+        past = None
+        if before:
+            past = everything(before, shown_before(seen, batch, before), x) if held is None else held.positions
+        index = short.index + before
+        positions = CachePositions(index, short.valid, before + places)
+        positions = positions if past is None else past.followed_by(positions, before)
+        span = Span(index, short.valid, positions, before, before + places, note.mask, x.dtype, self._additive, packed)
+        out = self.parameters.put(out, MASK, self._masks(mask, span, cache))
+        return Passage(out, cache, short=short, positions=positions)
+
+    def _piece(self, pieces: Pieces, note: Note, given: dict[str, Any], cache: Any, held: Held | None) -> Passage:
+        """The next piece of a prompt whose tokens have been decided on."""
+        x = EMBEDDINGS.read(given)
+        batch, count = x.shape[:2]
+        keep = pieces.next(count)
+        if bool(keep.all()):
+            passage = Passage(given, cache) if held is None else self._step(note, given, cache, held)
+        else:
+            visual = torch.zeros(batch, count, dtype=torch.bool, device=x.device)
+            visual = visual if note.visual is None else note.visual
+            passage = self._shortened(note, visual, keep, given, cache, held)
+        passage.prompt = pieces.done
+        return passage
+
+    def _step(self, note: Note, given: dict[str, Any], cache: Any, held: Held) -> Passage:
+        """A sequence that enters as a whole, on a cache from which positions are missing."""
+        mask, positions, ids = MASK.read(given), held.positions, POSITIONS.read(given)
+        x = EMBEDDINGS.read(given)
+        dtype = next(self.module.parameters()).dtype if x is None else x.dtype
+        x = IDS.read(given) if x is None else x
+        count = x.shape[1]
+        flat = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+        if flat and count == 1 and positions.valid is None and ids is not None and self.boundless:
+            return Passage(self.parameters.put(given, MASK, None), cache)  # nothing is hidden from a single token
+        before = cache.get_seq_length()
+        if flat and mask is not None and count > 1:  # nobody pads a single token
+            own = mask[:, -count:].bool()
+            if not bool(own.all()):
+                place = torch.arange(before, before + count, device=x.device).expand(len(own), count)
+                positions = positions.followed_by(CachePositions(place, own, before + count), before)
+        queries = (torch.arange(count, device=x.device) + before).expand(x.shape[0], count)
+        span = Span(queries, None, positions, before, before + count, note.mask, dtype, self._additive)
+        out = self.parameters.put(given, MASK, self._masks(mask, span, cache))
+        if self.parameters.has(POSITIONS) and ids is None:
+            out = self.parameters.put(out, POSITIONS, queries)
+        return Passage(out, cache, positions=positions)
+
+    @property
+    def _additive(self) -> bool:
+        return IMPLEMENTATION.get(self.module.config) == "eager"
+
+    # -- masks --------------------------------------------------------------------------------------------------------
+
+    def _masks(self, mask: Any, span: Span, cache: Any) -> Any:
+        """The mask of a call in whatever form it came."""
+        if isinstance(mask, Mapping):
+            return {kind: self._mask(kind, one, span, cache) for kind, one in mask.items()}
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            return self._mask(None, mask, span, cache)
+        # the decoder makes its masks itself, by place among what enters: right but where a window or a chunk ends
+        kinds = self.reaches if isinstance(self.reaches, dict) else {None: self.reaches}
+        dense = IMPLEMENTATION.get(self.module.config) in DENSE
+        if span.documents is not None and not dense:
+            raise ValueError(
+                "several documents are packed into one row, and flash attention takes no mask that keeps their survivors apart: "
+                'load the model with attn_implementation="sdpa", or pass each document as a row of its own'
+            )
+        if dense and (span.documents is not None or any(not span.sees_all(reach) for reach in kinds.values())):
+            made = {kind: self._mask(kind, None, span, cache) for kind in kinds}
+            return made if isinstance(self.reaches, dict) else made[None]
+        _, valid = span.columns()
+        if valid is not None:
+            return valid.long()
+        # without a cache a gap in the positions would pass for the end of a packed document
+        return torch.ones_like(span.held.index) if cache is None else None
+
+    def _mask(self, kind: str | None, mask: Tensor | None, span: Span, cache: Any) -> Tensor | None:
+        """The mask of layers of one kind."""
+        if kind in RECURRENT or (mask is not None and mask.ndim == 2):
+            _, valid = span.columns()
+            return valid if valid is None or mask is None else valid.to(mask.dtype)
+        first, count = self._sizes(kind, span, cache)
+        if mask is not None:
+            return span.cut(mask, first, count)
+        reach = self.reaches if isinstance(self.reaches, Reach) else self.reaches.get(kind or "", Reach())
+        if (
+            span.documents is None
+            and span.sees_all(reach)
+            and span.columns()[1] is None
+            and (span.rows == 1 or count == span.rows)
+        ):
+            return None
+        return span.made(reach, first, count)
+
+    def _sizes(self, kind: str | None, span: Span, cache: Any) -> tuple[int, int]:
+        """Of the entries that layers of a kind show: the first, and how many."""
+        if cache is None:
+            return 0, span.rows
+        layer = self.kinds.index(kind) if kind in self.kinds else 0
+        with inside(cache):
+            count, first = cache.get_mask_sizes(span.rows, layer)
+        return first, count
+
+    # -- behind the decoder -------------------------------------------------------------------------------------------
+
+    def _leave(self, passage: Passage, output: Any) -> Any:
+        cache = passage.cache
+        if cache is None and (passage.prompt or passage.positions is not None):
+            cache = CACHE.get(output)
+        if passage.positions is not None and cache is not None:
+            hold(cache, passage.positions, self.token)
+        if passage.prompt:
+            held = held_by(cache)
+            self.forward.memory = memory(cache, 0 if held is None else held.gone)
+        return output if passage.short is None else passage.short.lengthened(output)
+
+
+def _moved(state: LayerState, short: Short) -> LayerState:
+    """The state of what enters, from that of the sequence without what has left."""
+    assert state.places is not None
+    sequences, count = state.tokens.index.shape
+    rows = state.places[..., 0]
+    row, place = rows // count, state.tokens.index.flatten()[rows]  # [B, N]
+    places = short.slots()[row, place] + row * short.rows
+    return replace(state, tokens=TokenMap.full(sequences, short.rows, rows.device), places=places.unsqueeze(-1))
+
+
+def _without(state: LayerState, gone: Tensor, left: tuple[int, ...]) -> LayerState:
+    """The state without the visual tokens that the encoder dropped: gone [B, L], ``left[b]`` visual tokens stay in row b."""
+    here = ~state.of_candidates(gone.unsqueeze(-1)).squeeze(-1)
+    valid = state.candidates.valid
+    after, _ = state.after(Selection.from_mask(here if valid is None else here & valid, left))
+    return after

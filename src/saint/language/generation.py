@@ -1,0 +1,99 @@
+"""Ways to generate in which a prompt is not one forward.
+
+Pieces of a prompt (``prefill_chunk_size``): what leaves in front of the language model is decided on for the whole prompt. Under
+a language stage, which would decide for each piece alone, the prompt runs in one. Drafts (assisted decoding) stand behind the
+prompt in its forward, and are none of it. Engines with a cache of their own run forwards that no plan sees as prompts.
+
+Letters: B samples, L positions of the prompt.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+
+from ..patch import override
+from ..upstream.names import BATCHING, CACHE, DRAFTS, PIECE, PREFILL
+from .doorway import Doorway, Pieces
+
+Whole = Callable[[Tensor, dict[str, Any]], Tensor | None]
+
+
+def watch(stack: ExitStack, root: nn.Module, door: Doorway, whole: Whole) -> None:
+    """Patch the models in ``root`` that generate; ``stack`` undoes it.
+
+    Args:
+        stack: takes the undo.
+        root: the user's model.
+        door: of its language model.
+        whole: decides on a whole prompt, given the token ids [B, L] and the arguments of the model: which of its places enter,
+            bool [B, L]; None: all.
+    """
+    for module in root.modules():
+        if (name := PREFILL.of(module)) is not None:
+            override(stack, module, name, lambda original: _prefill(original, door, whole))
+        if (name := DRAFTS.of(module)) is not None:
+            override(stack, module, name, lambda original: _drafts(original, door))
+        for role in BATCHING:
+            if (name := role.of(module)) is not None:
+                override(stack, module, name, _refused)
+
+
+def _prefill(original: Callable[..., Any], door: Doorway, whole: Whole) -> Callable[..., Any]:
+    def prefill(
+        input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        size, cache = PIECE.get(generation_config), CACHE.read(model_kwargs)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        ids = input_ids[:, past:]
+        if size is None or ids.shape[1] <= size:
+            return original(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        if door.decoder is not None and door.decoder.drops:
+            warnings.warn(
+                f"the prompt of {ids.shape[1]} tokens runs in one piece and not in pieces of {PIECE}={size}: the language stage "
+                "chooses among all tokens of a prompt; to save memory, drop in front of the language model (vision and connector "
+                "stages)",
+                stacklevel=2,
+            )
+            generation_config = copy.copy(generation_config)
+            setattr(generation_config, str(PIECE), None)
+            return original(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        keep = whole(ids, model_kwargs)
+        if keep is None:
+            return original(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        door.handover.pieces = Pieces(keep)
+        try:
+            return original(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        finally:
+            door.handover.pieces = None
+
+    return prefill
+
+
+def _drafts(original: Callable[..., Any], door: Doorway) -> Callable[..., Any]:
+    def drafts(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if door.decoder is not None and "last_query" in door.decoder.needs:
+            raise ValueError(
+                "a method of the language stage asks the last token of the prompt, behind which assisted decoding puts drafts: "
+                "use a method that does without, or generate without drafts"
+            )
+        before, door.handover.prompt = door.handover.prompt, input_ids.shape[1]
+        try:
+            return original(input_ids, *args, **kwargs)
+        finally:
+            door.handover.prompt = before
+
+    return drafts
+
+
+def _refused(original: Callable[..., Any]) -> Callable[..., Any]:
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise ValueError(
+            f"{getattr(original, '__name__', 'continuous batching')} runs prompts in an engine of its own, whose paged cache and "
+            "packed rows a plan does not reach: use generate, or the plug-in for vLLM (saint serve)"
+        )
+
+    return refuse

@@ -1,0 +1,247 @@
+"""What happens at a drop point: a method is shown the candidates, and its decision is carried out on the tokens.
+
+Where drop points lie is another matter: in and behind the layers of a module (``layer.LayerStack``), or in front of a language
+model (``language.doorway``).
+
+Letters: Q sequences, S tokens of a sequence, P prefix tokens, B samples, N candidates, C channels, D head dim.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..gathers import gather_tokens, merge_tokens, merged_sizes
+from ..patch import Uncopyable
+from ..tokens import Candidates, LayerTrace, Selection, reads_are_free
+from .forwards import Forwards
+from .observe import Observers, Stopwatch
+from .points import DropPoint, refuse_non_finite, select_some
+from .state import Forward, LayerState
+
+
+class Seen(NamedTuple):
+    """What a layer shows at a drop point.
+
+    Attributes:
+        keys: attention keys averaged over heads, of the tokens behind the prefix, [Q, S, D].
+        attention: attention of the last prompt token, float32 [Q, S], where it is needed.
+    """
+
+    keys: Tensor
+    attention: Tensor | None = None
+
+
+F = TypeVar("F", bound=Forward)
+
+
+class Decider(Uncopyable, Generic[F]):
+    """Drop points of one module, and the forwards that pass them.
+
+    Args:
+        path: where the module sits in the user's model, for messages.
+        module: the module.
+        points: where tokens may go or are shown, in the order of the forward.
+        make: makes what a new forward knows.
+        observers: of the session.
+    """
+
+    prefix = 0  # protected tokens in front of every sequence, P
+    carries = False  # what full length needs of dropped rows is kept, see `carry`
+
+    def __init__(
+        self, path: str, module: nn.Module, points: Sequence[DropPoint], make: Callable[[], F], observers: Observers
+    ) -> None:
+        self.path, self.module, self.observers = path, module, observers
+        self.entries = [point for point in points if point.placement == "input"]
+        self.points = {point.layer: point for point in points if point.placement != "input"}
+        self.forwards: Forwards[F] = Forwards(make, path or type(module).__name__)
+        self.watch: Stopwatch | None = None
+        if observers.pruning_time:
+            self._time_steps()
+
+    @property
+    def forward(self) -> F:
+        """The forward that runs, or ran last."""
+        return self.forwards.state
+
+    def trace(self) -> list[LayerTrace]:
+        """The drop points of the last forward, in order."""
+        return self.forward.trace()
+
+    def reset(self) -> None:
+        """Forget all forwards."""
+        self.forwards.forget()
+
+    @property
+    def wants_frames(self) -> bool:
+        """Whether a method asks which candidates show the same place of a video at different times."""
+        return any("frames" in point.needs for point in (*self.entries, *self.points.values()))
+
+    # -- what differs -------------------------------------------------------------------------------------------------
+
+    def stand_in(self, keys: Tensor, selection: Selection) -> Tensor | None:
+        """For each candidate the new slot that stands for it at full length, int64 [B, N]; None: not asked for."""
+        return None
+
+    def carry(self, state: LayerState, rows: Tensor, after: LayerState, stay: Tensor) -> LayerState:
+        """``after`` with what full length needs of the rows in front of a drop, [B, N, C], and behind it, [B, K, C]."""
+        return after
+
+    def columns(self, forward: F, state: LayerState) -> int | None:
+        """Of the grid of candidates, where there is one."""
+        return None
+
+    def least(self, forward: F, state: LayerState) -> tuple[int, ...] | None:
+        """Tokens of each sample that stay at least; None: as many as the budget says."""
+        return None
+
+    def cells(self, forward: F, state: LayerState) -> Tensor | None:
+        """Of each candidate, see :class:`saint.tokens.Candidates`, int64 [B, N]."""
+        whole = forward.cells
+        return None if whole is None else whole.gather(1, state.candidates.index)
+
+    def where(self, point: DropPoint) -> str:
+        """The keys of a drop point, for messages."""
+        return f"the keys of {self.path} layer {point.layer}"
+
+    # -- a drop point -------------------------------------------------------------------------------------------------
+
+    def pass_entries(self, forward: F, state: LayerState, features: Tensor) -> tuple[LayerState, Tensor]:
+        """The drop points in front of the first layer.
+
+        Args:
+            forward: begins.
+            state: nothing was chosen yet.
+            features: hidden states behind the prefix that enter the first layer, those of ``state``, [Q, S, C].
+
+        Returns:
+            The state behind them, and its features, [Q, K, C].
+        """
+        for point in self.entries:
+            after, chosen, selection = self.choose(forward, point, state, features.detach(), Seen(features.detach()))
+            if chosen is not None and selection is not None:
+                after, features = self.go(point, state, after, chosen, selection, features, 0)
+            state = after
+        return state, features
+
+    def choose(
+        self, forward: F, point: DropPoint, state: LayerState, features: Tensor, seen: Seen
+    ) -> tuple[LayerState, Selection | None, Selection | None]:
+        """Let the method choose.
+
+        Args:
+            forward: the forward.
+            point: the drop point.
+            state: in front of it.
+            features: residual stream behind the prefix, [Q, S, C].
+            seen: what shows there.
+
+        Returns:
+            The state behind it, which tokens of the sequences stay, and which candidates (None: all).
+        """
+        if point.step == 0 and point.method is not None:
+            state = replace(state, began=state.candidates.lengths)
+            for total in sorted({n for n in state.began if n}):
+                point.method.validate(total, point.steps)
+        keys, features = state.of_candidates(seen.keys), state.of_candidates(features.detach())
+        if point.step == 0 and point.method is not None and reads_are_free(keys.device):
+            refuse_non_finite(keys, self.where(point))
+        attention = seen.attention
+        if attention is not None:
+            attention = state.of_candidates(attention.unsqueeze(-1)).squeeze(-1)
+        columns = self.columns(forward, state)
+        least = self.least(forward, state)
+        cells = self.cells(forward, state) if "frames" in point.needs else None
+        shown = Candidates(keys, features, state.counted, point.step, point.steps, attention, columns, least, cells)
+        selection = self.select(point, shown)
+        if selection is None:
+            after, chosen = state, None
+        else:
+            after, chosen = state.after(selection, self.stand_in(keys, selection))
+        if point.method is not None:
+            forward.drops[point.stage, point.placement, point.layer] = state, after
+        return after, chosen, selection
+
+    def select(self, point: DropPoint, candidates: Candidates) -> Selection | None:
+        """The method's decision, told to observers; samples without candidates have nothing to decide."""
+        tokens = candidates.tokens
+        if point.shown:
+            for _, tell in self.observers.candidates:
+                tell(point.stage, point.layer, candidates)
+        if point.method is None:
+            return None
+        some = [sample for sample, n in enumerate(tokens.lengths) if n]
+        if len(some) == len(tokens.lengths):
+            selection = point.method.select(candidates)
+        else:
+            selection = select_some(point.method, candidates, some) if some else None
+        if self.observers.selected:
+            stays = selection
+            if stays is None:
+                slots = torch.arange(tokens.slots, device=tokens.index.device).expand_as(tokens.index)
+                stays = Selection(slots, tokens.lengths, tokens.valid)
+            for _, tell in self.observers.selected:
+                tell(point.stage, point.layer, stays)
+        return selection
+
+    def drop(self, forward: F, point: DropPoint, state: LayerState, y: Tensor, seen: Seen) -> tuple[LayerState, Tensor]:
+        """The state behind a drop point and its tokens: y [Q, P + S, C] -> [Q, P + K, C]."""
+        after, chosen, selection = self.choose(forward, point, state, y[:, self.prefix :], seen)
+        if chosen is None or selection is None:
+            return after, y
+        return self.go(point, state, after, chosen, selection, y, self.prefix)
+
+    def go(
+        self,
+        point: DropPoint,
+        state: LayerState,
+        after: LayerState,
+        chosen: Selection,
+        selection: Selection,
+        y: Tensor,
+        prefix: int,
+    ) -> tuple[LayerState, Tensor]:
+        """What a decision makes of tokens.
+
+        Args:
+            point: where.
+            state: in front of it.
+            after: behind it, as far as the decision alone says.
+            chosen: which tokens of the sequences stay.
+            selection: which candidates.
+            y: [Q, prefix + S, C].
+            prefix: protected tokens in ``y``.
+
+        Returns:
+            The state behind it, and [Q, prefix + K, C].
+        """
+        old = y
+        if selection.owner is None:
+            y = gather_tokens(y, chosen.slots, prefix)
+            return self.carry(state, old[:, prefix:], after, y[:, prefix:]), y
+        assert point.method is not None
+        tokens, sizes = state.candidates, state.sizes
+        if sizes is None:
+            like = torch.ones_like(tokens.index) if tokens.valid is None else tokens.valid
+            sizes = like.to(torch.float32)
+        if not point.method.averages:
+            y, sizes = gather_tokens(y, chosen.slots, prefix), merged_sizes(sizes, selection)
+        elif state.places is None:
+            y, sizes = merge_tokens(y, sizes, selection, prefix)
+        else:
+            rows, sizes = merge_tokens(state.of_candidates(y), sizes, selection, 0)
+            y = after.put(gather_tokens(y, chosen.slots, prefix), rows)
+        after = self.carry(state, old[:, prefix:], after, y[:, prefix:])
+        return replace(after, sizes=sizes, beta=point.method.size_bias()), y
+
+    # -- time ---------------------------------------------------------------------------------------------------------
+
+    def _time_steps(self) -> None:
+        self.watch = watch = Stopwatch(next(self.module.parameters()).device)
+        for kind, names in (("scoring", ("select", "keys")), ("gathering", ("drop", "arguments", "leave"))):
+            for name in names:
+                if hasattr(self, name):
+                    setattr(self, name, watch.timed(kind, getattr(self, name)))
