@@ -405,10 +405,10 @@ class HostReads(TorchDispatchMode):
 def as_on_cuda(monkeypatch):
     """The path of a device whose values cost a wait; counts of votes are read with one `tolist` each, which is counted too."""
     from saint.methods import base
-    from saint.runtime import layer
+    from saint.runtime import deciding
     from saint.vlm import model
 
-    for module in (tokens, layer, model):
+    for module in (tokens, deciding, model):
         monkeypatch.setattr(module, "reads_are_free", lambda device: False)
     reads, real = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(tuple(self.shape)) or real(self))

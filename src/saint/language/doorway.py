@@ -194,6 +194,7 @@ class Doorway(Decider[DoorForward]):
     ) -> None:
         super().__init__(path, module, points, DoorForward, observers)
         self.handover, self.decoder, self.token = handover, decoder, token
+        self.shortens = shortens
         self.depth = len(list(LAYERS.get(module).children()))
         self.parameters = Parameters(type(module).forward)
         self.reaches = reaches(module.config)
@@ -272,13 +273,17 @@ class Doorway(Decider[DoorForward]):
                 f"{self.path} ({type(self.module).__name__}) was not given {EMBEDDINGS}; this version of the model passes "
                 "its embeddings differently"
             )
-        packed = documents(given, self.module.config)
-        state = self.decide(visual, x, note, packed)
+        packed, real = documents(given, self.module.config), None
+        if self.shortens and x is not None:
+            before = 0 if cache is None else cache.get_seq_length()
+            real = real_tokens(MASK.read(given) if note.mask is None else note.mask, x.shape[0], x.shape[1], before)
+        state, counts = self.decide(visual, x, note, packed, real)
         if state.tokens.whole:
             passage = Passage(given, cache) if held is None else self._step(note, given, cache, held)
         else:
             keep = Selection(state.tokens.index, state.tokens.lengths, state.tokens.valid).mask(visual.shape[1])
-            passage = self._shortened(note, visual, keep, given, cache, held, packed)
+            keep = keep if real is None else keep & real
+            passage = self._shortened(note, visual, Short.of(keep, counts), given, cache, held, packed)
             assert passage.short is not None
             state = _moved(state, passage.short)
         passage.prompt = True
@@ -286,7 +291,14 @@ class Doorway(Decider[DoorForward]):
             self.decoder.begin(state, passage.given, self.forward.cells)
         return passage
 
-    def decide(self, visual: Tensor, x: Tensor | None, note: Note, packed: Tensor | None = None) -> LayerState:
+    def decide(
+        self,
+        visual: Tensor,
+        x: Tensor | None,
+        note: Note,
+        packed: Tensor | None = None,
+        real: Tensor | None = None,
+    ) -> tuple[LayerState, list[int]]:
         """A prompt begins: which of its tokens enter the language model.
 
         Args:
@@ -294,17 +306,25 @@ class Doorway(Decider[DoorForward]):
             x: embeddings, [B, L, C]; None where nothing leaves in front of the language model.
             note: of the prompt.
             packed: which document of the row each token belongs to, int64 [1, L]; each is a sample of its own.
+            real: which tokens are no padding of the caller, bool [B, L]; None: all.
+
+        Returns:
+            The state in front of the language model, and how many real tokens of each row enter.
 
         Raises:
             ValueError: documents are packed into several rows.
         """
         forward = self.forwards.begin()
+        visual = visual if real is None else visual & real
         gone = is_dropped(x) & visual if note.marked and x is not None else None
+        padding = [0] * len(visual)
         if packed is None:
-            # the one look at the device: which numbers of visual tokens there are, and are left of the encoder
-            there = visual.sum(1)
-            both = (there if gone is None else torch.cat([there, (visual & ~gone).sum(1)])).tolist()
-            lengths, left = tuple(both[: len(visual)]), tuple(both[len(visual) :])
+            # the one look at the device: how many visual tokens there are, are left of the encoder, and how much padding
+            sets = [visual] if gone is None else [visual, visual & ~gone]
+            sets = sets if real is None else [*sets, ~real]
+            counts = torch.stack([one.sum(1) for one in sets]).tolist()
+            lengths, left = tuple(counts[0]), () if gone is None else tuple(counts[1])
+            padding = padding if real is None else counts[-1]
             state = some_tokens(visual, lengths)
         else:
             if self.decoder is not None and "last_query" in self.decoder.needs:
@@ -325,27 +345,24 @@ class Doorway(Decider[DoorForward]):
             state, _ = self.pass_entries(
                 forward, state, x if state.tokens.whole else gather_tokens(x, state.tokens.index, 0)
             )
-        return state
+        return state, [n - empty for n, empty in zip(state.tokens.lengths, padding, strict=True)]
 
     def _shortened(
         self,
         note: Note,
         visual: Tensor,
-        keep: Tensor,
+        short: Short,
         given: dict[str, Any],
         cache: Any,
         held: Held | None,
         packed: Tensor | None = None,
     ) -> Passage:
-        """A sequence of which only the places of ``keep`` enter, bool [B, L]."""
+        """A sequence of which only some places enter."""
         x = EMBEDDINGS.read(given)
         batch, places = x.shape[:2]
         if cache is not None and not isinstance(cache, Cache):
             raise ValueError(f"{CACHE.spellings[0]} must be a transformers Cache, got {type(cache).__name__}")
         before, mask = 0 if cache is None else int(cache.get_seq_length()), MASK.read(given)
-        seen = mask if note.mask is None else note.mask
-        real = real_tokens(seen, batch, places, before)
-        short = Short.of(keep if real is None else keep & real)
         out = short.shortened(given, visual, {*MASK.spellings, *POSITIONS.spellings, *CACHE.spellings})
         if short.valid is not None:
             rows = EMBEDDINGS.read(out).masked_fill(~short.valid.unsqueeze(-1), 0)  # [B, K, C]
@@ -356,6 +373,7 @@ class Doorway(Decider[DoorForward]):
             out = self.parameters.put(out, POSITIONS, short.take(ids, ids.ndim - 1))
         past = None
         if before:
+            seen = mask if note.mask is None else note.mask
             past = everything(before, shown_before(seen, batch, before), x) if held is None else held.positions
         index = short.index + before
         positions = CachePositions(index, short.valid, before + places)
@@ -370,26 +388,31 @@ class Doorway(Decider[DoorForward]):
         batch, count = x.shape[:2]
         keep = pieces.next(count)
         if bool(keep.all()):
-            passage = Passage(given, cache) if held is None else self._step(note, given, cache, held)
+            passage = Passage(given, cache) if held is None else self._step(note, given, cache, held, padded=True)
         else:
             visual = torch.zeros(batch, count, dtype=torch.bool, device=x.device)
             visual = visual if note.visual is None else note.visual
-            passage = self._shortened(note, visual, keep, given, cache, held)
+            before = 0 if cache is None else int(cache.get_seq_length())
+            real = real_tokens(MASK.read(given) if note.mask is None else note.mask, batch, count, before)
+            passage = self._shortened(note, visual, Short.of(keep if real is None else keep & real), given, cache, held)
         passage.prompt = pieces.done
         return passage
 
-    def _step(self, note: Note, given: dict[str, Any], cache: Any, held: Held) -> Passage:
-        """A sequence that enters as a whole, on a cache from which positions are missing."""
+    def _step(self, note: Note, given: dict[str, Any], cache: Any, held: Held, padded: bool = False) -> Passage:
+        """A sequence that enters as a whole, on a cache from which positions are missing.
+
+        ``padded``: a single token may be padding too.
+        """
         mask, positions, ids = MASK.read(given), held.positions, POSITIONS.read(given)
         x = EMBEDDINGS.read(given)
         dtype = next(self.module.parameters()).dtype if x is None else x.dtype
         x = IDS.read(given) if x is None else x
         count = x.shape[1]
         flat = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
-        if flat and count == 1 and positions.valid is None and ids is not None and self.boundless:
+        if flat and count == 1 and not padded and positions.valid is None and ids is not None and self.boundless:
             return Passage(self.parameters.put(given, MASK, None), cache)  # nothing is hidden from a single token
         before = cache.get_seq_length()
-        if flat and mask is not None and count > 1:  # nobody pads a single token
+        if flat and mask is not None and (padded or count > 1):
             own = mask[:, -count:].bool()
             if not bool(own.all()):
                 place = torch.arange(before, before + count, device=x.device).expand(len(own), count)

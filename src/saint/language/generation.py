@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from ..patch import override
-from ..upstream.names import BATCHING, CACHE, DRAFTS, PIECE, PREFILL
+from ..upstream.names import BATCHING, CACHE, DRAFTS, GENERATE, PIECE, PREFILL
 from .doorway import Doorway, Pieces
 
 Whole = Callable[[Tensor, dict[str, Any]], Tensor | None]
@@ -37,6 +37,8 @@ def watch(stack: ExitStack, root: nn.Module, door: Doorway, whole: Whole) -> Non
             override(stack, module, name, lambda original: _prefill(original, door, whole))
         if (name := DRAFTS.of(module)) is not None:
             override(stack, module, name, lambda original: _drafts(original, door))
+        if (name := GENERATE.of(module)) is not None:
+            override(stack, module, name, lambda original: _generate(original, door))
         for role in BATCHING:
             if (name := role.of(module)) is not None:
                 override(stack, module, name, _refused)
@@ -73,18 +75,26 @@ def _prefill(original: Callable[..., Any], door: Doorway, whole: Whole) -> Calla
     return prefill
 
 
+def _generate(original: Callable[..., Any], door: Doorway) -> Callable[..., Any]:
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        before = door.handover.prompt
+        try:
+            return original(*args, **kwargs)
+        finally:
+            door.handover.prompt = before
+
+    return generate
+
+
 def _drafts(original: Callable[..., Any], door: Doorway) -> Callable[..., Any]:
-    def drafts(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def drafts(generation_config: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         if door.decoder is not None and "last_query" in door.decoder.needs:
             raise ValueError(
                 "a method of the language stage asks the last token of the prompt, behind which assisted decoding puts drafts: "
                 "use a method that does without, or generate without drafts"
             )
-        before, door.handover.prompt = door.handover.prompt, input_ids.shape[1]
-        try:
-            return original(input_ids, *args, **kwargs)
-        finally:
-            door.handover.prompt = before
+        door.handover.prompt = input_ids.shape[1]
+        return original(generation_config, input_ids, *args, **kwargs)
 
     return drafts
 

@@ -3,7 +3,7 @@
 Letters: B samples, L places of the sequence, K rows that enter, Q queries, T entries of the cache with the sequence, C channels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +34,9 @@ class Short:
     valid: Tensor | None
 
     @staticmethod
-    def of(keep: Tensor) -> "Short":
-        """The places of ``keep`` [B, L]; at least one row, be it padding."""
-        counts = keep.sum(1).tolist()
+    def of(keep: Tensor, counts: Sequence[int] | None = None) -> "Short":
+        """The places of ``keep`` [B, L], ``counts[b]`` in row b; at least one row, be it padding."""
+        counts = keep.sum(1).tolist() if counts is None else counts
         most, width = max(1, *counts), keep.shape[1]
         index = torch.sort(keep.view(torch.uint8), dim=1, stable=True).indices[:, width - most :]
         if min(counts) == most:

@@ -25,6 +25,7 @@ from .examples import example_inputs, example_plan
 from .merging import merged_oracle
 from .oracle import masked_oracle
 from .outputs import Inputs, run, tensors
+from .removal import holes_oracle, removal_oracle
 
 __all__ = [
     "CONTRACTS",
@@ -39,9 +40,11 @@ __all__ = [
     "check_undo",
     "example_inputs",
     "example_plan",
+    "holes_oracle",
     "masked_oracle",
     "merged_oracle",
     "outcomes",
+    "removal_oracle",
     "run",
     "snapshot",
     "tensors",

@@ -57,16 +57,29 @@ def masked_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
             _hide_in_encoder(stack, mode, encoder, spec, trace, None)
         else:
             _, vlm, facts = family
-            if plan.vision is not None:
-                _, encoder, spec = locate_tower(vlm.get_submodule(facts.tower))
-                drops = [entry for entry in trace if entry.stage == "vision"]
-                _hide_in_encoder(stack, mode, encoder, spec, drops, facts.merge_size(vlm))
-                _mark_features(stack, vlm, facts, spec, drops)
-            visual = _placeholders(stack, vlm)
+            hide_in_tower(stack, mode, vlm, facts, trace)
+            visual = visual_tokens(stack, vlm)
             drops = [entry for entry in trace if entry.stage != "vision"]
             _hide_in_decoder(stack, mode, vlm.get_submodule(facts.decoder), drops, visual)
         stack.enter_context(mode)
         return run(model, inputs), trace
+
+
+def hide_in_tower(stack: ExitStack, mode: HideKeys, vlm: nn.Module, facts: FamilySpec, trace: list[LayerTrace]) -> None:
+    """Hides what the vision stage dropped, as keys in the tower; features of dropped tokens become rows of NaN.
+
+    Args:
+        stack: takes the removal of the hooks.
+        mode: is entered by the caller.
+        vlm: the module of the family's spec.
+        facts: of the family.
+        trace: of the pruned forward.
+    """
+    drops = [entry for entry in trace if entry.stage == "vision"]
+    if drops:
+        _, encoder, spec = locate_tower(vlm.get_submodule(facts.tower))
+        _hide_in_encoder(stack, mode, encoder, spec, drops, facts.merge_size(vlm))
+        _mark_features(stack, vlm, facts, spec, drops)
 
 
 def _hide_in_encoder(
@@ -210,7 +223,7 @@ def _inner(inputs: Inputs) -> Tensor:
     return inner
 
 
-def _placeholders(stack: ExitStack, vlm: nn.Module) -> list[Tensor]:
+def visual_tokens(stack: ExitStack, vlm: nn.Module) -> list[Tensor]:
     """Fills during a forward: where images are, where videos are, bool [B, L]."""
     from ..vlm.model import placeholders  # imports transformers
 

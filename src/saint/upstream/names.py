@@ -112,7 +112,8 @@ MERGER = Role("inputs_merger")  # merges features into embeddings itself
 WINDOW_ORDER = Role("permute_input_for_window_attn")  # reorders groups of patches, given their order
 
 PREFILL = Role("_prefill")  # of `generate`: runs a prompt, in pieces where the generation config says so
-DRAFTS = Role("_assisted_decoding")  # of `generate`: the prompt's forward brings drafts behind the prompt
+GENERATE = Role("generate")
+DRAFTS = Role("_get_candidate_generator")  # of `generate`: from now on a forward brings drafts, the prompt's too
 BATCHING = (Role("generate_batch"), Role("init_continuous_batching"))  # an engine of its own, in a thread
 
 # -- fields -----------------------------------------------------------------------------------------------------------

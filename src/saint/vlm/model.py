@@ -223,7 +223,7 @@ class PrunedVLM(Uncopyable):
             self.videos.begin({str(ENCODED): encoded})
             self.videos.see((ids == token["video"]).to(some.device))
             note.cells = self.videos.cells()
-        state = self.door.decide(visual, x, note)
+        state, _ = self.door.decide(visual, x, note)
         return Selection(state.tokens.index, state.tokens.lengths, state.tokens.valid).mask(ids.shape[1])
 
     def _connect(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
