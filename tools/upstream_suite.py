@@ -230,7 +230,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("checkout", type=Path, help="of transformers, at the release that is installed")
     parser.add_argument("families", nargs="*", help="folders of its tests/models; without any, all that are supported")
-    parser.add_argument("--keep", type=float, default=1.0, help="share of the tokens that each stage keeps (default: 1)")
+    parser.add_argument(
+        "--keep", type=float, default=1.0, help="share of the tokens that each stage keeps (default: 1)"
+    )
     parser.add_argument("--csv", type=Path, help="also write the table here")
     parser.add_argument("-k", default="", help="only tests with such names, as pytest -k takes them")
     given = parser.parse_args(arguments)
@@ -238,7 +240,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--keep must be a share in (0, 1], got {given.keep:g}")
     missing = [family for family in given.families if not (given.checkout / test_file(family)).exists()]
     if missing:
-        parser.error(f"{given.checkout} has no {test_file(missing[0])}; give a checkout of transformers and its families")
+        parser.error(
+            f"{given.checkout} has no {test_file(missing[0])}; give a checkout of transformers and its families"
+        )
     families = given.families or [f for f in supported() if (given.checkout / test_file(f)).exists()]
     if not families:
         parser.error(f"{given.checkout} has no tests/models with a supported family: give a checkout of transformers")
@@ -246,9 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     for family in families:
         extra = ["-k", given.k] if given.k else []
-        row = compare(
-            family, run(given.checkout, family, None, extra), run(given.checkout, family, given.keep, extra)
-        )
+        row = compare(family, run(given.checkout, family, None, extra), run(given.checkout, family, given.keep, extra))
         rows.append(row)
         print(f"{family}: {row.kept} of {row.without} pass; {row.applied} models with a plan, {row.refused} refused")
         for message, tests in row.broken.items():
