@@ -1,15 +1,19 @@
+import contextlib
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from models import build
 
 import saint
-from saint import graph, presets
+from saint import graph, methods, presets, testing
 from saint.loading import read_plan
 from saint.methods import base
 from saint.plan import Plan, Stage
+from saint.testing.contracts import snapshot
 
 FULL = saint.SaintFullGraph(keep=64)
 
@@ -221,7 +225,7 @@ def test_an_unknown_recipe_gets_the_closest_names_only():
         (lambda: saint.Saint(budget=0), "budget.*0"),
         (lambda: saint.Saint(budget=1.2), r"budget.*1\.2"),
         (lambda: saint.Saint(budget=True), "budget.*True"),
-        (lambda: saint.SaintFullGraph(keep=0), "budget.*0"),
+        (lambda: saint.SaintFullGraph(keep=0), "keep.*0"),
         (lambda: saint.SaintFullGraph(step=0), "step.*0"),
         (lambda: Stage(saint.Saint(), layers="last_half"), "last_half"),
         (lambda: Stage(saint.Saint(), layers=[]), "empty"),
@@ -297,6 +301,85 @@ def test_a_budget_no_voting_layer_can_meet_is_refused():
     with pytest.raises(ValueError, match="at least 98"):
         saint.Saint(budget=50).validate(196, 1)
     saint.Saint(budget=98).validate(196, 1)
+
+
+def budgeted(name, value):
+    """A method with ``value`` as what it keeps, and the name of that setting; None where it has no such setting."""
+    cls = methods.get(name)
+    setting = next((n for n in ("keep", "budget") if n in cls.__dataclass_fields__), None)
+    return setting and (cls(**{setting: value}), setting)
+
+
+@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_a_share_that_no_number_of_tokens_allows_is_refused_before_the_first_forward(name, steps):
+    """And one that some numbers allow is not. Literally: the check of the forward, on many numbers of tokens."""
+    for share in (0.01, 0.05, 0.1, 0.12, 0.125, 0.2, 0.24, 0.25, 0.26, 0.4, 0.49, 0.5, 0.7, 1.0):
+        method, setting = budgeted(name, share)
+
+        def works(total, method=method):
+            try:
+                method.validate(total, steps)
+            except ValueError:
+                return False
+            return True
+
+        possible = any(works(total) for total in range(16, 800))
+        for slot in sorted(method.stages):
+            if slot == "connector" and steps > 1:
+                continue
+            layers = None if slot == "connector" else list(range(steps))
+            told = (
+                contextlib.nullcontext()
+                if possible
+                else pytest.raises(ValueError, match=f"{setting}={share}.*give more")
+            )
+            with told:
+                plan = Plan(**{slot: Stage(method, layers=layers)})
+                plan.resolve_layers(slot, 4) if layers else None
+
+
+@pytest.mark.parametrize("name", ["saint", "match", "tome", "pitome", "saint_video"])
+@pytest.mark.parametrize("placement", ["input", "mid", "post"])
+def test_an_impossible_share_leaves_the_model_alone(name, placement):
+    vit = build("timm/vit-augreg")
+    before = snapshot(vit)
+    stage = Stage(budgeted(name, 0.25)[0], None if placement == "input" else [1], placement)
+    with pytest.raises(ValueError, match=r"budget=0\.25 keeps.*at least 32 \(a share of 0\.5\)"):
+        saint.apply(vit, stage)
+    assert snapshot(vit) == before
+
+
+@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("value", [0, -1, 1.5, 0.0, True, float("nan"), "all", None, [3]])
+def test_a_wrong_budget_is_named_as_it_was_given(name, value):
+    setting = budgeted(name, 0.5)[1]
+    if (name, value) in (("tome", None), ("pitome", None)):
+        return  # means r
+    with pytest.raises(ValueError, match=f"^{setting} must be"):
+        methods.get(name)(**{setting: value})
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_number_of_tokens_that_are_not_there_is_named_as_it_was_given(name):
+    method, setting = budgeted(name, 999)
+    if name == "evs":
+        return  # counts the tokens of videos, which only a forward knows
+    with pytest.raises(ValueError, match=f"^{setting}=999 .*only 36"):
+        method.validate(36, 1)
+
+
+@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("model", ["timm/vit-augreg", "timm/eva02", "transformers/clip", "open_clip/vit"])
+def test_every_method_runs_with_its_defaults_on_a_model_of_any_size(name, model):
+    method = methods.get(name)()
+    if "vision" not in method.stages:
+        pytest.skip(f"{name} is not for the vision stage")
+    built = build(model)
+    with saint.pruned(built, method) as session, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        testing.run(built, testing.example_inputs(built))
+    assert session.trace
 
 
 def test_recipes_exist_and_say_what_they_do():

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from . import methods
-from .methods.base import Method, check_number
+from .methods.base import Method, check_number, check_possible
 
 VERSION = (
     4  # what `guard` needs; several stages of a slot and placement="input" need 3, `evict` 2. A plan is written as the
@@ -104,10 +104,13 @@ class Stage:
         Where the method itself says which, those of the first ``read`` layers: behind them nothing is used.
 
         Raises:
-            ValueError: a layer beyond the depth.
+            ValueError: a layer beyond the depth, or a budget that so many drop points cannot reach.
         """
-        if self.placement == "input":
-            return [0]
+        chosen = [0] if self.placement == "input" else self._chosen(stage, depth, read)
+        check_possible(self.method, len(chosen))
+        return chosen
+
+    def _chosen(self, stage: str, depth: int, read: int | None) -> list[int]:
         if self.layers == "first_half":
             return list(range(depth // 2 or 1))
         if self.layers is None:
@@ -189,6 +192,7 @@ def _check_connector(stage: Stage) -> None:
             f"{type(stage.method).__name__} merges tokens, and the connector stage only drops them: use a method that drops, or "
             "merge in the vision stage"
         )
+    check_possible(stage.method, 1)
 
 
 def _check_together(name: str, stages: tuple[Stage, ...]) -> None:

@@ -221,9 +221,23 @@ def check_steps(budget: int | float, total: int, steps: int, most: Callable[[int
         if before - after > most(before):
             raise ValueError(
                 f"budget={budget!r} keeps {keep} of {total} tokens, but each of the {steps} drop point(s) can {verb} at most "
-                f"half: give more layers, or keep at least {math.ceil(total / 2**steps)}"
+                f"half: give more layers, or keep at least {math.ceil(total / 2**steps)} (a share of {0.5**steps:.3g})"
             )
         before = after
+
+
+# numbers of candidates, with all remainders of the first few halvings; below 16 rounding lets any share through
+_TOTALS = (*range(16, 64), *(2**power for power in range(31, 5, -1)))
+
+
+def check_possible(method: Method, steps: int) -> None:
+    """Raise ``ValueError`` where ``method`` can work at ``steps`` drop points with no number of candidates."""
+    for total in _TOTALS:
+        try:
+            return method.validate(total, steps)
+        except ValueError as error:
+            told = error
+    raise ValueError(f"{told}; it is the same for any number of tokens")
 
 
 def floored(drop: tuple[int, ...], candidates: Candidates, floor: float) -> tuple[int, ...]:
