@@ -166,8 +166,8 @@ def run(checkout: Path, family: str, keep: float | None, extra: Sequence[str] = 
     """Run the tests of ``family`` in a process of its own; without a plan where ``keep`` is None."""
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder, "reports.jsonl")
-        paths = [str(Path(__file__).parent), *sys.path[1:]]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", RECORD: str(record)}
+        paths = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", RECORD: str(record)}
         environment.pop(KEEP, None)
         if keep is not None:
             environment[KEEP] = repr(keep)
@@ -184,7 +184,10 @@ def test_file(family: str) -> str:
 
 
 class Row(NamedTuple):
-    """One family: how many tests pass without a plan, how many of them with it, and the others by message."""
+    """One family: how many tests pass without a plan, how many of them with it, and the others by message.
+
+    ``applied`` and ``refused`` count models; ``ended`` says how pytest ended where it ran no test without a plan.
+    """
 
     family: str
     without: int
@@ -192,6 +195,14 @@ class Row(NamedTuple):
     broken: dict[str, list[str]]
     applied: int
     refused: int
+    ended: str
+
+    def __str__(self) -> str:
+        if self.ended:
+            return f"{self.family}: {self.ended}"
+        told = f"{self.applied} models with a plan, {self.refused} refused"
+        lines = [f"{self.family}: {self.kept} of {self.without} pass; {told}"]
+        return "\n".join(lines + [f"  {len(tests)} x {message}" for message, tests in self.broken.items()])
 
 
 def compare(family: str, without: Run, under: Run) -> Row:
@@ -202,7 +213,8 @@ def compare(family: str, without: Run, under: Run) -> Row:
         broken[told.strip().partition("\n")[0][:WIDEST]].append(test)
     by_size = dict(sorted(broken.items(), key=lambda item: -len(item[1])))
     kept = len(without.passed & under.passed)
-    return Row(family, len(without.passed), kept, by_size, under.models["applied"], under.models["refused"])
+    models = under.models
+    return Row(family, len(without.passed), kept, by_size, models["applied"], models["refused"], without.ended)
 
 
 def supported() -> list[str]:
@@ -246,19 +258,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     families = given.families or [f for f in supported() if (given.checkout / test_file(f)).exists()]
     if not families:
         parser.error(f"{given.checkout} has no tests/models with a supported family: give a checkout of transformers")
+    extra = ["-k", given.k] if given.k else []
     print(f"transformers {importlib.metadata.version('transformers')}, {given.keep:g} of the tokens are kept")
     rows = []
     for family in families:
-        extra = ["-k", given.k] if given.k else []
-        row = compare(family, run(given.checkout, family, None, extra), run(given.checkout, family, given.keep, extra))
+        without = run(given.checkout, family, None, extra)
+        under = without if without.ended else run(given.checkout, family, given.keep, extra)
+        row = compare(family, without, under)
         rows.append(row)
-        print(f"{family}: {row.kept} of {row.without} pass; {row.applied} models with a plan, {row.refused} refused")
-        for message, tests in row.broken.items():
-            print(f"  {len(tests)} x {message}", flush=True)
+        print(row, flush=True)
         if given.csv:
             write(rows, given.csv)
     print(f"all: {sum(row.kept for row in rows)} of {sum(row.without for row in rows)} pass")
-    return 0
+    return int(any(row.ended for row in rows))
 
 
 if __name__ == "__main__":
