@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import build
+from vlm_models import FAMILIES
 
 import saint
 from saint import graph, methods, presets, testing
@@ -310,6 +311,13 @@ def budgeted(name, value):
     return setting and (cls(**{setting: value}), setting)
 
 
+def resolve(slot, method, steps):
+    """What is done with a stage before the first forward: the connector has one drop point, the others layers."""
+    plan = Plan(**{slot: Stage(method, layers=None if slot == "connector" else list(range(steps)))})
+    if slot != "connector":
+        plan.resolve_layers(slot, 4)
+
+
 @pytest.mark.parametrize("name", methods.names())
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_a_share_that_no_number_of_tokens_allows_is_refused_before_the_first_forward(name, steps):
@@ -325,18 +333,20 @@ def test_a_share_that_no_number_of_tokens_allows_is_refused_before_the_first_for
             return True
 
         possible = any(works(total) for total in range(16, 800))
-        for slot in sorted(method.stages):
-            if slot == "connector" and steps > 1:
-                continue
-            layers = None if slot == "connector" else list(range(steps))
-            told = (
-                contextlib.nullcontext()
-                if possible
-                else pytest.raises(ValueError, match=f"{setting}={share}.*give more")
-            )
+        told = (
+            contextlib.nullcontext() if possible else pytest.raises(ValueError, match=f"{setting}={share}.*give more")
+        )
+        for slot in sorted(method.stages - ({"connector"} if steps > 1 else set())):
             with told:
-                plan = Plan(**{slot: Stage(method, layers=layers)})
-                plan.resolve_layers(slot, 4) if layers else None
+                resolve(slot, method, steps)
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_numbers_of_tokens_are_left_to_the_forward(name):
+    for keep in (1, 5, 15, 375, 2**31):
+        method, _ = budgeted(name, keep)
+        for slot in method.stages:
+            resolve(slot, method, 1)
 
 
 @pytest.mark.parametrize("name", ["saint", "match", "tome", "pitome", "saint_video"])
@@ -348,6 +358,47 @@ def test_an_impossible_share_leaves_the_model_alone(name, placement):
     with pytest.raises(ValueError, match=r"budget=0\.25 keeps.*at least 32 \(a share of 0\.5\)"):
         saint.apply(vit, stage)
     assert snapshot(vit) == before
+
+
+FIXED = ("divprune", "grid", "match", "pitome", "random", "saint", "saint_full_graph", "saint_video", "tome")
+
+
+@pytest.mark.parametrize("second", FIXED)
+@pytest.mark.parametrize("first", FIXED)
+def test_a_later_stage_cannot_keep_more_than_an_earlier_one_leaves(first, second):
+    """Known before the first forward where the earlier leaves one number of tokens."""
+    vit = build("timm/vit-augreg")
+    before = snapshot(vit)
+    for value, left in ((19, 19), (0.53, 19), (20, 20), (0.55, 20)):
+        one, (other, setting) = budgeted(first, value)[0], budgeted(second, 20)
+        if one.merges != other.merges:
+            continue
+        stages = [Stage(one, layers=[0]), Stage(other, layers=[2])]
+        told = pytest.raises(ValueError, match=f"^{setting}=20 tokens to keep, but there are only {left} candidates")
+        with told if left < 20 else contextlib.nullcontext():
+            saint.apply(vit, Plan(vision=stages)).remove()
+        assert snapshot(vit) == before
+
+
+def test_a_language_stage_cannot_keep_more_than_the_connector_leaves():
+    model = FAMILIES["llava-llama"].build()
+    for keep, language in ((12, methods.Grid(keep=13)), (12, saint.Saint(budget=13)), (12, saint.Saint(budget=5))):
+        stage = Stage(language, layers=[1])
+        with pytest.raises(ValueError, match="only 12 candidates|keeps 5 of 12"):
+            saint.apply(model, Plan(connector=methods.Random(keep=keep), language=stage))
+    saint.apply(model, Plan(connector=methods.Random(keep=12), language=methods.Grid(keep=12))).remove()
+    # nothing is known of what is left: a share of any number of tokens, votes, and a guard, which keeps more
+    saint.apply(model, Plan(connector=methods.Random(keep=0.1), language=methods.Grid(keep=300))).remove()
+    saint.apply(model, Plan(connector=methods.EVS(keep=5), language=methods.Grid(keep=300))).remove()
+    for early in (
+        Stage(saint.Saint(), [0]),
+        Stage(methods.Grid(keep=5), [0], guard=0.0),
+        Stage(methods.Grid(keep=5), [0], guard=0.2),
+    ):
+        late = Stage(methods.Grid(keep=30), [2], guard=early.guard)
+        known = early.guard == 0 and isinstance(early.method, methods.Grid)
+        with pytest.raises(ValueError, match="only 5 candidates") if known else contextlib.nullcontext():
+            saint.apply(model, Plan(vision=[early, late])).remove()
 
 
 @pytest.mark.parametrize("name", methods.names())

@@ -97,7 +97,7 @@ def _encoder(
     """The vision stage of an encoder that was verified; only the first ``read`` layers are of use to whoever reads it."""
     warn_if_untested("torch", spec.library)
     stages, depth = plan.slots.get("vision", ()), _depth(encoder, spec)
-    layers = plan.resolve_layers("vision", depth, read)
+    layers = plan.resolve_layers("vision", depth, read, spec.candidates(encoder))
     return PrunedEncoder(
         path,
         encoder,
@@ -178,7 +178,7 @@ def _decoder(
     language = plan.slots.get("language", ())
     own: list[DropPoint] = []
     if language or _looks_everywhere(plan, observers):
-        chosen = plan.resolve_layers("language", len(layers))
+        chosen = plan.resolve_layers("language", len(layers), total=plan.behind_connector)
         own = drop_points("language", language, chosen, len(layers), observers, idle=not plan.slots)
     return PrunedDecoder(
         path,

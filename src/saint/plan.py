@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from . import methods
-from .methods.base import Method, check_number, check_possible
+from .methods.base import Method, check_number, check_possible, survivors
 
 VERSION = (
     4  # what `guard` needs; several stages of a slot and placement="input" need 3, `evict` 2. A plan is written as the
@@ -295,16 +295,35 @@ class Plan:
         """The slots in use as they were given: a :class:`Stage`, or a tuple of stages where there are several."""
         return {name: value for name in STAGES if (value := getattr(self, name)) is not None}
 
-    def resolve_layers(self, slot: str, depth: int, read: int | None = None) -> list[list[int]]:
+    def resolve_layers(
+        self, slot: str, depth: int, read: int | None = None, total: int | None = None
+    ) -> list[list[int]]:
         """The drop points of each stage of ``slot`` in a model of ``depth`` layers; see :meth:`Stage.resolve_layers`.
 
+        Args:
+            slot: "vision" or "language".
+            depth: layers of the module.
+            read: of them, those whose output is used.
+            total: candidates of every sample, where the model fixes their number.
+
         Raises:
-            ValueError: a layer beyond the depth, or stages that are not one behind the other in this model.
+            ValueError: a layer beyond the depth, stages that are not one behind the other in this model, or a budget that cannot
+                be had of the tokens that reach its stage, where their number is known.
         """
         stages = self.slots.get(slot, ())
         layers = [stage.resolve_layers(slot, depth, read) for stage in stages]
         _check_order(slot, list(zip(stages, layers, strict=True)))
+        for stage, chosen in zip(stages, layers, strict=True):
+            if total is not None:
+                stage.method.validate(total, len(chosen))
+            total = None if stage.guard else survivors(stage.method, total)
         return layers
+
+    @property
+    def behind_connector(self) -> int | None:
+        """Visual tokens of each prompt that has some, behind the connector, where its budget is a number of tokens."""
+        stages = self.slots.get("connector", ())
+        return survivors(stages[0].method, None) if stages else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (JSON-ready) from which :meth:`from_dict` rebuilds an equal plan."""

@@ -231,13 +231,27 @@ _TOTALS = (*range(16, 64), *(2**power for power in range(31, 5, -1)))
 
 
 def check_possible(method: Method, steps: int) -> None:
-    """Raise ``ValueError`` where ``method`` can work at ``steps`` drop points with no number of candidates."""
+    """Raise ``ValueError`` where ``method`` keeps a share that ``steps`` drop points reach with no number of candidates."""
+    if not isinstance(_budget(method), float):
+        return
     for total in _TOTALS:
         try:
             return method.validate(total, steps)
         except ValueError as error:
             told = error
-    raise ValueError(f"{told}; it is the same for any number of tokens")
+    raise ValueError(f"{told}; it is the same for any other number of tokens")
+
+
+def _budget(method: Method) -> Any:
+    return method.keep if isinstance(method, FixedBudget) else getattr(method, "budget", None)
+
+
+def survivors(method: Method, total: int | None) -> int | None:
+    """Tokens that a stage leaves of ``total`` (None: any number), where that is one number, whatever the picture."""
+    budget = _budget(method)
+    if isinstance(budget, float):
+        return None if total is None else final_keep(budget, total)
+    return budget if isinstance(budget, int) else None
 
 
 def floored(drop: tuple[int, ...], candidates: Candidates, floor: float) -> tuple[int, ...]:
