@@ -27,6 +27,8 @@ PROVIDES = {
     "connector": frozenset({"frames"}),
     "language": frozenset({"last_query", "frames"}),
 }
+# candidates that come at least to the first stage of a plan, and to a later one, which sees what is left: fewer are no picture
+_MANY, _FEW = 16, 4
 Output = Literal["survivors", "nearest", "similar", "carried"]
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 
@@ -104,13 +106,10 @@ class Stage:
         Where the method itself says which, those of the first ``read`` layers: behind them nothing is used.
 
         Raises:
-            ValueError: a layer beyond the depth, or a budget that so many drop points cannot reach.
+            ValueError: a layer beyond the depth.
         """
-        chosen = [0] if self.placement == "input" else self._chosen(stage, depth, read)
-        check_possible(self.method, len(chosen))
-        return chosen
-
-    def _chosen(self, stage: str, depth: int, read: int | None) -> list[int]:
+        if self.placement == "input":
+            return [0]
         if self.layers == "first_half":
             return list(range(depth // 2 or 1))
         if self.layers is None:
@@ -192,7 +191,7 @@ def _check_connector(stage: Stage) -> None:
             f"{type(stage.method).__name__} merges tokens, and the connector stage only drops them: use a method that drops, or "
             "merge in the vision stage"
         )
-    check_possible(stage.method, 1)
+    check_possible(stage.method, 1, _FEW)
 
 
 def _check_together(name: str, stages: tuple[Stage, ...]) -> None:
@@ -308,12 +307,14 @@ class Plan:
 
         Raises:
             ValueError: a layer beyond the depth, stages that are not one behind the other in this model, or a budget that cannot
-                be had of the tokens that reach its stage, where their number is known.
+                be had of the tokens that reach its stage: of their number, where it is known, or of any.
         """
         stages = self.slots.get(slot, ())
         layers = [stage.resolve_layers(slot, depth, read) for stage in stages]
         _check_order(slot, list(zip(stages, layers, strict=True)))
         for stage, chosen in zip(stages, layers, strict=True):
+            first = slot == next(iter(self.slots)) and stage is stages[0]
+            check_possible(stage.method, len(chosen), _MANY if first else _FEW)
             if total is not None:
                 stage.method.validate(total, len(chosen))
             total = None if stage.guard else survivors(stage.method, total)

@@ -226,15 +226,17 @@ def check_steps(budget: int | float, total: int, steps: int, most: Callable[[int
         before = after
 
 
-# numbers of candidates, with all remainders of the first few halvings; below 16 rounding lets any share through
-_TOTALS = (*range(16, 64), *(2**power for power in range(31, 5, -1)))
+def check_possible(method: Method, steps: int, least: int) -> None:
+    """Raise ``ValueError`` where ``method`` keeps a share that ``steps`` drop points reach with no number of candidates.
 
-
-def check_possible(method: Method, steps: int) -> None:
-    """Raise ``ValueError`` where ``method`` keeps a share that ``steps`` drop points reach with no number of candidates."""
+    Args:
+        method: of a stage.
+        steps: its drop points.
+        least: candidates that come to it at least; of very few, rounding lets any share through.
+    """
     if not isinstance(_budget(method), float):
         return
-    for total in _TOTALS:
+    for total in (*range(least, 64), *(2**power for power in range(31, 5, -1))):
         try:
             return method.validate(total, steps)
         except ValueError as error:
