@@ -523,6 +523,6 @@ def test_what_is_possible_of_the_few_tokens_behind_other_stages_is_allowed_there
     Plan(vision=[Stage(saint.Saint(), layers=[0]), late]).resolve_layers("vision", 4)
     with pytest.raises(ValueError, match=r"a share of 0\.5"):
         Plan(language=late).resolve_layers("language", 4)
+    quarter = Stage(saint.Saint(budget=0.25), layers=[2])
     with pytest.raises(ValueError, match=r"a share of 0\.5"):
-        quarter = Stage(saint.Saint(budget=0.25), layers=[2])
         Plan(vision=saint.Saint(), language=quarter).resolve_layers("language", 4)
