@@ -1,15 +1,20 @@
+import contextlib
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from models import build
+from vlm_models import FAMILIES
 
 import saint
-from saint import graph, presets
+from saint import graph, methods, presets, testing
 from saint.loading import read_plan
 from saint.methods import base
 from saint.plan import Plan, Stage
+from saint.testing.contracts import snapshot
 
 FULL = saint.SaintFullGraph(keep=64)
 
@@ -221,7 +226,7 @@ def test_an_unknown_recipe_gets_the_closest_names_only():
         (lambda: saint.Saint(budget=0), "budget.*0"),
         (lambda: saint.Saint(budget=1.2), r"budget.*1\.2"),
         (lambda: saint.Saint(budget=True), "budget.*True"),
-        (lambda: saint.SaintFullGraph(keep=0), "budget.*0"),
+        (lambda: saint.SaintFullGraph(keep=0), "keep.*0"),
         (lambda: saint.SaintFullGraph(step=0), "step.*0"),
         (lambda: Stage(saint.Saint(), layers="last_half"), "last_half"),
         (lambda: Stage(saint.Saint(), layers=[]), "empty"),
@@ -297,6 +302,140 @@ def test_a_budget_no_voting_layer_can_meet_is_refused():
     with pytest.raises(ValueError, match="at least 98"):
         saint.Saint(budget=50).validate(196, 1)
     saint.Saint(budget=98).validate(196, 1)
+
+
+def budgeted(name, value):
+    """A method with ``value`` as what it keeps, and the name of that setting; None where it has no such setting."""
+    cls = methods.get(name)
+    setting = next((n for n in ("keep", "budget") if n in cls.__dataclass_fields__), None)
+    return setting and (cls(**{setting: value}), setting)
+
+
+def resolve(slot, method, steps):
+    """What is done with a stage before the first forward: the connector has one drop point, the others layers."""
+    plan = Plan(**{slot: Stage(method, layers=None if slot == "connector" else list(range(steps)))})
+    if slot != "connector":
+        plan.resolve_layers(slot, 4)
+
+
+@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_a_share_that_no_number_of_tokens_allows_is_refused_before_the_first_forward(name, steps):
+    """And one that some numbers allow is not. Literally: the check of the forward, on many numbers of tokens."""
+    for share in (0.01, 0.05, 0.1, 0.12, 0.125, 0.2, 0.24, 0.25, 0.26, 0.4, 0.49, 0.5, 0.7, 1.0):
+        method, setting = budgeted(name, share)
+
+        def works(total, method=method):
+            try:
+                method.validate(total, steps)
+            except ValueError:
+                return False
+            return True
+
+        for slot in sorted(method.stages - ({"connector"} if steps > 1 else set())):
+            least = (
+                4 if slot == "connector" else 16
+            )  # fewer tokens may come to the connector: a stage may lie in front of it
+            possible = any(works(total) for total in range(least, 800))
+            told = (
+                contextlib.nullcontext()
+                if possible
+                else pytest.raises(ValueError, match=f"{setting}={share}.*give more")
+            )
+            with told:
+                resolve(slot, method, steps)
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_numbers_of_tokens_are_left_to_the_forward(name):
+    for keep in (1, 5, 15, 375, 2**31):
+        method, _ = budgeted(name, keep)
+        for slot in method.stages:
+            resolve(slot, method, 1)
+
+
+@pytest.mark.parametrize("name", ["saint", "match", "tome", "pitome", "saint_video"])
+@pytest.mark.parametrize("placement", ["input", "mid", "post"])
+def test_an_impossible_share_leaves_the_model_alone(name, placement):
+    vit = build("timm/vit-augreg")
+    before = snapshot(vit)
+    stage = Stage(budgeted(name, 0.25)[0], None if placement == "input" else [1], placement)
+    with pytest.raises(ValueError, match=r"budget=0\.25 keeps.*at least 32 \(a share of 0\.5\)"):
+        saint.apply(vit, stage)
+    assert snapshot(vit) == before
+
+
+FIXED = ("divprune", "grid", "match", "pitome", "random", "saint", "saint_full_graph", "saint_video", "tome")
+
+
+@pytest.mark.parametrize("second", FIXED)
+@pytest.mark.parametrize("first", FIXED)
+def test_a_later_stage_cannot_keep_more_than_an_earlier_one_leaves(first, second):
+    """Known before the first forward where the earlier leaves one number of tokens."""
+    vit = build("timm/vit-augreg")
+    before = snapshot(vit)
+    for value, left in ((19, 19), (0.53, 19), (20, 20), (0.55, 20)):
+        one, (other, setting) = budgeted(first, value)[0], budgeted(second, 20)
+        if one.merges != other.merges:
+            continue
+        stages = [Stage(one, layers=[0]), Stage(other, layers=[2])]
+        told = pytest.raises(ValueError, match=f"^{setting}=20 tokens to keep, but there are only {left} candidates")
+        with told if left < 20 else contextlib.nullcontext():
+            saint.apply(vit, Plan(vision=stages)).remove()
+        assert snapshot(vit) == before
+
+
+def test_a_language_stage_cannot_keep_more_than_the_connector_leaves():
+    model = FAMILIES["llava-llama"].build()
+    for keep, language in ((12, methods.Grid(keep=13)), (12, saint.Saint(budget=13)), (12, saint.Saint(budget=5))):
+        stage = Stage(language, layers=[1])
+        with pytest.raises(ValueError, match="only 12 candidates|keeps 5 of 12"):
+            saint.apply(model, Plan(connector=methods.Random(keep=keep), language=stage))
+    saint.apply(model, Plan(connector=methods.Random(keep=12), language=methods.Grid(keep=12))).remove()
+    # nothing is known of what is left: a share of any number of tokens, votes, and a guard, which keeps more
+    saint.apply(model, Plan(connector=methods.Random(keep=0.1), language=methods.Grid(keep=300))).remove()
+    saint.apply(model, Plan(connector=methods.EVS(keep=5), language=methods.Grid(keep=300))).remove()
+    for early in (
+        Stage(saint.Saint(), [0]),
+        Stage(methods.Grid(keep=5), [0], guard=0.0),
+        Stage(methods.Grid(keep=5), [0], guard=0.2),
+    ):
+        late = Stage(methods.Grid(keep=30), [2], guard=early.guard)
+        known = early.guard == 0 and isinstance(early.method, methods.Grid)
+        with pytest.raises(ValueError, match="only 5 candidates") if known else contextlib.nullcontext():
+            saint.apply(model, Plan(vision=[early, late])).remove()
+
+
+@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("value", [0, -1, 1.5, 0.0, True, float("nan"), "all", None, [3]])
+def test_a_wrong_budget_is_named_as_it_was_given(name, value):
+    setting = budgeted(name, 0.5)[1]
+    if (name, value) in (("tome", None), ("pitome", None)):
+        return  # means r
+    with pytest.raises(ValueError, match=f"^{setting} must be"):
+        methods.get(name)(**{setting: value})
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_number_of_tokens_that_are_not_there_is_named_as_it_was_given(name):
+    method, setting = budgeted(name, 999)
+    if name == "evs":
+        return  # counts the tokens of videos, which only a forward knows
+    with pytest.raises(ValueError, match=f"^{setting}=999 .*only 36"):
+        method.validate(36, 1)
+
+
+@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("model", ["timm/vit-augreg", "timm/eva02", "transformers/clip", "open_clip/vit"])
+def test_every_method_runs_with_its_defaults_on_a_model_of_any_size(name, model):
+    method = methods.get(name)()
+    if "vision" not in method.stages:
+        pytest.skip(f"{name} is not for the vision stage")
+    built = build(model)
+    with saint.pruned(built, method) as session, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        testing.run(built, testing.example_inputs(built))
+    assert session.trace
 
 
 def test_recipes_exist_and_say_what_they_do():
@@ -375,3 +514,15 @@ def test_the_largest_settings_still_choose(recwarn):
     ballot = graph.vote(keys, largest.threshold, largest.neighbors, largest.gamma)
     assert torch.isfinite(ballot.score).all()
     assert int(graph.vote(keys, 0.75, 2**31).votes.sum()) == 0
+
+
+def test_what_is_possible_of_the_few_tokens_behind_other_stages_is_allowed_there():
+    """2 of 5 tokens can stay at one drop point: a share of 0.4, which pictures of many tokens do not allow."""
+    late = Stage(saint.Saint(budget=0.4), layers=[2])
+    Plan(vision=saint.Saint(), language=late).resolve_layers("language", 4)
+    Plan(vision=[Stage(saint.Saint(), layers=[0]), late]).resolve_layers("vision", 4)
+    with pytest.raises(ValueError, match=r"a share of 0\.5"):
+        Plan(language=late).resolve_layers("language", 4)
+    quarter = Stage(saint.Saint(budget=0.25), layers=[2])
+    with pytest.raises(ValueError, match=r"a share of 0\.5"):
+        Plan(vision=saint.Saint(), language=quarter).resolve_layers("language", 4)

@@ -714,7 +714,7 @@ def test_published_settings():
         0.75, 5, 10.0, "sample", False, 0.1,
     )  # fmt: skip
     full = methods.SaintFullGraph()
-    assert (full.keep, full.step, full.center) == (375, 16, False)
+    assert (final_keep(full.keep, 576), full.step, full.center) == (375, 16, False)
     assert (methods.ToMe().r, methods.ToMe().beta, methods.ToMe(budget=0.5).r) == (8, 1.0, None)
     assert methods.DivPrune().keep == 0.25
     assert methods.Grid().keep == methods.Random().keep == methods.FastV().keep == 0.5

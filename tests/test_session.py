@@ -2,9 +2,12 @@
 
 import contextlib
 import copy
+import dataclasses
+import gc
 import re
 import threading
 import types
+import weakref
 
 import pytest
 import torch
@@ -80,6 +83,164 @@ def test_a_session_may_be_removed_inside_its_block(vit):
     assert snapshot(vit) == before
 
 
+# -- what stays of a forward ---------------------------------------------------------------------------------------------
+
+
+def told(session, features):
+    """All that a session says of its last forward."""
+    trace = [
+        (e.stage, e.layer, e.placement, e.tokens_in.tolist(), [kept.tolist() for kept in e.kept]) for e in session.trace
+    ]
+    full = [session.expand(features), session.expand(features[:, 1:], 2)]
+    return trace, session.summary(), session.kv_memory, session.status, full
+
+
+def same(one, other):
+    return one[:4] == other[:4] and all(torch.equal(a, b) for a, b in zip(one[4], other[4], strict=True))
+
+
+def leave_the_block(vit, forward):
+    with saint.apply(vit, HALF) as session:
+        inside = forward(session)
+    return session, inside
+
+
+def leave_pruned(vit, forward):
+    with saint.pruned(vit, HALF) as session:
+        inside = forward(session)
+    return session, inside
+
+
+def leave_by_an_exception(vit, forward):
+    with contextlib.suppress(ZeroDivisionError), saint.apply(vit, HALF) as session:
+        inside = forward(session)
+        _ = 1 / 0
+    return session, inside
+
+
+def remove_the_session(vit, forward):
+    session = saint.apply(vit, HALF)
+    inside = forward(session)
+    session.remove()
+    session.remove()
+    return session, inside
+
+
+def remove_from_the_model(vit, forward):
+    session = saint.apply(vit, HALF)
+    inside = forward(session)
+    saint.remove(vit)
+    return session, inside
+
+
+def remove_while_disabled(vit, forward):
+    session = saint.apply(vit, HALF)
+    inside = forward(session)
+    with session.disabled():
+        session.remove()
+    return session, inside
+
+
+def disable_and_leave(vit, forward):
+    with saint.apply(vit, HALF) as session:
+        inside = forward(session)
+        with session.disabled():
+            vit(torch.randn(3, 3, 96, 96))  # no forward of the session
+    return session, inside
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        leave_the_block,
+        leave_pruned,
+        leave_by_an_exception,
+        remove_the_session,
+        remove_from_the_model,
+        remove_while_disabled,
+        disable_and_leave,
+    ],
+)
+def test_the_last_forward_can_be_read_when_the_session_is_over(vit, images, leave):
+    features = torch.randn(2, 1 + 18, 5)
+
+    def forward(session):
+        vit(torch.randn(3, 3, 96, 96))  # another one before
+        vit(images)
+        return told(session, features)
+
+    with torch.no_grad():
+        session, inside = leave(vit, forward)
+        assert saint.status(vit) is None
+        assert same(told(session, features), inside)
+        with saint.apply(vit, Stage(saint.Saint(budget=0.8), layers=[0])) as later:
+            vit(images[:1])  # leaves the first session's alone
+        assert same(told(session, features), inside)
+    assert len(later.trace) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_stage_can_be_read_when_the_session_is_over(family):
+    """In generate, whose steps leave the prompt's; with the cache's bytes."""
+    family = FAMILIES[family]
+    model = family.build()
+    plan = Plan(vision=None if family.tower is None else VISION, connector=CONNECTOR, language=LANGUAGE)
+    with saint.apply(model, plan) as session, torch.no_grad():
+        model.generate(**prompts(family, model, BATCH), max_new_tokens=3, do_sample=False)
+        trace, summary, memory = session.trace, session.summary(), session.kv_memory
+    assert {entry.stage for entry in session.trace} == set(plan.slots)
+    for left, inside in zip(session.trace, trace, strict=True):
+        assert [kept.tolist() for kept in left.kept] == [kept.tolist() for kept in inside.kept]
+    assert session.summary() == summary
+    assert session.kv_memory == memory
+    assert memory is not None
+
+
+def test_a_session_that_is_over_holds_neither_model_nor_activations(images):
+    """Token maps alone: whole numbers and truths."""
+    vit = build("timm/vit-augreg")
+    with saint.apply(vit, Stage(saint.methods.ToMe(r=4), output="carried")) as session, torch.no_grad():
+        vit(images)
+    alive = weakref.ref(vit)
+    del vit
+    gc.collect()
+    assert alive() is None
+    tensors = [found for found in reachable(session) if isinstance(found, torch.Tensor)]
+    assert tensors
+    assert not any(found.is_floating_point() for found in tensors)
+
+
+def reachable(root):
+    """Objects of the session's own that it holds, without classes and modules of Python."""
+    seen, queue = {}, [root]
+    while queue:
+        one = queue.pop()
+        if id(one) in seen or isinstance(one, (type, types.ModuleType, types.FunctionType)):
+            continue
+        seen[id(one)] = one
+        queue += gc.get_referents(one)
+    return list(seen.values())
+
+
+def test_maps_that_need_rows_of_the_forward_are_refused_when_it_is_over(vit, images):
+    with saint.apply(vit, dataclasses.replace(HALF, output="carried")) as session, torch.no_grad():
+        vit(images)
+        assert session.expand(torch.randn(2, 1 + 26, 48), 1).shape == (2, 37, 48)
+    with pytest.raises(RuntimeError, match="inside the with block, before remove"):
+        session.expand(torch.randn(2, 1 + 26, 48), 1)
+    assert session.expand(torch.randn(2, 37, 48), 0).shape == (2, 37, 48)  # in front of every drop point
+
+
+def test_a_session_that_saw_no_forward_says_so_when_it_is_over(vit):
+    with saint.apply(vit, HALF) as session:
+        pass
+    assert session.trace == []
+    assert session.kv_memory is None
+    for ask in (session.summary, lambda: session.expand(torch.randn(2, 19, 5))):
+        with pytest.raises(RuntimeError, match="run the model first"):
+            ask()
+
+
 # -- disabled -----------------------------------------------------------------------------------------------------------
 
 
@@ -108,7 +269,7 @@ def test_disabled_is_the_clean_model_and_then_pruned_again(vit, images):
             assert torch.equal(vit(images), pruned)
         session.remove()
         assert snapshot(vit) == before
-        assert session.trace == []
+        assert torch.equal(session.trace[-1].kept[0], trace[-1].kept[0])
 
 
 def test_disabled_nests_and_survives_exceptions(vit, images):
@@ -136,7 +297,7 @@ def test_removed_while_disabled_stays_removed(vit, images):
             saint.remove(vit)
             assert snapshot(vit) == before
         assert snapshot(vit) == before
-        assert session.trace == []
+        assert [entry.tokens_out.tolist() for entry in session.trace] == [[26, 26], [18, 18]]
         assert torch.equal(vit(images), base)
     with pytest.raises(RuntimeError, match="removed, so the model runs unpruned already"), session.disabled():
         pass

@@ -1,6 +1,7 @@
 """Language models without images: tokens of a prompt leave, and everything else is as with visual tokens."""
 
 import copy
+import re
 from contextlib import ExitStack
 
 import pytest
@@ -11,7 +12,7 @@ from vlm_models import cache_of, cached, hide, missing
 import saint
 from saint import testing
 from saint.errors import UnsupportedModelError
-from saint.language.prompt import candidates, find
+from saint.language.prompt import candidates, candidates_seen, find
 from saint.testing.contracts import snapshot
 from saint.upstream.decoders import BLOCKS, TEXT
 from saint.upstream.tiny import LAYERS, PAD, make, text_config
@@ -201,12 +202,66 @@ def test_candidates_are_all_but_the_first_and_last():
     assert torch.equal(candidates(mask), inner(mask))
 
 
-def test_a_mask_of_another_shape_is_refused(llama):
+@pytest.mark.parametrize("shape", [(1, 1, 9, 12), (1, 1, 12, 12), (2, 1, 9, 9), (1, 9, 9), (1, 12), (2, 9)])
+def test_a_mask_of_another_shape_is_refused(llama, shape):
+    told = re.escape(str(shape))
     with (
         saint.pruned(llama, PLANS["post"]),
-        pytest.raises(ValueError, match=r"must be \[B, L\] = \(1, 9\).*\(1, 1, 9, 9\)"),
+        pytest.raises(ValueError, match=rf"must be \[B, L\] = \(1, 9\) or \[B, 1, L, L\].*{told}"),
     ):
-        llama(input_ids=torch.randint(2, 99, (1, 9)), attention_mask=torch.ones(1, 1, 9, 9))
+        llama(input_ids=torch.randint(2, 99, (1, 9)), attention_mask=torch.ones(shape))
+
+
+def square(mask, kind):
+    """The causal mask over real tokens, [B, 1, L, L]."""
+    seen = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool).tril() & mask.bool()[:, None, None]
+    return seen if kind == "bool" else torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma"])
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_square_mask_shows_the_first_and_last_token_too(name, kind, side):
+    model, inputs = tiny(name), batch([19, 9, 24], side)
+    flat, real = inputs["attention_mask"], inputs["attention_mask"].bool()
+    positions = (flat.cumsum(1) - 1).clamp_min(0)
+    given = {**inputs, "position_ids": positions}
+    squared = {**given, "attention_mask": square(flat, kind)}
+    with torch.no_grad():
+        base = model(**squared).logits
+        with saint.pruned(model, saint.Plan(language=saint.methods.Grid(keep=1.0))):
+            assert torch.equal(model(**squared).logits, base)
+        with saint.pruned(model, PLANS["post"]) as session:
+            want, trace = model(**given).logits, session.trace
+            got = model(**squared).logits
+        for one, other in zip(session.trace, trace, strict=True):
+            assert [kept.tolist() for kept in one.kept] == [kept.tolist() for kept in other.kept]
+    stays = real & ~missing(trace[-1].kept, inner(flat))
+    assert off(got[stays], want[stays]) < 1e-5
+
+
+def test_texts_packed_by_a_square_mask_keep_their_own_first_and_last():
+    own = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 3])  # the text of each token
+    seen = (own[:, None] == own) & torch.ones(10, 10, dtype=torch.bool).tril()
+    assert candidates_seen(seen[None, None])[0].nonzero().flatten().tolist() == [1, 2, 5]
+    two = torch.stack([seen, torch.zeros_like(seen)])[None]  # what one head sees
+    assert candidates_seen(two)[0].nonzero().flatten().tolist() == [1, 2, 5]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_static_cache_is_refused_by_its_name(name):
+    model, inputs = tiny(name), batch([19, 9])
+    static = hf.StaticCache(config=model.config, max_cache_len=64)
+    with torch.no_grad():
+        base = model(**inputs).logits
+        with saint.pruned(model, PLANS["post"]):
+            for run in (
+                lambda: model(**inputs, **cached(model, static)),
+                lambda: model.generate(**inputs, max_new_tokens=2, cache_implementation="static"),
+            ):
+                with pytest.raises(ValueError, match=r"cache of Static.*use a DynamicCache.*cache_implementation"):
+                    run()
+        assert torch.equal(model(**inputs).logits, base)
 
 
 @pytest.mark.parametrize(

@@ -248,6 +248,29 @@ def test_internvl_with_features_of_an_earlier_layer(layer):
         saint.apply(model, plan)
 
 
+@pytest.mark.parametrize("name", ["llava-llama", "llava-mistral", "llava-qwen2", "llava-next"])
+def test_a_list_of_one_feature_layer_is_one_layer(name):
+    family = FAMILIES[name]
+    model = family.build()
+    inputs = prompts(family, model, SAMPLES)
+    plan = saint.Plan(vision=saint.Stage(saint.SaintFullGraph(keep=0.7), layers=[1]))
+
+    def run(layer):
+        model.config.vision_feature_layer = layer
+        with saint.pruned(model, plan) as session, torch.no_grad():
+            logits = model(**inputs).logits
+        return logits, session.trace
+
+    want, trace = run(-2)
+    assert bool((trace[0].tokens_out < trace[0].tokens_in).all())
+    got, same = run([-2])
+    assert torch.equal(got, want)
+    assert torch.equal(same[0].kept[0], trace[0].kept[0])
+    model.config.vision_feature_layer = [-3, -2]
+    with pytest.raises(saint.UnsupportedModelError, match="several layers"):
+        saint.apply(model, plan)
+
+
 @pytest.mark.parametrize("name", PACKED)
 def test_frames_of_a_video_are_samples(models, name):
     family, model, twin = models(name)

@@ -97,7 +97,7 @@ def _encoder(
     """The vision stage of an encoder that was verified; only the first ``read`` layers are of use to whoever reads it."""
     warn_if_untested("torch", spec.library)
     stages, depth = plan.slots.get("vision", ()), _depth(encoder, spec)
-    layers = plan.resolve_layers("vision", depth, read)
+    layers = plan.resolve_layers("vision", depth, read, spec.candidates(encoder))
     return PrunedEncoder(
         path,
         encoder,
@@ -180,7 +180,7 @@ def _door(
     language = plan.slots.get("language", ())
     decoder, token = None, SessionToken()
     if language or observers.everywhere or _looks_everywhere(plan, observers):
-        chosen = plan.resolve_layers("language", len(layers))
+        chosen = plan.resolve_layers("language", len(layers), total=plan.behind_connector)
         own = drop_points("language", language, chosen, len(layers), observers, idle=not plan.slots)
         decoder = PrunedDecoder(
             path,

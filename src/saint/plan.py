@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from . import methods
-from .methods.base import Method, check_number
+from .methods.base import Method, check_number, check_possible, survivors
 
 VERSION = (
     4  # what `guard` needs; several stages of a slot and placement="input" need 3, `evict` 2. A plan is written as the
@@ -27,6 +27,8 @@ PROVIDES = {
     "connector": frozenset({"frames"}),
     "language": frozenset({"last_query", "frames"}),
 }
+# candidates that come at least to the first stage of a plan, and to a later one, which sees what is left: fewer are no picture
+_MANY, _FEW = 16, 4
 Output = Literal["survivors", "nearest", "similar", "carried"]
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 
@@ -189,6 +191,7 @@ def _check_connector(stage: Stage) -> None:
             f"{type(stage.method).__name__} merges tokens, and the connector stage only drops them: use a method that drops, or "
             "merge in the vision stage"
         )
+    check_possible(stage.method, 1, _FEW)
 
 
 def _check_together(name: str, stages: tuple[Stage, ...]) -> None:
@@ -291,16 +294,37 @@ class Plan:
         """The slots in use as they were given: a :class:`Stage`, or a tuple of stages where there are several."""
         return {name: value for name in STAGES if (value := getattr(self, name)) is not None}
 
-    def resolve_layers(self, slot: str, depth: int, read: int | None = None) -> list[list[int]]:
+    def resolve_layers(
+        self, slot: str, depth: int, read: int | None = None, total: int | None = None
+    ) -> list[list[int]]:
         """The drop points of each stage of ``slot`` in a model of ``depth`` layers; see :meth:`Stage.resolve_layers`.
 
+        Args:
+            slot: "vision" or "language".
+            depth: layers of the module.
+            read: of them, those whose output is used.
+            total: candidates of every sample, where the model fixes their number.
+
         Raises:
-            ValueError: a layer beyond the depth, or stages that are not one behind the other in this model.
+            ValueError: a layer beyond the depth, stages that are not one behind the other in this model, or a budget that cannot
+                be had of the tokens that reach its stage: of their number, where it is known, or of any.
         """
         stages = self.slots.get(slot, ())
         layers = [stage.resolve_layers(slot, depth, read) for stage in stages]
         _check_order(slot, list(zip(stages, layers, strict=True)))
+        for stage, chosen in zip(stages, layers, strict=True):
+            first = slot == next(iter(self.slots)) and stage is stages[0]
+            check_possible(stage.method, len(chosen), _MANY if first else _FEW)
+            if total is not None:
+                stage.method.validate(total, len(chosen))
+            total = None if stage.guard else survivors(stage.method, total)
         return layers
+
+    @property
+    def behind_connector(self) -> int | None:
+        """Visual tokens of each prompt that has some, behind the connector, where its budget is a number of tokens."""
+        stages = self.slots.get("connector", ())
+        return survivors(stages[0].method, None) if stages else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (JSON-ready) from which :meth:`from_dict` rebuilds an equal plan."""

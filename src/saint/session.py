@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -20,12 +21,16 @@ from .methods.base import Method
 from .patch import Before, Uncopyable
 from .plan import Plan, Stage
 from .runtime.observe import Observers
-from .summary import Drops, StageStatus, Status, Summary, describe, flops_left, tokens_per_layer
+from .runtime.state import Forward
+from .summary import Costs, Drops, StageStatus, Status, Summary, describe, flops_left, tokens_per_layer
 from .tokens import LayerTrace
 from .vision.encoder import PrunedEncoder
+from .vision.inputs import EncoderForward
+from .vision.outputs import FullLength
 
 if TYPE_CHECKING:  # these import transformers
     from .language.cache import KVMemory
+    from .language.doorway import DoorForward
     from .language.prompt import PrunedText
     from .runtime.forwards import Forwards
     from .vlm.model import PrunedVLM
@@ -44,6 +49,19 @@ PlanLike = Plan | Stage | Method | str | os.PathLike[str]
 _SLOT = "_saint_session"
 # models with an empty plan, which are not touched at all; these sessions hold no model
 _UNTOUCHED: "weakref.WeakKeyDictionary[nn.Module, Session]" = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _Over:
+    """What a removed session still tells: of its last forward which tokens stayed. Holds no module and no activations."""
+
+    status: Status
+    vision: EncoderForward | None
+    door: "DoorForward | None"
+    language: Forward | None
+    depths: dict[str, int]
+    costs: Costs | None
+    full: FullLength | None
 
 
 class Session(Uncopyable):
@@ -65,12 +83,12 @@ class Session(Uncopyable):
         self._model = type(model).__name__
         self._marks, self._patches = ExitStack(), ExitStack()
         self._disabled = 0  # blocks of disabled() that are open
-        self._removed = False
+        self._over: _Over | None = None  # once removed
         self._encoder: PrunedEncoder | None = None
         self._vlm: PrunedVLM | PrunedText | None = None
 
     def __enter__(self) -> "Session":
-        if self._removed:
+        if self._over is not None:
             raise RuntimeError("this session has been removed; saint.apply(model, plan) makes a new one")
         return self
 
@@ -78,30 +96,69 @@ class Session(Uncopyable):
         self.remove()
 
     def __repr__(self) -> str:
-        state = "removed" if self._removed else "disabled" if self._disabled else "applied"
-        return f"<Session: {state} on {self._model}>" if self._removed else describe(self._model, state, self.status)
+        if self._over is not None:
+            return f"<Session: removed on {self._model}>"
+        return describe(self._model, "disabled" if self._disabled else "applied", self.status)
 
     @property
     def trace(self) -> list[LayerTrace]:
-        """The drop points of the last forward, in order; empty before the first.
+        """The drop points of the last forward, in order; empty before the first. Stays when the session has been removed.
 
         In a vision-language model: of the last prompt; steps of ``generate`` leave it as it is. Entries of the vision stage
         count per image (or tile, or frame of a video), and count groups of patches where the model joins patches before its
         language model receives them; those of the connector and language stages per sample, over all its visual tokens.
         """
-        vision = self._encoder.trace() if self._encoder is not None else []
-        return vision + (self._vlm.door.trace() if self._vlm is not None else [])
+        told = [self._vision, self._door, self._language]
+        return [entry for forward in told if forward is not None for entry in forward.trace()]
 
     @property
     def kv_memory(self) -> "KVMemory | None":
         """Bytes of keys and values that the last prompt with images left in the cache, and what the unpruned model would
-        hold; None for a plain encoder, before the first such prompt, and with ``use_cache=False``.
+        hold; None for a plain encoder, before the first such prompt, and with ``use_cache=False``. Stays like the trace.
         """
-        return self._vlm.door.memory if self._vlm is not None else None
+        return None if self._door is None else self._door.memory
+
+    @property
+    def _vision(self) -> EncoderForward | None:
+        """The last forward of the encoder."""
+        if self._over is not None:
+            return self._over.vision
+        return None if self._encoder is None else self._encoder.forward
+
+    @property
+    def _door(self) -> "DoorForward | None":
+        """The last forward of the language model, in front of it."""
+        if self._over is not None:
+            return self._over.door
+        return None if self._vlm is None else self._vlm.door.forward
+
+    @property
+    def _language(self) -> Forward | None:
+        """The last forward of the language stage."""
+        if self._over is not None:
+            return self._over.language
+        return None if self._vlm is None or self._vlm.door.decoder is None else self._vlm.door.decoder.forward
+
+    @property
+    def _depths(self) -> dict[str, int]:
+        """Layers by stage."""
+        if self._over is not None:
+            return self._over.depths
+        depths = {} if self._encoder is None else {"vision": self._encoder.depth}
+        return depths if self._vlm is None else {**depths, "language": self._vlm.door.depth}
+
+    @property
+    def _costs(self) -> Costs | None:
+        """Of the blocks of the encoder, where they are known."""
+        if self._over is not None:
+            return self._over.costs
+        return None if self._encoder is None else Costs.of(self._encoder)
 
     @property
     def status(self) -> Status:
-        """What is applied, per stage."""
+        """What is applied, per stage; of a session that has been removed, what was."""
+        if self._over is not None:
+            return self._over.status
         stages: dict[str, Any] = {}
         for slot, planned in self.plan.slots.items():
             found = tuple(self._stage(slot, group, stage) for group, stage in enumerate(planned))
@@ -133,16 +190,13 @@ class Session(Uncopyable):
                 if self.plan.stages
                 else "summary() has nothing to tell: the plan is empty"
             )
-        memory = self.kv_memory
-        depths = {} if self._encoder is None else {"vision": self._encoder.depth}
-        if self._vlm is not None:
-            depths["language"] = self._vlm.door.depth
-        layers = {stage: tokens_per_layer(trace, stage, depth) for stage, depth in depths.items()}
+        memory, costs = self.kv_memory, self._costs
+        layers = {stage: tokens_per_layer(trace, stage, depth) for stage, depth in self._depths.items()}
         return Summary(
             model=self._model,
             drops=tuple(Drops.of(entry) for entry in trace),
             layers={stage: counts for stage, counts in layers.items() if counts},
-            flops_left=None if self._encoder is None else flops_left(self._encoder, trace),
+            flops_left=None if costs is None else flops_left(costs, trace),
             kv_kept=None if memory is None else memory.kept,
             kv_unpruned=None if memory is None else memory.unpruned,
         )
@@ -159,25 +213,27 @@ class Session(Uncopyable):
             ``output="similar"``.
 
         Raises:
-            RuntimeError: no forward has run.
+            RuntimeError: no forward has run; or the session has been removed, and ``output="carried"`` needs rows of the forward.
             ValueError: ``features`` is not a map of that layer.
         """
-        stage = self._encoder
-        states = {} if stage is None else stage.forward.states
-        if stage is None or not states:
+        forward = self._vision
+        full = None if self._encoder is None else self._encoder.outputs.full
+        full = full if self._over is None else self._over.full
+        if full is None or forward is None or not forward.states:
             raise RuntimeError("expand() needs the tokens of a forward: run the model first")
-        layer = stage.depth if layer is None else layer
-        if layer not in states:
-            raise ValueError(f"layer must be in 0..{stage.depth}, got {layer}")
-        slots = states[layer].tokens.slots
-        if features.ndim == 3 and features.shape[1] == stage.prefix + slots:
-            return stage.outputs.expand(features, layer)
+        depth, prefix = self._depths["vision"], full.prefix
+        layer = depth if layer is None else layer
+        if layer not in forward.states:
+            raise ValueError(f"layer must be in 0..{depth}, got {layer}")
+        slots = forward.states[layer].tokens.slots
+        if features.ndim == 3 and features.shape[1] == prefix + slots:
+            return full.expand(forward, features, layer)
         if features.ndim == 3 and features.shape[1] == slots:
-            head = features.new_zeros(features.shape[0], stage.prefix, features.shape[2])
-            return stage.outputs.expand(torch.cat([head, features], 1), layer)[:, stage.prefix :]  # [B, N, C]
+            head = features.new_zeros(features.shape[0], prefix, features.shape[2])
+            return full.expand(forward, torch.cat([head, features], 1), layer)[:, prefix:]  # [B, N, C]
         raise ValueError(
             f"features of shape {tuple(features.shape)} are not a map in front of layer {layer}, which has "
-            f"{stage.prefix} protected and {slots} other tokens"
+            f"{prefix} protected and {slots} other tokens"
         )
 
     @contextmanager
@@ -191,7 +247,7 @@ class Session(Uncopyable):
         Raises:
             RuntimeError: the session has been removed.
         """
-        if self._removed:
+        if self._over is not None:
             raise RuntimeError("this session has been removed, so the model runs unpruned already")
         if not self._disabled:
             with ExitStack() as held:
@@ -203,7 +259,7 @@ class Session(Uncopyable):
             yield
         finally:
             self._disabled -= 1
-            if not self._disabled and not self._removed:
+            if not self._disabled and self._over is None:
                 try:
                     self._put_on()
                 except BaseException:
@@ -211,8 +267,9 @@ class Session(Uncopyable):
                     raise
 
     def remove(self) -> None:
-        """Undo everything. A second call does nothing."""
-        self._removed = True
+        """Undo everything; what the last forward dropped can still be read. A second call does nothing."""
+        if self._over is None:
+            self._over = self._told()
         self._patches.close()
         self._marks.close()
         for forwards in self._forwards():
@@ -220,6 +277,19 @@ class Session(Uncopyable):
         for module in [m for m, session in _UNTOUCHED.items() if session is self]:
             del _UNTOUCHED[module]
         self._encoder = self._vlm = None
+
+    def _told(self) -> _Over:
+        """What stays; read before the patches go, which forget their forwards."""
+        vision, door, language = self._vision, self._door, self._language
+        return _Over(
+            status=self.status,
+            vision=None if vision is None else vision.told(),
+            door=None if door is None else door.told(),
+            language=None if language is None else language.told(),
+            depths=self._depths,
+            costs=self._costs,
+            full=None if self._encoder is None else self._encoder.outputs.full,
+        )
 
     def _forwards(self) -> "list[Forwards[Any]]":
         encoder = [] if self._encoder is None else [self._encoder.forwards]

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -163,24 +163,43 @@ def tokens_per_layer(trace: Sequence[LayerTrace], stage: str, depth: int) -> tup
     return tuple(counts.double().mean().item() for counts in _entering(entries, first, depth)[:depth])
 
 
-def flops_left(encoder: PrunedEncoder, trace: Sequence[LayerTrace]) -> float | None:
+class Costs(NamedTuple):
+    """What FLOPs in the blocks of an encoder follow from.
+
+    Attributes:
+        blocks: of each, see :func:`_matrices`.
+        group: patches that a candidate consists of.
+        prefix: protected tokens.
+    """
+
+    blocks: list[tuple[int, int, int]]
+    group: int
+    prefix: int
+
+    @classmethod
+    def of(cls, encoder: PrunedEncoder) -> "Costs | None":
+        """None where they are not known."""
+        found = [None if block is None else _matrices(block) for block in encoder.blocks]
+        blocks = [one for one in found if one is not None]
+        whole = not encoder.spec.packed and len(blocks) == len(found)
+        return cls(blocks, (encoder.merge_size or 1) ** 2, encoder.prefix) if whole else None
+
+
+def flops_left(costs: Costs, trace: Sequence[LayerTrace]) -> float | None:
     """See :attr:`Summary.flops_left`.
 
     A block of N tokens takes 2 W N FLOPs for the W weights of its linear layers, and 4 A N² for QK^T and AV of its attention,
     A channels wide.
     """
-    costs = [None if block is None else _matrices(block) for block in encoder.blocks]
     entries = [entry for entry in trace if entry.stage == "vision"]
     split = {entry.layer for entry in entries if entry.placement == "mid"}
-    if encoder.spec.packed or not entries or None in costs:
+    if not entries:
         return None
-    group = (encoder.merge_size or 1) ** 2
-    counts = [(c * group + encoder.prefix).double() for c in _entering(entries, entries[0].tokens_in, encoder.depth)]
-    total = (entries[0].tokens_in * group + encoder.prefix).double()
+    first = entries[0].tokens_in
+    counts = [(c * costs.group + costs.prefix).double() for c in _entering(entries, first, len(costs.blocks))]
+    total = (first * costs.group + costs.prefix).double()
     left = unpruned = 0.0
-    for layer, cost in enumerate(costs):
-        assert cost is not None
-        attention, rest, width = cost
+    for layer, (attention, rest, width) in enumerate(costs.blocks):
         inside, behind = counts[layer], counts[layer + 1 if layer in split else layer]
         left += float((2 * attention * inside + 4 * width * inside**2 + 2 * rest * behind).sum())
         unpruned += float((2 * (attention + rest) * total + 4 * width * total**2).sum())

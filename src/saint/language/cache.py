@@ -61,19 +61,24 @@ class CachePositions:
 
         Places behind the last entry (of a static cache) count on; those from position ``width`` on may not be seen.
         """
-        hit = self._shown.get((first, count, width))
-        if hit is None:
-            end = self.end + max(0, first + count - self.index.shape[1])
-            index, valid = self.columns(end)
-            index = index[:, first : first + count]
-            valid = None if valid is None else valid[:, first : first + count]
-            if width is not None and end > width:
-                inside = index < width
-                index, valid = index.clamp_max(width - 1), inside if valid is None else valid & inside
+        if torch.compiler.is_compiling():  # where entries begin is no constant of a compiled step
+            return self._places(first, count, width)
+        key = first, count, width
+        if key not in self._shown:
             if len(self._shown) > 3:  # a dynamic cache grows with every step
                 self._shown.clear()
-            hit = self._shown[first, count, width] = index, valid
-        return hit
+            self._shown[key] = self._places(first, count, width)
+        return self._shown[key]
+
+    def _places(self, first: int, count: int, width: int | None) -> tuple[Tensor, Tensor | None]:
+        end = self.end + max(0, first + count - self.index.shape[1])
+        index, valid = self.columns(end)
+        index = index[:, first : first + count]
+        valid = None if valid is None else valid[:, first : first + count]
+        if width is not None and end > width:
+            inside = index < width
+            index, valid = index.clamp_max(width - 1), inside if valid is None else valid & inside
+        return index, valid
 
     def followed_by(self, more: "CachePositions", before: int) -> "CachePositions":
         """The map with the entries of the next sequence, when ``before`` positions are cached."""

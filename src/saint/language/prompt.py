@@ -43,6 +43,23 @@ def candidates(mask: Tensor) -> Tensor:
     return real & before & behind
 
 
+def candidates_seen(mask: Tensor) -> Tensor:
+    """The same from who sees whom: tokens that see an earlier one and are seen by a later one, and themselves.
+
+    The first and the last of each of several texts packed into one row stay, too.
+
+    Args:
+        mask: bool, or added to the logits of attention, [B, 1 or H, L, L].
+
+    Returns:
+        bool [B, L].
+    """
+    sees = (mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()).any(1)
+    real = sees.diagonal(dim1=1, dim2=2)  # [B, L]; padding may see tokens, and is seen by none
+    earlier = sees.tril(-1) & real.unsqueeze(2)  # [B, L, L]
+    return real & earlier.any(2) & earlier.any(1)
+
+
 class PrunedText(Uncopyable):
     """Tells the door which tokens of a prompt are candidates; the counterpart of ``vlm.model.PrunedVLM``.
 
@@ -75,21 +92,36 @@ class PrunedText(Uncopyable):
         given = self.parameters.named(args, kwargs)
         cache, mask, embedded = CACHE.read(given), MASK.read(given), EMBEDDINGS.read(given)
         tokens = IDS.read(given) if embedded is None else embedded[..., 0]
+        if cache is not None:
+            from .cache import check_cache  # imports transformers
+
+            # some bring masks of their own, which would be refused in their place
+            check_cache(cache, self.door.token)
         if tokens is None or (cache is not None and cache.get_seq_length()):
             return
-        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != tokens.shape):
+        batch, length = tokens.shape
+        if mask is None or (isinstance(mask, Tensor) and mask.shape == tokens.shape):
+            real = torch.ones_like(tokens) if mask is None else mask.clone()
+            if self.handover.prompt is not None:
+                real[:, self.handover.prompt :] = 0  # drafts
+            found = candidates(real)
+        elif (
+            isinstance(mask, Tensor)
+            and mask.ndim == 4
+            and mask.shape[2:] == (length, length)
+            and len(mask) in (1, batch)
+        ):
+            found = candidates_seen(mask).expand(batch, -1)
+        else:
             shown = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(
-                f"{MASK} must be [B, L] = {tuple(tokens.shape)}, which shows the first and last token of each prompt, got {shown}"
+                f"{MASK} must be [B, L] = {tuple(tokens.shape)} or [B, 1, L, L], which show the first and last token of each "
+                f"prompt, got {shown}"
             )
-        real = torch.ones_like(tokens) if mask is None else mask.clone()
-        if self.handover.prompt is not None:
-            real[:, self.handover.prompt :] = 0  # drafts
-        found = candidates(real)
         packed = documents(given, self.model.config)
         if packed is not None:  # of every document the first and the last
             edge = packed.diff(dim=-1) != 0
             found[:, 1:] &= ~edge
             found[:, :-1] &= ~edge
-        if tokens.shape[1] > 2:
+        if length > 2:
             note.visual = found.to(tokens.device)

@@ -221,9 +221,39 @@ def check_steps(budget: int | float, total: int, steps: int, most: Callable[[int
         if before - after > most(before):
             raise ValueError(
                 f"budget={budget!r} keeps {keep} of {total} tokens, but each of the {steps} drop point(s) can {verb} at most "
-                f"half: give more layers, or keep at least {math.ceil(total / 2**steps)}"
+                f"half: give more layers, or keep at least {math.ceil(total / 2**steps)} (a share of {0.5**steps:.3g})"
             )
         before = after
+
+
+def check_possible(method: Method, steps: int, least: int) -> None:
+    """Raise ``ValueError`` where ``method`` keeps a share that ``steps`` drop points reach with no number of candidates.
+
+    Args:
+        method: of a stage.
+        steps: its drop points.
+        least: candidates that come to it at least; of very few, rounding lets any share through.
+    """
+    if not isinstance(_budget(method), float):
+        return
+    for total in (*range(least, 64), *(2**power for power in range(31, 5, -1))):
+        try:
+            return method.validate(total, steps)
+        except ValueError as error:
+            told = error
+    raise ValueError(f"{told}; it is the same for any other number of tokens")
+
+
+def _budget(method: Method) -> Any:
+    return method.keep if isinstance(method, FixedBudget) else getattr(method, "budget", None)
+
+
+def survivors(method: Method, total: int | None) -> int | None:
+    """Tokens that a stage leaves of ``total`` (None: any number), where that is one number, whatever the picture."""
+    budget = _budget(method)
+    if isinstance(budget, float):
+        return None if total is None else final_keep(budget, total)
+    return budget if isinstance(budget, int) else None
 
 
 def floored(drop: tuple[int, ...], candidates: Candidates, floor: float) -> tuple[int, ...]:

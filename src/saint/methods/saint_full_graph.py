@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from .. import graph
 from ..tokens import Candidates, Selection
-from .base import FixedBudget, check_budget, check_flag, check_integer, final_keep
+from .base import FixedBudget, check_flag, check_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,20 +16,18 @@ class SaintFullGraph(FixedBudget):
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.11549"
     stages: ClassVar[frozenset[str]] = frozenset({"vision", "connector", "language"})
 
-    keep: int | float = 375  # survivors of the stage: a number (int) or a fraction of the candidates (float)
+    # survivors of the stage: a number (int) or a fraction of the candidates (float); published: 375 of LLaVA-1.5's 576
+    keep: int | float = 375 / 576
     step: int = 16  # each round removes 1/step of what remains
     center: bool = False  # subtract the mean key first
 
     def __post_init__(self) -> None:
-        check_budget(self.keep)
+        super().__post_init__()
         check_integer("step", self.step, 1, hint="the published value is 16")
         check_flag("center", self.center)
 
     def layers(self, stage: str, depth: int) -> list[int]:
         return [depth * 4 // 5]  # layer 19 of CLIP ViT-L's 24, as published
-
-    def validate(self, total: int, steps: int) -> None:
-        final_keep(self.keep, total)
 
     def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
         tokens = candidates.tokens

@@ -9,7 +9,7 @@ sample, M tokens that a candidate consists of, C channels.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -57,6 +57,11 @@ class LayerState:
         """The candidates, counted from the beginning of the current stage."""
         tokens = self.candidates
         return tokens if tokens.total == self.began else replace(tokens, total=self.began)
+
+    @property
+    def bare(self) -> "LayerState":
+        """Which tokens they are, without what only a layer that runs needs of them."""
+        return replace(self, places=None, sizes=None, offsets=None)
 
     def of_candidates(self, x: Tensor) -> Tensor:
         """Rows of the candidates, means over their members: x [Q, S, C] -> [B, N, C]."""
@@ -166,6 +171,17 @@ class Forward:
         if hit is None:
             hit = self.memo[key] = (make(), sources)
         return hit[0]
+
+    def told(self) -> Self:
+        """What the trace and full-length maps need of this forward when it is over: token maps, no activations."""
+        return replace(
+            self,
+            origin=None if self.origin is None else self.origin.bare,
+            states={layer: state.bare for layer, state in self.states.items()},
+            drops={where: (before.bare, after.bare) for where, (before, after) in self.drops.items()},
+            memo={},
+            cells=None,
+        )
 
     def trace(self) -> list[LayerTrace]:
         """One entry per drop point, in order."""

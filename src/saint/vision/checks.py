@@ -123,14 +123,6 @@ def prove(blocks: Sequence[Block | None], points: dict[int, DropPoint], prefix: 
         block.prove(width, prefix, partial(_probe_table, dim, prefix))
 
 
-def check_budget(encoder: nn.Module, spec: EncoderSpec, points: Sequence[DropPoint]) -> None:
-    """Hold the first method's budget against the number of candidates, where the encoder fixes that number."""
-    count = spec.candidates(encoder)
-    first = next((point for point in points if point.method is not None), None)
-    if count is not None and first is not None and first.method is not None:
-        first.method.validate(count, first.steps)
-
-
 def _block_spec(spec: EncoderSpec, module: nn.Module) -> BlockSpec | None:
     return next((spec.block_specs[c.__name__] for c in type(module).__mro__ if c.__name__ in spec.block_specs), None)
 

@@ -25,7 +25,7 @@ from ..runtime.state import LayerState
 from ..tokens import Selection, TokenMap
 from ..upstream.names import LONGEST
 from ..upstream.specs import EncoderSpec, part
-from .checks import check_bias, check_budget, check_output, check_seams, placed, prove, read_blocks, takes_dense_mask
+from .checks import check_bias, check_output, check_seams, placed, prove, read_blocks, takes_dense_mask
 from .guard import least
 from .inputs import EncoderForward, Inputs
 from .outputs import Outputs
@@ -80,7 +80,6 @@ class PrunedEncoder(LayerStack[EncoderForward]):
             check_bias(block, block is not None and self._masks(block), beta)
         check_output(encoder, spec, output)
         prove(self.blocks, self.points, self.prefix)
-        check_budget(encoder, spec, (*self.entries, *self.points.values()))
         self.inputs = Inputs(encoder, spec, merge_size, self.forwards, guard, self.wants_frames)
         self.carries = output == "carried"
         self.outputs = Outputs(encoder, spec, self.depth, output, restored, self.forwards, _by_length)

@@ -5,8 +5,8 @@ Letters: B batch, P prefix tokens, N candidates, C channels, D head dim.
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,9 @@ class EncoderForward(Forward):
     grids: list[list[int]] = field(default_factory=list)
     order: Tensor | None = None
     shares: tuple[float, ...] = ()
+
+    def told(self) -> Self:
+        return replace(super().told(), shown={}, order=None)
 
     @property
     def samples(self) -> list[int]:

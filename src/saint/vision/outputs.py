@@ -5,7 +5,7 @@ Letters: B batch, P prefix tokens, N candidates, K survivors, G groups, C channe
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,60 @@ from .inputs import EncoderForward
 
 # runs a pool on samples of equal length: (tokens, x [B, P + K, C], run) -> results in the order of the batch
 ByLength = Callable[[TokenMap, Tensor, Callable[[Tensor, TokenMap], tuple[Tensor, ...]]], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class FullLength:
+    """Gives the maps of a forward their full length back; knows no module.
+
+    Attributes:
+        output: see :class:`saint.Stage`.
+        prefix: protected tokens P.
+    """
+
+    output: str
+    prefix: int
+
+    def stand_ins(self, forward: EncoderForward, layer: int) -> Tensor:
+        """For each original candidate the slot in front of ``layer`` that stands for it, int64 [B, N]."""
+        state, grid = forward.states[layer], forward.grid
+        tokens = state.tokens
+        if self.output in ("similar", "carried"):
+            assert state.stand_ins is not None
+            return state.stand_ins
+        if grid is None or grid[0] * grid[1] != tokens.width:
+            raise ValueError(
+                f"the patch grid {grid} does not hold the {tokens.width} candidates, so a dropped token has no "
+                'nearest survivor on it; use Stage(..., output="similar")'
+            )
+        return forward.once("nearest", lambda: nearest_survivor(tokens, grid), tokens)
+
+    def expand(self, forward: EncoderForward, x: Tensor, layer: int) -> Tensor:
+        """Full length again: every original candidate gets the row of the survivor that stands for it.
+
+        Args:
+            forward: whose map it is.
+            x: [B, P + K, C] in front of ``layer``.
+            layer: the number of layers for the map behind the last.
+
+        Returns:
+            [B, P + N, C].
+
+        Raises:
+            RuntimeError: the rows that dropped tokens had, of ``output="carried"``, are no longer there.
+        """
+        state = forward.states[layer]
+        if state.tokens.whole:
+            return x
+        full = gather_tokens(x, self.stand_ins(forward, layer), self.prefix)  # [B, P + N, C]
+        if self.output != "carried":
+            return full
+        if state.offsets is None:
+            raise RuntimeError(
+                'expand() of output="carried" needs the rows that dropped tokens had, which a removed session has let go: '
+                "call it inside the with block, before remove()"
+            )
+        return torch.cat([full[:, : self.prefix], full[:, self.prefix :] + state.offsets], 1)
 
 
 class Outputs(Uncopyable):
@@ -61,6 +115,7 @@ class Outputs(Uncopyable):
         self.output, self.restored = output, restored
         self.forwards, self.by_length = forwards, by_length
         self.prefix = spec.prefix(encoder)
+        self.full = FullLength(output, self.prefix)
         self.dense = Flag()  # full-length block outputs, for callers that reshape to the grid
 
     def install(self, stack: ExitStack) -> None:
@@ -102,7 +157,7 @@ class Outputs(Uncopyable):
                 y, tokens, self.prefix, DROPPED
             )  # survivors at their places, marks elsewhere: [B, P + N, C]
         elif self.dense.up or (last and self.output != "survivors"):
-            y = self.expand(y, after)  # [B, P + N, C]
+            y = self.full.expand(forward, y, after)  # [B, P + N, C]
         elif last:
             return fill_padding(y, tokens, self.prefix, with_prefix=self.spec.pool_with_prefix(self.module))
         else:
@@ -182,36 +237,6 @@ class Outputs(Uncopyable):
         if self.output not in ("similar", "carried"):
             return None
         return similar_survivor(metric(keys), selection) if selection.owner is None else selection.owner
-
-    def stand_ins(self, layer: int) -> Tensor:
-        """For each original candidate the slot in front of ``layer`` that stands for it, int64 [B, N]."""
-        forward = self.forwards.state
-        state, grid = forward.states[layer], forward.grid
-        tokens = state.tokens
-        if self.output in ("similar", "carried"):
-            assert state.stand_ins is not None
-            return state.stand_ins
-        if grid is None or grid[0] * grid[1] != tokens.width:
-            raise ValueError(
-                f"the patch grid {grid} does not hold the {tokens.width} candidates, so a dropped token has no "
-                'nearest survivor on it; use Stage(..., output="similar")'
-            )
-        return forward.once("nearest", lambda: nearest_survivor(tokens, grid), tokens)
-
-    def expand(self, x: Tensor, layer: int) -> Tensor:
-        """Full length again: every original candidate gets the row of the survivor that stands for it.
-
-        Args:
-            x: [B, P + K, C] in front of ``layer``.
-
-        Returns:
-            [B, P + N, C].
-        """
-        if self.forwards.state.states[layer].tokens.whole:
-            return x
-        full = gather_tokens(x, self.stand_ins(layer), self.prefix)  # [B, P + N, C]
-        offsets = self.forwards.state.states[layer].offsets
-        return full if offsets is None else torch.cat([full[:, : self.prefix], full[:, self.prefix :] + offsets], 1)
 
     def carry(self, state: LayerState, rows: Tensor, after: LayerState, stay: Tensor) -> LayerState:
         """``after`` with the offsets that give each original candidate that is gone the row it has now; survivors have none.
