@@ -94,6 +94,7 @@ GRID = Role("grid_thw")  # packed towers: rows and columns of patches of each im
 SEGMENTS = Role("cu_seqlens")  # packed towers: ends of the segments that attend to themselves
 LONGEST = Role("max_seqlen")
 TIMM_MASK = Role("attn_mask")
+KEYS_FROM = Role("key", "x")  # of nn.MultiheadAttention and of timm's: what keys are made from
 TIMM_ROTARY = Role("rope")
 TIMM_PAIRS = Role(
     "shared_rel_pos", "shared_rel_pos_bias"
