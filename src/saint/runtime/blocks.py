@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import HookNeverFiredError, ParityError
 from ..upstream.names import KEYS_FROM, Parameters
+from ..upstream.sharded import gathered
 from ..upstream.specs import BlockSpec, part
 
 
@@ -190,7 +191,12 @@ class Block:
 
         Raises:
             ParityError: they differ, or the block cannot be called as the fact table says.
+            UnsupportedModelError: parameters are sharded by a module around the block.
         """
+        with gathered(self.module, self.name):
+            self._prove(width, prefix, table)
+
+    def _prove(self, width: int, prefix: int, table: Callable[[str, Tensor], Any]) -> None:
         weight = next(p for p in self.module.parameters() if p.is_floating_point())
         generator = torch.Generator().manual_seed(0)
         # a bias over all pairs of tokens fits one number of tokens only
