@@ -27,8 +27,8 @@ def gathered(module: nn.Module, name: str) -> Iterator[None]:
     try:
         if left := _sharded(module):
             raise UnsupportedModelError(
-                f"parameters of {name} are sharded by a module around it ({left[0]} is a DTensor), and must be whole to be looked "
-                'at: apply the plan before the model is sharded, shard each block as well, or use placement="post"'
+                f"parameters of {name} are sharded by a module around it ({left[0]} is a DTensor), and must be whole to be "
+                'looked at: apply the plan before the model is sharded, shard each block as well, or use placement="post"'
             )
         yield
     finally:
