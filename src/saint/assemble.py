@@ -8,6 +8,7 @@ from torch import nn
 
 from .errors import UnsupportedModelError
 from .language.prompt import find as find_text
+from .methods.base import counts_by_votes
 from .plan import Plan, Stage
 from .runtime.observe import Observers
 from .runtime.points import DropPoint
@@ -18,8 +19,10 @@ from .upstream.verify import verify_encoder, verify_family, verify_text
 from .upstream.versions import warn_if_untested
 from .vision.encoder import PrunedEncoder
 from .vision.locate import locate, locate_tower
+from .vision.readers import Reader, check_readers, find_reader
 from .vlm.locate import find as find_vlm
 from .vlm.locate import locate as locate_vlm
+from .vlm.locate import refuse_unknown
 
 if TYPE_CHECKING:  # imports transformers
     from .language.decoder import Handover, PrunedDecoder
@@ -41,9 +44,14 @@ def assemble(
     if text is not None:
         return _text(*text, plan, observers), None
     if plan.connector is None and plan.language is None and find_vlm(model) is None:
+        refuse_unknown(model)
         path, encoder, spec = locate(model)
         verify_encoder(encoder, spec)
-        return None, _encoder(plan, path, encoder, spec, observers)
+        reader, stages = find_reader(model, path), plan.slots.get("vision", ())
+        if stages:
+            ragged = any(counts_by_votes(stage.method) or stage.guard for stage in stages)
+            check_readers(model, path, spec, reader, stages[0].output, ragged)
+        return None, _encoder(plan, path, encoder, spec, observers, reader=reader)
     return _vlm(model, plan, observers)
 
 
@@ -93,6 +101,7 @@ def _encoder(
     merge_size: int | None = None,
     restored: frozenset[int] = frozenset(),
     read: int | None = None,
+    reader: Reader | None = None,
 ) -> PrunedEncoder:
     """The vision stage of an encoder that was verified; only the first ``read`` layers are of use to whoever reads it."""
     warn_if_untested("torch", spec.library)
@@ -108,6 +117,7 @@ def _encoder(
         observers=observers,
         merge_size=merge_size,
         restored=restored,
+        reader=reader,
     )
 
 

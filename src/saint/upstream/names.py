@@ -84,6 +84,8 @@ ROTARY = Role("position_embeddings")
 POSITIONS = Role("position_ids")
 EMBEDDINGS = Role("inputs_embeds")
 IDS = Role("input_ids")
+SEEN_STATES = Role("encoder_hidden_states")  # of decoders that attend to another sequence
+SEEN_MASK = Role("encoder_attention_mask")
 ALL_STATES = Role("output_hidden_states")  # also a field of configs
 PIXELS = Role("pixel_values")
 VIDEOS = Role("pixel_values_videos")
@@ -107,6 +109,7 @@ PLACEHOLDER_MASK = Role(
     "get_placeholder_mask"
 )  # returns where features go; called whenever there are features to merge
 VIDEO_FEATURES = Role("get_video_features")  # takes pixels of videos, returns what the language model receives of them
+TEXT_FEATURES = Role("get_text_features")  # of dual encoders
 MERGER = Role("inputs_merger")  # merges features into embeddings itself
 WINDOW_ORDER = Role("permute_input_for_window_attn")  # reorders groups of patches, given their order
 
@@ -114,7 +117,7 @@ WINDOW_ORDER = Role("permute_input_for_window_attn")  # reorders groups of patch
 
 IMPLEMENTATION = Role("_attn_implementation")  # of configs
 POOLED = Role("pooler_output")
-IMAGE_TOKEN = Role("image_token_id")  # of configs
+IMAGE_TOKEN = Role("image_token_id", "image_token_index")  # of configs
 VIDEO_TOKEN = Role("video_token_id")  # of configs
 ATTENTION = Role("self_attn")  # of decoder layers
 LAYERS = Role("layers")  # of decoders

@@ -29,6 +29,7 @@ from ..tokens import Selection, TokenMap
 from ..upstream.names import Role
 from ..upstream.specs import EncoderSpec, part
 from .inputs import EncoderForward
+from .readers import Reader
 
 # runs a pool on samples of equal length: (tokens, x [B, P + K, C], run) -> results in the order of the batch
 ByLength = Callable[[TokenMap, Tensor, Callable[[Tensor, TokenMap], tuple[Tensor, ...]]], tuple[Tensor, ...]]
@@ -45,6 +46,7 @@ class Outputs(Uncopyable):
         restored: layers in front of which the sequence is full length, for a merger that reads it there.
         forwards: of the encoder.
         by_length: runs an attention pool on samples of equal length.
+        reader: of the rows, around the encoder.
     """
 
     def __init__(
@@ -56,11 +58,14 @@ class Outputs(Uncopyable):
         restored: frozenset[int],
         forwards: Forwards[EncoderForward],
         by_length: ByLength,
+        reader: Reader | None = None,
     ) -> None:
         self.module, self.spec, self.depth = encoder, spec, depth
         self.output, self.restored = output, restored
         self.forwards, self.by_length = forwards, by_length
         self.prefix = spec.prefix(encoder)
+        self.reader = reader
+        self.marks = reader is not None and reader.spec.decoder is not None  # padding is marked, for a mask behind it
         self.dense = Flag()  # full-length block outputs, for callers that reshape to the grid
 
     def install(self, stack: ExitStack) -> None:
@@ -77,6 +82,10 @@ class Outputs(Uncopyable):
         for name in self.spec.dense_calls:
             if hasattr(self.module, name):
                 override(stack, self.module, name, self._dense_call)
+        if self.reader is not None:
+            self.reader.install(stack)
+            if self.reader.spec.dense:
+                override(stack, self.reader.module, "forward", self._dense_call)
 
     # -- behind each block --------------------------------------------------------------------------------------------
 
@@ -104,7 +113,7 @@ class Outputs(Uncopyable):
         elif self.dense.up or (last and self.output != "survivors"):
             y = self.expand(y, after)  # [B, P + N, C]
         elif last:
-            return fill_padding(y, tokens, self.prefix, with_prefix=self.spec.pool_with_prefix(self.module))
+            return self._fill(y, tokens)
         else:
             return y
         forward.states[after] = replace(state, full_length=True)
@@ -127,7 +136,14 @@ class Outputs(Uncopyable):
             return self._mark(output, tokens) if full else None  # the norm has blurred the rows of dropped tokens
         if output.ndim != 3 or output.shape[1] != self.prefix + tokens.slots:
             return None  # the norm of a pooled vector, or of an intermediate map
-        return fill_padding(output, tokens, self.prefix, with_prefix=self.spec.pool_with_prefix(self.module))
+        return self._fill(output, tokens)
+
+    def _fill(self, x: Tensor, tokens: TokenMap) -> Tensor:
+        """Rows of padding that no pool notices, or that the reader can tell: x [B, P + K, C]."""
+        if not self.marks or tokens.valid is None:
+            return fill_padding(x, tokens, self.prefix, with_prefix=self.spec.pool_with_prefix(self.module))
+        padding = torch.nn.functional.pad(~tokens.valid, (self.prefix, 0))  # [B, P + K]
+        return x.masked_fill(padding.unsqueeze(-1), DROPPED)
 
     def _mark(self, x: Tensor, tokens: TokenMap) -> Tensor:
         """Mark the rows of dropped tokens of a full-length map, [B, P + N, C] or packed [N, C]."""
