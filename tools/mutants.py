@@ -69,6 +69,7 @@ TESTS = {
     "test_support.py::test_two_encoders_ask_which "
     "test_support.py::test_architectures_without_global_tokens_are_refused_by_name",
     "vision/outputs": "test_modes.py test_scored.py test_support.py::test_full_length_outputs test_vlm_towers.py",
+    "vision/readers": "test_readers.py",
     "language/cache": "test_cache_properties.py",
     "language/masks": "test_cache_properties.py test_placements.py::test_merging_in_a_language_model",
     "language/prompt": "test_text.py",

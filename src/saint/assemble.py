@@ -12,7 +12,6 @@ from .methods.base import counts_by_votes
 from .plan import Plan, Stage
 from .runtime.observe import Observers
 from .runtime.points import DropPoint
-from .upstream.decoders import TEXT
 from .upstream.names import LAYERS
 from .upstream.specs import EncoderSpec, FamilySpec, part
 from .upstream.verify import verify_encoder, verify_family, verify_text
@@ -156,15 +155,15 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "tuple[PrunedVLM
 
 def _text(path: str, text: nn.Module, plan: Plan, observers: Observers) -> "PrunedText":
     from .language.decoder import Handover
-    from .language.prompt import PrunedText
+    from .language.prompt import PrunedText, title
 
-    title = TEXT[f"{type(text).__module__}.{type(text).__qualname__}"]
+    name = title(text)
     if wrong := [slot for slot in plan.slots if slot != "language"]:
         raise UnsupportedModelError(
-            f"{title} is a language model without images and has no {' and no '.join(wrong)} stage: tokens of its prompt leave "
+            f"{name} is a language model without images and has no {' and no '.join(wrong)} stage: tokens of its prompt leave "
             "with saint.Plan(language=...)"
         )
-    verify_text(text, title)
+    verify_text(text, name)
     warn_if_untested("torch", "transformers", vlm=True)
     handover = Handover()
     return PrunedText(text, _decoder(path or "the model", text, plan, observers, handover), handover)

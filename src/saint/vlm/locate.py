@@ -5,6 +5,7 @@ import inspect
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from ..language.prompt import held
 from ..upstream import registry
 from ..upstream.decoders import TEXT
 from ..upstream.names import (
@@ -44,7 +45,7 @@ def locate(model: nn.Module, stage: str) -> tuple[str, nn.Module, FamilySpec]:
         refuse_unknown(model)
         raise UnsupportedModelError(
             f"the {stage} stage needs a vision-language model, and {type(model).__name__} ({type(model).__module__}) contains "
-            f"none that is known, so there are no visual tokens to drop; known families: {_known()}; known language "
+            f"none that is known, so there are no visual tokens to drop; {held(model)}known families: {_known()}; known language "
             f"models without images, whose prompt tokens the language stage drops: {', '.join(TEXT.values())}"
         )
     return found
