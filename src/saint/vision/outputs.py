@@ -26,7 +26,7 @@ from ..patch import Uncopyable, override
 from ..runtime.forwards import Flag, Forwards
 from ..runtime.state import LayerState
 from ..tokens import Selection, TokenMap
-from ..upstream.names import Role
+from ..upstream.names import ALL_STATES, Role
 from ..upstream.specs import EncoderSpec, part
 from .inputs import EncoderForward
 from .readers import Reader
@@ -82,6 +82,8 @@ class Outputs(Uncopyable):
         for name in self.spec.dense_calls:
             if hasattr(self.module, name):
                 override(stack, self.module, name, self._dense_call)
+        if self.output != "survivors" and "forward" not in self.spec.dense_calls:
+            override(stack, self.module, "forward", self._call_with_states)
         if self.reader is not None:
             self.reader.install(stack)
             if self.reader.spec.dense:
@@ -179,6 +181,15 @@ class Outputs(Uncopyable):
                 self.dense.set(before)
 
         return dense
+
+    def _call_with_states(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A call that asks for the hidden states behind every layer reads them as it reads the last: at full length."""
+        dense, config = self._dense_call(original), getattr(self.module, "config", None)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return (dense if ALL_STATES.read(kwargs, ALL_STATES.get(config)) else original)(*args, **kwargs)
+
+        return call
 
     # -- full length --------------------------------------------------------------------------------------------------
 
