@@ -163,3 +163,26 @@ def test_hooks_of_accelerate_that_leave_before_the_plan(hooked_first):
         assert torch.equal(run(), base)
     assert vars(block).pop("forward").__func__ is type(block).forward  # accelerate leaves the method on the instance
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("order", ["plan other undo off", "plan other off undo"])
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_that_are_offloaded_under_a_plan(name, order):
+    accelerate = pytest.importorskip("accelerate")
+    model, run, plan = MODELS[name]()
+    session = None
+    with torch.no_grad():
+        base = run()
+        with saint.apply(model, plan):
+            pruned = run()
+        for step in order.split():
+            if step == "plan":
+                session = saint.apply(model, plan)
+            elif step == "other":
+                accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+                assert any(parameter.is_meta for parameter in model.parameters())
+            elif step == "undo":
+                session.remove()
+            else:
+                accelerate.hooks.remove_hook_from_module(model, recurse=True)
+            assert torch.equal(run(), base if "undo" in order[: order.index(step) + 4] else pruned)

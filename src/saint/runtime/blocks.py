@@ -7,12 +7,14 @@ anything is touched. Upstream drift becomes a :class:`~saint.errors.ParityError`
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import HookNeverFiredError, ParityError
+from ..patch import override
 from ..upstream.names import KEYS_FROM, Parameters
 from ..upstream.sharded import gathered
 from ..upstream.specs import BlockSpec, part
@@ -86,25 +88,24 @@ class Block:
 
             return hook
 
-        def read(index: int, attention: nn.Module, path: str) -> Callable[..., None]:
+        def read(index: int, attention: nn.Module, path: str, original: Callable[..., Any]) -> Callable[..., Any]:
             parameters = Parameters(type(attention).forward)
 
-            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            def forward(*args: Any, **kwargs: Any) -> Any:
                 keep(index, self._project(attention, path, KEYS_FROM.read(parameters.named(args, kwargs))))
+                return original(*args, **kwargs)
 
-            return hook
+            return forward
 
         undo = ExitStack()
         for index, unit in enumerate(self.units[0] if self.key_source else ()):
-            if (
-                self.recomputes
-            ):  # where the weight is used: an adapter may put another in its place for the length of the call
+            if self.recomputes:
+                # where the weight is used: an adapter may put another in its place for the length of the call
                 attention, path = _attention(unit, self.key_source)
                 assert attention is not None
-                handle = attention.register_forward_pre_hook(read(index, attention, path), with_kwargs=True)
+                override(undo, attention, "forward", partial(read, index, attention, path))
             else:
-                handle = part(unit, self.key_source).register_forward_hook(watch(index))
-            undo.callback(handle.remove)
+                undo.callback(part(unit, self.key_source).register_forward_hook(watch(index)).remove)
         return undo.close
 
     def head_mean_keys(self, keys: Tensor | None, prefix: int) -> Tensor:

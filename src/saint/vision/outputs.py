@@ -82,12 +82,14 @@ class Outputs(Uncopyable):
         for name in self.spec.dense_calls:
             if hasattr(self.module, name):
                 override(stack, self.module, name, self._dense_call)
-        if self.output != "survivors" and "forward" not in self.spec.dense_calls:
-            override(stack, self.module, "forward", self._call_with_states)
+        config = getattr(self.module, "config", None)
+        if self.output != "survivors" and ALL_STATES.of(config) is not None:
+            # hidden states behind every layer, where they are asked for, are read as the last are: at full length
+            self._dense_while(stack, self.module, lambda given: bool(ALL_STATES.read(given, ALL_STATES.get(config))))
         if self.reader is not None:
             self.reader.install(stack)
             if self.reader.spec.dense:
-                override(stack, self.reader.module, "forward", self._dense_call)
+                self._dense_while(stack, self.reader.module, lambda given: True)
 
     # -- behind each block --------------------------------------------------------------------------------------------
 
@@ -182,14 +184,22 @@ class Outputs(Uncopyable):
 
         return dense
 
-    def _call_with_states(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """A call that asks for the hidden states behind every layer reads them as it reads the last: at full length."""
-        dense, config = self._dense_call(original), getattr(self.module, "config", None)
+    def _dense_while(self, stack: ExitStack, module: nn.Module, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Full-length maps while ``module`` is called with keyword arguments that are ``wanted``; ``stack`` undoes it.
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return (dense if ALL_STATES.read(kwargs, ALL_STATES.get(config)) else original)(*args, **kwargs)
+        By hooks: an export takes no other ``forward`` of the module it is given.
+        """
 
-        return call
+        def begin(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+            if wanted(kwargs):
+                self.dense.set(True)
+
+        def end(_module: nn.Module, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
+            if wanted(kwargs):
+                self.dense.set(False)
+
+        stack.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        stack.callback(module.register_forward_hook(end, with_kwargs=True, always_call=True).remove)
 
     # -- full length --------------------------------------------------------------------------------------------------
 
