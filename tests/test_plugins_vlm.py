@@ -56,7 +56,7 @@ def test_a_family_keeps_the_contracts_with_one_spec(install):
     install("strange", {"strange_vlm.py": strange_llava()})
     model = strange()
     assert not [cls for cls in type(model.model).__mro__ if cls.__module__.startswith("transformers.models.llava")]
-    with pytest.raises(saint.UnsupportedModelError, match="none that is known"):
+    with pytest.raises(saint.UnsupportedModelError, match="of no known family"):
         check_vlm(model, maker(FAMILIES["llava-llama"], model))
     saint.register(STRANGE)
     assert find_vlm(model)[1:] == (model.model, STRANGE)

@@ -35,7 +35,7 @@ ALLOWED = {
     "vision": {"frames", "graph", "tokens", "gathers", "errors", "patch", "runtime", "upstream", "vision"},
     "language": {"tokens", "gathers", "errors", "patch", "runtime", "upstream", "language"},
     "vlm": {"frames", "tokens", "gathers", "errors", "patch", "runtime", "upstream", "vision", "language", "vlm"},
-    "assemble": {"errors", "plan", "runtime", "upstream", "vision", "language", "vlm"},
+    "assemble": {"errors", "methods", "plan", "runtime", "upstream", "vision", "language", "vlm"},
 }
 # behind the session; a package and what it may import of the others here, besides everything below the session
 UPPER = {

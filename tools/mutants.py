@@ -70,6 +70,7 @@ TESTS = {
     "test_support.py::test_two_encoders_ask_which "
     "test_support.py::test_architectures_without_global_tokens_are_refused_by_name",
     "vision/outputs": "test_modes.py test_scored.py test_support.py::test_full_length_outputs test_vlm_towers.py",
+    "vision/readers": "test_readers.py",
     "language/cache": "test_cache_properties.py",
     "language/doorway": "test_doorway.py test_vlm_generate.py",
     "language/logical": "test_doorway.py test_vlm_generate.py",

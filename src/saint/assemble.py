@@ -8,18 +8,20 @@ from torch import nn
 
 from .errors import UnsupportedModelError
 from .language.prompt import find as find_text
+from .methods.base import counts_by_votes
 from .plan import Plan, Stage
 from .runtime.observe import Observers
 from .runtime.points import DropPoint
-from .upstream.decoders import TEXT
 from .upstream.names import LAYERS
 from .upstream.specs import EncoderSpec, FamilySpec, part
 from .upstream.verify import verify_encoder, verify_family, verify_text
 from .upstream.versions import warn_if_untested
 from .vision.encoder import PrunedEncoder
 from .vision.locate import locate, locate_tower
+from .vision.readers import Reader, check_readers, find_reader
 from .vlm.locate import find as find_vlm
 from .vlm.locate import locate as locate_vlm
+from .vlm.locate import refuse_unknown
 
 if TYPE_CHECKING:  # imports transformers
     from .language.doorway import Doorway, Handover
@@ -41,9 +43,14 @@ def assemble(
     if text is not None:
         return _text(model, *text, plan, observers), None
     if plan.connector is None and plan.language is None and find_vlm(model) is None:
+        refuse_unknown(model)
         path, encoder, spec = locate(model)
         verify_encoder(encoder, spec)
-        return None, _encoder(plan, path, encoder, spec, observers)
+        reader, stages = find_reader(model, path), plan.slots.get("vision", ())
+        if stages:
+            ragged = any(counts_by_votes(stage.method) or stage.guard for stage in stages)
+            check_readers(model, path, spec, reader, stages[0].output, ragged)
+        return None, _encoder(plan, path, encoder, spec, observers, reader=reader)
     return _vlm(model, plan, observers)
 
 
@@ -93,6 +100,7 @@ def _encoder(
     merge_size: int | None = None,
     restored: frozenset[int] = frozenset(),
     read: int | None = None,
+    reader: Reader | None = None,
 ) -> PrunedEncoder:
     """The vision stage of an encoder that was verified; only the first ``read`` layers are of use to whoever reads it."""
     warn_if_untested("torch", spec.library)
@@ -108,6 +116,7 @@ def _encoder(
         observers=observers,
         merge_size=merge_size,
         restored=restored,
+        reader=reader,
     )
 
 
@@ -146,15 +155,15 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "tuple[PrunedVLM
 
 def _text(root: nn.Module, path: str, text: nn.Module, plan: Plan, observers: Observers) -> "PrunedText":
     from .language.doorway import Handover
-    from .language.prompt import PrunedText
+    from .language.prompt import PrunedText, title
 
-    title = TEXT[f"{type(text).__module__}.{type(text).__qualname__}"]
+    name = title(text)
     if wrong := [slot for slot in plan.slots if slot != "language"]:
         raise UnsupportedModelError(
-            f"{title} is a language model without images and has no {' and no '.join(wrong)} stage: tokens of its prompt leave "
+            f"{name} is a language model without images and has no {' and no '.join(wrong)} stage: tokens of its prompt leave "
             "with saint.Plan(language=...)"
         )
-    verify_text(text, title)
+    verify_text(text, name)
     warn_if_untested("torch", "transformers", vlm=True)
     handover = Handover()
     return PrunedText(text, _door(path or "the model", text, plan, observers, handover), handover, root)

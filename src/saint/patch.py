@@ -41,22 +41,30 @@ class Replacement:
         return copy.copy, (vars(self)["__wrapped__"],)  # loads without this library
 
 
+_MOVED = "_old_forward"  # where the hooks of accelerate keep the forward that they wrap
+
+
 def override(stack: ExitStack, module: nn.Module, name: str, wrap: Callable[[Callable[..., Any]], Any]) -> None:
     """Replace a method on this instance only; the undo restores exactly what was in its ``__dict__``.
 
-    What is put in place has the name, documentation and signature of the method it replaces.
+    What is put in place has the name, documentation and signature of the method it replaces. Others may have wrapped or moved
+    it by the time of the undo, or keep a reference: from then on it calls the method it replaced.
     """
     # accelerate keeps the wrapped forward in `_old_forward` and calls that from its own; stay inside its hook
-    slot = "_old_forward" if name == "forward" and "_old_forward" in vars(module) else name
+    slot = _MOVED if name == "forward" and _MOVED in vars(module) else name
     before = vars(module).get(slot)
     original = getattr(module, slot)
-    vars(module)[slot] = Replacement(wrap(original), original)
+    vars(module)[slot] = ours = Replacement(wrap(original), original)
 
     def undo() -> None:
-        if before is None:
-            del vars(module)[slot]
-        else:
-            vars(module)[slot] = before
+        ours.call = original
+        for place in (name, _MOVED):
+            if vars(module).get(place) is not ours:
+                continue
+            if place == name and before is None:
+                del vars(module)[place]
+            else:  # where accelerate has put it since, something must stand
+                vars(module)[place] = original if before is None else before
 
     stack.callback(undo)
 

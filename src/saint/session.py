@@ -315,7 +315,7 @@ class Session(Uncopyable):
             self._patch(self._vlm.root, self._vlm.install)
             self._vlm.door.token.reopen()  # the caches of before are its own again
         elif self._encoder is not None:
-            self._patch(self._encoder.module, self._encoder.install)
+            self._patch(self._encoder.patched, self._encoder.install)
 
     def _patch(self, module: nn.Module, install: Callable[[ExitStack], None]) -> None:
         before = Before(module)

@@ -7,18 +7,41 @@ anything is touched. Upstream drift becomes a :class:`~saint.errors.ParityError`
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import HookNeverFiredError, ParityError
-from ..upstream.names import Parameters
+from ..patch import override
+from ..upstream.names import KEYS_FROM, Parameters
+from ..upstream.sharded import gathered
 from ..upstream.specs import BlockSpec, part
 
 
 def _chain(block: nn.Module, names: tuple[str, ...]) -> list[Any]:
     return [step for name in names if (step := getattr(block, name, None)) is not None]
+
+
+def _attention(unit: nn.Module, path: str) -> tuple[nn.Module | None, str]:
+    """What holds the weight at ``path`` when it is used, and the path from there: adapters stand around such an attention."""
+    name, _, rest = path.partition(".")
+    outer = part(unit, name)
+    if not isinstance(outer, nn.Module):
+        return None, rest
+    return next((m for m in outer.modules() if isinstance(m, nn.MultiheadAttention)), outer), rest
+
+
+def _known(unit: nn.Module, paths: tuple[str, ...]) -> tuple[str, Any]:
+    """The first path at which there is something, and that."""
+    for path in paths:
+        found = part(unit, path)
+        inner, rest = _attention(unit, path)
+        found = part(inner, rest) if found is None and inner is not None and rest else found
+        if found is not None:
+            return path, found
+    return "", None
 
 
 def units(module: nn.Module, spec: BlockSpec) -> tuple[list[nn.Module], list[nn.Module]]:
@@ -43,11 +66,11 @@ class Block:
             raise ParityError(f"{name} ({type(module).__name__}) takes no {spec.segments}, which ends its segments")
         self.units = units(module, spec)
         parallel = self.units[0]
-        source = next((path for path in spec.keys if parallel and part(parallel[0], path) is not None), "")
+        source, shown = _known(parallel[0], spec.keys) if parallel else ("", None)
         if spec.keys and not source:
             raise ParityError(f"{name} ({type(module).__name__}) has none of {', '.join(spec.keys)} to read keys from")
-        self.key_source = source
-        self.heads = next((n for path in spec.heads if (n := part(parallel[0], path)) is not None), 0)
+        self.key_source, self.recomputes = source, isinstance(shown, Tensor)
+        self.heads = _known(parallel[0], spec.heads)[1] or 0 if parallel else 0
         self.bias = next((method for method, table in spec.bias if part(module, table) is not None), None)
 
     def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -65,11 +88,24 @@ class Block:
 
             return hook
 
+        def read(index: int, attention: nn.Module, path: str, original: Callable[..., Any]) -> Callable[..., Any]:
+            parameters = Parameters(type(attention).forward)
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                keep(index, self._project(attention, path, KEYS_FROM.read(parameters.named(args, kwargs))))
+                return original(*args, **kwargs)
+
+            return forward
+
         undo = ExitStack()
         for index, unit in enumerate(self.units[0] if self.key_source else ()):
-            source = part(unit, self.key_source)
-            shown = source if isinstance(source, nn.Module) else part(unit, self.spec.norm1 or "")
-            undo.callback(shown.register_forward_hook(watch(index)).remove)
+            if self.recomputes:
+                # where the weight is used: an adapter may put another in its place for the length of the call
+                attention, path = _attention(unit, self.key_source)
+                assert attention is not None
+                override(undo, attention, "forward", partial(read, index, attention, path))
+            else:
+                undo.callback(part(unit, self.key_source).register_forward_hook(watch(index)).remove)
         return undo.close
 
     def head_mean_keys(self, keys: Tensor | None, prefix: int) -> Tensor:
@@ -84,17 +120,17 @@ class Block:
         """
         if keys is None:
             raise HookNeverFiredError(
-                f"{self.name}.{self.key_source} was not called during the forward, so there are no keys to score: this "
-                "version of the model computes its attention differently from what the support table knows"
+                f"{self.name}.{self.key_source} was not called during the forward, so there are no keys to score: either it "
+                "was replaced since the plan was applied (an adapter was merged or unloaded: take the plan off and apply it "
+                "again), or this version of the model computes its attention differently from what the support table knows"
             )
         keys = keys.detach()
         if self.spec.fused:
             keys = keys.chunk(3, -1)[1]
         if self.segments is not None:
             keys = keys.unsqueeze(0)
-        # looked up at each call: `load_state_dict(assign=True)` puts other tensors there
-        if isinstance(weight := self.key_source and part(self.units[0][0], self.key_source), Tensor):
-            return self._project(weight, keys[:, prefix:])
+        if self.recomputes:
+            return keys[:, prefix:]  # a mean already
         if self.spec.keys_by_token:
             return keys[:, prefix:].mean(2, dtype=torch.float32)
         if keys.ndim == 4:
@@ -103,10 +139,10 @@ class Block:
         heads = keys.reshape(batch, count, self.heads, width // self.heads)
         return heads[:, prefix:].mean(2, dtype=torch.float32)
 
-    def _project(self, weight: Tensor, x: Tensor) -> Tensor:
-        """Head-mean keys from the attention's input; the mean over heads is linear, so D columns suffice instead of C."""
+    def _project(self, attention: nn.Module, path: str, x: Tensor) -> Tensor:
+        """Head-mean keys from an attention's input; the mean over heads is linear, so D columns suffice instead of C."""
+        weight, bias = part(attention, path), part(attention, path.replace("weight", "bias"))
         width = weight.shape[0] // 3
-        bias = part(self.module, self.key_source.replace("weight", "bias"))
         with torch.no_grad():
             w = weight[width : 2 * width].view(self.heads, width // self.heads, -1).mean(0)
             b = None if bias is None else bias[width : 2 * width].view(self.heads, -1).mean(0)
@@ -156,7 +192,12 @@ class Block:
 
         Raises:
             ParityError: they differ, or the block cannot be called as the fact table says.
+            UnsupportedModelError: parameters are sharded by a module around the block.
         """
+        with gathered(self.module, self.name):
+            self._prove(width, prefix, table)
+
+    def _prove(self, width: int, prefix: int, table: Callable[[str, Tensor], Any]) -> None:
         weight = next(p for p in self.module.parameters() if p.is_floating_point())
         generator = torch.Generator().manual_seed(0)
         # a bias over all pairs of tokens fits one number of tokens only

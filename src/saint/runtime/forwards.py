@@ -5,7 +5,6 @@ A state belongs to one forward. Threads that share a patched model have one each
 """
 
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
@@ -13,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..upstream.autograd import backward_pass
+from ..upstream.autograd import Memory, backward_pass
 
 S = TypeVar("S")
 
@@ -33,7 +32,7 @@ class Forwards(Generic[S]):
         self._compiled = False  # dynamo cannot trace a thread's own storage: a compiled forward is the latest
         self._held = False
         self._open = False  # a compiled forward has begun and not reached its first layer
-        self._inputs: dict[tuple[int, int], tuple[weakref.ref[Tensor], S]] = {}
+        self._inputs: dict[tuple[int, int], tuple[Memory, S]] = {}
 
     @property
     def state(self) -> S:
@@ -105,16 +104,18 @@ class Forwards(Generic[S]):
         return False
 
     def remember(self, layer: int, x: Tensor) -> None:
-        """Note with which input ``layer`` runs in the current forward, while that input lives; checkpointing keeps it."""
+        """Note with which input ``layer`` runs in the current forward, while its memory is held; checkpointing holds it."""
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or x.requires_grad):
             return
         if (where := _address(x)) is not None:
-            key, inputs = (layer, where), self._inputs
-            inputs[key] = (weakref.ref(x, lambda dead: _forget(inputs, key, dead)), self.state)
+            for key, (memory, _) in list(self._inputs.items()):  # a copy: other threads note theirs
+                if memory.freed:
+                    self._inputs.pop(key, None)
+            self._inputs[layer, where] = (Memory(x), self.state)
 
     def _first_state(self, layer: int, x: Tensor) -> S:
         found = self._inputs.get((layer, _address(x) or 0))
-        if found is not None and found[0]() is not None:
+        if found is not None and not found[0].freed:
             return found[1]
         before = self._replayed()
         if before is not None and before[0] in (-1, layer - 1):
@@ -151,11 +152,6 @@ def _address(x: Tensor) -> int | None:
 
 def _wrapped(x: Any) -> bool:
     return x.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(x)
-
-
-def _forget(inputs: dict[Any, tuple[weakref.ref[Tensor], Any]], key: Any, dead: "weakref.ref[Tensor]") -> None:
-    if key in inputs and inputs[key][0] is dead:  # its place may have been taken by a later forward
-        del inputs[key]
 
 
 class Flag:

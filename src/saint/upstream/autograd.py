@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 def backward_pass() -> int | None:
@@ -17,6 +18,21 @@ def backward_pass() -> int | None:
         return None  # cannot be traced; a compiled backward pass calls no module
     task = torch._C._current_graph_task_id()
     return None if task == -1 else task
+
+
+class Memory:
+    """The memory of a tensor, without holding it.
+
+    Another tensor object may share it: hooks of FSDP hand a layer a view of its input, and that input alone is kept.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._storage = StorageWeakRef(x.untyped_storage())
+
+    @property
+    def freed(self) -> bool:
+        """Whether no tensor holds it any more."""
+        return self._storage.expired()
 
 
 def checkpointed(module: nn.Module, function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -85,6 +85,8 @@ POSITIONS = Role("position_ids")
 EMBEDDINGS = Role("inputs_embeds")
 IDS = Role("input_ids")
 CACHING = Role("use_cache")  # also a field of configs
+SEEN_STATES = Role("encoder_hidden_states")  # of decoders that attend to another sequence
+SEEN_MASK = Role("encoder_attention_mask")
 ALL_STATES = Role("output_hidden_states")  # also a field of configs
 PIXELS = Role("pixel_values")
 VIDEOS = Role("pixel_values_videos")
@@ -95,6 +97,7 @@ GRID = Role("grid_thw")  # packed towers: rows and columns of patches of each im
 SEGMENTS = Role("cu_seqlens")  # packed towers: ends of the segments that attend to themselves
 LONGEST = Role("max_seqlen")
 TIMM_MASK = Role("attn_mask")
+KEYS_FROM = Role("key", "x")  # of nn.MultiheadAttention and of timm's: what keys are made from
 TIMM_ROTARY = Role("rope")
 TIMM_PAIRS = Role(
     "shared_rel_pos", "shared_rel_pos_bias"
@@ -108,6 +111,7 @@ PLACEHOLDER_MASK = Role(
 )  # returns where features go; called whenever there are features to merge
 IMAGE_FEATURES = Role("get_image_features")  # takes pixels, returns what the language model receives of them
 VIDEO_FEATURES = Role("get_video_features")  # takes pixels of videos, returns what the language model receives of them
+TEXT_FEATURES = Role("get_text_features")  # of dual encoders
 MERGER = Role("inputs_merger")  # merges features into embeddings itself
 WINDOW_ORDER = Role("permute_input_for_window_attn")  # reorders groups of patches, given their order
 
@@ -121,7 +125,7 @@ BATCHING = (Role("generate_batch"), Role("init_continuous_batching"))  # an engi
 PIECE = Role("prefill_chunk_size")  # of generation configs
 IMPLEMENTATION = Role("_attn_implementation")  # of configs
 POOLED = Role("pooler_output")
-IMAGE_TOKEN = Role("image_token_id")  # of configs
+IMAGE_TOKEN = Role("image_token_id", "image_token_index")  # of configs
 VIDEO_TOKEN = Role("video_token_id")  # of configs
 ATTENTION = Role("self_attn")  # of decoder layers
 LAYERS = Role("layers")  # of decoders

@@ -12,7 +12,7 @@ from .. import plugins
 from ..errors import PluginError
 from . import families as _families
 from . import open_clip, timm, transformers
-from .specs import EncoderSpec, FamilySpec
+from .specs import EncoderSpec, FamilySpec, ReaderSpec
 
 ENCODERS: tuple[EncoderSpec, ...] = (*timm.SPECS, *transformers.SPECS, *open_clip.SPECS)  # of this package
 FAMILIES: tuple[FamilySpec, ...] = _families.SPECS  # of this package
@@ -144,6 +144,11 @@ def families() -> dict[str, FamilySpec]:
     """
     _tables.read_plugins()
     return dict(_tables.families)
+
+
+def readers() -> dict[str, ReaderSpec]:
+    """Classes around encoders that read rows of their tokens, by qualified class name."""
+    return {spec.model: spec for spec in transformers.READERS}
 
 
 def refused() -> dict[str, str]:

@@ -119,6 +119,25 @@ class EncoderSpec:
     tiny: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class ReaderSpec:
+    """A class around an encoder that reads rows of its tokens, beside or instead of what is pooled from them.
+
+    Attributes:
+        model: qualified name (module and class) of the class.
+        dense: its forward lays the rows on the grid, or gives back one for each patch: they must be full length.
+        decoder: path of a module that attends to the rows, and takes a mask of them by name.
+        projection: path of a module that the rows may go through on their way there.
+        needs: why only an output of full length works, where the class cannot be given one; None otherwise.
+    """
+
+    model: str
+    dense: bool = False
+    decoder: str | None = None
+    projection: str | None = None
+    needs: str | None = None
+
+
 class Clip(NamedTuple):
     """What a language model receives of one video: ``frames`` times ``tokens``, then ``behind`` more."""
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .names import MASK, ROTARY
-from .specs import BlockSpec, EncoderSpec
+from .specs import BlockSpec, EncoderSpec, ReaderSpec
 
 _VIT = BlockSpec(
     attn="attention",
@@ -260,6 +260,28 @@ SPECS = [
             ("DINOv3ViTBackbone", "dinov3-backbone", _MAPS),
         )
     ],
+]
+
+# classes around these encoders that read their rows; all others read what is pooled, or an average over the rows
+READERS = [
+    *[
+        ReaderSpec(qualified(module, cls), dense=True)
+        for module, cls in (
+            ("vit", "ViTForMaskedImageModeling"),
+            ("deit", "DeiTForMaskedImageModeling"),
+            ("beit", "BeitForMaskedImageModeling"),
+            ("beit", "BeitForSemanticSegmentation"),
+        )
+    ],
+    ReaderSpec(
+        qualified("vision_encoder_decoder", "VisionEncoderDecoderModel"),
+        decoder="decoder",
+        projection="enc_to_dec_proj",
+    ),
+    ReaderSpec(
+        qualified("siglip2", "Siglip2ForImageClassification"),
+        needs="it averages the rows under the mask of its pictures, which is of full length",
+    ),
 ]
 
 REFUSED = {

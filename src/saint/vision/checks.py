@@ -47,7 +47,7 @@ def read_blocks(
         if parameter.is_meta:
             raise UnsupportedModelError(
                 f"{type(encoder).__name__} has parameters on the meta device: load its weights before applying a plan "
-                "(no offloading of vision weights)"
+                "(and offload them, where they must be, behind it)"
             )
     blocks: list[Block | None] = []
     for index, module in enumerate(modules):

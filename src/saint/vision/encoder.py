@@ -29,6 +29,7 @@ from .checks import check_bias, check_output, check_seams, placed, prove, read_b
 from .guard import least
 from .inputs import EncoderForward, Inputs
 from .outputs import Outputs
+from .readers import Reader
 
 
 class PrunedEncoder(LayerStack[EncoderForward]):
@@ -46,6 +47,7 @@ class PrunedEncoder(LayerStack[EncoderForward]):
         merge_size: side of the square of patches that a merger behind the encoder joins into one token. Those squares are the
             candidates then: a method sees their mean keys, and their tokens stay or go together.
         restored: layers in front of which the sequence is full length again, for a merger that reads it there.
+        reader: of the rows, around the encoder.
 
     Raises:
         UnsupportedModelError: an unknown block class, ``placement="mid"`` at a block without a place for it, parameters on
@@ -67,6 +69,7 @@ class PrunedEncoder(LayerStack[EncoderForward]):
         observers: Observers,
         merge_size: int | None = None,
         restored: frozenset[int] = frozenset(),
+        reader: Reader | None = None,
     ) -> None:
         self.spec, self.merge_size = spec, merge_size
         blocks = list(part(encoder, spec.blocks))
@@ -82,7 +85,8 @@ class PrunedEncoder(LayerStack[EncoderForward]):
         prove(self.blocks, self.points, self.prefix)
         self.inputs = Inputs(encoder, spec, merge_size, self.forwards, guard, self.wants_frames)
         self.carries = output == "carried"
-        self.outputs = Outputs(encoder, spec, self.depth, output, restored, self.forwards, _by_length)
+        self.outputs = Outputs(encoder, spec, self.depth, output, restored, self.forwards, _by_length, reader)
+        self.patched = encoder if reader is None else reader.module  # holds all that is patched
 
     # -- installation -------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ from ..upstream import registry
 from ..upstream.specs import EncoderSpec
 
 
-def _lineage(module: nn.Module) -> list[str]:
+def lineage(module: nn.Module) -> list[str]:
+    """Qualified names of the classes of a module."""
     # names, not classes: looking one up must not import a library the user does not have
     return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
 
@@ -20,7 +21,7 @@ def locate_tower(model: nn.Module) -> tuple[str, nn.Module, EncoderSpec]:
     """
     towers = registry.towers()
     for path, module in model.named_modules():
-        for name in _lineage(module):
+        for name in lineage(module):
             if name in towers:
                 return path, module, towers[name]
     return locate(model)
@@ -31,7 +32,7 @@ def find(model: nn.Module) -> list[tuple[str, nn.Module, EncoderSpec]]:
     known = registry.encoders()
     found: list[tuple[str, nn.Module, EncoderSpec]] = []
     for path, module in model.named_modules():
-        spec = next((known[name] for name in _lineage(module) if name in known), None)
+        spec = next((known[name] for name in lineage(module) if name in known), None)
         if spec is None or any(not outer or path.startswith(f"{outer}.") for outer, _, _ in found):
             continue
         found.append((path, module, spec))
@@ -58,7 +59,7 @@ def locate(model: nn.Module) -> tuple[str, nn.Module, EncoderSpec]:
         return path, module, spec
     reasons = registry.refused()
     for path, module in model.named_modules():
-        for name in _lineage(module):
+        for name in lineage(module):
             if name in reasons:
                 where = f" (at {path})" if path else ""
                 raise UnsupportedModelError(f"{type(module).__name__}{where} cannot be pruned: {reasons[name]}")

@@ -26,9 +26,10 @@ from ..patch import Uncopyable, override
 from ..runtime.forwards import Flag, Forwards
 from ..runtime.state import LayerState
 from ..tokens import Selection, TokenMap
-from ..upstream.names import Role
+from ..upstream.names import ALL_STATES, Role
 from ..upstream.specs import EncoderSpec, part
 from .inputs import EncoderForward
+from .readers import Reader
 
 # runs a pool on samples of equal length: (tokens, x [B, P + K, C], run) -> results in the order of the batch
 ByLength = Callable[[TokenMap, Tensor, Callable[[Tensor, TokenMap], tuple[Tensor, ...]]], tuple[Tensor, ...]]
@@ -99,6 +100,7 @@ class Outputs(Uncopyable):
         restored: layers in front of which the sequence is full length, for a merger that reads it there.
         forwards: of the encoder.
         by_length: runs an attention pool on samples of equal length.
+        reader: of the rows, around the encoder.
     """
 
     def __init__(
@@ -110,12 +112,15 @@ class Outputs(Uncopyable):
         restored: frozenset[int],
         forwards: Forwards[EncoderForward],
         by_length: ByLength,
+        reader: Reader | None = None,
     ) -> None:
         self.module, self.spec, self.depth = encoder, spec, depth
         self.output, self.restored = output, restored
         self.forwards, self.by_length = forwards, by_length
         self.prefix = spec.prefix(encoder)
         self.full = FullLength(output, self.prefix)
+        self.reader = reader
+        self.marks = reader is not None and reader.spec.decoder is not None  # padding is marked, for a mask behind it
         self.dense = Flag()  # full-length block outputs, for callers that reshape to the grid
 
     def install(self, stack: ExitStack) -> None:
@@ -132,6 +137,14 @@ class Outputs(Uncopyable):
         for name in self.spec.dense_calls:
             if hasattr(self.module, name):
                 override(stack, self.module, name, self._dense_call)
+        config = getattr(self.module, "config", None)
+        if self.output != "survivors" and ALL_STATES.of(config) is not None:
+            # hidden states behind every layer, where they are asked for, are read as the last are: at full length
+            self._dense_while(stack, self.module, lambda given: bool(ALL_STATES.read(given, ALL_STATES.get(config))))
+        if self.reader is not None:
+            self.reader.install(stack)
+            if self.reader.spec.dense:
+                self._dense_while(stack, self.reader.module, lambda given: True)
 
     # -- behind each block --------------------------------------------------------------------------------------------
 
@@ -159,7 +172,7 @@ class Outputs(Uncopyable):
         elif self.dense.up or (last and self.output != "survivors"):
             y = self.full.expand(forward, y, after)  # [B, P + N, C]
         elif last:
-            return fill_padding(y, tokens, self.prefix, with_prefix=self.spec.pool_with_prefix(self.module))
+            return self._fill(y, tokens)
         else:
             return y
         forward.states[after] = replace(state, full_length=True)
@@ -182,7 +195,14 @@ class Outputs(Uncopyable):
             return self._mark(output, tokens) if full else None  # the norm has blurred the rows of dropped tokens
         if output.ndim != 3 or output.shape[1] != self.prefix + tokens.slots:
             return None  # the norm of a pooled vector, or of an intermediate map
-        return fill_padding(output, tokens, self.prefix, with_prefix=self.spec.pool_with_prefix(self.module))
+        return self._fill(output, tokens)
+
+    def _fill(self, x: Tensor, tokens: TokenMap) -> Tensor:
+        """Rows of padding that no pool notices, or that the reader can tell: x [B, P + K, C]."""
+        if not self.marks or tokens.valid is None:
+            return fill_padding(x, tokens, self.prefix, with_prefix=self.spec.pool_with_prefix(self.module))
+        padding = torch.nn.functional.pad(~tokens.valid, (self.prefix, 0))  # [B, P + K]
+        return x.masked_fill(padding.unsqueeze(-1), DROPPED)
 
     def _mark(self, x: Tensor, tokens: TokenMap) -> Tensor:
         """Mark the rows of dropped tokens of a full-length map, [B, P + N, C] or packed [N, C]."""
@@ -218,6 +238,23 @@ class Outputs(Uncopyable):
                 self.dense.set(before)
 
         return dense
+
+    def _dense_while(self, stack: ExitStack, module: nn.Module, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Full-length maps while ``module`` is called with keyword arguments that are ``wanted``; ``stack`` undoes it.
+
+        By hooks: an export takes no other ``forward`` of the module it is given.
+        """
+
+        def begin(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+            if wanted(kwargs):
+                self.dense.set(True)
+
+        def end(_module: nn.Module, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
+            if wanted(kwargs):
+                self.dense.set(False)
+
+        stack.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        stack.callback(module.register_forward_hook(end, with_kwargs=True, always_call=True).remove)
 
     # -- full length --------------------------------------------------------------------------------------------------
 

@@ -1,11 +1,26 @@
-"""Find the vision-language model in a model."""
+"""Find the vision-language model in a model, and tell models that bring images of those that do not."""
+
+import inspect
 
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from ..language.prompt import held
 from ..upstream import registry
 from ..upstream.decoders import TEXT
+from ..upstream.names import (
+    CACHE,
+    EMBEDDINGS,
+    IMAGE_TOKEN,
+    MERGER,
+    PLACEHOLDER_MASK,
+    SEEN_STATES,
+    TEXT_FEATURES,
+    Parameters,
+)
 from ..upstream.specs import FamilySpec
+from ..vision.locate import find as find_encoders
+from ..vision.readers import around
 
 
 def find(model: nn.Module) -> tuple[str, nn.Module, FamilySpec] | None:
@@ -27,10 +42,60 @@ def locate(model: nn.Module, stage: str) -> tuple[str, nn.Module, FamilySpec]:
     """
     found = find(model)
     if found is None:
-        known = ", ".join(spec.title for spec in registry.families().values())
+        refuse_unknown(model)
         raise UnsupportedModelError(
             f"the {stage} stage needs a vision-language model, and {type(model).__name__} ({type(model).__module__}) contains "
-            f"none that is known, so there are no visual tokens to drop; known families: {known}; known language "
+            f"none that is known, so there are no visual tokens to drop; {held(model)}known families: {_known()}; known language "
             f"models without images, whose prompt tokens the language stage drops: {', '.join(TEXT.values())}"
         )
     return found
+
+
+def refuse_unknown(model: nn.Module) -> None:
+    """Refuse a vision-language model of which only the tower is known.
+
+    Raises:
+        UnsupportedModelError: it names the tower to pass, and what is lost.
+    """
+    for path, tower, _ in find_encoders(model):
+        sign = _brings_images(model, path)
+        if sign:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} ({type(model).__module__}) is a vision-language model of no known family ({sign}), so "
+                f"its visual tokens cannot be followed from {path} ({type(tower).__name__}) into its language model: pass that "
+                f'tower alone, saint.apply(model.{path}, ...), with output="similar" on its stage. The language model then '
+                "receives as many features as ever and runs no faster, and the connector and language stages are not possible. "
+                f"Known families: {_known()}. CONTRIBUTING says how to register one of your own"
+            )
+
+
+def _brings_images(model: nn.Module, path: str) -> str:
+    """What tells that ``model`` hands the tokens of the encoder at ``path`` to a language model; "" where nothing does."""
+    holders = list(around(model, path))
+    for place, module in holders:
+        if TEXT_FEATURES.of(module) is not None:
+            return ""  # a dual encoder
+        name = PLACEHOLDER_MASK.of(module) or MERGER.of(module)
+        if name is None and (field := IMAGE_TOKEN.of(getattr(module, "config", None))) is not None:
+            name = f"config.{field}"
+        if name is not None:
+            return f"its {f'{place}.' if place else ''}{name} says where images stand in a prompt"
+    for place, module in model.named_modules():
+        if place == path or place.startswith(f"{path}.") or any(module is holder for _, holder in holders):
+            continue
+        if _takes_embeddings(module):
+            return f"{place} ({type(module).__name__}) is a language model that takes embeddings"
+    return ""
+
+
+def _takes_embeddings(module: nn.Module) -> bool:
+    """Whether a module is a decoder that can be given embeddings of images; those that attend to another sequence need none."""
+    forward = type(module).forward
+    if not inspect.isfunction(forward):
+        return False
+    parameters = Parameters(forward)
+    return parameters.has(CACHE) and parameters.has(EMBEDDINGS) and not parameters.has(SEEN_STATES)
+
+
+def _known() -> str:
+    return ", ".join(spec.title for spec in registry.families().values())
