@@ -19,7 +19,7 @@ from .guard import LARGEST
 
 STAGES = ("vision", "connector", "language")
 _FIELDS = {"image", "name", "model", "question", "plan", "stage", "method", "threshold", "budget", "layers"}
-_LONGEST = {"plan": 100_000}  # characters of a text: a tuned plan has a stage per layer
+_LONGEST = {"plan": 30_000}  # characters of a text: a tuned plan has a stage per layer
 _LONGEST_OTHER = 2000
 
 
