@@ -217,8 +217,8 @@ def test_transparency_becomes_white_and_grey_becomes_rgb():
     clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     assert as_rgb(clear).getpixel((1, 1)) == (255, 255, 255)
     assert as_rgb(Image.new("L", (4, 4), 7)).getpixel((0, 0)) == (7, 7, 7)
-    deep = Image.fromarray(np.full((4, 4), 32768, dtype=np.uint16))
-    assert as_rgb(deep).getpixel((0, 0)) == (127, 127, 127)
+    deep = Image.fromarray(np.array([[32768, 0], [65535, 0]], dtype=np.uint16))
+    assert as_rgb(deep).getpixel((0, 0)) == (128, 128, 128)
 
 
 def test_exif_orientation_is_applied():

@@ -75,7 +75,7 @@ ROOMS = {
     "eval/journal": {"errors"},
     "eval/loop": {"errors", "extras", "eval/journal"},
     "eval/report": {"plan", "session", "eval/compare", "eval/loop"},
-    "eval/data": {"extras", "images", "loading/failures", "loading/shards", "eval/loop"},
+    "eval/data": {"extras", "images", "loading/failures", "loading/listing", "loading/shards", "eval/loop"},
     "analysis/similarity": {"graph"},  # formulas, here and in the next four
     "analysis/attention": set(),
     "analysis/geometry": set(),
@@ -85,10 +85,11 @@ ROOMS = {
     "tuning/knapsack": set(),
     "demo/scenes": {"records", "demo/pictures"},
     "loading/failures": {"errors"},
-    "loading/photos": {"images"},
+    "loading/listing": {"images"},
+    "loading/photos": {"images", "loading/listing"},
     "loading/plans": {"plan"},
     "loading/shards": set(),
-    "embed/sources": {"extras", "images", "loading/shards"},  # lists and reads; loads no model
+    "embed/sources": {"extras", "images", "loading/listing", "loading/shards"},  # lists and reads; loads no model
     "embed/parts": {"errors", "extras", "records", "embed/sources"},
     "report/charts": {"report/markup"},  # from numbers to pictures
     "report/markup": set(),

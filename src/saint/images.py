@@ -2,24 +2,43 @@
 
 import base64
 import io
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+# what Pillow's decoders raise on broken files besides OSError and ValueError
+BROKEN = (SyntaxError, EOFError, RuntimeError, LookupError, TypeError, OverflowError, struct.error, zlib.error)
+_LONGEST = 300  # characters of a reason
+
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """Upright, opaque (on white), 8-bit RGB."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit and float greys do not fit convert()
-        values = np.asarray(image, dtype=np.float32)
-        top = 65535.0 if values.max() > 255 else 255.0
-        image = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I") or image.mode == "F":  # greys of 12, 16, 32 bits and floats do not fit convert()
+        image = _grey(np.asarray(image, dtype=np.float64))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _grey(values: np.ndarray) -> Image.Image:
+    """Greys of any range in 8 bits: 0 (the lowest value, where that is negative) is black, the highest value is white.
+
+    Files do not say which range they use (12 bits in 16, floats to 1 or to 255), and a guess from the values would jump.
+
+    Raises:
+        ValueError: values that are not finite.
+    """
+    if not np.isfinite(values).all():
+        raise ValueError("a grey picture with values that are not finite: replace NaN and inf first")
+    low = min(0.0, float(values.min()))
+    span = float(values.max()) - low
+    return Image.fromarray(((values - low) / (span or 1.0) * 255).round().astype(np.uint8))
 
 
 def read_image(source: Path | bytes) -> Image.Image:
@@ -30,14 +49,15 @@ def read_image(source: Path | bytes) -> Image.Image:
         OSError: it cannot be read.
     """
     if isinstance(source, Path) and not source.exists():
-        raise FileNotFoundError(f"no such image: {source}")
+        link = f" (a link to {source.readlink()}, which is not there)" if source.is_symlink() else ""
+        raise FileNotFoundError(f"no such image: {source}{link}")
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return as_rgb(image)
     except UnidentifiedImageError as error:
         raise ValueError("not an image that Pillow can read") from error
-    except (SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises on some broken files
-        raise ValueError(" ".join(str(error).split())) from error
+    except (*BROKEN, Image.DecompressionBombError) as error:
+        raise ValueError(reason(error)) from error
 
 
 def endings() -> set[str]:
@@ -75,7 +95,7 @@ def read_untrusted(data: bytes, pixels: int = 40_000_000) -> Image.Image:
         raise ValueError(f"{expected}; the contents are none of these, whatever the file is called") from error
     except Image.DecompressionBombError as error:  # twice Pillow's own limit, also by the header alone
         raise ValueError(f"the image is too large ({reason(error)}): {most}") from error
-    except (OSError, SyntaxError, EOFError, MemoryError, ValueError) as error:
+    except (OSError, *BROKEN, MemoryError, ValueError) as error:
         raise ValueError(f"the image is damaged ({reason(error)}); {expected}") from error
     if not small:
         raise ValueError(f"the image is too large ({width} x {height} pixels): {most}")
@@ -83,8 +103,9 @@ def read_untrusted(data: bytes, pixels: int = 40_000_000) -> Image.Image:
 
 
 def reason(error: BaseException) -> str:
-    """Why an image could not be read, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """Why an image could not be read, in one line of a sane length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
 
 
 def data_uri(image: Image.Image, side: int = 320, limit: int = 30_000) -> str:

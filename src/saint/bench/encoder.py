@@ -26,6 +26,7 @@ class LayerTokens:
     tokens_in: float
     tokens_out: float
     slots: int  # tokens a sample costs: the longest survivor of the batch
+    placement: str = "post"  # "input": in front of the layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +211,11 @@ def layer_tokens(trace: list[LayerTrace]) -> list[LayerTokens]:
     """Means over the batch, one entry per drop point."""
     return [
         LayerTokens(
-            t.layer, t.tokens_in.float().mean().item(), t.tokens_out.float().mean().item(), int(t.tokens_out.max())
+            t.layer,
+            t.tokens_in.float().mean().item(),
+            t.tokens_out.float().mean().item(),
+            int(t.tokens_out.max()),
+            t.placement,
         )
         for t in trace
     ]

@@ -1,5 +1,6 @@
 """The command `saint`. Nothing here imports torch: help must be fast."""
 
+import io
 import logging
 import os
 import sys
@@ -65,6 +66,10 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: without the program's name; None means those of the process.
     """
+    for stream in (sys.stdout, sys.stderr):  # the console of another encoding must not end a command
+        if isinstance(stream, io.TextIOWrapper):
+            unicode = stream.encoding.lower().replace("-", "") == "utf8"
+            stream.reconfigure(errors="backslashreplace" if unicode else "replace")
     said = logging.getLogger("torch.utils._pytree")
     said.addFilter(_not_enums)
     with warnings.catch_warnings():

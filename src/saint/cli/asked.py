@@ -158,10 +158,7 @@ def gather(
         asked, unreadable = read_questions(questions, images)
         some = [Asked.question(question, default_prompt(question)) for question in evenly(asked, limit)]
         return some, [(failure.where, failure.reason) for failure in unreadable]
-    samples = find_samples(str(images.parent if images.is_file() else images))
-    found = [s for s in samples.items if not images.is_file() or s.where == images.name]
-    if not found:
-        raise ValueError(f"{images} is not an image that Pillow reads")
+    found = find_samples(str(images), labels=False).items
     text = "Describe the image." if prompt is None else prompt
     return [Asked.of(sample, text) for sample in evenly(found, limit)], []
 

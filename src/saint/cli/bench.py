@@ -106,7 +106,12 @@ def print_tokens(result: "EncoderBench") -> None:
     """Tokens per drop point."""
     table = Table("layer", "tokens in", "tokens out", "padded to", title="tokens (batch mean)", title_justify="left")
     for layer in result.layers:
-        table.add_row(str(layer.layer), f"{layer.tokens_in:.1f}", f"{layer.tokens_out:.1f}", str(layer.slots))
+        table.add_row(
+            "input" if layer.placement == "input" else str(layer.layer),
+            f"{layer.tokens_in:.1f}",
+            f"{layer.tokens_out:.1f}",
+            str(layer.slots),
+        )
     out.print(table)
 
 

@@ -12,8 +12,9 @@ from urllib.parse import unquote, urlsplit
 from PIL import Image
 
 from ..extras import require
-from ..images import endings, read_image
+from ..images import read_image
 from ..loading import shards
+from ..loading.listing import is_picture, printable, tell, walk
 
 FORMS = "a folder of images, .parquet files, or .tar shards (a file, or a folder of one kind)"
 NAMES = (
@@ -27,6 +28,7 @@ NAMES = (
     "url",
     "uri",
 )  # of columns with images
+_LONGEST_PATH = 1024  # characters; longer text is a picture in base64
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +68,18 @@ def find_items(source: str | os.PathLike[str], *, column: str | None = None) -> 
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"no such source: {path}; give {FORMS}")
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-    readable = endings()
+    left: dict[str, list[str]] = {}
+    files = [path] if path.is_file() else list(walk(path, left))
     kinds = {
         ".parquet": [f for f in files if f.suffix.lower() == ".parquet"],
         ".tar": [f for f in files if f.suffix.lower() == ".tar"],
-        "image": [f for f in files if f.suffix.lower() in readable],
+        "image": [f for f in files if is_picture(f)],
     }
+    used = {file for those in kinds.values() for file in those}
+    other = [printable(f.name) for f in files if f not in used]
+    if other:
+        left["no picture by ending or contents"] = other
+    tell(path, left)
     found = [kind for kind, those in kinds.items() if those]
     if len(found) != 1:
         held = f"files of several kinds ({', '.join(found)})" if found else "no image"
@@ -82,9 +89,9 @@ def find_items(source: str | os.PathLike[str], *, column: str | None = None) -> 
     root = path.parent if path.is_file() else path
     items: list[Item] = []
     for file in kinds[found[0]]:
-        name = file.relative_to(root).as_posix()
+        name = printable(file.relative_to(root).as_posix())
         if found == ["image"]:
-            items.append(Item(name, str(file), file.stat().st_size))
+            items.append(Item(name, str(file), file.stat().st_size if file.exists() else -1))
         else:
             items += _shard(file, name) if found == [".tar"] else _parquet(file, name, column)
     if not items:
@@ -121,7 +128,15 @@ def located(key: str, value: str | None, folder: Path) -> Item:
     """The item of a path (from ``folder``) or a ``file://`` URL."""
     if not value:
         return Item(key, "", error="the path is empty")
-    url = urlsplit(value)
+    if value.startswith("data:"):
+        return Item(key, "", error="a picture as a data URI: decode it, and store its bytes in the column")
+    if len(value) > _LONGEST_PATH:
+        raw = f"text of {len(value)} characters is no path"
+        return Item(key, "", error=f"{raw}; if it is base64, decode it, and store the bytes in the column")
+    try:
+        url = urlsplit(value)
+    except ValueError as error:
+        return Item(key, "", error=f"no path or URL ({error}): {value[:100]}")
     if url.scheme == "file":
         return Item(key, unquote(url.path))
     if url.scheme and "://" in value:
@@ -134,11 +149,13 @@ def _column(schema: Any, file: Path, wanted: str | None) -> tuple[str, bool]:
     types = require("pyarrow.types", "embed")
 
     def holds(kind: Any) -> bool | None:  # True: paths, False: bytes, None: no images
+        if types.is_dictionary(kind):  # categories of pandas
+            kind = kind.value_type
         if types.is_struct(kind):
             return False if kind.get_field_index("bytes") >= 0 else None
-        if types.is_binary(kind) or types.is_large_binary(kind):
+        if types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind):
             return False
-        return True if types.is_string(kind) or types.is_large_string(kind) else None
+        return True if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) else None
 
     held = {field.name: holds(field.type) for field in schema}
     if wanted is not None:

@@ -16,6 +16,7 @@ from ..eval.report import fingerprint
 from ..extras import require
 from ..graph import vote
 from ..images import reason
+from ..loading.listing import printable
 from ..loading.models import load_model
 from ..loading.source import Loaded
 from ..loading.vlm import LoadedVLM, load_vlm
@@ -306,4 +307,6 @@ def stream(worker: Worker, units: Iterable[Sequence[Item]], batch: int) -> Itera
             pictures = [future.result() for future in futures]
             for places in alike(pictures, batch):
                 some = [now[i] for i in places]
-                yield worker.rows([i.key for i in some], [i.path for i in some], [pictures[i] for i in places])
+                yield worker.rows(
+                    [i.key for i in some], [printable(i.path) for i in some], [pictures[i] for i in places]
+                )

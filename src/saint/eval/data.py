@@ -9,11 +9,13 @@ from typing import Any
 from PIL import Image
 
 from ..extras import require
-from ..images import endings, read_image
+from ..images import read_image
 from ..loading import shards as shards_
 from ..loading.failures import explained
+from ..loading.listing import find_pictures, printable
 from .loop import Failure
 
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "dev"}
 FORMS = "a folder with a folder per class, .tar shards (a file or a folder), a saved data set, or hf:NAME"
 
 
@@ -49,7 +51,12 @@ class Samples:
 
 
 def find_samples(
-    data: str, *, split: str | None = None, classes: Sequence[str] | None = None, limit: int | None = None
+    data: str,
+    *,
+    split: str | None = None,
+    classes: Sequence[str] | None = None,
+    limit: int | None = None,
+    labels: bool = True,
 ) -> Samples:
     """The samples at ``data``, in an order that never changes.
 
@@ -59,6 +66,7 @@ def find_samples(
         split: of a data set with several.
         classes: class names in the order of the labels; None means what the data says, for folders their sorted names.
         limit: at most so many samples, evenly spaced over all.
+        labels: False: folders are no classes, every picture below ``data`` is taken, and ``data`` may be one picture.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -70,12 +78,14 @@ def find_samples(
         made = _hub(data[3:], split)
     elif not path.exists():
         raise FileNotFoundError(f"no such data: {data}; give {FORMS}")
+    elif not labels and path.is_file() and path.suffix.lower() != ".tar":
+        made = Samples([_file(path, path.parent, None)])
     elif path.is_file() or any(path.glob("*.tar")):
         made = _shards([path] if path.is_file() else sorted(path.glob("*.tar")))
     elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         made = _saved(path, split)
     else:
-        made = _folder(path, classes)
+        made = _folder(path, classes) if labels else Samples([_file(f, path, None) for f in find_pictures(path)])
     items = made.items
     if not items:
         reasons = "; ".join(f"{f.where}: {f.reason}" for f in made.unreadable[:3])
@@ -86,30 +96,35 @@ def find_samples(
 
 
 def _folder(path: Path, classes: Sequence[str] | None) -> Samples:
-    readable = endings()
-
-    def images(folder: Path) -> list[Path]:
-        return sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix.lower() in readable)
-
-    folders = sorted(f for f in path.iterdir() if f.is_dir() and images(f))
-    if not folders:
-        return Samples([_file(f, path, None) for f in images(path)])
-    names = list(classes) if classes is not None else [f.name for f in folders]
-    unknown = [f.name for f in folders if f.name not in names]
+    files = find_pictures(path)
+    inside = [f for f in files if f.parent != path]
+    if not inside:
+        return Samples([_file(f, path, None) for f in files])
+    folders = sorted({f.relative_to(path).parts[0] for f in inside})
+    names = list(classes) if classes is not None else [printable(name) for name in folders]
+    unknown = [printable(name) for name in folders if printable(name) not in names]
     if unknown:
         raise ValueError(
             f"the folder {unknown[0]!r} in {path} is none of the {len(names)} given classes ({names[0]}, ...)"
         )
-    stray = [f for f in path.iterdir() if f.is_file() and f.suffix.lower() in readable]
+    if classes is None and {name.lower() for name in names} <= SPLITS:
+        raise ValueError(
+            f"{path} holds splits ({', '.join(names)}), not classes: give one of them, such as {path / folders[0]}; "
+            "if they are classes, name them (--classes)"
+        )
     return Samples(
-        [_file(f, path, names.index(folder.name)) for folder in folders for f in images(folder)],
+        [_file(f, path, names.index(printable(f.relative_to(path).parts[0]))) for f in inside],
         names,
-        [Failure(f.name, f.name, "an image outside the class folders has no label") for f in sorted(stray)],
+        [
+            Failure(printable(f.name), printable(f.name), "an image outside the class folders has no label")
+            for f in files
+            if f.parent == path
+        ],
     )
 
 
 def _file(file: Path, root: Path, label: int | None) -> Sample:
-    name = file.relative_to(root).as_posix()
+    name = printable(file.relative_to(root).as_posix())
     return Sample(name, name, lambda: read_image(file), label)
 
 

@@ -63,6 +63,9 @@ class Question:
             scores.right_choices(self.answers, self.choices)
 
 
+KEYS = {"image", "question", "answer", "category", "choices", "id"}  # of a line of questions
+
+
 def read_questions(path: str | Path, images: str | Path) -> tuple[list[Question], list[Failure]]:
     """Questions of a JSON Lines file: ``{"image": "file", "question": "...", "answer": "..." or [...], ...}``.
 
@@ -92,13 +95,26 @@ def read_questions(path: str | Path, images: str | Path) -> tuple[list[Question]
             fields = json.loads(raw)
             if not isinstance(fields, dict):
                 raise ValueError(f"a line is an object like {{...}}, got {type(fields).__name__}")
+            unknown = sorted(fields.keys() - KEYS)
+            if unknown:
+                raise ValueError(f"unknown key(s) {', '.join(unknown)}; known are {', '.join(sorted(KEYS))}")
             if "id" in fields:
                 name = str(fields["id"])
             if name in seen:
                 raise ValueError(f"the id {name!r} is taken by line {seen[name]}")
             image, asked = images / _text(fields, "image"), _text(fields, "question")
             answers, choices = _texts(fields, "answer"), _texts(fields, "choices")
-            good.append(Question(image, asked, answers, str(fields.get("category", "")), choices, name, where))
+            good.append(
+                Question(
+                    image,
+                    asked,
+                    answers,
+                    str("" if fields.get("category") is None else fields["category"]),
+                    choices,
+                    name,
+                    where,
+                )
+            )
             seen[name] = number
         except ValueError as error:
             prefix = "not JSON: " if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)) else ""

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from ..images import endings, read_image, reason
+from ..images import read_image, reason
+from .listing import find_pictures, printable
 
 
 class Photo(NamedTuple):
@@ -25,10 +26,10 @@ class Unreadable(NamedTuple):
 
 
 def load_images(path: str | Path, limit: int | None = None) -> tuple[list[Photo], list[Unreadable]]:
-    """Read an image, or those of a folder (not of its subfolders), by name.
+    """Read an image, or those of a folder and its subfolders, by name.
 
     Args:
-        path: a file, or a folder, in which files without an image's ending are passed over.
+        path: a file, or a folder, see :func:`saint.loading.listing.find_pictures`.
         limit: at most so many files.
 
     Returns:
@@ -42,8 +43,7 @@ def load_images(path: str | Path, limit: int | None = None) -> tuple[list[Photo]
     if not path.exists():
         raise FileNotFoundError(f"no such image or folder: {path}")
     if path.is_dir():
-        readable = endings()
-        files = sorted(f for f in path.iterdir() if f.is_file() and f.suffix.lower() in readable)
+        files = find_pictures(path)
         if not files:
             raise ValueError(f"no images in the folder {path}: looked for .jpg, .png, .webp and the like")
     else:
@@ -55,7 +55,7 @@ def load_images(path: str | Path, limit: int | None = None) -> tuple[list[Photo]
         try:
             good.append(Photo(name, read_image(file)))
         except (OSError, ValueError) as error:
-            bad.append(Unreadable(file.name, reason(error)))
+            bad.append(Unreadable(printable(file.name), reason(error)))
     if not good:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in bad[:3])
         raise ValueError(f"none of the {len(bad)} image(s) at {path} can be read ({reasons})")
@@ -65,6 +65,9 @@ def load_images(path: str | Path, limit: int | None = None) -> tuple[list[Photo]
 def names_of(files: Sequence[Path]) -> list[str]:
     """A name per file, no two alike (also where upper and lower case are the same): pictures are written under them."""
     stems = Counter(file.stem.casefold() for file in files)
-    names = [file.stem if stems[file.stem.casefold()] == 1 else file.name for file in files]
-    unique = len({name.casefold() for name in names}) == len(names)
-    return names if unique else [file.name for file in files]  # a.jpg, a.png and a.jpg.png
+    names = [printable(file.stem if stems[file.stem.casefold()] == 1 else file.name) for file in files]
+    whole = [printable(file.name) for file in files]  # a.jpg, a.png and a.jpg.png
+    for some in (names, whole):
+        if len({name.casefold() for name in some}) == len(files):
+            return some
+    return [f"{i}-{name}" for i, name in enumerate(whole)]  # of several folders

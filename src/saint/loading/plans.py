@@ -17,13 +17,17 @@ def changed_plan(plan: Plan, threshold: float | None, layers: str | None) -> Pla
     """``plan`` with another threshold or other drop points in its vision stage; None leaves them.
 
     Raises:
-        ValueError: there is no vision stage, or its method has no threshold.
+        ValueError: there is not one vision stage, or its method has no threshold.
     """
     if threshold is None and layers is None:
         return plan
-    stage = plan.vision
-    if stage is None:
-        raise ValueError("--threshold and --layers change the vision stage, and this plan has none")
+    stages = plan.slots.get("vision", ())
+    if len(stages) != 1:
+        held = f"this plan has {len(stages) or 'none'}"
+        raise ValueError(
+            f"--threshold and --layers change the one vision stage of a plan, and {held}: write it into the plan (--plan)"
+        )
+    stage = stages[0]
     if threshold is not None:
         if "threshold" not in {field.name for field in dataclasses.fields(stage.method)}:
             raise ValueError(f"--threshold does not fit the method {stage.method.name}, which has none")

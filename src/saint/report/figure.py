@@ -8,6 +8,7 @@ from typing import Any
 
 from ..images import data_uri, read_untrusted
 from .markup import Markup, tag
+from .reading import behind, mark_of
 from .reasons import UNIT, Leaving, Why, left, legend, told, votes
 
 
@@ -190,7 +191,4 @@ def _outline(dropped: Sequence[bool], rows: int, columns: int) -> tuple[str, str
 
 def steps_on_grid(layers: Iterable[Mapping[str, Any]], count: int) -> list[Step]:
     """The drop points of an encoder's photograph on a grid of ``count`` patches."""
-    return [
-        Step(f"after layer {s['layer']}", s["kept"], s.get("tokens_in", 0), str(s["layer"]), Why.of(s, 0, count))
-        for s in layers
-    ]
+    return [Step(behind(s), s["kept"], s.get("tokens_in", 0), mark_of(s), Why.of(s, 0, count)) for s in layers]

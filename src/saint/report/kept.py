@@ -9,7 +9,7 @@ from ..images import data_uri, read_untrusted
 from .charts import Line, line_chart
 from .figure import Step, figure, steps_on_grid
 from .markup import Markup, details, join, number, table, tag
-from .reading import Record
+from .reading import Record, behind, mark_of, place
 from .reasons import Why
 from .section import Section, charts, conditions, load_note, names, plan_box, plan_text, skipped
 
@@ -76,8 +76,8 @@ def pictures_of(
         first = sum(counts[:tile])
         steps = []
         for step in layers:
-            title = step["stage"] if step["stage"] == "connector" else f"{step['stage']}, after layer {step['layer']}"
-            mark = {"vision": f"v{step['layer']}", "connector": "c"}.get(step["stage"], str(step["layer"]))
+            title = step["stage"] if step["stage"] == "connector" else f"{step['stage']}, {behind(step)}"
+            mark = {"vision": f"v{mark_of(step)}", "connector": "c"}.get(step["stage"], str(step["layer"]))
             if step["stage"] == "vision":
                 if int(step["sample"]) == tile:
                     steps.append(Step(title, step["kept"], step["tokens_in"], mark, Why.of(step, 0, counts[tile])))
@@ -109,7 +109,7 @@ def token_curves(record: Record) -> Markup:
     by_step: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for photo in photos:
         for step in photo["layers"]:
-            key = (str(step.get("stage", "vision")), int(step["layer"]))
+            key = (str(step.get("stage", "vision")), place(step))
             by_step.setdefault(key, []).append((int(step["tokens_in"]), int(step["tokens_out"])))
     figures = []
     for stage in dict.fromkeys(stage for stage, _ in by_step):

@@ -5,7 +5,7 @@ from typing import Any
 
 from .charts import Line, line_chart
 from .markup import Cell, Markup, interval, join, number, table, tag
-from .reading import Record
+from .reading import Record, place
 from .section import Section, charts, conditions, load_note, names, plan_box, plan_text, skipped
 
 _YES_OR_NO = ("same_top1", "same_answer", "same_first_token")  # agreement of zeros and ones: the mean says all
@@ -30,8 +30,9 @@ def encoder_section(record: Record) -> Section:
             cost = data["costs"][key]
             rows.append([name, Cell(_spread(spread, 2), spread["median"]), cost["flops"] / 1e9, cost["memory"]])
     layers = data["layers"]
-    tokens = Line("tokens out", [e["tokens_out"] for e in layers], x=[e["layer"] for e in layers])
-    before = Line("tokens in", [e["tokens_in"] for e in layers], x=[e["layer"] for e in layers])
+    places = [place(e) for e in layers]
+    tokens = Line("tokens out", [e["tokens_out"] for e in layers], x=places)
+    before = Line("tokens in", [e["tokens_in"] for e in layers], x=places)
     figures = (
         [line_chart("Tokens around each drop point", [before, tokens], y="tokens", note="batch mean")] if layers else []
     )

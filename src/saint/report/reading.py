@@ -1,7 +1,7 @@
 """Records as `saint` commands write them, read from files."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,3 +87,20 @@ def _not_json(name: str) -> None:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names)
+
+
+def place(step: Mapping[str, Any]) -> int:
+    """Where a drop point lies on an axis of layers: behind a layer, or in front of the first one (-1)."""
+    return int(step["layer"]) - (step.get("placement") == "input")
+
+
+def behind(step: Mapping[str, Any]) -> str:
+    """A drop point in words."""
+    if step.get("placement") == "input" and step["layer"] == 0:
+        return "in front of the layers"
+    return f"after layer {place(step)}"
+
+
+def mark_of(step: Mapping[str, Any]) -> str:
+    """A drop point as the mark of a tile."""
+    return str(place(step)) if place(step) >= 0 else "in"

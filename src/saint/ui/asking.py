@@ -19,7 +19,8 @@ from .guard import LARGEST
 
 STAGES = ("vision", "connector", "language")
 _FIELDS = {"image", "name", "model", "question", "plan", "stage", "method", "threshold", "budget", "layers"}
-_LONGEST = 2000  # characters of a text
+_LONGEST = {"plan": 30_000}  # characters of a text: a tuned plan has a stage per layer
+_LONGEST_OTHER = 2000
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ def read(body: bytes, models: Collection[str]) -> Asked:
     for field, value in data.items():
         if not isinstance(value, str):
             raise ValueError(f"{field} must be text, got {type(value).__name__}")
-        if field != "image" and len(value) > _LONGEST:
-            raise ValueError(f"{field} must have at most {_LONGEST} characters, got {len(value)}")
+        longest = _LONGEST.get(field, _LONGEST_OTHER)
+        if field != "image" and len(value) > longest:
+            raise ValueError(f"{field} must have at most {longest} characters, got {len(value)}")
     _check_name(data.get("name", ""))
     if data["model"] not in models:
         raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LARGEST = 10_000_000  # bytes of an image
-_BODY = LARGEST * 4 // 3 + 20_000  # base64 of it, and the settings
+_BODY = LARGEST * 4 // 3 + 60_000  # base64 of it, and the settings
 _PATIENCE = 4 * _BODY  # bytes of a body that is too large, read so that its sender sees the answer
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
