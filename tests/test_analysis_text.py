@@ -40,7 +40,10 @@ def folder(tmp_path_factory):
     words = Tokenizer(models.WordLevel({w: n for n, w in enumerate(["[PAD]", "[UNK]", *WORDS])}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(path)
-    tiny("llama").save_pretrained(path)
+    model = tiny("llama")
+    with torch.no_grad():  # other weights than those that the seed of random ones gives
+        model.get_input_embeddings().weight.mul_(1.5)
+    model.save_pretrained(path)
     return path
 
 

@@ -148,7 +148,7 @@ def measured(clock, monkeypatch):
         return select(self, candidates)
 
     monkeypatch.setattr(saint.Saint, "select", slow)
-    from saint.runtime import layer as pruning
+    from saint.runtime import deciding as pruning
 
     real_gather = pruning.gather_tokens
 

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import saint
 from saint import tokens
-from saint.runtime import layer
+from saint.runtime import deciding
 
 
 class Counter(TorchDispatchMode):
@@ -50,7 +50,7 @@ def added(vit, method, *, same_lengths):
 @pytest.fixture(params=[True, False], ids=["cpu", "device"])
 def path(request, monkeypatch):
     if not request.param:
-        for module in (tokens, layer):
+        for module in (tokens, deciding):
             monkeypatch.setattr(module, "reads_are_free", lambda device: False)
     return request.node.callspec.id
 

@@ -252,7 +252,7 @@ def test_maps_of_other_encoders_stay_on_the_grid(name):
 
 def test_the_oracle_notices_a_wrong_survivor(monkeypatch):
     model, plan, inputs = prepared("timm/vit-augreg")
-    from saint.runtime import layer
+    from saint.runtime import deciding as layer
 
     real = layer.gather_tokens
     monkeypatch.setattr(layer, "gather_tokens", lambda x, slots, prefix: real(x, slots.roll(1, 1), prefix).roll(0))

@@ -73,6 +73,7 @@ TESTS = {
     "vision/readers": "test_readers.py",
     "language/cache": "test_cache_properties.py",
     "language/doorway": "test_doorway.py test_vlm_generate.py",
+    "language/generation": "test_doorway.py",
     "language/logical": "test_doorway.py test_vlm_generate.py",
     "language/shortening": "test_doorway.py test_vlm_generate.py",
     "language/masks": "test_cache_properties.py test_placements.py::test_merging_in_a_language_model",

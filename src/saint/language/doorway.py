@@ -49,6 +49,7 @@ class Note:
         mask: the padding mask that the caller gave, [B, T], or None.
         cells: where methods need them, see :class:`saint.tokens.Candidates`, of each position, int64 [B, L]; None: no video.
         ids: the token ids that a model around the language model was given, [B, L], or None.
+        brings: features come with the sequence, for the model to merge.
         plain: the embeddings are those of token ids, and of features that the model itself merges.
         waiting: images came in, and their places are not known yet.
     """
@@ -58,6 +59,7 @@ class Note:
     mask: Tensor | None = None
     cells: Tensor | None = None
     ids: Tensor | None = None
+    brings: bool = False
     plain: bool = False
     waiting: bool = False
 
@@ -455,9 +457,13 @@ class Doorway(Decider[DoorForward]):
 
     def _mask(self, kind: str | None, mask: Tensor | None, span: Span, cache: Any) -> Tensor | None:
         """The mask of layers of one kind."""
-        if kind in RECURRENT or (mask is not None and mask.ndim == 2):
+        if kind in RECURRENT:  # of the sequence alone: what came before is in their state
+            if span.real is None:
+                return mask if mask is not None and mask.shape[1] == span.rows else None
+            return span.real if mask is None else span.real.to(mask.dtype)
+        if mask is not None and mask.ndim == 2:
             _, valid = span.columns()
-            return valid if valid is None or mask is None else valid.to(mask.dtype)
+            return valid if valid is None else valid.to(mask.dtype)
         first, count = self._sizes(kind, span, cache)
         if mask is not None:
             return span.cut(mask, first, count)

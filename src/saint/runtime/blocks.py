@@ -79,7 +79,7 @@ class Block:
 
     # -- keys ---------------------------------------------------------------------------------------------------------
 
-    def watch_keys(self, keep: Callable[[int, Tensor], None]) -> Callable[[], None]:
+    def watch_keys(self, keep: Callable[[int, Any], None]) -> Callable[[], None]:
         """Call ``keep`` with the number of the parallel attention and what shows its keys, at each call; returns the undo."""
 
         def watch(index: int) -> Callable[..., None]:
@@ -92,7 +92,7 @@ class Block:
             parameters = Parameters(type(attention).forward)
 
             def forward(*args: Any, **kwargs: Any) -> Any:
-                keep(index, self._project(attention, path, KEYS_FROM.read(parameters.named(args, kwargs))))
+                keep(index, (KEYS_FROM.read(parameters.named(args, kwargs)), *self._key_weights(attention, path)))
                 return original(*args, **kwargs)
 
             return forward
@@ -108,11 +108,11 @@ class Block:
                 undo.callback(part(unit, self.key_source).register_forward_hook(watch(index)).remove)
         return undo.close
 
-    def head_mean_keys(self, keys: Tensor | None, prefix: int) -> Tensor:
+    def head_mean_keys(self, keys: Any, prefix: int) -> Tensor:
         """Keys averaged over heads, without the prefix: float32 or the weights' dtype, [B, N, D].
 
         Args:
-            keys: what :meth:`watch_keys` kept of the call.
+            keys: what :meth:`watch_keys` kept of the call: keys, or the input of an attention with what makes keys of it.
             prefix: P.
 
         Raises:
@@ -124,13 +124,15 @@ class Block:
                 "was replaced since the plan was applied (an adapter was merged or unloaded: take the plan off and apply it "
                 "again), or this version of the model computes its attention differently from what the support table knows"
             )
+        if self.recomputes:
+            x, weight, bias = keys
+            with torch.no_grad():
+                return nn.functional.linear(x[:, prefix:], weight, bias)
         keys = keys.detach()
         if self.spec.fused:
             keys = keys.chunk(3, -1)[1]
         if self.segments is not None:
             keys = keys.unsqueeze(0)
-        if self.recomputes:
-            return keys[:, prefix:]  # a mean already
         if self.spec.keys_by_token:
             return keys[:, prefix:].mean(2, dtype=torch.float32)
         if keys.ndim == 4:
@@ -139,14 +141,13 @@ class Block:
         heads = keys.reshape(batch, count, self.heads, width // self.heads)
         return heads[:, prefix:].mean(2, dtype=torch.float32)
 
-    def _project(self, attention: nn.Module, path: str, x: Tensor) -> Tensor:
-        """Head-mean keys from an attention's input; the mean over heads is linear, so D columns suffice instead of C."""
+    def _key_weights(self, attention: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:
+        """What makes head-mean keys of an attention's input; the mean over heads is linear, so D columns suffice instead of C."""
         weight, bias = part(attention, path), part(attention, path.replace("weight", "bias"))
         width = weight.shape[0] // 3
         with torch.no_grad():
             w = weight[width : 2 * width].view(self.heads, width // self.heads, -1).mean(0)
-            b = None if bias is None else bias[width : 2 * width].view(self.heads, -1).mean(0)
-            return nn.functional.linear(x, w, b)
+            return w, None if bias is None else bias[width : 2 * width].view(self.heads, -1).mean(0)
 
     # -- halves -------------------------------------------------------------------------------------------------------
 
@@ -211,7 +212,7 @@ class Block:
         if self.mask is not None:
             kwargs[self.mask] = None
         training = [m for m in self.module.modules() if m.training]
-        shown: dict[int, Tensor] = {}
+        shown: dict[int, Any] = {}
         unwatch = self.watch_keys(shown.__setitem__)
         try:
             for module in training:
@@ -220,7 +221,8 @@ class Block:
                 expected = self.module.forward(x, **kwargs)
                 composed = self.second(self.first(x, **kwargs))
                 if self.key_source:
-                    self.head_mean_keys(torch.cat(list(shown.values()), 1) if shown else None, prefix)
+                    keys = list(shown.values())
+                    self.head_mean_keys(torch.cat(keys, 1) if len(keys) > 1 else next(iter(keys), None), prefix)
         except (TypeError, RuntimeError, AttributeError) as error:
             raise ParityError(
                 f"{self.name} ({type(self.module).__name__}) does not have the anatomy known for its class: {error}. "

@@ -111,7 +111,7 @@ class PrunedEncoder(LayerStack[EncoderForward]):
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
-    def _keep_keys(self, layer: int, index: int, shown: Tensor) -> None:
+    def _keep_keys(self, layer: int, index: int, shown: Any) -> None:
         keys = self.forward.shown
         # heads of parallel attentions are heads like any other: [B, units * H, N, D]
         keys[layer] = shown if index == 0 else torch.cat([keys[layer], shown], 1)

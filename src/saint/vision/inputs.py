@@ -33,7 +33,7 @@ class EncoderForward(Forward):
         shares: of its candidates that each picture keeps at least; empty without a guard.
     """
 
-    shown: dict[int, Tensor] = field(default_factory=dict)
+    shown: dict[int, Any] = field(default_factory=dict)
     grid: tuple[int, int] | None = None
     grids: list[list[int]] = field(default_factory=list)
     order: Tensor | None = None

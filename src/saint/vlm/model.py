@@ -120,6 +120,7 @@ class PrunedVLM(Uncopyable):
         self.handover.new(
             ids=self.handover.note.ids,
             mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
+            brings=images or bool(encoded),
             plain=embedded is None or images or bool(encoded),
             waiting=images,
         )
@@ -151,6 +152,8 @@ class PrunedVLM(Uncopyable):
             masks: Any = placeholders(self.model, *args, **kwargs) if self.merges else None
             result = original(*args, **kwargs)
             note = self.handover.note
+            if not note.brings:  # some models ask in every step where features would go
+                return result
             masks = result if masks is None else masks
             for mask in masks if isinstance(masks, tuple) else (masks,):
                 if mask is not None:
