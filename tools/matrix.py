@@ -30,6 +30,8 @@ ENCODERS = ["tests/test_upstream.py", "tests/test_support.py", "tests/test_modes
 MODELS = [  # vision-language models, and methods on both kinds
     "tests/test_baselines.py",
     "tests/test_check_vlm.py",
+    "tests/test_doorway.py",
+    "tests/test_doorway_specs.py",
     "tests/test_forwards.py",
     "tests/test_language.py",
     "tests/test_published_mistakes.py",

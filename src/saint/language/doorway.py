@@ -492,8 +492,18 @@ class Doorway(Decider[DoorForward]):
         cache = passage.cache
         if cache is None and (passage.prompt or passage.positions is not None):
             cache = CACHE.get(output)
-        if passage.positions is not None and cache is not None:
-            hold(cache, passage.positions, self.token)
+        held = held_by(cache)
+        if (
+            cache is not None
+            and passage.positions is not None
+            and (held is None or held.positions is not passage.positions)
+        ):
+            with inside(cache):
+                stored = int(cache.get_seq_length())
+            if (
+                stored >= passage.positions.index.shape[1]
+            ):  # gradient checkpointing takes the cache away from the layers
+                hold(cache, passage.positions, self.token)
         if passage.prompt:
             held = held_by(cache)
             self.forward.memory = memory(cache, 0 if held is None else held.gone)

@@ -22,6 +22,7 @@ from .contracts import Result, check_undo, evaluating, outcomes, snapshot
 from .examples import poisoned
 from .oracle import masked_oracle
 from .outputs import Inputs, run
+from .removal import holes_oracle, removal_oracle
 
 Make = Callable[[Sequence[int]], Inputs]
 
@@ -106,6 +107,65 @@ def check_generation(model: Any, plan: Plan, make: Make, steps: int = 8) -> str:
     return f"{int(real.sum())} new tokens within {worst:.1e}"
 
 
+def _front(plan: Plan) -> Plan | None:
+    """What of a plan drops in front of the language model."""
+    front = Plan(vision=plan.vision, connector=plan.connector)
+    return front if front.slots else None
+
+
+def _greedy(model: Any, inputs: Inputs, steps: int, **more: Any) -> tuple[Tensor, Tensor]:
+    """New tokens [B, T] and the logits that chose them, [B, T, V]; the end of a text ends nothing."""
+    with torch.no_grad():
+        made = model.generate(
+            **inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, output_logits=True,
+            return_dict_in_generate=True, suppress_tokens=placeholders(model), **more,
+        )  # fmt: skip
+    return made.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(made.logits, 1)
+
+
+def check_removal(model: Any, plan: Plan, make: Make, steps: int = 6) -> str:
+    """What is dropped in front of the language model is as if it were not there, and as a hole in every mask.
+
+    Logits of the prompt and of new tokens equal those of :func:`saint.testing.removal_oracle`, and those of new tokens
+    :func:`saint.testing.holes_oracle`'s.
+    """
+    front = _front(plan)
+    if front is None:
+        return "the plan drops nothing in front of the language model"
+    inputs = make([0, 1])
+    words, length = _words(model, inputs), inputs["input_ids"].shape[1]
+    with pruned(model, front):
+        prompt = run(model, inputs)["logits"]
+        new, logits = _greedy(model, inputs, steps)
+    removed, _ = removal_oracle(model, front, answered(model, inputs, new))
+    holes = holes_oracle(model, front, inputs, new, suppress_tokens=placeholders(model))
+    errors = {
+        "of the prompt, removed": _off(prompt[words], removed["logits"][:, :length][words]),
+        "of new tokens, removed": _off(logits, removed["logits"][:, length - 1 : -1]),
+        "of new tokens, holes": _off(logits, holes),
+    }
+    for which, worst in errors.items():
+        assert worst <= 1e-4, f"logits {which}: off by {worst:.1e} of their size"
+    return f"prompt and {new.numel()} new tokens within {max(errors.values()):.1e}"
+
+
+def check_static(model: Any, plan: Plan, make: Make, steps: int = 16) -> str:
+    """A static cache gives the tokens of a dynamic one, where it does so without a plan."""
+    front = _front(plan)
+    if front is None:
+        return "the plan drops nothing in front of the language model"
+    inputs = make([0, 1])
+    base, unpruned = (_greedy(model, inputs, steps, **more)[0] for more in ({}, {"cache_implementation": "static"}))
+    if not torch.equal(base, unpruned):
+        return "static and dynamic caches give other tokens without a plan, too"
+    with pruned(model, front):
+        dynamic, static = (
+            _greedy(model, inputs, steps, **more)[0] for more in ({}, {"cache_implementation": "static"})
+        )
+    assert torch.equal(dynamic, static), "a static cache gives other tokens than a dynamic one"
+    return f"{static.numel()} new tokens"
+
+
 def check_batch(model: nn.Module, plan: Plan, make: Make) -> str:
     """A sample's survivors and logits do not depend on its batch mates or on padding."""
     together, per_entry = make([0, 1]), []
@@ -169,6 +229,8 @@ CONTRACTS: dict[str, Callable[[Any, Plan, Make], str]] = {
     "exact undo": lambda model, plan, make: check_undo(model, plan, make([0, 1])),
     "masked oracle": check_oracle,
     "generation": check_generation,
+    "removal oracle": check_removal,
+    "static cache": check_static,
     "batch independence": check_batch,
     "really on": check_on,
     "bad input": check_bad_input,

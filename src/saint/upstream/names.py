@@ -27,7 +27,10 @@ class Role:
 
     def among(self, names: Container[str]) -> str | None:
         """The newest spelling that is one of ``names``, or None."""
-        return next((name for name in self.spellings if name in names), None)
+        for name in self.spellings:  # a loop: this runs several times in every step of an answer
+            if name in names:
+                return name
+        return None
 
     def read(self, given: Mapping[str, Any], default: Any = None) -> Any:
         """The value under whatever spelling; where several are given the newest wins, as it does upstream."""
