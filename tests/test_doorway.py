@@ -472,3 +472,47 @@ def test_a_step_costs_no_call_per_layer(samples, budget):
     few, many = calls_of_a_step(2, samples), calls_of_a_step(6, samples)
     assert few == many
     assert few <= budget
+
+
+def test_a_language_stage_that_keeps_everything_takes_any_cache(llava):
+    plan = saint.Plan(
+        connector=saint.methods.Grid(keep=1.0), language=saint.Stage(saint.methods.Grid(keep=1.0), layers=[1])
+    )
+    inputs = prompts(LLAVA, llava, BATCH)
+    static = {"cache_implementation": "static"}
+    assert torch.equal(
+        generated(llava, plan, inputs, 6, **static)[0], generated(llava, saint.Plan(), inputs, 6, **static)[0]
+    )
+    text = make(hf.LlamaForCausalLM, hf.LlamaConfig(**text_config()))
+    ids = torch.randint(2, 99, (2, 9))
+    want = text.generate(ids, max_new_tokens=6, do_sample=False, **static)
+    with saint.pruned(text, saint.Plan(language=saint.methods.Grid(keep=1.0))):
+        assert torch.equal(text.generate(ids, max_new_tokens=6, do_sample=False, **static), want)
+
+
+@pytest.mark.parametrize("name", ["llava-llama", "qwen2.5-vl"])
+def test_a_compiled_step_is_one_graph_without_a_break(models, name):
+    """`generate` compiles the steps of a static cache; a backend that runs the graph as it is."""
+    family, model = FAMILIES[name], copy.deepcopy(models(name))
+    inputs = prompts(family, model, BATCH[:2])
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def steps(plan):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        graphs.clear()
+        config = hf.CompileConfig(backend=backend, mode=None)
+        config._compile_all_devices = True
+        new = generated(model, plan, inputs, 12, cache_implementation="static", compile_config=config)[0]
+        return new, len(graphs), dict(torch._dynamo.utils.counters["graph_break"])
+
+    want = generated(model, CONNECT, inputs, 12)[0]
+    _, upstream, _ = steps(saint.Plan())
+    new, count, breaks = steps(CONNECT)
+    assert torch.equal(new, want)
+    assert (count, breaks) == (upstream, {})
+    assert upstream == 1

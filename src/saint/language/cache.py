@@ -417,6 +417,14 @@ def ragged_layer(cache: DynamicCache, layer: int, session: SessionToken) -> Ragg
     return found
 
 
+def filled(cache: Any) -> bool:
+    """Whether a forward goes on where another has filled the cache, and is no prompt of its own."""
+    length = 0 if cache is None else cache.get_seq_length()
+    if isinstance(length, Tensor) and torch.compiler.is_compiling():
+        return True  # of a static cache, whose steps alone are compiled; a look at it would break the graph
+    return bool(length)
+
+
 @dataclass(frozen=True)
 class KVMemory:
     """Bytes of keys and values cached by the last prompt, and what the unpruned model would cache."""

@@ -46,6 +46,7 @@ from .cache import (
     biases,
     check_cache,
     extended,
+    filled,
     ragged_layer,
     remaining,
 )
@@ -161,7 +162,7 @@ class PrunedDecoder(LayerStack[DecoderForward]):
     @property
     def drops(self) -> bool:
         """Whether tokens may leave here."""
-        return any(point.method is not None for point in self.points.values())
+        return any(point.method is not None and not point.method.keeps_everything for point in self.points.values())
 
     @property
     def needs(self) -> frozenset[str]:
@@ -210,11 +211,11 @@ class PrunedDecoder(LayerStack[DecoderForward]):
         """
         before, forward = self.forward, self.forwards.begin()
         cache = CACHE.read(kwargs)
-        if cache is not None and (self._checked is None or self._checked() is not cache):
+        if cache is not None and self.drops and (self._checked is None or self._checked() is not cache):
             check_cache(cache, self.token)
             self._checked = weakref.ref(cache)
         if state is None:
-            if cache is not None and cache.get_seq_length():  # no new prompt
+            if filled(cache):  # no new prompt
                 forward.drops, forward.origin = before.drops, before.origin
             return
         wanted = ALL_STATES.read(kwargs, ALL_STATES.get(self.module.config))

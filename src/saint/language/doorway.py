@@ -32,7 +32,7 @@ from ..runtime.points import DropPoint
 from ..runtime.state import Forward, LayerState, packed_tokens, some_tokens
 from ..tokens import LayerTrace, Selection, TokenMap
 from ..upstream.names import CACHE, EMBEDDINGS, IDS, IMPLEMENTATION, LAYERS, MASK, POSITIONS, Parameters
-from .cache import CachePositions, KVMemory, SessionToken, memory
+from .cache import CachePositions, KVMemory, SessionToken, filled, memory
 from .decoder import PrunedDecoder
 from .logical import Held, held_by, hold, inside
 from .masks import DENSE, FLASH
@@ -262,7 +262,7 @@ class Doorway(Decider[DoorForward]):
             return self._piece(pieces, note, given, cache, held)
         if note.visual is not None:
             return self._prompt(note, note.visual, given, cache, held)
-        if not torch.compiler.is_compiling() and (cache is None or not cache.get_seq_length()):
+        if not filled(cache):
             self.forwards.begin()  # a prompt without images
         if self.decoder is not None:
             self.decoder.begin(None, given)

@@ -126,18 +126,18 @@ class PrunedText(Uncopyable):
         watch(stack, self.root, self.door, lambda ids, given: None)
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        from .cache import check_cache, filled  # these import transformers
         from .shortening import documents
 
         note = self.handover.new()
         given = self.parameters.named(args, kwargs)
         cache, mask, embedded = CACHE.read(given), MASK.read(given), EMBEDDINGS.read(given)
         tokens = IDS.read(given) if embedded is None else embedded[..., 0]
-        if cache is not None:
-            from .cache import check_cache  # imports transformers
-
+        drops = self.door.decoder is not None and self.door.decoder.drops
+        if cache is not None and drops:
             # some bring masks of their own, which would be refused in their place
             check_cache(cache, self.door.token)
-        if tokens is None or (cache is not None and cache.get_seq_length()):
+        if tokens is None or filled(cache):
             return
         batch, length = tokens.shape
         if mask is None or (isinstance(mask, Tensor) and mask.shape == tokens.shape):
@@ -152,6 +152,8 @@ class PrunedText(Uncopyable):
             and len(mask) in (1, batch)
         ):
             found = candidates_seen(mask).expand(batch, -1)
+        elif not drops:
+            return
         else:
             shown = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(

@@ -41,6 +41,12 @@ class Method(ABC):
         """Layers used when the plan names none."""
         raise ValueError(f"{type(self).__name__} has no default layers for {stage}; give Stage(..., layers=[...])")
 
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether its budget says that nothing may leave."""
+        budget = _budget(self)
+        return isinstance(budget, float) and budget == 1.0
+
     def size_bias(self) -> float:
         """Of merging methods: beta, where later attention adds beta * log(size) to the logits of a token's key."""
         return 0.0

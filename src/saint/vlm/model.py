@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import HookNeverFiredError, ParityError, UnsupportedModelError
 from ..gathers import DROPPED, full_length, is_dropped
+from ..language.cache import filled
 from ..language.doorway import Doorway, Handover, Note
 from ..language.generation import watch
 from ..patch import Uncopyable, override
@@ -128,8 +129,7 @@ class PrunedVLM(Uncopyable):
             self.videos.begin(given)
         if self.encoder is None or images or encoded or embedded is not None or self.handover.pieces is not None:
             return
-        cache = CACHE.read(given)
-        if cache is None or cache.get_seq_length() == 0:
+        if not filled(CACHE.read(given)):
             self.encoder.forwards.begin()  # a new prompt without images
 
     def _computed(self, original: Callable[..., Any]) -> Callable[..., Any]:
