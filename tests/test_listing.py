@@ -39,7 +39,7 @@ def eval_names(folder: Path) -> set[str]:
 
 
 def asked_names(folder: Path) -> set[str]:
-    return {item.where for item in gather(folder, None, None, None)[0]}
+    return {item.where for item in gather(folder, None, None, None, {})[0]}
 
 
 def photo_names(folder: Path) -> set[str]:
@@ -79,7 +79,7 @@ def test_splits_are_no_classes(tmp_path):
 
 def test_one_picture_beside_folders_is_one_picture(tmp_path):
     picture(tmp_path / "sub/other.png")
-    assert [item.where for item in gather(picture(tmp_path / "one.png"), None, None, None)[0]] == ["one.png"]
+    assert [item.where for item in gather(picture(tmp_path / "one.png"), None, None, None, {})[0]] == ["one.png"]
 
 
 @pytest.mark.parametrize("top", [1.0, 255, 256, 4095, 65535, 1_000_000])
