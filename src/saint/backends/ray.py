@@ -273,13 +273,13 @@ def _missing(table: Any, done: Any, key: str | None) -> Any:
 
 def _images() -> tuple[str, ...]:
     """Columns that may hold images; those of webdataset shards are called like endings."""
-    return ("image", "bytes", *sorted(ending.removeprefix(".") for ending in known()), *NAMES)
+    return ("image", "bytes", "jpg", "png", *sorted(ending.removeprefix(".") for ending in known()), *NAMES)
 
 
 def _pick(names: Sequence[str], wanted: str | None, among: Sequence[str], option: str) -> str:
     found = [name for name in ((wanted,) if wanted is not None else among) if name in names]
     if not found:
-        looked = wanted if wanted is not None else ", ".join(among)
+        looked = wanted if wanted is not None else ", ".join(among[:6])
         raise ValueError(f"no column {looked} among {', '.join(names)}: name one ({option}=)")
     return found[0]
 

@@ -117,11 +117,12 @@ def token_curves(record: Record) -> Markup:
         if len(own) < 2:
             continue  # one drop point is no curve, and the pictures say its number
         left = {layer: [out for _, out in found] for layer, found in own.items()}
-        line = Line(f"tokens left ({stage})", [fmean(v) for v in left.values()], [float(min(v)) for v in left.values()],
-                    [float(max(v)) for v in left.values()], [layer for layer, _ in left])  # fmt: skip
-        figures.append(
-            line_chart(f"Tokens left, {stage}", [line], y="tokens", note="mean; band: lowest to highest picture")
-        )
+        several = len(photos) > 1
+        lowest, highest = ([float(f(v)) for v in left.values()] if several else [] for f in (min, max))
+        means = [fmean(v) for v in left.values()]
+        line = Line(f"tokens left ({stage})", means, lowest, highest, [layer for layer, _ in left])
+        note = "mean; band: lowest to highest picture" if several else "one picture"
+        figures.append(line_chart(f"Tokens left, {stage}", [line], y="tokens", note=note))
     return charts(*figures) if figures else Markup()
 
 
