@@ -455,7 +455,7 @@ def test_check_prints_every_contract_and_writes_them(run, tmp_path):
 
 
 def test_check_fails_when_a_contract_fails(run, monkeypatch):
-    from saint.runtime import layer
+    from saint.runtime import deciding as layer
 
     real = layer.gather_tokens
     monkeypatch.setattr(layer, "gather_tokens", lambda x, slots, prefix: real(x, slots.roll(1, 1), prefix))
