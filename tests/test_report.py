@@ -422,3 +422,9 @@ def read_tables(page: str) -> dict[str, list[list[str]]]:
         if caption:
             found[caption[1]] = [[re.sub("<[^>]+>", "", cell) for cell in row] for row in rows[1:]]
     return found
+
+
+def test_what_was_left_out_is_named_in_the_page(written):
+    text = read(make_report(written(report_records.view()))).text
+    assert "Not used: 10" in text
+    assert "9 left out (the ending .csv is no picture's): a.csv, b.csv, ..." in text
