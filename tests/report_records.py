@@ -64,6 +64,9 @@ FIELDS = frozenset(  # names of a record, which a test of hostile text leaves as
         "plan",
         "plan_line",
         "skipped",
+        "left_out",
+        "reason",
+        "names",
         "environment",
         "vision",
         "method",
@@ -118,6 +121,7 @@ FIELDS = frozenset(  # names of a record, which a test of hostile text leaves as
         "failures",
         "where",
         "reason",
+        "names",
         "given",
         "evaluated",
         "against_first",
@@ -145,7 +149,8 @@ def _head(kind: str) -> dict[str, Any]:
         "kind": kind,
         "environment": environment,
     }
-    return {**head, "skipped": [["bad.jpg", "no picture"]]}
+    left = [{"reason": "the ending .csv is no picture's", "count": 9, "names": ["a.csv", "b.csv"]}]
+    return {**head, "skipped": [["bad.jpg", "no picture"]], "left_out": left}
 
 
 def _spread(median: float) -> dict[str, Any]:

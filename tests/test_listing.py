@@ -4,6 +4,7 @@ import io
 import json
 import os
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from saint.embed.sources import find_items, located
 from saint.eval.data import find_samples
 from saint.eval.vqa import read_questions
 from saint.images import read_image
+from saint.loading.listing import left_facts
 from saint.loading.photos import load_images
 from saint.loading.plans import changed_plan
 from saint.methods import get
@@ -39,7 +41,7 @@ def eval_names(folder: Path) -> set[str]:
 
 
 def asked_names(folder: Path) -> set[str]:
-    return {item.where for item in gather(folder, None, None, None)[0]}
+    return {item.where for item in gather(folder, None, None, None, {})[0]}
 
 
 def photo_names(folder: Path) -> set[str]:
@@ -79,7 +81,7 @@ def test_splits_are_no_classes(tmp_path):
 
 def test_one_picture_beside_folders_is_one_picture(tmp_path):
     picture(tmp_path / "sub/other.png")
-    assert [item.where for item in gather(picture(tmp_path / "one.png"), None, None, None)[0]] == ["one.png"]
+    assert [item.where for item in gather(picture(tmp_path / "one.png"), None, None, None, {})[0]] == ["one.png"]
 
 
 @pytest.mark.parametrize("top", [1.0, 255, 256, 4095, 65535, 1_000_000])
@@ -164,3 +166,64 @@ def test_the_input_is_no_layer():
     assert [place(step) for step in steps] == [-1, 0, 3]
     assert [mark_of(step) for step in steps] == ["in", "0", "3"]
     assert behind(steps[0]) == "in front of the layers"
+
+
+def shard(file: Path, **members: bytes) -> Path:
+    """A tar file; "-" in a name stands for ".", "+" for a byte that is no UTF-8."""
+    with tarfile.open(file, "w", errors="surrogateescape") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name.replace("-", ".").replace("+", "\udce9"))
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return file
+
+
+@pytest.mark.parametrize("listing", [embed_names, eval_names])
+@pytest.mark.filterwarnings("always")
+def test_shards_tell_the_same_and_hold_every_kind_of_picture(tmp_path, listing):
+    data = picture(tmp_path / "x.png").read_bytes()
+    root = tmp_path / "shards"
+    root.mkdir()
+    names = ["a-png", "b-gif", "c-HEIC", "caf+-png", "-_a-png", "README", "d-txt"]
+    shard(root / "one.tar", **dict.fromkeys(names, data))
+    shard(root / "two.TAR", **{"a-png": data})
+    (root / "notes.csv").write_text("a,b")
+    with pytest.warns(UserWarning, match="left out") as told:
+        found = listing(root)
+    assert found == {*(f"one.tar/{key}" for key in ("a", "b", "c", "caf\\xe9", "d")), "two.TAR/a"}
+    assert [item.key for item in find_items(root) if item.error] == ["one.tar/d"]  # the only one without a picture
+    assert [failure.id for failure in find_samples(str(root)).unreadable] == ["one.tar/d"]
+    said = " ".join(str(warning.message) for warning in told)
+    for name in ("one.tar/._a.png", "one.tar/README", "notes.csv"):
+        assert name in said
+
+
+@pytest.mark.parametrize("listing", [embed_names, eval_names, asked_names])
+def test_pictures_beside_shards_are_refused(tmp_path, listing):
+    data = picture(tmp_path / "x.png").read_bytes()
+    shard(tmp_path / "x.tar", **{"a-png": data})
+    with pytest.raises(ValueError, match=r"several kinds \(.tar, image\)"):
+        listing(tmp_path)
+
+
+@pytest.mark.filterwarnings("always")
+def test_what_lies_beside_a_saved_data_set_is_told(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    data = picture(tmp_path / "x.png").read_bytes()
+    columns = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": [{"bytes": data, "path": None}]}, features=columns).save_to_disk(
+        tmp_path / "set"
+    )
+    picture(tmp_path / "set/more/loose.png")
+    with pytest.warns(UserWarning, match=r"beside a saved data set\): more/loose.png"):
+        found = find_samples(str(tmp_path / "set"))
+    assert len(found.items) == 1
+    assert found.left_out == {"beside a saved data set": ["more/loose.png"]}
+    assert left_facts(found.left_out) == [
+        {"reason": "beside a saved data set", "count": 1, "names": ["more/loose.png"]}
+    ]
+
+
+def test_a_record_names_a_hundred_and_counts_all():
+    (fact,) = left_facts({"hidden": [str(n) for n in range(250)]})
+    assert (fact["reason"], fact["count"], len(fact["names"])) == ("hidden", 250, 100)

@@ -13,6 +13,7 @@ import pytest
 import report_records
 from PIL import Image
 
+import saint
 from saint.cli import main
 from saint.images import data_uri
 from saint.report import KINDS, make_report, read_records
@@ -380,3 +381,50 @@ def test_markup_is_escaped_once():
         "123,457",
         "1.0e-05",
     ]
+
+
+def test_the_input_and_the_first_layer_are_two_points_of_one_picture(run, tmp_path):
+    """From the commands to the page: a plan with a stage in front of the layers and one at layer 0."""
+    stages = (
+        saint.Stage(saint.methods.Random(keep=0.8), placement="input"),
+        saint.Stage(saint.methods.Random(keep=0.5), layers=[0, 2]),
+    )
+    saint.Plan(vision=stages).save(tmp_path / "plan.json")
+    Image.effect_noise((90, 70), 60).convert("RGB").save(tmp_path / "one.png")
+    tiny = ["timm:test_vit", "--no-pretrained", "--device", "cpu", "--plan", tmp_path / "plan.json"]
+    tiny += ["--image", tmp_path / "one.png"]
+    quick = ["--repeats", 1, "--json", tmp_path / "bench.json"]
+    for line in (["view", *tiny, "--out", tmp_path, "--json", tmp_path / "view.json"], ["bench", *tiny, *quick]):
+        with pytest.raises(SystemExit, match="0"):
+            main([*map(str, line)])
+    (photo,) = json.loads((tmp_path / "view.json").read_text())["photos"]
+    assert [(e["placement"], e["layer"], e["tokens_out"]) for e in photo["layers"]] == [
+        ("input", 0, 80), ("mid", 0, 57), ("mid", 2, 40),
+    ]  # fmt: skip
+    code, _, err = run(tmp_path / "view.json", tmp_path / "bench.json", "-o", tmp_path / "r.html")
+    assert code == 0, err
+    text = read((tmp_path / "r.html").read_text()).text
+    words = " ".join(text.split())
+    assert "in front of the layers: 20 left" in words
+    assert "after layer 0: 23 left" in words
+    tables = read_tables((tmp_path / "r.html").read_text())
+    assert tables["Tokens left, vision"] == [["input", "80"], ["0", "57"], ["2", "40"]]
+    assert tables["Tokens around each drop point"] == [["input", "100", "80"], ["0", "80", "57"], ["2", "57", "40"]]
+    assert "band: lowest" not in words
+
+
+def read_tables(page: str) -> dict[str, list[list[str]]]:
+    """Rows of the body of each table, by its caption."""
+    found = {}
+    for body in re.findall(r"<table.*?</table>", page, re.S):
+        caption = re.search(r"<caption[^>]*>(.*?)</caption>", body, re.S)
+        rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.S) for row in re.findall(r"<tr.*?</tr>", body, re.S)]
+        if caption:
+            found[caption[1]] = [[re.sub("<[^>]+>", "", cell) for cell in row] for row in rows[1:]]
+    return found
+
+
+def test_what_was_left_out_is_named_in_the_page(written):
+    text = read(make_report(written(report_records.view()))).text
+    assert "Not used: 10" in text
+    assert "9 left out (the ending .csv is no picture's): a.csv, b.csv, ..." in text

@@ -88,7 +88,7 @@ ROOMS = {
     "loading/listing": {"images"},
     "loading/photos": {"images", "loading/listing"},
     "loading/plans": {"plan"},
-    "loading/shards": set(),
+    "loading/shards": {"loading/listing"},
     "embed/sources": {"extras", "images", "loading/listing", "loading/shards"},  # lists and reads; loads no model
     "embed/parts": {"errors", "extras", "records", "embed/sources"},
     "report/charts": {"report/markup"},  # from numbers to pictures

@@ -22,11 +22,10 @@ from ..embed.work import Job, ModelSource, Worker, picture, stream
 from ..errors import SaintError
 from ..extras import require
 from ..images import as_rgb, read_image
-from ..loading.shards import PICTURES
+from ..loading.listing import known
 from ..session import PlanLike, as_plan
 
 _KEYS = ("key", "__key__", "id", "path")  # columns of a data set that name its rows
-_IMAGES = ("image", "bytes", *PICTURES, *NAMES)
 _TOGETHER = 2  # units per task: one is read while another is in the model; what a killed actor repeats
 _WEIGHTS = "weights"  # a column between actors and driver
 
@@ -272,10 +271,15 @@ def _missing(table: Any, done: Any, key: str | None) -> Any:
     return table.filter([value not in keys for value in map(str, table.column(name).to_pylist())])
 
 
+def _images() -> tuple[str, ...]:
+    """Columns that may hold images; those of webdataset shards are called like endings."""
+    return ("image", "bytes", "jpg", "png", *sorted(ending.removeprefix(".") for ending in known()), *NAMES)
+
+
 def _pick(names: Sequence[str], wanted: str | None, among: Sequence[str], option: str) -> str:
     found = [name for name in ((wanted,) if wanted is not None else among) if name in names]
     if not found:
-        looked = wanted if wanted is not None else ", ".join(among)
+        looked = wanted if wanted is not None else ", ".join(among[:6])
         raise ValueError(f"no column {looked} among {', '.join(names)}: name one ({option}=)")
     return found[0]
 
@@ -325,7 +329,7 @@ class _RowActor(_Actor):
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Any:
         names = list(batch)
-        column = _pick(names, self.column, _IMAGES, "column")
+        column = _pick(names, self.column, _images(), "column")
         keys = [str(value) for value in batch[_pick(names, self.key, _KEYS, "key")]]
         paths = [str(value) for value in batch["path"]] if "path" in names else keys
         worker = self.started()

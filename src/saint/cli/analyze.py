@@ -36,6 +36,7 @@ from .common import (
 
 if TYPE_CHECKING:
     from ..analysis.run import Analysis
+    from ..loading.listing import Left
     from .asked import Subject
 
 # columns of the table on the terminal: quantity, heading, digits
@@ -104,12 +105,14 @@ def analyze(
     from ..analysis.record import make_record
     from ..analysis.run import Settings
     from ..analysis.run import analyze as measure
+    from ..loading.listing import left_facts, printable
     from ..loading.text import is_text
     from ..loading.vlm import is_vlm
     from ..records import environment
 
     settings = Settings(share=share, causal=causal, seed=seed, choices=tuple(choices.split(",")))
     number = dtype_of(dtype)
+    left: Left = {}
     if is_text(model):
         given = {"--images": images, "--questions": questions, "--prompt": prompt, "--size": size}
         if wrong := [name for name, value in given.items() if value is not None]:
@@ -128,7 +131,7 @@ def analyze(
             raise ValueError(f"{model} needs --images, an image or a folder of them")
         generates = is_vlm(model)
         check_asked(model, generates, questions, prompt)
-        items, bad = gather(images, questions, prompt, limit)
+        items, bad = gather(images, questions, prompt, limit, left)
         subject = load_subject(
             model, device, generates=generates, size=size, threads=threads, pretrained=pretrained, dtype=number
         )
@@ -139,7 +142,7 @@ def analyze(
         "size": size,
         "dtype": dtype,
         "prompt": prompt,
-        "set": source.name,
+        "set": printable(source.name),
     }
     file = journal if journal is not None or json is None else json.with_suffix(".journal.sqlite")
     with resumable(file), progress("measuring", len(items)) as tick:
@@ -158,13 +161,14 @@ def analyze(
     record["skipped"] += [list(entry) for entry in bad]
     print_record(model, record, result)
     if json is not None:
-        what = {"count": len(result.entries), "set": source.resolve().name}
+        what = {"count": len(result.entries), "set": printable(source.resolve().name)}
         head = {
             "kind": "analyze",
             "model": model,
             "images": None if result.text else what,
             "prompts": what if result.text else None,
             "questions": None if questions is None else {"count": len(result.entries)},
+            "left_out": left_facts(left),
         }
         with err.status("drawing"):
             shown = {} if result.text else _survivors(subject, record, result, items)

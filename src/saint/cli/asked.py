@@ -5,11 +5,14 @@ models.
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from .common import err, load, load_generator
+
+if TYPE_CHECKING:
+    from ..loading.listing import Left
 
 Questions = Annotated[
     Path | None,
@@ -113,13 +116,14 @@ def read_prompts(path: Path, limit: int | None) -> tuple[list[Any], list[tuple[s
         ValueError: not a single prompt in it.
     """
     from ..analysis.run import Asked
+    from ..loading.listing import printable
 
     good: list[Any] = []
     bad: list[tuple[str, str]] = []
     for number, raw in enumerate(path.read_bytes().splitlines(), 1):
         if not raw.strip():
             continue
-        where = f"{path.name}, line {number}"
+        where = f"{printable(path.name)}, line {number}"
         try:
             prompt = raw.decode() if path.suffix != ".jsonl" else json.loads(raw)["prompt"]
             if not isinstance(prompt, str) or not prompt.strip():
@@ -134,7 +138,7 @@ def read_prompts(path: Path, limit: int | None) -> tuple[list[Any], list[tuple[s
 
 
 def gather(
-    images: Path, questions: Path | None, prompt: str | None, limit: int | None
+    images: Path, questions: Path | None, prompt: str | None, limit: int | None, left: "Left"
 ) -> tuple[list[Any], list[tuple[str, str]]]:
     """What there is to look at, :class:`saint.analysis.run.Asked`, at most ``limit``, evenly spaced.
 
@@ -143,6 +147,7 @@ def gather(
         questions: JSON lines about images of the folder.
         prompt: what is asked of every image without ``questions``; None: to describe it.
         limit: None means all.
+        left: gets what is left out of the folder: reason -> names.
 
     Returns:
         The items; where and why questions could not be read.
@@ -158,9 +163,10 @@ def gather(
         asked, unreadable = read_questions(questions, images)
         some = [Asked.question(question, default_prompt(question)) for question in evenly(asked, limit)]
         return some, [(failure.where, failure.reason) for failure in unreadable]
-    found = find_samples(str(images), labels=False).items
+    found = find_samples(str(images), labels=False)
+    left.update(found.left_out)
     text = "Describe the image." if prompt is None else prompt
-    return [Asked.of(sample, text) for sample in evenly(found, limit)], []
+    return [Asked.of(sample, text) for sample in evenly(found.items, limit)], []
 
 
 def evenly(items: list[Any], limit: int | None) -> list[Any]:

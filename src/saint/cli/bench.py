@@ -31,6 +31,7 @@ from .common import (
 
 if TYPE_CHECKING:
     from ..bench import EncoderBench, GenerationBench, Spread
+    from ..loading.listing import Left
 
 
 def bench(
@@ -57,6 +58,7 @@ def bench(
     model (hf:) generates: time to first token, time per token and cache memory, for --plan or for each mode.
     """
     from ..bench import bench_encoder
+    from ..loading.listing import left_facts
     from ..loading.vlm import is_vlm
     from ..records import environment
 
@@ -68,7 +70,8 @@ def bench(
             model, plan, batch, repeats, warmup, threads, device, number, image, pretrained, json, prompt, new_tokens
         )
         return
-    photos, bad = pictures(image, batch)
+    left: Left = {}
+    photos, bad = pictures(image, batch, left)
     loaded = load(model, device, size=size, threads=threads, pretrained=pretrained)
     loaded.model.to(number)
     chosen = make_plan(loaded.plan, plan, threshold, layers)
@@ -95,6 +98,7 @@ def bench(
             "image_size": loaded.image_size,
             "images": [photo.name for photo in used],
             "skipped": [list(entry) for entry in bad],
+            "left_out": left_facts(left),
             **result.to_dict(),
             "environment": environment(loaded.device),
         }
@@ -167,11 +171,13 @@ def _generation(
     new_tokens: int,
 ) -> None:
     from ..bench import bench_generation
+    from ..loading.listing import left_facts
     from ..loading.modes import modes
     from ..plan import Plan
     from ..records import environment
 
-    photos, bad = pictures(image, batch)
+    left: Left = {}
+    photos, bad = pictures(image, batch, left)
     plans = modes if plan is None else {plan if "{" not in plan else "plan": make_plan(Plan(), plan, None, None)}
     loaded = load_generator(model, device, threads=threads, pretrained=pretrained, dtype=dtype)
     if callable(plans):
@@ -198,6 +204,7 @@ def _generation(
             "prompt": prompt,
             "images": [photo.name for photo in used],
             "skipped": [list(entry) for entry in bad],
+            "left_out": left_facts(left),
             **result.to_dict(),
             "environment": environment(loaded.device),
         }

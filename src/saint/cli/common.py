@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 if TYPE_CHECKING:
     from ..bench import Spread
     from ..loading import Loaded, Photo, Unreadable
+    from ..loading.listing import Left
     from ..loading.vlm import LoadedVLM
     from ..plan import Plan
 
@@ -117,15 +118,18 @@ def save(file: Path, record: dict[str, Any]) -> None:
     err.print(f"wrote {file}", highlight=False)
 
 
-def pictures(image: Path | None, limit: int) -> tuple[list["Photo"], list["Unreadable"]]:
-    """The user's images, or photographs that are there anyway; reports what cannot be read."""
+def pictures(image: Path | None, limit: int, left: "Left") -> tuple[list["Photo"], list["Unreadable"]]:
+    """The user's images, or photographs that are there anyway; reports what cannot be read.
+
+    ``left`` gets what is left out, see :func:`saint.loading.listing.find_pictures`.
+    """
     from ..loading import Photo, load_images
 
     if image is None:
         from ..demo import photos
 
         return [Photo(name, photo) for name, photo in photos()[:limit]], []
-    good, bad = load_images(image, limit)
+    good, bad = load_images(image, limit, left)
     for name, reason in bad:
         err.print(f"[yellow]skipped[/] {name}: {reason}", highlight=False)
     return good, bad

@@ -39,6 +39,7 @@ from .view import dimmed, draw_strips, legend, thumbnail, title
 if TYPE_CHECKING:
     from ..bench import Agreement, EncoderBench
     from ..loading import Loaded, Photo
+    from ..loading.listing import Left
     from ..plan import Plan
     from ..tokens import LayerTrace
 
@@ -69,13 +70,15 @@ def demo(
 
     from ..bench import agreement, bench_encoder
     from ..flops import left_out
+    from ..loading.listing import left_facts
     from ..records import environment, write_json
     from ..session import pruned
     from ..view.facts import layer_facts
     from ..view.reasons import Reasons
 
     model = given_model("demo", model, old_model, DEFAULT_MODEL)
-    photos, bad = pictures(image, limit)
+    left: Left = {}
+    photos, bad = pictures(image, limit, left)
     loaded = load(model, device, size=size, threads=threads, pretrained=pretrained)
     chosen = make_plan(loaded.plan, plan, threshold, layers)
     benches: list[EncoderBench] = []
@@ -145,6 +148,7 @@ def demo(
             for photo, trace, given, found, measured in zip(photos, traces, reasons, agreements, benches, strict=True)
         ],
         "skipped": [list(entry) for entry in bad],
+        "left_out": left_facts(left),
         "files": [file.name for file in files],
         "environment": environment(loaded.device),
     }
@@ -175,7 +179,8 @@ def _print(
     for step in zip(*traces, strict=True):
         left = [int(t.tokens_out[0]) for t in step]
         mean = statistics.fmean(left)
-        table.add_row(str(step[0].layer), f"{mean:.0f}", str(min(left)), str(max(left)), bar(mean / total))
+        where = "input" if step[0].placement == "input" else str(step[0].layer)
+        table.add_row(where, f"{mean:.0f}", str(min(left)), str(max(left)), bar(mean / total))
     out.print(table)
     measure = agreements[0].measure
     heads = ["kept", "ms before", "after", "speed-up", "bound", "corr." if measure == "correlation" else measure]

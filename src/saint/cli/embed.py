@@ -61,6 +61,7 @@ def embed(
     from ..embed.sources import find_items
     from ..embed.work import Job
     from ..loading import read_plan
+    from ..loading.listing import Left, left_facts
     from ..records import environment
 
     if workers is not None and not ray:
@@ -70,8 +71,9 @@ def embed(
     chosen = read_plan(plan)
     batch = batch or (32 if question is None else 1)
     job = Job(model, chosen, question, max_new_tokens, pretrained, size, dtype)
+    left: Left = {}
     with err.status(f"listing {source}"):
-        items = find_items(source, column=column)
+        items = find_items(source, column=column, left=left)
     with resumable(output), progress("embedding" if question is None else "asking", len(items)) as tick:
         if ray:
             from ..backends.ray import local_cluster
@@ -94,6 +96,7 @@ def embed(
             "plan": chosen.to_dict(),
             "images": made.count,
             "errors": made.errors,
+            "left_out": left_facts(left),
             "resumed": made.resumed,
         } | ({} if question is None else {"question": question, "max_new_tokens": max_new_tokens})
         save(json, {"kind": "embed", **record, "batch": batch, "ray": ray, "environment": environment()})

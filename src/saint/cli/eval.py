@@ -1,7 +1,7 @@
 """`saint eval images` and `saint eval vqa`."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -87,6 +87,7 @@ def images(
 ) -> None:
     """Accuracy of an encoder on DATA, and its agreement with the unpruned model (the only score without labels)."""
     from ..eval import evaluate_images, find_samples
+    from ..loading.listing import left_facts
 
     number = dtype_of(dtype)
     names = None if classes is None else _lines(classes)
@@ -129,7 +130,7 @@ def images(
             "the model's classes",
             highlight=False,
         )
-    _finish("eval/images", report, model, loaded.device, json, journal)
+    _finish("eval/images", report, model, loaded.device, json, journal, left_facts(samples.left_out))
 
 
 @eval.command("vqa")
@@ -238,7 +239,15 @@ def _shown(total: int, journal: Path | None) -> Iterator[Callable[[int], None]]:
         yield lambda n: bar.advance(task, n)
 
 
-def _finish(kind: str, report: "Report", model: str, device: Any, json: Path | None, journal: Path | None) -> None:
+def _finish(
+    kind: str,
+    report: "Report",
+    model: str,
+    device: Any,
+    json: Path | None,
+    journal: Path | None,
+    left_out: Sequence[Any] = (),
+) -> None:
     """Tables, the record, and exit status 1 when something that was given is not in the scores."""
     from ..records import environment
 
@@ -254,6 +263,7 @@ def _finish(kind: str, report: "Report", model: str, device: Any, json: Path | N
             {
                 "kind": kind,
                 **report.to_dict(),
+                "left_out": left_out,
                 "journal": journal.name if journal is not None else None,
                 "environment": environment(device),
             },

@@ -11,6 +11,8 @@ from .common import MODEL_HELP, Json, PlanText, Pretrained, Size, Threads, descr
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ..loading.listing import Left
+
 
 def export(
     model: Annotated[str, typer.Argument(help=f"{MODEL_HELP}; of a vision-language model its tower")],
@@ -33,6 +35,7 @@ def export(
     from ..backends.export import export as write
     from ..backends.export import format_of
     from ..images import reason
+    from ..loading.listing import left_facts
     from ..loading.plans import read_plan
     from ..loading.vlm import is_vlm
     from ..records import environment
@@ -40,7 +43,8 @@ def export(
 
     format_of(output)
     generates = is_vlm(model)
-    items, bad = ([], []) if images is None else gather(images, None, None, limit)
+    left: Left = {}
+    items, bad = ([], []) if images is None else gather(images, None, None, limit, left)
     subject = load_subject(
         model, "cpu", generates=generates, size=size, threads=threads, pretrained=pretrained, dtype=None
     )
@@ -77,6 +81,8 @@ def export(
             "size": size,
             "plan": chosen.to_dict(),
             "counted_on": counted,
+            "skipped": [list(entry) for entry in bad],
+            "left_out": left_facts(left),
         }
         file = {"format": written.format, "inputs": written.inputs, "outputs": written.outputs, "bytes": written.size}
         record = {"kind": "export", **facts, **file, "error": written.error, "environment": environment("cpu")}

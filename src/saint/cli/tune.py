@@ -28,6 +28,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
+    from ..loading.listing import Left
     from ..tuning import Tuning
 
 
@@ -69,6 +70,7 @@ def tune(
     say what was reached, with 95 % intervals. The plan file keeps that; every command takes it as --plan.
     """
     from ..images import reason
+    from ..loading.listing import left_facts, printable
     from ..loading.vlm import is_vlm
     from ..records import environment
     from ..tuning import Target, forwards
@@ -81,7 +83,8 @@ def tune(
     number = dtype_of(dtype)
     generates = is_vlm(model)
     check_asked(model, generates, questions, prompt)
-    items, bad = gather(images, questions, prompt, limit)
+    left: Left = {}
+    items, bad = gather(images, questions, prompt, limit, left)
     chosen = DEFAULT_METHODS if methods is None else tuple(name.strip() for name in methods.split(","))
     subject = load_subject(
         model, device, generates=generates, size=size, threads=threads, pretrained=pretrained, dtype=number
@@ -97,7 +100,13 @@ def tune(
             data.append(dict(subject.inputs(item, item.load())))
         except (OSError, ValueError) as error:
             bad.append((item.where, reason(error)))
-    facts = {"model": model, "pretrained": pretrained, "size": size, "dtype": dtype, "set": images.resolve().name}
+    facts = {
+        "model": model,
+        "pretrained": pretrained,
+        "size": size,
+        "dtype": dtype,
+        "set": printable(images.resolve().name),
+    }
     file = output.with_suffix(".journal.sqlite") if journal is None else journal
     total = forwards(len(data), held_out, agreement=target.agreement is not None, frontier=frontier is not None)
     with resumable(file), progress("tuning", total) as tick:
@@ -108,7 +117,14 @@ def tune(
     found.plan.save(output)
     print_tuning(model, found)
     err.print(f"wrote {output}", highlight=False)
-    record = {"kind": "tune", **found.record, "plan": found.plan.to_dict(), "environment": environment(subject.device)}
+    record = {
+        "kind": "tune",
+        **found.record,
+        "plan": found.plan.to_dict(),
+        "skipped": [list(entry) for entry in bad],
+        "left_out": left_facts(left),
+        "environment": environment(subject.device),
+    }
     if json is not None:
         save(json, {**record, "frontier": found.frontier or None})
     if frontier is not None:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from PIL import Image as Picture
 
     from ..loading import Loaded, Photo
+    from ..loading.listing import Left
     from ..plan import Plan
     from ..tokens import LayerTrace
     from ..view.tiles import Tile
@@ -73,6 +74,7 @@ def view(
     """
     import torch
 
+    from ..loading.listing import left_facts
     from ..loading.vlm import is_vlm
     from ..records import environment
     from ..session import pruned
@@ -97,7 +99,8 @@ def view(
         return
     if prompt is not None:
         raise ValueError(f"--prompt is for vision-language models, {model} is none")
-    photos, bad = pictures(image, limit)
+    left: Left = {}
+    photos, bad = pictures(image, limit, left)
     loaded = load(model, device, size=size, threads=threads, pretrained=pretrained)
     chosen = make_plan(loaded.plan, plan, threshold, layers)
     traces: list[list[LayerTrace]] = []
@@ -135,6 +138,7 @@ def view(
             "grid": loaded.grid,
             "photos": facts,
             "skipped": [list(entry) for entry in bad],
+            "left_out": left_facts(left),
             "files": [file.name for file in files],
             "environment": environment(loaded.device),
         }
@@ -170,6 +174,7 @@ def _view_vlm(
     import torch
 
     from ..images import data_uri
+    from ..loading.listing import left_facts
     from ..loading.modes import usual_plan
     from ..records import environment
     from ..session import pruned
@@ -177,7 +182,8 @@ def _view_vlm(
     from ..view.reasons import Reasons
     from ..view.tiles import tiles, visual_tokens
 
-    photos, bad = pictures(image, limit)
+    left: Left = {}
+    photos, bad = pictures(image, limit, left)
     loaded = load_generator(model, device, threads=threads, pretrained=pretrained)
     chosen = make_plan(usual_plan(loaded.model), plan, threshold, layers)
     files: list[Path] = []
@@ -214,6 +220,7 @@ def _view_vlm(
             "plan": chosen.to_dict(),
             "photos": facts,
             "skipped": [list(entry) for entry in bad],
+"left_out": left_facts(left),
             "files": [file.name for file in files],
             "environment": environment(loaded.device),
         })  # fmt: skip
@@ -234,7 +241,7 @@ def draw_tiles(
     shown = [t for t in trace if bool((t.tokens_out < t.tokens_in).any())] or list(trace[-1:])
     counted = []
     for step in _spaced(shown, 5):
-        name = step.stage if step.stage == "connector" else f"{step.stage}, after layer {step.layer}"
+        name = step.stage if step.stage == "connector" else f"{step.stage}, {_behind(step)}"
         per_tile = step.kept if step.stage == "vision" else placed(list(seen), step.kept[0].cpu(), total)
         if per_tile is None or len(per_tile) != len(seen):
             counted.append(f"{name}: {int(step.tokens_out.sum())} of {total} tokens")
@@ -288,14 +295,20 @@ def draw_strips(
         for step in _spaced(shown, 7):
             kept = int(step.tokens_out[0])
             note = f"{kept} of {rows * columns} kept ({kept / (rows * columns):.0%})"
-            after = f"after layer {step.layer}"
+            after = _behind(step)
             if step is shown[-1] and step is not trace[-1]:
-                after = f"after layers {step.layer} to {trace[-1].layer}"  # the others dropped nothing
+                after = f"{after}, to layer {trace[-1].layer}"  # the others dropped nothing
             cells.append(Cell(dimmed(loaded, seen, step), after, note))
         path = folder / f"kept_{photo.name}.png"
         save_png(sheet([cells[i : i + 4] for i in range(0, len(cells), 4)], loaded.title, legend(plan)), path)
         files.append(path)
     return files
+
+
+def _behind(step: "LayerTrace") -> str:
+    from ..report.reading import behind
+
+    return behind({"layer": step.layer, "placement": step.placement})
 
 
 def _spaced(items: list[Any], most: int) -> list[Any]:

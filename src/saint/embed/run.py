@@ -8,6 +8,7 @@ from typing import Any
 
 from ..eval.report import digest
 from ..extras import require
+from ..loading.listing import printable
 from ..session import PlanLike, as_plan
 from .parts import Parts, files
 from .sources import Item, find_items
@@ -147,7 +148,7 @@ def answer(
 def facts_of(job: Job, source: str | os.PathLike[str], items: Sequence[Item], batch: int) -> dict[str, Any]:
     """What the manifest of a run holds: model, plan and source."""
     listing = digest([[item.key, item.size, item.error] for item in items])
-    told = {"name": Path(source).resolve().name, "images": len(items), "listing": listing}
+    told = {"name": printable(Path(source).resolve().name), "images": len(items), "listing": listing}
     return {**job.facts(), "batch": batch, "source": told}
 
 

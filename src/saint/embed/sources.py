@@ -14,7 +14,7 @@ from PIL import Image
 from ..extras import require
 from ..images import read_image
 from ..loading import shards
-from ..loading.listing import is_picture, printable, tell, walk
+from ..loading.listing import Left, one_kind, printable, tell
 
 FORMS = "a folder of images, .parquet files, or .tar shards (a file, or a folder of one kind)"
 NAMES = (
@@ -52,13 +52,14 @@ class Item:
     error: str = ""
 
 
-def find_items(source: str | os.PathLike[str], *, column: str | None = None) -> list[Item]:
+def find_items(source: str | os.PathLike[str], *, column: str | None = None, left: Left | None = None) -> list[Item]:
     """The images at ``source``, in an order that never changes.
 
     Args:
         source: a folder (its subfolders included) of images, of ``.parquet`` files or of ``.tar`` shards, or one such file.
         column: of parquet files: the images' bytes, their paths (from the file's folder) or ``file://`` URLs. None means the one
             that is called like an image, or holds structs with ``bytes`` and ``path`` as the library datasets writes them.
+        left: gets what is left out: reason -> names.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -68,39 +69,28 @@ def find_items(source: str | os.PathLike[str], *, column: str | None = None) -> 
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"no such source: {path}; give {FORMS}")
-    left: dict[str, list[str]] = {}
-    files = [path] if path.is_file() else list(walk(path, left))
-    kinds = {
-        ".parquet": [f for f in files if f.suffix.lower() == ".parquet"],
-        ".tar": [f for f in files if f.suffix.lower() == ".tar"],
-        "image": [f for f in files if is_picture(f)],
-    }
-    used = {file for those in kinds.values() for file in those}
-    other = [printable(f.name) for f in files if f not in used]
-    if other:
-        left["no picture by ending or contents"] = other
-    tell(path, left)
-    found = [kind for kind, those in kinds.items() if those]
-    if len(found) != 1:
-        held = f"files of several kinds ({', '.join(found)})" if found else "no image"
-        raise ValueError(f"{path} holds {held}; give {FORMS}")
-    if column is not None and found != [".parquet"]:
-        raise ValueError(f"a column is of parquet files, and {path} holds {found[0]} files: leave it out")
+    left = {} if left is None else left
+    kind, files = one_kind(path, left, FORMS, ".parquet", ".tar")
+    if column is not None and kind != ".parquet":
+        raise ValueError(f"a column is of parquet files, and {path} holds {kind} files: leave it out")
     root = path.parent if path.is_file() else path
     items: list[Item] = []
-    for file in kinds[found[0]]:
+    inside: Left = {}
+    for file in files:
         name = printable(file.relative_to(root).as_posix())
-        if found == ["image"]:
+        if kind == "image":
             items.append(Item(name, str(file), file.stat().st_size if file.exists() else -1))
         else:
-            items += _shard(file, name) if found == [".tar"] else _parquet(file, name, column)
+            items += _shard(file, name, inside) if kind == ".tar" else _parquet(file, name, column)
+    tell(path, inside)
+    left.update(inside)
     if not items:
         raise ValueError(f"{path} holds no image; give {FORMS}")
     return items
 
 
-def _shard(file: Path, name: str) -> Iterator[Item]:
-    groups, broken = shards.groups(file)
+def _shard(file: Path, name: str, left: Left) -> Iterator[Item]:
+    groups, broken = shards.groups(file, left)
     for key, members in groups.items():
         image = shards.picture(members)
         if image is None:

@@ -12,7 +12,7 @@ from ..extras import require
 from ..images import read_image
 from ..loading import shards as shards_
 from ..loading.failures import explained
-from ..loading.listing import find_pictures, printable
+from ..loading.listing import Left, one_kind, printable, tell, walk
 from .loop import Failure
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "dev"}
@@ -38,11 +38,19 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples, with the names of their classes where known, and those that were given but are unusable."""
+    """Samples, with the names of their classes where known, and those that were given but are unusable.
+
+    Attributes:
+        items: what is evaluated.
+        classes: their names; None where the data has none.
+        unreadable: what has no label or no image, with the reason.
+        left_out: files that are no samples: reason -> names.
+    """
 
     items: list[Sample]
     classes: list[str] | None = None
     unreadable: list[Failure] = field(default_factory=list)
+    left_out: Left = field(default_factory=dict)
 
     @property
     def labelled(self) -> bool:
@@ -74,29 +82,31 @@ def find_samples(
         MissingExtraError: ``datasets`` is needed and not installed.
     """
     path = Path(data)
+    left: Left = {}
     if data.startswith("hf:"):
         made = _hub(data[3:], split)
     elif not path.exists():
         raise FileNotFoundError(f"no such data: {data}; give {FORMS}")
     elif not labels and path.is_file() and path.suffix.lower() != ".tar":
         made = Samples([_file(path, path.parent, None)])
-    elif path.is_file() or any(path.glob("*.tar")):
-        made = _shards([path] if path.is_file() else sorted(path.glob("*.tar")))
     elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        made = _saved(path, split)
+        made = _saved(path, split, left)
     else:
-        made = _folder(path, classes) if labels else Samples([_file(f, path, None) for f in find_pictures(path)])
+        kind, files = (".tar", [path]) if path.is_file() else one_kind(path, left, FORMS, ".tar")
+        if kind == ".tar":
+            made = _shards(path, files, left)
+        else:
+            made = _folder(path, files, classes) if labels else Samples([_file(f, path, None) for f in files])
     items = made.items
     if not items:
         reasons = "; ".join(f"{f.where}: {f.reason}" for f in made.unreadable[:3])
         raise ValueError(f"no image at {data}" + (f" ({reasons})" if reasons else "") + f"; give {FORMS}")
     if limit is not None and limit < len(items):
         items = [items[i * len(items) // limit] for i in range(limit)]
-    return Samples(items, list(classes) if classes is not None else made.classes, made.unreadable)
+    return Samples(items, list(classes) if classes is not None else made.classes, made.unreadable, left)
 
 
-def _folder(path: Path, classes: Sequence[str] | None) -> Samples:
-    files = find_pictures(path)
+def _folder(path: Path, files: Sequence[Path], classes: Sequence[str] | None) -> Samples:
     inside = [f for f in files if f.parent != path]
     if not inside:
         return Samples([_file(f, path, None) for f in files])
@@ -128,25 +138,29 @@ def _file(file: Path, root: Path, label: int | None) -> Sample:
     return Sample(name, name, lambda: read_image(file), label)
 
 
-def _shards(shards: Sequence[Path]) -> Samples:
+def _shards(path: Path, shards: Sequence[Path], left: Left) -> Samples:
     items: list[Sample] = []
     bad: list[Failure] = []
+    inside: Left = {}
     for shard in shards:
-        groups, broken = shards_.groups(shard)
+        name = printable(shard.name if shard == path else shard.relative_to(path).as_posix())
+        groups, broken = shards_.groups(shard, inside)
         if broken is not None:
-            bad.append(Failure(shard.name, shard.name, broken))
+            bad.append(Failure(name, name, broken))
         for key, members in groups.items():
-            where = f"{shard.name}: {key}"
+            where = f"{name}: {key}"
             picture = shards_.picture(members)
             if picture is None:
-                bad.append(Failure(f"{shard.name}/{key}", where, f"no image among {', '.join(members)}"))
+                bad.append(Failure(f"{name}/{key}", where, f"no image among {', '.join(members)}"))
                 continue
             try:
                 label = _label(shard, members)
             except ValueError as error:
-                bad.append(Failure(f"{shard.name}/{key}", where, str(error)))
+                bad.append(Failure(f"{name}/{key}", where, str(error)))
                 continue
-            items.append(Sample(f"{shard.name}/{key}", where, _member(shard, picture), label))
+            items.append(Sample(f"{name}/{key}", where, _member(shard, picture), label))
+    tell(path, inside)
+    left.update(inside)
     return Samples(items, None, bad)
 
 
@@ -167,8 +181,12 @@ def _member(shard: Path, member: shards_.Member) -> Callable[[], Image.Image]:
     return lambda: read_image(shards_.contents(shard, member))
 
 
-def _saved(path: Path, split: str | None) -> Samples:
+def _saved(path: Path, split: str | None, left: Left) -> Samples:
     datasets: Any = require("datasets", "eval")
+    other = [file for file in walk(path, left) if file.suffix not in (".arrow", ".json")]
+    if other:
+        left["beside a saved data set"] = [printable(file.relative_to(path).as_posix()) for file in other]
+    tell(path, left)
     return _rows(datasets, datasets.load_from_disk(str(path)), str(path), split)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from ..bench.encoder import copy_sharing_weights
 from ..errors import AlreadyAppliedError
 from ..images import read_image
+from ..loading.listing import printable
 from ..loading.vlm import LoadedVLM
 from ..plan import Plan
 from ..session import Session, apply, status
@@ -89,7 +90,7 @@ def read_questions(path: str | Path, images: str | Path) -> tuple[list[Question]
     for number, raw in enumerate(path.read_bytes().splitlines(), 1):
         if not raw.strip():
             continue
-        where = f"{path.name}, line {number}"
+        where = f"{printable(path.name)}, line {number}"
         name = f"line {number}"
         try:
             fields = json.loads(raw)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from ..images import read_image, reason
-from .listing import find_pictures, printable
+from .listing import Left, find_pictures, printable
 
 
 class Photo(NamedTuple):
@@ -25,12 +25,15 @@ class Unreadable(NamedTuple):
     reason: str
 
 
-def load_images(path: str | Path, limit: int | None = None) -> tuple[list[Photo], list[Unreadable]]:
+def load_images(
+    path: str | Path, limit: int | None = None, left: Left | None = None
+) -> tuple[list[Photo], list[Unreadable]]:
     """Read an image, or those of a folder and its subfolders, by name.
 
     Args:
         path: a file, or a folder, see :func:`saint.loading.listing.find_pictures`.
         limit: at most so many files.
+        left: gets what is left out: reason -> names.
 
     Returns:
         Those that could be read, and those that could not with the reason.
@@ -43,7 +46,7 @@ def load_images(path: str | Path, limit: int | None = None) -> tuple[list[Photo]
     if not path.exists():
         raise FileNotFoundError(f"no such image or folder: {path}")
     if path.is_dir():
-        files = find_pictures(path)
+        files = find_pictures(path, {} if left is None else left)
         if not files:
             raise ValueError(f"no images in the folder {path}: looked for .jpg, .png, .webp and the like")
     else:

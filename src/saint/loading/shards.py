@@ -4,7 +4,7 @@ import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff")
+from .listing import Left, known, printable
 
 
 class Member(NamedTuple):
@@ -15,8 +15,12 @@ class Member(NamedTuple):
     size: int  # bytes
 
 
-def groups(shard: Path) -> tuple[dict[str, dict[str, Member]], str | None]:
+def groups(shard: Path, left: Left) -> tuple[dict[str, dict[str, Member]], str | None]:
     """The samples of an uncompressed shard: by key, then by lower-case ending ("jpg", "cls").
+
+    Args:
+        shard: the file.
+        left: gets members that are of no sample: reason -> names.
 
     Returns:
         The samples, and why the shard could not be read to its end; None where it could.
@@ -30,9 +34,15 @@ def groups(shard: Path) -> tuple[dict[str, dict[str, Member]], str | None]:
             for member in tar:
                 folder, _, base = member.name.rpartition("/")
                 stem, _, ending = base.partition(".")
-                if member.isfile() and ending:
-                    one = Member(member.name, member.offset_data, member.size)
-                    found.setdefault(f"{folder}/{stem}".lstrip("./"), {})[ending.lower()] = one
+                name = printable(member.name)
+                if member.isdir():
+                    continue
+                if not member.isfile() or not stem or not ending:
+                    why = "no plain file" if not member.isfile() else "no ending" if stem else "hidden"
+                    left.setdefault(f"{why}, in a shard", []).append(f"{printable(shard.name)}/{name}")
+                    continue
+                key = printable(f"{folder}/{stem}".lstrip("./"))
+                found.setdefault(key, {})[ending.lower()] = Member(name, member.offset_data, member.size)
     except tarfile.TarError as error:
         return found, f"not a complete, uncompressed .tar file: {error}"
     return found, None
@@ -40,7 +50,7 @@ def groups(shard: Path) -> tuple[dict[str, dict[str, Member]], str | None]:
 
 def picture(members: dict[str, Member]) -> Member | None:
     """The image among the members of a sample, if there is one."""
-    return next((members[ending] for ending in members if ending in PICTURES), None)
+    return next((members[ending] for ending in members if f".{ending}" in known()), None)
 
 
 def contents(shard: Path, member: Member) -> bytes:

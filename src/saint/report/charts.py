@@ -83,7 +83,9 @@ class _Axes:
                 continue
             at = self.across(x)
             parts.append(tag("line", x1=_n(at), x2=_n(at), y1=_HIGH - _BOTTOM, y2=_HIGH - _BOTTOM + 4, class_="axis"))
-            parts.append(tag("text", _tick(x), x=_n(at), y=_HIGH - _BOTTOM + 16, text_anchor="middle"))
+            parts.append(
+                tag("text", _mark(x_name, x, _tick(x)), x=_n(at), y=_HIGH - _BOTTOM + 16, text_anchor="middle")
+            )
         base = _HIGH - _BOTTOM
         parts.append(tag("line", x1=_LEFT, x2=_WIDE - _RIGHT, y1=base, y2=base, class_="axis"))
         middle = (_LEFT + _WIDE - _RIGHT) / 2
@@ -197,12 +199,17 @@ def _legend(lines: Sequence[Line], boundaries: Sequence[Boundary]) -> Markup:
     return tag("ul", *items, class_="legend")
 
 
+def _mark(axis: str, place: float, text: str) -> str:
+    """What stands at a place of an axis: tokens that leave in front of the first layer leave at the input."""
+    return "input" if axis == "layer" and place == -1 else text
+
+
 def _numbers(title: str, lines: Sequence[Line], x: str) -> Markup:
     at = sorted({place for line in lines for place in line.places()})
     found = [dict(zip(line.places(), range(len(line.mean)), strict=True)) for line in lines]
     rows = []
     for place in at:
-        row: list[object] = [number(place)]
+        row: list[object] = [_mark(x, place, number(place))]
         for line, index in zip(lines, found, strict=True):
             i = index.get(place)
             row.append("-" if i is None else interval(line.mean[i], _at(line.low, i), _at(line.high, i)))

@@ -106,22 +106,23 @@ def _sheets(record: Record, side: int) -> list[Markup]:
 def token_curves(record: Record) -> Markup:
     """Share of the tokens left behind each drop point, mean and range over photographs, and the table of it."""
     photos = record.data["photos"]
-    by_step: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    by_step: dict[tuple[str, str, int], list[tuple[int, int]]] = {}
     for photo in photos:
         for step in photo["layers"]:
-            key = (str(step.get("stage", "vision")), place(step))
+            key = (str(step.get("stage", "vision")), str(step.get("placement")), place(step))
             by_step.setdefault(key, []).append((int(step["tokens_in"]), int(step["tokens_out"])))
     figures = []
-    for stage in dict.fromkeys(stage for stage, _ in by_step):
-        own = {layer: found for (name, layer), found in by_step.items() if name == stage}
+    for stage in dict.fromkeys(stage for stage, *_ in by_step):
+        own = {(layer, where): found for (name, where, layer), found in by_step.items() if name == stage}
         if len(own) < 2:
             continue  # one drop point is no curve, and the pictures say its number
         left = {layer: [out for _, out in found] for layer, found in own.items()}
-        line = Line(f"tokens left ({stage})", [fmean(v) for v in left.values()], [float(min(v)) for v in left.values()],
-                    [float(max(v)) for v in left.values()], list(left))  # fmt: skip
-        figures.append(
-            line_chart(f"Tokens left, {stage}", [line], y="tokens", note="mean; band: lowest to highest picture")
-        )
+        several = len(photos) > 1
+        lowest, highest = ([float(f(v)) for v in left.values()] if several else [] for f in (min, max))
+        means = [fmean(v) for v in left.values()]
+        line = Line(f"tokens left ({stage})", means, lowest, highest, [layer for layer, _ in left])
+        note = "mean; band: lowest to highest picture" if several else "one picture"
+        figures.append(line_chart(f"Tokens left, {stage}", [line], y="tokens", note=note))
     return charts(*figures) if figures else Markup()
 
 

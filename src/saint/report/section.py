@@ -9,6 +9,7 @@ from .markup import Markup, details, facts, join, number, tag
 from .reading import Record
 
 _METHOD, _SHOWN = "method", ("layers", "placement", "output")
+_NAMED = 5  # files that were left out, for each reason
 _PLAIN = {"output": "survivors"}  # values that say nothing new
 
 
@@ -106,12 +107,16 @@ def conditions(record: Record, **more: Any) -> Markup:
 
 
 def skipped(record: Record) -> Markup | None:
-    """What could not be read, with reasons."""
-    entries = record.data.get("skipped") or []
-    if not entries:
+    """What could not be read or was left out, with reasons."""
+    entries, left = record.data.get("skipped") or [], record.data.get("left_out") or []
+    if not entries and not left:
         return None
     items = [tag("li", f"{name}: {why}") for name, why in entries]
-    return tag("div", tag("h3", f"Not used: {len(entries)}"), tag("ul", *items))
+    for entry in left:
+        some = ", ".join(map(str, entry["names"][:_NAMED])) + (", ..." if entry["count"] > _NAMED else "")
+        items.append(tag("li", f"{entry['count']} left out ({entry['reason']}): {some}"))
+    count = len(entries) + sum(int(entry["count"]) for entry in left)
+    return tag("div", tag("h3", f"Not used: {count}"), tag("ul", *items))
 
 
 def names(values: list[str], most: int = 6) -> str:
