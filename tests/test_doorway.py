@@ -3,6 +3,7 @@
 import copy
 import os
 import sys
+import threading
 
 import pytest
 import torch
@@ -144,6 +145,39 @@ def test_a_padded_sample_has_padding_in_front(llava):
     assert rows.shape[1] == int(real.max()), "the padding of the caller leaves too"
     assert [int((row.abs().sum(-1) == 0).sum()) for row in rows] == (real.max() - real).tolist()
     assert bool((rows[0, : int(real.max() - real[0])] == 0).all())
+
+
+def test_a_quantised_cache_runs(llava):
+    inputs = prompts(LLAVA, llava, BATCH)
+    fp8 = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    try:
+        generated(llava, saint.Plan(), inputs, 2, **fp8)
+    except (ValueError, ImportError) as error:
+        pytest.skip(f"upstream: {error}")
+    want, logits, *_ = generated(llava, CONNECT, inputs, 8)
+    new, near, _, memory = generated(llava, CONNECT, inputs, 8, **fp8)
+    assert relative_error(near[:, 0], logits[:, 0]) < 1e-4  # the prompt attends to what it computed
+    assert new.shape == want.shape
+    assert memory is None
+
+
+def test_threads_share_a_model(llava):
+    batches = [prompts(LLAVA, llava, [[4 + i, "0", 7], [3, "0", 2 + i]], seed=i) for i in range(3)]
+    made = {}
+
+    def answer(index):
+        with torch.no_grad():
+            for _ in range(2):
+                made[index] = llava.generate(**batches[index], max_new_tokens=8, **GREEDY)
+
+    with saint.pruned(llava, PLANS["both"]), torch.no_grad():
+        want = [llava.generate(**inputs, max_new_tokens=8, **GREEDY) for inputs in batches]
+        threads = [threading.Thread(target=answer, args=(index,)) for index in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(torch.equal(made[index], tokens) for index, tokens in enumerate(want))
 
 
 def test_quantised_caches_know_no_bytes():

@@ -450,7 +450,7 @@ def stored_bytes(layer: Any, gone: int = 0) -> tuple[int, int] | None:
     """Bytes of keys and values a cache layer stores, and would store with nothing dropped; None: not known."""
     if not isinstance(layer, CacheLayerMixin) or not layer.is_initialized:
         return 0, 0  # a recurrent layer has no entries
-    if not isinstance(layer, (DynamicLayer, StaticLayer)):
+    if not isinstance(layer, (DynamicLayer, StaticLayer)) or layer.keys.ndim != 4:
         return None
     places, length = layer.keys.shape[-2], int(layer.get_seq_length())
     reach = (
