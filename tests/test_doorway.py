@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from test_vlm_oracle import CONNECTOR, SPECIAL, VISION, relative_error
+from transformers import masking_utils
 from vlm_models import FAMILIES, IMAGE, cache_of, cached, one_at_a_time, prompts
 
 import saint
@@ -190,6 +191,30 @@ def test_quantised_caches_know_no_bytes():
     cache.layers[0].get_seq_length = lambda: 4
     assert memory(cache, 4) is None
     assert memory(None, 0) is None
+
+
+@pytest.mark.parametrize(
+    "reach", [{}, {"sliding_window": 5}, {"attention_chunk_size": 4}], ids=["full", "window", "chunk"]
+)
+@pytest.mark.parametrize("additive", [False, True])
+def test_masks_made_from_positions_are_those_of_transformers(reach, additive):
+    from saint.language.cache import CachePositions
+    from saint.language.shortening import Span, reaches
+
+    config = hf.LlamaConfig(**text_config(**reach))
+    config._attn_implementation = "eager" if additive else "sdpa"
+    x = torch.zeros(2, 11, 48)
+    mask = torch.ones(2, 11, dtype=torch.long)
+    mask[0, :3] = 0  # the caller's padding
+    want = masking_utils.create_masks_for_generate(config, x, mask, None)
+    places = torch.arange(11).expand(2, 11)
+    held = CachePositions(places, mask.bool(), 11)
+    span = Span(places, mask.bool(), held, 0, 11, mask, x.dtype, additive)
+    got = span.made(reaches(config), 0, 11)
+    real = mask.bool()[:, None, :, None].expand_as(got)  # rows of padding see themselves here
+    assert got.dtype == want.dtype
+    assert torch.equal(got[real], want.expand_as(got)[real])
+    assert span.sees_all(reaches(config)) == (not reach)
 
 
 # -- ways to prompt -----------------------------------------------------------------------------------------------------

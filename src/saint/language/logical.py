@@ -53,9 +53,8 @@ class Shortened(Cache):
         if self._held.inside:
             return length, first
         # outside a mask has a column for every position, also where a window shows fewer
-        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         static = [x.max_cache_len for x in self.layers if hasattr(x, "max_cache_len") and not x.is_sliding]
-        if layer is not None and static:
+        if static:
             return static[0], 0
         return self.get_seq_length(layer_idx) + query_length, 0
 
@@ -135,11 +134,10 @@ class inside:  # noqa: N801
             self.held.inside = False
 
 
-def hold(cache: Any, positions: CachePositions, token: SessionToken) -> Held:
+def hold(cache: Any, positions: CachePositions, token: SessionToken) -> None:
     """From now on ``cache`` has these entries."""
     if isinstance(cache, Shortened):
         cache._held.positions = positions
     else:
         cache._held = Held(positions, token)
         cache.__class__ = _subclass(type(cache))
-    return cache._held
