@@ -56,6 +56,11 @@ class TokenMap:
         """Whether no token of any sample has been dropped."""
         return self.lengths == self.total
 
+    @property
+    def here(self) -> Tensor:
+        """Which of the original places are survivors, bool [B, width]."""
+        return Selection(self.index, self.lengths, self.valid).mask(self.width)
+
     def kept(self) -> list[Tensor]:
         """Original indices of the survivors, ascending; B int64 tensors."""
         if self.valid is None:

@@ -19,6 +19,7 @@ from ..errors import HookNeverFiredError, UnsupportedModelError
 from ..gathers import gather_tokens
 from ..tokens import TokenMap
 from ..upstream.names import ATTENTION, CACHE, HIDDEN, IMPLEMENTATION, MASK, POSITIONS, ROTARY, Parameters, Role
+from .masks import lets_through
 from .positions import gather_ids, gather_rotary
 
 _ARGUMENTS = (HIDDEN, ROTARY, MASK, CACHE)
@@ -138,10 +139,6 @@ def _eager(attention: nn.Module) -> Iterator[Any]:
 _WRAPPED = threading.Lock()
 
 
-def _seen(mask: Tensor) -> Tensor:
-    return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
-
-
 def _real(mask: Tensor | None, batch: int, count: int, device: torch.device) -> Tensor:
     """Which tokens of the sequence are no padding, bool [B, S]: a real token sees itself."""
     if mask is None:
@@ -149,7 +146,7 @@ def _real(mask: Tensor | None, batch: int, count: int, device: torch.device) -> 
     own = mask[..., -count:]  # [B or 1, S] or [B or 1, 1 or H, Q, S]
     if mask.ndim == 4:
         own = own[:, 0].diagonal(dim1=-2, dim2=-1) if own.shape[2] == count else own[:, 0, 0]  # [B or 1, S]
-    return _seen(own).expand(batch, count)
+    return lets_through(own).expand(batch, count)
 
 
 def _row(mask: Tensor | None, last: Tensor, dtype: torch.dtype, valid: Tensor | None, total: int) -> Tensor | None:

@@ -30,7 +30,7 @@ from ..runtime.forwards import Forwards
 from ..runtime.observe import Observers
 from ..runtime.points import DropPoint
 from ..runtime.state import Forward, LayerState, packed_tokens, some_tokens
-from ..tokens import LayerTrace, Selection, TokenMap
+from ..tokens import Selection, TokenMap
 from ..upstream.names import CACHE, EMBEDDINGS, IDS, IMPLEMENTATION, LAYERS, MASK, POSITIONS, Parameters
 from .cache import CachePositions, KVMemory, SessionToken, filled, memory
 from .decoder import PrunedDecoder
@@ -199,21 +199,15 @@ class Doorway(Decider[DoorForward]):
         self.shortens = shortens
         self.depth = len(list(LAYERS.get(module).children()))
         self.parameters = Parameters(type(module).forward)
-        self.reaches = reaches(module.config)
+        self.reaches, implementation = reaches(module.config), IMPLEMENTATION.get(module.config)
         each = self.reaches.values() if isinstance(self.reaches, dict) else [self.reaches]
-        self.boundless = IMPLEMENTATION.get(module.config) in FLASH or all(reach == Reach() for reach in each)
+        self.boundless = implementation in FLASH or all(reach == Reach() for reach in each)
         self.kinds = list(getattr(module.config, "layer_types", None) or ())
-        implementation = IMPLEMENTATION.get(module.config)
         if shortens and implementation not in DENSE | FLASH:
             raise UnsupportedModelError(
                 f"attention implementation {implementation!r} of the language model cannot be given the masks of shortened "
                 f"sequences; load the model with one of {', '.join(sorted(DENSE | FLASH))}"
             )
-
-    @property
-    def memory(self) -> KVMemory | None:
-        """Bytes of the cache behind the last prompt."""
-        return self.forward.memory
 
     @property
     def all_forwards(self) -> list[Forwards[Any]]:
@@ -223,9 +217,6 @@ class Doorway(Decider[DoorForward]):
     @property
     def wants_frames(self) -> bool:
         return super().wants_frames or (self.decoder is not None and self.decoder.wants_frames)
-
-    def trace(self) -> list[LayerTrace]:
-        return super().trace() + ([] if self.decoder is None else self.decoder.trace())
 
     def where(self, point: DropPoint) -> str:
         return "the image features"
@@ -277,14 +268,12 @@ class Doorway(Decider[DoorForward]):
             )
         packed, real = documents(given, self.module.config), None
         if self.shortens and x is not None:
-            before = 0 if cache is None else cache.get_seq_length()
-            real = real_tokens(MASK.read(given) if note.mask is None else note.mask, x.shape[0], x.shape[1], before)
+            real = _real(note, given, cache, x)
         state, counts = self.decide(visual, x, note, packed, real)
         if state.tokens.whole:
             passage = Passage(given, cache) if held is None else self._step(note, given, cache, held)
         else:
-            keep = Selection(state.tokens.index, state.tokens.lengths, state.tokens.valid).mask(visual.shape[1])
-            keep = keep if real is None else keep & real
+            keep = state.tokens.here if real is None else state.tokens.here & real
             passage = self._shortened(note, visual, Short.of(keep, counts), given, cache, held, packed)
             assert passage.short is not None
             state = _moved(state, passage.short)
@@ -375,8 +364,8 @@ class Doorway(Decider[DoorForward]):
             out = self.parameters.put(out, POSITIONS, short.take(ids, ids.ndim - 1))
         past = None
         if before:
-            seen = mask if note.mask is None else note.mask
-            past = everything(before, shown_before(seen, batch, before), x) if held is None else held.positions
+            shown = shown_before(_seen(note, given), batch, before) if held is None else None
+            past = everything(before, shown, x) if held is None else held.positions
         index = short.index + before
         positions = CachePositions(index, short.valid, before + places)
         positions = positions if past is None else past.followed_by(positions, before)
@@ -387,15 +376,12 @@ class Doorway(Decider[DoorForward]):
     def _piece(self, pieces: Pieces, note: Note, given: dict[str, Any], cache: Any, held: Held | None) -> Passage:
         """The next piece of a prompt whose tokens have been decided on."""
         x = EMBEDDINGS.read(given)
-        batch, count = x.shape[:2]
-        keep = pieces.next(count)
+        keep = pieces.next(x.shape[1])
         if bool(keep.all()):
             passage = Passage(given, cache) if held is None else self._step(note, given, cache, held, padded=True)
         else:
-            visual = torch.zeros(batch, count, dtype=torch.bool, device=x.device)
-            visual = visual if note.visual is None else note.visual
-            before = 0 if cache is None else int(cache.get_seq_length())
-            real = real_tokens(MASK.read(given) if note.mask is None else note.mask, batch, count, before)
+            real, visual = _real(note, given, cache, x), note.visual
+            visual = torch.zeros_like(keep) if visual is None else visual
             passage = self._shortened(note, visual, Short.of(keep if real is None else keep & real), given, cache, held)
         passage.prompt = pieces.done
         return passage
@@ -500,14 +486,23 @@ class Doorway(Decider[DoorForward]):
         ):
             with inside(cache):
                 stored = int(cache.get_seq_length())
-            if (
-                stored >= passage.positions.index.shape[1]
-            ):  # gradient checkpointing takes the cache away from the layers
+            # gradient checkpointing takes the cache away from the layers
+            if stored >= passage.positions.index.shape[1]:
                 hold(cache, passage.positions, self.token)
         if passage.prompt:
             held = held_by(cache)
             self.forward.memory = memory(cache, 0 if held is None else held.gone)
         return output if passage.short is None else passage.short.lengthened(output)
+
+
+def _seen(note: Note, given: Mapping[str, Any]) -> Any:
+    """The mask that shows the caller's padding: of padding, where a model has made another of it."""
+    return MASK.read(given) if note.mask is None else note.mask
+
+
+def _real(note: Note, given: Mapping[str, Any], cache: Any, x: Tensor) -> Tensor | None:
+    """Which tokens of a sequence [B, L, C] are no padding of the caller, bool [B, L]; None: all."""
+    return real_tokens(_seen(note, given), x.shape[0], x.shape[1], 0 if cache is None else cache.get_seq_length())
 
 
 def _moved(state: LayerState, short: Short) -> LayerState:

@@ -99,12 +99,9 @@ _SUBCLASSES: dict[type[Cache], Any] = {}
 def _subclass(base: type[Cache]) -> Any:
     """One per class: the compiler looks at the class of a cache."""
     if base not in _SUBCLASSES:
-        _SUBCLASSES[base] = _made(base)
+        facts = {"__module__": base.__module__, "_base": base}
+        _SUBCLASSES[base] = type(base.__name__, (Shortened, base), facts)
     return _SUBCLASSES[base]
-
-
-def _made(base: type[Cache]) -> Any:
-    return type(base.__name__, (Shortened, base), {"__module__": base.__module__, "_base": base})
 
 
 def _empty(base: type[Cache]) -> Shortened:

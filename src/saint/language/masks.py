@@ -15,6 +15,11 @@ DENSE = {"sdpa", "eager"}
 FLASH = {"flash_attention_2", "flash_attention_3"}
 
 
+def lets_through(mask: Tensor) -> Tensor:
+    """Where a mask hides nothing: bool, integers (of padding), or added to the logits of attention."""
+    return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
+
+
 def survivors_mask(
     mask: Tensor | None,
     tokens: TokenMap | None,

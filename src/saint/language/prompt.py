@@ -94,7 +94,9 @@ def candidates_seen(mask: Tensor) -> Tensor:
     Returns:
         bool [B, L].
     """
-    sees = (mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()).any(1)
+    from .masks import lets_through  # imports transformers
+
+    sees = lets_through(mask).any(1)
     real = sees.diagonal(dim1=1, dim2=2)  # [B, L]; padding may see tokens, and is seen by none
     earlier = sees.tril(-1) & real.unsqueeze(2)  # [B, L, L]
     return real & earlier.any(2) & earlier.any(1)

@@ -14,6 +14,7 @@ from ..errors import UnsupportedModelError
 from ..gathers import gather_tokens
 from ..upstream.names import CACHE, CACHING, MASK, POSITIONS
 from .cache import CachePositions
+from .masks import lets_through
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,6 @@ class Short:
     @property
     def rows(self) -> int:
         return self.index.shape[1]
-
-    @property
-    def places(self) -> int:
-        return self.keep.shape[1]
 
     def take(self, x: Tensor, axis: int = 1) -> Tensor:
         """Rows of ``x``, whose axis ``axis`` runs along the sequence and the one before it along the samples (or is 1)."""
@@ -257,10 +254,9 @@ def real_tokens(mask: Any, batch: int, count: int, before: int) -> Tensor | None
             'attn_implementation="sdpa", "eager" or "flash_attention_2"'
         )
     if mask.ndim == 2:
-        own = mask[:, before : before + count] if mask.shape[1] > count else mask
+        own = (mask[:, before : before + count] if mask.shape[1] > count else mask).bool()
     else:
-        own = mask[:, 0, :, before : before + count].diagonal(dim1=-2, dim2=-1)
-    own = own > torch.finfo(own.dtype).min / 2 if own.is_floating_point() and mask.ndim == 4 else own.bool()
+        own = lets_through(mask[:, 0, :, before : before + count].diagonal(dim1=-2, dim2=-1))
     return own.expand(batch, count)
 
 
@@ -272,8 +268,7 @@ def shown_before(mask: Any, batch: int, before: int) -> Tensor | None:
         return None
     seen = mask[..., :before]
     if mask.ndim == 4:
-        seen = seen > torch.finfo(seen.dtype).min / 2 if seen.is_floating_point() else seen
-        seen = seen[:, 0].any(1)  # padding is seen by nobody
+        seen = lets_through(seen)[:, 0].any(1)  # padding is seen by nobody
     seen = seen.bool().expand(batch, before)
     return None if bool(seen.all()) else seen
 

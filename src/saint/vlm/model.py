@@ -19,7 +19,7 @@ from ..language.cache import filled
 from ..language.doorway import Doorway, Handover, Note
 from ..language.generation import watch
 from ..patch import Uncopyable, override
-from ..tokens import Selection, reads_are_free
+from ..tokens import reads_are_free
 from ..upstream.names import (
     CACHE,
     EMBEDDINGS,
@@ -227,7 +227,7 @@ class PrunedVLM(Uncopyable):
             self.videos.see((ids == token["video"]).to(some.device))
             note.cells = self.videos.cells()
         state, _ = self.door.decide(visual, x, note)
-        return Selection(state.tokens.index, state.tokens.lengths, state.tokens.valid).mask(ids.shape[1])
+        return state.tokens.here
 
     def _connect(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The connector sees the survivors; what it returns has full length, marked where a token was dropped."""
