@@ -6,6 +6,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+pytest.register_assert_rewrite("support")
+pytest_plugins = [
+    f"support.{room}" for room in ("command_line", "checkpoints", "packages", "records")
+]  # their fixtures
 
 
 class _Deprecated(logging.Handler):

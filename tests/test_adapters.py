@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from models import build
 from torch import nn
 from torch.nn.utils import parametrize
 
 import saint
 from saint import Stage
 from saint.errors import HookNeverFiredError
+from support.models import build
 
 STAGE = Stage(saint.Saint(budget=0.6), layers=[0, 1])
 # name -> the projections that bring forth its keys, by a regular expression of PEFT

@@ -8,8 +8,6 @@ import torch
 
 from saint.analysis import attention, bootstrap, geometry, similarity
 
-torch.set_num_threads(1)
-
 
 def cosine(a, b) -> float:
     dot = sum(float(x) * float(y) for x, y in zip(a, b, strict=True))

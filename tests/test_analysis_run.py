@@ -7,13 +7,9 @@ import weakref
 
 import numpy as np
 import pytest
-import test_cli
 import torch
-from models import BUILDERS, build
 from PIL import Image
-from test_chat import spec  # noqa: F401  (a fixture)
 from torch.utils._python_dispatch import TorchDispatchMode
-from vlm_models import FAMILIES, prompts
 
 import saint
 from saint import testing
@@ -23,45 +19,10 @@ from saint.analysis.causal import METHODS, Causal, Looks, next_token_kl
 from saint.analysis.probe import Probe
 from saint.eval.journal import JournalError
 from saint.report import make_report, read_records
-
-torch.set_num_threads(1)
-
-
-class Raw:
-    """Keeps everything that observers are told."""
-
-    def __init__(self):
-        self.keys, self.passed, self.calls = {}, {}, {}
-
-    def candidates(self, stage, layer, candidates):
-        self.keys[stage, layer] = candidates.keys.clone()
-
-    def layer(self, stage, layer, passed):
-        self.passed[stage, layer] = passed
-
-    def attention(self, stage, layer, attended):
-        self.calls[stage, layer] = attended
-
-
-def observed(model, inputs):
-    raw, probe = Raw(), Probe([0.5, 0.8], neighbors=2)
-    with saint.pruned(model, saint.Plan(), observers=[raw, probe]), torch.no_grad():
-        model(**inputs)
-    return raw, probe.take()
-
-
-def weights(call, sample, causal=False):
-    """Head-mean attention by the definition."""
-    q, k = call.query[sample].double(), call.key[sample].double()
-    k = k.repeat_interleave(len(q) // len(k), 0)
-    logits = q @ k.mT / math.sqrt(q.shape[-1])
-    if causal:
-        logits = logits.masked_fill(~torch.ones_like(logits, dtype=torch.bool).tril(), -torch.inf)
-    return logits.softmax(-1).mean(0)
-
-
-def entropy(p):
-    return float(torch.special.entr(p).sum(-1).mean())
+from support.command_line import TINY
+from support.families import FAMILIES, prompts
+from support.models import BUILDERS, build
+from support.probing import Raw, entropy, observed, weights
 
 
 def test_the_probe_measures_an_encoder():
@@ -564,9 +525,6 @@ def test_a_proposed_plan_begins_at_the_first_harmless_redundant_layer():
 
 # -- the command ----------------------------------------------------------------------------------------------------------
 
-TINY = test_cli.TINY
-command = test_cli.run  # the fixture
-
 
 @pytest.fixture
 def folder(tmp_path):
@@ -643,7 +601,7 @@ def test_without_a_proposed_plan_the_usual_one_is_shown_and_said(command, folder
     assert "no plan is proposed (what leaving costs was not measured" in make_report(read_records([file]))
 
 
-def test_questions_to_a_vision_language_model(command, spec, folder, tmp_path):  # noqa: F811
+def test_questions_to_a_vision_language_model(command, spec, folder, tmp_path):
     lines = [{"image": f"{n}.png", "question": "what w5"} for n in range(3)] + [{"image": "0.png"}]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
     file = tmp_path / "an.json"

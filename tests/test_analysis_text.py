@@ -5,11 +5,8 @@ import math
 import sys
 
 import pytest
-import test_cli
 import torch
 import transformers as hf
-from test_analysis_run import entropy, observed, weights
-from test_text import batch, tiny
 
 import saint
 from saint import demo
@@ -20,11 +17,12 @@ from saint.cli.asked import read_prompts
 from saint.demo import smollm2
 from saint.loading import DownloadError, load_model
 from saint.loading.text import is_text, load_text
+from support.command_line import one_line
+from support.probing import entropy, observed, weights
+from support.text import batch, tiny
 
-torch.set_num_threads(1)
 WORDS = [f"w{n}" for n in range(100)]
 PROMPTS = [" ".join(WORDS[n : n + 12]) for n in range(9)]
-command = test_cli.run  # the fixture
 
 
 def items(prompts=PROMPTS):
@@ -278,4 +276,4 @@ def test_options_that_do_not_fit_the_model(command, folder, prompts, model, args
     args = [prompts if word == "P" else word for word in args]
     code, _, err = command("analyze", f"hf:{folder}" if model == "text" else model, *args, "--causal", "0")
     assert code == 2
-    test_cli.one_line(err, words)
+    one_line(err, words)

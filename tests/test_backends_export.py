@@ -8,9 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from models import build
 from PIL import Image
-from vlm_models import FAMILIES, prompts
 
 import saint
 from saint import Plan, Stage, methods, testing
@@ -19,6 +17,8 @@ from saint.backends.export import export
 from saint.cli import main
 from saint.methods.base import FixedBudget
 from saint.order import descending, true_places
+from support.families import FAMILIES, prompts
+from support.models import build
 
 RUNTIMES = ("onnxruntime", "openvino")
 WEIGH = Plan(vision=Stage(methods.Match(budget=0.6, fate="weigh"), layers=[0, 1]))

@@ -4,15 +4,16 @@ import functools
 
 import pytest
 import torch
-from models import build
-from test_vlm_oracle import PADDED, Oracle, relative_error
-from vlm_models import FAMILIES, IMAGE, cache_of, cached, checkpoint, oracle_model, prompts
 
 import saint
 from saint import testing
 from saint.methods import DivPrune, FastV, Grid, Random
 from saint.plan import Plan, Stage
 from saint.tokens import Candidates, Selection, TokenMap
+from support.families import FAMILIES, IMAGE, cache_of, cached, checkpoint, prompts
+from support.models import build
+from support.oracles import Oracle, oracle_model, relative_error
+from support.plans import PADDED
 
 ENCODERS = ["timm/vit-augreg", "timm/dinov3", "timm/dinov2-reg", "transformers/siglip2", "open_clip/vit"]
 DROPPING = {"random": Random(0.4, seed=3), "grid": Grid(0.4), "divprune": DivPrune(0.4), "fastv": FastV(0.4)}

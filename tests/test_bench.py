@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from models import build
 
 import saint
 from saint import bench
@@ -15,6 +14,7 @@ from saint.bench.timing import Spread, interleave
 from saint.plan import Plan, Stage
 from saint.records import environment, write_json
 from saint.testing import snapshot
+from support.models import build
 
 PLAN = Plan(vision=saint.Saint(budget=0.5))
 

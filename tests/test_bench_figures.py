@@ -11,8 +11,6 @@ import statistics
 
 import pytest
 import torch
-from models import build
-from vlm_models import FAMILIES, prompts
 
 import saint
 from saint import bench
@@ -24,6 +22,8 @@ from saint.bench.timing import Spread
 from saint.cli import bench as bench_command
 from saint.plan import Plan, Stage
 from saint.runtime import observe
+from support.families import FAMILIES, prompts
+from support.models import build
 
 
 class Clock:

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from vlm_models import FAMILIES, prompts
 
 import saint
 from saint.bench import bench_generation
 from saint.errors import AlreadyAppliedError
 from saint.plan import Plan, Stage
+from support.families import FAMILIES, prompts
 
 FAMILY = FAMILIES["llava-llama"]
 PLANS = {

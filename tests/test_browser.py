@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import report_records
 import torch
 from PIL import Image
-from test_ui import png
 
 from saint.report import make_report, read_records
+from support import records as report_records
+from support.pictures import png
 
 pytest.importorskip("selenium", reason="selenium is not installed")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed")

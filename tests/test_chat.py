@@ -7,53 +7,19 @@ import pytest
 import torch
 import transformers as hf
 from PIL import Image
-from test_cli import one_line, run  # noqa: F401  (a fixture)
-from tokenizers import Tokenizer, models, pre_tokenizers
-from vlm_models import FAMILIES, IMAGE, prompts
 
 import saint
 from saint.loading.vlm import is_vlm, load_vlm
 from saint.plan import Stage
 from saint.view.tiles import Tile, _laid, placed, tiles, visual_tokens
-
-TEMPLATE = (
-    "{% for m in messages %}USER: {% for part in m['content'] %}"
-    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %} ASSISTANT:"
-)
-PLAN = json.dumps({"version": 1, "connector": {"method": {"method": "saint_full_graph", "keep": 9, "step": 4}}})
-
-
-def save(path, template):
-    words = {"[PAD]": 0, "[UNK]": 1, **{f"w{i}": i for i in range(2, IMAGE)}, "<image>": IMAGE}
-    words |= {f"w{i}": i for i in range(IMAGE + 1, 126)} | {"what": 126, "USER:": 127}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = hf.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", additional_special_tokens=["<image>"]
-    )
-    pictures = hf.CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
-    hf.LlavaProcessor(
-        image_processor=pictures, tokenizer=fast, patch_size=4, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=template,
-    ).save_pretrained(path)  # fmt: skip
-    FAMILIES["llava-llama"].build().save_pretrained(path)
-    return f"hf:{path}"
-
-
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory):
-    return save(tmp_path_factory.mktemp("chatty"), TEMPLATE)
+from support.checkpoints import PLAN, save
+from support.command_line import one_line
+from support.families import FAMILIES, IMAGE, prompts
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     return save(tmp_path_factory.mktemp("plain"), None)
-
-
-@pytest.fixture
-def picture(tmp_path):
-    Image.effect_noise((60, 40), 80).convert("RGB").save(tmp_path / "noise.png")
-    return tmp_path / "noise.png"
 
 
 def test_prompts_follow_the_template_or_the_image_token(spec, plain, picture):
@@ -69,7 +35,7 @@ def test_prompts_follow_the_template_or_the_image_token(spec, plain, picture):
         assert ids[0, -1] == (126 if name == plain else 1)
 
 
-def test_chat(run, spec, picture, tmp_path):  # noqa: F811
+def test_chat(run, spec, picture, tmp_path):
     file = tmp_path / "chat.json"
     code, out, err = run(
         "chat", spec, "--image", picture, "--prompt", "what", "--plan", PLAN, "--max-new-tokens", 5, "--json", file,
@@ -88,7 +54,7 @@ def test_chat(run, spec, picture, tmp_path):  # noqa: F811
     assert record["plan"]["connector"]["method"]["keep"] == 9
 
 
-def test_bench_per_mode(run, spec, tmp_path):  # noqa: F811
+def test_bench_per_mode(run, spec, tmp_path):
     file = tmp_path / "bench.json"
     code, out, err = run("bench", spec, "--repeats", 1, "--warmup", 0, "--new-tokens", 2, "--batch", 2, "--json", file)
     assert code == 0, err
@@ -112,7 +78,7 @@ def test_encoders_are_no_vlm(spec, tmp_path):
     assert not is_vlm("timm:test_vit")
 
 
-def test_errors(run, spec, picture, tmp_path):  # noqa: F811
+def test_errors(run, spec, picture, tmp_path):
     ask = ["chat", "--image", picture]
     one_line(run(*ask, "timm:test_vit")[2], "hf:NAME_OR_PATH")
     one_line(run(*ask, spec, "--plan", "llava-1.5/vti")[2], "unknown recipe")
@@ -132,7 +98,7 @@ def test_errors(run, spec, picture, tmp_path):  # noqa: F811
     one_line(run(*ask, f"hf:{tmp_path / 'clip'}")[2], "does not answer")
 
 
-def test_view_draws_what_each_stage_keeps(run, spec, picture, tmp_path):  # noqa: F811
+def test_view_draws_what_each_stage_keeps(run, spec, picture, tmp_path):
     out, file = tmp_path / "out", tmp_path / "v.json"
     plan = saint.Plan(
         vision=Stage(saint.SaintFullGraph(keep=20), layers=[0]),
@@ -165,7 +131,7 @@ def test_view_draws_what_each_stage_keeps(run, spec, picture, tmp_path):  # noqa
     assert (torch.tensor(np.asarray(small)).float() - pixels.float()).abs().mean() < 12
 
 
-def test_view_of_a_model_with_a_default_plan(run, spec, picture, tmp_path):  # noqa: F811
+def test_view_of_a_model_with_a_default_plan(run, spec, picture, tmp_path):
     code, _, err = run("view", spec, "--image", picture, "--out", tmp_path, "--json", tmp_path / "v.json")
     assert code == 0, err
     stages = {step["stage"] for step in json.loads((tmp_path / "v.json").read_text())["photos"][0]["layers"]}

@@ -2,33 +2,10 @@
 
 import pytest
 import torch
-from test_cli import run as run  # the fixtures
-from test_small_llava import loaded as loaded
-from vlm_models import FAMILIES, prompts
 
 import saint
 from saint.testing.vlm import CONTRACTS, check_vlm, hybrid_plan
-
-SAMPLES = [[4, "0", 7], [3, "0", 12]]
-
-
-def maker(family, model):
-    """Inputs whose samples are the same alone and together."""
-
-    def make(which):
-        seeds = [prompts(family, model, [SAMPLES[i]], seed=i) for i in which]
-        both = prompts(family, model, [SAMPLES[i] for i in which])
-        length = both["input_ids"].shape[1]
-        for row, one in enumerate(seeds):
-            for name in ("input_ids", "attention_mask", family.types):
-                if name in one:
-                    both[name][row] = torch.nn.functional.pad(one[name][0], (length - one[name].shape[1], 0))
-        for name, value in both.items():
-            if name.startswith("pixel"):
-                both[name] = torch.cat([one[name] for one in seeds]) if value.ndim != 5 else value
-        return both
-
-    return make
+from support.families import FAMILIES, SAMPLES, maker, prompts
 
 
 @pytest.mark.parametrize("name", ["llava-llama", "qwen2.5-vl", "gemma3", "paligemma", "llava-onevision"])
@@ -64,7 +41,7 @@ def test_a_default_plan_uses_every_stage():
         hybrid_plan(torch.nn.Linear(2, 2))
 
 
-def test_the_command(run, loaded):
+def test_the_command(run, demo_llava):
     code, out, _ = run("check", "demo:small-llava")
     assert code == 0, out
     assert out.count("passed") == len(CONTRACTS)

@@ -18,49 +18,13 @@ from saint.loading import DownloadError, load_images, load_model
 from saint.loading.photos import names_of
 from saint.loading.plans import parse_layers
 from saint.plan import Plan
-
-TINY = ["timm:test_vit", "--no-pretrained", "--threads", "1", "--device", "cpu"]
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*args: object) -> tuple[int, str, str]:
-        threads = torch.get_num_threads()
-        try:
-            with pytest.raises(SystemExit) as ended:
-                main([str(a) for a in args])
-        finally:
-            torch.set_num_threads(threads)
-        said = capsys.readouterr()
-        return ended.value.code or 0, said.out, said.err
-
-    return call
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Two photographs."""
-    path = tmp_path / "photos"
-    path.mkdir()
-    sky = Image.linear_gradient("L").resize((200, 170)).convert("RGB")
-    sky.save(path / "sky.png")
-    Image.effect_noise((180, 220), 80).convert("RGB").save(path / "noise.jpg")
-    (path / "readme.txt").write_text("not a picture, and not meant to be")
-    return path
+from support.command_line import TINY, one_line
 
 
 @pytest.fixture
 def broken(folder):
     (folder / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
     return folder
-
-
-def one_line(err: str, *words: str) -> None:
-    errors = (line for line in err.splitlines() if not line.startswith("saint: note: "))
-    lines = [line for line in errors if line.startswith("saint: ")]
-    assert len(lines) == 1, err
-    assert all(word in lines[0] for word in words), err
-    assert "Traceback" not in err
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
@@ -366,7 +330,8 @@ def test_open_clip_tower_and_its_own_preprocessing():
 
 def test_hf_folder_with_its_own_preprocessing(tmp_path):
     import transformers
-    from models import build
+
+    from support.models import build
 
     build("transformers/vit").save_pretrained(tmp_path)
     transformers.ViTImageProcessor(size={"height": 96, "width": 96}).save_pretrained(tmp_path)
@@ -423,7 +388,8 @@ def test_names_of_photographs(files, names):
 
 def test_a_pickle_that_runs_code_is_refused_in_one_line(run, tmp_path, folder):
     import transformers
-    from models import build
+
+    from support.models import build
 
     class Evil:
         def __reduce__(self):

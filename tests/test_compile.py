@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from models import build
 
 import saint
 from saint import Plan, Stage, methods, testing
+from support.models import build
 
 MODELS = ("timm/vit-augreg", "transformers/clip", "transformers/dinov2")
 PLANS = {

@@ -8,12 +8,12 @@ import pickle
 import pytest
 import torch
 import transformers as hf
-from models import build
-from test_session import BATCH, HALF, HYBRID, snapshot
 from torch import nn
-from vlm_models import FAMILIES, prompts
 
 import saint
+from support.families import FAMILIES, prompts
+from support.models import build, snapshot
+from support.plans import BATCH, HALF, HYBRID
 
 PIXELS = {"pixels": torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))}
 

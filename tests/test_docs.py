@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 import torch
 import typer
-from models import build
 from PIL import Image
-from test_vlm_videos import movie
 from transformers import AutoProcessor, LlavaForConditionalGeneration, ViTConfig, ViTModel
-from vlm_models import FAMILIES, prompts
 
 import saint
 from saint import presets
 from saint.cli import COMMANDS, app
 from saint.upstream import registry
+from support.families import FAMILIES, prompts
+from support.models import build
+from support.pictures import movie
 
 UsageError = typer.BadParameter.__base__  # click's, or that of the copy of click that newer releases of typer bring
 ROOT = Path(__file__).parents[1]

@@ -1,21 +1,20 @@
 """What leaves in front of a language model: both oracles, caches of any class, ways to prompt, merges by others."""
 
 import copy
-import os
-import sys
 import threading
 
 import pytest
 import torch
 import transformers as hf
-from test_vlm_oracle import CONNECTOR, SPECIAL, VISION, relative_error
 from transformers import masking_utils
-from vlm_models import FAMILIES, IMAGE, cache_of, cached, one_at_a_time, prompts
 
 import saint
 from saint import testing
-from saint.upstream.tiny import make, text_config, tower_config
+from saint.upstream.tiny import make, text_config
 from saint.vlm.prompts import answered
+from support.families import FAMILIES, IMAGE, cache_of, cached, one_at_a_time, prompts
+from support.oracles import relative_error
+from support.plans import CONNECTOR, SPECIAL, VISION
 
 BATCH = [[4, "0", 7], [3, "1", 2], [6, "0", 12]]  # left padding, images of two sizes
 LLAVA = FAMILIES["llava-llama"]
@@ -495,42 +494,6 @@ def test_gradients_pass_the_door(llava):
     projector = llava.model.multi_modal_projector.linear_1.weight.grad
     assert float(projector.abs().sum()) > 0
     assert bool(torch.isfinite(projector).all())
-
-
-def calls_of_a_step(layers, samples):
-    """Python calls inside saint in one step of an answer under a connector plan."""
-    config = hf.LlavaConfig(
-        vision_config=hf.CLIPVisionConfig(**tower_config()),
-        text_config=hf.LlamaConfig(**text_config(num_hidden_layers=layers)),
-        image_token_id=IMAGE,
-        image_seq_length=36,
-    )
-    model = make(hf.LlavaForConditionalGeneration, config)
-    inputs = prompts(LLAVA, model, samples)
-    step = {
-        "input_ids": torch.full((len(samples), 1), 7),
-        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1),
-        "position_ids": inputs["attention_mask"].sum(1, keepdim=True),
-    }
-    count = 0
-
-    def see(frame, event, _arg):
-        nonlocal count
-        count += event == "call" and f"{os.sep}saint{os.sep}" in frame.f_code.co_filename
-
-    with saint.pruned(model, CONNECT), torch.no_grad():
-        given = {**step, **cached(model, cache_of(model(**inputs)))}
-        sys.setprofile(see)
-        model(**given)
-        sys.setprofile(None)
-    return count
-
-
-@pytest.mark.parametrize(("samples", "budget"), [(BATCH[:1], 60), (BATCH, 85)], ids=["one", "ragged"])
-def test_a_step_costs_no_call_per_layer(samples, budget):
-    few, many = calls_of_a_step(2, samples), calls_of_a_step(6, samples)
-    assert few == many
-    assert few <= budget
 
 
 def test_a_language_stage_that_keeps_everything_takes_any_cache(llava):

@@ -3,10 +3,7 @@
 import pytest
 import torch
 import transformers as hf
-from test_plugins import fresh as fresh  # a registry of its own
-from test_vlm_oracle import relative_error
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from vlm_models import IMAGE, VIDEO
 
 import saint
 from saint import testing
@@ -15,6 +12,8 @@ from saint.upstream.specs import FamilySpec
 from saint.upstream.tiny import END, START, make, text_config
 from saint.upstream.transformers import qualified
 from saint.vlm.prompts import answered
+from support.families import IMAGE, VIDEO
+from support.oracles import relative_error
 
 pytest.importorskip("transformers.models.qwen3_5", reason="not in this release of transformers")
 pytest.importorskip("transformers.models.gemma4", reason="not in this release of transformers")

@@ -14,9 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cli import one_line, run  # noqa: F401  (a fixture)
-from vlm_models import FAMILIES
-from vlm_models import prompts as prompts_of
 
 import saint
 from saint.embed import OutputError, Rows, answer, embed, find_items
@@ -24,10 +21,12 @@ from saint.embed.parts import Parts, files
 from saint.embed.sources import Reader
 from saint.loading import load_model
 from saint.loading.vlm import LoadedVLM
+from support.command_line import one_line
+from support.families import FAMILIES
+from support.families import prompts as prompts_of
+from support.records import by_key
 
 pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install 'saint-vlm[embed]'")
-torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
-
 MODEL = {"model": "timm:test_vit", "pretrained": False, "device": "cpu"}
 FAMILY = FAMILIES["llava-llama"]
 PLAN = saint.Saint(threshold=0.5)
@@ -55,14 +54,6 @@ def folder(tmp_path):
         file.write_bytes(BROKEN if i == 3 else encoded(i))
     (tmp_path / "in" / "notes.txt").write_text("no image")
     return tmp_path / "in"
-
-
-def by_key(rows):
-    found = {}
-    for row in rows:
-        assert row["key"] not in found, f"{row['key']} is there twice"
-        found[row["key"]] = row
-    return found
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
@@ -288,7 +279,6 @@ def slow(self, inputs):
     return real(self, inputs)
 Features.__call__ = slow
 import torch
-torch.set_num_threads(1)
 embed(sys.argv[1], "timm:test_vit", saint.Saint(threshold=0.5), pretrained=False, device="cpu", output=sys.argv[2],
       batch=2, rows=3)
 """
@@ -378,7 +368,7 @@ def test_a_key_that_comes_twice_is_an_error(tmp_path):
 # -- command line -----------------------------------------------------------------------------------------------------
 
 
-def test_the_command(run, folder, tmp_path):  # noqa: F811
+def test_the_command(run, folder, tmp_path):
     line = ["embed", folder, "-o", tmp_path / "out", "--model", "timm:test_vit", "--no-pretrained", "--device", "cpu"]
     line += ["--threads", 1, "--plan", "vit/published", "--batch", 4, "--json", tmp_path / "record.json"]
     code, out, err = run(*line)
@@ -397,7 +387,7 @@ def test_the_command(run, folder, tmp_path):  # noqa: F811
     one_line(err, "--ray")
 
 
-def test_the_command_asks(run, folder, tmp_path, monkeypatch):  # noqa: F811
+def test_the_command_asks(run, folder, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parent / "engines")
     import checkpoints
 

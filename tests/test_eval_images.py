@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cli import one_line, run  # noqa: F401  (a fixture)
 
 import saint
 from saint.bench.features import Features
@@ -22,8 +21,7 @@ from saint.loading import load_model
 from saint.methods import Random
 from saint.plan import Plan, Stage
 from saint.session import status
-
-torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
+from support.command_line import one_line
 
 TINY = ["timm:test_vit", "--no-pretrained", "--threads", 1, "--device", "cpu"]
 HALF = Plan(vision=saint.Saint(budget=0.5))
@@ -265,7 +263,7 @@ def test_classifier_scores(folder):
 
 
 def test_transformers_features_are_the_classifiers_input(tmp_path):
-    from models import build
+    from support.models import build
 
     model = build("transformers/vit")
     model.num_labels  # noqa: B018  (a classifier)
@@ -371,7 +369,7 @@ def test_named_sets_of_templates_stand_for_their_templates(monkeypatch):
         read_templates(["openai-7"])
 
 
-def test_zero_shot_with_transformers(run, clip, folder, tmp_path):  # noqa: F811
+def test_zero_shot_with_transformers(run, clip, folder, tmp_path):
     import transformers as hf
 
     code, out, err = run(
@@ -401,7 +399,7 @@ def test_zero_shot_with_transformers(run, clip, folder, tmp_path):  # noqa: F811
 # -- command ----------------------------------------------------------------------------------------------------------
 
 
-def test_record_resume_and_refusal(run, folder, tmp_path):  # noqa: F811
+def test_record_resume_and_refusal(run, folder, tmp_path):
     file = tmp_path / "r.json"
     args = ["eval", "images", *TINY, "--score", "knn", "--plan", PLAN, "--json", file]
     code, out, err = run(*args[:3], folder, *args[3:])
@@ -444,14 +442,14 @@ def test_record_resume_and_refusal(run, folder, tmp_path):  # noqa: F811
     one_line(run(*args[:3], folder, *args[3:])[2], "another run", "data")
 
 
-def test_a_journal_of_an_earlier_release_is_not_passed_over(run, folder, tmp_path):  # noqa: F811
+def test_a_journal_of_an_earlier_release_is_not_passed_over(run, folder, tmp_path):
     (tmp_path / "r.journal.jsonl").write_text('{"journal": 1, "key": {}}\n')
     code, _, err = run("eval", "images", TINY[0], folder, *TINY[1:], "--plan", PLAN, "--json", tmp_path / "r.json")
     assert code == 2
     one_line(err, "r.journal.jsonl", "earlier release", "delete it")
 
 
-def test_broken_images_are_told_and_the_status_says_so(run, folder, tmp_path):  # noqa: F811
+def test_broken_images_are_told_and_the_status_says_so(run, folder, tmp_path):
     (folder / "noise" / "1.png").write_bytes(b"\x89PNG broken")
     whole = (folder / "slope" / "2.png").read_bytes()
     (folder / "slope" / "2.png").write_bytes(whole[: len(whole) // 2])
@@ -467,7 +465,7 @@ def test_broken_images_are_told_and_the_status_says_so(run, folder, tmp_path):  
     assert record["scores"]["plan1"]["knn"]["n"] == record["evaluated"] == 8
 
 
-def test_an_interruption_says_how_to_go_on(run, folder, tmp_path, monkeypatch):  # noqa: F811
+def test_an_interruption_says_how_to_go_on(run, folder, tmp_path, monkeypatch):
     from saint.eval import images
 
     real, calls = images.Features.__call__, []
@@ -490,7 +488,7 @@ def test_an_interruption_says_how_to_go_on(run, folder, tmp_path, monkeypatch): 
     assert "4 of them from" in out
 
 
-def test_a_full_disk_is_one_line(run, folder, tmp_path, monkeypatch):  # noqa: F811
+def test_a_full_disk_is_one_line(run, folder, tmp_path, monkeypatch):
     from saint.eval import Journal
 
     real, calls = Journal.append, []
@@ -524,13 +522,13 @@ def test_a_full_disk_is_one_line(run, folder, tmp_path, monkeypatch):  # noqa: F
         (["--journal", "."], ["file name"]),
     ],
 )
-def test_bad_options(run, folder, more, words):  # noqa: F811
+def test_bad_options(run, folder, more, words):
     code, _, err = run("eval", "images", *TINY[:1], folder, *TINY[1:], *more)
     assert code == 2
     one_line(err, *words)
 
 
-def test_nothing_there(run, tmp_path):  # noqa: F811
+def test_nothing_there(run, tmp_path):
     one_line(run("eval", "images", "timm:test_vit", tmp_path / "nowhere")[2], "no such data", "hf:NAME")
     one_line(run("eval", "images", "timm:test_vit", tmp_path)[2], "no image")
 

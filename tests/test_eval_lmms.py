@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_chat import PLAN, TEMPLATE, save
 
 import saint
 from saint import demo
@@ -17,6 +16,7 @@ from saint.demo import scenes
 from saint.eval import read_questions
 from saint.loading.vlm import load_vlm
 from saint.plan import Plan
+from support.checkpoints import PLAN, TEMPLATE, save
 
 ROOT = Path(__file__).parents[1]
 

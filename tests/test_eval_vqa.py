@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_chat import PLAN, TEMPLATE, save
-from test_cli import one_line, run  # noqa: F401  (a fixture)
 
 import saint
 from saint.eval import Question, evaluate_vqa, read_questions
@@ -18,6 +16,8 @@ from saint.eval.vqa import default_prompt, fill
 from saint.loading.vlm import load_vlm
 from saint.plan import Plan
 from saint.session import status
+from support.checkpoints import PLAN, TEMPLATE, save
+from support.command_line import one_line
 
 CONNECTOR = Plan.from_json(PLAN)
 
@@ -269,7 +269,7 @@ def test_bad_calls(loaded):
 # -- command ----------------------------------------------------------------------------------------------------------
 
 
-def test_command(run, spec, images, tmp_path):  # noqa: F811
+def test_command(run, spec, images, tmp_path):
     (images / "broken.png").write_bytes(b"broken")
     questions = asked(
         tmp_path,
@@ -307,7 +307,7 @@ def test_command(run, spec, images, tmp_path):  # noqa: F811
     one_line(run(*args[:-1], 4)[2], "another run", "max_new_tokens")
 
 
-def test_command_compares_several_plans(run, spec, images, tmp_path):  # noqa: F811
+def test_command_compares_several_plans(run, spec, images, tmp_path):
     less = json.dumps({"version": 1, "connector": {"method": {"method": "saint_full_graph", "keep": 3, "step": 4}}})
     questions = asked(tmp_path, *({"image": f"{i}.png", "question": "what"} for i in range(4)))
     code, _, err = run(
@@ -321,7 +321,7 @@ def test_command_compares_several_plans(run, spec, images, tmp_path):  # noqa: F
     assert record["conditions"]["example_prompt"] == "what w5"
 
 
-def test_command_errors(run, spec, images, tmp_path):  # noqa: F811
+def test_command_errors(run, spec, images, tmp_path):
     questions = asked(tmp_path, {"image": "0.png", "question": "what"})
     ask = ["eval", "vqa", spec, questions, "--images", images]
     one_line(run("eval", "vqa", spec, tmp_path / "none.jsonl", "--images", images)[2], "none.jsonl")

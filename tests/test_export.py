@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from models import build
-from test_support import prepared
 
 import saint
 from saint import Plan, Stage, methods, testing
+from support.models import build, prepared
 
 # over the ways in which libraries spell blocks, masks and positions
 MODELS = [

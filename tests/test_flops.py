@@ -4,9 +4,6 @@ import re
 
 import pytest
 import torch
-from models import build
-from test_chat import picture, spec  # noqa: F401
-from test_cli import TINY, folder, run  # noqa: F401
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,6 +13,8 @@ from saint.bench.cost import cost
 from saint.flops import count_flops, left_out
 from saint.plan import Plan
 from saint.testing import check_on, example_inputs, example_plan
+from support.command_line import TINY
+from support.models import build
 
 MODES = {"no_grad": torch.no_grad, "grad": torch.enable_grad, "inference": torch.inference_mode}
 B, H, Q, K, D = 2, 4, 8, 16, 32
@@ -262,21 +261,21 @@ def flat(text: str) -> str:
 BENCH = ("bench", "timm:test_vit", *TINY[1:], "--batch", 2, "--repeats", 1, "--warmup", 0)
 
 
-def test_bench_of_an_encoder_says_it(run, folder, distances):  # noqa: F811
+def test_bench_of_an_encoder_says_it(run, folder, distances):
     code, said, err = run(*BENCH, "--image", folder)
     assert code == 0, err
     assert re.search(r"FLOPs bound [\d.]+x " + re.escape(MISSING), flat(said))
     assert f"FLOPs {MISSING}" in flat(said)  # under the table of GFLOPs
 
 
-def test_bench_of_generation_says_it(run, spec, distances):  # noqa: F811
+def test_bench_of_generation_says_it(run, spec, distances):
     code, said, err = run("bench", spec, "--repeats", 1, "--warmup", 0, "--new-tokens", 1)
     assert code == 0, err
     assert len(re.findall(r"FLOPs bound [\d.]+x " + re.escape(MISSING), flat(said))) == 4  # every mode
     assert f"FLOPs {MISSING}" in flat(said)
 
 
-def test_demo_says_it(run, folder, tmp_path, distances):  # noqa: F811
+def test_demo_says_it(run, folder, tmp_path, distances):
     code, said, err = run("demo", *TINY, "--image", folder, "--out", tmp_path / "out", "--repeats", 1)
     assert code == 0, err
     assert re.search(r"FLOPs bound [\d.]+x " + re.escape(MISSING), flat(said))
@@ -289,7 +288,7 @@ def test_check_says_it(distances):
     assert f"of the blocks' FLOPs {MISSING}" in check_on(vit, example_plan(vit, inputs), inputs)
 
 
-def test_nothing_is_said_when_all_was_counted(run, folder, tmp_path):  # noqa: F811
+def test_nothing_is_said_when_all_was_counted(run, folder, tmp_path):
     assert "without" not in run(*BENCH, "--image", folder)[1]
     assert "without" not in run("demo", *TINY, "--image", folder, "--out", tmp_path / "out", "--repeats", 1)[1]
     vit = build("timm/vit-augreg")

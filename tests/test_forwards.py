@@ -7,16 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models import build
-from test_vlm_oracle import LANGUAGE, VISION
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
-from vlm_models import FAMILIES, cache_of, cached, checkpoint, prompts
 
 import saint
 from saint import testing
 from saint.gathers import is_dropped
 from saint.methods import FastV, ToMe
 from saint.plan import Plan, Stage
+from support.families import FAMILIES, cache_of, cached, checkpoint, prompts
+from support.models import build
+from support.plans import LANGUAGE, VISION
 
 HYBRID = Plan(vision=VISION, language=LANGUAGE)
 PLANS = {

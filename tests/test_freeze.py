@@ -6,11 +6,11 @@ from typing import ClassVar
 
 import pytest
 import torch
-from models import build
-from vlm_models import FAMILIES, prompts
 
 import saint
 from saint import Plan, Stage, methods, testing
+from support.families import FAMILIES, prompts
+from support.models import build
 
 VOTES = saint.Saint(threshold=0.5, neighbors=2, center=True)
 PLANS = {

@@ -5,13 +5,13 @@ import math
 import pytest
 import timm
 import torch
-from models import build
-from vlm_models import FAMILIES
 
 import saint
 from saint import testing
 from saint.methods import Grid, Match, Random, ToMe
 from saint.vision.guard import detail, least, shares
+from support.families import FAMILIES
+from support.models import build
 
 GUARD = 0.7
 METHODS = [

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from vlm_models import FAMILIES, prompts
 
 import saint
 from saint.methods import DivPrune, Random
 from saint.plan import Plan, Stage
+from support.families import FAMILIES, prompts
 
 VISION = Stage(saint.SaintFullGraph(keep=0.5), layers=[1])
 BATCH = [[4, "0", 7], [3, "1", 2]]

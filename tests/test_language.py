@@ -3,15 +3,15 @@
 import pytest
 import torch
 import transformers as hf
-from test_vlm_generate import GREEDY, threshold_at
-from test_vlm_oracle import LANGUAGE, Oracle, relative_error
-from vlm_models import FAMILIES, cache_of, cached, prompts
 
 import saint
 from saint.language.cache import CachePositions, entries, extended
 from saint.language.decoder import nearest_before
 from saint.language.masks import survivors_mask
 from saint.tokens import TokenMap
+from support.families import FAMILIES, cache_of, cached, prompts
+from support.oracles import Oracle, relative_error
+from support.plans import GREEDY, LANGUAGE, threshold_at
 
 LLAVA = FAMILIES["llava-llama"]
 # six positions; sample 0 keeps 0, 2, 3, 5 and sample 1 keeps 1, 4 (then padding)

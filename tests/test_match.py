@@ -5,12 +5,12 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import build
 
 import saint
 from saint import graph, testing
 from saint.methods import Match, ToMe
 from saint.tokens import Candidates, TokenMap
+from support.models import build
 
 CPU = torch.device("cpu")
 

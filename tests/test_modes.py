@@ -5,15 +5,15 @@ import warnings
 
 import pytest
 import torch
-from models import backbones, build, enliven
-from test_scored import nearest
 from torch.utils._python_dispatch import TorchDispatchMode
-from vlm_models import FAMILIES, checkpoint, prompts
 
 import saint
 from saint import testing, tokens
 from saint.methods import Random
 from saint.plan import Plan, Stage
+from support.families import FAMILIES, checkpoint, prompts
+from support.models import backbones, build, enliven
+from support.oracles import nearest
 
 
 def loose(**settings: object) -> saint.Saint:

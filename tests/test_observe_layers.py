@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from models import BUILDERS, build
-from vlm_models import FAMILIES, prompts
 
 import saint
 from saint import testing
+from support.families import FAMILIES, prompts
+from support.models import BUILDERS, build
 
 
 class Ear:

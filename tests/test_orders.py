@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
-from models import build
-from vlm_models import FAMILIES, prompts
 
 import saint
 from saint import Plan, Stage
 from saint.testing import snapshot
+from support.families import FAMILIES, prompts
+from support.models import build
 
 STAGE = Stage(saint.Saint(budget=0.6), layers=[0, 1])
 

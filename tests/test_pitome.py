@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models import build
 
 import saint
 from saint import testing
 from saint.methods import PiToMe
 from saint.plan import Plan, Stage
 from saint.tokens import Candidates, TokenMap
+from support.models import build
 
 CPU = torch.device("cpu")
 few = settings(max_examples=40, deadline=None, derandomize=True, database=None)

@@ -4,10 +4,6 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from models import build
-from test_check_vlm import maker
-from test_support import NAMES, prepared, restage
-from vlm_models import FAMILIES, IMAGE, oracle_model, prompts
 
 import saint
 from saint import Plan, Stage, testing
@@ -17,6 +13,9 @@ from saint.testing import vlm as vlm_contracts
 from saint.upstream.decoders import BLOCKS
 from saint.upstream.names import CACHE, Parameters
 from saint.vision.locate import locate
+from support.families import FAMILIES, IMAGE, maker, prompts
+from support.models import NAMES, build, prepared, restage
+from support.oracles import oracle_model
 
 GRAPH = saint.SaintFullGraph
 INPUT = Stage(GRAPH(keep=0.6), placement="input")

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import build
-from vlm_models import FAMILIES
 
 import saint
 from saint import graph, methods, presets, testing
@@ -15,6 +13,8 @@ from saint.loading import read_plan
 from saint.methods import base
 from saint.plan import Plan, Stage
 from saint.testing.contracts import snapshot
+from support.families import FAMILIES
+from support.models import build
 
 FULL = saint.SaintFullGraph(keep=64)
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import build
 from torch import Tensor, nn
-from vlm_models import FAMILIES, IMAGE, prompts
 
 import saint
 from saint import testing
+from support.families import FAMILIES, IMAGE, prompts
+from support.models import build
 
 PAGE = Path(__file__).parents[1] / "CONTRIBUTING.md"
 

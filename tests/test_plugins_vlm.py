@@ -8,13 +8,7 @@ import sys
 
 import pytest
 import transformers as hf
-from test_check_vlm import maker
-from test_cli import run as run  # fixtures
-from test_plugins import HOME, home
-from test_plugins import fresh as fresh
-from test_plugins import install as install
 from torch import nn
-from vlm_models import FAMILIES
 
 import saint
 from saint import testing
@@ -23,6 +17,10 @@ from saint.testing.vlm import CONTRACTS, check_vlm
 from saint.upstream import FamilySpec, registry
 from saint.vision.locate import locate
 from saint.vlm.locate import find as find_vlm
+from support.families import FAMILIES, maker
+from support.packages import HOME, home
+
+pytestmark = pytest.mark.usefixtures("fresh")  # what a test registers is gone behind it
 
 
 def strange_llava() -> str:

@@ -6,13 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from models import build
 from PIL import Image
 
 from saint import demo
 from saint.demo import small_llava
 from saint.loading import load_model
 from saint.view import overlay
+from support.models import build
 
 
 def photo(width: int, height: int) -> Image.Image:

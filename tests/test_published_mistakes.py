@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from models import build
-from test_vlm_generate import threshold_at
-from test_vlm_oracle import CONNECTOR, LANGUAGE, VISION, relative_error
-from vlm_models import FAMILIES, IMAGE, cache_of, cached, prompts
 
 import saint
+from support.families import FAMILIES, IMAGE, cache_of, cached, prompts
+from support.models import build
+from support.oracles import relative_error
+from support.plans import CONNECTOR, LANGUAGE, VISION, threshold_at
 
 ROOT = Path(__file__).parents[1]
 LLAVA = FAMILIES["llava-llama"]

@@ -19,8 +19,6 @@ from saint.upstream.registry import ENCODERS
 from saint.vision.locate import find
 
 hf = pytest.importorskip("transformers")
-torch.set_num_threads(1)  # tiny matrices
-
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 24, "patch_size": 4}
 SIZES |= {
     "intermediate_size": 48,

@@ -1,7 +1,6 @@
 """The page of `saint report`: what it says, what it escapes, what it refuses. In a browser: tests/test_browser.py."""
 
 import copy
-import html.parser
 import itertools
 import json
 import re
@@ -10,63 +9,16 @@ import sys
 
 import numpy as np
 import pytest
-import report_records
 from PIL import Image
 
 import saint
 from saint.cli import main
 from saint.images import data_uri
-from saint.report import KINDS, make_report, read_records
+from saint.report import KINDS, make_report
 from saint.report.charts import Line, Point, cividis, front, line_chart, ticks
 from saint.report.markup import Markup, number, tag
-
-VOID = {"meta", "link", "input", "img"}
-
-
-class Reader(html.parser.HTMLParser):
-    """Text by element, attributes, and whether every element is closed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, tag
-
-    def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] not in ("style", "script"):
-            self.text += data + " "
-
-
-def read(page: str) -> Reader:
-    reader = Reader()
-    reader.feed(page)
-    assert reader.open == []
-    return reader
-
-
-@pytest.fixture
-def written(tmp_path):
-    """Writes records; gives those read back."""
-
-    def write(*records: dict) -> list:
-        files = []
-        for i, record in enumerate(records):
-            files.append(tmp_path / f"record{i}.json")
-            files[-1].write_text(json.dumps(record))
-        return read_records(files)
-
-    return write
+from support import records as report_records
+from support.records import read
 
 
 @pytest.fixture

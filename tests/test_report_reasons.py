@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import report_records
 from PIL import Image
-from test_report import read, written  # noqa: F401
 
 from saint.images import data_uri
 from saint.report import make_report
 from saint.report.charts import Point, cividis, front
+from support import records as report_records
+from support.records import read
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,7 +22,7 @@ def of_class(seen, name: str) -> list[dict]:
     return [entry for _, entry in seen.found if name in (entry.get("class") or "").split()]
 
 
-def test_patches_are_drawn_with_their_layer_and_what_stands_for_them(written):  # noqa: F811
+def test_patches_are_drawn_with_their_layer_and_what_stands_for_them(written):
     record = report_records.analyze()
     page = make_report(written(record))
     seen = read(page)
@@ -39,7 +39,7 @@ def test_patches_are_drawn_with_their_layer_and_what_stands_for_them(written):  
     assert "Not shown: c.png: is gone." in seen.text
 
 
-def test_degrees_are_coloured_and_votes_framed(written):  # noqa: F811
+def test_degrees_are_coloured_and_votes_framed(written):
     page = make_report(written(report_records.analyze()))
     seen = read(page)
     heats = of_class(seen, "heat")
@@ -57,7 +57,7 @@ def test_degrees_are_coloured_and_votes_framed(written):  # noqa: F811
     assert "cosine of keys of at least 0.70" in seen.text
 
 
-def test_the_script_is_told_the_same(written):  # noqa: F811
+def test_the_script_is_told_the_same(written):
     seen = read(make_report(written(report_records.analyze())))
     told = json.loads(next(entry["data-why"] for _, entry in seen.found if "data-why" in entry))
     assert told["gone"] == {"2": [1, 1, 0], "4": [1, 1, 0], "1": [2, 5, 0]}
@@ -65,7 +65,7 @@ def test_the_script_is_told_the_same(written):  # noqa: F811
     assert told["names"] == {"1": "after layer 0", "2": "after layer 3"}
 
 
-def test_a_record_without_reasons_still_says_the_layer(written):  # noqa: F811
+def test_a_record_without_reasons_still_says_the_layer(written):
     seen = read(make_report(written(report_records.view())))
     assert [entry["data-from"] for entry in of_class(seen, "gone")] == ["1", "2"]
     assert of_class(seen, "heat") == of_class(seen, "to") == []
@@ -81,14 +81,14 @@ def test_a_record_without_reasons_still_says_the_layer(written):  # noqa: F811
         ({"into": [1, "x"]}, "record0.json"),
     ],
 )
-def test_reasons_that_do_not_fit_are_refused(written, change, words):  # noqa: F811
+def test_reasons_that_do_not_fit_are_refused(written, change, words):
     record = report_records.analyze()
     record["survivors"][0]["layers"][0]["why"] |= change
     with pytest.raises(ValueError, match=words):
         make_report(written(record))
 
 
-def test_what_stands_for_a_token_on_another_tile_is_not_drawn(written):  # noqa: F811
+def test_what_stands_for_a_token_on_another_tile_is_not_drawn(written):
     record = report_records.view()
     why = {"gone": [1, 5], "into": [4, 0], "merged": False, "degree": [3, 1, 0], "neighbors": 2, "threshold": 0.5}
     step = {"stage": "language", "layer": 1, "sample": 0, "tokens_in": 6, "tokens_out": 4, "kept": [0, 2, 3, 4]}
@@ -102,7 +102,7 @@ def test_what_stands_for_a_token_on_another_tile_is_not_drawn(written):  # noqa:
     assert of_class(seen, "to") == []
 
 
-def test_three_pictures_of_37_by_37_patches_and_twelve_layers_are_a_small_page(written):  # noqa: F811
+def test_three_pictures_of_37_by_37_patches_and_twelve_layers_are_a_small_page(written):
     rng = np.random.default_rng(0)
     record = report_records.analyze()
     record["survivors"] = []
@@ -126,12 +126,12 @@ def test_three_pictures_of_37_by_37_patches_and_twelve_layers_are_a_small_page(w
 # -- saint tune -------------------------------------------------------------------------------------------------------
 
 
-def verdict_of(written, record: dict) -> str:  # noqa: F811
+def verdict_of(written, record: dict) -> str:
     page = make_report(written(record))
     return page[page.index('class="verdict">') :].partition("</p>")[0]
 
 
-def test_the_verdict_of_a_tuned_plan_says_target_reach_and_rivals(written):  # noqa: F811
+def test_the_verdict_of_a_tuned_plan_says_target_reach_and_rivals(written):
     record = report_records.tune()
     said = verdict_of(written, record)
     assert "Met: 59 % of the FLOPs are left (60 % of the FLOPs asked for)" in said
@@ -155,7 +155,7 @@ def test_the_verdict_of_a_tuned_plan_says_target_reach_and_rivals(written):  # n
     assert "Missed: 1.40 times as fast at batch 1 as measured (1.50 asked for)" in verdict_of(written, record)
 
 
-def test_a_divergence_is_lower_where_it_is_better(written):  # noqa: F811
+def test_a_divergence_is_lower_where_it_is_better(written):
     record = copy.deepcopy(report_records.tune())
     for reached in (record["reached"], *(p["reached"] for p in record["frontier"][:2]), *record["against"]):
         del reached["agreement"]
@@ -169,7 +169,7 @@ def test_a_divergence_is_lower_where_it_is_better(written):  # noqa: F811
     assert [p.name for p in front(made, least=True)] == ["a", "d", "b"]
 
 
-def test_the_page_of_a_tuned_plan_holds_layers_costs_and_other_budgets(written):  # noqa: F811
+def test_the_page_of_a_tuned_plan_holds_layers_costs_and_other_budgets(written):
     record = report_records.tune()
     seen = read(make_report(written(record)))
     assert "in front of the layers" in seen.text
@@ -191,7 +191,7 @@ def test_the_page_of_a_tuned_plan_holds_layers_costs_and_other_budgets(written):
     assert "Other budgets" not in alone.text
 
 
-def test_a_tuned_plan_that_was_timed_is_plotted_against_its_speed(written):  # noqa: F811
+def test_a_tuned_plan_that_was_timed_is_plotted_against_its_speed(written):
     record, bench = report_records.tune(), report_records.bench()
     bench["model"], record["plan"] = "timm:t", bench["plan"]
     record["frontier"] = None

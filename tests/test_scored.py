@@ -9,16 +9,12 @@ Keys are those *before* rotary embedding in encoders (it would make the same pat
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
-from models import BUILDERS, build, enliven
-from test_vlm_oracle import Oracle
 from torch import nn
-from vlm_models import FAMILIES, IMAGE, members, prompts
 
 import saint
 from saint import testing
@@ -26,6 +22,9 @@ from saint.methods import Random
 from saint.plan import Plan, Stage
 from saint.testing.blocks import block_spec
 from saint.vision.locate import locate
+from support.families import FAMILIES, IMAGE, prompts
+from support.models import BUILDERS, build, enliven
+from support.oracles import Oracle, members, nearest
 
 TOWERS = [name for name, family in FAMILIES.items() if family.tower]
 
@@ -458,15 +457,6 @@ def test_behind_the_vision_stage_the_connector_is_shown_the_survivors():
 
 
 # -- the patch grid -----------------------------------------------------------------------------------------------------
-
-
-def nearest(kept: list[int], rows: int, columns: int) -> list[int]:
-    """For each cell the place in ``kept`` of the closest survivor, by a literal search."""
-    out = []
-    for cell in range(rows * columns):
-        distance = [math.hypot(cell // columns - k // columns, cell % columns - k % columns) for k in kept]
-        out.append(min(range(len(kept)), key=lambda i: (round(distance[i], 9), i)))
-    return out
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 160), (160, 32), (64, 96), (128, 64)])

@@ -12,27 +12,18 @@ import weakref
 import pytest
 import torch
 import transformers as hf
-from models import build
 from PIL import Image
-from test_vlm_oracle import CONNECTOR, LANGUAGE, VISION
-from vlm_models import FAMILIES, cache_of, cached, prompts
 
 import saint
 from saint.flops import count_flops
 from saint.plan import Plan, Stage
 from saint.vision.locate import locate
+from support.families import FAMILIES, cache_of, cached, prompts
+from support.models import build, snapshot
+from support.plans import CONNECTOR, HALF, HYBRID, LANGUAGE, VISION
 
 LLAVA = FAMILIES["llava-llama"]
 BATCH = [[4, "0", 7], [3, "0", 2]]
-HYBRID = Plan(vision=VISION, connector=CONNECTOR, language=LANGUAGE)
-HALF = Stage(saint.Saint(budget=0.5), layers=[0, 1])
-
-
-def snapshot(model):
-    return {
-        name: (type(m), sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks))
-        for name, m in model.named_modules()
-    }
 
 
 @pytest.fixture

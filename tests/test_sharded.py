@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from models import build
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from vlm_models import FAMILIES, checkpoint, prompts
 
 import saint
 from saint import Plan, Stage
 from saint.errors import UnsupportedModelError
 from saint.upstream.specs import part
+from support.families import FAMILIES, checkpoint, prompts
+from support.models import build
 
 # path of the blocks, and of a weight whose gradient is compared
 MODELS = {

@@ -5,45 +5,36 @@ from importlib import resources
 
 import pytest
 import torch
-from test_cli import one_line, run  # noqa: F401  (a fixture)
 
 from saint import demo, presets
 from saint.demo import scenes, small_llava
 from saint.demo.easy_vqa import CATEGORIES, easy_vqa
 from saint.demo.models import clip_names
 from saint.eval import evaluate_vqa, read_questions
-from saint.loading.vlm import load_vlm
+from support.command_line import one_line
 
+SPEC = "demo:small-llava"
 pytest.importorskip("onnx", reason="needs saint-vlm[demo]")
 pytest.importorskip("skimage", reason="needs saint-vlm[demo]")
-SPEC = "demo:small-llava"
 
 
-@pytest.fixture(scope="module")
-def loaded():
-    try:
-        return load_vlm(SPEC)
-    except demo.DemoUnavailableError as error:
-        pytest.skip(str(error))
-
-
-def test_the_weights_are_small_and_all_that_was_trained(loaded):
+def test_the_weights_are_small_and_all_that_was_trained(demo_llava):
     file = resources.files("saint.demo").joinpath("small_llava.safetensors")
     assert len(file.read_bytes()) < 8e6
     # the tower stayed frozen
     tower = demo.load("clip-b16").state_dict()
-    own = loaded.model.model.vision_tower.state_dict()
-    fitted = clip_names(tower, loaded.model.model.vision_tower)
+    own = demo_llava.model.model.vision_tower.state_dict()
+    fitted = clip_names(tower, demo_llava.model.model.vision_tower)
     assert all(torch.equal(value, fitted[key]) for key, value in own.items())
 
 
-def test_it_answers_and_a_hybrid_plan_hardly_hurts(loaded, tmp_path):
+def test_it_answers_and_a_hybrid_plan_hardly_hurts(demo_llava, tmp_path):
     questions, bad = read_questions(scenes.save(tmp_path, 5), tmp_path)
     assert not bad
     assert len(questions) > 30
     report = evaluate_vqa(
-        loaded.model,
-        loaded.processor,
+        demo_llava.model,
+        demo_llava.processor,
         questions,
         {"hybrid": presets.recipe("small-llava/hybrid")},
         batch=16,
@@ -54,7 +45,7 @@ def test_it_answers_and_a_hybrid_plan_hardly_hurts(loaded, tmp_path):
     assert exact.pruned >= exact.base - 0.1
 
 
-def test_chat_answers(run, loaded, tmp_path):  # noqa: F811
+def test_chat_answers(run, demo_llava, tmp_path):
     scene = scenes.scene(scenes.HELD_OUT)
     scene.image().save(tmp_path / "scene.png")
     record = tmp_path / "chat.json"
@@ -80,13 +71,13 @@ def test_easy_vqa_is_in_the_vocabulary():
     assert seen == set(CATEGORIES)
 
 
-def test_a_demo_model_is_its_weights(run, tmp_path):  # noqa: F811
+def test_a_demo_model_is_its_weights(run, tmp_path):
     scenes.scene(0).image().save(tmp_path / "scene.png")
     code, _, err = run("chat", "--model", SPEC, "--image", tmp_path / "scene.png", "--no-pretrained")
     assert code == 2
     one_line(err, "a demo model is its weights")
 
 
-def test_the_list_names_it(run):  # noqa: F811
+def test_the_list_names_it(run):
     _, said, _ = run("list")
     assert "small-llava" in said

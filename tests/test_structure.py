@@ -299,3 +299,13 @@ def test_no_machine_or_session_leaks_into_the_tree():
     assert sum(file.stat().st_size for file in weights) < 8_000_000
     large = {str(file): size for file in files if file not in weights and (size := file.stat().st_size) > 200_000}
     assert not large, "datasets and generated reports do not belong here"
+
+
+def test_no_test_imports_a_test():
+    """What tests share lives in ``tests/support``: a file of tests can be moved, split or run alone."""
+    tests = Path(__file__).parent
+    for path in tests.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [n for n in names if n.rpartition(".")[2].startswith("test_")], f"{path.name}:{node.lineno}"

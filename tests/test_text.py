@@ -7,7 +7,6 @@ from contextlib import ExitStack
 import pytest
 import torch
 import transformers as hf
-from vlm_models import cache_of, cached, hide, missing
 
 import saint
 from saint import testing
@@ -15,19 +14,11 @@ from saint.errors import UnsupportedModelError
 from saint.language.prompt import candidates, candidates_seen, find
 from saint.testing.contracts import snapshot
 from saint.upstream.decoders import BLOCKS, TEXT
-from saint.upstream.tiny import LAYERS, PAD, make, text_config
+from saint.upstream.tiny import LAYERS
+from support.families import cache_of, cached
+from support.oracles import hide, missing
+from support.text import MODELS, batch, tiny
 
-torch.set_num_threads(1)
-GEMMA3 = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]}
-MODELS = {  # the head's class, the config, and more of it
-    "llama": (hf.LlamaForCausalLM, hf.LlamaConfig, {}),
-    "mistral": (hf.MistralForCausalLM, hf.MistralConfig, {"sliding_window": None}),
-    "mistral-sliding": (hf.MistralForCausalLM, hf.MistralConfig, {"sliding_window": 6}),
-    "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config, {}),
-    "qwen3": (hf.Qwen3ForCausalLM, hf.Qwen3Config, {}),
-    "gemma": (hf.GemmaForCausalLM, hf.GemmaConfig, {}),
-    "gemma3": (hf.Gemma3ForCausalLM, hf.Gemma3TextConfig, GEMMA3),
-}
 SAINT = saint.Stage(saint.Saint(threshold=0.9, budget=0.4), layers=[1, 2])
 PLANS = {
     "post": saint.Plan(language=SAINT),
@@ -37,26 +28,9 @@ PLANS = {
 }
 
 
-def tiny(name: str):
-    cls, config, more = MODELS[name]
-    return make(cls, config(**text_config(**more)))
-
-
 @pytest.fixture
 def llama():
     return tiny("llama")
-
-
-def batch(lengths: list[int], side: str = "left", seed: int = 0) -> dict:
-    """Prompts padded to the longest."""
-    generator = torch.Generator().manual_seed(seed)
-    most = max(lengths)
-    ids, mask = torch.full((len(lengths), most), PAD), torch.zeros(len(lengths), most, dtype=torch.long)
-    for row, n in enumerate(lengths):
-        where = slice(most - n, most) if side == "left" else slice(0, n)
-        ids[row, where] = torch.randint(2, 99, (n,), generator=generator)
-        mask[row, where] = 1
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def inner(mask):

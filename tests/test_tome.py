@@ -5,8 +5,6 @@ import math
 
 import pytest
 import torch
-from models import build
-from vlm_models import FAMILIES, cache_of, prompts
 
 import saint
 from saint import graph, testing
@@ -15,6 +13,8 @@ from saint.methods import ToMe
 from saint.plan import Plan, Stage
 from saint.tokens import Candidates, Selection, TokenMap
 from saint.vision.locate import locate
+from support.families import FAMILIES, cache_of, prompts
+from support.models import build
 
 ROWS = [
     "timm/vit-augreg",

@@ -6,12 +6,8 @@ import warnings
 
 import numpy as np
 import pytest
-import test_cli
 import torch
-from models import build
 from PIL import Image
-from test_chat import spec  # noqa: F401  (a fixture)
-from vlm_models import FAMILIES, prompts
 
 import saint
 from saint import testing
@@ -28,8 +24,10 @@ from saint.tuning.trials import Trials, read_samples
 from saint.tuning.work import Meter, Table
 from saint.upstream.tiny import IMAGE, VIDEO
 from saint.vlm.prompts import answered
+from support.command_line import TINY
+from support.families import FAMILIES, prompts
+from support.models import build
 
-torch.set_num_threads(1)
 MODEL = "timm/vit-augreg"
 
 
@@ -379,9 +377,6 @@ def test_bad_images_say_what_is_expected(vit, images):
 
 # -- the command ----------------------------------------------------------------------------------------------------------
 
-TINY = test_cli.TINY
-command = test_cli.run  # the fixture
-
 
 @pytest.fixture
 def folder(tmp_path):
@@ -431,7 +426,7 @@ def test_the_command_writes_a_plan_that_other_commands_take(command, folder, tmp
     assert code == 0, err
 
 
-def test_questions_to_a_vision_language_model(command, spec, folder, tmp_path):  # noqa: F811
+def test_questions_to_a_vision_language_model(command, spec, folder, tmp_path):
     lines = [{"image": f"{number}.png", "question": "what w5"} for number in range(12)] + [{"image": "0.png"}]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
     plan = tmp_path / "plan.json"

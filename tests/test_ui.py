@@ -1,10 +1,8 @@
 """`saint ui` over HTTP, without a browser: answers, and what is refused before or instead of one."""
 
 import base64
-import binascii
 import io
 import json
-import struct
 import threading
 import time
 import tracemalloc
@@ -19,6 +17,7 @@ from PIL import Image
 import saint
 from saint import extras
 from saint.cli import main
+from support.pictures import png
 
 pytest.importorskip("starlette")
 from starlette.testclient import TestClient
@@ -70,17 +69,6 @@ def refused(response, status: int, *words: str) -> None:
     said = response.json()["error"]
     assert all(word in said for word in words), said
     assert "Traceback" not in response.text
-
-
-def png(width: int, height: int, data: bytes, *more: tuple[bytes, bytes]) -> str:
-    """A PNG with this header, whatever its data are."""
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", binascii.crc32(name + body))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = [(b"IHDR", head), *more, (b"IDAT", data), (b"IEND", b"")]
-    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks)).decode()
 
 
 # -- answers ----------------------------------------------------------------------------------------------------------
@@ -400,7 +388,7 @@ def test_a_question_gets_both_answers(vlm):
 @pytest.fixture(scope="module")
 def vlm(tmp_path_factory):
     """A client of a desk with a tiny LLaVA on disk."""
-    from test_chat import TEMPLATE, save
+    from support.checkpoints import TEMPLATE, save
 
     spec = save(tmp_path_factory.mktemp("llava"), TEMPLATE)
     made = make_app(Desk(offered([spec]), repeats=1), hosts_of("127.0.0.1", 8765))

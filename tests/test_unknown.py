@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from vlm_models import FAMILIES, prompts
 
 import saint
 from saint import Plan, Stage, testing
@@ -18,6 +17,7 @@ from saint.upstream.decoders import TEXT
 from saint.upstream.tiny import make, text_config, tower_config
 from saint.vision.locate import find as find_encoders
 from saint.vlm.locate import find as find_family
+from support.families import FAMILIES, prompts
 
 hf = pytest.importorskip("transformers")
 

@@ -19,11 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from models import BUILDERS, backbones
-from test_vlm_generate import BATCH, GREEDY, PLANS
-from test_vlm_oracle import LANGUAGE, VISION, Oracle, relative_error
 from torch import nn
-from vlm_models import FAMILIES, LAYERS, cache_of, cached, checkpoint, oracle_model, prompts
 
 import saint
 from saint import testing
@@ -39,6 +35,10 @@ from saint.upstream.specs import part
 from saint.upstream.verify import verify_encoder, verify_family
 from saint.vision.locate import locate, locate_tower
 from saint.vlm.locate import locate as locate_vlm
+from support.families import FAMILIES, LAYERS, cache_of, cached, checkpoint, prompts
+from support.models import BUILDERS, backbones
+from support.oracles import Oracle, oracle_model, relative_error
+from support.plans import BATCH, GREEDY, LANGUAGE, PLANS, VISION
 
 LLAVA = FAMILIES["llava-llama"]
 

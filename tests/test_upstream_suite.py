@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import transformers as hf
-from models import build
-from vlm_models import FAMILIES
 
 from saint.upstream.tiny import make, text_config
+from support.families import FAMILIES
+from support.models import build
 
 TOOL = Path(__file__).parents[1] / "tools" / "upstream_suite.py"
 # a class of tests as transformers writes them; each assertion about a plan says where the plan is

@@ -13,8 +13,6 @@ from saint.runtime.observe import Observer
 from saint.view.reasons import Reasons
 from saint.view.survivors import SHOWN, survivors
 
-torch.set_num_threads(1)
-
 
 class Keys(Observer):
     """What each drop point was shown, kept here without the code under test."""

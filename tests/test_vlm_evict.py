@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 import transformers as hf
-from test_vlm_generate import GREEDY, threshold_at
-from test_vlm_oracle import CONNECTOR, LANGUAGE, VISION, Oracle, relative_error
-from vlm_models import FAMILIES, LAYERS, cache_of, cached, oracle_model, prompts
 
 import saint
+from support.families import FAMILIES, LAYERS, cache_of, cached, prompts
+from support.oracles import Oracle, oracle_model, relative_error
+from support.plans import CONNECTOR, GREEDY, LANGUAGE, VISION, threshold_at
 
 LLAVA = FAMILIES["llava-llama"]
 BATCH = [[4, "0", 7], [3, "0", 2, "0", 3], [9], [6, "1", 12]]

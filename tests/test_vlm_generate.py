@@ -5,19 +5,13 @@ import copy
 import pytest
 import torch
 import transformers as hf
-from test_vlm_oracle import CONNECTOR, IMAGE, LANGUAGE, SPECIAL, VISION, Oracle, relative_error
-from vlm_models import FAMILIES, LAYERS, cache_of, cached, oracle_model, prompts
 
 import saint
+from support.families import FAMILIES, IMAGE, LAYERS, cache_of, cached, prompts
+from support.oracles import Oracle, oracle_model, relative_error
+from support.plans import BATCH, GREEDY, PLANS, SPECIAL, threshold_at
 
 LLAVA = FAMILIES["llava-llama"]
-BATCH = [[4, "0", 7], [3, "0", 2], [6, "0", 12]]
-PLANS = {
-    "language": saint.Plan(language=LANGUAGE),
-    "vision": saint.Plan(vision=VISION),
-    "hybrid": saint.Plan(vision=VISION, connector=CONNECTOR, language=LANGUAGE),
-}
-GREEDY = {"do_sample": False, "suppress_tokens": SPECIAL}
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +29,6 @@ def _clean(llava):
     yield
     if saint.status(llava) is not None:
         saint.remove(llava)
-
-
-def threshold_at(model, inputs, layer, quantile):
-    """A cosine that this share of the even-odd pairs of the visual keys of a layer lies under."""
-    with torch.no_grad():
-        cache = cache_of(model(**inputs))
-    pairs = []
-    for row, places in enumerate(inputs["input_ids"] == IMAGE):
-        keys = torch.nn.functional.normalize(cache.layers[layer].keys[row, :, places].mean(0), dim=-1)
-        pairs.append((keys[0::2] @ keys[1::2].T).flatten())
-    return torch.cat(pairs).quantile(quantile).item()
 
 
 # -- ragged batches -----------------------------------------------------------------------------------------------------

@@ -5,11 +5,12 @@ import pytest
 import torch
 import transformers as hf
 from PIL import Image
-from test_vlm_oracle import CONNECTOR, LANGUAGE, SPECIAL, VISION, Oracle, relative_error
 from tokenizers import Tokenizer, models, pre_tokenizers
-from vlm_models import FAMILIES, IMAGE, PAD, VIDEO, oracle_model
 
 import saint
+from support.families import FAMILIES, IMAGE, PAD, VIDEO
+from support.oracles import Oracle, oracle_model, relative_error
+from support.plans import CONNECTOR, LANGUAGE, SPECIAL, VISION
 
 WORDS = [
     "what",

@@ -7,11 +7,11 @@ import types
 import pytest
 import torch
 import transformers as hf
-from test_vlm_oracle import CONNECTOR, LANGUAGE, VISION
-from vlm_models import FAMILIES, IMAGE, LAYERS, VIDEO, cache_of, prompts
 
 import saint
 from saint import presets
+from support.families import FAMILIES, IMAGE, LAYERS, VIDEO, cache_of, prompts
+from support.plans import CONNECTOR, LANGUAGE, VISION
 
 LLAVA = FAMILIES["llava-llama"]
 BATCH = [[4, "0", 7], [3, "0", 2]]

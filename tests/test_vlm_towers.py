@@ -8,13 +8,14 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from test_vlm_oracle import SPECIAL, Oracle, relative_error
-from vlm_models import FAMILIES, IMAGE, VIDEO, members, one_at_a_time, oracle_model, prompts
 
 import saint
 from saint.gathers import is_dropped
 from saint.vision import inputs as encoder_inputs
 from saint.vision.locate import locate_tower
+from support.families import FAMILIES, IMAGE, VIDEO, one_at_a_time, prompts
+from support.oracles import Oracle, members, oracle_model, relative_error
+from support.plans import SPECIAL
 
 JOINED = [name for name, family in FAMILIES.items() if family.merge_size > 1]
 PACKED = [name for name in JOINED if name.startswith("qwen")]

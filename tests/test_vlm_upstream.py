@@ -7,10 +7,10 @@ import copy
 
 import pytest
 import torch
-from test_vlm_oracle import SPECIAL
-from vlm_models import FAMILIES, cache_of, cached, checkpoint, one_at_a_time, prompts
 
 import saint
+from support.families import FAMILIES, cache_of, cached, checkpoint, one_at_a_time, prompts
+from support.plans import SPECIAL
 
 BATCH = [[4, "0", 7], [3, "1", 2], [6, "0", 12]]
 ONE = [[5, "0", 9]]

@@ -5,16 +5,16 @@ import math
 
 import pytest
 import torch
-from test_vlm_oracle import relative_error
-from vlm_models import FAMILIES, IMAGE, PAD, VIDEO, one_at_a_time
 
 import saint
 from saint import frames, graph, testing
 from saint.methods import EVS, SaintVideo
 from saint.tokens import Candidates, TokenMap
 from saint.upstream.specs import Clip
-from saint.upstream.tiny import END, START
 from saint.vlm.videos import cells_of
+from support.families import FAMILIES, IMAGE, PAD, VIDEO, one_at_a_time
+from support.oracles import relative_error
+from support.pictures import movie
 
 NAMES = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava-onevision"]
 PACKED = NAMES[:3]
@@ -158,44 +158,6 @@ def test_cells_of_copied_prompts():
 @pytest.fixture(scope="module")
 def model():
     return one_at_a_time(lambda name: FAMILIES[name].build())
-
-
-def movie(name, clips, seed=0, still=0.5):
-    """A prompt with videos: keyword inputs. ``still``: share of the groups of patches that a frame has of the frame before.
-
-    ``clips``: frames, rows and columns of patches of each (LLaVA-OneVision: 6 x 6, always).
-    """
-    g = torch.Generator().manual_seed(seed)
-    ids = [5, 6]
-    if name == "llava-onevision":
-        pixels = []
-        for count, _, _ in clips:
-            shown = [torch.randn(3, 24, 24, generator=g)]
-            for _ in range(count - 1):
-                new = torch.rand(3, 3, generator=g) >= still
-                new = new.repeat_interleave(8, 0).repeat_interleave(8, 1)
-                shown.append(torch.where(new, torch.randn(3, 24, 24, generator=g), shown[-1]))
-            pixels.append(torch.stack(shown))
-            ids += [VIDEO] * (9 * count + 1) + [7]
-        return {"pixel_values_videos": torch.stack(pixels), "input_ids": torch.tensor([[*ids, 8]])}
-    pixels = []
-    for count, rows, columns in clips:
-        shown = [torch.randn(rows * columns // 4, 4, 96, generator=g)]
-        for _ in range(count - 1):
-            new = torch.rand(len(shown[0]), 1, 1, generator=g) >= still
-            shown.append(torch.where(new, torch.randn(shown[0].shape, generator=g), shown[-1]))
-        pixels += [frame.flatten(0, 1) for frame in shown]
-        places = [VIDEO] * len(shown[0])
-        # Qwen3-VL places each frame on its own, behind a time stamp
-        ids += [9, START, *places, END] * count if name == "qwen3-vl" else [START, *places * count, END]
-        ids += [7]
-    ids = torch.tensor([[*ids, 8]])
-    return {
-        "pixel_values_videos": torch.cat(pixels),
-        "video_grid_thw": torch.tensor(clips),
-        "input_ids": ids,
-        "mm_token_type_ids": (ids == VIDEO).long() * 2,
-    }
 
 
 def together(parts):

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".matrix"
 PAGE = ROOT / "docs" / "versions.md"
 LIBRARIES = ("transformers", "timm", "open_clip_torch")
-ENCODERS = ["tests/test_upstream.py", "tests/test_support.py", "tests/test_modes.py", "tests/test_tome.py"]
+ENCODERS = ["tests/test_upstream.py", "tests/test_encoders.py", "tests/test_modes.py", "tests/test_tome.py"]
 MODELS = [  # vision-language models, and methods on both kinds
     "tests/test_baselines.py",
     "tests/test_check_vlm.py",

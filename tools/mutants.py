@@ -43,9 +43,9 @@ TESTS = {
     "test_session.py::test_summary_of_a_vision_language_model test_session.py::test_summary_without_a_language_stage",
     "plugins": "test_plugins.py",
     "upstream/registry": "test_plugins.py test_plugins_vlm.py",
-    "runtime/blocks": "test_support.py::test_what_is_scored_is_what_attention_received "
-    "test_support.py::test_a_changed_block_is_an_error_not_a_wrong_number "
-    "test_support.py::test_keys_that_never_appear_are_an_error test_support.py::test_ragged_batches_without_masks "
+    "runtime/blocks": "test_encoders.py::test_what_is_scored_is_what_attention_received "
+    "test_encoders.py::test_a_changed_block_is_an_error_not_a_wrong_number "
+    "test_encoders.py::test_keys_that_never_appear_are_an_error test_encoders.py::test_ragged_batches_without_masks "
     "test_scored.py",
     "runtime/forwards": "test_forwards.py",
     "methods/match": "test_match.py",
@@ -57,19 +57,19 @@ TESTS = {
     "test_placements.py::test_observing_a_vision_language_model test_placements.py::test_layers_an_observer_asks_for "
     "test_placements.py::test_stages_in_which_the_plan_drops_nothing_are_shown_where_layers_are_named "
     "test_placements.py::test_who_derives_from_observer_pays_only_for_what_he_defines test_bench_figures.py",
-    "runtime/state": "test_properties.py test_scored.py test_placements.py test_support.py::test_full_length_outputs",
-    "vision/checks": "test_support.py::test_unknown_blocks_are_refused "
-    "test_support.py::test_where_attention_and_mlp_are_one_there_is_no_middle "
-    "test_support.py::test_meta_weights_are_refused_and_nothing_is_touched "
-    "test_support.py::test_a_changed_block_is_an_error_not_a_wrong_number "
-    "test_support.py::test_ragged_batches_without_masks test_tome.py test_modes.py",
-    "vision/encoder": "test_modes.py test_tome.py test_support.py::test_ragged_batches_without_masks test_scored.py",
+    "runtime/state": "test_properties.py test_scored.py test_placements.py test_encoders.py::test_full_length_outputs",
+    "vision/checks": "test_encoders.py::test_unknown_blocks_are_refused "
+    "test_encoders.py::test_where_attention_and_mlp_are_one_there_is_no_middle "
+    "test_encoders.py::test_meta_weights_are_refused_and_nothing_is_touched "
+    "test_encoders.py::test_a_changed_block_is_an_error_not_a_wrong_number "
+    "test_encoders.py::test_ragged_batches_without_masks test_tome.py test_modes.py",
+    "vision/encoder": "test_modes.py test_tome.py test_encoders.py::test_ragged_batches_without_masks test_scored.py",
     "vision/guard": "test_guard.py",
-    "vision/inputs": "test_modes.py test_scored.py test_support.py::test_patches_of_pictures_of_several_shapes",
-    "vision/locate": "test_plugins.py test_support.py::test_unknown_models_hear_what_was_looked_for "
-    "test_support.py::test_two_encoders_ask_which "
-    "test_support.py::test_architectures_without_global_tokens_are_refused_by_name",
-    "vision/outputs": "test_modes.py test_scored.py test_support.py::test_full_length_outputs test_vlm_towers.py",
+    "vision/inputs": "test_modes.py test_scored.py test_encoders.py::test_patches_of_pictures_of_several_shapes",
+    "vision/locate": "test_plugins.py test_encoders.py::test_unknown_models_hear_what_was_looked_for "
+    "test_encoders.py::test_two_encoders_ask_which "
+    "test_encoders.py::test_architectures_without_global_tokens_are_refused_by_name",
+    "vision/outputs": "test_modes.py test_scored.py test_encoders.py::test_full_length_outputs test_vlm_towers.py",
     "vision/readers": "test_readers.py",
     "language/cache": "test_cache_properties.py",
     "language/doorway": "test_doorway.py test_vlm_generate.py",

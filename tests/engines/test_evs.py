@@ -4,11 +4,12 @@ import json
 import subprocess
 
 import torch
-from test_vllm import PYTHON, environment, pytestmark  # noqa: F401  # the mark is this module's too
+from vllm_reference import PYTHON, environment, needs_vllm
 
 from saint.methods import EVS
 from saint.tokens import Candidates, TokenMap
 
+pytestmark = needs_vllm
 CASES = [(4, 4, 6, 0.5), (8, 8, 8, 0.75), (5, 4, 4, 0.9), (2, 8, 12, 0.25)]  # frames, rows, columns, what goes
 ASK = """
 import json, sys, torch

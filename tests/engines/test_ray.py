@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_embed import by_key
 
 import saint
 from saint.embed import OutputError, Rows, answer, embed
 from saint.embed.parts import Parts, files
 from saint.embed.work import Job
 from saint.session import as_plan
+from support.records import by_key
 
 pytest.importorskip("ray", reason="ray is not installed: pip install 'saint-vlm[ray]'")
 pytest.importorskip("ray.data", reason="ray[data] is not installed: pip install 'saint-vlm[ray]'")

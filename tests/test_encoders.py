@@ -1,32 +1,17 @@
 """Every row of the support table keeps every contract, on tiny random models."""
 
-import dataclasses
-import functools
 from typing import ClassVar
 
 import pytest
 import torch
-from models import BUILDERS, backbones, build, enliven
-from test_scored import nearest
 
 import saint
 from saint import testing
 from saint.plan import Plan, Stage
 from saint.upstream.registry import ENCODERS
 from saint.vision.locate import locate
-
-NAMES = list(BUILDERS)
-
-
-@functools.cache
-def prepared(name: str) -> tuple[torch.nn.Module, Plan, dict[str, torch.Tensor]]:
-    model = build(name)
-    inputs = testing.example_inputs(model)
-    return model, testing.example_plan(model, inputs), inputs
-
-
-def restage(plan: Plan, **changes: object) -> Plan:
-    return Plan(vision=dataclasses.replace(plan.stages["vision"], **changes))
+from support.models import NAMES, backbones, build, enliven, prepared, restage
+from support.oracles import nearest
 
 
 @pytest.mark.parametrize("contract", testing.CONTRACTS)

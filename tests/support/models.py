@@ -1,11 +1,15 @@
-"""The tiny random models that the specs of encoders bring, by ``library/name``."""
+"""The tiny random encoders that the specs bring, by ``library/name``, with a plan and inputs for each."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
 from timm.models import vision_transformer
 from torch import nn
 
+from saint import testing
+from saint.plan import Plan
 from saint.testing.zoo import enliven
 from saint.upstream.registry import ENCODERS
 
@@ -19,6 +23,7 @@ _ALL: dict[str, tuple[bool, Callable[[], nn.Module]]] = {
     if name not in _LACKING
 }
 BUILDERS: dict[str, Callable[[], nn.Module]] = {name: make for name, (maps, make) in _ALL.items() if not maps}
+NAMES = list(BUILDERS)
 
 
 def build(name: str) -> nn.Module:
@@ -30,3 +35,22 @@ def build(name: str) -> nn.Module:
 def backbones() -> dict[str, nn.Module]:
     """Encoders whose forward returns feature maps laid on the grid, of every spec of such a class: "beit", ..."""
     return {name.rpartition("/")[2].removesuffix("-backbone"): make() for name, (maps, make) in _ALL.items() if maps}
+
+
+def snapshot(model):
+    """What a session could leave behind in a model."""
+    return {
+        name: (type(m), sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks))
+        for name, m in model.named_modules()
+    }
+
+
+@functools.cache
+def prepared(name: str) -> tuple[torch.nn.Module, Plan, dict[str, torch.Tensor]]:
+    model = build(name)
+    inputs = testing.example_inputs(model)
+    return model, testing.example_plan(model, inputs), inputs
+
+
+def restage(plan: Plan, **changes: object) -> Plan:
+    return Plan(vision=dataclasses.replace(plan.stages["vision"], **changes))

@@ -1,11 +1,15 @@
-"""Records as the commands write them, small and made by hand."""
+"""Records as the commands write them, small and made by hand; and how a test reads a page."""
 
+import html.parser
+import json
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from saint.images import data_uri
+from saint.report import read_records
 
 PLAN = {
     "version": 1,
@@ -380,3 +384,60 @@ MAKERS = {
     "tune": tune,
     "view": view,
 }
+
+
+VOID = {"meta", "link", "input", "img"}
+
+
+class Reader(html.parser.HTMLParser):
+    """Text by element, attributes, and whether every element is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] not in ("style", "script"):
+            self.text += data + " "
+
+
+def read(page: str) -> Reader:
+    reader = Reader()
+    reader.feed(page)
+    assert reader.open == []
+    return reader
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes records; gives those read back."""
+
+    def write(*records: dict) -> list:
+        files = []
+        for i, record in enumerate(records):
+            files.append(tmp_path / f"record{i}.json")
+            files[-1].write_text(json.dumps(record))
+        return read_records(files)
+
+    return write
+
+
+def by_key(rows):
+    found = {}
+    for row in rows:
+        assert row["key"] not in found, f"{row['key']} is there twice"
+        found[row["key"]] = row
+    return found

@@ -1,0 +1,111 @@
+"""How many Python calls pruning adds, as budgets that only go down: lower a number here when the code needs less."""
+
+import pytest
+import timm
+import torch
+import transformers as hf
+
+import saint
+from saint.methods import Grid
+from saint.plan import Plan, Stage
+from saint.upstream.tiny import IMAGE, make, text_config, tower_config
+from support.calls import calls
+from support.families import FAMILIES, cache_of, cached, prompts
+
+LLAVA = FAMILIES["llava-llama"]
+METHOD = Grid(keep=0.5)  # chooses in a handful of calls, so that what is counted is the mechanism
+
+
+def vit(depth):
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", depth=depth, embed_dim=48, num_heads=4).eval()
+
+
+def llava(layers):
+    config = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**tower_config()),
+        text_config=hf.LlamaConfig(**text_config(num_hidden_layers=layers)),
+        image_token_id=IMAGE,
+        image_seq_length=36,
+    )
+    return make(hf.LlavaForConditionalGeneration, config)
+
+
+def of_forward(depth, layers):
+    """Calls in one forward of an encoder, warm, with drop points behind these layers."""
+    model = vit(depth)
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    with saint.pruned(model, Plan(vision=Stage(METHOD, layers=layers))), torch.no_grad():
+        model(images)
+        return calls(lambda: model(images))
+
+
+def test_an_encoder_without_a_drop_point_costs_nothing():
+    model = vit(4)
+    images = torch.randn(2, 3, 224, 224)
+    with saint.pruned(model, Plan()), torch.no_grad():
+        assert calls(lambda: model(images)) == 0
+
+
+def test_an_idle_block():
+    assert (of_forward(8, [1]) - of_forward(4, [1])) / 4 <= 23
+
+
+def test_a_drop_point():
+    assert of_forward(4, [0, 1]) - of_forward(4, [0]) <= 47
+
+
+def test_a_forward_with_one_drop_point():
+    assert of_forward(4, [1]) <= 175
+
+
+def of_step(layers, plan, samples):
+    """Calls in one step of an answer, behind the prompt."""
+    model = llava(layers)
+    inputs = prompts(LLAVA, model, samples)
+    step = {
+        "input_ids": torch.full((len(samples), 1), 7),
+        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1),
+        "position_ids": inputs["attention_mask"].sum(1, keepdim=True),
+    }
+    with saint.pruned(model, plan), torch.no_grad():
+        given = {**step, **cached(model, cache_of(model(**inputs)))}
+        return calls(lambda: model(**given))
+
+
+ONE, RAGGED = [[4, "0", 7]], [[4, "0", 7], [3, "0", 2], [6, "0", 12]]
+
+
+@pytest.mark.parametrize(("samples", "budget"), [(ONE, 56), (RAGGED, 76)], ids=["one", "ragged"])
+def test_a_step_behind_the_door_costs_no_call_per_layer(samples, budget):
+    plan = Plan(connector=METHOD)
+    few, many = of_step(2, plan, samples), of_step(6, plan, samples)
+    assert few == many
+    assert few <= budget
+
+
+@pytest.mark.parametrize(("samples", "budget"), [(ONE, 34), (RAGGED, 34)], ids=["one", "ragged"])
+def test_a_step_of_a_layer_behind_a_language_stage(samples, budget):
+    plan = Plan(language=Stage(METHOD, layers=[0]))
+    assert (of_step(6, plan, samples) - of_step(2, plan, samples)) / 4 <= budget
+
+
+def of_apply(model, plan):
+    """Calls of `apply`, and modules that the model has."""
+    count = calls(lambda: saint.apply(model, plan))
+    saint.remove(model)
+    return count, len(list(model.modules()))
+
+
+@pytest.mark.parametrize(
+    ("build", "plan", "budget"),
+    [
+        (vit, Plan(vision=Stage(METHOD, layers=[1])), 44),
+        (llava, Plan(connector=METHOD), 23.5),
+        (llava, Plan(language=Stage(METHOD, layers=[0])), 25.5),
+    ],
+    ids=["encoder", "door", "language"],
+)
+def test_apply_per_module(build, plan, budget):
+    (few, small), (many, large) = of_apply(build(4), plan), of_apply(build(8), plan)
+    assert (many - few) / (large - small) <= budget
