@@ -17,7 +17,7 @@ import saint
 from saint import demo
 from saint.bench.encoder import bench_encoder
 from saint.flops import left_out
-from saint.plan import Plan, Stage
+from saint.plans import Plan, Stage
 from saint.records import environment, write_json
 from saint.session import as_plan
 

@@ -19,7 +19,7 @@ from rich.console import Console
 import saint
 from saint.bench import bench_encoder, bench_generation
 from saint.flops import left_out
-from saint.plan import Plan, Stage
+from saint.plans import Plan, Stage
 from saint.records import environment, write_json
 
 IMAGE = 50

@@ -46,10 +46,10 @@ def main() -> None:
 
     subject = Subject(options.model, pictures(options.photos, options.limit)[0])
     fitted = subject.fitted("Random, layers 0, 1", SHARE)
-    keep = fitted.vision.method.keep
+    keep = fitted.vision[0].method.keep
     drawn = []
     for seed in range(DRAWS):
-        stage = saint.Stage(Random(keep=keep, seed=seed), layers=EARLY, output=fitted.vision.output)
+        stage = saint.Stage(Random(keep=keep, seed=seed), layers=EARLY, output=fitted.vision[0].output)
         drawn.append(subject.values(saint.Plan(vision=stage))[1])
         print(seed, round(float(np.max(drawn, axis=0).mean()), 4), flush=True)
     found = np.array(drawn)

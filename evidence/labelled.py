@@ -23,7 +23,7 @@ from saint import demo
 from saint.cli.common import pictures
 from saint.eval import Sample, Samples, evaluate_images
 from saint.eval.data import read_image
-from saint.plan import Plan
+from saint.plans import Plan
 from saint.records import environment, write_json
 
 RIVALS = {

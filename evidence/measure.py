@@ -40,7 +40,7 @@ from saint.eval import Sample, Samples, compare, evaluate_images
 from saint.eval.data import read_image
 from saint.flops import left_out
 from saint.methods import Grid, Random, ToMe
-from saint.plan import Plan, Stage
+from saint.plans import Plan, Stage
 from saint.records import environment, write_json
 
 HERE = Path(__file__).parent

@@ -24,7 +24,7 @@ from saint.demo.easy_vqa import easy_vqa
 from saint.eval import compare
 from saint.gathers import is_dropped
 from saint.methods import DivPrune, FastV, Grid, Random
-from saint.plan import Plan, Stage
+from saint.plans import Plan, Stage
 from saint.records import environment, write_json
 
 console = Console(width=150)

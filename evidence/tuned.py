@@ -13,7 +13,7 @@ import numpy as np
 from matching import FOLDER, PUBLISHED, SMALLER, Subject, summary
 
 from saint.cli.common import pictures
-from saint.plan import Plan
+from saint.plans import Plan
 from saint.records import environment, write_json
 
 RIVALS = [

@@ -427,7 +427,7 @@ def test_every_choice_of_the_causal_column_is_the_plan_it_names(loaded):
 
 def causal_language_choice():
     causal = Causal(0.25, "KL of the next token", {}, {}, choices=METHODS)
-    return causal.plan("language", 1, "attention", "a").language.method
+    return causal.plan("language", 1, "attention", "a").language[0].method
 
 
 def test_without_cls_nothing_is_chosen_by_attention(loaded):
@@ -520,7 +520,7 @@ def test_a_proposed_plan_begins_at_the_first_harmless_redundant_layer():
     assert propose.propose([part([0.5] * 4, [[0.3] * 4, [0.3] * 4])], causal, {}) is None
     assert propose.propose([part(losses, [[0.01] * 5, [0.01] * 5])], causal, {}) is None
     centred = propose.propose([part(losses, [[0.3] * 5, [0.0] * 5])], causal, {"vision": True})
-    assert centred.vision.method.center
+    assert centred.vision[0].method.center
 
 
 # -- the command ----------------------------------------------------------------------------------------------------------
@@ -596,7 +596,7 @@ def test_without_a_proposed_plan_the_usual_one_is_shown_and_said(command, folder
     assert made["survivors_of"]["why"] == (
         "no plan is proposed (what leaving costs was not measured, --causal 0): the usual setting for this model"
     )
-    assert made["survivors_of"]["plan"]["vision"]["method"]["method"] == "saint"
+    assert made["survivors_of"]["plan"]["vision"][0]["method"]["method"] == "saint"
     assert len(made["survivors"]) == 2
     assert "no plan is proposed (what leaving costs was not measured" in make_report(read_records([file]))
 

@@ -8,7 +8,7 @@ import torch
 import saint
 from saint import testing
 from saint.methods import DivPrune, FastV, Grid, Random
-from saint.plan import Plan, Stage
+from saint.plans import Plan, Stage
 from saint.tokens import Candidates, Selection, TokenMap
 from support.families import FAMILIES, IMAGE, cache_of, cached, checkpoint, prompts
 from support.models import build

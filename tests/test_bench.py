@@ -11,7 +11,7 @@ import saint
 from saint import bench
 from saint.bench.encoder import copy_sharing_weights
 from saint.bench.timing import Spread, interleave
-from saint.plan import Plan, Stage
+from saint.plans import Plan, Stage
 from saint.records import environment, write_json
 from saint.testing import snapshot
 from support.models import build

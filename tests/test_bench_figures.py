@@ -20,7 +20,7 @@ from saint.bench import timing
 from saint.bench.cost import cost
 from saint.bench.timing import Spread
 from saint.cli import bench as bench_command
-from saint.plan import Plan, Stage
+from saint.plans import Plan, Stage
 from saint.runtime import observe
 from support.families import FAMILIES, prompts
 from support.models import build
@@ -232,8 +232,8 @@ def test_the_metered_and_the_idle_variant_do_what_they_say(monkeypatch):
     idle = encoder_bench._keep_all(
         Plan(vision=Stage(saint.Saint(threshold=0.2, neighbors=1, center=True), layers=[0, 2]))
     )
-    assert idle.vision.layers == (0, 2)
-    assert idle.vision.method.center
+    assert idle.vision[0].layers == (0, 2)
+    assert idle.vision[0].method.center
     with saint.pruned(model, idle) as session, torch.no_grad():
         model(torch.zeros(2, 3, 96, 96))
         assert [e.tokens_out.tolist() for e in session.trace] == [[36, 36]] * 2
@@ -273,7 +273,7 @@ def test_every_printed_figure_of_the_demo(tmp_path, capsys):
     threads = torch.get_num_threads()
     with pytest.raises(SystemExit) as ended:
         main([
-            "demo", "--model", "timm:test_vit", "--no-pretrained", "--threads", "1", "--device", "cpu", "--image", str(folder),
+            "demo", "timm:test_vit", "--no-pretrained", "--threads", "1", "--device", "cpu", "--image", str(folder),
             "--out", str(tmp_path / "out"), "--repeats", "3", "--plan", json.dumps(plan.to_dict()),
         ])  # fmt: skip
     torch.set_num_threads(threads)

@@ -6,7 +6,7 @@ import torch
 import saint
 from saint.bench import bench_generation
 from saint.errors import AlreadyAppliedError
-from saint.plan import Plan, Stage
+from saint.plans import Plan, Stage
 from support.families import FAMILIES, prompts
 
 FAMILY = FAMILIES["llava-llama"]

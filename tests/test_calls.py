@@ -7,7 +7,7 @@ import transformers as hf
 
 import saint
 from saint.methods import Grid
-from saint.plan import Plan, Stage
+from saint.plans import Plan, Stage
 from saint.upstream.tiny import IMAGE, make, text_config, tower_config
 from support.calls import calls
 from support.families import FAMILIES, cache_of, cached, prompts

@@ -10,7 +10,7 @@ from PIL import Image
 
 import saint
 from saint.loading.vlm import is_vlm, load_vlm
-from saint.plan import Stage
+from saint.plans import Stage
 from saint.view.tiles import Tile, _laid, placed, tiles, visual_tokens
 from support.checkpoints import PLAN, save
 from support.command_line import one_line
@@ -51,7 +51,7 @@ def test_chat(run, spec, picture, tmp_path):
     assert answers["unpruned"]["text"] == loaded.decode(ids[0, inputs["input_ids"].shape[1] :])
     assert answers["pruned"]["new_tokens"] == answers["unpruned"]["new_tokens"] == 5
     assert answers["unpruned"]["kv_bytes"] - answers["pruned"]["kv_bytes"] == 27 * 5 * 2 * 2 * 12 * 4
-    assert record["plan"]["connector"]["method"]["keep"] == 9
+    assert record["plan"]["connector"][0]["method"]["keep"] == 9
 
 
 def test_bench_per_mode(run, spec, tmp_path):
@@ -86,10 +86,6 @@ def test_errors(run, spec, picture, tmp_path):
     one_line(run(*ask, spec, "--dtype", "int8")[2], "float32")
     one_line(run("chat", spec, "--image", tmp_path / "none.png")[2], "no such image")
     one_line(run("chat", spec, "--image", picture.parent)[2], "one picture", "is a folder")
-    one_line(run("chat", "--image", picture)[2], "needs a MODEL")
-    old = run("chat", "--model", spec, "--image", picture, "--dtype", "int8")[2]
-    assert "--model is deprecated" in old
-    one_line(old, "float32")
     one_line(run("view", spec, "--image", picture, "--size", 64)[2], "--size is for encoders")
     one_line(run("view", "demo:small-llava", "--image", picture, "--no-pretrained")[2], "a demo model is its weights")
     one_line(run("demo", "demo:small-llava", "--image", picture)[2], "vision-language model", "saint chat, view")

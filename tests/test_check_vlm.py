@@ -35,8 +35,8 @@ def test_contracts_see_a_wrong_mask(monkeypatch):
 
 
 def test_a_default_plan_uses_every_stage():
-    assert list(hybrid_plan(FAMILIES["llava-llama"].build()).stages) == ["vision", "connector", "language"]
-    assert list(hybrid_plan(FAMILIES["llava-onevision"].build()).stages) == ["connector", "language"]
+    assert list(hybrid_plan(FAMILIES["llava-llama"].build()).slots) == ["vision", "connector", "language"]
+    assert list(hybrid_plan(FAMILIES["llava-onevision"].build()).slots) == ["connector", "language"]
     with pytest.raises(saint.UnsupportedModelError):
         hybrid_plan(torch.nn.Linear(2, 2))
 

@@ -17,7 +17,7 @@ from saint.cli.common import make_plan
 from saint.loading import DownloadError, load_images, load_model
 from saint.loading.photos import names_of
 from saint.loading.plans import parse_layers
-from saint.plan import Plan
+from saint.plans import Plan
 from support.command_line import TINY, one_line
 
 
@@ -79,7 +79,7 @@ def test_bench_writes_a_record(run, folder, tmp_path):
     assert record["images"] == ["noise", "sky", "noise"]
     assert record["conditions"]["batch"] == 3
     assert record["conditions"]["threads"] == 1
-    stage = record["plan"]["vision"]
+    (stage,) = record["plan"]["vision"]
     assert (stage["method"]["threshold"], stage["layers"]) == (0.9, [0, 1])
     assert record["environment"]["torch"].startswith(torch.__version__.partition("+")[0])
 
@@ -108,31 +108,16 @@ def test_view_says_why_patches_leave(run, folder, tmp_path):
     one_line(run("view", *TINY, "--image", sky, "--patch", "3,4", "--out", out)[2], "--why")
 
 
-def test_the_old_way_to_name_model_and_picture_still_works_with_a_note(run, folder, tmp_path):
-    rest = [*TINY[1:], "--out", tmp_path / "out"]
-    for args in (
-        ["view", folder / "sky.png", "--model", TINY[0], *rest],
-        ["view", "--model", TINY[0], "--image", folder / "sky.png", *rest],
-        ["demo", "--model", TINY[0], "--image", folder / "sky.png", "--repeats", 1, *rest],
-    ):
-        code, said, err = run(*args)
-        assert code == 0, err
-        assert "--model is deprecated" in err
-        assert "sky" in said
-    code, _, err = run("view", TINY[0], "--model", TINY[0], "--image", folder / "sky.png", *rest)
-    assert code == 2
-    one_line(err, "one MODEL", TINY[0])
+def test_a_prompt_is_for_vision_language_models(run, folder, tmp_path):
     code, _, err = run("view", *TINY, "--image", folder / "sky.png", "--prompt", "what", "--out", tmp_path / "out")
+    assert code == 2
     one_line(err, "--prompt is for vision-language models")
-    assert "--model" not in run("view", "--help")[1]
 
 
-def test_a_picture_alone_is_not_taken_for_a_model(monkeypatch, folder):
-    from saint.cli.view import _old_arguments
-
-    assert _old_arguments(str(folder / "sky.png"), None, None) == ("demo:clip-b16", folder / "sky.png")
-    assert _old_arguments("timm:x", None, None) == ("timm:x", None)
-    assert _old_arguments("nonsense", None, None) == ("nonsense", None)  # refused as a model, by name
+def test_a_picture_alone_is_no_model(run, folder):
+    code, _, err = run("view", folder / "sky.png")
+    assert code == 2
+    one_line(err, "sky.png", "timm:NAME", "--image")
 
 
 def test_a_busy_machine_is_told(run, folder, tmp_path, monkeypatch):

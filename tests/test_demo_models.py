@@ -14,7 +14,7 @@ import saint
 from saint import demo, testing
 from saint.demo import models, weights
 from saint.images import as_rgb
-from saint.plan import Plan
+from saint.plans import Plan
 
 pytest.importorskip("onnx", reason="needs saint-vlm[demo]")
 

@@ -318,7 +318,7 @@ def test_another_run_is_refused_and_told_why(folder, tmp_path):
     embed(folder, plan=PLAN, output=out, **MODEL)
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     again = {**MODEL, "plan": PLAN, "output": out}
-    with pytest.raises(OutputError, match=r"plan.vision.method.threshold: 0.5 there, 0.6 now"):
+    with pytest.raises(OutputError, match=r"plan\.vision\[0\]\.method\.threshold: 0.5 there, 0.6 now"):
         embed(folder, **{**again, "plan": saint.Saint(threshold=0.6)})
     with pytest.raises(OutputError, match=r"model: \"timm:test_vit\" there, \"timm:test_vit2\" now"):
         embed(folder, **{**again, "model": "timm:test_vit2"})

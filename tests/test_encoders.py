@@ -7,7 +7,7 @@ import torch
 
 import saint
 from saint import testing
-from saint.plan import Plan, Stage
+from saint.plans import Plan, Stage
 from saint.upstream.registry import ENCODERS
 from saint.vision.locate import locate
 from support.models import NAMES, backbones, build, enliven, prepared, restage
@@ -61,7 +61,7 @@ def test_full_length_outputs(name):
     base = testing.run(model, inputs)
     _, encoder, row = locate(model)
     prefix = row.prefix(encoder)
-    method = Recorder(**{**vars(plan.vision.method), "budget": 0.6})
+    method = Recorder(**{**vars(plan.vision[0].method), "budget": 0.6})
     plan = restage(plan, method=method, layers=[0, 2])
     short, _, trace = behind_the_blocks(model, plan, inputs)
     for output in ("nearest", "similar"):
@@ -341,7 +341,7 @@ def test_where_attention_and_mlp_are_one_there_is_no_middle(name):
     assert saint.status(model) is None
     for placement in (None, "post"):
         with saint.pruned(model, Stage(saint.Saint(), placement=placement)) as session:
-            assert session.status.stages["vision"].placement == "post"
+            assert session.status.stages["vision"][0].placement == "post"
 
 
 def test_meta_weights_are_refused_and_nothing_is_touched():

@@ -17,7 +17,7 @@ from saint.eval.compare import detectable_binary, tango_interval
 from saint.eval.journal import JournalError
 from saint.eval.loop import Loop, Processes
 from saint.eval.report import Report, Summary, between, by_sample, check_plans, digest, fingerprint, kept, summaries
-from saint.plan import Plan
+from saint.plans import Plan
 
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 Z, Z80 = stats.norm.ppf(0.975), stats.norm.ppf(0.8)

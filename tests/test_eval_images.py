@@ -19,7 +19,7 @@ from saint.eval import compare, evaluate_images, find_samples
 from saint.eval import scores as score_
 from saint.loading import load_model
 from saint.methods import Random
-from saint.plan import Plan, Stage
+from saint.plans import Plan, Stage
 from saint.session import status
 from support.command_line import one_line
 
@@ -440,13 +440,6 @@ def test_record_resume_and_refusal(run, folder, tmp_path):
     assert set(json.loads((tmp_path / "two.json").read_text())["against_first"]) == {"vit/published"}
     picture("noise", 7).save(folder / "noise" / "new.png")
     one_line(run(*args[:3], folder, *args[3:])[2], "another run", "data")
-
-
-def test_a_journal_of_an_earlier_release_is_not_passed_over(run, folder, tmp_path):
-    (tmp_path / "r.journal.jsonl").write_text('{"journal": 1, "key": {}}\n')
-    code, _, err = run("eval", "images", TINY[0], folder, *TINY[1:], "--plan", PLAN, "--json", tmp_path / "r.json")
-    assert code == 2
-    one_line(err, "r.journal.jsonl", "earlier release", "delete it")
 
 
 def test_broken_images_are_told_and_the_status_says_so(run, folder, tmp_path):

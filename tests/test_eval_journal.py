@@ -155,15 +155,6 @@ def test_another_setup_is_refused_and_named(tmp_path):
     assert path.read_text() == '{"some": "file"}\n'
 
 
-def test_a_journal_of_json_lines_is_refused_with_the_reason(tmp_path):
-    path = tmp_path / "j.jsonl"
-    old = json.dumps({"journal": 1, "key": KEY}) + '\n{"id": "a"}\n'
-    path.write_text(old)
-    with pytest.raises(JournalError, match=r"earlier release \(JSON lines\).*batch size.*delete it"):
-        Journal(path, KEY)
-    assert path.read_text() == old
-
-
 def test_an_empty_file_becomes_a_journal(tmp_path):
     path = tmp_path / "j.sqlite"
     path.touch()

@@ -15,7 +15,7 @@ from saint import demo
 from saint.demo import scenes
 from saint.eval import read_questions
 from saint.loading.vlm import load_vlm
-from saint.plan import Plan
+from saint.plans import Plan
 from support.checkpoints import PLAN, TEMPLATE, save
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ from saint.eval import Question, evaluate_vqa, read_questions
 from saint.eval import scores as score_
 from saint.eval.vqa import default_prompt, fill
 from saint.loading.vlm import load_vlm
-from saint.plan import Plan
+from saint.plans import Plan
 from saint.session import status
 from support.checkpoints import PLAN, TEMPLATE, save
 from support.command_line import one_line

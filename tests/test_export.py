@@ -74,7 +74,7 @@ def test_encoders_of_every_library(name):
 @pytest.mark.parametrize("budget", ["sample", "batch"])
 def test_votes_cannot_be_exported(budget):
     model, plan, inputs = prepared("timm/vit-augreg")
-    method = saint.Saint(threshold=plan.vision.method.threshold, budget=budget)
+    method = saint.Saint(threshold=plan.vision[0].method.threshold, budget=budget)
     with saint.pruned(model, method):
         with pytest.raises(RuntimeError, match="cannot have: give a number or a fraction"):
             exported(model, inputs)

@@ -11,7 +11,7 @@ import saint
 from saint import flops
 from saint.bench.cost import cost
 from saint.flops import count_flops, left_out
-from saint.plan import Plan
+from saint.plans import Plan
 from saint.testing import check_on, example_inputs, example_plan
 from support.command_line import TINY
 from support.models import build

@@ -13,7 +13,7 @@ import saint
 from saint import testing
 from saint.gathers import is_dropped
 from saint.methods import FastV, ToMe
-from saint.plan import Plan, Stage
+from saint.plans import Plan, Stage
 from support.families import FAMILIES, cache_of, cached, checkpoint, prompts
 from support.models import build
 from support.plans import LANGUAGE, VISION

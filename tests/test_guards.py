@@ -7,7 +7,7 @@ import torch
 
 import saint
 from saint.methods import DivPrune, Random
-from saint.plan import Plan, Stage
+from saint.plans import Plan, Stage
 from support.families import FAMILIES, prompts
 
 VISION = Stage(saint.SaintFullGraph(keep=0.5), layers=[1])

@@ -21,7 +21,7 @@ from saint.loading.listing import left_facts
 from saint.loading.photos import load_images
 from saint.loading.plans import changed_plan
 from saint.methods import get
-from saint.plan import Plan, Stage
+from saint.plans import Plan, Stage
 from saint.report.reading import behind, mark_of, place
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import saint
 from saint import testing, tokens
 from saint.methods import Random
-from saint.plan import Plan, Stage
+from saint.plans import Plan, Stage
 from support.families import FAMILIES, checkpoint, prompts
 from support.models import backbones, build, enliven
 from support.oracles import nearest
@@ -167,7 +167,7 @@ def test_average_pooling_over_survivors_and_by_coverage():
         full = model.forward_features(images)
         pooled = model.forward_head(full, pre_logits=True)
         owner = session._encoder.outputs.full.stand_ins(session._encoder.forward, 4)
-    for sample, kept in enumerate(session.plan.stages and owner):
+    for sample, kept in enumerate(session.plan.slots and owner):
         weight = torch.bincount(kept).float()
         assert weight.sum() == 36
         survivors = torch.stack([full[sample, 1 + (kept == slot).nonzero()[0, 0]] for slot in range(len(weight))])
@@ -304,7 +304,7 @@ def test_two_models_are_independent(vit, images):
 
 def test_status_says_what_is_applied(vit):
     session = saint.apply(vit, saint.Saint(threshold=0.6))
-    stage = saint.status(vit).stages["vision"]
+    (stage,) = saint.status(vit).stages["vision"]
     assert (stage.layers, stage.placement, stage.method.threshold) == ([0, 1], "mid", 0.6)
     session.remove()
     session.remove()
@@ -334,7 +334,7 @@ def test_a_plan_inside_a_wrapper(images):
     with saint.pruned(model, loose()) as session:
         model(images)
         assert session.trace
-        assert saint.status(model).stages["vision"].module == "tower"
+        assert saint.status(model).stages["vision"][0].module == "tower"
         with pytest.raises(saint.AlreadyAppliedError):
             saint.apply(model.tower, saint.Saint())
 
@@ -379,7 +379,7 @@ def test_open_clip_through_its_own_factory():
     with saint.pruned(model, loose(threshold=0.2)) as session, torch.no_grad():
         out = model.encode_image(torch.randn(2, 3, 224, 224))
     assert out.shape[0] == 2
-    assert session.plan.stages["vision"].method.threshold == 0.2
+    assert session.plan.vision[0].method.threshold == 0.2
 
 
 # -- host reads -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import saint
 from saint import testing
 from saint.methods import PiToMe
-from saint.plan import Plan, Stage
+from saint.plans import Plan, Stage
 from saint.tokens import Candidates, TokenMap
 from support.models import build
 
@@ -234,7 +234,7 @@ def test_settings():
     assert PiToMe().layers("vision", 3) == [0, 1, 2]
     plan = Plan(vision=PiToMe(budget=0.5, margin=0.3, beta=0))
     assert Plan.from_dict(plan.to_dict()) == plan
-    assert plan.to_dict()["vision"]["method"]["method"] == "pitome"
+    assert plan.to_dict()["vision"][0]["method"]["method"] == "pitome"
 
 
 def test_nothing_merges_where_nothing_must():

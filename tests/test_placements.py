@@ -72,8 +72,8 @@ def test_block_0_runs_on_what_is_left():
         hook = model.blocks[0].norm1.register_forward_hook(lambda _m, _a, y: counts.append(y.shape[1]))
         testing.run(model, inputs)
         hook.remove()
-        assert session.status.stages["vision"].placement == "input"
-        assert session.status.stages["vision"].layers == [0]
+        assert session.status.stages["vision"][0].placement == "input"
+        assert session.status.stages["vision"][0].layers == [0]
     assert counts == [1 + int(0.6 * 36 + 0.5)]
 
 
@@ -191,7 +191,7 @@ def test_between_attention_and_mlp_of_a_decoder(name):
             hook = mlp.register_forward_hook(lambda _m, _a, y: counts.append(y.shape[1]))
             logits.append(model(**make([0, 1])).logits)
             hook.remove()
-            assert session.trace[0].placement == plan.language.placement
+            assert session.trace[0].placement == plan.language[0].placement
     assert counts[0] < counts[1]  # the MLP of the drop point no longer runs on what goes
     assert torch.allclose(logits[0], logits[1], atol=1e-4)  # keys decide, and those are the same
 

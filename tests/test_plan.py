@@ -11,7 +11,7 @@ import saint
 from saint import graph, methods, presets, testing
 from saint.loading import read_plan
 from saint.methods import base
-from saint.plan import Plan, Stage
+from saint.plans import Plan, Stage
 from saint.testing.contracts import snapshot
 from support.families import FAMILIES
 from support.models import build
@@ -50,8 +50,7 @@ def test_round_trip_through_json(plan):
 def test_a_slot_of_one_stage_is_that_stage_however_it_is_given():
     plan = Plan(vision=at(1), language=saint.Saint())
     assert plan == Plan(vision=[at(1)], language=(saint.Saint(),))
-    assert plan.vision == at(1)
-    assert plan.stages == {"vision": at(1), "language": Stage(saint.Saint())}
+    assert plan.vision == (at(1),)
     assert plan.slots == {"vision": (at(1),), "language": (Stage(saint.Saint()),)}
     assert Plan(vision=Stage(FULL, layers=[0], placement="input")) == Plan(vision=Stage(FULL, placement="input"))
     assert hash(Plan(vision=[at(1), at(2)])) == hash(Plan(vision=(at(1), at(2))))
@@ -61,29 +60,29 @@ def test_a_slot_of_several_stages():
     first, second = Stage(FULL, placement="input"), Stage(saint.Saint(), layers=[0, 1])
     plan = Plan(vision=[first, second, FULL], language=[at(3), at(7)])
     assert plan.vision == (first, second, Stage(FULL))
-    assert plan.stages == {"vision": plan.vision, "language": plan.language}
+    assert plan.slots == {"vision": plan.vision, "language": plan.language}
     assert list(plan.slots) == ["vision", "language"]
     assert plan.slots["language"] == (at(3), at(7))
     assert plan.resolve_layers("vision", 24) == [[0], [0, 1], [19]]
     assert plan.resolve_layers("connector", 24) == []
     data = plan.to_dict()
-    assert data["version"] == 3
+    assert data["version"] == 1
     assert [entry["placement"] for entry in data["vision"]] == ["input", None, None]
     assert Plan.from_dict(json.loads(json.dumps(data))) == plan
 
 
-def test_the_lowest_version_that_can_say_it_is_written():
-    assert Plan(vision=at(1)).to_dict()["version"] == 1
-    assert Plan(language=Stage(saint.Saint(), placement="mid")).to_dict()["version"] == 1
-    assert Plan(language=at(1, evict=True)).to_dict()["version"] == 2
-    assert Plan(vision=Stage(FULL, placement="input")).to_dict()["version"] == 3
-    assert Plan.from_dict({"version": 3, "vision": at(1).to_dict()}) == Plan(vision=at(1))
-    assert Plan.from_dict({"version": 3, "vision": [at(1).to_dict()]}) == Plan(vision=at(1))
-    older = {"version": 2, "vision": [at(1).to_dict(), at(2).to_dict()]}
-    with pytest.raises(ValueError, match="write version 3 for a list"):
-        Plan.from_dict(older)
-    with pytest.raises(ValueError, match='version 1 has no placement "input"; write version 3'):
-        Plan.from_dict({"version": 1, "vision": Stage(FULL, placement="input").to_dict()})
+def test_a_slot_is_written_as_a_list_and_read_from_one_or_several():
+    for plan in (Plan(vision=at(1)), Plan(language=at(1, evict=True)), Plan(vision=[at(1), at(2)])):
+        data = plan.to_dict()
+        assert data["version"] == 1
+        assert all(isinstance(entry, list) for name, entry in data.items() if name != "version")
+    assert Plan.from_dict({"version": 1, "vision": at(1).to_dict()}) == Plan(vision=at(1))
+
+
+def test_a_slot_is_a_tuple_of_stages_also_of_none_and_one():
+    plan = Plan(vision=at(1))
+    assert (plan.vision, plan.connector) == ((at(1),), ())
+    assert dataclasses.replace(plan, vision=plan.connector) == Plan()
 
 
 def test_stages_that_only_a_model_puts_out_of_order():
@@ -96,8 +95,8 @@ def test_stages_that_only_a_model_puts_out_of_order():
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({"version": 3, "vision": []}, "empty list"),
-        ({"version": 3, "vision": [0.5]}, r"a stage is an object.*got 0\.5"),
+        ({"version": 1, "vision": []}, "empty list"),
+        ({"version": 1, "vision": [0.5]}, r"a stage is an object.*got 0\.5"),
         ({"version": 99}, "version 99"),
         ({"version": 1, "visoin": {}}, "visoin"),
         ({"version": 1, "vision": {"method": {"method": "siant"}}}, "did you mean 'saint'"),
@@ -107,13 +106,13 @@ def test_stages_that_only_a_model_puts_out_of_order():
         ([], r"a plan is an object like \{\"version\": 1.*Plan.to_dict\(\).*got \[\]"),
         (None, "a plan is an object.*got None"),
         ("x" * 1000, r"a plan is an object.*got 'x{79}$"),
-        ({}, "version None is not one of 1..4"),
+        ({}, "version None is not 1"),
         ({"version": True}, "version True"),
         ({"version": 1.0}, r"version 1\.0"),
         ({"version": [1]}, r"version \[1\]"),
         ({"version": 1, 5: {}, "b": {}}, r"unknown plan entries \['5', 'b'\]"),
         ({"version": 1, "vision": 5}, "a stage is an object.*Stage.to_dict.*got 5"),
-        ({"version": 2, "vision": [0.5]}, r"a stage is an object.*got \[0\.5\]"),
+        ({"version": 2}, "version 2 is not 1"),
         ({"version": 1, "vision": {"method": "saint"}}, "a method is an object.*got 'saint'"),
         ({"version": 1, "vision": {"method": None}}, "a method is an object.*got None"),
         ({"version": 1, "vision": {"method": {"method": ["saint"]}}}, "registry name under 'method'"),
@@ -500,9 +499,9 @@ def test_every_setting_of_every_method_refuses_what_it_cannot_mean(cls, field):
 
 def test_a_setting_that_says_no_in_words_is_refused_from_json():
     data = saint.Plan(vision=saint.Saint(center=False)).to_dict()
-    assert Plan.from_json(json.dumps(data)).vision.method.center is False
+    assert Plan.from_json(json.dumps(data)).vision[0].method.center is False
     for wrong in ("false", "x", float("nan"), [0], 0, 1, None):
-        data["vision"]["method"]["center"] = wrong
+        data["vision"][0]["method"]["center"] = wrong
         with pytest.raises(ValueError, match="center must be True or False"):
             Plan.from_json(json.dumps(data))
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from saint import gathers, graph, methods, tokens
 from saint.methods.base import check_steps, final_keep, floored, goals, host_counts, scheduled_keep
-from saint.plan import Plan, Stage
+from saint.plans import Plan, Stage
 from saint.runtime.state import packed_groups, squares
 from saint.tokens import Candidates, Selection, TokenMap
 
@@ -603,14 +603,11 @@ def test_plans_survive_json(plan):
     again = Plan.from_dict(data)
     assert again == plan
     assert Plan.from_json(json.dumps(data)) == plan
-    assert list(again.stages) == [
-        name for name in ("vision", "connector", "language") if getattr(plan, name) is not None
-    ]
-    evicts = plan.language is not None and plan.language.evict
-    assert data["version"] == (2 if evicts else 1)
-    for name, stage in plan.stages.items():
+    assert list(again.slots) == [name for name in ("vision", "connector", "language") if getattr(plan, name)]
+    assert data["version"] == 1
+    for name, (stage,) in plan.slots.items():
         for key, value in vars(stage.method).items():
-            assert data[name]["method"][key] == value
+            assert data[name][0]["method"][key] == value
 
 
 # -- plan data that may be anything ------------------------------------------------------------------------------------
@@ -663,7 +660,7 @@ def refused_or_a_plan(read, given) -> str:
         return str(error) or "an error without words"
     assert Plan.from_dict(plan.to_dict()) == plan
     assert Plan.from_json(json.dumps(plan.to_dict())) == plan
-    for stage in plan.stages.values():
+    for (stage,) in plan.slots.values():
         assert stage.layers in (None, "first_half") or {type(layer) for layer in stage.layers} == {int}
     return ""
 

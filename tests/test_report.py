@@ -110,7 +110,7 @@ def test_text_of_records_is_text(written):
 
 def test_points_of_accuracy_against_speed_are_matched_by_the_whole_plan(written):
     fast, other = report_records.bench(), report_records.bench()
-    other["plan"]["vision"]["method"]["threshold"] = 0.5
+    other["plan"]["vision"][0]["method"]["threshold"] = 0.5
     page = make_report(written(fast, other, report_records.eval_images()))
     seen = read(page)
     points = [entry["aria-label"] for _, entry in seen.found if entry.get("class") == "point"]

@@ -19,7 +19,7 @@ from torch import nn
 import saint
 from saint import testing
 from saint.methods import Random
-from saint.plan import Plan, Stage
+from saint.plans import Plan, Stage
 from saint.testing.blocks import block_spec
 from saint.vision.locate import locate
 from support.families import FAMILIES, IMAGE, prompts

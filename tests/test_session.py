@@ -16,7 +16,7 @@ from PIL import Image
 
 import saint
 from saint.flops import count_flops
-from saint.plan import Plan, Stage
+from saint.plans import Plan, Stage
 from saint.vision.locate import locate
 from support.families import FAMILIES, cache_of, cached, prompts
 from support.models import build, snapshot

@@ -10,7 +10,7 @@ import saint
 from saint import graph, testing
 from saint.gathers import merge_tokens
 from saint.methods import ToMe
-from saint.plan import Plan, Stage
+from saint.plans import Plan, Stage
 from saint.tokens import Candidates, Selection, TokenMap
 from saint.vision.locate import locate
 from support.families import FAMILIES, cache_of, prompts

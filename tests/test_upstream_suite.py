@@ -27,7 +27,7 @@ PIXELS = torch.zeros(2, 3, 32, 32)
 
 def no_plan(model):
     found = saint.status(model)
-    assert found is None, f"{type(model).__name__} has a plan in {found.stages['vision'].module!r}"
+    assert found is None, f"{type(model).__name__} has a plan in {found.stages['vision'][0].module!r}"
 
 
 class ViTModelTest:

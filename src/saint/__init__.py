@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from os import PathLike
-
     from . import graph as graph
     from . import methods as methods
     from . import testing as testing
@@ -21,8 +19,9 @@ if TYPE_CHECKING:
     from .errors import UnsupportedModelError as UnsupportedModelError
     from .methods.saint import Saint as Saint
     from .methods.saint_full_graph import SaintFullGraph as SaintFullGraph
-    from .plan import Plan as Plan
-    from .plan import Stage as Stage
+    from .plans import Plan as Plan
+    from .plans import Stage as Stage
+    from .plans import plan as plan
     from .presets import recipes as recipes
     from .runtime.observe import Observer as Observer
     from .session import Session as Session
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
     from .tuning.run import tune as tune
     from .upstream.registry import register as register
 
-    def plan(source: str | PathLike[str]) -> Plan: ...  # the module, called
-
 
 _LAZY = {
     "AlreadyAppliedError": "errors",
@@ -44,18 +41,18 @@ _LAZY = {
     "LayerTrace": "tokens",
     "Observer": "runtime.observe",
     "ParityError": "errors",
-    "Plan": "plan",
+    "Plan": "plans",
     "Saint": "methods.saint",
     "SaintError": "errors",
     "SaintFullGraph": "methods.saint_full_graph",
     "Session": "session",
-    "Stage": "plan",
+    "Stage": "plans",
     "UnsupportedModelError": "errors",
     "apply": "session",
     "freeze": "tuning.freeze",
     "graph": None,
     "methods": None,
-    "plan": None,
+    "plan": "plans",
     "pruned": "session",
     "recipes": "presets",
     "register": "upstream.registry",

@@ -9,7 +9,7 @@ from torch import nn
 from .errors import UnsupportedModelError
 from .language.prompt import find as find_text
 from .methods.base import counts_by_votes
-from .plan import Plan, Stage
+from .plans import Plan, Stage
 from .runtime.observe import Observers
 from .runtime.points import DropPoint
 from .upstream.names import LAYERS
@@ -42,11 +42,11 @@ def assemble(
     text = find_text(model)
     if text is not None:
         return _text(model, *text, plan, observers), None
-    if plan.connector is None and plan.language is None and find_vlm(model) is None:
+    if not plan.connector and not plan.language and find_vlm(model) is None:
         refuse_unknown(model)
         path, encoder, spec = locate(model)
         verify_encoder(encoder, spec)
-        reader, stages = find_reader(model, path), plan.slots.get("vision", ())
+        reader, stages = find_reader(model, path), plan.vision
         if stages:
             ragged = any(counts_by_votes(stage.method) or stage.guard for stage in stages)
             check_readers(model, path, spec, reader, stages[0].output, ragged)
@@ -104,7 +104,7 @@ def _encoder(
 ) -> PrunedEncoder:
     """The vision stage of an encoder that was verified; only the first ``read`` layers are of use to whoever reads it."""
     warn_if_untested("torch", spec.library)
-    stages, depth = plan.slots.get("vision", ()), _depth(encoder, spec)
+    stages, depth = plan.vision, _depth(encoder, spec)
     layers = plan.resolve_layers("vision", depth, read, spec.candidates(encoder))
     return PrunedEncoder(
         path,
@@ -129,17 +129,15 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "tuple[PrunedVLM
     warn_if_untested("torch", "transformers", vlm=True)
     prefix = f"{path}." if path else ""
     encoder, mergers, handover = None, {}, Handover()
-    if plan.vision is not None or _looks_everywhere(plan, observers):
+    if plan.vision or _looks_everywhere(plan, observers):
         merge_size = _check_vision(plan, vlm, spec)
         inner, tower, tower_spec = locate_tower(vlm.get_submodule(spec.tower))
         place = f"{prefix}{spec.tower}" + (f".{inner}" if inner else "")
         verify_encoder(tower, tower_spec)
-        mergers = read_maps(vlm, spec, _depth(tower, tower_spec)) if plan.vision is not None else {}
+        mergers = read_maps(vlm, spec, _depth(tower, tower_spec)) if plan.vision else {}
         restored = frozenset() if merge_size is None else frozenset(mergers.values())
         encoder = _encoder(plan, place, tower, tower_spec, observers, merge_size, restored, mergers.get(spec.connector))
-    connector = drop_points(
-        "connector", plan.slots.get("connector", ()), [[0]] if plan.connector else [], 1, observers, False
-    )
+    connector = drop_points("connector", plan.connector, [[0]] if plan.connector else [], 1, observers, False)
     door = _door(
         f"{prefix}{spec.decoder}",
         vlm.get_submodule(spec.decoder),
@@ -148,7 +146,7 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "tuple[PrunedVLM
         handover,
         connector,
         between=spec.between(vlm),
-        shortens=plan.vision is not None or plan.connector is not None,
+        shortens=bool(plan.vision or plan.connector),
     )
     return PrunedVLM(path, vlm, spec, door, encoder, mergers, handover, model), encoder
 
@@ -186,7 +184,7 @@ def _door(
     from .language.doorway import Doorway
 
     layers: list[nn.Module] = list(LAYERS.get(text).children())
-    language = plan.slots.get("language", ())
+    language = plan.language
     decoder, token = None, SessionToken()
     if language or observers.everywhere or _looks_everywhere(plan, observers):
         chosen = plan.resolve_layers("language", len(layers), total=plan.behind_connector)
@@ -214,7 +212,7 @@ def _looks_everywhere(plan: Plan, observers: Observers) -> bool:
 
 def _check_vision(plan: Plan, vlm: nn.Module, spec: FamilySpec) -> int | None:
     """Side of the squares of patches that the model joins; refuses what the vision stage cannot do in front of it."""
-    stages = plan.slots.get("vision", ())
+    stages = plan.vision
     if stages and spec.no_vision is not None:
         raise UnsupportedModelError(f"{spec.title} cannot do the vision stage: {spec.no_vision}")
     if stages and stages[0].output != "survivors":

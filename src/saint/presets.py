@@ -12,7 +12,7 @@ from .methods.match import Match
 from .methods.saint import Saint
 from .methods.saint_full_graph import SaintFullGraph
 from .methods.tome import ToMe
-from .plan import Plan, Stage
+from .plans import Plan, Stage
 
 
 class Recipe(NamedTuple):

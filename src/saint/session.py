@@ -19,7 +19,7 @@ from .assemble import assemble
 from .errors import AlreadyAppliedError, UnsupportedModelError
 from .methods.base import Method
 from .patch import Before, Uncopyable
-from .plan import Plan, Stage
+from .plans import Plan, Stage
 from .runtime.observe import Observers
 from .runtime.state import Forward
 from .summary import Costs, Drops, StageStatus, Status, Summary, describe, flops_left, tokens_per_layer
@@ -159,10 +159,9 @@ class Session(Uncopyable):
         """What is applied, per stage; of a session that has been removed, what was."""
         if self._over is not None:
             return self._over.status
-        stages: dict[str, Any] = {}
+        stages: dict[str, tuple[StageStatus, ...]] = {}
         for slot, planned in self.plan.slots.items():
-            found = tuple(self._stage(slot, group, stage) for group, stage in enumerate(planned))
-            stages[slot] = found if len(found) > 1 else found[0]
+            stages[slot] = tuple(self._stage(slot, group, stage) for group, stage in enumerate(planned))
         return Status(self.plan, stages)
 
     def _stage(self, slot: str, group: int, stage: Stage) -> StageStatus:
@@ -187,7 +186,7 @@ class Session(Uncopyable):
             raise RuntimeError(
                 "summary() needs the drop points of a forward with candidates (images, or a prompt), and there are none "
                 "yet: run the model first"
-                if self.plan.stages
+                if self.plan.slots
                 else "summary() has nothing to tell: the plan is empty"
             )
         memory, costs = self.kv_memory, self._costs

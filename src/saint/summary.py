@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from .methods.base import Method
-from .plan import Plan
+from .plans import Plan
 from .runtime.blocks import Block
 from .tokens import LayerTrace
 from .upstream.specs import part
@@ -30,11 +30,11 @@ class Status:
 
     Attributes:
         plan: the plan.
-        stages: by slot, a :class:`StageStatus`, or a tuple of them where the plan has several stages in the slot.
+        stages: by slot, a tuple of :class:`StageStatus`, one for each stage of the plan in it.
     """
 
     plan: Plan
-    stages: dict[str, Any]
+    stages: dict[str, tuple["StageStatus", ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ def describe(model: str, state: str, status: Status) -> str:
     """A session in a few lines."""
     lines = [f"<Session: {state} on {model}" + ("" if status.stages else ", empty plan")]
     for name, stages in status.stages.items():
-        for stage in stages if isinstance(stages, tuple) else (stages,):
+        for stage in stages:
             where = "" if name == "connector" else f" at {_layers(stage.layers)} ({stage.placement})"
             inside = f", in {stage.module}" if stage.module else ""
             lines.append(f"  {name}: {_method(stage.method)}{where}{inside}")

@@ -9,7 +9,7 @@ from timm.models import vision_transformer
 from torch import nn
 
 from saint import testing
-from saint.plan import Plan
+from saint.plans import Plan
 from saint.testing.zoo import enliven
 from saint.upstream.registry import ENCODERS
 
@@ -53,4 +53,4 @@ def prepared(name: str) -> tuple[torch.nn.Module, Plan, dict[str, torch.Tensor]]
 
 
 def restage(plan: Plan, **changes: object) -> Plan:
-    return Plan(vision=dataclasses.replace(plan.stages["vision"], **changes))
+    return Plan(vision=[dataclasses.replace(stage, **changes) for stage in plan.vision])

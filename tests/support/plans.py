@@ -3,7 +3,7 @@
 import torch
 
 import saint
-from saint.plan import Plan, Stage
+from saint.plans import Plan, Stage
 from support.families import IMAGE, cache_of
 
 BATCH = [[4, "0", 7], [3, "0", 2], [6, "0", 12]]  # left padding

@@ -1,5 +1,6 @@
 """Records as the commands write them, small and made by hand; and how a test reads a page."""
 
+import copy
 import html.parser
 import json
 from typing import Any
@@ -13,7 +14,7 @@ from saint.report import read_records
 
 PLAN = {
     "version": 1,
-    "vision": {"method": {"method": "saint", "threshold": 0.7}, "layers": None, "output": "survivors"},
+    "vision": [{"method": {"method": "saint", "threshold": 0.7}, "layers": None, "output": "survivors"}],
 }
 FIELDS = frozenset(  # names of a record, which a test of hostile text leaves as they are
     [
@@ -284,7 +285,7 @@ def bench() -> dict[str, Any]:
         "pretrained": True,
         "image_size": [224, 224],
         "images": ["a"],
-        "plan": {"version": 1, "vision": {**PLAN["vision"], "method": dict(PLAN["vision"]["method"])}},
+        "plan": copy.deepcopy(PLAN),
         "layers": [{"layer": i, "tokens_in": 10.0 - i, "tokens_out": 9.0 - i, "slots": 9} for i in range(3)],
         "base": _spread(20.0),
         "pruned": _spread(15.0),

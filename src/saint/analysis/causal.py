@@ -22,7 +22,7 @@ from ..methods.fastv import FastV
 from ..methods.random import Random
 from ..methods.saint import Saint
 from ..methods.tome import ToMe
-from ..plan import Output, Plan, Stage
+from ..plans import Output, Plan, Stage
 from ..runtime.attended import Attended
 from ..session import pruned
 from ..tokens import Candidates, Selection

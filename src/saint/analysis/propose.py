@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..methods.saint import Saint
-from ..plan import Plan, Stage
+from ..plans import Plan, Stage
 from .causal import COSINE, KL, Causal
 
 LITTLE = {

@@ -18,7 +18,7 @@ from ..eval.loop import Loop, Outcome, Processes
 from ..eval.vqa import Question
 from ..images import as_rgb, read_image
 from ..language.prompt import find as find_text
-from ..plan import Plan
+from ..plans import Plan
 from ..session import pruned
 from .causal import KL, Causal, Looks
 from .geometry import spread

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..errors import ParityError, SaintError, UnsupportedModelError
 from ..extras import require
 from ..methods.base import counts_by_votes
-from ..plan import Plan
+from ..plans import Plan
 from ..session import PlanLike, as_plan, pruned
 from ..vlm.locate import find as find_vlm
 from .operators import translations
@@ -142,7 +142,7 @@ def _check_plan(plan: Plan) -> None:
             f"the plan has a {' and a '.join(other)} stage, and only the vision stage is exported: a language model decides "
             "inside generate; give a plan with vision alone"
         )
-    for stage in plan.slots.get("vision", ()):
+    for stage in plan.vision:
         if stage.guard:
             raise ValueError(
                 f"guard={stage.guard:g} gives every picture its own number of tokens, which no exported graph can have: freeze "

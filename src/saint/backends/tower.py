@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from ..plan import Plan
+from ..plans import Plan
 from ..session import apply
 from ..tokens import Candidates, Selection
 from ..upstream.specs import FamilySpec, part

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import AlreadyAppliedError
 from ..methods.base import Method
 from ..methods.saint import Saint
-from ..plan import Plan, Stage
+from ..plans import Plan, Stage
 from ..session import apply, as_plan, status
 from ..tokens import LayerTrace
 from .cost import Cost, cost
@@ -234,12 +234,12 @@ def _ratios(over: list[float], under: list[float]) -> list[float]:
 def _keep_all(plan: Plan) -> Plan | None:
     """The same stages, scored in full, of which nothing goes: no source ever reaches so many neighbours."""
     scored = []
-    for stage in plan.slots.get("vision", ()):
+    for stage in plan.vision:
         if not isinstance(stage.method, Saint):
             return None
         method = dataclasses.replace(stage.method, threshold=1.0, neighbors=2**31, budget="sample")
         scored.append(dataclasses.replace(stage, method=method))
-    return dataclasses.replace(plan, vision=scored) if scored else None
+    return dataclasses.replace(plan, vision=tuple(scored)) if scored else None
 
 
 def _force_eager(model: nn.Module) -> bool:

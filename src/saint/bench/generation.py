@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AlreadyAppliedError
-from ..plan import Plan
+from ..plans import Plan
 from ..session import Session, apply, status
 from .cost import Cost, cost
 from .encoder import copy_sharing_weights

@@ -178,7 +178,7 @@ def analyze(
 
 def _survivors(subject: "Subject", record: dict[str, Any], result: "Analysis", items: list[Any]) -> dict[str, Any]:
     """What the proposed plan keeps of the first images that were measured; the usual plan where none is proposed."""
-    from ..plan import Plan
+    from ..plans import Plan
     from ..view.survivors import survivors
 
     why = "the proposed plan"

@@ -173,7 +173,7 @@ def _generation(
     from ..bench import bench_generation
     from ..loading.listing import left_facts
     from ..loading.modes import modes
-    from ..plan import Plan
+    from ..plans import Plan
     from ..records import environment
 
     left: Left = {}

@@ -10,14 +10,12 @@ from .common import (
     Device,
     DType,
     Json,
-    OldModel,
     PlanText,
     Pretrained,
     Threads,
     describe,
     dtype_of,
     err,
-    given_model,
     load_generator,
     make_plan,
     out,
@@ -29,11 +27,8 @@ if TYPE_CHECKING:
 
 
 def chat(
+    model: Annotated[str, typer.Argument(help="hf:NAME_OR_PATH of a vision-language model, or demo:small-llava")],
     image: Annotated[Path, typer.Option("--image", help="the picture")],
-    model: Annotated[
-        str | None,
-        typer.Argument(help="hf:NAME_OR_PATH of a vision-language model, or demo:small-llava", show_default=False),
-    ] = None,
     prompt: Annotated[str, typer.Option("--prompt", help="the question")] = "Describe the image.",
     plan: PlanText = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="length of the answer at most")] = 128,
@@ -42,7 +37,6 @@ def chat(
     dtype: DType = "auto",
     pretrained: Pretrained = True,
     json: Json = None,
-    old_model: OldModel = None,
 ) -> None:
     """Answer one question about an image, unpruned and pruned, greedily, with times and tokens."""
     from ..loading import load_images
@@ -50,7 +44,6 @@ def chat(
     from ..records import environment
     from ..session import pruned
 
-    model = given_model("chat", model, old_model)
     if image.is_dir():
         raise ValueError(f"--image needs one picture, {image} is a folder: give a file in it (saint view draws many)")
     photos, bad = load_images(image, 1)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from ..loading.vlm import LoadedVLM
-    from ..plan import Plan
+    from ..plans import Plan
     from ..testing import Result
 
 

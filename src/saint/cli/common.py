@@ -14,14 +14,13 @@ if TYPE_CHECKING:
     from ..loading import Loaded, Photo, Unreadable
     from ..loading.listing import Left
     from ..loading.vlm import LoadedVLM
-    from ..plan import Plan
+    from ..plans import Plan
 
 out = Console()
 err = Console(stderr=True)
 
 DEFAULT_MODEL = "demo:clip-b16"
 MODEL_HELP = "timm:NAME, hf:NAME_OR_PATH, open_clip:NAME/TAG or demo:NAME"
-OldModel = Annotated[str | None, typer.Option("--model", hidden=True, help="deprecated: MODEL is the first argument")]
 Image = Annotated[Path | None, typer.Option("--image", help="an image, or a folder of them [default: photographs]")]
 PlanText = Annotated[str | None, typer.Option("--plan", help="a recipe's name, JSON, or a .json file")]
 Threshold = Annotated[float | None, typer.Option(help="cosine from which two tokens count as similar, in (-1, 1]")]
@@ -33,22 +32,6 @@ Pretrained = Annotated[bool, typer.Option(help="--no-pretrained: random weights,
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 Limit = Annotated[int, typer.Option(min=1, help="use at most so many images")]
 Json = Annotated[Path | None, typer.Option("--json", help="also write the results to this file")]
-
-
-def given_model(command: str, model: str | None, old: str | None, default: str | None = None) -> str:
-    """MODEL, or what the deprecated ``--model`` said, with a note.
-
-    Raises:
-        ValueError: none, or two.
-    """
-    if old is not None:
-        err.print(f"[yellow]note[/] --model is deprecated: saint {command} {old} ...", highlight=False)
-        if model is not None:
-            raise ValueError(f"saint {command} takes one MODEL, got {model} and --model {old}")
-    chosen = model or old or default
-    if chosen is None:
-        raise ValueError(f"saint {command} needs a MODEL as its first argument")
-    return chosen
 
 
 def warn_busy(load: float | None, spreads: "Mapping[str, Spread]") -> None:

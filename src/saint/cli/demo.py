@@ -17,7 +17,6 @@ from .common import (
     Json,
     Layers,
     Limit,
-    OldModel,
     PlanText,
     Pretrained,
     Size,
@@ -26,7 +25,6 @@ from .common import (
     bar,
     describe,
     finish,
-    given_model,
     load,
     make_plan,
     out,
@@ -40,14 +38,14 @@ if TYPE_CHECKING:
     from ..bench import Agreement, EncoderBench
     from ..loading import Loaded, Photo
     from ..loading.listing import Left
-    from ..plan import Plan
+    from ..plans import Plan
     from ..tokens import LayerTrace
 
 WARMUP = 1
 
 
 def demo(
-    model: Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=DEFAULT_MODEL)] = None,
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)] = DEFAULT_MODEL,
     image: Image = None,
     plan: PlanText = None,
     threshold: Threshold = None,
@@ -60,7 +58,6 @@ def demo(
     limit: Limit = 12,
     folder: Annotated[Path, typer.Option("--out", help="folder for the pictures and the record")] = Path("demo_out"),
     json: Json = None,
-    old_model: OldModel = None,
 ) -> None:
     """Run a model unpruned and pruned on photographs: tokens, time, agreement, pictures of what was kept.
 
@@ -76,7 +73,6 @@ def demo(
     from ..view.facts import layer_facts
     from ..view.reasons import Reasons
 
-    model = given_model("demo", model, old_model, DEFAULT_MODEL)
     left: Left = {}
     photos, bad = pictures(image, limit, left)
     loaded = load(model, device, size=size, threads=threads, pretrained=pretrained)

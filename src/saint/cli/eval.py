@@ -32,7 +32,7 @@ from .common import (
 if TYPE_CHECKING:
     from ..eval import Report
     from ..eval.compare import Paired
-    from ..plan import Plan
+    from ..plans import Plan
 
 eval = typer.Typer(
     help="Score MODEL with and without a plan on the same samples, compared in pairs.", no_args_is_help=True
@@ -179,7 +179,7 @@ def vqa(
 
 def _plans(texts: list[str] | None, default: "Plan | None") -> dict[str, "Plan"]:
     from ..loading import read_plan
-    from ..plan import Plan
+    from ..plans import Plan
 
     if not texts:
         return {"default": default or Plan()}
@@ -216,13 +216,7 @@ def _main_process() -> bool:
 def _journal(journal: Path | None, json: Path | None) -> Path | None:
     if journal is not None or json is None:
         return journal
-    made, old = json.with_suffix(".journal.sqlite"), json.with_suffix(".journal.jsonl")
-    if old.exists() and not made.exists():
-        raise ValueError(
-            f"{old} is a journal of an earlier release (JSON lines), which does not say with which batch size it was made: "
-            "delete it, or give --journal FILE"
-        )
-    return made
+    return json.with_suffix(".journal.sqlite")
 
 
 @contextmanager

@@ -23,7 +23,7 @@ def serve(
     """
     from ..backends.vllm import budget, names
     from ..extras import require
-    from ..plan import Plan
+    from ..plans import Plan
 
     kind, colon, rest = model.partition(":")
     if colon and kind in ("timm", "open_clip", "demo"):

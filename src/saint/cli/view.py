@@ -14,16 +14,13 @@ from .common import (
     Json,
     Layers,
     Limit,
-    OldModel,
     PlanText,
     Pretrained,
     Size,
     Threads,
     Threshold,
     describe,
-    err,
     finish,
-    given_model,
     load,
     load_generator,
     make_plan,
@@ -38,13 +35,13 @@ if TYPE_CHECKING:
 
     from ..loading import Loaded, Photo
     from ..loading.listing import Left
-    from ..plan import Plan
+    from ..plans import Plan
     from ..tokens import LayerTrace
     from ..view.tiles import Tile
 
 
 def view(
-    model: Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=DEFAULT_MODEL)] = None,
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)] = DEFAULT_MODEL,
     image: Image = None,
     plan: PlanText = None,
     threshold: Threshold = None,
@@ -65,7 +62,6 @@ def view(
     patch: Annotated[
         str | None, typer.Option(help="with --why: the similarity graph around patch ROW,COLUMN (from 0)")
     ] = None,
-    old_model: OldModel = None,
 ) -> None:
     """Draw which patches of --image each layer of MODEL keeps.
 
@@ -86,7 +82,6 @@ def view(
     around = read_patch(patch)
     if around is not None and not why:
         raise ValueError("--patch draws on the pictures of --why: give both")
-    model, image = _old_arguments(model, image, old_model)
     if is_vlm(model):
         if size is not None:
             raise ValueError("--size is for encoders: the processor of a vision-language model chooses the size")
@@ -144,17 +139,6 @@ def view(
         }
         save(json, record)
     finish(bad)
-
-
-def _old_arguments(model: str | None, image: Path | None, old: str | None) -> tuple[str, Path | None]:
-    """MODEL and --image, also from ``saint view IMAGE [--model MODEL]``, the deprecated form."""
-    from ..loading import names_a_model
-
-    if model is not None and image is None and not names_a_model(model) and (old is not None or Path(model).exists()):
-        err.print(f"[yellow]note[/] the picture comes with --image: saint view MODEL --image {model}", highlight=False)
-        image = Path(model)
-        model = None
-    return given_model("view", model, old, DEFAULT_MODEL), image
 
 
 def _view_vlm(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..loading import Loaded, Photo
-    from ..plan import Plan
+    from ..plans import Plan
     from ..view.explain import Step
 
 _CELL = 420  # pixels of a picture: the numbers on 14 x 14 patches stay legible
@@ -36,7 +36,7 @@ def draw_reasons(
     first = dropping[0] if dropping else steps[0]
     method: Any = _voting(plan)
     gone = sum(int((~step.stays).sum()) for step in dropping)
-    merges = any(stage.method.merges for stage in plan.slots["vision"])
+    merges = any(stage.method.merges for stage in plan.vision)
     rows = [
         [
             Cell(seen, photo.name.replace("_", " "), f"{grid[0]} x {grid[1]} patches"),
@@ -89,4 +89,4 @@ def _voting(plan: "Plan") -> Any:
     """The voting method of the vision stage, where it has one."""
     from ..methods.saint import Saint
 
-    return next((stage.method for stage in plan.slots["vision"] if isinstance(stage.method, Saint)), None)
+    return next((stage.method for stage in plan.vision if isinstance(stage.method, Saint)), None)

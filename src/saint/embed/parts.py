@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from ..errors import SaintError
 from ..extras import require
-from ..records import write_json, write_whole
+from ..records import differences, write_json, write_whole
 from .sources import Item
 
 MANIFEST = "manifest.json"
@@ -73,12 +73,9 @@ class Parts:
             raise OutputError(f"{file} is damaged ({error}): give another folder") from error
         if self.facts.get("weights") is None:  # not known before the first batch
             self.facts["weights"] = held.get("weights")
-        theirs, ours = _flat(held), _flat(self.facts)
-        if theirs.get("weights") is None:
-            theirs["weights"] = ours.get("weights")
-        changed = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
-        if changed:
-            shown = "; ".join(f"{n}: {_short(theirs.get(n))} there, {_short(ours.get(n))} now" for n in changed)
+        if held.get("weights") is None:
+            held["weights"] = self.facts.get("weights")
+        if shown := differences(held, self.facts):
             raise OutputError(
                 f"{self.folder} holds the rows of another run ({shown}): delete it or give another folder"
             )
@@ -203,16 +200,3 @@ def _locked(folder: Path) -> IO[str]:
         file.close()
         raise OutputError(f"{folder} is in use by another run: wait for it, or give another folder") from error
     return file
-
-
-def _flat(facts: Mapping[str, Any], head: str = "") -> dict[str, Any]:
-    """Nested facts by dotted names, so that a message names what differs."""
-    flat: dict[str, Any] = {}
-    for name, value in facts.items():
-        flat |= _flat(value, f"{head}{name}.") if isinstance(value, Mapping) else {f"{head}{name}": value}
-    return flat
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 120 else text[:117] + "..."

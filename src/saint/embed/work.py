@@ -20,7 +20,7 @@ from ..loading.listing import printable
 from ..loading.models import load_model
 from ..loading.source import Loaded
 from ..loading.vlm import LoadedVLM, load_vlm
-from ..plan import Plan
+from ..plans import Plan
 from ..session import apply
 from .sources import Item, Reader
 
@@ -77,7 +77,7 @@ class Job:
     @property
     def ragged(self) -> bool:
         """Whether images of a batch keep different numbers of tokens, and are padded to the longest."""
-        stages = self.plan.slots.get("vision", ())
+        stages = self.plan.vision
         return not self.answers and any(getattr(stage.method, "budget", None) == "sample" for stage in stages)
 
     def units(self, items: Sequence[Item], batch: int) -> list[list[Item]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..bench.encoder import copy_sharing_weights
 from ..bench.features import Features, classifier
 from ..errors import AlreadyAppliedError
-from ..plan import Plan
+from ..plans import Plan
 from ..session import Session, apply, status
 from . import scores as score_
 from .data import Sample, Samples

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SaintError
+from ..records import differences
 
 VERSION = 2  # 1 was JSON lines, without the batch size in its key
 _MAGIC = b"SQLite format 3\0"
@@ -82,10 +83,7 @@ class Journal:
     def _check(self, file: Path, version: Any, text: str) -> None:
         if version != VERSION:
             raise JournalError(f"{file} is not a journal of this version; give another file name")
-        theirs = json.loads(text)
-        changed = sorted(k for k in theirs.keys() | self._key.keys() if theirs.get(k) != self._key.get(k))
-        if changed:
-            shown = "; ".join(f"{k}: {_short(theirs.get(k))} there, {_short(self._key.get(k))} now" for k in changed)
+        if shown := differences(json.loads(text), self._key):
             raise JournalError(
                 f"{file} holds the results of another run ({shown}): delete it or give another file name"
             )
@@ -164,21 +162,10 @@ def _check_kind(file: Path) -> None:
     if not file.exists() or not file.stat().st_size:
         return
     with file.open("rb") as opened:
-        head = opened.read(1 << 16)
-    if head.startswith(_MAGIC):
-        return
-    if head.lstrip().startswith(b'{"journal"'):
-        raise JournalError(
-            f"{file} is a journal of an earlier release (JSON lines), which does not say with which batch size it was made: "
-            "delete it or give another file name"
-        )
-    raise JournalError(f"{file} is not a journal; give another file name")
+        head = opened.read(len(_MAGIC))
+    if not head.startswith(_MAGIC):
+        raise JournalError(f"{file} is not a journal; give another file name")
 
 
 def _escaped(text: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in text)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -12,7 +12,7 @@ import torch
 from ..errors import MissingExtraError
 from ..loading import read_plan
 from ..loading.vlm import load_vlm
-from ..plan import Plan
+from ..plans import Plan
 from ..session import apply
 from .loop import Processes
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..plan import Plan
+from ..plans import Plan
 from ..session import Session
 from .compare import Paired, compare
 from .loop import Failure

@@ -18,7 +18,7 @@ from ..errors import AlreadyAppliedError
 from ..images import read_image
 from ..loading.listing import printable
 from ..loading.vlm import LoadedVLM
-from ..plan import Plan
+from ..plans import Plan
 from ..session import Session, apply, status
 from . import scores
 from .loop import Failure, Loop, Processes

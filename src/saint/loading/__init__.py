@@ -8,7 +8,6 @@ from .failures import DownloadError as DownloadError
 from .failures import UnsafeCheckpointError as UnsafeCheckpointError
 from .models import FORMS as FORMS
 from .models import load_model as load_model
-from .models import names_a_model as names_a_model
 from .models import resolve_device as resolve_device
 from .photos import Photo as Photo
 from .photos import Unreadable as Unreadable

@@ -1,6 +1,7 @@
 """Models by name."""
 
 import difflib
+import os
 
 import torch
 
@@ -41,6 +42,7 @@ def load_model(
     if not colon or library not in SOURCES or not name:
         close = difflib.get_close_matches(library, SOURCES) if colon else []
         hint = f" (did you mean {close[0]}:{name}?)" if close else ""
+        hint = " (a picture comes with --image)" if os.path.isfile(spec) else hint
         raise ValueError(f"a model is {FORMS}; got {spec!r}{hint}")
     if size is not None and size < 1:
         raise ValueError(f"size must be a number of pixels >= 1, got {size}")
@@ -51,12 +53,6 @@ def load_model(
     return Loaded(
         model, spec, source.title or spec, device, source.plan or recipe("vit/published"), source.licence, source
     )
-
-
-def names_a_model(spec: str) -> bool:
-    """Whether ``spec`` looks like one of ``FORMS``; it need not exist."""
-    library, colon, name = spec.partition(":")
-    return bool(colon and name) and library in SOURCES
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

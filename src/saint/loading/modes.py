@@ -4,7 +4,7 @@ from typing import Any
 
 from ..methods.saint import Saint
 from ..methods.saint_full_graph import SaintFullGraph
-from ..plan import Plan, Stage
+from ..plans import Plan, Stage
 from ..vision.locate import locate_tower
 from ..vlm.locate import locate
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from ..plan import Plan
+from ..plans import Plan
 
 _DEEPEST = 10_000  # a range beyond it is a slip, and would fill the memory before the model can say so
 
@@ -21,7 +21,7 @@ def changed_plan(plan: Plan, threshold: float | None, layers: str | None) -> Pla
     """
     if threshold is None and layers is None:
         return plan
-    stages = plan.slots.get("vision", ())
+    stages = plan.vision
     if len(stages) != 1:
         held = f"this plan has {len(stages) or 'none'}"
         raise ValueError(
@@ -34,7 +34,7 @@ def changed_plan(plan: Plan, threshold: float | None, layers: str | None) -> Pla
         stage = dataclasses.replace(stage, method=dataclasses.replace(stage.method, **{"threshold": threshold}))
     if layers is not None:
         stage = dataclasses.replace(stage, layers=parse_layers(layers))
-    return dataclasses.replace(plan, vision=stage)
+    return dataclasses.replace(plan, vision=(stage,))
 
 
 def parse_layers(text: str) -> Any:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..plan import Plan
+from ..plans import Plan
 from ..vision.locate import locate
 
 

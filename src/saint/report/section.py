@@ -36,8 +36,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     """A plan's dict in a line, e.g. "vision: saint (threshold 0.75, neighbors 5), first-half layers"."""
     slots = []
     for slot in ("vision", "connector", "language"):
-        stages = plan.get(slot)
-        for stage in stages if isinstance(stages, list) else [stages] if stages else []:
+        for stage in _stages(plan, slot):
             method = dict(stage["method"])
             name = method.pop(_METHOD)
             settings = ", ".join(
@@ -48,14 +47,17 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     return "; ".join(slots) or "nothing is dropped"
 
 
+def _stages(plan: Mapping[str, Any], slot: str) -> list[Any]:
+    """The stages of a slot, which may be written as one or as a list."""
+    entry = plan.get(slot, [])
+    return entry if isinstance(entry, list) else [entry]
+
+
 def plan_method(plan: Mapping[str, Any]) -> str:
     """Names of the methods of a plan, e.g. "saint + fastv"."""
     names = []
     for slot in ("vision", "connector", "language"):
-        stages = plan.get(slot)
-        names += [
-            str(s["method"][_METHOD]) for s in (stages if isinstance(stages, list) else [stages] if stages else [])
-        ]
+        names += [str(stage["method"][_METHOD]) for stage in _stages(plan, slot)]
     return " + ".join(dict.fromkeys(names)) or "none"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import AlreadyAppliedError, HookNeverFiredError, SaintError
 from ..flops import left_out
 from ..methods.saint import Saint
-from ..plan import Plan, Stage
+from ..plans import Plan, Stage
 from ..session import apply, pruned, remove, status
 from ..tokens import LayerTrace
 from ..upstream.specs import part
@@ -49,7 +49,7 @@ def snapshot(model: nn.Module) -> dict[str, tuple[Any, ...]]:
 def check_identity(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
     """Contract 1: a plan that drops nothing changes nothing (float32: 1e-6 of the output's size)."""
     votes = Saint(threshold=1.0, neighbors=10**6)
-    nothing = Plan(vision=[Stage(votes, layers=s.layers, placement=s.placement) for s in plan.slots["vision"]])
+    nothing = Plan(vision=[Stage(votes, layers=s.layers, placement=s.placement) for s in plan.vision])
     base = run(model, inputs)
     with pruned(model, nothing) as session:
         same = run(model, inputs)
@@ -108,13 +108,13 @@ def check_oracle(model: nn.Module, plan: Plan, inputs: Inputs, atol: float = 1e-
 
     A merged token is no hidden token: for methods that merge, equality with :func:`merged_oracle` takes its place.
     """
-    merges = plan.slots["vision"][0].method.merges
+    merges = plan.vision[0].method.merges
     want, _ = (merged_oracle if merges else masked_oracle)(model, plan, inputs)
     with pruned(model, plan) as session:
         got = run(model, inputs)
         trace = session.trace
     _, encoder, spec = locate(model)
-    full = plan.slots["vision"][0].output != "survivors"
+    full = plan.vision[0].output != "survivors"
     for name in want:
         scale = max(1.0, float(want[name].abs().max()))
         for a, b in _survivor_rows(name, got[name], want[name], trace, spec.prefix(encoder), full):
@@ -164,7 +164,7 @@ def check_batch(model: nn.Module, plan: Plan, inputs: Inputs, atol: float = 1e-5
             alone.append(run(model, {name: value[sample : sample + 1] for name, value in inputs.items()}))
             traces.append(session.trace)
     _, encoder, spec = locate(model)
-    prefix, full = spec.prefix(encoder), plan.slots["vision"][0].output != "survivors"
+    prefix, full = spec.prefix(encoder), plan.vision[0].output != "survivors"
     for index, entry in enumerate(trace):
         for sample, kept in enumerate(entry.kept):
             assert torch.equal(kept, torch.unique(kept)), f"layer {entry.layer}: survivors not ascending and unique"

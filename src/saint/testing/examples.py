@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.saint import Saint
-from ..plan import Plan, Stage
+from ..plans import Plan, Stage
 from ..session import pruned
 from ..vision.locate import locate
 from .outputs import Inputs, run

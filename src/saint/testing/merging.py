@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import HookNeverFiredError
 from ..patch import override
-from ..plan import Plan
+from ..plans import Plan
 from ..runtime.blocks import Block
 from ..session import pruned
 from ..tokens import LayerTrace
@@ -43,7 +43,7 @@ def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
     Raises:
         HookNeverFiredError: beta is not 1, or the encoder ends in an attention pool, and an attention was not seen.
     """
-    stage = plan.slots["vision"][0]
+    stage = plan.vision[0]
     beta, averages, survivors = stage.method.size_bias(), stage.method.averages, stage.output == "survivors"
     with pruned(model, plan) as session:
         run(model, inputs)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import HookNeverFiredError
 from ..language.prompt import find as find_text
 from ..patch import override
-from ..plan import Plan
+from ..plans import Plan
 from ..session import pruned
 from ..tokens import LayerTrace
 from ..upstream.names import EMBEDDINGS, GRID, LAYERS, MASK, POOLED, SEGMENTS, Parameters

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..patch import override
-from ..plan import Plan
+from ..plans import Plan
 from ..session import pruned
 from ..tokens import LayerTrace
 from ..upstream.names import ALL_STATES, CACHE, CACHING, EMBEDDINGS, MASK, POSITIONS, Parameters
@@ -157,7 +157,7 @@ def _punched(mask: Any, gone: Tensor, before: int) -> Any:
 
 
 def _decided(model: nn.Module, plan: Plan, inputs: Inputs) -> list[LayerTrace]:
-    if plan.language is not None:
+    if plan.language:
         raise ValueError(
             "this oracle is of tokens that leave in front of the language model, and the plan has a language stage: use "
             "masked_oracle, or saint.Plan(vision=..., connector=...)"

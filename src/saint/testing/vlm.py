@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..methods.base import Method
 from ..methods.saint import Saint
 from ..methods.saint_full_graph import SaintFullGraph
-from ..plan import Plan, Stage
+from ..plans import Plan, Stage
 from ..session import pruned
 from ..tokens import LayerTrace
 from ..upstream.names import LAYERS, MASK
@@ -58,9 +58,9 @@ def check_identity(model: nn.Module, plan: Plan, make: Make) -> str:
     keep = Saint(threshold=1.0, budget=1.0)
     everything = SaintFullGraph(keep=1.0)
     nothing = Plan(
-        vision=_with(everything, plan.slots.get("vision", ())),
+        vision=_with(everything, plan.vision),
         connector=everything,
-        language=_with(keep, plan.slots.get("language", ())),
+        language=_with(keep, plan.language),
     )
     base = run(model, inputs)["logits"]
     with pruned(model, nothing) as session:
@@ -196,7 +196,7 @@ def check_on(model: nn.Module, plan: Plan, make: Make) -> str:
         got = run(model, {**inputs, "use_cache": True})["logits"]
         trace, memory = session.trace, session.kv_memory
     stages = {entry.stage for entry in trace if bool((entry.tokens_out < entry.tokens_in).any())}
-    assert stages == set(plan.stages), f"tokens were dropped at {sorted(stages)} of {sorted(plan.stages)}"
+    assert stages == set(plan.slots), f"tokens were dropped at {sorted(stages)} of {sorted(plan.slots)}"
     assert not torch.equal(got, base), "tokens were dropped and no logit changed"
     assert memory is not None, "the prompt left no cache"
     assert memory.kept < memory.unpruned, "the cache holds as much as without pruning"

@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..plan import Plan
+from ..plans import Plan
 from ..upstream.versions import installed
 from ..vision.locate import locate
 from .contracts import check_batch, check_model, check_oracle
@@ -244,7 +244,7 @@ def _contracts(record: Record, model: nn.Module) -> Record:
             if result.outcome != "passed":
                 outcome = "fails" if result.outcome == "failed" else "not tried"
                 return replace(record, outcome=outcome, detail=f"{result.contract}: {_line(result.detail)}")
-        stage = plan.stages["vision"]
+        (stage,) = plan.vision
         behind = Plan(vision=replace(stage, placement="post", layers=[0, DEPTH - 1]))
         for where, check in (("masked oracle", check_oracle), ("batch independence", check_batch)):  # noqa: B007
             check(model, behind, inputs)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..methods.base import Method, counts_by_votes
-from ..plan import Plan, Stage
+from ..plans import Plan, Stage
 from ..session import PlanLike, as_plan, pruned
 from ..tokens import LayerTrace
 from .layout import step_possible, with_budget
@@ -92,11 +92,7 @@ def _counted(plan: Plan, model: nn.Module, samples: Sequence[Sample]) -> tuple[d
     """Layers of each stage by slot, and of each drop point the tokens in front of it and behind it, per image."""
     counts: _Counts = {}
     with pruned(model, plan) as session, torch.inference_mode():
-        found = session.status.stages
-        layers = {
-            slot: [one.layers for one in (found[slot] if isinstance(found[slot], tuple) else (found[slot],))]
-            for slot in plan.slots
-        }
+        layers = {slot: [stage.layers for stage in stages] for slot, stages in session.status.stages.items()}
         for sample in samples:
             model(*sample.args, **sample.kwargs)
             for entry in session.trace:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..methods.base import Method
-from ..plan import PROVIDES, Output, Plan, Stage
+from ..plans import PROVIDES, Output, Plan, Stage
 from .work import Table
 
 

@@ -14,7 +14,7 @@ from ..analysis.causal import COSINE
 from ..methods.random import Random
 from ..methods.saint import Saint
 from ..methods.tome import ToMe
-from ..plan import Plan
+from ..plans import Plan
 from .costs import counts
 from .layout import Drop, Layout, Space
 from .search import Search

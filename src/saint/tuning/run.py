@@ -17,7 +17,7 @@ from ..methods.match import Match
 from ..methods.random import Random
 from ..methods.saint import Saint
 from ..methods.tome import ToMe
-from ..plan import Plan, Stage
+from ..plans import Plan, Stage
 from ..session import pruned, status
 from ..vlm.locate import find
 from .costs import grid
@@ -264,7 +264,7 @@ def _space(
 ) -> Space:
     layers = layers_of(model)
     slot = "vision" if find(model) is None else "language"
-    stages = () if plan is None else plan.slots.get("vision", ())
+    stages = () if plan is None else plan.vision
     output = stages[0].output if stages and slot == "vision" else "survivors"
     output = "carried" if output == "similar" else output  # never worse where it was measured (docs/matching.md)
     run = trials.once(0)

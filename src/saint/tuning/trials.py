@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..analysis.causal import KL, measure_of, next_token_kl, sample_losses
 from ..bench.agreement import answer
 from ..eval.journal import Journal
-from ..plan import Plan
+from ..plans import Plan
 from ..session import pruned
 from ..upstream.names import IDS
 from ..vlm.prompts import answered, placeholders

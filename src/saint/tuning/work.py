@@ -17,7 +17,7 @@ from ..bench.timing import interleave
 from ..errors import SaintError
 from ..flops import count_flops
 from ..methods.random import Random
-from ..plan import Output, Plan, Stage
+from ..plans import Output, Plan, Stage
 from ..session import pruned
 from ..vision.locate import locate
 from ..vlm.locate import find

@@ -13,7 +13,7 @@ from PIL import Image
 from ..images import read_untrusted
 from ..loading.plans import parse_layers
 from ..methods import get
-from ..plan import Plan, Stage
+from ..plans import Plan, Stage
 from ..presets import recipe
 from .guard import LARGEST
 

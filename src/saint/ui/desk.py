@@ -14,7 +14,7 @@ from ..demo import MODELS, photos
 from ..loading import load_model
 from ..loading.modes import usual_plan
 from ..loading.vlm import DEMO, LoadedVLM, is_vlm, load_vlm
-from ..plan import Plan
+from ..plans import Plan
 from ..presets import recipe
 from ..session import pruned
 from ..view.facts import layer_facts, steps_of

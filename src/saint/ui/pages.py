@@ -12,7 +12,7 @@ from ..bench import Agreement, EncoderBench, GenerationBench
 from ..bench.agreement import answer
 from ..bench.timing import Spread
 from ..images import data_uri
-from ..plan import Plan
+from ..plans import Plan
 from ..report.charts import Line, line_chart
 from ..report.figure import figure, steps_on_grid
 from ..report.kept import pictures_of

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import graph
 from ..gathers import similar_survivor
 from ..methods.saint import Saint
-from ..plan import Plan
+from ..plans import Plan
 from ..runtime.observe import Observer
 from ..tokens import Candidates, Selection
 

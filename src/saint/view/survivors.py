@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..images import data_uri, reason
-from ..plan import Plan
+from ..plans import Plan
 from ..session import pruned
 from .facts import layer_facts, steps_of
 from .reasons import Reasons

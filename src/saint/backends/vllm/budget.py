@@ -16,7 +16,7 @@ from torch import Tensor
 from ...methods import from_dict
 from ...methods.base import FixedBudget, Method, final_keep
 from ...methods.divprune import DivPrune
-from ...plan import Plan, Stage
+from ...plans import Plan, Stage
 from . import tower
 
 KEY = "saint"  # in mm_processor_kwargs of a request; part of the hash of its pictures, so caches tell budgets apart
@@ -63,14 +63,14 @@ def of_plan(plan: Plan) -> FixedBudget | None:
     Raises:
         ValueError: vLLM cannot follow it; the message says why.
     """
-    if plan.language is not None:
+    if plan.language:
         raise ValueError(
             "vLLM cannot follow the language stage of a plan: in paged attention every layer of a request has the same "
             "places, so tokens cannot leave between layers; give a connector stage, e.g. "
             "saint.Plan(connector=saint.methods.DivPrune(keep=0.25))"
         )
     tower.checked(plan)
-    return None if plan.connector is None else checked(plan.connector.method)
+    return checked(plan.connector[0].method) if plan.connector else None
 
 
 def checked(method: Method) -> FixedBudget | None:

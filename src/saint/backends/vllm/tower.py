@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ...methods.base import FixedBudget, Method, counts_by_votes, final_keep
-from ...plan import Plan, Stage
+from ...plans import Plan, Stage
 from ...session import Session, apply
 from ...upstream import register
 from . import names
@@ -19,7 +19,7 @@ def checked(plan: Plan) -> tuple[Stage, ...]:
     Raises:
         ValueError: vLLM cannot follow one; the message says why.
     """
-    stages = plan.slots.get("vision", ())
+    stages = plan.vision
     for stage in stages:
         name = type(stage.method).__name__
         why = None
@@ -69,7 +69,7 @@ def left(plan: Plan, patches: int) -> int:
     Raises:
         ValueError: there are not as many to keep, or so few that a drop point cannot.
     """
-    for stage in plan.slots["vision"]:
+    for stage in plan.vision:
         stage.method.validate(patches, len(stage.layers or (0,)))
         patches = final_keep(_budget(stage.method) or 1.0, patches)
     return patches

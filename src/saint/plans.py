@@ -1,23 +1,15 @@
-"""Plans: where tokens may go, and by which method. Pure data; knows no model.
-
-Called, the module looks a plan up: ``saint.plan("llava-1.5/hybrid")`` is ``Plan.load("llava-1.5/hybrid")``.
-"""
+"""Plans: where tokens may go, and by which method. Pure data; knows no model."""
 
 import dataclasses
 import json
 import os
-import sys
-import types
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from . import methods
 from .methods.base import Method, check_number, check_possible, survivors
 
-VERSION = (
-    4  # what `guard` needs; several stages of a slot and placement="input" need 3, `evict` 2. A plan is written as the
-)
-# lowest version that can say it, which older releases read
+VERSION = 1  # of the format in which plans are written
 STAGES = ("vision", "connector", "language")
 
 Layers = Literal["first_half"] | range | list[int] | tuple[int, ...] | None
@@ -125,9 +117,8 @@ class Stage:
 
     def to_dict(self) -> dict[str, Any]:
         layers = list(self.layers) if isinstance(self.layers, tuple) else self.layers
-        data = {"method": self.method.to_dict(), "layers": layers, "placement": self.placement, "output": self.output}
-        rare = {"evict": self.evict, "guard": self.guard}  # older releases read plans without them
-        return {**data, **{name: value for name, value in rare.items() if value}}
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**settings, "method": self.method.to_dict(), "layers": layers}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Stage":
@@ -225,10 +216,10 @@ def _check_order(name: str, layers: list[tuple[Stage, list[int] | None]]) -> Non
 
 
 def _stages(name: str, value: Any) -> tuple[Stage, ...]:
-    """The stages of a slot, checked; () where it is None."""
+    """The stages of a slot, checked; () where there are none."""
     if value is None:
         return ()
-    if isinstance(value, (list, tuple)) and not value:
+    if isinstance(value, list) and not value:
         raise ValueError(f"Plan({name}=...) got an empty list: leave {name} out instead")
     several = value if isinstance(value, (list, tuple)) else [value]
     stages = tuple(Stage(one) if isinstance(one, Method) else one for one in several)
@@ -249,7 +240,7 @@ class Plan:
     them. A bare method stands for ``Stage(method)``.
 
     Attributes:
-        vision: the :class:`Stage` of the slot, a tuple of stages where several were given, or None.
+        vision: the stages of the slot, a tuple of :class:`Stage`; () where nothing leaves.
         connector: likewise.
         language: likewise.
         tuned: what :func:`saint.tune` found the plan on, and what it reached; None for other plans. Plans that differ in this
@@ -265,34 +256,23 @@ class Plan:
         >>> saint.Plan.from_dict(plan.to_dict()) == plan
         True
         >>> twice = [saint.Stage(saint.Saint(), layers=[0, 1]), saint.Stage(saint.SaintFullGraph(keep=64), layers=[8])]
-        >>> len(saint.Plan(vision=twice).slots["vision"])
+        >>> len(saint.Plan(vision=twice).vision)
         2
     """
 
-    # `slots` has the exact type; as a union, every reader of a plan that knows of one stage only would have to ask first
-    vision: Any
-    connector: Any
-    language: Any
+    vision: tuple[Stage, ...]
+    connector: tuple[Stage, ...]
+    language: tuple[Stage, ...]
     tuned: Mapping[str, Any] | None = dataclasses.field(default=None, init=False, compare=False, repr=False)
 
     def __init__(self, vision: Slot = None, connector: Slot = None, language: Slot = None) -> None:
         for name, value in zip(STAGES, (vision, connector, language), strict=True):
-            stages = _stages(name, value)
-            object.__setattr__(self, name, stages if len(stages) > 1 else stages[0] if stages else None)
+            object.__setattr__(self, name, _stages(name, value))
 
     @property
     def slots(self) -> dict[str, tuple[Stage, ...]]:
-        """The stages in use, by slot, in the order tokens pass them."""
-        return {
-            name: value if isinstance(value, tuple) else (value,)
-            for name in STAGES
-            if (value := getattr(self, name)) is not None
-        }
-
-    @property
-    def stages(self) -> dict[str, Any]:
-        """The slots in use as they were given: a :class:`Stage`, or a tuple of stages where there are several."""
-        return {name: value for name in STAGES if (value := getattr(self, name)) is not None}
+        """The slots in use and their stages, in the order tokens pass them."""
+        return {name: stages for name in STAGES if (stages := getattr(self, name))}
 
     def resolve_layers(
         self, slot: str, depth: int, read: int | None = None, total: int | None = None
@@ -323,18 +303,16 @@ class Plan:
     @property
     def behind_connector(self) -> int | None:
         """Visual tokens of each prompt that has some, behind the connector, where its budget is a number of tokens."""
-        stages = self.slots.get("connector", ())
-        return survivors(stages[0].method, None) if stages else None
+        return survivors(self.connector[0].method, None) if self.connector else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (JSON-ready) from which :meth:`from_dict` rebuilds an equal plan."""
-        version = max((_needs_version(stages) for stages in self.slots.values()), default=1)
         written = {name: [stage.to_dict() for stage in stages] for name, stages in self.slots.items()}
-        return {"version": version, **{name: w if len(w) > 1 else w[0] for name, w in written.items()}}
+        return {"version": VERSION, **written}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
-        """Rebuild a plan.
+        """Rebuild a plan. A slot may be one stage or a list of them.
 
         Raises:
             ValueError: not such data, another version, or an unknown stage or setting.
@@ -344,13 +322,13 @@ class Plan:
                 f'a plan is an object like {{"version": 1, "vision": {{...}}}}, as Plan.to_dict() makes it; got {data!r:.80}'
             )
         version = data.get("version")
-        if isinstance(version, bool) or not isinstance(version, int) or version not in range(1, VERSION + 1):
-            raise ValueError(f"plan version {version!r:.80} is not one of 1..{VERSION}, which this release reads")
+        if type(version) is not int or version != VERSION:
+            raise ValueError(f"plan version {version!r:.80} is not {VERSION}, the one there is")
         unknown = sorted(str(name) for name in set(data) - {"version", "tuned", *STAGES})
         if unknown:
             raise ValueError(f"unknown plan entries {unknown}; known: {', '.join(STAGES)}")
         entries = {name: data[name] for name in STAGES if data.get(name) is not None}
-        plan = cls(**{name: _read_slot(version, entry) for name, entry in entries.items()})
+        plan = cls(**{name: _read_slot(entry) for name, entry in entries.items()})
         return plan if data.get("tuned") is None else plan.with_tuned(data["tuned"])
 
     def with_tuned(self, tuned: Mapping[str, Any]) -> "Plan":
@@ -371,10 +349,9 @@ class Plan:
         Raises:
             ValueError: no vision stage, or not in [0, 1].
         """
-        stages = self.slots.get("vision")
-        if stages is None:
+        if not self.vision:
             raise ValueError("a guard is of the vision stage, and this plan has none")
-        return Plan([dataclasses.replace(stage, guard=guard) for stage in stages], self.connector, self.language)
+        return dataclasses.replace(self, vision=tuple(dataclasses.replace(stage, guard=guard) for stage in self.vision))
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -413,7 +390,7 @@ class Plan:
 
         Example:
             >>> import saint
-            >>> saint.Plan.load("vit/published").vision.method.threshold
+            >>> saint.Plan.load("vit/published").vision[0].method.threshold
             0.75
         """
         from .presets import load  # recipes are plans
@@ -421,40 +398,10 @@ class Plan:
         return load(source)
 
 
-def _needs_version(stages: tuple[Stage, ...]) -> int:
-    if any(stage.guard for stage in stages):
-        return 4
-    if len(stages) > 1 or any(stage.placement == "input" for stage in stages):
-        return 3
-    return 2 if any(stage.evict for stage in stages) else 1
+def _read_slot(entry: Any) -> list[Stage]:
+    return [Stage.from_dict(one) for one in (entry if isinstance(entry, list) else [entry])]
 
 
-def _read_slot(version: int, entry: Any) -> Stage | list[Stage]:
-    if isinstance(entry, list) and version < 3:
-        raise ValueError(
-            f"a stage is an object in a plan of version {version}; write version 3 for a list of stages, got {entry!r:.80}"
-        )
-    entries = entry if isinstance(entry, list) else [entry]
-    if version < 4 and any(isinstance(one, Mapping) and "guard" in one for one in entries):
-        raise ValueError(f"a plan of version {version} has no entry guard; write version 4")
-    if isinstance(entry, list):
-        return [Stage.from_dict(one) for one in entry]
-    if isinstance(entry, Mapping):
-        if version < 2 and "evict" in entry:
-            raise ValueError("a plan of version 1 has no entry evict; write version 2")
-        if version < 3 and entry.get("placement") == "input":
-            raise ValueError(f'a plan of version {version} has no placement "input"; write version 3')
-    return Stage.from_dict(entry)
-
-
-class _Lookup(types.ModuleType):
-    """The type of this module."""
-
-    def __call__(self, source: str | os.PathLike[str]) -> Plan:
-        """The plan that ``source`` is (JSON text), names (a recipe) or holds (a file); see :meth:`Plan.load`."""
-        return Plan.load(source)
-
-
-# `saint.plan` is a public function and this module. Importing a module sets it as an attribute of its package, so a function of
-# that name would be there or not depending on which import came first; a module that can be called is one object in any order.
-sys.modules[__name__].__class__ = _Lookup
+def plan(source: str | os.PathLike[str]) -> Plan:
+    """The plan that ``source`` is (JSON text), names (a recipe) or holds (a file): :meth:`Plan.load`."""
+    return Plan.load(source)
