@@ -68,6 +68,9 @@ UPPER = {
         "ui",
     },
 }
+ORACLE = {
+    "errors", "plans", "session", "tokens", "upstream/names", "upstream/specs", "testing/hiding", "testing/outputs",
+}  # fmt: skip
 # rooms of packages that stand alone: all that they may import, also of their own package
 ROOMS = {
     "eval/compare": {"extras"},  # formulas on numbers; nothing that loads a model
@@ -97,7 +100,12 @@ ROOMS = {
     "ui/guard": set(),  # reads headers and sizes, before anything else sees a request
     "ui/asking": {"images", "loading/plans", "methods", "plans", "presets", "ui/guard"},
     "testing/outputs": set(),
-    "testing/hiding": {"upstream/specs"},  # the oracles share no code with the pruning path
+    # the oracles know where things are, and what a pruned forward dropped; they share no code with the pruning path
+    "testing/hiding": {"upstream/specs"},
+    "testing/oracle": {*ORACLE, "language/locate", "vision/locate", "vlm/locate", "upstream/verify"},
+    "testing/removal": {*ORACLE, "vlm/locate", "testing/oracle"},
+    # the halves of a block are composed as there, which is held against the block's own forward when a plan is applied
+    "testing/merging": {*ORACLE, "vision/locate", "runtime/blocks", "testing/blocks"},
     "view/overlay": {"records"},
 }
 

@@ -11,7 +11,8 @@ import transformers as hf
 import saint
 from saint import testing
 from saint.errors import UnsupportedModelError
-from saint.language.prompt import candidates, candidates_seen, find
+from saint.language.locate import find
+from saint.language.prompt import candidates, candidates_seen
 from saint.testing.contracts import snapshot
 from saint.upstream.decoders import BLOCKS, TEXT
 from saint.upstream.tiny import LAYERS

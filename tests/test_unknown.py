@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 import saint
 from saint import Plan, Stage, testing
 from saint.errors import UnsupportedModelError
-from saint.language.prompt import find as find_text
+from saint.language.locate import find as find_text
 from saint.methods import DivPrune
 from saint.upstream.decoders import TEXT
 from saint.upstream.tiny import make, text_config, tower_config

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .errors import UnsupportedModelError
-from .language.prompt import find as find_text
+from .language.locate import find as find_text
 from .methods.base import counts_by_votes
 from .plans import Plan, Stage
 from .runtime.observe import Observers
@@ -153,7 +153,8 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "tuple[PrunedVLM
 
 def _text(root: nn.Module, path: str, text: nn.Module, plan: Plan, observers: Observers) -> "PrunedText":
     from .language.doorway import Handover
-    from .language.prompt import PrunedText, title
+    from .language.locate import title
+    from .language.prompt import PrunedText
 
     name = title(text)
     if wrong := [slot for slot in plan.slots if slot != "language"]:

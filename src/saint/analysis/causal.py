@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bench.agreement import agreement
-from ..language.prompt import find as find_text
+from ..language.locate import find as find_text
 from ..methods.base import FixedBudget, Method
 from ..methods.fastv import FastV
 from ..methods.random import Random

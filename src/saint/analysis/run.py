@@ -17,7 +17,7 @@ from ..eval.data import Sample
 from ..eval.loop import Loop, Outcome, Processes
 from ..eval.vqa import Question
 from ..images import as_rgb, read_image
-from ..language.prompt import find as find_text
+from ..language.locate import find as find_text
 from ..plans import Plan
 from ..session import pruned
 from .causal import KL, Causal, Looks

@@ -9,7 +9,7 @@ from torch import nn
 from ..demo import smollm2
 from ..errors import UnsupportedModelError
 from ..extras import require
-from ..language.prompt import find
+from ..language.locate import find
 from ..upstream.decoders import TEXT
 from .failures import explained
 from .models import resolve_device

@@ -1,8 +1,9 @@
 """Hides tokens, as keys, from attention that torch computes: what both oracles stand on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -91,3 +92,8 @@ def hide_in_pools(stack: ExitStack, mode: HideKeys, encoder: nn.Module, spec: En
     for path in spec.pools:
         if (pool := part(encoder, path)) is not None:
             stack.callback(pool.register_forward_pre_hook(trim).remove)
+
+
+def stand_in(stack: ExitStack, module: nn.Module, name: str, wrap: Callable[[Callable[..., Any]], Any]) -> None:
+    """Until ``stack`` unwinds, ``wrap(original)`` stands in place of a method of this instance."""
+    stack.enter_context(mock.patch.object(module, name, wrap(getattr(module, name))))

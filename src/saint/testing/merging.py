@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HookNeverFiredError
-from ..patch import override
 from ..plans import Plan
 from ..runtime.blocks import Block
 from ..session import pruned
@@ -20,7 +19,7 @@ from ..tokens import LayerTrace
 from ..upstream.specs import part
 from ..vision.locate import locate
 from .blocks import block_spec
-from .hiding import HideKeys, hide_in_pools, unfused
+from .hiding import HideKeys, hide_in_pools, stand_in, unfused
 from .outputs import Inputs, run
 
 
@@ -130,10 +129,10 @@ def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
         stack.enter_context(unfused())
         for layer, module in enumerate(blocks):
             block = Block(module, block_spec(module, spec), f"{spec.blocks}.{layer}")
-            override(stack, module, "forward", partial(wrap, layer, block))
+            stand_in(stack, module, "forward", partial(wrap, layer, block))
             if block.bias is not None:
                 holder, _, method = block.bias.rpartition(".")
-                override(stack, part(module, holder), method, lambda own: lambda *a, **k: pairs(own(*a, **k)))
+                stand_in(stack, part(module, holder), method, lambda own: lambda *a, **k: pairs(own(*a, **k)))
         final = part(encoder, spec.final) if spec.final else None
         if final is not None:
             stack.callback(final.register_forward_hook(pooled).remove)

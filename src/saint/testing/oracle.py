@@ -11,17 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HookNeverFiredError
-from ..language.prompt import find as find_text
-from ..patch import override
+from ..language.locate import find as find_text
 from ..plans import Plan
 from ..session import pruned
 from ..tokens import LayerTrace
-from ..upstream.names import EMBEDDINGS, GRID, LAYERS, MASK, POOLED, SEGMENTS, Parameters
+from ..upstream.names import EMBEDDINGS, GRID, IDS, IMAGE_TOKEN, LAYERS, MASK, POOLED, SEGMENTS, Parameters
 from ..upstream.specs import EncoderSpec, FamilySpec, part
 from ..upstream.verify import merge_method
 from ..vision.locate import locate, locate_tower
 from ..vlm.locate import find as find_vlm
-from .hiding import HideKeys, hide_in_pools, unfused
+from .hiding import HideKeys, hide_in_pools, stand_in, unfused
 from .outputs import Inputs, run
 
 
@@ -225,21 +224,29 @@ def _inner(inputs: Inputs) -> Tensor:
 
 def visual_tokens(stack: ExitStack, vlm: nn.Module) -> list[Tensor]:
     """Fills during a forward: where images are, where videos are, bool [B, L]."""
-    from ..vlm.model import placeholders  # imports transformers
-
     visual: list[Tensor] = []
     method, merges = merge_method(vlm)
+    parameters = Parameters(getattr(type(vlm), method))
+
+    def images(given: dict[str, Any]) -> Tensor:
+        """From what a method that merges features itself is given."""
+        ids, x = IDS.read(given), EMBEDDINGS.read(given)
+        token = torch.tensor(IMAGE_TOKEN.get(vlm.config), device=x.device)
+        if ids is not None:
+            return ids == token
+        embed: Any = vlm.get_input_embeddings()  # type: ignore[operator]
+        return (x == embed(token)).all(-1)
 
     def listen(original: Callable[..., Any]) -> Callable[..., Any]:
         def merge(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            masks = placeholders(vlm, *args, **kwargs) if merges else result
+            masks = images(parameters.named(args, kwargs)) if merges else result
             visual.extend(m[..., 0] if m.ndim == 3 else m for m in _as_tuple(masks) if m is not None)
             return result
 
         return merge
 
-    override(stack, vlm, method, listen)
+    stand_in(stack, vlm, method, listen)
     return visual
 
 

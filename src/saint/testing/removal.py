@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..patch import override
 from ..plans import Plan
 from ..session import pruned
 from ..tokens import LayerTrace
 from ..upstream.names import ALL_STATES, CACHE, CACHING, EMBEDDINGS, MASK, POSITIONS, Parameters
 from ..upstream.specs import FamilySpec
 from ..vlm.locate import locate
-from .hiding import HideKeys, unfused
+from .hiding import HideKeys, stand_in, unfused
 from .oracle import hide_in_tower, visual_tokens
 from .outputs import Inputs, run
 
@@ -73,7 +72,7 @@ def removal_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[s
         stack.enter_context(unfused())
         hide_in_tower(stack, mode, vlm, facts, trace)
         seen = visual_tokens(stack, vlm)
-        override(stack, decoder, "forward", remove)
+        stand_in(stack, decoder, "forward", remove)
         stack.enter_context(mode)
         return run(model, {**inputs, str(CACHING): False, str(ALL_STATES): False}), trace
 
@@ -137,7 +136,7 @@ def _holes(stack: ExitStack, mode: HideKeys, vlm: nn.Module, facts: FamilySpec, 
 
         return forward
 
-    override(stack, decoder, "forward", punch)
+    stand_in(stack, decoder, "forward", punch)
 
 
 def _punched(mask: Any, gone: Tensor, before: int) -> Any:

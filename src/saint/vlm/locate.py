@@ -5,7 +5,7 @@ import inspect
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..language.prompt import held
+from ..language.locate import held
 from ..upstream import registry
 from ..upstream.decoders import TEXT
 from ..upstream.names import (
