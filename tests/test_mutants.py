@@ -60,6 +60,7 @@ EXAMPLES = {  # source -> all of its mutants
     "def f():\n    return a": ["return a -> return None"],
     "def f():\n    return a, b": ["return (a, b) -> return None"],
     "def f():\n    if a:\n        return\n    g()": ["if a: ... -> if not a: ...", "return -> pass", "g() -> pass"],
+    "def f():\n    g = a\n    return": [],
     "for a in b:\n    break": ["break -> continue"],
     "if a:\n    b\nelif c:\n    d": [
         "if a: ... elif c: ... -> if not a: ... elif c: ...", "if a: ... elif c: ... -> if a: ...", "if c: ... -> if not c: ...",
@@ -331,6 +332,9 @@ def test_lines_that_no_test_runs_that_run_at_import_and_that_have_moved(source, 
     assert found.runners(_mutant(11, file="x")) == {"t.py::g"}
     assert found.runners(_mutant(6, file="x")) == {"t.py::f"}  # where a line was changed
     assert found.runners(_mutant(10, file="x")) == {"t.py::imports"}
+    source.write_text(source.read_text().replace("    return 5", "    b = 4\n    return 5"))
+    found._lines.cache_clear()
+    assert found.runners(_mutant(11, file="x")) == {"t.py::g", "t.py::imports"}  # a new line: those around it
 
 
 def test_a_head_is_what_runs_before_a_body():
@@ -348,6 +352,23 @@ def test_the_page_says_what_the_record_says():
     for package, row in kept.items():
         assert package in operators.packages()
         assert row["noticed"] + len(row["survivors"]) == row["sample"]
+
+
+def test_what_is_kept_of_a_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "KEPT", tmp_path / "kept.json")
+    tried = [
+        dict(file="methods/saint", text="x", column=0, before="a", after="b", line=n, ran=n, of=9, outcome=how)
+        for n, how in enumerate(["survived", "killed", "slow", "unrun", "killed"])
+    ]  # fmt: skip
+    for package in ("vision", "methods"):
+        record.keep(package, 99, 7, "abc", tried)
+    kept = json.loads(record.KEPT.read_text())
+    assert list(kept) == ["methods", "vision"]
+    row = kept["methods"]
+    assert {name: row[name] for name in ("files", "mutants", "sample", "seed", "commit", "noticed", "slow")} == {
+        "files": len(operators.files("methods")), "mutants": 99, "sample": 5, "seed": 7, "commit": "abc", "noticed": 3, "slow": 1,
+    }  # fmt: skip
+    assert [entry["line"] for entry in row["survivors"]] == [0, 3]
 
 
 def test_a_row_counts_and_names_what_has_survived():

@@ -77,6 +77,8 @@ def run(options: argparse.Namespace) -> None:
     of = record.commit()
     if options.file:
         print("not recorded: a part of the package is no sample of it")
+    elif lacking := lines.Map().lacking():
+        print(f"not recorded: {len(lacking)} files of tests are not in the map, such as {lacking[0]}")
     elif of is None:
         print("not recorded: commit src and tests first, and run this again (nothing is tried twice)")
     else:

@@ -74,6 +74,7 @@ def _merge(base: sqlite3.Connection, told: dict[str, dict[str, float]], data: Pa
     rows = [(node, node.partition("::")[0], time) for node, time in seconds.items()]
     base.executemany("insert into test values (?, ?, ?)", rows)
     covered: dict[tuple[str, str], int] = defaultdict(int)
+    digests: dict[str, str] = {}
     with sqlite3.connect(data) as found:
         query = (
             "select file.path, context, numbits from line_bits "
@@ -84,11 +85,16 @@ def _merge(base: sqlite3.Connection, told: dict[str, dict[str, float]], data: Pa
             if file not in files or (separator and node not in seconds):
                 continue
             source = Path(path).relative_to(SOURCE).with_suffix("").as_posix()
-            text = Path(path).read_text(encoding="utf-8")
-            digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-            base.execute("insert or ignore into source values (?, ?)", (digest, text))
-            base.execute("insert or replace into line values (?, ?, ?, ?)", (source, digest, node, bits))
+            if path not in digests:
+                text = Path(path).read_text(encoding="utf-8")
+                digests[path] = hashlib.sha256(text.encode()).hexdigest()[:16]
+                base.execute("insert or ignore into source values (?, ?)", (digests[path], text))
+            base.execute("insert or replace into line values (?, ?, ?, ?)", (source, digests[path], node, bits))
             covered[file, source] |= int.from_bytes(bits, "little")
+    others = [
+        (file, time) for file, time in told["collected"].items() if file not in files
+    ]  # skipped, or another process's
+    base.executemany("insert or ignore into file values (?, ?, 0)", others)
     for file in files:
         lines = sum(bits.bit_count() for (of, _), bits in covered.items() if of == file)
         base.execute("insert into file values (?, ?, ?)", (file, told["collected"].get(file, 0.0), lines))
@@ -112,6 +118,11 @@ class Map:
         self._files = {
             file: (s, lines) for file, s, lines in self._base.execute("select file, collect, lines from file")
         }
+
+    def lacking(self) -> list[str]:
+        """Files of tests that were never traced."""
+        there = (path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("test_*.py"))
+        return sorted(set(there) - self._files.keys())
 
     @functools.lru_cache(maxsize=4)  # noqa: B019
     def _rows(self, source: str) -> list[tuple[str, str, int]]:

@@ -213,7 +213,8 @@ def _changes(place: _Place) -> Iterator[ast.AST]:
         case ast.Slice(lower=bound, upper=None, step=None) if bound is not None:
             yield ast.Slice(None, bound)
         case ast.Return(value=None | ast.Constant(value=None)):
-            yield ast.Pass()
+            if not isinstance(parent, ast.FunctionDef) or parent.body[-1] is not node:  # there it is all the same
+                yield ast.Pass()
         case ast.Return(value=value) if not isinstance(value, ast.Constant):
             yield ast.Return(ast.Constant(None))
         case ast.Break():

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import importlib
 import importlib.abc
 import importlib.util
@@ -127,6 +128,7 @@ def attempt(
 
 def _child(tests: list[str], told: int, module: str, path: Path, code: CodeType | None) -> int:
     os.setsid()
+    gc.freeze()  # pytest collects garbage twice, and nothing that was there before is any
     if not os.environ.get("MUTANTS_SHOW"):
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 1), os.dup2(null, 2)
