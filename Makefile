@@ -10,7 +10,9 @@ RUN := $(VENV)/bin
 
 ENGINES := .engines
 WORKERS ?= 2
-.PHONY: help setup demo test engines mutants names matrix check fix bench results analysis tables docs lock clean
+SAMPLE ?= 60
+SEED ?= 1
+.PHONY: help setup demo test engines map mutants names matrix check fix bench results analysis tables docs lock clean
 help:            ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -37,8 +39,12 @@ $(ENGINES)/.installed: pyproject.toml
 	$(ENGINES)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	$(ENGINES)/bin/python -m pip install --quiet --no-deps -e .
 	@touch $@
-mutants: $(STAMP) ## do the tests notice small errors? writes docs/testing.md (ARGS='--only graph --minutes 10')
-	$(RUN)/python tools/mutants.py $(ARGS)
+map: $(STAMP)    ## which tests run which line of the source? needed by mutants (ARGS='tests/test_graph.py': of these files only)
+	$(RUN)/python tools/mutants.py map --workers $(WORKERS) $(ARGS)
+mutants: WORKERS = 1
+mutants: $(STAMP) ## do the tests notice small errors in PACKAGE=vision? writes docs/testing.md (SAMPLE= SEED= ARGS='--deep 300')
+	@test -n '$(PACKAGE)' || { echo "PACKAGE=: a folder of src/saint, or root for the files beside them"; exit 2; }
+	OMP_NUM_THREADS=1 $(RUN)/python tools/mutants.py run $(PACKAGE) --sample $(SAMPLE) --seed $(SEED) --workers $(WORKERS) $(ARGS)
 names: $(STAMP)  ## seconds: are all names of other libraries that saint relies on still there?
 	$(RUN)/python -m pytest tests/test_upstream.py -k names $(ARGS)
 matrix: $(STAMP) ## contracts and vision-language tests against other releases; writes docs/versions.md (NAMES=: some)

@@ -256,24 +256,6 @@ def test_unknown_attributes_raise():
         getattr(saint, "pru" + "en")
 
 
-def test_every_file_of_the_mechanism_is_a_target_of_mutants():
-    """And the tests that ``tools/mutants.py`` names for it exist."""
-    path = SOURCE.parents[1] / "tools" / "mutants.py"
-    spec = importlib.util.spec_from_file_location("mutants", path)
-    mutants = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mutants)
-    rooms = ["graph", "tokens", "gathers", "assemble", "summary", "plugins", "upstream/registry"]
-    for package in ("methods", "runtime", "vision", "language"):
-        rooms += [module_name(path) for path in (SOURCE / package).glob("*.py") if path.stem != "__init__"]
-    assert not set(rooms) - mutants.TESTS.keys()
-    for file, tests in mutants.TESTS.items():
-        assert (SOURCE / f"{file}.py").exists(), file
-        for test in tests.split():
-            where, _, name = test.partition("::")
-            text = (path.parents[1] / "tests" / where).read_text()
-            assert not name or f"def {name}(" in text, f"{file}: no {test}"
-
-
 def test_no_machine_or_session_leaks_into_the_tree():
     root = SOURCE.parents[1]
     listing = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True)
