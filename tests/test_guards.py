@@ -94,7 +94,7 @@ def test_what_the_unpruned_model_would_cache(window, held):
         memory = session.kv_memory
     assert memory.unpruned == 5 * held * per_token
     assert memory.kept < memory.unpruned or window == 16
-    evicting = Plan(language=dataclasses.replace(plan.language, evict=True))
+    evicting = Plan(language=dataclasses.replace(plan.language[0], evict=True))
     with saint.pruned(model, evicting) as session, torch.no_grad():
         model(**inputs)
         assert session.kv_memory.unpruned == memory.unpruned

@@ -103,9 +103,9 @@ def test_status_and_trace(llava):
         assert session.trace == []
         stages = saint.status(llava).stages
         assert list(stages) == ["vision", "connector", "language"]
-        assert stages["language"].layers == [1, 2]
-        assert stages["language"].module == "model.language_model"
-        assert stages["vision"].module == "model.vision_tower"
+        assert stages["language"][0].layers == [1, 2]
+        assert stages["language"][0].module == "model.language_model"
+        assert stages["vision"][0].module == "model.vision_tower"
         llava(**inputs)
         trace = session.trace
     assert [(e.stage, e.layer) for e in trace] == [("vision", 1), ("connector", 0), ("language", 1), ("language", 2)]
@@ -260,8 +260,8 @@ def test_published_recipes():
     for name in ("llava-1.5/vit", "llava-1.5/llm", "llava-1.5/hybrid"):
         assert "published" in saint.recipes()[name]
     plan = presets.recipe("llava-1.5/hybrid")
-    assert plan.vision == saint.Stage(saint.SaintFullGraph(keep=375, step=16), layers=[19])
-    assert plan.language == saint.Stage(saint.Saint(threshold=0.83), layers=range(7, 17))
+    assert plan.vision == (saint.Stage(saint.SaintFullGraph(keep=375, step=16), layers=[19]),)
+    assert plan.language == (saint.Stage(saint.Saint(threshold=0.83), layers=range(7, 17)),)
 
 
 def test_peft(llava):

@@ -50,7 +50,7 @@ def both(model, plan, call):
         torch.manual_seed(0)
         actual = call()
         trace = session.trace
-    assert {entry.stage for entry in trace} == set(plan.stages)
+    assert {entry.stage for entry in trace} == set(plan.slots)
     assert all(torch.equal(e.tokens_in, e.tokens_out) and int(e.tokens_in.sum()) for e in trace)
     return actual, expected
 

@@ -120,7 +120,7 @@ def _apply(model: Any, keep: float) -> None:
 def plans(model: Any, keep: float) -> "list[Any]":
     """What is tried on ``model``, in order: all stages that its kind has, then those without the vision tower."""
     from saint import Plan
-    from saint.language.prompt import find as find_text
+    from saint.language.locate import find as find_text
     from saint.methods import Grid
     from saint.vlm.locate import find as find_vlm
 
