@@ -87,6 +87,11 @@ def test_a_method_comes_by_entry_point(install, run, tmp_path):
         ({"loud_keys.py": "import no_such_thing"}, "loud_keys = loud_keys:LoudKeys", "No module named 'no_such_thing'"),
         ({"loud_keys.py": "1 / 0"}, "loud_keys = loud_keys:LoudKeys", "ZeroDivisionError: division by zero"),
         ({"loud_keys.py": "LoudKeys = 3"}, "loud_keys = loud_keys:LoudKeys", "must be a subclass of .*Method, got 3"),
+        (
+            {"loud_keys.py": "class LoudKeys: name = 'loud_keys'"},
+            "loud_keys = loud_keys:LoudKeys",
+            "must be a subclass of",
+        ),
         ({"loud_keys.py": LOUD}, "loud = loud_keys:LoudKeys", "has the name 'loud_keys'.*both must agree"),
     ],
 )
