@@ -150,3 +150,19 @@ def test_it_cannot_be_exported(vit):
         pytest.raises(ValueError, match="exported graph"),
     ):
         torch.export.export(vit, (pictures(160)[:1],))
+
+
+def test_pictures_of_one_colour_have_no_detail():
+    assert detail(torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8), torch.full((3, 8, 8), -0.3)])).tolist() == [
+        0,
+        0,
+        0,
+    ]
+
+
+def test_a_patch_embedding_that_is_given_no_picture_is_told(vit):
+    with saint.pruned(vit, saint.Plan(vision=saint.Saint()).guarded(0.5)):
+        with pytest.raises(ValueError, match=r"guard looks at pictures \[B, C, H, W\].*got nothing"):
+            vit.patch_embed()
+        with pytest.raises(ValueError, match=r"got shape \(3, 160, 160\)"):
+            vit.patch_embed(torch.zeros(3, 160, 160))

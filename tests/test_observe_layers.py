@@ -176,3 +176,11 @@ def test_masks_of_a_multihead_attention(kind):
     (call,) = calls
     for sample in range(3):
         assert torch.allclose(probabilities(call, sample), want[sample], atol=1e-6)
+    with torch.no_grad(), Attending(calls.append, 0, all_tokens(3, 5, x.device)):  # as torch's function is given them
+        y, weights = (p.detach() for p in (x.transpose(0, 1), module.in_proj_weight))
+        torch.nn.functional.multi_head_attention_forward(
+            y, y, y, 8, 2, weights, module.in_proj_bias, None, None, False, 0.0, module.out_proj.weight,
+            module.out_proj.bias, training=False, need_weights=False, **given,
+        )  # fmt: skip
+    for sample in range(3):
+        assert torch.allclose(probabilities(calls[1], sample), want[sample], atol=1e-6)

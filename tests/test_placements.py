@@ -449,6 +449,9 @@ def test_layers_an_observer_asks_for():
         saint.apply(model, plan, observers=[Everything([9])])
     with pytest.raises(ValueError, match="layers of an observer"):
         saint.apply(model, plan, observers=[Everything("first")])
+    for wrong in ([-1], [True], [1.0]):
+        with pytest.raises(ValueError, match="layers of an observer"):
+            saint.apply(model, plan, observers=[Everything(wrong)])
     with pytest.raises(TypeError, match="an observer has at least one of the methods candidates, selected"):
         saint.apply(model, plan, observers=[object()])
     assert saint.status(model) is None

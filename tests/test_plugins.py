@@ -147,6 +147,34 @@ def test_a_wrong_fact_is_refused_by_name():
     assert saint.status(model) is None
 
 
+class Pooled(HomeViT):
+    """Its tokens are not the patches that the patch embedding makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(1, 10, 48))
+
+    def forward(self, x):
+        patches = nn.functional.avg_pool2d(self.patchify(x), 2).flatten(2).mT
+        x = torch.cat([self.cls.expand(len(x), -1, -1), patches], 1) + self.positions
+        for block in self.trunk:
+            x = block(x)
+        return self.head(self.last(x)[:, 0])
+
+
+def test_a_grid_that_does_not_hold_the_candidates_is_told():
+    saint.register(dataclasses.replace(HOME, title="Pooled", encoder=f"{__name__}.Pooled"))
+    model, x = Pooled().eval(), torch.randn(2, 3, 96, 96)
+    plan = saint.Stage(saint.methods.Random(keep=0.5), layers=[1], output="nearest")
+    with (
+        saint.pruned(model, plan),
+        pytest.raises(ValueError, match=r"grid \(6, 6\) does not hold the 9 candidates.*similar"),
+    ):
+        model(x)
+    with saint.pruned(model, dataclasses.replace(plan, output="similar")):
+        model(x)
+
+
 def test_a_subclass_may_have_a_spec_of_its_own():
     class Wider(HomeViT):
         pass

@@ -69,8 +69,8 @@ class Inputs(Uncopyable):
         spec: EncoderSpec,
         merge_size: int | None,
         forwards: Forwards[EncoderForward],
-        guard: float = 0.0,
-        frames: bool = False,
+        guard: float,
+        frames: bool,
     ) -> None:
         self.guard, self.frames = guard, frames
         if guard and (spec.packed or spec.patch is None):
