@@ -163,6 +163,6 @@ def test_pictures_of_one_colour_have_no_detail():
 def test_a_patch_embedding_that_is_given_no_picture_is_told(vit):
     with saint.pruned(vit, saint.Plan(vision=saint.Saint()).guarded(0.5)):
         with pytest.raises(ValueError, match=r"guard looks at pictures \[B, C, H, W\].*got nothing"):
-            vit.patch_embed()
+            vit.patch_embed.proj()
         with pytest.raises(ValueError, match=r"got shape \(3, 160, 160\)"):
-            vit.patch_embed(torch.zeros(3, 160, 160))
+            vit.patch_embed.proj(torch.zeros(3, 160, 160))

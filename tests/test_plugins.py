@@ -12,6 +12,7 @@ import sys
 import textwrap
 
 import pytest
+import torch
 from torch import nn
 
 import saint
