@@ -86,7 +86,7 @@ def evaluate_images(
         "scores": list(chosen),
         "classes": classes,
         "outputs": outputs,
-        "data": digest([[sample.id, sample.label] for sample in samples.items]),
+        "data": digest([samples.origin, *([sample.id, sample.label] for sample in samples.items)]),
         "text": None if text is None else digest(text.double().cpu().tolist()),
     }
     processes = Processes.here(parameter.device.type == "cpu")
@@ -136,6 +136,7 @@ def evaluate_images(
             batch=batch,
             processes=processes,
             tick=tick,
+            mark=lambda sample: {"picture": sample.size},
         )  # fmt: skip
         outcome = loop.run(samples.items)
     finally:

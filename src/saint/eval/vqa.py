@@ -15,7 +15,7 @@ from torch import nn
 
 from ..bench.encoder import copy_sharing_weights
 from ..errors import AlreadyAppliedError
-from ..images import read_image
+from ..images import mark, read_image
 from ..loading.listing import printable
 from ..loading.vlm import LoadedVLM
 from ..plans import Plan
@@ -280,6 +280,7 @@ def evaluate_vqa(
             batch=batch,
             processes=processes,
             tick=tick,
+            mark=lambda question: {"picture": _mark(question)},
         )  # fmt: skip
         outcome = loop.run(asked)
     finally:
@@ -342,6 +343,10 @@ def _with_ids(questions: Sequence[Question]) -> list[Question]:
 def _facts(question: Question, prompt: str) -> list[Any]:
     image = "" if isinstance(question.image, Image.Image) else Path(question.image).name
     return [question.id, image, prompt, question.answers, question.choices]
+
+
+def _mark(question: Question) -> int:
+    return mark(question.image if isinstance(question.image, Image.Image) else Path(question.image))
 
 
 def _scored(said: str, question: Question) -> dict[str, float]:
