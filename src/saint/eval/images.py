@@ -101,6 +101,8 @@ def evaluate_images(
             features, logits = probe(made)
             if not bool(torch.isfinite(features).all()):
                 raise ValueError(f"the features of the {variant} model are not finite")
+            if logits is not None and not bool(torch.isfinite(logits).all()):
+                raise ValueError(f"the logits of the {variant} model are not finite")
             if text is not None:
                 logits = torch.nn.functional.normalize(features, dim=-1) @ text.float().cpu().T
             seen[variant] = features, logits

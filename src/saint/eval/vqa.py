@@ -249,6 +249,8 @@ def evaluate_vqa(
                     return_dict_in_generate=True,
                 )  # fmt: skip
             logits[variant] = out.logits[0].float()
+            if not bool((logits[variant] < math.inf).all()):  # -inf says that a token cannot come; NaN says nothing
+                raise ValueError(f"the logits of the {variant} model are not finite")
             left = kept(sessions[variant], len(batch)) if variant in sessions else None
             new = out.sequences[:, length:]
             for sample, (question, entry) in enumerate(zip(batch, entries, strict=True)):

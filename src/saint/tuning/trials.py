@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -161,6 +162,10 @@ class Trials:
             for numbers in self._batches(which):
                 found = self._forward(numbers)
                 losses += self._losses(numbers, found)
+                if bad := [
+                    n for n, loss in zip(numbers, losses[-len(numbers) :], strict=True) if not math.isfinite(loss)
+                ]:
+                    raise ValueError(f"the output for image(s) {bad} is not finite: leave them out, or use float32")
                 left.append([entry.tokens_out.tolist() for entry in session.trace])
                 self.tick(len(numbers))
         points = zip(*left, strict=True)  # of each batch's lists the first drop point's, then the second's, ...
