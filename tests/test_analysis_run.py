@@ -543,6 +543,7 @@ def test_the_command_writes_a_record(command, folder, tmp_path):
     assert "9 image(s)" in said
     made = json.loads(file.read_text())
     assert made["kind"] == "analyze"
+    assert made["pretrained"] is False  # so that a page says that the weights were random
     assert made["images"] == {"count": 9, "set": "my photos"}
     assert str(tmp_path) not in file.read_text()
     assert made["questions"] is None

@@ -18,7 +18,7 @@ from PIL import Image
 import saint
 from saint.embed import OutputError, Rows, answer, embed, find_items
 from saint.embed.parts import Parts, files
-from saint.embed.sources import Reader
+from saint.embed.sources import Reader, located
 from saint.loading import load_model
 from saint.loading.vlm import LoadedVLM
 from support.command_line import one_line
@@ -221,6 +221,65 @@ def test_the_sources_hold_the_same_images(tmp_path):
         assert [item.key for item in items] == [keys.get(name, "0.parquet/{}").format(i) for i in range(5)]
         for i in (4, 0, 1, 2, 3):  # in any order
             assert np.array_equal(np.asarray(reader(items[i])), np.asarray(image(i))), (name, i)
+
+
+NAMES = ["my photos", "Größe ü", "100 %", "%20", "a#b", "what?", "a;b&c=d", "plus+", "[x]", "~", "a:b", "'q'"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_is_a_path_in_every_kind_of_source(tmp_path, name):
+    """In folders, shards, columns of paths and of URLs; what a URL means by % is what its maker wrote for the name."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    file = tmp_path / "in here, ü" / name / f"{name}.png"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(encoded(3))
+    assert located("k", file.as_uri(), tmp_path).path == str(file)
+    assert located("k", file.as_uri().replace("file://", "FILE://localhost"), tmp_path).path == str(file)
+    relative = f"{name}/{name}.png"
+    assert located("k", relative, file.parent.parent).path == str(file)
+    assert located("k", str(file), tmp_path / "elsewhere").path == str(file)
+    (tmp_path / "tables").mkdir()
+    values = [file.as_uri(), str(file), f"../in here, ü/{relative}"]
+    parquet.write_table(arrow.table({"path": values}), tmp_path / "tables" / f"{name}.parquet")
+    structs = [{"bytes": None, "path": value} for value in values] + [{"bytes": encoded(3), "path": "x"}]
+    (tmp_path / "structs").mkdir()
+    parquet.write_table(arrow.table({"image": structs}), tmp_path / "structs" / f"{name}.parquet")
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / f"{name}.tar", "w") as tar:
+        tar.add(file, f"{name}/{name}.png")
+    (tmp_path / "a pictures").mkdir()
+    (tmp_path / "a pictures" / f"{name}.png").write_bytes(encoded(3))
+    keys = {
+        "a pictures": [f"{name}.png"],
+        "tables": [f"{name}.parquet/{row}" for row in range(3)],
+        "structs": [f"{name}.parquet/{row}" for row in range(4)],
+        "shards": [f"{name}.tar/{name}/{name}"],
+    }
+    for source, expected in keys.items():
+        items, reader = find_items(tmp_path / source), Reader()
+        assert [item.key for item in items] == expected
+        for item in items:
+            assert item.error == ""
+            assert np.array_equal(np.asarray(reader(item)), np.asarray(image(3))), item
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("http://a/b.png", "http is not fetched"),
+        ("s3://bucket/my file.png", "s3 is not fetched"),
+        ("data:image/png;base64,AAAA", "data URI"),
+        ("", "empty"),
+        (None, "empty"),
+        ("x" * 1025, "1025 characters"),
+        ("http://[a/b.png", "no path or URL"),
+    ],
+)
+def test_what_is_no_path_says_why(tmp_path, value, words):
+    found = located("k", value, tmp_path)
+    assert found.key == "k"
+    assert words in found.error
+    assert located("k", "x" * 1024, tmp_path).error == ""
 
 
 def test_what_cannot_be_read_keeps_its_row(tmp_path):

@@ -297,6 +297,7 @@ def test_records_of_the_commands_themselves_are_understood(run, tmp_path, capsys
             main([name, *rest, *plan, *more, "--json", str(tmp_path / f"{name}.json")])
     capsys.readouterr()
     for name in ("view", "demo"):
+        assert json.loads((tmp_path / f"{name}.json").read_text())["pretrained"] is False
         photo = json.loads((tmp_path / f"{name}.json").read_text())["photos"][0]
         assert photo["picture"].startswith("data:image/jpeg;base64,")
         assert len(photo["picture"]) <= 30_000

@@ -76,7 +76,7 @@ ROOMS = {
     "eval/compare": {"extras"},  # formulas on numbers; nothing that loads a model
     "eval/scores": {"extras"},
     "eval/journal": {"errors", "records"},
-    "eval/loop": {"errors", "extras", "eval/journal"},
+    "eval/loop": {"errors", "extras", "records", "eval/journal"},
     "eval/report": {"plans", "session", "eval/compare", "eval/loop"},
     "eval/data": {"extras", "images", "loading/failures", "loading/listing", "loading/shards", "eval/loop"},
     "analysis/similarity": {"graph"},  # formulas, here and in the next four

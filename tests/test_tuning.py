@@ -399,6 +399,7 @@ def test_the_command_writes_a_plan_that_other_commands_take(command, folder, tmp
     assert loaded.tuned["images"]["set"] == "my photos"
     made = json.loads(record.read_text())
     assert made["kind"] == json.loads(curve.read_text())["kind"] == "tune"
+    assert made["pretrained"] is json.loads(curve.read_text())["pretrained"] is False
     assert str(tmp_path) not in record.read_text() + plan.read_text() + curve.read_text()
     assert saint.Plan.from_dict(made["plan"]) == loaded
     for cost in made["costs"]:

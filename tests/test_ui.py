@@ -205,6 +205,174 @@ def test_every_answer_has_the_headers_and_posts_need_json(client):
         assert "http://" not in client.get(path).text
 
 
+HEADERS = {
+    "content-security-policy": {
+        "default-src": "'none'",
+        "script-src": "'self'",
+        "style-src": "'self'",
+        "img-src": "'self' data: blob:",
+        "connect-src": "'self'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+    },
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+}
+
+
+def test_every_answer_has_every_header_once(client, monkeypatch):
+    """Pages, answers, refusals of the guard and of what is behind it: the whole policy, nothing more, nothing twice."""
+    monkeypatch.setattr(Desk, "run", lambda self, asked: "<p>done</p>")
+    foreign = {"Origin": "http://evil.example"}
+    answers = {
+        200: [client.get(path) for path in ("/", "/ui.css", "/ui.js", "/report.css", "/report.js", "/facts")]
+        + [post(client), client.head("/")],
+        400: [post(client, image="")],
+        403: [post(client, headers=foreign)],
+        404: [client.get("/nowhere")],
+        405: [client.get("/run")],
+        413: [post(client, headers={"Content-Length": "99999999999"})],
+        415: [post(client, headers={"Content-Type": "text/plain"})],
+        421: [client.get("/", headers={"Host": "evil"})],
+    }
+    for status, responses in answers.items():
+        for response in responses:
+            assert response.status_code == status, response.text
+            for name, value in HEADERS.items():
+                (given,) = response.headers.get_list(name)
+                if name == "content-security-policy":
+                    parts = [part.strip().split(" ", 1) for part in given.split(";")]
+                    assert len(parts) == len(value)
+                    given = dict(parts)
+                assert given == value, (status, name)
+
+
+@pytest.mark.parametrize(
+    ("address", "port", "hosts"),
+    [
+        ("127.0.0.1", 8000, {"127.0.0.1:8000", "localhost:8000"}),
+        ("localhost", 8000, {"127.0.0.1:8000", "localhost:8000"}),
+        ("::1", 8000, {"[::1]:8000", "127.0.0.1:8000", "localhost:8000"}),
+        ("192.168.1.5", 8000, {"192.168.1.5:8000"}),
+        ("fe80::2", 8000, {"[fe80::2]:8000"}),
+        ("box.local", 8000, {"box.local:8000"}),
+        ("127.0.0.1", 80, {"127.0.0.1:80", "localhost:80", "127.0.0.1", "localhost"}),
+        ("192.168.1.5", 80, {"192.168.1.5:80", "192.168.1.5"}),  # browsers leave this port out
+        ("::1", 80, {"[::1]:80", "127.0.0.1:80", "localhost:80", "[::1]", "127.0.0.1", "localhost"}),
+    ],
+)
+def test_the_hosts_of_an_address(address, port, hosts):
+    assert hosts_of(address, port) == hosts
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", "", "*"])
+def test_an_address_of_every_name_is_refused(address):
+    with pytest.raises(ValueError, match="one address"):
+        hosts_of(address, 80)
+
+
+def asgi(scope_type="http", method="GET", headers=(), messages=None):
+    """What the guard sends, and what the application behind it was given: its requests, and the body of each."""
+    import anyio
+
+    from saint.ui.guard import Guard
+
+    seen, sent = [], []
+
+    async def behind(scope, receive, send):
+        if scope["type"] != "http":
+            seen.append(scope["type"])
+            return
+        message = await receive()
+        seen.append(message["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    queue = list(messages or [{"type": "http.request", "body": b"", "more_body": False}])
+
+    async def receive():
+        return queue.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": scope_type, "method": method, "headers": [(n.encode(), v.encode()) for n, v in headers]}
+    anyio.run(Guard(behind, {HOST, "localhost:8765"}), scope, receive, send)
+    return [message["status"] for message in sent if "status" in message], seen
+
+
+OWN = ("origin", f"http://{HOST}")
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "status"),
+    [
+        ("GET", [("host", HOST)], 200),
+        ("HEAD", [("host", HOST)], 200),
+        ("GET", [("Host", "LocalHost:8765")], 200),
+        ("GET", [("host", HOST), ("origin", "http://evil.example")], 200),  # reads are kept apart by the browser
+        ("GET", [], 421),
+        ("GET", [("host", HOST), ("host", HOST)], 421),
+        ("GET", [("host", HOST), ("Host", "evil.example")], 421),
+        ("GET", [("host", f"{HOST}.evil.example")], 421),
+        ("GET", [("host", f"evil.example:{HOST}")], 421),
+        ("GET", [("host", f" {HOST}")], 421),
+        ("POST", [("host", HOST)], 403),
+        ("POST", [("host", HOST), OWN], 200),
+        ("POST", [("host", HOST), ("origin", "HTTP://LOCALHOST:8765")], 200),
+        ("POST", [("host", HOST), OWN, OWN], 403),
+        ("POST", [("host", HOST), OWN, ("Origin", "http://evil.example")], 403),
+        ("POST", [("host", HOST), ("origin", "null")], 403),
+        ("POST", [("host", HOST), ("origin", HOST)], 403),
+        ("POST", [("host", HOST), ("origin", f"https://{HOST}")], 403),
+        ("POST", [("host", HOST), ("origin", f"http://{HOST}.evil.example")], 403),
+        ("POST", [("host", "evil.example"), OWN], 421),
+        *[(method, [("host", HOST)], 403) for method in ("PUT", "DELETE", "PATCH", "OPTIONS", "TRACE")],
+        ("PUT", [("host", HOST), OWN], 200),
+    ],
+)
+def test_who_gets_behind_the_guard(method, headers, status):
+    statuses, seen = asgi(method=method, headers=headers)
+    assert statuses == [status]
+    assert len(seen) == (status == 200)
+
+
+def test_only_requests_get_behind_the_guard():
+    assert asgi("websocket", headers=[("host", HOST)]) == ([], [])
+    assert asgi("lifespan") == ([], ["lifespan"])
+
+
+def test_a_body_comes_whole_and_none_over_the_limit():
+    from saint.ui import guard
+
+    own = [("host", HOST), OWN]
+
+    def sent(*sizes, length=None):
+        pieces = [
+            {"type": "http.request", "body": b"x" * n, "more_body": i + 1 < len(sizes)} for i, n in enumerate(sizes)
+        ]
+        statuses, seen = asgi(
+            method="POST", headers=own + ([("content-length", length)] if length else []), messages=pieces
+        )
+        return statuses, [len(body) for body in seen]
+
+    most = LARGEST * 4 // 3 + 60_000  # base64 of the largest image, and settings
+    assert most == guard._BODY
+    assert sent(3, 4, 5) == ([200], [12])
+    assert sent(most) == ([200], [most])
+    assert sent(most - 5, 5) == ([200], [most])
+    assert sent(most + 1) == ([413], [])
+    assert sent(most, 1, 0) == ([413], [])
+    assert sent(most + 5, 0, 3) == ([413], [])  # what comes behind it is not taken for a body
+    assert sent(5, length=str(4 * most + 1)) == ([413], [])
+    assert sent(5, length=str(4 * most)) == ([200], [5])
+    assert sent(5, length="lies") == ([200], [5])
+
+
 def test_text_called_png_is_refused(client):
     svg = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
     for data in (b"just text", svg, b"%!PS-Adobe-3.0 EPSF\n", b"BM" + bytes(60)):

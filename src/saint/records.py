@@ -143,7 +143,8 @@ def _plain(value: Any) -> Any:
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs between the settings of two runs, by dotted names: "plan.vision[0].method.threshold: 0.5 there, 0.6 now"."""
     old, new = dict(_leaves("", there)), dict(_leaves("", now))
-    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    # as text: a budget of 1 is one token and one of 1.0 is all of them, and Python calls them equal
+    changed = [name for name in {**old, **new} if json.dumps(old.get(name)) != json.dumps(new.get(name))]
     return "; ".join(f"{name}: {_short(old.get(name))} there, {_short(new.get(name))} now" for name in sorted(changed))
 
 

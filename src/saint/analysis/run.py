@@ -15,8 +15,9 @@ from torch import nn
 
 from ..eval.data import Sample
 from ..eval.loop import Loop, Outcome, Processes
+from ..eval.report import fingerprint
 from ..eval.vqa import Question
-from ..images import as_rgb, read_image
+from ..images import as_rgb, mark, read_image
 from ..language.locate import find as find_text
 from ..plans import Plan
 from ..session import pruned
@@ -79,19 +80,20 @@ class Asked:
     where: str
     load: Callable[[], Image.Image | None]
     prompt: str = ""
+    mark: int = -1  # tells the image from another with its id; see :func:`saint.images.mark`
 
     @staticmethod
     def of(sample: Sample, prompt: str = "") -> "Asked":
         """About a sample of :func:`saint.eval.find_samples`."""
-        return Asked(sample.id, sample.where, sample.load, prompt)
+        return Asked(sample.id, sample.where, sample.load, prompt, sample.size)
 
     @staticmethod
     def question(question: Question, prompt: str) -> "Asked":
         """About the image of a question of :func:`saint.eval.read_questions`."""
         image = question.image
         if isinstance(image, Image.Image):
-            return Asked(question.id, question.where, lambda: as_rgb(image), prompt)
-        return Asked(question.id, question.where, lambda: read_image(Path(image)), prompt)
+            return Asked(question.id, question.where, lambda: as_rgb(image), prompt, mark(image))
+        return Asked(question.id, question.where, lambda: read_image(Path(image)), prompt, mark(Path(image)))
 
     @staticmethod
     def text(id: str, where: str, prompt: str) -> "Asked":
@@ -164,9 +166,19 @@ def analyze(
         "kind": "analyze",
         **facts,
         **measured,
+        "weights": fingerprint(model),
         "compared": COMPARED,
         "saint": {slot: method.to_dict() for slot, method in causal.methods.items()},
     }
-    loop = Loop(lambda item: item.load(), score, journal=journal, key=key, batch=1, processes=Processes(), tick=tick)
+    loop = Loop(
+        lambda item: item.load(),
+        score,
+        journal=journal,
+        key=key,
+        batch=1,
+        processes=Processes(),
+        tick=tick,
+        mark=lambda item: {"picture": item.mark, "prompt": item.prompt, "causal": item.id in dropped},
+    )
     outcome = loop.run(items)
     return Analysis(outcome, settings, causal if settings.causal else None, center, text)

@@ -165,6 +165,7 @@ def analyze(
         head = {
             "kind": "analyze",
             "model": model,
+            "pretrained": pretrained,
             "images": None if result.text else what,
             "prompts": what if result.text else None,
             "questions": None if questions is None else {"count": len(result.entries)},

@@ -124,6 +124,7 @@ def demo(
     record = {
         "kind": "demo",
         "model": model,
+        "pretrained": pretrained,
         "title": loaded.title,
         "licence": loaded.licence,
         "image_size": loaded.image_size,

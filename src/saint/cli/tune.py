@@ -120,6 +120,7 @@ def tune(
     record = {
         "kind": "tune",
         **found.record,
+        "pretrained": pretrained,
         "plan": found.plan.to_dict(),
         "skipped": [list(entry) for entry in bad],
         "left_out": left_facts(left),

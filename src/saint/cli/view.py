@@ -129,6 +129,7 @@ def view(
         record = {
             "kind": "view",
             "model": model,
+            "pretrained": pretrained,
             "plan": chosen.to_dict(),
             "grid": loaded.grid,
             "photos": facts,
@@ -200,6 +201,7 @@ def _view_vlm(
         save(json, {
             "kind": "view",
             "model": model,
+            "pretrained": pretrained,
             "prompt": prompt,
             "plan": chosen.to_dict(),
             "photos": facts,

@@ -147,7 +147,7 @@ def answer(
 
 def facts_of(job: Job, source: str | os.PathLike[str], items: Sequence[Item], batch: int) -> dict[str, Any]:
     """What the manifest of a run holds: model, plan and source."""
-    listing = digest([[item.key, item.size, item.error] for item in items])
+    listing = digest([[item.key, item.size, item.column, item.error] for item in items])
     told = {"name": printable(Path(source).resolve().name), "images": len(items), "listing": listing}
     return {**job.facts(), "batch": batch, "source": told}
 

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 from PIL import Image
 
 from ..extras import require
-from ..images import read_image
+from ..images import mark, read_image
 from ..loading import shards
 from ..loading.listing import Left, one_kind, printable, tell
 
@@ -38,7 +38,7 @@ class Item:
     Attributes:
         key: unique within the source, and the same wherever the source lies.
         path: file to look at.
-        size: bytes, where known.
+        size: bytes, where known; of a row of bytes those of its parquet file.
         place: inside ``path``: offset in a shard, or row in a parquet file; -1 for a whole file.
         column: of a parquet file with bytes; "" elsewhere.
         error: why there is no image; "" where there may be one.
@@ -79,7 +79,7 @@ def find_items(source: str | os.PathLike[str], *, column: str | None = None, lef
     for file in files:
         name = printable(file.relative_to(root).as_posix())
         if kind == "image":
-            items.append(Item(name, str(file), file.stat().st_size if file.exists() else -1))
+            items.append(Item(name, str(file), mark(file)))
         else:
             items += _shard(file, name, inside) if kind == ".tar" else _parquet(file, name, column)
     tell(path, inside)
@@ -106,8 +106,9 @@ def _parquet(file: Path, name: str, column: str | None) -> Iterator[Item]:
     opened = parquet.ParquetFile(file)
     column, paths = _column(opened.schema_arrow, file, column)
     if not paths:
+        size = mark(file)
         for row in range(opened.metadata.num_rows):
-            yield Item(f"{name}/{row}", str(file), place=row, column=column)
+            yield Item(f"{name}/{row}", str(file), size, row, column)
         return
     values = opened.read(columns=[column]).column(0).to_pylist()
     for row, value in enumerate(values):
@@ -128,10 +129,14 @@ def located(key: str, value: str | None, folder: Path) -> Item:
     except ValueError as error:
         return Item(key, "", error=f"no path or URL ({error}): {value[:100]}")
     if url.scheme == "file":
-        return Item(key, unquote(url.path))
+        return _file(key, unquote(url.path))
     if url.scheme and "://" in value:
         return Item(key, value, error=f"not on disk: {url.scheme} is not fetched; download it and give the path")
-    return Item(key, str(folder / value))
+    return _file(key, str(folder / value))
+
+
+def _file(key: str, path: str) -> Item:
+    return Item(key, path, mark(Path(path)))
 
 
 def _column(schema: Any, file: Path, wanted: str | None) -> tuple[str, bool]:

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from ..extras import require
-from ..images import read_image
+from ..images import mark, read_image
 from ..loading import shards as shards_
 from ..loading.failures import explained
 from ..loading.listing import Left, one_kind, printable, tell, walk
@@ -28,12 +28,14 @@ class Sample:
         where: file (and member or row), for messages.
         load: reads it: upright, opaque, 8-bit RGB.
         label: class index, None where there is none.
+        size: bytes of the picture, where known; tells it from another with its id.
     """
 
     id: str
     where: str
     load: Callable[[], Image.Image]
     label: int | None = None
+    size: int = -1
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,14 @@ class Samples:
         classes: their names; None where the data has none.
         unreadable: what has no label or no image, with the reason.
         left_out: files that are no samples: reason -> names.
+        origin: what a data set says tells it from others; "" of files, whose samples have sizes.
     """
 
     items: list[Sample]
     classes: list[str] | None = None
     unreadable: list[Failure] = field(default_factory=list)
     left_out: Left = field(default_factory=dict)
+    origin: str = ""
 
     @property
     def labelled(self) -> bool:
@@ -103,7 +107,8 @@ def find_samples(
         raise ValueError(f"no image at {data}" + (f" ({reasons})" if reasons else "") + f"; give {FORMS}")
     if limit is not None and limit < len(items):
         items = [items[i * len(items) // limit] for i in range(limit)]
-    return Samples(items, list(classes) if classes is not None else made.classes, made.unreadable, left)
+    names = list(classes) if classes is not None else made.classes
+    return Samples(items, names, made.unreadable, left, made.origin)
 
 
 def _folder(path: Path, files: Sequence[Path], classes: Sequence[str] | None) -> Samples:
@@ -135,7 +140,7 @@ def _folder(path: Path, files: Sequence[Path], classes: Sequence[str] | None) ->
 
 def _file(file: Path, root: Path, label: int | None) -> Sample:
     name = printable(file.relative_to(root).as_posix())
-    return Sample(name, name, lambda: read_image(file), label)
+    return Sample(name, name, lambda: read_image(file), label, mark(file))
 
 
 def _shards(path: Path, shards: Sequence[Path], left: Left) -> Samples:
@@ -158,7 +163,7 @@ def _shards(path: Path, shards: Sequence[Path], left: Left) -> Samples:
             except ValueError as error:
                 bad.append(Failure(f"{name}/{key}", where, str(error)))
                 continue
-            items.append(Sample(f"{name}/{key}", where, _member(shard, picture), label))
+            items.append(Sample(f"{name}/{key}", where, _member(shard, picture), label, picture.size))
     tell(path, inside)
     left.update(inside)
     return Samples(items, None, bad)
@@ -228,4 +233,5 @@ def _rows(datasets: Any, loaded: Any, name: str, split: str | None) -> Samples:
             bad.append(Failure(str(row), f"{name}, row {row}", f"the label must be a class number, got {label!r}"))
         else:
             items.append(Sample(str(row), f"{name}, row {row}", load(row), label))
-    return Samples(items, list(features[named].names) if named else None, bad)
+    origin = str(loaded._fingerprint)  # of its files, split and rows
+    return Samples(items, list(features[named].names) if named else None, bad, origin=origin)

@@ -86,7 +86,7 @@ def evaluate_images(
         "scores": list(chosen),
         "classes": classes,
         "outputs": outputs,
-        "data": digest([[sample.id, sample.label] for sample in samples.items]),
+        "data": digest([samples.origin, *([sample.id, sample.label] for sample in samples.items)]),
         "text": None if text is None else digest(text.double().cpu().tolist()),
     }
     processes = Processes.here(parameter.device.type == "cpu")
@@ -101,6 +101,8 @@ def evaluate_images(
             features, logits = probe(made)
             if not bool(torch.isfinite(features).all()):
                 raise ValueError(f"the features of the {variant} model are not finite")
+            if logits is not None and not bool(torch.isfinite(logits).all()):
+                raise ValueError(f"the logits of the {variant} model are not finite")
             if text is not None:
                 logits = torch.nn.functional.normalize(features, dim=-1) @ text.float().cpu().T
             seen[variant] = features, logits
@@ -136,6 +138,7 @@ def evaluate_images(
             batch=batch,
             processes=processes,
             tick=tick,
+            mark=lambda sample: {"picture": sample.size},
         )  # fmt: skip
         outcome = loop.run(samples.items)
     finally:

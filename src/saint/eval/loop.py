@@ -10,8 +10,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from ..errors import SaintError
 from ..extras import require
-from .journal import Journal
+from ..records import differences
+from .journal import Journal, JournalError
 
+MARK = "item"  # of a journal's entry: what tells the item from another with its id
 _PATIENCE = 4  # samples that the model may fail on before its first success
 
 
@@ -105,6 +107,8 @@ class Loop(Generic[I, P]):
         batch: items per call of ``score``.
         processes: among which the items are split.
         tick: called with the number of items dealt with since the last call.
+        mark: plain data that tells an item from another with its id; a result of another is refused. Not part of the key, so
+            that an item that failed can be mended.
     """
 
     def __init__(
@@ -117,12 +121,13 @@ class Loop(Generic[I, P]):
         batch: int,
         processes: Processes,
         tick: Callable[[int], None],
+        mark: Callable[[I], Mapping[str, Any]] = lambda _: {},
     ) -> None:
         if batch < 1:
             raise ValueError(f"batch must be >= 1, got {batch}")
         self.read, self.score, self.batch, self.processes, self.tick = read, score, batch, processes, tick
         self.path = None if journal is None else Path(journal)
-        self.key = key
+        self.key, self.mark = key, mark
         self._failures: list[Failure] = []
         self._model_failed = 0
 
@@ -131,7 +136,7 @@ class Loop(Generic[I, P]):
 
         Raises:
             ValueError: nothing could be evaluated, or what the model raises when it fails from the start.
-            JournalError, OSError: the journal cannot be used.
+            JournalError, OSError: the journal cannot be used, or holds the result of another item under the same id.
         """
         own = self.processes
         key = {**self.key, "batch": self.batch}  # results move with it: by rounding, and with budget="batch" by more
@@ -139,15 +144,15 @@ class Loop(Generic[I, P]):
         try:
             own.wait()  # no process writes before every process has read
             done = dict(journal.done) if journal is not None else {}
-            ids = {item.id for item in items}
-            done = {key: entry for key, entry in done.items() if key in ids}
+            done = {item.id: self._same(item, done[item.id]) for item in items if item.id in done}
             left = [item for item in items if item.id not in done]
             self.tick(len(done))
+            marks = {item.id: {MARK: dict(self.mark(item))} for item in left} if journal is not None else {}
             made: dict[str, dict[str, Any]] = {}
             for entries in self._batches(left[own.rank :: own.world], bool(done)):
                 if journal is not None:
-                    entries = journal.append(entries)
-                made.update({entry["id"]: entry for entry in entries})
+                    entries = journal.append([entry | marks[entry["id"]] for entry in entries])
+                made.update({entry["id"]: _bare(entry) for entry in entries})
         finally:
             if journal is not None:
                 journal.close()
@@ -160,6 +165,14 @@ class Loop(Generic[I, P]):
         order = {item.id: place for place, item in enumerate(items)}
         failures.sort(key=lambda failure: order[failure.id])
         return Outcome({item.id: found[item.id] for item in items if item.id in found}, failures, len(done))
+
+    def _same(self, item: I, entry: dict[str, Any]) -> dict[str, Any]:
+        """``entry``, which must be of ``item`` and not of another that had its id."""
+        if shown := differences(entry.get(MARK, {}), dict(self.mark(item))):
+            raise JournalError(
+                f"{self.path} holds the result of something else for {item.where} ({shown}): delete it or give another file name"
+            )
+        return _bare(entry)
 
     def _batches(self, items: Sequence[I], succeeded: bool) -> Iterator[list[dict[str, Any]]]:
         """Results of each batch; the next batch is read while one is scored."""
@@ -207,3 +220,7 @@ class Loop(Generic[I, P]):
     def _fail(self, item: I, error: Exception) -> None:
         text = " ".join(str(error).split())[:300]
         self._failures.append(Failure(item.id, item.where, text or type(error).__name__))
+
+
+def _bare(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if name != MARK}

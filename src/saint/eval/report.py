@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..plans import Plan
 from ..session import Session
 from .compare import Paired, compare
-from .loop import Failure
+from .loop import MARK, Failure
 
 BASE = "base"
 YES_OR_NO = ("same_top1", "same_answer", "same_first_token")  # agreement that a sample has or has not
@@ -93,10 +93,12 @@ def check_plans(plans: Mapping[str, Plan]) -> None:
     """Refuse what cannot be compared.
 
     Raises:
-        ValueError: no plan, or one called "base".
+        ValueError: no plan, or one called "base", "id" or "item".
     """
-    if not plans or BASE in plans:
-        raise ValueError(f'give at least one plan, none of them called "{BASE}", got {list(plans)}')
+    taken = (BASE, "id", MARK)  # what else an entry of the journal holds
+    if not plans or set(taken) & set(plans):
+        names = ", ".join(f'"{name}"' for name in taken)
+        raise ValueError(f"give at least one plan, none of them called {names}, got {list(plans)}")
 
 
 def by_sample(entries: Sequence[Mapping[str, Any]], variants: Sequence[str], among: Sequence[str]) -> BySample:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..bench.encoder import copy_sharing_weights
 from ..errors import AlreadyAppliedError
-from ..images import read_image
+from ..images import mark, read_image
 from ..loading.listing import printable
 from ..loading.vlm import LoadedVLM
 from ..plans import Plan
@@ -249,6 +249,8 @@ def evaluate_vqa(
                     return_dict_in_generate=True,
                 )  # fmt: skip
             logits[variant] = out.logits[0].float()
+            if not bool((logits[variant] < math.inf).all()):  # -inf says that a token cannot come; NaN says nothing
+                raise ValueError(f"the logits of the {variant} model are not finite")
             left = kept(sessions[variant], len(batch)) if variant in sessions else None
             new = out.sequences[:, length:]
             for sample, (question, entry) in enumerate(zip(batch, entries, strict=True)):
@@ -280,6 +282,7 @@ def evaluate_vqa(
             batch=batch,
             processes=processes,
             tick=tick,
+            mark=lambda question: {"picture": _mark(question)},
         )  # fmt: skip
         outcome = loop.run(asked)
     finally:
@@ -342,6 +345,10 @@ def _with_ids(questions: Sequence[Question]) -> list[Question]:
 def _facts(question: Question, prompt: str) -> list[Any]:
     image = "" if isinstance(question.image, Image.Image) else Path(question.image).name
     return [question.id, image, prompt, question.answers, question.choices]
+
+
+def _mark(question: Question) -> int:
+    return mark(question.image if isinstance(question.image, Image.Image) else Path(question.image))
 
 
 def _scored(said: str, question: Question) -> dict[str, float]:

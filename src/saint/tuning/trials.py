@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ..analysis.causal import KL, measure_of, next_token_kl, sample_losses
 from ..bench.agreement import answer
 from ..eval.journal import Journal
+from ..eval.report import fingerprint
 from ..plans import Plan
 from ..session import pruned
 from ..upstream.names import IDS
@@ -127,7 +129,8 @@ class Trials:
         self._asked: dict[int, tuple[Sample, int]] = {}
         self._bases: dict[int, Tensor] = {}
         self._known: dict[str, dict[str, Any]] = {}
-        key = {"kind": "tune", **facts, "measure": self.measure, "batch": self.batch, "data": self._fingerprint()}
+        key = {"kind": "tune", **facts, "measure": self.measure, "batch": self.batch}
+        key |= {"weights": fingerprint(model), "data": self._fingerprint()}
         self._journal = None if journal is None else Journal(Path(journal), key)
         if self._journal is not None:
             self._known.update(self._journal.done)
@@ -159,6 +162,10 @@ class Trials:
             for numbers in self._batches(which):
                 found = self._forward(numbers)
                 losses += self._losses(numbers, found)
+                if bad := [
+                    n for n, loss in zip(numbers, losses[-len(numbers) :], strict=True) if not math.isfinite(loss)
+                ]:
+                    raise ValueError(f"the output for image(s) {bad} is not finite: leave them out, or use float32")
                 left.append([entry.tokens_out.tolist() for entry in session.trace])
                 self.tick(len(numbers))
         points = zip(*left, strict=True)  # of each batch's lists the first drop point's, then the second's, ...
@@ -245,12 +252,14 @@ class Trials:
             yield batch
 
     def _fingerprint(self) -> int:
-        """Of the images and of some weights: another image or another checkpoint is another run."""
-        parameters = [p for p in self.model.parameters() if p.is_floating_point()]
-        tensors = [t for sample in self.samples for t in sample.tensors] + parameters[:2] + parameters[-2:]
+        """Of the images and of what else the forwards are given."""
         found = 0
-        for tensor in tensors:
-            found = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), found)
+        for sample in self.samples:
+            for name, value in [*enumerate(sample.args), *sorted(sample.kwargs.items())]:
+                plain = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
+                found = zlib.crc32(repr((name, plain)).encode(), found)
+                if isinstance(value, Tensor):
+                    found = zlib.crc32(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes(), found)
         return found
 
 
