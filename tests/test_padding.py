@@ -1,4 +1,4 @@
-"""A sample behind whose tokens comes padding gets what it gets alone, without padding: every output, pool and place of a stage."""
+"""A sample that is padded gets what it gets alone, without padding: every output, pool and place of a stage."""
 
 import functools
 
