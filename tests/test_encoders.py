@@ -12,6 +12,7 @@ from saint.upstream.registry import ENCODERS
 from saint.vision.locate import locate
 from support.models import NAMES, backbones, build, enliven, prepared, restage
 from support.oracles import nearest
+from support.padded import naflex, patches
 
 
 @pytest.mark.parametrize("contract", testing.CONTRACTS)
@@ -131,29 +132,10 @@ def test_example_plans_really_are_ragged():
 # -- inputs and keys of some architectures ------------------------------------------------------------------------------
 
 
-def patches(model):
-    """Patches of three pictures, 6 x 6, 4 x 5 and 6 x 3, behind them padding."""
-    generator = torch.Generator().manual_seed(3)
-    x, coordinates = torch.randn(3, 36, 768, generator=generator), torch.zeros(3, 36, 2, dtype=torch.long)
-    valid = torch.zeros(3, 36, dtype=torch.bool)
-    for sample, (rows, columns) in enumerate(((6, 6), (4, 5), (6, 3))):
-        count = rows * columns
-        coordinates[sample, :count] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-        valid[sample, :count] = True
-        x[sample, : count // 2] = x[sample, :1] + 0.1 * x[sample, : count // 2]
-    return {"x": x, "patch_coord": coordinates, "patch_valid": valid}
-
-
 @pytest.mark.parametrize(("pool", "rope"), [("avg", "none"), ("avgmax", "axial"), ("map", "none"), ("token", "mixed")])
 def test_patches_of_pictures_of_several_shapes(pool, rope):
     """NaFlexViT with what its collator gives: per-sample grids, padding, rotary tables of every sample."""
-    import timm
-
-    torch.manual_seed(0)
-    sizes = {"embed_dim": 48, "depth": 4, "num_heads": 3, "pos_embed_grid_size": (6, 6), "num_classes": 7}
-    extra = {"global_pool": pool, "rope_type": rope, "class_token": True, "reg_tokens": 2, "fc_norm": False}
-    model = enliven(timm.create_model("naflexvit_base_patch16_gap", **sizes, **extra).eval())
-    inputs = patches(model)
+    model, inputs = naflex(pool, rope), patches()
     plan = testing.example_plan(model, inputs)
     for contract in testing.CONTRACTS.values():
         contract(model, plan, inputs)

@@ -6,12 +6,16 @@ import pytest
 import torch
 
 import saint
+from saint import testing
 from saint.methods import DivPrune, Random
 from saint.plans import Plan, Stage
+from saint.vision.locate import locate
 from support.families import FAMILIES, prompts
+from support.models import prepared
 
 VISION = Stage(saint.SaintFullGraph(keep=0.5), layers=[1])
 BATCH = [[4, "0", 7], [3, "1", 2]]
+NOT_FINITE = [torch.nan, torch.inf, -torch.inf]
 
 
 def build(name: str):
@@ -26,7 +30,7 @@ def poison(module: torch.nn.Module, value: float) -> None:
         module.weight[-1] = value
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("value", NOT_FINITE)
 @pytest.mark.parametrize("name", ["llava-llama", "paligemma"])
 def test_a_connector_that_gives_nan_is_no_dropped_token(name, value):
     model, inputs = build(name)
@@ -47,6 +51,34 @@ def test_a_connector_that_gives_nan_is_no_dropped_token(name, value):
         model(**inputs)
 
 
+@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize("placement", ["input", "mid", "post"])
+@pytest.mark.parametrize("name", ["timm/vit-augreg", "timm/eva02", "transformers/clip", "open_clip/vit"])
+def test_one_number_of_a_sample_of_an_encoder(name, placement, value):
+    """Of one token, of one sample, at the place where tokens are chosen: refused, and the sample is named."""
+    model, _, inputs = prepared(name)
+    _, encoder, spec = locate(model)
+    prefix = spec.prefix(encoder)
+
+    def spoil(_module, args, kwargs):
+        x = (args[0] if args else kwargs["hidden_states"]).clone()
+        x[1, prefix + 4, 2] = value
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+    plan = Plan(
+        vision=Stage(saint.SaintFullGraph(keep=0.5), layers=None if placement == "input" else [1], placement=placement)
+    )
+    layer = encoder.get_submodule(spec.blocks)[0 if placement == "input" else 1]
+    hook = layer.register_forward_pre_hook(spoil, with_kwargs=True)
+    try:
+        with saint.pruned(model, plan), pytest.raises(ValueError, match=r"are NaN or Inf for sample\(s\) \[1\]"):
+            testing.run(model, inputs)
+    finally:
+        hook.remove()
+    with saint.pruned(model, plan):
+        assert all(bool(torch.isfinite(out).all()) for out in testing.run(model, inputs).values())
+
+
 @pytest.mark.parametrize("name", ["qwen2-vl", "internvl", "gemma3"])
 def test_a_merger_that_gives_nan_is_no_dropped_group(name):
     model, inputs = build(name)
@@ -64,7 +96,7 @@ def test_a_merger_that_gives_nan_is_no_dropped_group(name):
         model(**inputs)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("value", NOT_FINITE)
 @pytest.mark.parametrize("method", [saint.Saint(budget=0.5), Random(0.5)], ids=lambda m: m.name)
 def test_keys_of_the_language_model_that_are_not_finite(value, method):
     model, inputs = build("llava-llama")

@@ -10,7 +10,9 @@ import saint
 from saint import graph, testing
 from saint.methods import Match, ToMe
 from saint.tokens import Candidates, TokenMap
-from support.models import build
+from saint.vision.locate import locate
+from support.families import FAMILIES, prompts
+from support.models import NAMES, build, prepared
 
 CPU = torch.device("cpu")
 
@@ -176,6 +178,64 @@ def test_the_encoder_says_how_wide_its_grid_is(vit):
     with torch.no_grad(), saint.apply(vit, Match(), observers=[Look()]):
         vit(torch.randn(1, 3, 224, 224))
     assert seen == [14, 14]  # every other of 4 layers
+
+
+class Places:
+    """Notes what a method is shown."""
+
+    def __init__(self):
+        self.seen = []
+
+    def candidates(self, stage, layer, candidates):
+        self.seen.append((stage, candidates))
+
+
+@pytest.mark.parametrize("placement", ["input", "post"])
+@pytest.mark.parametrize("name", NAMES)
+def test_columns_of_every_encoder(name, placement):
+    """The side of the grid where pictures lie on one, None where each has its own."""
+    model, _, inputs = prepared(name)
+    spec = locate(model)[2]
+    look = Places()
+    layers = None if placement == "input" else [0, 2]
+    plan = saint.Stage(Match(budget=0.6), layers=layers, placement=placement)
+    with torch.no_grad(), saint.pruned(model, plan, observers=[look]):
+        testing.run(model, inputs)
+    assert len(look.seen) >= 1
+    for _, candidates in look.seen:
+        assert candidates.tokens.width == 36
+        assert candidates.columns == (None if spec.patch is None else 6)
+        assert candidates.cells is None
+        assert candidates.attention is None
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_columns_of_every_family(name):
+    """Of a tower the side of its patches' grid where a candidate is one patch; of groups, packed towers and prompts none.
+
+    So a match among groups is one along their order, not along the grid of the patches.
+    """
+    family = FAMILIES[name]
+    if family.tower is None:
+        pytest.skip("no tower")
+    model = family.build()
+    inputs = prompts(family, model, [[4, "0", 7]])
+    look = Places()
+    method = Match(budget=0.6)
+    plan = saint.Plan(vision=saint.Stage(method, layers=[0]), language=saint.Stage(method, layers=[1]))
+    with torch.no_grad(), saint.pruned(model, plan, observers=[look]) as session:
+        model(**inputs)
+        kept = session.trace[0].kept
+    assert {stage for stage, _ in look.seen} == {"vision", "language"}
+    for stage, candidates in look.seen:
+        alone = stage == "vision" and family.merge_size == 1 and "image_grid_thw" not in inputs
+        assert candidates.columns == (round(candidates.tokens.width**0.5) if alone else None)
+    shown = look.seen[0][1]
+    goal = int(0.6 * shown.tokens.lengths[0] + 0.5)
+    pairs = graph.pair(shown.keys, shown.tokens.index, shown.columns, valid=shown.tokens.valid)
+    best = pairs.similarity[0].argsort(descending=True, stable=True)[: shown.tokens.lengths[0] - goal]
+    gone = set(pairs.leaves[0, best].tolist())
+    assert kept[0].tolist() == [i for i in range(shown.tokens.lengths[0]) if i not in gone]
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])

@@ -15,7 +15,9 @@ import transformers as hf
 from PIL import Image
 
 import saint
+from saint import testing
 from saint.flops import count_flops
+from saint.methods import Random
 from saint.plans import Plan, Stage
 from saint.vision.locate import locate
 from support.families import FAMILIES, cache_of, cached, prompts
@@ -434,7 +436,7 @@ def test_summary_of_a_ragged_batch(vit, images):
         ("open_clip/vit", 96, 0.02),
     ],
 )
-@pytest.mark.parametrize("placement", ["mid", "post"])
+@pytest.mark.parametrize("placement", ["input", "mid", "post"])
 def test_flops_left_are_those_that_run(name, pixels, scoring, placement):
     model = build(name)
     images = torch.randn(2, 3, pixels, pixels, generator=torch.Generator().manual_seed(0))
@@ -448,7 +450,11 @@ def test_flops_left_are_those_that_run(name, pixels, scoring, placement):
         return sum(parts)
 
     whole = counted()
-    with saint.apply(model, Stage(saint.Saint(budget=0.4), layers=[0, 1], placement=placement)) as session:
+    if placement == "input":
+        stage = Stage(Random(keep=0.4), placement=placement)  # nothing is scored
+    else:
+        stage = Stage(saint.Saint(budget=0.4), layers=[0, 1], placement=placement)
+    with saint.apply(model, stage) as session:
         left = counted() / whole
         estimate = session.summary().flops_left
     assert estimate <= left + 1e-9
@@ -513,6 +519,77 @@ def test_summary_of_a_vision_language_model(llava):
     assert (summary.kv_kept, summary.kv_unpruned) == (memory.kept, memory.unpruned)
     assert 0 < summary.flops_left < 1
     assert f"KV cache: {memory.kept:,} of {memory.unpruned:,} bytes" in str(summary)
+
+
+PLACES = {  # stages of an encoder with 36 candidates and 4 layers: what enters its layers, (stage, layer, place, in, out)
+    "input": ([("input", None, 0.5)], [18, 18, 18, 18], [("input", 36, 18)]),
+    "mid": ([("mid", [1], 0.5)], [36, 36, 18, 18], [("mid", 36, 18)]),
+    "post": ([("post", [1], 0.5)], [36, 36, 18, 18], [("post", 36, 18)]),
+    "last": ([("post", [3], 0.5)], [36, 36, 36, 36], [("post", 36, 18)]),
+    "input and post": ([("input", None, 27), ("post", [1], 9)], [27, 27, 9, 9], [("input", 36, 27), ("post", 27, 9)]),
+    "input and mid": ([("input", None, 27), ("mid", [0], 9)], [27, 9, 9, 9], [("input", 36, 27), ("mid", 27, 9)]),
+}
+
+
+@pytest.mark.parametrize("stages", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("name", ["timm/vit-augreg", "transformers/clip"])
+def test_summary_of_every_placement(name, stages):
+    """Layers, drops and FLOPs; the latter from the formula, with tokens in each half of a block."""
+    given, entering, drops = stages
+    model = build(name)
+    inputs = testing.example_inputs(model)
+    plan = [Stage(saint.SaintFullGraph(keep=keep), placement=place, layers=layers) for place, layers, keep in given]
+    with saint.apply(model, Plan(vision=plan)) as session, torch.no_grad():
+        model(**inputs)
+        summary = session.summary()
+        prefix = session._encoder.prefix
+    assert summary.layers == {"vision": tuple(map(float, entering))}
+    assert [(d.placement, d.tokens_in.mean, d.tokens_out.mean) for d in summary.drops] == drops
+    assert [(d.tokens_in.least, d.tokens_out.most) for d in summary.drops] == [(n, k) for _, n, k in drops]
+    _, encoder, spec = locate(model)
+    blocks = encoder.get_submodule(spec.blocks)
+    behind = [*entering[1:], drops[-1][2]]
+    mids = {layers[0] for place, layers, _ in given if place == "mid"}
+    left = whole = 0
+    for layer, block in enumerate(blocks):
+        sizes = {n: m.weight.numel() for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
+        mlp = sum(size for n, size in sizes.items() if n.startswith("mlp"))
+        attention, width = sum(sizes.values()) - mlp, 48
+        for inner, outer, into in (
+            (entering[layer], behind[layer] if layer in mids else entering[layer], "left"),
+            (36, 36, "whole"),
+        ):
+            n, k = inner + prefix, outer + prefix
+            flops = 2 * attention * n + 4 * width * n * n + 2 * mlp * k
+            left, whole = (left + flops, whole) if into == "left" else (left, whole + flops)
+    assert summary.flops_left == pytest.approx(left / whole, rel=1e-9)
+
+
+@pytest.mark.parametrize("stage", ["vision", "connector", "language"])
+@pytest.mark.parametrize("name", ["llava-llama", "gemma3", "qwen2-vl"])
+def test_summary_of_every_stage_alone(name, stage):
+    """What enters each layer of each part, from the trace's counts alone."""
+    family = FAMILIES[name]
+    model = family.build()
+    inputs = prompts(family, model, [[4, "0", 7]])
+    stages = {"vision": VISION, "connector": CONNECTOR, "language": LANGUAGE}
+    with saint.apply(model, Plan(**{stage: stages[stage]})) as session, torch.no_grad():
+        model(**inputs)
+        summary, trace = session.summary(), session.trace
+        depth = len(model.get_submodule(family.tower if stage == "vision" else family.decoder))
+    assert {entry.stage for entry in trace} == {stage}
+    count, want = float(trace[0].tokens_in[0]), []
+    if stage == "connector":
+        count = float(trace[0].tokens_out[0])
+    for layer in range(depth):
+        want.append(count)
+        out = [entry for entry in trace if entry.layer == layer and stage != "connector"]
+        count = float(out[0].tokens_out[0]) if out else count
+    assert summary.layers == {"language" if stage == "connector" else stage: tuple(want)}
+    memory = session.kv_memory
+    assert (summary.kv_kept, summary.kv_unpruned) == (
+        (None, None) if memory is None else (memory.kept, memory.unpruned)
+    )
 
 
 def test_summary_without_a_language_stage(llava):

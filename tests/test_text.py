@@ -254,6 +254,12 @@ def test_what_only_holds_or_derives_from_a_language_model_is_none(llama):
     class Images(hf.LlamaForCausalLM):
         """Merges images into the embeddings, for all that is known."""
 
+    class MyVisionForCausalLM(hf.LlamaForCausalLM):
+        """Likewise, under a name like those of heads."""
+
+    class MyVisionForSequenceClassification(hf.LlamaForSequenceClassification):
+        """Likewise."""
+
     class Seeing(hf.LlamaModel):
         """Likewise."""
 
@@ -262,7 +268,8 @@ def test_what_only_holds_or_derives_from_a_language_model_is_none(llama):
             super().__init__()
             self.model, self.vision = llama.model, torch.nn.Linear(2, 2)
 
-    for model in (Images(llama.config), Seeing(llama.config), Holder(), hf.LlamaForTokenClassification(llama.config)):
+    derived = (Images, MyVisionForCausalLM, MyVisionForSequenceClassification, Seeing, hf.LlamaForTokenClassification)
+    for model in (*(cls(llama.config) for cls in derived), Holder()):
         assert find(model) is None
         with pytest.raises(UnsupportedModelError, match="without images, whose prompt tokens"):
             saint.apply(model, PLANS["post"])

@@ -148,6 +148,26 @@ def test_bad_features_stop_no_engine():
     assert kept.shape == (5,)
 
 
+BAD = [torch.nan, torch.inf, -torch.inf]
+
+
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("method", [DIVPRUNE(keep=0.5), saint.SaintFullGraph(keep=0.5)], ids=lambda m: m.name)
+def test_a_number_that_is_not_finite_counts_as_zero(method, value):
+    """One number, a whole row, a channel, everything: the choice is that of the picture with 0 in its place."""
+    generator = torch.Generator().manual_seed(4)
+    choice = Choice(method, (8, 6), (4, 3))
+    for where in ((3, 1), (9,), (slice(None), 2), (slice(None),)):
+        features = torch.randn(14, 6, generator=generator)
+        bad, plain = features.clone(), features.clone()
+        bad[where], plain[where] = value, 0.0
+        other = torch.randn(14, 6, generator=generator)
+        got = selection.indices([bad, other], [choice, choice])
+        want = selection.indices([plain, other], [choice, choice])
+        assert [kept.tolist() for kept in got] == [kept.tolist() for kept in want]
+        assert bool(torch.isfinite(other).all())
+
+
 def test_features_of_another_number_are_told():
     with pytest.raises(ValueError, match="made 9 features of a picture, its prompt counts on 10"):
         selection.indices([torch.zeros(9, 4)], [Choice(DIVPRUNE(keep=0.5), (10,), (5,))])

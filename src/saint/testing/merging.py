@@ -75,9 +75,12 @@ def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
         if isinstance(table, tuple):
             return tuple(positions(t) for t in table)
         assert groups is not None
-        if table.shape[-2] != len(groups[0]):
+        most = max(map(len, groups))
+        if table.shape[-2] != most:
             return table
-        rows = torch.stack([table[..., into, :] for into in groups])
+        own = table.ndim == 4 and len(table) == len(groups)  # every sample has its own grid
+        padded = [torch.cat([into, torch.arange(len(into), most, device=into.device)]) for into in groups]
+        rows = torch.stack([(table[b] if own else table)[..., into, :] for b, into in enumerate(padded)])
         return rows.unsqueeze(1) if table.ndim == 2 else rows
 
     def pairs(bias: Tensor | None) -> Tensor | None:

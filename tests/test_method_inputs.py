@@ -1,0 +1,120 @@
+"""What each method looks at: keys, features, the attention row, the place, and nothing else of what it is shown."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import saint
+from saint import graph
+from saint.methods import DivPrune, FastV, Grid, Match, PiToMe, Random, ToMe
+from saint.tokens import Candidates, TokenMap
+
+COUNT, COLUMNS = 24, 6
+LOOKS = {  # method: the parts of the candidates that its choice depends on
+    saint.Saint(budget=0.6): {"keys"},
+    saint.Saint(threshold=0.4, neighbors=3): {"keys"},
+    saint.SaintFullGraph(keep=0.6): {"keys"},
+    Match(budget=0.6): {"keys", "columns"},
+    Match(budget=0.6, fate="merge"): {"keys", "columns"},
+    ToMe(budget=0.6): {"keys"},
+    PiToMe(budget=0.6): {"keys"},
+    DivPrune(keep=0.6): {"features"},
+    FastV(keep=0.6): {"attention"},
+    Grid(keep=0.6): set(),
+    Random(keep=0.6): set(),
+}
+
+
+def noise(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def shown(**changes: object) -> Candidates:
+    base = Candidates(
+        noise(1, 2, COUNT, 4),
+        noise(2, 2, COUNT, 5),
+        TokenMap.full(2, COUNT, torch.device("cpu")),
+        0,
+        1,
+        attention=noise(3, 2, COUNT).softmax(-1),
+        columns=COLUMNS,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+OTHER = {
+    "keys": {"keys": noise(11, 2, COUNT, 4)},
+    "features": {"features": noise(12, 2, COUNT, 5)},
+    "attention": {"attention": noise(13, 2, COUNT).softmax(-1)},
+    "columns": {"columns": 5},
+}
+
+
+def choice(method, candidates):
+    selection = method.select(candidates)
+    assert selection is not None
+    owner = None if selection.owner is None else selection.owner.tolist()
+    return selection.slots.tolist(), selection.lengths, owner
+
+
+@pytest.mark.parametrize("method", LOOKS, ids=repr)
+def test_a_method_looks_at_what_it_says_and_at_nothing_else(method):
+    before = choice(method, shown())
+    for part, change in OTHER.items():
+        changed = choice(method, shown(**change)) != before
+        assert changed == (part in LOOKS[method]), f"{part} {'matters' if changed else 'is not looked at'}"
+
+
+def test_every_method_is_here():
+    video = {"evs", "saint_video"}  # they need frames
+    assert {method.name for method in LOOKS} == set(saint.methods.names()) - video
+
+
+@pytest.mark.parametrize("keep", [2, 7, 15])
+def test_divprune_spreads_features_and_not_keys(keep):
+    """Farthest-point selection, one distance at a time."""
+    candidates = shown()
+    (chosen, _, _) = choice(DivPrune(keep), candidates)
+    for row, features in zip(chosen, candidates.features, strict=True):
+        unit = torch.nn.functional.normalize(features.double(), dim=-1)
+        away = [[1 - float(unit[i] @ unit[j]) for j in range(COUNT)] for i in range(COUNT)]
+        nearest = [min(away[i][j] for j in range(COUNT) if j != i) for i in range(COUNT)]
+        want = [max(range(COUNT), key=lambda i: (nearest[i], -i))]
+        while len(want) < keep:
+            left = [i for i in range(COUNT) if i not in want]
+            want.append(max(left, key=lambda i: (min(away[i][s] for s in want), -i)))
+        assert row == sorted(want)
+
+
+# -- equality at a threshold ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fate", ["drop", "weigh", "merge"])
+def test_pairs_of_equal_tokens_reach_a_threshold_of_one(fate):
+    """Six directions, two tokens of each beside one another on the snake."""
+    keys = torch.eye(6).repeat_interleave(2, 0)[None]
+    tokens = TokenMap.full(1, 12, torch.device("cpu"))
+    selection = Match(threshold=1.0, fate=fate, floor=0.0).select(Candidates(keys, keys, tokens, 0, 1))
+    assert selection.lengths == (6,)
+    assert [slot // 2 for slot in selection.slots[0].tolist()] == list(range(6))  # one of each pair
+    assert bool((graph.pair(keys, tokens.index, None).similarity == 1.0).all())
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.25, 0.0, -0.5])
+@pytest.mark.parametrize("kind", ["match", "saint"])
+def test_a_pair_exactly_at_the_threshold_counts(kind, threshold):
+    """Vectors whose cosine is the threshold without rounding, and the next larger threshold, which they do not reach."""
+    beside = {0.5: [1.0, 1.0, 1.0, 1.0], 0.25: None, 0.0: [0.0, 1.0, 0.0, 0.0], -0.5: [-1.0, 1.0, 1.0, 1.0]}[threshold]
+    first = torch.tensor([1.0, 0.0, 0.0, 0.0] + [0.0] * 12)
+    other = torch.ones(16) if beside is None else torch.tensor(beside + [0.0] * 12)
+    keys = torch.stack([first, other])[None]
+    tokens = TokenMap.full(1, 2, torch.device("cpu"))
+    for value, leaves in ((threshold, 1), (threshold + 1e-3, 0)):
+        method = (
+            Match(threshold=value, floor=0.0)
+            if kind == "match"
+            else saint.Saint(threshold=value, neighbors=1, floor=0.0)
+        )
+        selection = method.select(Candidates(keys, keys, tokens, 0, 1))
+        assert 2 - (2 if selection is None else selection.lengths[0]) == leaves
