@@ -12,7 +12,7 @@ ENGINES := .engines
 WORKERS ?= 2
 SAMPLE ?= 60
 SEED ?= 1
-.PHONY: help setup demo test engines map mutants names matrix check fix bench results analysis tables docs lock clean
+.PHONY: help setup demo test golden engines map mutants names matrix check fix bench results analysis tables docs lock clean
 help:            ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -29,6 +29,8 @@ demo: $(STAMP)   ## prune a real CLIP on real photographs, with pictures in demo
 	$(RUN)/saint demo $(ARGS)
 test: $(STAMP)   ## the whole suite, in two processes (WORKERS=0: in one)
 	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+golden: $(STAMP) ## write tests/golden anew: what commands write and print, outputs of plans; read the diff
+	$(RUN)/python -m pytest tests/test_golden.py --write-golden $(ARGS)
 engines: $(STAMP) $(ENGINES)/.installed ## engines of other projects: Ray, ONNX Runtime, OpenVINO, and vLLM in .engines (several GB)
 	$(RUN)/python -m pip install --quiet $(addprefix -c ,$(CONSTRAINTS)) -e '.[ray,export]' num2words
 	SAINT_VLLM_PYTHON=$(abspath $(ENGINES))/bin/python $(RUN)/python -m pytest tests/engines tests/test_backends_export.py $(ARGS)

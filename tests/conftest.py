@@ -12,6 +12,10 @@ pytest_plugins = [
 ]  # their fixtures
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-golden", action="store_true", help="write tests/golden anew (make golden)")
+
+
 class _Deprecated(logging.Handler):
     """transformers says some deprecations by its logger, once: an error where our own call is the reason."""
 

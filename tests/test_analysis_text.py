@@ -19,9 +19,8 @@ from saint.loading import DownloadError, load_model
 from saint.loading.text import is_text, load_text
 from support.command_line import one_line
 from support.probing import entropy, observed, weights
-from support.text import batch, tiny
+from support.text import WORDS, batch, save_text, tiny
 
-WORDS = [f"w{n}" for n in range(100)]
 PROMPTS = [" ".join(WORDS[n : n + 12]) for n in range(9)]
 
 
@@ -31,17 +30,8 @@ def items(prompts=PROMPTS):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny Llama with a tokenizer of a token per word."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     path = tmp_path_factory.mktemp("text") / "tiny-llama"
-    words = Tokenizer(models.WordLevel({w: n for n, w in enumerate(["[PAD]", "[UNK]", *WORDS])}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(path)
-    model = tiny("llama")
-    with torch.no_grad():  # other weights than those that the seed of random ones gives
-        model.get_input_embeddings().weight.mul_(1.5)
-    model.save_pretrained(path)
+    save_text(path)
     return path
 
 

@@ -2,6 +2,7 @@
 
 import torch
 import transformers as hf
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from saint.upstream.tiny import PAD, make, text_config
 
@@ -33,3 +34,18 @@ def batch(lengths: list[int], side: str = "left", seed: int = 0) -> dict:
         ids[row, where] = torch.randint(2, 99, (n,), generator=generator)
         mask[row, where] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+WORDS = [f"w{n}" for n in range(100)]
+
+
+def save_text(path) -> str:
+    """A tiny Llama with a tokenizer of a token per word, in a folder: what MODEL is called."""
+    words = Tokenizer(models.WordLevel({w: n for n, w in enumerate(["[PAD]", "[UNK]", *WORDS])}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(path)
+    model = tiny("llama")
+    with torch.no_grad():  # other weights than those that the seed of random ones gives
+        model.get_input_embeddings().weight.mul_(1.5)
+    model.save_pretrained(path)
+    return f"hf:{path}"

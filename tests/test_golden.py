@@ -1,0 +1,236 @@
+"""What every command writes and prints on tiny models, figure by figure, and the outputs of the measured plans, bit by bit.
+
+``make golden`` writes ``tests/golden`` anew; what changed is read in the diff. Times come from a clock that is wound by its calls, so
+that figures made of times are held too.
+"""
+
+import json
+import re
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import saint
+from saint.bench import encoder, generation, timing
+from saint.cli import COMMANDS, common
+from saint.report import make_report
+from saint.runtime import observe
+from support import golden
+from support import records as made
+from support.checkpoints import TEMPLATE, save
+from support.text import WORDS, save_text
+
+TINY = ["timm:test_vit", "--no-pretrained", "--threads", "1", "--device", "cpu"]
+HERE = ["--threads", "1", "--device", "cpu"]
+SAINT = json.dumps(saint.Plan(vision=saint.Stage(saint.Saint(threshold=0.7), layers=[0, 2])).to_dict())
+HALF = json.dumps(saint.Plan(vision=saint.Stage(saint.methods.Match(budget=0.5), layers=[1])).to_dict())
+HYBRID = json.dumps(
+    saint.Plan(
+        vision=saint.Stage(saint.methods.Grid(keep=0.7), layers=[1]),
+        connector=saint.methods.DivPrune(keep=0.6),
+        language=saint.Stage(saint.Saint(budget=0.5), layers=[2]),
+    ).to_dict()
+)
+
+# what is run, by name: the arguments, in which these words are replaced: PHOTOS, PHOTO, SOME, CLASSES, VLM, TEXT, QUESTIONS, PROMPTS, OUT
+RUNS = {
+    "demo": ["demo", *TINY, "--image", "PHOTOS", "--plan", SAINT, "--repeats", 3, "--out", "OUT"],
+    "check": ["check", *TINY[:2]],
+    "check-vlm": ["check", "VLM"],
+    "bench": ["bench", *TINY, "--image", "PHOTOS", "--plan", SAINT, "--batch", 2, "--repeats", 5, "--warmup", 1],
+    "bench-vlm": [
+        "bench", "VLM", *HERE, "--image", "PHOTOS", "--plan", HYBRID, "--batch", 2, "--repeats", 3, "--warmup", 1,
+        "--new-tokens", 3,
+    ],
+    "chat": ["chat", "VLM", *HERE, "--image", "PHOTO", "--prompt", "what w5", "--plan", HYBRID, "--max-new-tokens", 4],
+    "view": ["view", *TINY, "--image", "PHOTOS", "--plan", SAINT, "--out", "OUT"],
+    "view-why": ["view", *TINY, "--image", "PHOTO", "--plan", SAINT, "--why", "--patch", "3,4", "--out", "OUT"],
+    "view-vlm": ["view", "VLM", *HERE, "--image", "PHOTOS", "--plan", HYBRID, "--prompt", "what", "--out", "OUT"],
+    "analyze": ["analyze", *TINY, "--images", "CLASSES", "--causal", 2],
+    "analyze-vlm": ["analyze", "VLM", *HERE, "--images", "PHOTOS", "--questions", "QUESTIONS", "--causal", 1],
+    "analyze-text": ["analyze", "TEXT", *HERE, "--prompts", "PROMPTS", "--causal", 1],
+    "tune": ["tune", *TINY, "--images", "SOME", "--target-flops", 0.7, "-o", "OUT/plan.json", "--frontier", "OUT/curve.json"],
+    "tune-vlm": [
+        "tune", "VLM", *HERE, "--images", "PHOTOS", "--questions", "QUESTIONS", "--target-flops", 0.9, "-o", "OUT/plan.json",
+    ],
+    "export": ["export", *TINY[:-2], "--images", "PHOTOS", "--plan", HALF, "-o", "OUT/m.pt2"],
+    "embed": ["embed", "PHOTOS", "--model", *TINY, "--plan", SAINT, "--batch", 2, "-o", "OUT"],
+    "embed-answers": [
+        "embed", "PHOTOS", "--model", "VLM", *HERE, "--plan", HYBRID, "--question", "w5", "--max-new-tokens", 2, "-o", "OUT",
+    ],
+    "eval-images": ["eval", "images", *TINY, "CLASSES", "--score", "knn,linear", "--plan", SAINT, "--plan", HALF],
+    "eval-vqa": ["eval", "vqa", "VLM", "QUESTIONS", *HERE, "--images", "PHOTOS", "--plan", HYBRID, "--max-new-tokens", 2],
+    "list": ["list"],
+}  # fmt: skip
+# commands without a golden record, and why
+NONE = {
+    "env": "facts of the machine alone",
+    "report": "its page is made of the records below",
+    "serve": "starts another program",
+    "ui": "answers requests until it is stopped",
+}
+
+
+class Clock:
+    """Goes on by another step at every look: variants get times of their own, the same in every run."""
+
+    def __init__(self) -> None:
+        self.looks, self.now = 0, 0.0
+
+    def __call__(self) -> float:
+        self.looks += 1
+        self.now += 1e-3 * (2 + (self.looks * 7919 % 97) / 97)
+        return self.now
+
+
+def smooth(seed: int, side: tuple[int, int]) -> Image.Image:
+    """Blots of a few scales: tokens that resemble each other and tokens that do not."""
+    draw = np.random.default_rng(seed)
+    picture = np.zeros((96, 96, 3))
+    for scale in (3, 6, 24):
+        grid = draw.integers(0, 256, (scale, scale, 3)).astype(np.uint8)
+        picture += np.asarray(Image.fromarray(grid).resize((96, 96), Image.Resampling.BILINEAR), dtype=float) / 3
+    return Image.fromarray(picture.astype(np.uint8)).resize(side)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("golden")
+    photos, classes, some = root / "photos", root / "classes", root / "some"
+    for number in range(3):
+        photos.mkdir(exist_ok=True)
+        smooth(number, (160, 120 + 20 * number)).save(photos / f"{number}.png")
+    for number in range(18):
+        folder = classes / ("even", "odd")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = smooth(100 + number // 2, (96, 96))
+        (picture if number % 2 else picture.convert("L").convert("RGB")).save(folder / f"{number:02}.png")
+    for number in range(12):
+        some.mkdir(exist_ok=True)
+        smooth(200 + number, (96, 96)).save(some / f"{number:02}.png")
+    questions = [{"image": f"{n % 3}.png", "question": f"what w{n}", "answer": f"w{n}"} for n in range(5, 17)]
+    (root / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    (root / "prompts.txt").write_text("\n\n".join(" ".join(WORDS[n : n + 12]) for n in range(9)) + "\n")
+    return {
+        "PHOTOS": str(photos), "PHOTO": str(photos / "1.png"), "CLASSES": str(classes), "SOME": str(some),
+        "QUESTIONS": str(root / "questions.jsonl"), "PROMPTS": str(root / "prompts.txt"),
+        "VLM": save(root / "vlm", TEMPLATE), "TEXT": save_text(root / "text"), "ROOT": str(root),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def fixed(monkeypatch):
+    """A clock, a load and a console that are the same everywhere."""
+    clock = Clock()
+    for module in (timing, generation, observe):
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=clock))
+    for module in (encoder, generation):
+        monkeypatch.setattr(module, "load_average", lambda: 0.25)
+    for console in (common.out, common.err):
+        monkeypatch.setattr(console, "_width", 110)
+        monkeypatch.setattr(console, "_force_terminal", False)
+    monkeypatch.delenv("SAINT_DEBUG", raising=False)
+
+
+def plain(text: str, given: dict[str, str], out: Path) -> str:
+    """Without the names of folders of this run."""
+    for folder, word in ((str(out), "OUT"), *((path, name) for name, path in given.items())):
+        text = text.replace(folder, word)
+    return text
+
+
+def compare(name: str, got, request) -> None:
+    got = json.loads(json.dumps(got))
+    if request.config.getoption("write_golden"):
+        golden.write(name, got)
+        return
+    found = golden.differences(golden.read(name), got)
+    assert not found, "\n".join([f"tests/golden/{name}.json: `make golden` writes it anew", *found[:20]])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_command(name, given, fixed, run, tmp_path, request):
+    out, record = tmp_path / "out", tmp_path / "record.json"
+    words = given | {"OUT": str(out), "OUT/plan.json": f"{out}/plan.json", "OUT/m.pt2": f"{out}/m.pt2"}
+    words |= {"OUT/curve.json": f"{out}/curve.json"}
+    code, said, err = run(*(words.get(str(word), word) for word in RUNS[name]), "--json", record)
+    assert record.exists(), err
+    files = {
+        str(file.relative_to(out)): golden.seen(Image.open(file)) if file.suffix == ".png" else file.suffix
+        for file in sorted(out.rglob("*"))
+        if file.is_file()
+    }
+    if name.startswith("embed"):
+        files |= rows(out)
+    for file in sorted(out.glob("*.json")) if name.startswith("tune") else ():
+        files[file.name] = golden.small(json.loads(file.read_text()))
+    held = golden.small(json.loads(plain(record.read_text(), given, out)))
+    text = [re.sub(r"\s+$", "", line) for line in plain(said, given, out).splitlines()]
+    told = [line for line in plain(err, given, out).splitlines() if "\r" not in line and line.startswith("saint")]
+    compare(name, {"status": code, "said": text, "told": told, "files": files, "record": held}, request)
+
+
+def rows(folder: Path) -> dict[str, object]:
+    """What the parquet files hold."""
+    from pyarrow import parquet
+
+    return {
+        file.name: [golden.small({**row, "embedding": list(row.get("embedding") or [])}) for row in parquet.read_table(file).to_pylist()]
+        for file in sorted(folder.glob("*.parquet"))
+    }
+
+
+def test_every_command_has_a_record_or_a_reason():
+    assert {str(arguments[0]) for arguments in RUNS.values()} | set(NONE) == set(COMMANDS)
+    assert {file.stem for file in golden.HOME.glob("*.json")} == {*RUNS, "page", "outputs"}
+    assert sum(file.stat().st_size for file in golden.HOME.glob("*.json")) < 400_000
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page(written, request):
+    """Of records made by hand: every word, and every number that a chart is drawn with."""
+    page = make_report(written(*(make() for make in made.MAKERS.values())))
+    seen = made.read(page)
+    drawn: dict[str, list[float]] = {}
+    for tag, attributes in seen.found:
+        for name in ("d", "points", "x", "y", "cx", "cy", "r", "x1", "x2", "y1", "y2", "width", "height", "transform"):
+            numbers = re.findall(r"-?\d+(?:\.\d+)?", attributes.get(name) or "")
+            drawn.setdefault(f"{tag} {name}", []).extend(map(float, numbers))
+    text = [line.strip() for line in seen.text.split("\n") if line.strip()]
+    compare("page", {"text": text, "drawn": golden.small({name: n for name, n in drawn.items() if n})}, request)
+
+
+# -- outputs ----------------------------------------------------------------------------------------------------------
+
+
+def deep_encoder(depth: int):
+    """A narrow ViT whose layers and tokens are those of the measured ones."""
+    import timm
+
+    torch.manual_seed(0)
+    side = 196 if depth == 12 else 224
+    return timm.create_model(
+        "vit_base_patch16_224", img_size=side + 28 * (depth == 12), patch_size=16 if depth == 12 else 14, depth=depth,
+        embed_dim=32, num_heads=2, num_classes=8,
+    ).eval()  # fmt: skip
+
+
+def deep_llava():
+    """A narrow LLaVA-1.5: 24 layers of a tower, 576 visual tokens, 32 layers of a decoder."""
+    return FAMILIES["llava-llama"].build()
+
+
+def measured() -> dict[str, saint.Plan]:
+    """Plans of the committed measurements, and all recipes."""
+    plans = {name: saint.plan(name) for name in saint.recipes()}
+    for file in sorted(RESULTS.glob("*.json")):
+        for place, plan in plans_in(json.loads(file.read_text())):
+            plans.setdefault(f"{file.stem}{place}", plan)
+    first: dict[str, str] = {}
+    return {name: plan for name, plan in plans.items() if first.setdefault(json.dumps(plan.to_dict()), name) == name}
