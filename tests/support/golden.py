@@ -58,7 +58,11 @@ def _numbers(value: Any) -> Iterator[Any]:
 
 def _short(value: Any, flat: list[Any]) -> dict[str, Any]:
     real = [entry for entry in flat if entry is not None and math.isfinite(entry)]
-    told = {"shape": _shape(value), "ends": [_rounded(entry) for entry in (*flat[:3], *flat[-3:])], "numbers": len(real)}
+    told = {
+        "shape": _shape(value),
+        "ends": [_rounded(entry) for entry in (*flat[:3], *flat[-3:])],
+        "numbers": len(real),
+    }
     if all(isinstance(entry, int) for entry in flat):
         return told | {"sum": sum(flat), "crc": zlib.crc32(json.dumps(flat).encode())}
     weights = [1 + place % 7 for place in range(len(real))]  # an exchange of two shows too
@@ -157,7 +161,7 @@ def write(name: str, record: Any) -> None:
 
 def _one_line(found: re.Match[str]) -> str:
     inside = re.sub(r"\s*\n\s*", " ", found[1])
-    return f"[{inside}]" if len(inside) < 110 else found[0]
+    return f"[{inside}]" if len(inside) < 160 else found[0]
 
 
 def read(name: str) -> Any:
