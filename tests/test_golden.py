@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import saint
@@ -135,7 +136,12 @@ def fixed(monkeypatch):
     for console in (common.out, common.err):
         monkeypatch.setattr(console, "_width", 110)
         monkeypatch.setattr(console, "_force_terminal", False)
+    monkeypatch.setenv("COLUMNS", "110")
     monkeypatch.delenv("SAINT_DEBUG", raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def plain(text: str, given: dict[str, str], out: Path) -> str:
@@ -173,6 +179,7 @@ def test_a_command(name, given, fixed, run, tmp_path, request):
     held = golden.small(json.loads(plain(record.read_text(), given, out)))
     text = [re.sub(r"\s+$", "", line) for line in plain(said, given, out).splitlines()]
     told = [line for line in plain(err, given, out).splitlines() if "\r" not in line and line.startswith("saint")]
+    files = json.loads(plain(json.dumps(files), given, out))
     compare(name, {"status": code, "said": text, "told": told, "files": files, "record": held}, request)
 
 
