@@ -223,7 +223,7 @@ def test_the_page(written, request):
         for name in ("d", "points", "x", "y", "cx", "cy", "r", "x1", "x2", "y1", "y2", "width", "height", "transform"):
             numbers = re.findall(r"-?\d+(?:\.\d+)?", attributes.get(name) or "")
             drawn.setdefault(f"{tag} {name}", []).extend(map(float, numbers))
-    text = [line.strip() for line in seen.text.split("\n") if line.strip()]
+    text = [line.strip() for line in re.split(r"\n|(?<=[.?!]) |(?<=\]) ", seen.text) if line.strip()]
     compare(
         "page", {"text": text, "drawn": golden.small({name: n for name, n in drawn.items() if n})}, request, exact=True
     )

@@ -129,7 +129,7 @@ def run(model: nn.Module, plan: Plan, given: dict[str, torch.Tensor]) -> tuple[d
     with torch.inference_mode(), saint.pruned(model, plan) as session:
         full = which_is_read(plan, given)
         out = model.forward_features(given["x"]) if full else model(**given)
-        trace = session.trace
+        trace, summary = session.trace, session.summary()
     kept = {}
     for step in trace:
         indices = [row.tolist() for row in (*step.kept, *(step.into or ()))]
@@ -137,6 +137,8 @@ def run(model: nn.Module, plan: Plan, given: dict[str, torch.Tensor]) -> tuple[d
             f"{step.tokens_in.tolist()} to {step.tokens_out.tolist()}, crc {zlib.crc32(json.dumps(indices).encode())}"
         )
         kept[f"{step.stage} {step.layer} {step.placement}"] = said
+    tokens = {stage: round(sum(layers), 3) for stage, layers in summary.layers.items()}
+    kept["summary"] = f"FLOPs left {summary.flops_left and round(summary.flops_left, 6)}, tokens of all layers {tokens}"
     return kept, out if isinstance(out, torch.Tensor) else out.logits[:, -1]
 
 
