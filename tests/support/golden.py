@@ -24,8 +24,8 @@ LONG = 16  # numbers; a longer list is told by its ends and its mean
 # facts of the machine, the day and the releases, by the name of the entry
 LEFT_OUT = {
     "blas", "bytes", "cores", "cpu", "cpu_capability", "cuda", "cuda_available", "date", "device_name", "environment", "free",
-    "hip", "mkldnn", "numpy", "open_clip", "pillow", "platform", "python", "saint", "timm", "torch", "torch_build", "transformers",
-    "versions", "weights",
+    "hip", "mkldnn", "numpy", "open_clip", "pillow", "platform", "python", "saint", "timm", "torch", "torch_build",
+    "transformers", "versions", "weights",
 }  # fmt: skip
 
 
