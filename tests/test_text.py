@@ -223,6 +223,23 @@ def test_texts_packed_by_a_square_mask_keep_their_own_first_and_last():
     assert candidates_seen(two)[0].nonzero().flatten().tolist() == [1, 2, 5]
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_documents_packed_into_a_row_are_prompts_of_their_own(name):
+    model = tiny(name)
+    ids, lengths = batch([17])["input_ids"], [6, 3, 8]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    plan = saint.Plan(language=saint.Stage(saint.methods.Random(keep=0.5), layers=[1]))
+    with saint.pruned(model, plan) as session, torch.no_grad():
+        row = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        together = session.trace[0]
+        alone = []
+        for part in ids.split(lengths, 1):
+            alone.append((model(input_ids=part, use_cache=False).logits, session.trace[0]))
+    assert together.tokens_in.tolist() == [n - 2 for n in lengths]
+    assert [kept.tolist() for kept in together.kept] == [entry.kept[0].tolist() for _, entry in alone]
+    assert off(row, torch.cat([logits for logits, _ in alone], 1)) < 1e-5
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_static_cache_is_refused_by_its_name(name):
     model, inputs = tiny(name), batch([19, 9])

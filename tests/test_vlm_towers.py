@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import saint
+from saint.errors import ParityError
 from saint.gathers import is_dropped
 from saint.vision import inputs as encoder_inputs
 from saint.vision.locate import locate_tower
+from saint.vlm import model as vlm_model
 from support.families import FAMILIES, IMAGE, VIDEO, one_at_a_time, prompts
 from support.oracles import Oracle, members, oracle_model, relative_error
 from support.plans import SPECIAL
@@ -422,3 +424,44 @@ def test_a_method_that_names_its_own_layers_leaves_out_those_behind_the_features
         assert [entry.layer for entry in session.trace] == list(range(depth - 1))
     with pytest.raises(ValueError, match="lies behind the features"):
         saint.apply(model, saint.Plan(vision=saint.Stage(saint.methods.ToMe(r=1), layers=[depth - 1])))
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_where_a_look_at_a_tensor_waits_mergers_are_proved_once(models, name, monkeypatch):
+    """On a device groups are trusted behind the first forward, and features are the same."""
+    family, model, _ = models(name)
+    inputs = prompts(family, model, SAMPLES)
+    plan = voting(model, inputs)
+    with saint.pruned(model, plan):
+        want = features(model, inputs)
+    looks = []
+    monkeypatch.setattr(vlm_model, "reads_are_free", lambda device: False)
+    with saint.pruned(model, plan):
+        isnan = torch.isnan
+        for _ in range(2):
+            monkeypatch.setattr(torch, "isnan", lambda x: looks.append(1) or isnan(x))
+            got = features(model, inputs)
+            monkeypatch.setattr(torch, "isnan", isnan)
+            looks.append(0)
+            assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(got, want, strict=True))
+    first = looks.index(0)
+    assert first > 0
+    assert looks[first:] == [0, 0]
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_merger_that_joins_other_patches_is_refused(models, name):
+    family, model, _ = models(name)
+    inputs = prompts(family, model, SAMPLES)
+    plan = voting(model, inputs)
+    norm = next(model.model.visual.merger.children())
+    shift = norm.register_forward_hook(lambda _m, _a, y: y.roll(1, 0))
+    try:
+        with (
+            saint.pruned(model, plan),
+            torch.no_grad(),
+            pytest.raises((ValueError, ParityError), match="joins (other )?patches"),
+        ):
+            model(**inputs)
+    finally:
+        shift.remove()
