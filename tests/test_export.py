@@ -5,6 +5,7 @@ import torch
 
 import saint
 from saint import Plan, Stage, methods, testing
+from saint.backends import export
 from support.models import build, prepared
 
 # over the ways in which libraries spell blocks, masks and positions
@@ -102,3 +103,38 @@ def test_an_exported_graph_refuses_padding():
         inputs["attention_mask"][1, 30:] = 0
         with pytest.raises(RuntimeError, match="exported for inputs without padding"):
             graph(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x: x.index_fill(0, torch.tensor([1]), torch.nan), "differs from the patched model's by nan"),
+        (lambda x: x.index_fill(0, torch.tensor([1]), torch.inf), "by inf"),
+        (lambda x: x * (1 + 3e-4), "for a batch of 2"),
+        (lambda x: x[:1], r"shapes \(1, 4\) and\s+\(2, 4\)"),
+        (lambda x: None, "the graph has 0 outputs, the patched model 1"),
+    ],
+)
+def test_a_graph_that_gives_something_else_is_not_kept(change, said):
+    want = {"features": torch.tensor([[1.0, -5.0, 2.0, 0.5], [0.1, 0.2, 0.3, 4.0]])}
+    graphs = {
+        "same": lambda given: [want["features"]],
+        "other": lambda given: [y for y in [change(want["features"])] if y is not None],
+    }
+    assert export._compared(graphs["same"], {2: {}}, {2: want}) == 0
+    with pytest.raises(saint.ParityError, match=said):
+        export._compared(graphs["other"], {2: {}}, {2: want})
+
+
+def test_rounding_of_a_graph_is_measured_against_the_largest_output():
+    want = torch.tensor([[1.0, -5.0], [0.1, 4.0]])
+    found = export._compared(lambda given: [want + 2e-4], {2: {}}, {2: {"features": want}})
+    assert found == pytest.approx(2e-4 / 5, rel=1e-2)
+    small = torch.tensor([[0.01, -0.02]])  # counts as 1: an absolute error
+    assert export._compared(lambda given: [small + 5e-5], {1: {}}, {1: {"y": small}}) == pytest.approx(5e-5, rel=1e-2)
+
+
+def test_a_model_that_gives_what_is_no_number_is_not_kept():
+    want = {"features": torch.tensor([[torch.nan, 1.0]])}
+    with pytest.raises(saint.ParityError, match="by nan"):
+        export._compared(lambda given: [want["features"]], {1: {}}, {1: want})

@@ -4,6 +4,7 @@
 on, so that figures made of times are held too.
 """
 
+import base64
 import json
 import re
 import types
@@ -71,7 +72,7 @@ NONE = {
     "env": "facts of the machine alone",
     "report": "its page is made of the records below",
     "serve": "starts another program",
-    "ui": "answers requests until it is stopped",
+    "ui": "answers requests until it is stopped; two answers are held below",
 }
 
 
@@ -209,16 +210,42 @@ def commands() -> list[str]:
 def test_the_page(written, request):
     """Of records made by hand: every word, and every number that a chart is drawn with."""
     page = make_report(written(*(make() for make in made.MAKERS.values())))
-    seen = made.read(page)
+    compare("page", of_page(page), request, exact=True)
+
+
+def of_page(html: str) -> dict[str, object]:
+    """Every word, by sentences, and every number that something is drawn with."""
+    seen = made.read(html)
     drawn: dict[str, list[float]] = {}
     for tag, attributes in seen.found:
         for name in ("d", "points", "x", "y", "cx", "cy", "r", "x1", "x2", "y1", "y2", "width", "height", "transform"):
             numbers = re.findall(r"-?\d+(?:\.\d+)?", attributes.get(name) or "")
             drawn.setdefault(f"{tag} {name}", []).extend(map(float, numbers))
     text = [line.strip() for line in re.split(r"\n|(?<=[.?!]) |(?<=\]) ", seen.text) if line.strip()]
-    compare(
-        "page", {"text": text, "drawn": golden.small({name: n for name, n in drawn.items() if n})}, request, exact=True
-    )
+    return {"text": text, "drawn": golden.small({name: n for name, n in drawn.items() if n})}
+
+
+def test_answers_of_the_page(given, fixed, request):
+    """What `saint ui` shows of a picture: an encoder's, and a vision-language model's."""
+    testclient = pytest.importorskip("starlette.testclient")
+    from saint.ui import Desk, make_app
+    from saint.ui.desk import Offer
+    from saint.ui.guard import hosts_of
+
+    models = {"timm:test_vit": Offer("timm:test_vit", False, False), given["VLM"]: Offer(given["VLM"], True, True)}
+    host, told = "127.0.0.1:8765", {}
+    asked = {"encoder": {"plan": SAINT}, "vlm": {"plan": HYBRID, "question": "what w5"}}
+    with testclient.TestClient(
+        make_app(Desk(models, repeats=2), hosts_of("127.0.0.1", 8765)), base_url=f"http://{host}"
+    ) as client:
+        for (name, fields), model in zip(asked.items(), models, strict=True):
+            picture = base64.b64encode(Path(given["PHOTO"]).read_bytes()).decode()
+            headers = {"Origin": f"http://{host}", "Content-Type": "application/json"}
+            body = {"image": picture, "model": model, **fields}
+            answer = client.post("/run", content=json.dumps(body), headers=headers)
+            assert answer.status_code == 200, answer.text
+            told[name] = of_page(answer.json()["html"])
+    compare("ui", json.loads(plain(json.dumps(told), given, Path("/nowhere"))), request)
 
 
 # -- outputs ----------------------------------------------------------------------------------------------------------
@@ -254,5 +281,10 @@ def test_every_command_has_a_record_or_a_reason():
     golden_ones = {" ".join(map(str, arguments[: 1 + (arguments[0] == "eval")])) for arguments in RUNS.values()}
     assert golden_ones.isdisjoint(NONE)
     assert golden_ones | set(NONE) == set(commands())
-    assert {file.stem for file in golden.HOME.glob("*.json")} == {*RUNS, "page", *(f"outputs-{kind}" for kind in KINDS)}
+    assert {file.stem for file in golden.HOME.glob("*.json")} == {
+        *RUNS,
+        "page",
+        "ui",
+        *(f"outputs-{kind}" for kind in KINDS),
+    }
     assert sum(file.stat().st_size for file in golden.HOME.glob("*.json")) < 400_000
