@@ -5,6 +5,7 @@ import math
 import pytest
 import timm
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import saint
 from saint import testing
@@ -166,3 +167,16 @@ def test_a_patch_embedding_that_is_given_no_picture_is_told(vit):
             vit.patch_embed.proj()
         with pytest.raises(ValueError, match=r"got shape \(3, 160, 160\)"):
             vit.patch_embed.proj(torch.zeros(3, 160, 160))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_model_that_is_run_again_for_its_gradients_keeps_its_guard(vit, reentrant):
+    x = pictures(160).requires_grad_()
+    with saint.pruned(vit, saint.Plan(vision=saint.Stage(Random(keep=0.3), layers=[0, 1], guard=GUARD))) as session:
+        (want,) = torch.autograd.grad(vit(x).square().sum(), x)
+        kept = [entry.tokens_out.tolist() for entry in session.trace]
+        again = x.detach().requires_grad_()
+        checkpoint(vit, again, use_reentrant=reentrant).square().sum().backward()
+        assert [entry.tokens_out.tolist() for entry in session.trace] == kept
+    assert len(set(kept[-1])) > 1
+    assert torch.allclose(again.grad, want, atol=1e-6)
