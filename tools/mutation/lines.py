@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -162,7 +163,7 @@ class Map:
     def plan(self, mutant: Mutant, budget: float, without: frozenset[str] = frozenset(), most: int = TESTS) -> Plan:
         """Quickest first, in turn from each file, those first that know most of this source; what a budget of seconds allows."""
         runners = self.runners(mutant)
-        files = self._ranked(mutant.file, {self._tests[node][0] for node in runners - without})
+        files = self._ranked(mutant, {self._tests[node][0] for node in runners - without})
         chosen: dict[str, list[str]] = {}
         left, queues = (
             budget,
@@ -182,17 +183,25 @@ class Map:
         ]  # a file at a time: its fixtures are made once
         return Plan(tests, len(runners), budget - left)
 
-    def _ranked(self, source: str, files: set[str]) -> list[str]:
-        """Files of tests: those named after the source, those that run most of it, those that run little else."""
+    def _ranked(self, mutant: Mutant, files: set[str]) -> list[str]:
+        """Files of tests: those named after the source or a word of the line, those that run most of it, little else."""
         shares: dict[str, int] = defaultdict(int)
-        for node, _, bits in self._rows(source):
+        words = {word for word in re.findall(r"[a-z]{4,}", mutant.text.lower()) if word not in _COMMON}
+        for node, _, bits in self._rows(mutant.file):
             shares[node.partition("::")[0]] |= bits
         most = max((bits.bit_count() for bits in shares.values()), default=1)
 
         def order(file: str) -> tuple[object, ...]:
-            return (not _named(file, source), -round(5 * shares[file].bit_count() / most), self._files[file][1], file)
+            named = _named(file, mutant.file)
+            said = any(
+                word.startswith(part) for part in Path(file).stem.split("_")[1:] for word in words if len(part) > 3
+            )
+            return (not named, not said, -round(5 * shares[file].bit_count() / most), self._files[file][1], file)
 
         return sorted(files, key=order)
+
+
+_COMMON = {"self", "return", "none", "tensor", "layer", "layers", "model", "true", "false"}
 
 
 def _named(file: str, source: str) -> bool:
