@@ -1,5 +1,6 @@
 """What vLLM is asked to keep, without vLLM: plans, requests, shares of tiles, the choice of features, `saint serve`."""
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 import saint
 from saint.backends.vllm import budget, selection, tower
 from saint.backends.vllm.budget import Choice
+from saint.backends.vllm.processor import PruningProcessor
 from saint.cli import main
 
 DIVPRUNE = saint.methods.DivPrune
@@ -214,3 +216,79 @@ def test_the_page_lists_what_is_pruned():
     page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
     listed = re.findall(r"^\| .* \| `(\w+)` \|", page, re.MULTILINE)
     assert sorted(listed) == sorted(names.ARCHITECTURES)
+
+
+# -- the hash of a picture ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What vLLM hands to a processor, as far as we look."""
+
+    hf_processor_mm_kwargs: dict
+
+
+class Hashed:
+    """The class of a processor: what it is given here is what pictures are hashed with."""
+
+    info = SimpleNamespace(
+        ctx=SimpleNamespace(
+            get_mm_config=lambda: SimpleNamespace(mm_processor_kwargs=None, is_multimodal_pruning_enabled=lambda: False)
+        )
+    )
+
+    def apply(self, inputs, timing_ctx):
+        return json.dumps(inputs.hf_processor_mm_kwargs, sort_keys=True)
+
+
+class Ours(PruningProcessor, Hashed):
+    pass
+
+
+def hashed(monkeypatch, plan, **kwargs):
+    monkeypatch.setenv(budget.VARIABLE, "" if plan is None else json.dumps(plan.to_dict()))
+    return Ours().apply(Asked(kwargs), None)
+
+
+def others(value):
+    """The same dataclass with each field in turn changed to another value that it takes."""
+    tried = [3, 5, 0.25, 0.6, True, False, "sample", "similar", "post", "mid", (0,), (1,)]
+    for field in dataclasses.fields(value):
+        for new in tried:
+            try:
+                other = dataclasses.replace(value, **{field.name: new})
+            except (ValueError, TypeError):
+                continue
+            if other != value:
+                yield field.name, other
+                break
+
+
+def test_caches_of_pictures_tell_every_setting_apart(monkeypatch):
+    """vLLM keeps features and KV blocks by the hash of a picture: it must say all that decides which tokens stay."""
+    seen = {hashed(monkeypatch, None): "nothing", hashed(monkeypatch, None, size=9): "the user's"}
+    for method in (DIVPRUNE(keep=0.5), saint.SaintFullGraph(keep=0.5), saint.methods.Random(keep=0.5)):
+        for name, one in [("itself", method), *others(method)]:
+            asked = hashed(monkeypatch, None, saint=one.to_dict())
+            assert seen.setdefault(asked, (method.name, name)) == (method.name, name)
+            assert hashed(monkeypatch, saint.Plan(connector=one)) == asked, "the same, whoever asks for it"
+    stage = saint.Stage(saint.methods.Grid(keep=0.5), layers=[1])
+    for name, one in [
+        ("itself", stage),
+        *others(stage),
+        *((f, dataclasses.replace(stage, method=m)) for f, m in others(stage.method)),
+    ]:
+        try:
+            asked = hashed(monkeypatch, saint.Plan(vision=one))
+        except ValueError:
+            continue  # vLLM's tower cannot follow it
+        assert seen.setdefault(asked, ("vision", name, repr(one))) == ("vision", name, repr(one))
+    assert len(seen) > 12
+
+
+def test_a_request_cannot_pretend_a_stage_of_the_tower(monkeypatch):
+    assert hashed(monkeypatch, None, saint_vision=[1]) == hashed(monkeypatch, None)
+    assert hashed(monkeypatch, DIVPRUNE_PLAN, saint={"keep": 1.0}) == hashed(monkeypatch, None)
+
+
+DIVPRUNE_PLAN = saint.Plan(connector=DIVPRUNE(keep=0.5))
