@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from saint.analysis import attention, bootstrap, geometry, similarity
+from saint.analysis.stages import find_stages
 
 
 def cosine(a, b) -> float:
@@ -249,3 +250,15 @@ def test_one_image_has_no_interval():
     found = bootstrap.interval(np.array([[1.0, 2.0]]), bootstrap.weights(1, 10))
     assert found.mean.tolist() == [1, 2]
     assert np.isnan(found.low).all()
+
+
+def test_an_outlier_is_above_the_multiple_of_the_median():
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [4.0, 0.0], [0.0, 4.5]])
+    assert geometry.outliers(rows, factor=4.0) == pytest.approx(1 / 5)
+    assert geometry.outliers(rows, factor=3.9) == pytest.approx(2 / 5)
+
+
+def test_quantities_that_do_not_change_show_no_stages():
+    found = find_stages({"key_similarity": np.ones((30, 12)), "residual_update": np.full((30, 12), np.nan)})
+    assert (found.verdict, found.shown) == ("not shown", False)
+    assert found.reasons == ["no quantity changes over the layers"]

@@ -9,6 +9,7 @@ import torch
 
 import saint
 from saint import bench
+from saint.bench import encoder
 from saint.bench.encoder import copy_sharing_weights
 from saint.bench.timing import Spread, interleave
 from saint.plans import Plan, Stage
@@ -213,3 +214,30 @@ def test_numbers_of_a_list_share_a_line_in_a_record_and_nothing_else_changes(tmp
     assert "    [0.1, 0.2],\n" in text
     found = json.loads(text)
     assert {name: found[name] for name in record} == {**record, "numbers": [1, -2.5, 1e-7, None, True]}
+
+
+def test_every_variant_but_the_first_is_patched_while_it_runs_and_none_behind_it(vit, inputs, monkeypatch):
+    """A variant without its plan would be timed, and its number would look right."""
+    sessions, ran, seen = [], [], {}
+    real_apply, real_interleave = encoder.apply, encoder.interleave
+
+    def apply(model, plan, **more):
+        number = len(sessions)
+        sessions.append((model, real_apply(model, plan, **more)))
+        model.register_forward_pre_hook(lambda *_: ran.append(number))
+        return sessions[-1][1]
+
+    def interleave(runs, *rest):
+        for name, run in runs.items():
+            ran.clear()
+            run()
+            seen[name] = [*ran]
+        return real_interleave(runs, *rest)
+
+    monkeypatch.setattr(encoder, "apply", apply)
+    monkeypatch.setattr(encoder, "interleave", interleave)
+    bench.bench_encoder(vit, PLAN, inputs, repeats=1, warmup=0)
+    assert seen == {"base": [], "pruned": [0], "metered": [1], "keep_all": [2], "eager": [3]}
+    assert all(saint.status(model) is None for model, _ in sessions)
+    assert sessions[2][1].trace[-1].tokens_out.tolist() == [36, 36]
+    assert sessions[3][1].trace[-1].tokens_out.tolist() == [18, 18]

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 
 import saint
-from saint.embed import OutputError, Rows, answer, embed, find_items
+from saint.embed import OutputError, Rows, answer, embed, find_items, work
 from saint.embed.parts import Parts, files
 from saint.embed.sources import Reader, located
+from saint.embed.work import Job
 from saint.loading import load_model
 from saint.loading.vlm import LoadedVLM
 from support.command_line import one_line
@@ -476,3 +477,86 @@ def test_the_command_asks(run, folder, tmp_path, monkeypatch):
     code, _, err = run(*line, "--size", 48)
     assert code == 2
     one_line(err, "size")
+
+
+# -- models, columns, interruptions ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "number"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_the_model_has_the_precision_that_is_asked_for(dtype, number):
+    loaded = Job("timm:test_vit", PLAN, pretrained=False, dtype=dtype).load("cpu")
+    assert {p.dtype for p in loaded.model.parameters()} == {number}
+
+
+def tiny_model():
+    return load_model("timm:test_vit", pretrained=False)
+
+
+def test_a_model_may_be_a_function_that_makes_it():
+    job = Job(tiny_model, PLAN)
+    assert job.facts()["model"] == "tiny_model"
+    assert job.load("cpu").spec == "timm:test_vit"
+    loaded = tiny_model()
+    assert Job(loaded, PLAN).load("cpu") is loaded
+    with pytest.raises(TypeError, match="embeddings need a Loaded.*got a int"):
+        Job(lambda: 3, PLAN).load("cpu")
+
+
+def test_paths_are_read_from_the_column_that_is_named(folder):
+    from pyarrow import parquet, table
+
+    names = [f"{'ab'[i % 2]}/{i}.png" for i in (0, 1, 2)]
+    parquet.write_table(table({"aside": ["x.png", "y.png", "z.png"], "picture": names}), folder / "list.parquet")
+    rows = by_key(embed(folder / "list.parquet", plan=PLAN, column="picture", **MODEL))
+    assert len(rows) == 3
+    assert all(row["error"] is None for row in rows.values()), rows
+
+
+def test_an_interrupted_run_keeps_what_was_computed_and_is_not_complete(folder, tmp_path):
+    from pyarrow import parquet
+
+    def interrupt(count):
+        if count:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        embed(folder, plan=PLAN, output=out, batch=2, tick=interrupt, **MODEL)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["kind"], manifest["complete"]) == ("embed", False)
+    held = [key for file in out.glob("*.parquet") for key in parquet.read_table(file).column("key").to_pylist()]
+    assert len(held) == 2
+    embed(folder, plan=PLAN, output=out, batch=2, **MODEL)
+    assert json.loads((out / "manifest.json").read_text())["complete"] is True
+
+
+def test_a_model_that_fails_behind_its_first_success_gives_rows_with_errors(tmp_path, monkeypatch):
+    from saint.bench.features import Features
+
+    for number in range(8):
+        Image.effect_noise((40, 40), 50 + number).convert("RGB").save(tmp_path / f"{number}.png")
+    real, calls = Features.__call__, []
+
+    def once(self, inputs):
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("out of luck")
+        return real(self, inputs)
+
+    monkeypatch.setattr(Features, "__call__", once)
+    rows = by_key(embed(tmp_path, plan=PLAN, batch=1, **MODEL))
+    assert [row["error"] is None for row in rows.values()] == [True, *[False] * 7]
+
+
+@pytest.mark.parametrize(("height", "width"), [(28, 28), (28, 70), (70, 28), (9, 40)])
+def test_patches_for_sameness_are_squares_of_the_shorter_side(height, width, monkeypatch):
+    seen = []
+    real = work.vote
+    monkeypatch.setattr(work, "vote", lambda patches, at: seen.append((patches, at)) or real(patches, at))
+    pixels = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0))
+    work.sameness(pixels)
+    side = max(1, min(height, width) // 14)
+    ((patches, at),) = seen
+    assert patches.shape == (1, (height // side) * (width // side), 3 * side * side)
+    assert at == 0.95
+    assert torch.equal(patches[0, 1], pixels[:, :side, side : 2 * side].flatten())

@@ -169,7 +169,7 @@ def test_choices():
     assert scores.chosen("I think blue", colours) == 2
     assert scores.chosen("red or blue", colours) is None
     assert scores.chosen("D", colours) is None
-    assert scores.right_choices(["B", "(a)", "blue"], colours) == {0, 1, 2}
+    assert scores.right_choices(["B", " (a) ", "blue"], colours) == {0, 1, 2}
     with pytest.raises(ValueError, match="none of the choices"):
         scores.right_choices(["D"], colours)
     assert scores.choice("B", ["light red"], colours) == 1
@@ -355,3 +355,29 @@ def test_a_second_result_for_a_sample_does_not_replace_the_first(tmp_path):
     again.close()
     outcome, scored = evaluate(["one", "three"], path)
     assert (scored, outcome.entries["one"]["value"]) == ([], 3)
+
+
+def test_a_fingerprint_sees_both_ends_of_every_tensor():
+    model = torch.nn.Linear(10, 10)
+    first = fingerprint(model)
+    for place in (0, 7, 15, 84, 92, 99):
+        with torch.no_grad():
+            model.weight.view(-1)[place] += 1
+            assert fingerprint(model) != first, place
+            model.weight.view(-1)[place] -= 1
+    assert fingerprint(torch.nn.Linear(10, 10, dtype=torch.float64)) != first
+
+
+def test_many_samples_are_resampled_by_percentiles():
+    draw = np.random.default_rng(0)
+    base, pruned = draw.exponential(size=1001), draw.exponential(size=1001) ** 2
+    found = compare(base, pruned, seed=3)
+    want = stats.bootstrap(
+        (pruned - base,),
+        np.mean,
+        n_resamples=9999,
+        confidence_level=0.95,
+        method="percentile",
+        rng=np.random.default_rng(3),
+    ).confidence_interval
+    assert (found.low, found.high) == pytest.approx((want.low, want.high), rel=1e-12)

@@ -316,3 +316,14 @@ def test_what_another_run_wrote_meanwhile_is_what_counts(tmp_path):
     outcome = looped(path, score)
     assert [e["value"] for e in outcome.entries.values()] == [0, 1, 4, -1, *(i * i for i in range(4, 10))]
     assert looped(path, None).entries == outcome.entries
+
+
+@pytest.mark.parametrize("name", ["a.sqlite", "results.journal", "z.db"])
+def test_processes_read_the_files_of_all_of_a_run(tmp_path, name):
+    """Whatever the order of their names, and though the file of a single process is not there."""
+    first = Journal(tmp_path / name, KEY, rank=0, world=2)
+    first.append([{"id": "a", "x": 1}])
+    second = Journal(tmp_path / name, KEY, rank=1, world=2)
+    assert set(second.done) == {"a"}
+    second.append([{"id": "b", "x": 2}])
+    assert set(Journal(tmp_path / name, KEY).done) == {"a", "b"}

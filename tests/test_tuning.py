@@ -465,3 +465,35 @@ def test_a_broken_image_is_told_and_ends_with_status_1(command, folder, tmp_path
     assert code == 1
     assert "broken.jpg" in err
     assert (tmp_path / "plan.json").exists()
+
+
+def test_the_methods_that_are_tried_are_these():
+    """Merging methods apart from those that drop, each with both of its settings; centred keys and plain ones."""
+    from saint.methods import Match, ToMe
+    from saint.tuning.run import _kinds
+
+    votes = saint.Saint(budget=0.5)
+    dropping, averaging = _kinds(["saint", "tome"], None, "vision")
+    assert dropping == [votes, dataclasses.replace(votes, center=True)]
+    assert averaging == [ToMe(budget=0.5, beta=1.0, r=None), ToMe(budget=0.5, beta=0.0, r=None)]
+    match = Match(budget=0.5)
+    kinds = _kinds(["match"], None, "vision")
+    assert [kind for kind in kinds if not kind[0].merges] == [
+        [match, dataclasses.replace(match, center=not match.center)]
+    ]
+    merging = [method for kind in kinds for method in kind if method.merges]
+    assert merging == [
+        Match(budget=0.5, fate="weigh"),
+        *(Match(budget=0.5, fate="merge", beta=beta) for beta in (1.0, 0.0)),
+    ]
+    own = saint.Plan(vision=saint.Saint(threshold=0.6, neighbors=3))
+    assert _kinds(["saint"], own, "vision")[0][0] == saint.Saint(threshold=0.6, neighbors=3, budget=0.5)
+
+
+def test_a_method_that_needs_all_that_a_stage_shows_is_usable():
+    from saint.methods import FastV, SaintVideo
+
+    vision, language = Space("vision", True, True, 6, 64), Space("language", True, False, 6, 64)
+    assert vision.usable(SaintVideo(), 1)
+    assert language.usable(FastV(keep=0.5), 1)
+    assert not language.usable(FastV(keep=0.5), 0), "in front of the layers no query has been seen"
