@@ -259,6 +259,7 @@ def test_an_outlier_is_above_the_multiple_of_the_median():
 
 
 def test_quantities_that_do_not_change_show_no_stages():
-    found = find_stages({"key_similarity": np.ones((30, 12)), "residual_update": np.full((30, 12), np.nan)})
+    flat = {"key_similarity": np.ones((30, 12)), "residual_update": np.full((30, 12), np.nan)}
+    found = find_stages(flat, np.ones(12))
     assert (found.verdict, found.shown) == ("not shown", False)
     assert found.reasons == ["no quantity changes over the layers"]
