@@ -5,7 +5,7 @@ import torch
 
 import saint
 from saint import testing
-from saint.methods import FastV, ToMe
+from saint.methods import FastV, Random, ToMe
 from saint.plans import Plan, Stage
 from saint.vision.locate import locate
 from support.families import FAMILIES, cache_of, prompts
@@ -179,3 +179,20 @@ def test_arguments_of_a_vision_language_model_do_not_stick(name):
 def test_arguments_of_a_language_model_do_not_stick(name):
     model, inputs = tiny(name), batch([14, 9])
     check_asked(model, Plan(language=Stage(saint.Saint(budget=0.5), layers=[1, 3])), inputs)
+
+
+@pytest.mark.parametrize("output", ["similar", "nearest", "carried"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("transformers/")])
+def test_hidden_states_that_are_asked_for_are_as_long_as_the_output(name, output):
+    """By the argument and by the config: of every layer, and each the map that the next layer would have had."""
+    model, plan, inputs = prepared(name)
+    _, _, spec = locate(model)
+    if output == "nearest" and spec.patch is None:
+        pytest.skip("no grid")
+    with torch.no_grad():
+        base = model(**inputs, output_hidden_states=True).hidden_states
+        with saint.pruned(model, restage(plan, method=Random(keep=0.5), layers=[1], output=output)) as session:
+            got = model(**inputs, output_hidden_states=True).hidden_states
+            assert [state.shape for state in got] == [state.shape for state in base]
+            assert session.trace[0].tokens_out.sum() < session.trace[0].tokens_in.sum()
+            assert "hidden_states" not in model(**inputs)

@@ -3,6 +3,7 @@
 import torch
 
 from saint.language.shortening import Short
+from saint.vlm import merged
 from saint.vlm.merged import Known, numbers, tensors
 
 
@@ -33,6 +34,14 @@ def test_rows_are_known_again_where_they_stand():
     x = text.clone()
     x[0, 2:4], x[1, 5] = second[1:3], first[0, 2]
     assert known.among(x).nonzero().tolist() == [[0, 2], [0, 3], [1, 5]]
+
+
+def test_the_oldest_features_are_forgotten(monkeypatch):
+    monkeypatch.setattr(merged, "_CALLS", 2)
+    known, calls = merged.Known(), [noise(2, 8, seed=n) for n in range(3)]
+    for features in calls:
+        known.note(features)
+    assert [bool(known.among(features[None]).all()) for features in calls] == [False, True, True]
 
 
 def test_features_are_what_has_rows_and_fractions():

@@ -129,6 +129,7 @@ def test_applied_twice(llava):
         (saint.Plan(language=saint.Stage(saint.Saint(), layers=[LAYERS])), ValueError, r"out of range.*0\.\.4"),
         (saint.Plan(vision=saint.Stage(saint.SaintFullGraph(keep=9), layers=[9])), ValueError, r"out of range"),
         (saint.Plan(vision=saint.Stage(saint.SaintFullGraph(keep=9), layers=[3])), ValueError, "behind the features"),
+        (saint.Plan(vision=saint.Stage(saint.SaintFullGraph(keep=0.3), layers=[0, 3])), ValueError, "behind the features"),
         (saint.Plan(vision=saint.Stage(saint.SaintFullGraph(keep=9), layers=[1], output="nearest")), ValueError, "survivors"),
     ],
 )  # fmt: skip
