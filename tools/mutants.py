@@ -4,6 +4,7 @@
     python tools/mutants.py run vision --sample 60 --seed 1   a fair sample over the mutants of a package
     python tools/mutants.py run vision --deep 300             its survivors again, with more of the tests that run the line
     python tools/mutants.py run vision --again                its survivors again, behind new tests (map those first)
+    python tools/mutants.py run vision --again --tests test_guard   the same, with the tests of these files alone
     python tools/mutants.py page                              docs/testing.md, from tools/mutants.json and tools/equivalent.json
 
 A run continues where it stopped (``.mutants/``). Heavy libraries are imported once; each mutant is a forked process in which one
@@ -60,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
             if child == 0:
                 code_ = 1
                 try:
-                    _work(waiting[worker :: options.workers], lines.Map(), options)
+                    _work(waiting[worker :: options.workers], lines.Map(only=options.tests), options)
                     code_ = 0
                 except SystemExit as error:
                     print(error, file=sys.stderr)
@@ -129,6 +130,9 @@ def main() -> None:
     run_.add_argument("--file", nargs="*", help="only files whose name contains one of these; not recorded")
     run_.add_argument("--budget", type=float, default=25, help="seconds of tests for a mutant")
     run_.add_argument("--deep", type=float, default=0, help="so many seconds more for what has survived")
+    run_.add_argument(
+        "--tests", nargs="*", default=(), help="files of tests: no others, for survivors that these should see"
+    )
     run_.add_argument("--again", action="store_true", help="try survivors again")
     show_ = commands.add_parser("show", help="run the tests of one mutant in plain view")
     show_.add_argument("key")

@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -111,7 +112,8 @@ class Plan:
 
 
 class Map:
-    def __init__(self, path: Path = MAP) -> None:
+    def __init__(self, path: Path = MAP, only: Iterable[str] = ()) -> None:
+        self._only = {f"tests/{Path(name).stem}.py" for name in only}
         if not path.exists():
             raise SystemExit("there is no map of the tests yet: `python tools/mutants.py map`")
         self._base = sqlite3.connect(path)
@@ -163,6 +165,8 @@ class Map:
     def plan(self, mutant: Mutant, budget: float, without: frozenset[str] = frozenset(), most: int = TESTS) -> Plan:
         """Quickest first, in turn from each file, those first that know most of this source; what a budget of seconds allows."""
         runners = self.runners(mutant)
+        asked = {node for node in runners if not self._only or self._tests[node][0] in self._only}
+        without |= runners - asked
         files = self._ranked(mutant, {self._tests[node][0] for node in runners - without})
         chosen: dict[str, list[str]] = {}
         left, queues = (
