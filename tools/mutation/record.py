@@ -17,10 +17,15 @@ _WHAT = ("file", "text", "column", "before", "after")  # by this a survivor is k
 
 
 def known() -> dict[str, dict[str, Any]]:
-    """Results so far, by key; the last one counts."""
-    if not RESULTS.exists():
-        return {}
-    return {entry["key"]: entry for entry in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())}
+    """Results so far, by key; the last one counts, and of tests that passed on a survivor the most that were run at once."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else ():
+        entry = json.loads(line)
+        before = found.get(entry["key"])
+        if before is not None and before["outcome"] == entry["outcome"] == "survived":
+            entry["ran"] = min(entry["of"], max(entry["ran"], before["ran"]))
+        found[entry["key"]] = entry
+    return found
 
 
 def add(mutant: Mutant, outcome: dict[str, Any]) -> dict[str, Any]:
