@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 
 import saint
-from saint import demo
-from saint.bench.encoder import bench_encoder
 from saint.flops import left_out
+from saint.lab import demo
+from saint.lab.bench.encoder import bench_encoder
+from saint.lab.records import environment, write_json
 from saint.plans import Plan, Stage
-from saint.records import environment, write_json
 from saint.session import as_plan
 
 HALF = {

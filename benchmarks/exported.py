@@ -19,11 +19,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import saint
-from saint import Plan, Stage, demo, methods
+from saint import Plan, Stage, methods
 from saint.backends.export import export
-from saint.bench.timing import Spread, disturbances, interleave, load_average
 from saint.flops import count_flops
-from saint.records import environment, write_json
+from saint.lab import demo
+from saint.lab.bench.timing import Spread, disturbances, interleave, load_average
+from saint.lab.records import environment, write_json
 from saint.upstream.versions import installed
 
 MODEL = "clip-b16"

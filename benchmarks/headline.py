@@ -17,10 +17,10 @@ import transformers as hf
 from rich.console import Console
 
 import saint
-from saint.bench import bench_encoder, bench_generation
 from saint.flops import left_out
+from saint.lab.bench import bench_encoder, bench_generation
+from saint.lab.records import environment, write_json
 from saint.plans import Plan, Stage
-from saint.records import environment, write_json
 
 IMAGE = 50
 TEXT = 40  # prompt tokens beside the 576 of the image

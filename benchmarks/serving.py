@@ -223,7 +223,7 @@ def main() -> None:
         )
     if given.json is not None:
         from saint.backends.vllm import names
-        from saint.records import environment, write_json
+        from saint.lab.records import environment, write_json
 
         record = {
             "kind": "benchmarks/serving",

@@ -22,15 +22,15 @@ from analyze_pages import write_pages
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
-from saint.analysis.causal import METHODS
-from saint.analysis.record import make_record
-from saint.analysis.run import Asked, Settings, analyze
-from saint.demo import small_llava
-from saint.eval.data import find_samples
-from saint.loading import load_model
-from saint.loading.text import load_text
-from saint.loading.vlm import load_vlm
-from saint.records import environment, write_json
+from saint.lab.analysis.causal import METHODS
+from saint.lab.analysis.record import make_record
+from saint.lab.analysis.run import Asked, Settings, analyze
+from saint.lab.demo import small_llava
+from saint.lab.eval.data import find_samples
+from saint.lab.loading import load_model
+from saint.lab.loading.text import load_text
+from saint.lab.loading.vlm import load_vlm
+from saint.lab.records import environment, write_json
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

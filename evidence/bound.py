@@ -14,9 +14,9 @@ import numpy as np
 from matching import EARLY, FOLDER, PLANS, Subject, numbers, summary
 
 import saint
-from saint.cli.common import pictures
+from saint.lab.cli.common import pictures
+from saint.lab.records import environment, write_json
 from saint.methods import Random
-from saint.records import environment, write_json
 
 SHARE = 0.505
 DRAWS = 64

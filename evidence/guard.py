@@ -18,11 +18,11 @@ from matching import FOLDER, ODD, Subject
 from scipy.stats import spearmanr
 
 import saint
-from saint.cli.common import pictures
-from saint.demo import scenes
 from saint.flops import count_flops
+from saint.lab.cli.common import pictures
+from saint.lab.demo import scenes
+from saint.lab.records import environment, write_json
 from saint.methods import Match
-from saint.records import environment, write_json
 from saint.vision.guard import detail
 
 GUARDS = (0.0, 0.5, 0.8)

@@ -19,12 +19,12 @@ import torch
 from matching import FOLDER, PUBLISHED, Subject
 from measure import FASHION, STAMPS, fashion_pictures, flops, stamps
 
-from saint import demo
-from saint.cli.common import pictures
-from saint.eval import Sample, Samples, evaluate_images
-from saint.eval.data import read_image
+from saint.lab import demo
+from saint.lab.cli.common import pictures
+from saint.lab.eval import Sample, Samples, evaluate_images
+from saint.lab.eval.data import read_image
+from saint.lab.records import environment, write_json
 from saint.plans import Plan
-from saint.records import environment, write_json
 
 RIVALS = {
     "saint": PUBLISHED,

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 import saint
-from saint.bench.agreement import agreement
-from saint.cli.common import load, pictures
 from saint.flops import count_flops, left_out
+from saint.lab.bench.agreement import agreement
+from saint.lab.cli.common import load, pictures
+from saint.lab.records import environment, write_json
 from saint.methods import Grid, Match, PiToMe, Random, ToMe
-from saint.records import environment, write_json
 
 FOLDER = Path(__file__).parent / "results"
 EARLY, HALF, ODD, ALL = [0, 1], list(range(6)), list(range(1, 12, 2)), list(range(12))

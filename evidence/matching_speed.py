@@ -14,10 +14,10 @@ import torch
 from matching import FOLDER, PUBLISHED, SMALLER, Subject
 
 import saint
-from saint.bench.encoder import copy_sharing_weights
-from saint.bench.timing import Spread, interleave
-from saint.cli.common import pictures
-from saint.records import environment, write_json
+from saint.lab.bench.encoder import copy_sharing_weights
+from saint.lab.bench.timing import Spread, interleave
+from saint.lab.cli.common import pictures
+from saint.lab.records import environment, write_json
 
 TIMED = (
     PUBLISHED,

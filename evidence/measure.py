@@ -33,15 +33,15 @@ from rich.progress import Progress, TimeElapsedColumn, track
 from torch import Tensor
 
 import saint
-from saint import demo
-from saint.bench import bench_encoder
-from saint.bench.cost import cost
-from saint.eval import Sample, Samples, compare, evaluate_images
-from saint.eval.data import read_image
 from saint.flops import left_out
+from saint.lab import demo
+from saint.lab.bench import bench_encoder
+from saint.lab.bench.cost import cost
+from saint.lab.eval import Sample, Samples, compare, evaluate_images
+from saint.lab.eval.data import read_image
+from saint.lab.records import environment, write_json
 from saint.methods import Grid, Random, ToMe
 from saint.plans import Plan, Stage
-from saint.records import environment, write_json
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

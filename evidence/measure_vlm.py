@@ -18,14 +18,14 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import saint
-from saint import demo
-from saint.demo import scenes, small_llava
-from saint.demo.easy_vqa import easy_vqa
-from saint.eval import compare
 from saint.gathers import is_dropped
+from saint.lab import demo
+from saint.lab.demo import scenes, small_llava
+from saint.lab.demo.easy_vqa import easy_vqa
+from saint.lab.eval import compare
+from saint.lab.records import environment, write_json
 from saint.methods import DivPrune, FastV, Grid, Random
 from saint.plans import Plan, Stage
-from saint.records import environment, write_json
 
 console = Console(width=150)
 

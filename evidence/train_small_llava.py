@@ -26,10 +26,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from saint import demo
-from saint.demo import scenes, small_llava
-from saint.demo.easy_vqa import easy_vqa
-from saint.records import environment, write_json
+from saint.lab import demo
+from saint.lab.demo import scenes, small_llava
+from saint.lab.demo.easy_vqa import easy_vqa
+from saint.lab.records import environment, write_json
 
 EASY = {"train": 600, "test": 200}  # pictures of easy-VQA
 TOLD = 2_000_000  # first seed of the scenes that are told in words

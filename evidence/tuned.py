@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from matching import FOLDER, PUBLISHED, SMALLER, Subject, summary
 
-from saint.cli.common import pictures
+from saint.lab.cli.common import pictures
+from saint.lab.records import environment, write_json
 from saint.plans import Plan
-from saint.records import environment, write_json
 
 RIVALS = [
     PUBLISHED,

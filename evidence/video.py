@@ -26,11 +26,11 @@ from matching_pages import replaced, table, within
 from PIL import Image
 from torch import Tensor
 
-from saint import demo
-from saint.demo import scenes, small_llava
+from saint.lab import demo
+from saint.lab.demo import scenes, small_llava
+from saint.lab.records import environment, write_json
 from saint.methods import EVS, DivPrune, Grid, Random, SaintFullGraph, SaintVideo
 from saint.methods.base import Method
-from saint.records import environment, write_json
 from saint.tokens import Candidates, TokenMap
 from saint.upstream.names import CACHE, EMBEDDINGS, POSITIONS, Parameters
 

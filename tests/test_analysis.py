@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from saint.analysis import attention, bootstrap, geometry, similarity
-from saint.analysis.stages import find_stages
+from saint.lab.analysis import attention, bootstrap, geometry, similarity
+from saint.lab.analysis.stages import find_stages
 
 
 def cosine(a, b) -> float:

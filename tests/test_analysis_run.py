@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import saint
 from saint import testing
-from saint.analysis import geometry, propose, record, run, similarity
-from saint.analysis.attention import received_entropy
-from saint.analysis.causal import METHODS, Causal, Looks, next_token_kl
-from saint.analysis.probe import Probe
-from saint.eval.journal import JournalError
-from saint.report import make_report, read_records
+from saint.lab.analysis import geometry, propose, record, run, similarity
+from saint.lab.analysis.attention import received_entropy
+from saint.lab.analysis.causal import METHODS, Causal, Looks, next_token_kl
+from saint.lab.analysis.probe import Probe
+from saint.lab.eval.journal import JournalError
+from saint.lab.report import make_report, read_records
 from support.command_line import TINY
 from support.families import FAMILIES, prompts
 from support.models import BUILDERS, build
@@ -221,7 +221,7 @@ def picture(number: int) -> Image.Image:
 
 @pytest.fixture
 def loaded():
-    from saint.loading import load_model
+    from saint.lab.loading import load_model
 
     return load_model("timm:test_vit", pretrained=False)
 

@@ -9,14 +9,14 @@ import torch
 import transformers as hf
 
 import saint
-from saint import demo
-from saint.analysis import geometry, record, run, similarity
-from saint.analysis.attention import received_entropy
-from saint.analysis.causal import METHODS, next_token_kl
-from saint.cli.asked import read_prompts
-from saint.demo import smollm2
-from saint.loading import DownloadError, load_model
-from saint.loading.text import is_text, load_text
+from saint.lab import demo
+from saint.lab.analysis import geometry, record, run, similarity
+from saint.lab.analysis.attention import received_entropy
+from saint.lab.analysis.causal import METHODS, next_token_kl
+from saint.lab.cli.asked import read_prompts
+from saint.lab.demo import smollm2
+from saint.lab.loading import DownloadError, load_model
+from saint.lab.loading.text import is_text, load_text
 from support.command_line import one_line
 from support.probing import entropy, observed, weights
 from support.text import WORDS, batch, save_text, tiny

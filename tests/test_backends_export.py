@@ -14,7 +14,7 @@ import saint
 from saint import Plan, Stage, methods, testing
 from saint.backends import export as backend
 from saint.backends.export import export
-from saint.cli import main
+from saint.lab.cli import main
 from saint.methods.base import FixedBudget
 from saint.order import descending, true_places
 from support.families import FAMILIES, prompts

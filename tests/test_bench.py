@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import saint
-from saint import bench
-from saint.bench import encoder
-from saint.bench.encoder import copy_sharing_weights
-from saint.bench.timing import Spread, interleave
+from saint.lab import bench
+from saint.lab.bench import encoder
+from saint.lab.bench.encoder import copy_sharing_weights
+from saint.lab.bench.timing import Spread, interleave
+from saint.lab.records import environment, write_json
 from saint.plans import Plan, Stage
-from saint.records import environment, write_json
 from saint.testing import snapshot
 from support.models import build
 
@@ -163,7 +163,7 @@ def test_a_failed_write_keeps_the_old_record(tmp_path, monkeypatch):
     def full(*_args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("saint.records.os.replace", full)
+    monkeypatch.setattr("saint.lab.records.os.replace", full)
     with pytest.raises(OSError, match="no space"):
         write_json(path, {"a": 2})
     assert path.read_text() == old

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import saint
-from saint import bench
-from saint.bench import encoder as encoder_bench
-from saint.bench import generation as generation_bench
-from saint.bench import timing
-from saint.bench.cost import cost
-from saint.bench.timing import Spread
-from saint.cli import bench as bench_command
+from saint.lab import bench
+from saint.lab.bench import encoder as encoder_bench
+from saint.lab.bench import generation as generation_bench
+from saint.lab.bench import timing
+from saint.lab.bench.cost import cost
+from saint.lab.bench.timing import Spread
+from saint.lab.cli import bench as bench_command
 from saint.plans import Plan, Stage
 from saint.runtime import observe
 from support.families import FAMILIES, prompts
@@ -264,7 +264,7 @@ def test_every_printed_figure_of_the_demo(tmp_path, capsys):
     """Over the photographs together: the sum of the medians, and the sum of the FLOPs."""
     from PIL import Image
 
-    from saint.cli import main
+    from saint.lab.cli import main
 
     folder, plan = tmp_path / "photos", Plan(vision=saint.Saint(threshold=0.9, neighbors=1, center=True, floor=0.0))
     folder.mkdir()

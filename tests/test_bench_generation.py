@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import saint
-from saint.bench import bench_generation
 from saint.errors import AlreadyAppliedError
+from saint.lab.bench import bench_generation
 from saint.plans import Plan, Stage
 from support.families import FAMILIES, prompts
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from saint.report import make_report, read_records
+from saint.lab.report import make_report, read_records
 from support import records as report_records
 from support.pictures import png
 
@@ -26,9 +26,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from saint.ui import Desk, make_app
-from saint.ui.desk import Offer
-from saint.ui.guard import hosts_of
+from saint.lab.ui import Desk, make_app
+from saint.lab.ui.desk import Offer
+from saint.lab.ui.guard import hosts_of
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="chromium and chromedriver are not installed")

@@ -9,9 +9,9 @@ import transformers as hf
 from PIL import Image
 
 import saint
-from saint.loading.vlm import is_vlm, load_vlm
+from saint.lab.loading.vlm import is_vlm, load_vlm
+from saint.lab.view.tiles import Tile, _laid, placed, tiles, visual_tokens
 from saint.plans import Stage
-from saint.view.tiles import Tile, _laid, placed, tiles, visual_tokens
 from support.checkpoints import PLAN, save
 from support.command_line import one_line
 from support.families import FAMILIES, IMAGE, prompts

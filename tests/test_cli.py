@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 
 import saint
-from saint import extras, loading
-from saint.cli import COMMANDS, main
-from saint.cli.common import make_plan
-from saint.loading import DownloadError, load_images, load_model
-from saint.loading.photos import names_of
-from saint.loading.plans import parse_layers
+from saint import extras
+from saint.lab import loading
+from saint.lab.cli import COMMANDS, main
+from saint.lab.cli.common import make_plan
+from saint.lab.loading import DownloadError, load_images, load_model
+from saint.lab.loading.photos import names_of
+from saint.lab.loading.plans import parse_layers
 from saint.plans import Plan
 from support.command_line import TINY, one_line
 
@@ -32,8 +33,8 @@ def broken(folder):
 
 def test_help_is_fast_and_loads_no_torch():
     code = (
-        "import sys, saint.cli\n"
-        "try: saint.cli.main(['--help'])\n"
+        "import sys, saint.lab.cli\n"
+        "try: saint.lab.cli.main(['--help'])\n"
         "except SystemExit: pass\n"
         "assert not {'torch', 'numpy', 'timm', 'transformers'} & set(sys.modules)"
     )
@@ -121,8 +122,8 @@ def test_a_picture_alone_is_no_model(run, folder):
 
 
 def test_a_busy_machine_is_told(run, folder, tmp_path, monkeypatch):
-    from saint.bench import Spread, encoder
-    from saint.bench.timing import disturbances
+    from saint.lab.bench import Spread, encoder
+    from saint.lab.bench.timing import disturbances
 
     quiet = {"unpruned": Spread(100, 95, 110, 20), "pruned": Spread(50, 48, 55, 20)}
     assert disturbances(0.0, quiet) == disturbances(None, quiet) == []
@@ -145,7 +146,7 @@ def test_a_busy_machine_is_told(run, folder, tmp_path, monkeypatch):
 def test_torchaos_two_lines_are_silenced_in_the_command_only(run, caplog, monkeypatch):
     import logging
 
-    from saint.cli import tables
+    from saint.lab.cli import tables
 
     logger = logging.getLogger("torch.utils._pytree")
     line = "<enum 'X'> is an Enum subclass. Calling register_constant() on Enum subclasses is deprecated"

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 import saint
-from saint import demo, testing
-from saint.demo import models, weights
-from saint.images import as_rgb
+from saint import testing
+from saint.lab import demo
+from saint.lab.demo import models, weights
+from saint.lab.images import as_rgb
 from saint.plans import Plan
 
 pytest.importorskip("onnx", reason="needs saint-vlm[demo]")
@@ -197,9 +198,7 @@ def test_missing_onnx_names_the_extra(tiny_wheel, monkeypatch):
 
 
 def test_importing_the_demo_loads_nothing_heavy():
-    code = (
-        "import sys, saint.demo; print(*({'torch', 'transformers', 'onnx', 'skimage', 'sklearn'} & set(sys.modules)))"
-    )
+    code = "import sys, saint.lab.demo; print(*({'torch', 'transformers', 'onnx', 'skimage', 'sklearn'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 

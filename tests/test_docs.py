@@ -20,7 +20,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, ViTConfig
 
 import saint
 from saint import presets
-from saint.cli import COMMANDS, app
+from saint.lab.cli import COMMANDS, app
 from saint.upstream import registry
 from support.families import FAMILIES, prompts
 from support.models import build
@@ -144,7 +144,7 @@ def test_generated_tables_are_those_of_specs_and_records(page, name, table):
 # -- shells -----------------------------------------------------------------------------------------------------------
 
 # what works without a network and in seconds is run, by its first words
-OFFLINE = ("saint list", "saint env", "saint --help", "python -m saint.demo.scenes")
+OFFLINE = ("saint list", "saint env", "saint --help", "python -m saint.lab.demo.scenes")
 
 
 def commands(file: Path) -> list[str]:
@@ -197,9 +197,9 @@ def test_shell_lines_are_understood(line, tmp_path):
     elif words[0] == "make":
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert words[1] in targets
-    elif "saint.cli" in words:
+    elif "saint.lab.cli" in words:
         parse(
-            [word for word in words[words.index("saint.cli") + 1 :] if word != "..."]
+            [word for word in words[words.index("saint.lab.cli") + 1 :] if word != "..."]
             if "..." not in words
             else ["list"]
         )
@@ -215,7 +215,7 @@ def test_shell_lines_are_understood(line, tmp_path):
 def test_shell_lines_that_need_no_network_run(line, tmp_path):
     words = shlex.split(line)
     if words[0] == "saint":
-        words = ["python", "-m", "saint.cli", *words[1:]]
+        words = ["python", "-m", "saint.lab.cli", *words[1:]]
     words = [re.sub(r"^50$", "2", word) for word in words]  # fewer scenes
     done = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

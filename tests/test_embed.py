@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 
 import saint
-from saint.embed import OutputError, Rows, answer, embed, find_items, work
-from saint.embed.parts import Parts, files
-from saint.embed.sources import Reader, located
-from saint.embed.work import Job
-from saint.loading import load_model
-from saint.loading.vlm import LoadedVLM
+from saint.lab.embed import OutputError, Rows, answer, embed, find_items, work
+from saint.lab.embed.parts import Parts, files
+from saint.lab.embed.sources import Reader, located
+from saint.lab.embed.work import Job
+from saint.lab.loading import load_model
+from saint.lab.loading.vlm import LoadedVLM
 from support.command_line import one_line
 from support.families import FAMILIES
 from support.families import prompts as prompts_of
@@ -105,7 +105,7 @@ def test_the_users_model_is_as_it_was(folder):
 
 
 def test_an_image_that_the_model_fails_on_is_the_only_row_with_an_error(folder, monkeypatch):
-    from saint.bench.features import Features
+    from saint.lab.bench.features import Features
 
     real, bad = Features.__call__, image(6).size
 
@@ -125,7 +125,7 @@ def test_an_image_that_the_model_fails_on_is_the_only_row_with_an_error(folder, 
 
 
 def test_a_model_that_always_fails_is_no_row(folder, monkeypatch):
-    from saint.bench.features import Features
+    from saint.lab.bench.features import Features
 
     monkeypatch.setattr(Features, "__call__", lambda self, inputs: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
@@ -169,7 +169,7 @@ def test_answers(tmp_path):
 
 
 def test_images_of_similar_budgets_share_a_batch(tmp_path, monkeypatch):
-    from saint.embed.work import Worker, alike, sameness
+    from saint.lab.embed.work import Worker, alike, sameness
 
     quiet, busy = torch.ones(3, 56, 56), torch.randn(3, 56, 56)
     half = torch.cat([quiet[:, :28], busy[:, 28:]], 1)
@@ -331,8 +331,8 @@ def test_sources_that_are_none(tmp_path, folder):
 SLOW = """
 import sys, time
 import saint
-from saint.bench.features import Features
-from saint.embed import embed
+from saint.lab.bench.features import Features
+from saint.lab.embed import embed
 real = Features.__call__
 def slow(self, inputs):
     time.sleep(0.2)
@@ -369,7 +369,7 @@ def test_a_killed_run_continues_and_writes_each_row_once(folder, tmp_path):
 
 def test_a_finished_run_loads_no_model(folder, tmp_path, monkeypatch):
     embed(folder, plan=PLAN, output=tmp_path / "out", **MODEL)
-    monkeypatch.setattr("saint.embed.run.Worker", None)
+    monkeypatch.setattr("saint.lab.embed.run.Worker", None)
     assert embed(folder, plan=PLAN, output=tmp_path / "out", **MODEL).resumed == 10
 
 
@@ -531,7 +531,7 @@ def test_an_interrupted_run_keeps_what_was_computed_and_is_not_complete(folder, 
 
 
 def test_a_model_that_fails_behind_its_first_success_gives_rows_with_errors(tmp_path, monkeypatch):
-    from saint.bench.features import Features
+    from saint.lab.bench.features import Features
 
     for number in range(8):
         Image.effect_noise((40, 40), 50 + number).convert("RGB").save(tmp_path / f"{number}.png")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from saint.eval import compare
-from saint.eval.compare import detectable_binary, tango_interval
+from saint.lab.eval import compare
+from saint.lab.eval.compare import detectable_binary, tango_interval
 
 Z, Z80 = stats.norm.ppf(0.975), stats.norm.ppf(0.8)
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from saint import LayerTrace
-from saint.eval import Journal, compare, scores
-from saint.eval.compare import detectable_binary, tango_interval
-from saint.eval.journal import JournalError
-from saint.eval.loop import Loop, Processes
-from saint.eval.report import Report, Summary, between, by_sample, check_plans, digest, fingerprint, kept, summaries
+from saint.lab.eval import Journal, compare, scores
+from saint.lab.eval.compare import detectable_binary, tango_interval
+from saint.lab.eval.journal import JournalError
+from saint.lab.eval.loop import Loop, Processes
+from saint.lab.eval.report import Report, Summary, between, by_sample, check_plans, digest, fingerprint, kept, summaries
 from saint.plans import Plan
 
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None)

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 import saint
-from saint.bench.features import Features
-from saint.eval import compare, evaluate_images, find_samples
-from saint.eval import scores as score_
-from saint.loading import load_model
+from saint.lab.bench.features import Features
+from saint.lab.eval import compare, evaluate_images, find_samples
+from saint.lab.eval import scores as score_
+from saint.lab.loading import load_model
 from saint.methods import Random
 from saint.plans import Plan, Stage
 from saint.session import status
@@ -303,7 +303,7 @@ def test_not_finite_features_fail_the_sample(folder, loaded):
 
 
 def test_zero_shot_with_open_clip():
-    from saint.eval.zeroshot import class_embeddings, load_both_towers
+    from saint.lab.eval.zeroshot import class_embeddings, load_both_towers
 
     open_clip = pytest.importorskip("open_clip")
     loaded, embed = load_both_towers("open_clip:ViT-S-32/none")
@@ -355,7 +355,7 @@ def clip(tmp_path):
 
 
 def test_named_sets_of_templates_stand_for_their_templates(monkeypatch):
-    from saint.eval.zeroshot import read_templates
+    from saint.lab.eval.zeroshot import read_templates
 
     pytest.importorskip("open_clip")
     made = read_templates(["one {}", "openai-80", "openai-7"])
@@ -459,7 +459,7 @@ def test_broken_images_are_told_and_the_status_says_so(run, folder, tmp_path):
 
 
 def test_an_interruption_says_how_to_go_on(run, folder, tmp_path, monkeypatch):
-    from saint.eval import images
+    from saint.lab.eval import images
 
     real, calls = images.Features.__call__, []
 
@@ -482,7 +482,7 @@ def test_an_interruption_says_how_to_go_on(run, folder, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_one_line(run, folder, tmp_path, monkeypatch):
-    from saint.eval import Journal
+    from saint.lab.eval import Journal
 
     real, calls = Journal.append, []
 
@@ -530,14 +530,16 @@ def test_two_processes_make_the_same_record(folder, tmp_path):
     pytest.importorskip("accelerate")
     command = ["eval", "images", TINY[0], str(folder), *map(str, TINY[1:]), "--score", "knn", "--plan", PLAN, "--json"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "saint.cli",
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "saint.lab.cli",
          *command, str(tmp_path / "two.json")],
         capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("10 of 10 evaluated") == 1
     assert len(list(tmp_path.glob("two.journal.rank*of2.sqlite"))) == 2
-    subprocess.run([sys.executable, "-m", "saint.cli", *command, str(tmp_path / "one.json")], check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-m", "saint.lab.cli", *command, str(tmp_path / "one.json")], check=True, timeout=120
+    )
     two, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("two", "one"))
     assert two["conditions"]["processes"] == 2
     assert two["scores"] == one["scores"]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from saint.eval import Journal, JournalError
-from saint.eval.loop import Loop, Processes
+from saint.lab.eval import Journal, JournalError
+from saint.lab.eval.loop import Loop, Processes
 
 KEY = {"model": "m", "plans": {"a": {"version": 1}}}
 
@@ -79,7 +79,7 @@ def test_of_two_results_for_a_sample_the_first_stays(tmp_path):
 
 _WRITER = """
 import sys
-from saint.eval import Journal
+from saint.lab.eval import Journal
 journal = Journal(sys.argv[1], {"model": "m"})
 print("open", flush=True)
 sys.stdin.readline()
@@ -117,7 +117,7 @@ def test_a_run_killed_while_it_writes_leaves_nothing_of_the_batch(tmp_path):
     Journal(path, KEY).append([{"id": "a"}])
     code = (
         "import json, os, sys\n"
-        "from saint.eval import journal\n"
+        "from saint.lab.eval import journal\n"
         "j = journal.Journal(sys.argv[1], json.loads(sys.argv[2]))\n"
         "j._connection.execute('PRAGMA cache_size = 1')\n"  # pages reach the disk before the commit
         "journal._transaction.__exit__ = lambda *_: os._exit(9)\n"
@@ -178,7 +178,7 @@ def test_a_full_disk_keeps_what_was_written(tmp_path):
 
 
 def test_a_file_that_stays_locked_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("saint.eval.journal._PATIENCE", 0.05)
+    monkeypatch.setattr("saint.lab.eval.journal._PATIENCE", 0.05)
     path = tmp_path / "j.sqlite"
     journal = Journal(path, KEY)
     other = sqlite3.connect(path, isolation_level=None)

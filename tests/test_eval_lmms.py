@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 import saint
-from saint import demo
-from saint.demo import scenes
-from saint.eval import read_questions
-from saint.loading.vlm import load_vlm
+from saint.lab import demo
+from saint.lab.demo import scenes
+from saint.lab.eval import read_questions
+from saint.lab.loading.vlm import load_vlm
 from saint.plans import Plan
 from support.checkpoints import PLAN, TEMPLATE, save
 
@@ -122,7 +122,7 @@ def registered(tmp_path, monkeypatch):
 
 
 def test_lmms_eval_finds_the_model(registered):
-    from saint.eval.lmms import SaintHF
+    from saint.lab.eval.lmms import SaintHF
 
     assert registered.list_canonical_model_ids() == ["saint_hf"]
     assert registered.get_model_class("saint_hf") is SaintHF
@@ -160,7 +160,7 @@ def test_unpruned_and_pruned_in_the_real_evaluator(lmms_eval, registered, task, 
 
 
 def test_options(spec, tmp_path):
-    from saint.eval.lmms import SaintHF
+    from saint.lab.eval.lmms import SaintHF
 
     (tmp_path / "plan.json").write_text(PLAN)
     lm = SaintHF(spec, plan=str(tmp_path / "plan.json"), device="cpu", dtype="bfloat16")
@@ -182,7 +182,7 @@ def test_options(spec, tmp_path):
 def test_what_the_model_cannot_do_raises(spec):
     from lmms_eval.api.instance import Instance
 
-    from saint.eval.lmms import SaintHF
+    from saint.lab.eval.lmms import SaintHF
 
     lm = SaintHF(spec, device="cpu")
     lm.task_dict = {"t": {"test": [None]}}

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 import saint
-from saint.eval import Question, evaluate_vqa, read_questions
-from saint.eval import scores as score_
-from saint.eval.vqa import default_prompt, fill
-from saint.loading.vlm import load_vlm
+from saint.lab.eval import Question, evaluate_vqa, read_questions
+from saint.lab.eval import scores as score_
+from saint.lab.eval.vqa import default_prompt, fill
+from saint.lab.loading.vlm import load_vlm
 from saint.plans import Plan
 from saint.session import status
 from support.checkpoints import PLAN, TEMPLATE, save

@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 import saint
-from saint.eval import Question, evaluate_images, evaluate_vqa
-from saint.eval.data import Sample, Samples
-from saint.loading import load_model
-from saint.loading.vlm import load_vlm
+from saint.lab.eval import Question, evaluate_images, evaluate_vqa
+from saint.lab.eval.data import Sample, Samples
+from saint.lab.loading import load_model
+from saint.lab.loading.vlm import load_vlm
+from saint.lab.tuning.trials import Trials, read_samples
 from saint.methods import Random
 from saint.plans import Plan
-from saint.tuning.trials import Trials, read_samples
 from support.checkpoints import PLAN, TEMPLATE, save
 from support.models import build
 from support.records import by_key
@@ -33,8 +33,8 @@ def test_an_embedding_with_one_number_that_is_not_finite_is_an_error_of_its_row(
     tmp_path, monkeypatch, value, row, place
 ):
     pytest.importorskip("pyarrow")
-    from saint.bench.features import Features
-    from saint.embed import embed
+    from saint.lab.bench.features import Features
+    from saint.lab.embed import embed
 
     for number in range(3):
         noise(number).save(tmp_path / f"{number}.png")
@@ -61,7 +61,7 @@ def test_an_embedding_with_one_number_that_is_not_finite_is_an_error_of_its_row(
 @pytest.mark.parametrize("variant", ["base", "half"])
 @pytest.mark.parametrize("what", ["features", "logits"])
 def test_a_picture_whose_features_or_logits_are_not_finite_is_not_scored(monkeypatch, value, variant, what):
-    images = sys.modules["saint.eval.images"]
+    images = sys.modules["saint.lab.eval.images"]
     loaded = load_model("timm:test_vit", pretrained=False)
     seen = []
 

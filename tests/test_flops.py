@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 import saint
 from saint import flops
-from saint.bench.cost import cost
 from saint.flops import count_flops, left_out
+from saint.lab.bench.cost import cost
 from saint.plans import Plan
 from saint.testing import check_on, example_inputs, example_plan
 from support.command_line import TINY

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 import saint
-from saint.bench import encoder, generation, timing
-from saint.cli import COMMANDS, app, common
-from saint.report import make_report
+from saint.lab.bench import encoder, generation, timing
+from saint.lab.cli import COMMANDS, app, common
+from saint.lab.report import make_report
 from saint.runtime import observe
 from support import golden, measured
 from support import records as made
@@ -234,9 +234,9 @@ def of_page(html: str) -> dict[str, object]:
 def test_answers_of_the_page(given, fixed, request):
     """What `saint ui` shows of a picture: an encoder's, and a vision-language model's."""
     testclient = pytest.importorskip("starlette.testclient")
-    from saint.ui import Desk, make_app
-    from saint.ui.desk import Offer
-    from saint.ui.guard import hosts_of
+    from saint.lab.ui import Desk, make_app
+    from saint.lab.ui.desk import Offer
+    from saint.lab.ui.guard import hosts_of
 
     models = {"timm:test_vit": Offer("timm:test_vit", False, False), given["VLM"]: Offer(given["VLM"], True, True)}
     host, told = "127.0.0.1:8765", {}

@@ -15,20 +15,20 @@ import torch
 from PIL import Image
 
 import saint
-from saint import embed as embed_
-from saint.analysis import run as analysis
-from saint.embed import OutputError
-from saint.embed.work import Job
-from saint.eval import JournalError, Question, evaluate_images, evaluate_vqa
-from saint.eval.data import Sample, Samples, find_samples
-from saint.eval.vqa import default_prompt
-from saint.loading import load_model
-from saint.loading.vlm import load_vlm
+from saint.lab import embed as embed_
+from saint.lab.analysis import run as analysis
+from saint.lab.embed import OutputError
+from saint.lab.embed.work import Job
+from saint.lab.eval import JournalError, Question, evaluate_images, evaluate_vqa
+from saint.lab.eval.data import Sample, Samples, find_samples
+from saint.lab.eval.vqa import default_prompt
+from saint.lab.loading import load_model
+from saint.lab.loading.vlm import load_vlm
+from saint.lab.records import differences
+from saint.lab.tuning import run as tuning
+from saint.lab.tuning.trials import Trials, read_samples
 from saint.methods import Random
 from saint.plans import Plan
-from saint.records import differences
-from saint.tuning import run as tuning
-from saint.tuning.trials import Trials, read_samples
 from support.checkpoints import PLAN, TEMPLATE, save
 from support.models import build
 
@@ -122,7 +122,7 @@ def worker(monkeypatch):
         for unit in units:
             yield [{"key": item.key, "path": item.path} for item in unit]
 
-    run = sys.modules["saint.embed.run"]
+    run = sys.modules["saint.lab.embed.run"]
     monkeypatch.setattr(run, "Worker", Worker)
     monkeypatch.setattr(run, "stream", stream)
 

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from saint.cli import main
-from saint.cli.asked import gather
-from saint.embed.sources import find_items, located
-from saint.eval.data import find_samples
-from saint.eval.vqa import read_questions
-from saint.images import read_image
-from saint.loading.listing import left_facts
-from saint.loading.photos import load_images
-from saint.loading.plans import changed_plan
+from saint.lab.cli import main
+from saint.lab.cli.asked import gather
+from saint.lab.embed.sources import find_items, located
+from saint.lab.eval.data import find_samples
+from saint.lab.eval.vqa import read_questions
+from saint.lab.images import read_image
+from saint.lab.loading.listing import left_facts
+from saint.lab.loading.photos import load_images
+from saint.lab.loading.plans import changed_plan
+from saint.lab.report.reading import behind, mark_of, place
 from saint.methods import get
 from saint.plans import Plan, Stage
-from saint.report.reading import behind, mark_of, place
 
 
 def picture(path: Path) -> Path:
@@ -105,7 +105,7 @@ def test_what_decoders_raise_is_an_error_of_that_picture(tmp_path, monkeypatch, 
         raise error("x" * 5000)
 
     file = picture(tmp_path / "a.png")
-    monkeypatch.setattr("saint.images.as_rgb", broken)
+    monkeypatch.setattr("saint.lab.images.as_rgb", broken)
     with pytest.raises(ValueError, match="xxx") as told:
         read_image(file)
     assert len(str(told.value)) < 400
@@ -155,7 +155,7 @@ def test_options_on_a_plan_with_two_vision_stages_are_refused():
 def test_consoles_of_other_encodings_take_every_text(monkeypatch, encoding):
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", stream)
-    monkeypatch.setattr("saint.cli.app", lambda **_named: print("█ caf\udce9"))
+    monkeypatch.setattr("saint.lab.cli.app", lambda **_named: print("█ caf\udce9"))
     main([])
     stream.flush()
     assert b"caf" in stream.buffer.getvalue()

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import saint
-from saint.cli import main
+from saint.lab.cli import main
 
 TINY = ["timm:test_vit", "--no-pretrained", "--threads", "1", "--device", "cpu"]
 PLAN = json.dumps(saint.Plan(vision=saint.Stage(saint.methods.Random(keep=0.5), layers=[1])).to_dict())
@@ -146,7 +146,7 @@ def test_an_evaluation_continues_over_odd_names(line, console, tmp_path):
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_the_process_on_another_console(line, photos, tmp_path, encoding):
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
-    command = [sys.executable, "-m", "saint.cli", *line("eval images")]
+    command = [sys.executable, "-m", "saint.lab.cli", *line("eval images")]
     done = subprocess.run(command, capture_output=True, env=environment, check=False)
     assert done.returncode == 1, done.stderr
     assert b"Traceback" not in done.stderr

@@ -46,7 +46,7 @@ def test_every_encoder_tells_its_layers_and_its_attention(name):
 
 
 def probabilities(call, sample):
-    from saint.analysis import attention
+    from saint.lab.analysis import attention
 
     found = attention.rows(
         call.query[sample], call.key[sample], scale=call.scale, mask=call.mask_of(sample), causal=call.causal

@@ -9,7 +9,7 @@ import torch
 
 import saint
 from saint import graph, methods, presets, testing
-from saint.loading import read_plan
+from saint.lab.loading import read_plan
 from saint.methods import base
 from saint.plans import Plan, Stage
 from saint.testing.contracts import snapshot

@@ -12,7 +12,7 @@ from torch import nn
 
 import saint
 from saint import testing
-from saint.loading.vlm import is_vlm
+from saint.lab.loading.vlm import is_vlm
 from saint.testing.vlm import CONTRACTS, check_vlm
 from saint.upstream import FamilySpec, registry
 from saint.vision.locate import locate

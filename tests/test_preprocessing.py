@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from saint import demo
-from saint.demo import small_llava
-from saint.loading import load_model
-from saint.view import overlay
+from saint.lab import demo
+from saint.lab.demo import small_llava
+from saint.lab.loading import load_model
+from saint.lab.view import overlay
 from support.models import build
 
 

@@ -8,8 +8,8 @@ import torch
 
 import saint
 from saint import testing
-from saint.analysis import geometry, similarity
-from saint.analysis.probe import QUANTITIES, Probe
+from saint.lab.analysis import geometry, similarity
+from saint.lab.analysis.probe import QUANTITIES, Probe
 from support.families import FAMILIES, IMAGE, prompts
 from support.models import NAMES, prepared
 from support.padded import alone, naflex, padded_models, patches, with_padding

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 import saint
-from saint.cli import main
-from saint.images import data_uri
-from saint.report import KINDS, make_report
-from saint.report.charts import Line, Point, cividis, front, line_chart, ticks
-from saint.report.markup import Markup, number, tag
+from saint.lab.cli import main
+from saint.lab.images import data_uri
+from saint.lab.report import KINDS, make_report
+from saint.lab.report.charts import Line, Point, cividis, front, line_chart, ticks
+from saint.lab.report.markup import Markup, number, tag
 from support import records as report_records
 from support.records import read
 
@@ -313,8 +313,8 @@ def test_records_of_the_commands_themselves_are_understood(run, tmp_path, capsys
 def test_a_report_loads_no_torch(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps(report_records.view()))
     code = (
-        "import sys, saint.cli\n"
-        f"try: saint.cli.main(['report', {str(tmp_path / 'r.json')!r}, '-o', {str(tmp_path / 'r.html')!r}])\n"
+        "import sys, saint.lab.cli\n"
+        f"try: saint.lab.cli.main(['report', {str(tmp_path / 'r.json')!r}, '-o', {str(tmp_path / 'r.html')!r}])\n"
         "except SystemExit as e: assert not e.code\n"
         "assert not {'torch', 'timm', 'transformers', 'matplotlib'} & set(sys.modules)"
     )

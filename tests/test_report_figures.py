@@ -10,8 +10,8 @@ import re
 import pytest
 
 from saint import methods
+from saint.lab.report import make_report
 from saint.plans import Stage
-from saint.report import make_report
 from support import records
 from support.records import read
 
@@ -471,7 +471,7 @@ def test_figures_of_an_analysis(written):
         for table in shown
     ]
     curve = next(cells for cells in plain if "threshold 0.7" in cells)
-    from saint.report.markup import interval
+    from saint.lab.report.markup import interval
 
     drop = part["droppable"]
     for place, threshold in enumerate(("threshold 0.7", "threshold 0.8")):
@@ -537,8 +537,8 @@ def test_plans_that_differ_in_one_field_are_two_points(what, plan, another):
     """Speed of both, quality of one: the unpruned model and one plan, never the speed of the other."""
     from pathlib import Path
 
-    from saint.report.reading import Record
-    from saint.report.trade import trades
+    from saint.lab.report.reading import Record
+    from saint.lab.report.trade import trades
 
     fast, slow = records.generation(), records.generation()
     quality = records.eval_vqa()

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from saint.images import data_uri
-from saint.report import make_report
-from saint.report.charts import Point, cividis, front
+from saint.lab.images import data_uri
+from saint.lab.report import make_report
+from saint.lab.report.charts import Point, cividis, front
 from support import records as report_records
 from support.records import read
 

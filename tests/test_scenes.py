@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from saint.demo import scenes, small_llava
-from saint.eval import read_questions
+from saint.lab.demo import scenes, small_llava
+from saint.lab.eval import read_questions
 
 SEEDS = range(60)
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import saint
-from saint.cli import COMMANDS
+from saint.lab.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text())

@@ -6,11 +6,12 @@ from importlib import resources
 import pytest
 import torch
 
-from saint import demo, presets
-from saint.demo import scenes, small_llava
-from saint.demo.easy_vqa import CATEGORIES, easy_vqa
-from saint.demo.models import clip_names
-from saint.eval import evaluate_vqa, read_questions
+from saint import presets
+from saint.lab import demo
+from saint.lab.demo import scenes, small_llava
+from saint.lab.demo.easy_vqa import CATEGORIES, easy_vqa
+from saint.lab.demo.models import clip_names
+from saint.lab.eval import evaluate_vqa, read_questions
 from support.command_line import one_line
 
 SPEC = "demo:small-llava"
@@ -19,7 +20,7 @@ pytest.importorskip("skimage", reason="needs saint-vlm[demo]")
 
 
 def test_the_weights_are_small_and_all_that_was_trained(demo_llava):
-    file = resources.files("saint.demo").joinpath("small_llava.safetensors")
+    file = resources.files("saint.lab.demo").joinpath("small_llava.safetensors")
     assert len(file.read_bytes()) < 8e6
     # the tower stayed frozen
     tower = demo.load("clip-b16").state_dict()

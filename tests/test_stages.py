@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from saint.analysis import bootstrap, stages
+from saint.lab.analysis import bootstrap, stages
 
 SEEDS = 100
 ENOUGH = 95  # of them

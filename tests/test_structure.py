@@ -231,7 +231,7 @@ def test_public_names_exist_and_are_documented(name):
 GATHERED = {
     "saint.testing": "CONTRACTS Inputs Result check_bad_input check_batch check_identity check_model check_on check_oracle "
     "check_undo example_inputs example_plan masked_oracle merged_oracle outcomes run snapshot tensors",
-    "saint.loading": "DownloadError FORMS Loaded Photo Source Unreadable UnsafeCheckpointError load_images load_model "
+    "saint.lab.loading": "DownloadError FORMS Loaded Photo Source Unreadable UnsafeCheckpointError load_images load_model "
     "read_plan resolve_device",
 }
 

@@ -11,17 +11,17 @@ from PIL import Image
 
 import saint
 from saint import testing
-from saint.eval.journal import JournalError
 from saint.flops import count_flops
+from saint.lab.eval.journal import JournalError
+from saint.lab.report import make_report, read_records
+from saint.lab.tuning import Target, search, work
+from saint.lab.tuning.costs import Cost, grid, proposals
+from saint.lab.tuning.layout import Drop, Space
+from saint.lab.tuning.run import split
+from saint.lab.tuning.thresholds import bisect, calibrated
+from saint.lab.tuning.trials import Trials, read_samples
+from saint.lab.tuning.work import Meter, Table
 from saint.methods import Random, ToMe
-from saint.report import make_report, read_records
-from saint.tuning import Target, search, work
-from saint.tuning.costs import Cost, grid, proposals
-from saint.tuning.layout import Drop, Space
-from saint.tuning.run import split
-from saint.tuning.thresholds import bisect, calibrated
-from saint.tuning.trials import Trials, read_samples
-from saint.tuning.work import Meter, Table
 from saint.upstream.tiny import IMAGE, VIDEO
 from saint.vlm.prompts import answered
 from support.command_line import TINY
@@ -469,8 +469,8 @@ def test_a_broken_image_is_told_and_ends_with_status_1(command, folder, tmp_path
 
 def test_the_methods_that_are_tried_are_these():
     """Merging methods apart from those that drop, each with both of its settings; centred keys and plain ones."""
+    from saint.lab.tuning.run import _kinds
     from saint.methods import Match, ToMe
-    from saint.tuning.run import _kinds
 
     votes = saint.Saint(budget=0.5)
     dropping, averaging = _kinds(["saint", "tome"], None, "vision")

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from saint.tuning import knapsack
-from saint.tuning.knapsack import Place, cheapest, front
+from saint.lab.tuning import knapsack
+from saint.lab.tuning.knapsack import Place, cheapest, front
 
 
 def random_places(seed, count, size):

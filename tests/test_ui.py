@@ -16,16 +16,16 @@ from PIL import Image
 
 import saint
 from saint import extras
-from saint.cli import main
+from saint.lab.cli import main
 from support.pictures import png
 
 pytest.importorskip("starlette")
 from starlette.testclient import TestClient
 
-from saint.ui import Desk, make_app, offered
-from saint.ui import desk as desk_module
-from saint.ui.desk import Offer
-from saint.ui.guard import LARGEST, hosts_of
+from saint.lab.ui import Desk, make_app, offered
+from saint.lab.ui import desk as desk_module
+from saint.lab.ui.desk import Offer
+from saint.lab.ui.guard import LARGEST, hosts_of
 
 HOST = "127.0.0.1:8765"
 MODEL = "timm:test_vit"
@@ -279,7 +279,7 @@ def asgi(scope_type="http", method="GET", headers=(), messages=None):
     """What the guard sends, and what the application behind it was given: its requests, and the body of each."""
     import anyio
 
-    from saint.ui.guard import Guard
+    from saint.lab.ui.guard import Guard
 
     seen, sent = [], []
 
@@ -347,7 +347,7 @@ def test_only_requests_get_behind_the_guard():
 
 
 def test_a_body_comes_whole_and_none_over_the_limit():
-    from saint.ui import guard
+    from saint.lab.ui import guard
 
     own = [("host", HOST), OWN]
 
@@ -480,8 +480,8 @@ def test_an_unforeseen_error_is_told_without_its_trace(client, monkeypatch, capl
 
 
 def test_text_of_a_question_is_text():
-    from saint.bench.timing import Spread
-    from saint.ui.pages import answer_page
+    from saint.lab.bench.timing import Spread
+    from saint.lab.ui.pages import answer_page
 
     spread = Spread(1.0, 0.9, 1.1, 3)
     times = SimpleNamespace(first=spread, prefill=SimpleNamespace(flops=1.0), kv_bytes=1)

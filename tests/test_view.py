@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from saint.view import Cell, heatmap, overlay, save_png, sheet
+from saint.lab.view import Cell, heatmap, overlay, save_png, sheet
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_a_full_disk_leaves_the_old_picture_and_no_half_one(tmp_path, monkeypatc
 
 
 def test_a_full_disk_leaves_no_half_record(tmp_path, monkeypatch):
-    from saint.records import write_json
+    from saint.lab.records import write_json
 
     full_disk(monkeypatch)
     with pytest.raises(OSError, match=r"No space left on device.*r\.json"):

@@ -11,8 +11,8 @@ from PIL import Image
 
 import saint
 from saint import graph
-from saint.cli import main
-from saint.view import explain
+from saint.lab.cli import main
+from saint.lab.view import explain
 
 
 def flat(size=(448, 448), colour=(90, 90, 90)):

@@ -8,10 +8,10 @@ from PIL import Image
 
 import saint
 from saint import graph
+from saint.lab.view.reasons import Reasons
+from saint.lab.view.survivors import SHOWN, survivors
 from saint.methods import Grid, Random, ToMe
 from saint.runtime.observe import Observer
-from saint.view.reasons import Reasons
-from saint.view.survivors import SHOWN, survivors
 
 
 class Keys(Observer):
@@ -102,7 +102,7 @@ class Item:
 
 
 def test_the_first_images_are_read_again_and_what_is_gone_is_told(tmp_path):
-    from saint.loading import load_model
+    from saint.lab.loading import load_model
 
     loaded = load_model("timm:test_vit", "cpu", False)
     read = []

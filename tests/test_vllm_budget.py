@@ -12,7 +12,7 @@ import saint
 from saint.backends.vllm import budget, selection, tower
 from saint.backends.vllm.budget import Choice
 from saint.backends.vllm.processor import PruningProcessor
-from saint.cli import main
+from saint.lab.cli import main
 
 DIVPRUNE = saint.methods.DivPrune
 
@@ -179,7 +179,7 @@ def test_nothing_here_imports_vllm():
     import subprocess
     import sys
 
-    code = "import sys, saint.backends.vllm, saint.backends.vllm.model, saint.cli; assert 'vllm' not in sys.modules"
+    code = "import sys, saint.backends.vllm, saint.backends.vllm.model, saint.lab.cli; assert 'vllm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .errors import ParityError as ParityError
     from .errors import SaintError as SaintError
     from .errors import UnsupportedModelError as UnsupportedModelError
+    from .freezing import freeze as freeze
+    from .lab.tuning.run import tune as tune
     from .methods.saint import Saint as Saint
     from .methods.saint_full_graph import SaintFullGraph as SaintFullGraph
     from .plans import Plan as Plan
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     from .session import remove as remove
     from .session import status as status
     from .tokens import LayerTrace as LayerTrace
-    from .tuning.freeze import freeze as freeze
-    from .tuning.run import tune as tune
     from .upstream.registry import register as register
 
 

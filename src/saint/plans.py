@@ -371,7 +371,7 @@ class Plan:
         Raises:
             OSError: it cannot be written; what was there before is still there.
         """
-        from .records import write_whole
+        from .files import write_whole
 
         data = self.to_dict() if self.tuned is None else {**self.to_dict(), "tuned": self.tuned}
         write_whole(path, (json.dumps(data, indent=2) + "\n").encode())

@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 
 import saint
-from saint.embed import OutputError, Rows, answer, embed
-from saint.embed.parts import Parts, files
-from saint.embed.work import Job
+from saint.lab.embed import OutputError, Rows, answer, embed
+from saint.lab.embed.parts import Parts, files
+from saint.lab.embed.work import Job
 from saint.session import as_plan
 from support.records import by_key
 
@@ -32,8 +32,8 @@ import psutil
 import ray
 import ray.data
 
-from saint.backends.ray import answer as answer_on_ray
-from saint.backends.ray import embed as on_ray
+from saint.lab.embed.ray import answer as answer_on_ray
+from saint.lab.embed.ray import embed as on_ray
 
 torch.set_num_threads(1)  # as in the actors
 
@@ -182,7 +182,7 @@ def command(folder: Path, out: Path) -> list[str]:
         "--ray",
     ]
     line += ["--workers", 2, "--plan", '{"version": 1, "vision": {"method": {"method": "saint", "threshold": 0.5}}}']
-    return [sys.executable, "-m", "saint.cli", *map(str, line)]
+    return [sys.executable, "-m", "saint.lab.cli", *map(str, line)]
 
 
 def actors(driver: int) -> list[psutil.Process]:

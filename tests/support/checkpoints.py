@@ -7,8 +7,8 @@ import transformers as hf
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from saint import demo
-from saint.loading.vlm import load_vlm
+from saint.lab import demo
+from saint.lab.loading.vlm import load_vlm
 from support.families import FAMILIES, IMAGE
 
 TEMPLATE = (

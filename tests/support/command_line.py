@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from saint.cli import main
+from saint.lab.cli import main
 
 TINY = ["timm:test_vit", "--no-pretrained", "--threads", "1", "--device", "cpu"]
 

@@ -5,7 +5,7 @@ import math
 import torch
 
 import saint
-from saint.analysis.probe import Probe
+from saint.lab.analysis.probe import Probe
 
 
 class Raw:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from saint.images import data_uri
-from saint.report import read_records
+from saint.lab.images import data_uri
+from saint.lab.report import read_records
 
 PLAN = {
     "version": 1,

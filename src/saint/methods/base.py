@@ -274,3 +274,19 @@ def floored(drop: tuple[int, ...], candidates: Candidates, floor: float) -> tupl
             stacklevel=2,
         )
     return spared(capped, candidates)
+
+
+def with_budget(method: Method, budget: Any) -> Method:
+    """``method`` with another budget, whatever its field is called."""
+    name = "budget" if any(field.name == "budget" for field in dataclasses.fields(method)) else "keep"
+    changed: dict[str, Any] = {name: budget}
+    return dataclasses.replace(method, **({"r": None} if hasattr(method, "r") else {}), **changed)
+
+
+def step_possible(method: Method, came: int, left: int) -> bool:
+    """Whether ``method`` can leave ``left`` of ``came`` tokens at one drop point."""
+    try:
+        with_budget(method, left / came).validate(came, 1)
+    except ValueError:
+        return False
+    return True

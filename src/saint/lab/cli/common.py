@@ -1,0 +1,166 @@
+"""Options and habits that several commands share."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from ...plans import Plan
+    from ..bench import Spread
+    from ..loading import Loaded, Photo, Unreadable
+    from ..loading.listing import Left
+    from ..loading.vlm import LoadedVLM
+
+out = Console()
+err = Console(stderr=True)
+
+DEFAULT_MODEL = "demo:clip-b16"
+MODEL_HELP = "timm:NAME, hf:NAME_OR_PATH, open_clip:NAME/TAG or demo:NAME"
+Image = Annotated[Path | None, typer.Option("--image", help="an image, or a folder of them [default: photographs]")]
+PlanText = Annotated[str | None, typer.Option("--plan", help="a recipe's name, JSON, or a .json file")]
+Threshold = Annotated[float | None, typer.Option(help="cosine from which two tokens count as similar, in (-1, 1]")]
+Layers = Annotated[str | None, typer.Option(help='drop points: "first_half", "0-5" or "0,2,4"')]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")]
+Size = Annotated[int | None, typer.Option(help="side of the pictures in pixels [default: the model's]")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads [default: torch's choice]")]
+Pretrained = Annotated[bool, typer.Option(help="--no-pretrained: random weights, nothing is downloaded")]
+DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
+Limit = Annotated[int, typer.Option(min=1, help="use at most so many images")]
+Json = Annotated[Path | None, typer.Option("--json", help="also write the results to this file")]
+
+
+def warn_busy(load: float | None, spreads: "Mapping[str, Spread]") -> None:
+    """Say so when this machine was too busy for its times to mean much."""
+    from ..bench.timing import disturbances
+
+    for reason in disturbances(load, spreads):
+        err.print(f"[yellow]note[/] {reason}", highlight=False)
+
+
+def make_plan(default: "Plan", plan: str | None, threshold: float | None, layers: str | None) -> "Plan":
+    """The plan the options ask for.
+
+    Raises:
+        ValueError: not a plan, or an option that does not fit its method.
+    """
+    from ..loading.plans import changed_plan, read_plan
+
+    return changed_plan(default if plan is None else read_plan(plan), threshold, layers)
+
+
+def dtype_of(name: str) -> Any:
+    """The torch dtype called ``name``; None for "auto"."""
+    import torch
+
+    if name == "auto":
+        return None
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {name!r}")
+    return dtypes[name]
+
+
+def load(model: str, device: str, *, size: int | None, threads: int | None, pretrained: bool = True) -> "Loaded":
+    """Set the threads, load the model, say what it is."""
+    import torch
+
+    from ..loading import load_model
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with err.status(f"loading {model}"):
+        loaded = load_model(model, device, pretrained, size=size)
+    return loaded
+
+
+def load_generator(
+    model: str, device: str, *, threads: int | None, pretrained: bool = True, dtype: Any = None
+) -> "LoadedVLM":
+    """The same for a vision-language model; ``dtype`` None is the checkpoint's."""
+    import torch
+
+    from ..loading.vlm import load_vlm
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with err.status(f"loading {model}"):
+        return load_vlm(model, device, pretrained, dtype)
+
+
+def save(file: Path, record: dict[str, Any]) -> None:
+    """Write the record of ``--json``, and say so."""
+    from ..records import write_json
+
+    write_json(file, record)
+    err.print(f"wrote {file}", highlight=False)
+
+
+def pictures(image: Path | None, limit: int, left: "Left") -> tuple[list["Photo"], list["Unreadable"]]:
+    """The user's images, or photographs that are there anyway; reports what cannot be read.
+
+    ``left`` gets what is left out, see :func:`saint.lab.loading.listing.find_pictures`.
+    """
+    from ..loading import Photo, load_images
+
+    if image is None:
+        from ..demo import photos
+
+        return [Photo(name, photo) for name, photo in photos()[:limit]], []
+    good, bad = load_images(image, limit, left)
+    for name, reason in bad:
+        err.print(f"[yellow]skipped[/] {name}: {reason}", highlight=False)
+    return good, bad
+
+
+def finish(bad: Sequence["Unreadable"]) -> None:
+    """Exit status 1 when images were skipped."""
+    if bad:
+        err.print(f"[yellow]{len(bad)} image(s) could not be read and were skipped[/]")
+        raise typer.Exit(1)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Any]:
+    """A bar on stderr; yields the function that advances it, by one where no number is given."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count=1: bar.advance(task, count)
+
+
+@contextmanager
+def resumable(journal: Path | None) -> Iterator[None]:
+    """An interruption ends with status 130 and says how to go on; results are in ``journal``, where there is one."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = "nothing was kept"
+        if journal is not None:
+            kept = f"results so far are in {journal}: run the same command again to continue"
+        err.print(f"[yellow]interrupted[/]; {kept}", highlight=False)
+        raise typer.Exit(130) from None
+
+
+def bar(share: float, width: int = 20) -> str:
+    """A share in [0, 1] as a bar."""
+    full = round(share * width)
+    return "█" * full + "[dim]" + "░" * (width - full) + "[/]"
+
+
+def describe(plan: "Plan") -> str:
+    """A plan in a line."""
+    parts = []
+    for name, stage in ((name, stage) for name, stages in plan.slots.items() for stage in stages):
+        settings = {k: v for k, v in stage.method.to_dict().items() if k != "method"}
+        shown = ", ".join(f"{k}={v}" for k, v in settings.items() if v != getattr(type(stage.method), k, None))
+        lead = f"threshold={settings['threshold']}" if "threshold" in settings else ""
+        text = ", ".join(part for part in (lead, shown.replace(lead, "").strip(", ")) if part)
+        tail = "" if stage.output == "survivors" else f', output="{stage.output}"'
+        parts.append(f"{name}: {stage.method.name}({text}){tail}")
+    return "; ".join(parts) or "nothing"

@@ -1,0 +1,106 @@
+"""`saint embed`: the embeddings of a folder of images, as parquet."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import (
+    MODEL_HELP,
+    Device,
+    DType,
+    Json,
+    Pretrained,
+    Size,
+    Threads,
+    describe,
+    err,
+    out,
+    progress,
+    resumable,
+    save,
+)
+
+
+def embed(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="a folder of images, .parquet files (bytes, or paths on disk) or .tar shards", metavar="DIR"
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the parts; a killed run continues there")],
+    model: Annotated[str, typer.Option("--model", help=MODEL_HELP)],
+    plan: Annotated[str, typer.Option("--plan", help="a recipe's name, JSON, or a .json file")],
+    question: Annotated[
+        str | None, typer.Option(help="ask a vision-language model about every image, in place of embeddings")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 16,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="images per forward [default: 32, with --question 1]")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="rows of a part")] = 1000,
+    column: Annotated[str | None, typer.Option(help="of parquet files [default: the one that holds images]")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="on a Ray cluster (RAY_ADDRESS), or all of this machine")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="with --ray, models [default: one per GPU, or per CPU]")
+    ] = None,
+    size: Size = None,
+    threads: Threads = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    pretrained: Pretrained = True,
+    json: Json = None,
+) -> None:
+    """Embed every image of DIR under a plan, or ask about it: a row each, with the tokens kept, or why it could not be read.
+
+    The folder of -o holds parquet parts and a manifest. The same command continues a run that was stopped; every row is there
+    once. Another model, plan or source is refused.
+    """
+    from ..embed.run import run
+    from ..embed.sources import find_items
+    from ..embed.work import Job
+    from ..loading import read_plan
+    from ..loading.listing import Left, left_facts
+    from ..records import environment
+
+    if workers is not None and not ray:
+        raise ValueError("--workers is for --ray")
+    if ray and (device != "auto" or threads is not None):
+        raise ValueError("--device and --threads are not for --ray, which gives each model a GPU, or else a CPU")
+    chosen = read_plan(plan)
+    batch = batch or (32 if question is None else 1)
+    job = Job(model, chosen, question, max_new_tokens, pretrained, size, dtype)
+    left: Left = {}
+    with err.status(f"listing {source}"):
+        items = find_items(source, column=column, left=left)
+    with resumable(output), progress("embedding" if question is None else "asking", len(items)) as tick:
+        if ray:
+            from ..embed.ray import local_cluster
+            from ..embed.ray import run as run_on_ray
+
+            with local_cluster():
+                made = run_on_ray(items, source, job, output, batch=batch, rows=rows, workers=workers, tick=tick)
+        else:
+            if threads is not None:
+                import torch
+
+                torch.set_num_threads(threads)
+            made = run(items, source, job, output, batch=batch, device=device, rows=rows, tick=tick)
+    out.print(f"[bold]{model}[/]  {describe(chosen)}", highlight=False, soft_wrap=True)
+    resumed = f", {made.resumed} of them from an earlier run" if made.resumed else ""
+    out.print(f"{made.count} rows in {output}{resumed}", highlight=False, soft_wrap=True)
+    if json is not None:
+        record = {
+            "model": model,
+            "plan": chosen.to_dict(),
+            "images": made.count,
+            "errors": made.errors,
+            "left_out": left_facts(left),
+            "resumed": made.resumed,
+        } | ({} if question is None else {"question": question, "max_new_tokens": max_new_tokens})
+        save(json, {"kind": "embed", **record, "batch": batch, "ray": ray, "environment": environment()})
+    if made.errors:
+        verb = "embedded" if question is None else "asked about"
+        err.print(f"[yellow]{made.errors} image(s) could not be {verb}: their rows hold the error[/]")
+        raise typer.Exit(1)

@@ -1,0 +1,316 @@
+"""`saint eval images` and `saint eval vqa`."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .asked import evenly
+from .common import (
+    MODEL_HELP,
+    Device,
+    DType,
+    Json,
+    Pretrained,
+    Size,
+    Threads,
+    describe,
+    dtype_of,
+    err,
+    load,
+    load_generator,
+    out,
+    resumable,
+    save,
+)
+
+if TYPE_CHECKING:
+    from ...plans import Plan
+    from ..eval import Report
+    from ..eval.compare import Paired
+
+eval = typer.Typer(
+    help="Score MODEL with and without a plan on the same samples, compared in pairs.", no_args_is_help=True
+)
+
+Plans = Annotated[
+    list[str] | None,
+    typer.Option("--plan", help="a recipe's name, JSON, or a .json file; give it again to compare several"),
+]
+JournalFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--journal", help="per-sample results; a killed run continues [default: beside --json, .journal.sqlite]"
+    ),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="at most so many samples, evenly spaced [default: all]")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
+
+
+@eval.command("images")
+def images(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="a folder with a folder per class, .tar shards, a saved data set, or hf:NAME; labels are optional"
+        ),
+    ],
+    plan: Plans = None,
+    score: Annotated[
+        list[str] | None,
+        typer.Option("--score", help="top1, top5, zeroshot, knn or linear, several times [default: what fits best]"),
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option("--classes", help="a class name per line, in the order of the model's outputs or the labels"),
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(help='zero-shot: e.g. "a photo of a {}.", or openai-80, openai-7; several times'),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="of a Hugging Face data set")] = None,
+    limit: Limit = None,
+    batch: Annotated[int, typer.Option(min=1, help="images per forward")] = 32,
+    size: Size = None,
+    threads: Threads = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    pretrained: Pretrained = True,
+    journal: JournalFile = None,
+    json: Json = None,
+) -> None:
+    """Accuracy of an encoder on DATA, and its agreement with the unpruned model (the only score without labels)."""
+    from ..eval import evaluate_images, find_samples
+    from ..loading.listing import left_facts
+
+    number = dtype_of(dtype)
+    names = None if classes is None else _lines(classes)
+    samples = find_samples(data, split=split, classes=names, limit=limit)
+    text = None
+    if "zeroshot" in (score or []):
+        from ..eval.zeroshot import TEMPLATES, class_embeddings, load_both_towers
+
+        if samples.classes is None:
+            raise ValueError("zeroshot needs class names, and this data has none: give --classes FILE")
+        with err.status(f"loading {model}"):
+            loaded, embed = load_both_towers(model, _device(device), pretrained, size=size)
+            text = class_embeddings(embed, samples.classes, template or TEMPLATES)
+    elif template:
+        raise ValueError("--template is for --score zeroshot")
+    else:
+        loaded = load(model, _device(device), size=size, threads=threads, pretrained=pretrained)
+    if text is not None and threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    loaded.model.to(number)
+    plans = _plans(plan, loaded.plan)
+    facts = {"model": model, "pretrained": pretrained, "image_size": list(loaded.image_size), "limit": limit}
+    with _shown(len(samples.items), journal := _journal(journal, json)) as tick:
+        report = evaluate_images(
+            loaded.model, samples, plans, inputs=loaded.inputs, scores=score, text=text, batch=batch, facts=facts,
+            journal=journal, tick=tick,
+        )  # fmt: skip
+    outputs, count = report.conditions["outputs"], report.conditions["classes"]
+    if (
+        not score
+        and text is None
+        and outputs is not None
+        and count is not None
+        and "knn" in report.conditions["scores"]
+    ):
+        err.print(
+            f"[yellow]top1 left out[/]: the model has {outputs} outputs and the data {count} classes; --classes FILE names "
+            "the model's classes",
+            highlight=False,
+        )
+    _finish("eval/images", report, model, loaded.device, json, journal, left_facts(samples.left_out))
+
+
+@eval.command("vqa")
+def vqa(
+    model: Annotated[str, typer.Argument(help="hf:NAME_OR_PATH of a vision-language model, or demo:small-llava")],
+    questions: Annotated[
+        Path, typer.Argument(help='JSON lines: {"image": "file", "question": "...", "answer": "..."}')
+    ],
+    images: Annotated[Path, typer.Option("--images", help="folder of the images")],
+    plan: Plans = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help='template with {question} and {choices} [default: asks for "a single word or phrase"]'),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="length of an answer at most")] = 16,
+    limit: Limit = None,
+    batch: Annotated[int, typer.Option(min=1, help="questions per forward")] = 1,
+    threads: Threads = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    pretrained: Pretrained = True,
+    journal: JournalFile = None,
+    json: Json = None,
+) -> None:
+    """Answers of a vision-language model to QUESTIONS: right or wrong, and the same as without pruning."""
+    from ..eval import evaluate_vqa, read_questions
+    from ..eval.vqa import default_prompt, fill
+    from ..loading.modes import modes
+
+    asked, unreadable = read_questions(questions, images)
+    asked = evenly(asked, limit)
+    if prompt is not None:
+        fill(prompt, asked[0])  # a bad template shows before the model is loaded
+    number = dtype_of(dtype)
+    loaded = load_generator(model, _device(device), threads=threads, pretrained=pretrained, dtype=number)
+    plans = _plans(plan, None) if plan else {"connector": modes(loaded.model)["connector"]}
+    with _shown(len(asked), journal := _journal(journal, json)) as tick:
+        report = evaluate_vqa(
+            loaded.model, loaded.processor, asked, plans,
+            prompt=default_prompt if prompt is None else lambda question: fill(prompt, question), batch=batch,
+            max_new_tokens=max_new_tokens, facts={"model": model, "pretrained": pretrained, "limit": limit},
+            unreadable=unreadable, journal=journal, tick=tick,
+        )  # fmt: skip
+    _finish("eval/vqa", report, model, loaded.device, json, journal)
+
+
+def _plans(texts: list[str] | None, default: "Plan | None") -> dict[str, "Plan"]:
+    from ...plans import Plan
+    from ..loading import read_plan
+
+    if not texts:
+        return {"default": default or Plan()}
+    made: dict[str, Plan] = {}
+    for text in texts:
+        name = f"plan{len(made) + 1}" if "{" in text else Path(text).stem if text.endswith(".json") else text
+        if name in made:
+            raise ValueError(f"the plan {name} is given twice")
+        made[name] = read_plan(text)
+    return made
+
+
+def _lines(path: Path) -> list[str]:
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(f"{path} must name each class once, got {len(names)} names, {len(set(names))} different")
+    return names
+
+
+def _device(device: str) -> str:
+    """With several processes on one machine, "auto" and "cuda" mean the GPU of this one."""
+    import torch
+
+    local = os.environ.get("LOCAL_RANK")
+    if local is None or int(os.environ.get("WORLD_SIZE", "1")) == 1 or device not in ("auto", "cuda"):
+        return device
+    return f"cuda:{local}" if torch.cuda.is_available() else device
+
+
+def _main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _journal(journal: Path | None, json: Path | None) -> Path | None:
+    if journal is not None or json is None:
+        return journal
+    return json.with_suffix(".journal.sqlite")
+
+
+@contextmanager
+def _shown(total: int, journal: Path | None) -> Iterator[Callable[[int], None]]:
+    """A bar with the time left on stderr; an interruption ends with status 130 and says how to go on."""
+    share = -(-total // int(os.environ.get("WORLD_SIZE", "1")))
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    hidden = not _main_process()
+    with resumable(journal), Progress(*columns, console=err, transient=True, disable=hidden) as bar:
+        task = bar.add_task("evaluating", total=share)
+        yield lambda n: bar.advance(task, n)
+
+
+def _finish(
+    kind: str,
+    report: "Report",
+    model: str,
+    device: Any,
+    json: Path | None,
+    journal: Path | None,
+    left_out: Sequence[Any] = (),
+) -> None:
+    """Tables, the record, and exit status 1 when something that was given is not in the scores."""
+    from ..records import environment
+
+    if not _main_process():
+        raise typer.Exit(1 if report.failures else 0)
+    resumed = f", {report.conditions['resumed']} of them from {journal}" if report.conditions["resumed"] else ""
+    line = f"[bold]{model}[/]  {report.evaluated} of {report.given} evaluated{resumed}\n"
+    out.print(line, highlight=False, soft_wrap=True)
+    print_report(report)
+    if json is not None:
+        save(
+            json,
+            {
+                "kind": kind,
+                **report.to_dict(),
+                "left_out": left_out,
+                "journal": journal.name if journal is not None else None,
+                "environment": environment(device),
+            },
+        )
+    if report.failures:
+        for failure in report.failures[:20]:
+            err.print(f"[yellow]not evaluated[/] {failure.where}: {failure.reason}", highlight=False)
+        if len(report.failures) > 20:
+            err.print(f"... and {len(report.failures) - 20} more")
+        err.print(
+            f"[yellow]{len(report.failures)} of {report.given} sample(s) could not be evaluated and are not in the scores[/]"
+        )
+        raise typer.Exit(1)
+
+
+def print_report(report: "Report") -> None:
+    """Scores with the interval of their difference, per category where there are some, and agreement."""
+    from ..eval.report import YES_OR_NO
+
+    for name, plan in report.plans.items():
+        out.print(f"[bold]{name}[/]  {describe(plan)}", highlight=False)
+        entries = [("", report.scores[name])]
+        entries += [(group, by_plan[name]) for group, by_plan in report.categories.items()]
+        _print_scores(entries, ("unpruned", "pruned"))
+        table = Table("agreement with the unpruned model", "mean", "median", "p20 - p80", "n")
+        for measure, s in report.agreement[name].items():
+            if measure in YES_OR_NO:  # of zeros and ones the mean says all
+                table.add_row(measure, f"{s.mean:.1%}", f"{round(s.mean * s.n)} of {s.n}", "-", str(s.n))
+                continue
+            table.add_row(measure, f"{s.mean:.4f}", f"{s.median:.4f}", f"{s.p20:.4f} - {s.p80:.4f}", str(s.n))
+        out.print(table)
+        out.print()
+    first = next(iter(report.plans))
+    for name, versus in report.against_first().items():
+        if versus:
+            out.print(f"[bold]{name}[/] against [bold]{first}[/]", highlight=False)
+            _print_scores([("", versus)], ("the first", "this"))
+            out.print()
+
+
+def _print_scores(entries: list[tuple[str, dict[str, "Paired"]]], names: tuple[str, str]) -> None:
+    """``entries``: the scores over all samples under "", then those of each category, if any."""
+    if not any(scores for _, scores in entries):
+        return
+    categories = len(entries) > 1
+    head = ["n", *names, "difference [95 %]", "better/worse", "could show"]
+    table = Table("score", *(["category"] if categories else []), *head)
+    for group, scores in entries:
+        for score, p in scores.items():
+            interval = "" if p.low is None or p.high is None else f" [{100 * p.low:+.2f}, {100 * p.high:+.2f}]"
+            cells = [score, *([group or "all"] if categories else []), str(p.n)]
+            cells += [f"{100 * p.base:.2f}", f"{100 * p.pruned:.2f}", f"{100 * p.difference:+.2f}{interval}"]
+            cells += [f"{p.better}/{p.worse}", "-" if p.detectable is None else f"{100 * p.detectable:.2f}"]
+            table.add_row(*cells)
+    out.print(table)
+    out.print("scores in %; could show: smallest true difference seen with 80 % probability", highlight=False)

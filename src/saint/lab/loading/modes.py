@@ -1,0 +1,41 @@
+"""Plans for vision-language models without a recipe of their own."""
+
+from typing import Any
+
+from ...methods.saint import Saint
+from ...methods.saint_full_graph import SaintFullGraph
+from ...plans import Plan, Stage
+from ...vision.locate import locate_tower
+from ...vlm.locate import locate
+
+
+def modes(model: Any) -> dict[str, Any]:
+    """A plan per mode that fits any depth, for models without a recipe of their own: about a third of the tokens stays.
+
+    A mode that the family cannot do is left out.
+    """
+    _, vlm, spec = locate(model, "language")
+    depth = len(list(vlm.get_submodule(spec.decoder).get_submodule("layers").children()))
+    layers = range(depth // 5, min(depth, depth // 5 + max(3, depth * 3 // 10)))  # each can drop at most half
+    language = Stage(Saint(threshold=0.83, budget=0.15), layers=layers)
+    made = {
+        "connector": Plan(connector=SaintFullGraph(keep=0.33)),
+        "language": Plan(language=language),
+    }
+    if spec.no_vision is None:
+        _, tower, tower_spec = locate_tower(vlm.get_submodule(spec.tower))
+        blocks = len(list(tower.get_submodule(tower_spec.blocks).children()))
+        used = spec.feature_layer(vlm, blocks)
+        if used is not None:
+            at = [max(0, min(blocks * 4 // 5, used - 1))]
+            made["vision"] = Plan(vision=Stage(SaintFullGraph(keep=0.33), layers=at))
+            half = Stage(Saint(threshold=0.83, budget=0.5), layers=layers)
+            made["hybrid"] = Plan(vision=Stage(SaintFullGraph(keep=0.5), layers=at), language=half)
+    return made
+
+
+def usual_plan(model: Any) -> Plan:
+    """What a model is shown with when nobody names a plan: the hybrid mode, or the language mode where there is none."""
+    own = modes(model)
+    found: Plan = own.get("hybrid", own["language"])
+    return found

@@ -1,0 +1,253 @@
+"""From what leaving costs to the plan: joint runs of what the knapsack proposes, and of its neighbours.
+
+Letters: D layers, n images.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from ...methods.base import Method
+from .costs import Costs, measured, proposals
+from .layout import Drop, Layout, Space
+from .trials import Trial, Trials
+from .work import Meter, Table
+
+FEW = 12  # images of the first look at methods and layouts
+COSTED = 8  # images of the costs of single places, which only propose
+KEPT = 1.25  # a kind of method is looked at further where its first look loses at most so many times the best
+METHODS = 3  # at most so many methods are measured at every place
+JOINT = 3  # layouts that are run on all images: the best of the first look
+MOVES = 6  # neighbours that are run
+_CLOSE = 0.004  # of the target: as near as counts of tokens get
+_NEAR = 0.01  # of the target: near enough not to change a layout any more
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A layout that was run.
+
+    Attributes:
+        layout: where and how many.
+        trial: on the images of the search.
+    """
+
+    layout: Layout
+    trial: Trial
+
+
+@dataclass
+class Search:
+    """Finds layouts for budgets; what it measured for one it uses for the next.
+
+    Attributes:
+        trials: runs plans.
+        space: what layouts can be.
+        meter: counts or times plans.
+        table: work by tokens.
+        which: the images.
+        kinds: methods that can go together; those that merge go alone. Of those whose costs are measured.
+        near: methods of which even layouts are looked at, however many.
+        costs: of each kind, once measured.
+        factor: measured work over that of the table.
+        tried: layouts that were run, for the record.
+    """
+
+    trials: Trials
+    space: Space
+    meter: Meter
+    table: Table
+    which: Sequence[int]
+    kinds: list[list[Method]]
+    near: list[Method] = field(default_factory=list)
+    costs: list[Costs] = field(default_factory=list)
+    factor: float = 1.0
+    tried: dict[Layout, Tried] = field(default_factory=dict)
+
+    @property
+    def last(self) -> int:
+        """The last place that is looked at: behind two thirds of the layers little is left to save."""
+        return math.ceil(2 * self.space.depth / 3)
+
+    @property
+    def few(self) -> Sequence[int]:
+        """The images of the first look."""
+        return self.which[:FEW]
+
+    @property
+    def costed(self) -> Sequence[int]:
+        """The images of the costs of single places."""
+        return self.which[:COSTED]
+
+    def budget(self, target: float) -> float:
+        """What the table should say of a layout that is to leave ``target``: a little less, not to end above it."""
+        return target * (1 - _CLOSE / 2) / self.factor
+
+    def published(self, method: Method) -> Layout:
+        """Where SAINT drops as published, the first half of the layers; in front of them where ``method`` works only there."""
+        places = [p for p in range(1, self.space.depth // 2 + 1) if self.space.usable(method, p)]
+        return self.space.even(method, places or [0])
+
+    def ranges(self, method: Method) -> list[Layout]:
+        """Even layouts: the published one, all layers or those behind the second, the first two, every other one."""
+        depth = self.space.depth
+        spans = (range(1, 3), range(1, depth + 1), range(3, depth + 1), range(2, depth + 1, 2))
+        found = [[p for p in span if self.space.usable(method, p)] or [0] for span in spans]
+        return [self.published(method), *(self.space.even(method, places) for places in found)]
+
+    def look(self, target: float) -> None:
+        """Choose the kinds of methods worth measuring, by even layouts for ``target``; then measure what leaving costs."""
+        best: list[tuple[float, list[Method]]] = []
+        first: list[tuple[float, Method]] = []
+        for kind in self.kinds:
+            losses = [(loss, method) for method in kind if (loss := self._first(method, target)) is not None]
+            losses.sort(key=lambda entry: entry[0])
+            first += losses
+            if losses:  # two methods that go together at most: each is measured at every place
+                best.append((losses[0][0], [m for loss, m in losses if loss <= KEPT * losses[0][0]][:2]))
+        if not best:
+            raise ValueError(self._impossible(target))
+        least = min(loss for loss, _ in best)
+        self.near = [method for loss, method in first if loss <= KEPT * least]
+        best.sort(key=lambda entry: entry[0])
+        self.kinds, room = [], METHODS
+        for loss, kind in best:
+            if loss <= KEPT * least and room:
+                self.kinds.append(kind[:room])
+                room -= len(self.kinds[-1])
+        self.costs = [measured(self.trials, self.space, kind, self.last, self.costed) for kind in self.kinds]
+
+    def _first(self, method: Method, target: float) -> float | None:
+        """The lesser loss of the published layout and of all layers; None where neither can be."""
+        published, _, everywhere, *_ = self.ranges(method)
+        fits = (self.space.fitted(layout, self.table, self.budget(target)) for layout in (published, everywhere))
+        return min((self._look(fit) for fit in fits if fit is not None), default=None)
+
+    def _look(self, layout: Layout) -> float:
+        return self.trials.run(self.space.plan(layout), self.few).score
+
+    def _impossible(self, target: float) -> str:
+        least = 1.0
+        for method in (m for kind in self.kinds for m in kind):
+            left, layout = self.space.tokens, []
+            for place in range(self.last + 1):
+                half = math.ceil(left / 2)
+                if self.space.usable(method, place) and half < left and half > 1:
+                    layout.append(Drop(place, method, half))
+                    left = half
+            if layout:
+                least = min(least, float(self.space.work(tuple(layout), self.table)) * self.factor)
+        return (
+            f"no plan leaves {target:.3f} of the {'FLOPs' if self.table.unit == 'flops' else 'time'} of this model with these "
+            f"methods; about {least:.2f} is the least"
+        )
+
+    def candidates(self, target: float) -> list[Layout]:
+        """What is worth a look for ``target``: the knapsack's layouts, and even ones over ranges of layers."""
+        budget = self.budget(target)
+        found: list[Layout] = []
+        for kind, costs in zip(self.kinds, self.costs, strict=True):
+            found += proposals(self.space, costs, kind, self.table, budget)
+        spread = (layout for method in self.near for layout in self.ranges(method))
+        even = (self.space.fitted(layout, self.table, budget) for layout in spread)
+        found += [fit for fit in even if fit is not None]
+        if not found:
+            raise ValueError(self._impossible(target))
+        return list(dict.fromkeys(found))
+
+    def run(self, layout: Layout) -> Tried:
+        """A joint run on all images of the search."""
+        if layout not in self.tried:
+            self.tried[layout] = Tried(layout, self.trials.run(self.space.plan(layout), self.which))
+        return self.tried[layout]
+
+    def best(self, target: float, moves: int = MOVES) -> Tried:
+        """The layout that loses the least for ``target``: the best proposal, moved as long as that helps beyond noise.
+
+        All proposals are run on few images, the best of them on all.
+        """
+        ranked = self.candidates(target)
+        ranked.sort(key=self._look)
+        now = min((self.run(layout) for layout in ranked[:JOINT]), key=lambda t: t.trial.score)
+        seen, order = {now.layout}, np.random.default_rng(0)
+        while moves > 0:
+            fits = (self.space.fitted(near, self.table, self.budget(target)) for near in self._near(now.layout, order))
+            fresh = [layout for layout in dict.fromkeys(fits) if layout is not None and layout not in seen]
+            if not fresh:
+                break
+            for layout in fresh[:moves]:
+                seen.add(layout)
+                moves -= 1
+                tried = self.run(layout)
+                if gains(tried.trial, now.trial):
+                    now = tried  # and on from there
+                    break
+            else:
+                break
+        return now
+
+    def _near(self, layout: Layout, order: np.random.Generator) -> list[Layout]:
+        """The neighbours in random order: not all can be run."""
+        near = list(self.space.moves(layout, self.last))
+        return [near[i] for i in order.permutation(len(near))]
+
+    def settled(self, layout: Layout, target: float) -> Layout:
+        """``layout`` as it is where its measured work is close below ``target``, else with other counts.
+
+        A layout was found by its loss, and a token more or less at one place makes others leave at the next.
+        """
+        if self._off(self.measured(layout), target) < _NEAR:
+            return layout
+        budget, best = self.budget(target), None
+        for _ in range(4):
+            fit = self.space.fitted(layout, self.table, budget)
+            if fit is None:
+                break
+            share = self.measured(fit)
+            if best is None or self._off(share, target) < self._off(best[1], target):
+                best = fit, share
+            if self._off(share, target) < _CLOSE:
+                break
+            budget *= target * (1 - _CLOSE / 2) / share
+        if best is None:
+            raise ValueError(self._impossible(target))
+        found, share = best
+        while share > target and self.table.unit == "flops":  # the last token that is too many
+            fewer = (
+                (*found[:i], replace(drop, left=drop.left - 1), *found[i + 1 :])
+                for i, drop in reversed(list(enumerate(found)))
+            )
+            less = next((layout for layout in fewer if self.space.possible(layout)), None)
+            if less is None:
+                raise ValueError(self._impossible(target))
+            found, share = less, self.measured(less)
+        return found
+
+    def _off(self, share: float, target: float) -> float:
+        """How far a share of the work is from the target; of FLOPs, which are to stay below, too much counts ten times."""
+        off = abs(share / target - 1)
+        return 10 * off if share > target and self.table.unit == "flops" else off
+
+    def measured(self, layout: Layout) -> float:
+        """The work that a layout leaves: FLOPs counted, or time measured."""
+        plan = self.space.plan(layout)
+        return self.meter.flops(plan) if self.table.unit == "flops" else self.meter.times([plan], 15)[0]
+
+    def calibrate(self, target: float) -> None:
+        """Find by how much the table is off: it knows nothing of what choosing tokens takes."""
+        for method in (m for kind in self.kinds for m in kind):
+            layout = self.space.fitted(self.published(method), self.table, target)
+            if layout is not None:
+                self.factor = self.measured(layout) / float(self.space.work(layout, self.table))
+                return
+        raise ValueError(self._impossible(target))
+
+
+def gains(new: Trial, old: Trial) -> bool:
+    """Whether ``new`` is closer than ``old`` on the same images, beyond noise: by two standard errors of the difference."""
+    difference = new.distances - old.distances
+    if len(difference) < 2:
+        return bool(difference.mean() < 0)
+    return bool(difference.mean() < -2 * difference.std(ddof=1) / np.sqrt(len(difference)))
