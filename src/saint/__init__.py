@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .errors import SaintError as SaintError
     from .errors import UnsupportedModelError as UnsupportedModelError
     from .freezing import freeze as freeze
+    from .lab.eval.images import evaluate_images as evaluate_images
     from .lab.tuning.run import tune as tune
     from .methods.saint import Saint as Saint
     from .methods.saint_full_graph import SaintFullGraph as SaintFullGraph
@@ -49,7 +50,8 @@ _LAZY = {
     "Stage": "plans",
     "UnsupportedModelError": "errors",
     "apply": "session",
-    "freeze": "tuning.freeze",
+    "evaluate_images": "lab.eval.images",
+    "freeze": "freezing",
     "graph": None,
     "methods": None,
     "plan": "plans",
@@ -58,7 +60,7 @@ _LAZY = {
     "register": "upstream.registry",
     "remove": "session",
     "status": "session",
-    "tune": "tuning.run",
+    "tune": "lab.tuning.run",
     "testing": None,
 }
 

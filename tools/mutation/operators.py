@@ -316,12 +316,18 @@ def each(file: str, text: str) -> Iterator[tuple[Mutant, ast.Module]]:
 
 def files(package: str) -> list[str]:
     """Files of a package of saint; those beside the packages are "root"."""
-    found = SOURCE.glob("*.py") if package == "root" else (SOURCE / package).rglob("*.py")
-    return sorted(path.relative_to(SOURCE).as_posix().removesuffix(".py") for path in found)
+    found = (path.relative_to(SOURCE).as_posix().removesuffix(".py") for path in SOURCE.rglob("*.py"))
+    return sorted(file for file in found if _home(file) == package)
 
 
 def packages() -> list[str]:
-    return ["root", *sorted(path.parent.name for path in SOURCE.glob("*/__init__.py"))]
+    return sorted({_home(path.relative_to(SOURCE).as_posix()) for path in SOURCE.rglob("*.py")})
+
+
+def _home(file: str) -> str:
+    """The folder of saint that a file lies in, of the lab the folder in that."""
+    folders = file.split("/")[:-1]
+    return "/".join(folders[: 2 if folders[:1] == ["lab"] else 1]) or "root"
 
 
 def mutants(file: str) -> list[Mutant]:

@@ -1,6 +1,6 @@
 """Embeddings and answers on a Ray cluster: Ray Data schedules, retries and moves; a model lives in each actor.
 
-Ray delivers the output of a task once, however often an actor died in it, and the driver alone writes (``saint.lab.embed.parts``), so
+Ray delivers the output of a task once, however often an actor died in it, and the driver alone writes (``parts``), so
 every row is written once. Nothing here but the driver needs the output folder.
 """
 
@@ -174,7 +174,7 @@ def run(
     gpus: float | None = None,
     tick: Callable[[int], None],
 ) -> Rows:
-    """:func:`saint.lab.embed.run.run` on a cluster: the same batches, the same rows, the same folder; either continues the other."""
+    """:func:`run.run` on a cluster: the same batches, the same rows, the same folder; either continues the other."""
 
     def make(left: list[Sequence[Item]], parts: Parts) -> None:
         _write(_of_units(job, left, batch, workers, gpus, stamp=True), parts, tick)

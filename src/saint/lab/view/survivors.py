@@ -22,7 +22,7 @@ def survivors(
     """The first ``SHOWN`` of ``items``, read again: the run that measured them holds no images.
 
     Args:
-        loaded: an encoder (:class:`saint.lab.loading.Loaded`) or a vision-language model (:class:`saint.lab.loading.vlm.LoadedVLM`).
+        loaded: a ``Loaded`` encoder or a ``LoadedVLM``.
         plan: what drops.
         items: images of the run in order, with ``id``, ``where`` and ``load()``.
         inputs: makes the keyword arguments of ``model.forward`` from an item and its image.
