@@ -530,16 +530,14 @@ def test_two_processes_make_the_same_record(folder, tmp_path):
     pytest.importorskip("accelerate")
     command = ["eval", "images", TINY[0], str(folder), *map(str, TINY[1:]), "--score", "knn", "--plan", PLAN, "--json"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "saint.lab.cli",
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "saint",
          *command, str(tmp_path / "two.json")],
         capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("10 of 10 evaluated") == 1
     assert len(list(tmp_path.glob("two.journal.rank*of2.sqlite"))) == 2
-    subprocess.run(
-        [sys.executable, "-m", "saint.lab.cli", *command, str(tmp_path / "one.json")], check=True, timeout=120
-    )
+    subprocess.run([sys.executable, "-m", "saint", *command, str(tmp_path / "one.json")], check=True, timeout=120)
     two, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("two", "one"))
     assert two["conditions"]["processes"] == 2
     assert two["scores"] == one["scores"]

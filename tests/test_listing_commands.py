@@ -146,7 +146,7 @@ def test_an_evaluation_continues_over_odd_names(line, console, tmp_path):
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_the_process_on_another_console(line, photos, tmp_path, encoding):
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
-    command = [sys.executable, "-m", "saint.lab.cli", *line("eval images")]
+    command = [sys.executable, "-m", "saint", *line("eval images")]
     done = subprocess.run(command, capture_output=True, env=environment, check=False)
     assert done.returncode == 1, done.stderr
     assert b"Traceback" not in done.stderr

@@ -189,7 +189,9 @@ def test_imports_point_one_way():
     allowed = CORE | {f"lab/{name}": {*CORE, *(f"lab/{other}" for other in others)} for name, others in LAB.items()}
     for path in SOURCE.rglob("*.py"):
         here = room(module_name(path))
-        if here not in ("__init__", "lab/__init__") and (extra := rooms_imported(path) - allowed[here] - {here}):
+        if here not in ("__init__", "__main__", "lab/__init__") and (
+            extra := rooms_imported(path) - allowed[here] - {here}
+        ):
             wrong.append(f"{path.relative_to(SOURCE)}: {sorted(extra)}")
     assert not wrong, wrong
 
@@ -260,6 +262,28 @@ def test_the_tables_and_a_lookup_load_no_library():
 
 def test_import_of_the_package_loads_no_torch():
     subprocess.run([sys.executable, "-c", "import sys, saint; assert 'torch' not in sys.modules, 'torch'"], check=True)
+
+
+def test_the_core_works_where_the_lab_cannot():
+    """A plain install has torch and numpy; the command and what measures say what they lack."""
+    code = (
+        "import sys\n"
+        "for name in ('PIL', 'rich', 'typer', 'timm', 'transformers', 'open_clip'): sys.modules[name] = None\n"
+        "import saint, saint.testing\n"
+        "assert saint.Plan.from_dict(saint.plan('vit/match').to_dict()) == saint.plan('vit/match')\n"
+        "assert saint.freeze and saint.apply\n"
+        "try: saint.tune\n"
+        "except ImportError as error: assert 'saint-vlm[lab]' in str(error), error\n"
+        "else: raise AssertionError('the lab was there')\n"
+        "sys.argv = ['saint', 'list']\n"
+        "import saint.__main__\n"
+        "saint.__main__.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("saint: ")
+    assert "saint-vlm[lab]" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", [name for name in saint.__all__ if not name.startswith("__")])

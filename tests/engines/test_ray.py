@@ -182,7 +182,7 @@ def command(folder: Path, out: Path) -> list[str]:
         "--ray",
     ]
     line += ["--workers", 2, "--plan", '{"version": 1, "vision": {"method": {"method": "saint", "threshold": 0.5}}}']
-    return [sys.executable, "-m", "saint.lab.cli", *map(str, line)]
+    return [sys.executable, "-m", "saint", *map(str, line)]
 
 
 def actors(driver: int) -> list[psutil.Process]:

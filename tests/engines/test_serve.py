@@ -63,7 +63,7 @@ def served(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    line = [PYTHON, "-m", "saint.lab.cli", "serve", "hf:model", "--plan", "plan.json", *OPTIONS]
+    line = [PYTHON, "-m", "saint", "serve", "hf:model", "--plan", "plan.json", *OPTIONS]
     line += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--trust-request-mm-kwargs"]
     own = {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_HOST_IP": "127.0.0.1"}
     log = (where / "log").open("w")
@@ -122,7 +122,7 @@ def test_what_would_not_prune_is_not_started(architecture, plugins, why, tmp_pat
     (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture], "model_type": "llava"}))
     own = {} if plugins is None else {"VLLM_PLUGINS": plugins}
     done = subprocess.run(
-        [PYTHON, "-m", "saint.lab.cli", "serve", str(tmp_path), "--plan", json.dumps(PLAN.to_dict())],
+        [PYTHON, "-m", "saint", "serve", str(tmp_path), "--plan", json.dumps(PLAN.to_dict())],
         env={**environment(), **own}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2

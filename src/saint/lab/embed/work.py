@@ -41,8 +41,8 @@ class Job:
     """What is to be made of each image. Plain data where ``model`` is a name, so that it can be sent to another process.
 
     Attributes:
-        model: ``timm:NAME``, ``hf:NAME_OR_PATH``, ``open_clip:NAME/TAG`` or ``demo:NAME``; what :func:`load_model` or :func:`load_vlm` of
-            ``saint.lab.loading`` gave; or a function without arguments that returns such.
+        model: ``timm:NAME``, ``hf:NAME_OR_PATH``, ``open_clip:NAME/TAG`` or ``demo:NAME``; what ``load_model`` or
+            ``load_vlm`` of ``saint.lab.loading`` gave; or a function without arguments that returns such.
         plan: what is dropped.
         question: for vision-language models: answers instead of embeddings; None: embeddings.
         max_new_tokens: of an answer.
