@@ -7,7 +7,7 @@ from typing import Any
 from analyze_claims import claims
 from PIL import Image, ImageDraw, ImageFont
 
-from saint.lab.records import write_whole
+from saint.files import write_whole
 from saint.lab.view import save_png
 
 TRAINED, RANDOM = (31, 90, 166), (190, 110, 30)

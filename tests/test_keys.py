@@ -26,9 +26,10 @@ from saint.lab.loading import load_model
 from saint.lab.loading.vlm import load_vlm
 from saint.lab.records import differences
 from saint.lab.tuning import run as tuning
-from saint.lab.tuning.trials import Trials, read_samples
+from saint.lab.tuning.trials import Trials
 from saint.methods import Random
 from saint.plans import Plan
+from saint.samples import read_samples
 from support.checkpoints import PLAN, TEMPLATE, save
 from support.models import build
 

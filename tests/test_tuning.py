@@ -19,9 +19,10 @@ from saint.lab.tuning.costs import Cost, grid, proposals
 from saint.lab.tuning.layout import Drop, Space
 from saint.lab.tuning.run import split
 from saint.lab.tuning.thresholds import bisect, calibrated
-from saint.lab.tuning.trials import Trials, read_samples
+from saint.lab.tuning.trials import Trials
 from saint.lab.tuning.work import Meter, Table
 from saint.methods import Random, ToMe
+from saint.samples import read_samples
 from saint.upstream.tiny import IMAGE, VIDEO
 from saint.vlm.prompts import answered
 from support.command_line import TINY
