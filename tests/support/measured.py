@@ -180,10 +180,10 @@ def machine() -> str:
     """What the bytes of an output depend on."""
     cpu = platform.processor()
     if (info := Path("/proc/cpuinfo")).exists():
-        names = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
+        # several processors share a name in a virtual machine; libraries choose their loops by what they can do
+        facts = dict(line.replace("\t", "").split(": ", 1) for line in info.read_text().splitlines() if ": " in line)
+        flags = zlib.crc32(facts.get("flags", "").encode())
+        cpu = f"{facts.get('model name', cpu)} {facts.get('model', '')} {facts.get('stepping', '')} {flags:08x}"
     capability = torch.backends.cpu.get_cpu_capability()
     return f"torch {torch.__version__}, transformers {hf.__version__}, {capability}, {cpu}"
 
