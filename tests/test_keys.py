@@ -53,6 +53,16 @@ def changed(model):
     return Changed(list(model.parameters())[len(list(model.parameters())) // 2])
 
 
+def each_is_another_run(run, others, model) -> None:
+    """A journal refuses each other value of each argument of a run, and the same model with another weight."""
+    for name, values in others.items():
+        for value in values:
+            with pytest.raises(JournalError, match="holds the result"):
+                run(**{name: value})
+    with changed(model), pytest.raises(JournalError, match="weights"):
+        run()
+
+
 class Changed:
     def __init__(self, weight):
         self.weight, self.was = weight, weight.detach().clone()
@@ -296,12 +306,7 @@ def test_a_journal_of_questions_is_of_every_setting_and_of_every_question(genera
     # functions cannot be compared: who gives other ones says so in facts; the last two change no result
     free = {"processor", "inputs", "unreadable", "journal", "tick"}
     assert names_of(evaluate_vqa) == set(others) | {"model"} | free
-    for name, values in others.items():
-        for value in values:
-            with pytest.raises(JournalError, match="holds the result"):
-                run(**{name: value})
-    with changed(generator.model), pytest.raises(JournalError, match="weights"):
-        run()
+    each_is_another_run(run, others, generator.model)
     assert run() == 1
 
 
@@ -357,12 +362,7 @@ def test_a_journal_of_images_is_of_every_setting_and_of_every_sample(vit, tmp_pa
         "text": [text], "batch": [2], "facts": [{"model": "n"}, {}],
     }  # fmt: skip
     assert names_of(evaluate_images) == set(others) | {"model", "inputs", "journal", "tick"}
-    for name, values in others.items():
-        for value in values:
-            with pytest.raises(JournalError, match="holds the result"):
-                run(**{name: value})
-    with changed(vit.model), pytest.raises(JournalError, match="weights"):
-        run()
+    each_is_another_run(run, others, vit.model)
     assert run() == 4
 
 
@@ -428,12 +428,7 @@ def test_a_journal_of_an_analysis_is_of_every_setting_and_of_every_item(vit, tmp
         "plan": [Plan(vision=saint.Saint(threshold=0.6, center=True))], "facts": [{}, {"model": "n"}],
     }  # fmt: skip
     assert names_of(analysis.analyze) == set(others) | {"model", "inputs", "journal", "tick"}
-    for name, values in others.items():
-        for value in values:
-            with pytest.raises(JournalError, match="holds the result"):
-                run(**{name: value})
-    with changed(vit.model), pytest.raises(JournalError, match="weights"):
-        run()
+    each_is_another_run(run, others, vit.model)
     assert run() == 3
 
 
