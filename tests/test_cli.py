@@ -12,12 +12,12 @@ from PIL import Image
 
 import saint
 from saint import extras
-from saint.lab import loading
 from saint.lab.cli import COMMANDS, main
 from saint.lab.cli.common import make_plan
-from saint.lab.loading import DownloadError, load_images, load_model
-from saint.lab.loading.photos import names_of
+from saint.lab.kinds import Encoder
+from saint.lab.loading import DownloadError
 from saint.lab.loading.plans import parse_layers
+from saint.lab.sources.photos import load_images, names_of
 from saint.plans import Plan
 from support.command_line import TINY, one_line
 
@@ -52,7 +52,7 @@ def test_demo_writes_pictures_and_a_record(run, folder, tmp_path):
     )  # fmt: skip
 
     assert code == 0
-    assert "measured speed-up" in said
+    assert "this plan" in said
     assert "FLOPs bound" in said
     assert {f.name for f in out.iterdir()} == {"overview.png", "kept_sky.png", "kept_noise.png", "record.json"}
     assert all(f.stat().st_size < 1_000_000 for f in out.iterdir())
@@ -112,7 +112,7 @@ def test_view_says_why_patches_leave(run, folder, tmp_path):
 def test_a_prompt_is_for_vision_language_models(run, folder, tmp_path):
     code, _, err = run("view", *TINY, "--image", folder / "sky.png", "--prompt", "what", "--out", tmp_path / "out")
     assert code == 2
-    one_line(err, "--prompt is for vision-language models")
+    one_line(err, "--prompt does not fit", "vision-language models")
 
 
 def test_a_picture_alone_is_no_model(run, folder):
@@ -122,7 +122,7 @@ def test_a_picture_alone_is_no_model(run, folder):
 
 
 def test_a_busy_machine_is_told(run, folder, tmp_path, monkeypatch):
-    from saint.lab.bench import Spread, encoder
+    from saint.lab.bench import Spread, forward
     from saint.lab.bench.timing import disturbances
 
     quiet = {"unpruned": Spread(100, 95, 110, 20), "pruned": Spread(50, 48, 55, 20)}
@@ -133,7 +133,7 @@ def test_a_busy_machine_is_told(run, folder, tmp_path, monkeypatch):
     assert "pruned: 45.0 to 90.0 ms around 50.0" in said
     assert disturbances(None, {"one": Spread(50, 20, 90, 2)}) == []  # two values have no spread to speak of
 
-    monkeypatch.setattr(encoder, "load_average", lambda: 1000.0)
+    monkeypatch.setattr(forward, "load_average", lambda: 1000.0)
     rest = ["--image", folder / "sky.png", "--repeats", 1]
     for args in (["bench", *TINY, *rest, "--warmup", 0], ["demo", *TINY, *rest, "--out", tmp_path / "out"]):
         code, _, err = run(*args)
@@ -283,7 +283,7 @@ def test_a_failed_download_says_what_works_offline(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", fail)
     with pytest.raises(DownloadError, match="demo:clip-b16 works offline"):
-        load_model("timm:test_vit")
+        Encoder.load("timm:test_vit")
 
 
 def test_a_missing_library_names_the_extra(monkeypatch):
@@ -293,25 +293,25 @@ def test_a_missing_library_names_the_extra(monkeypatch):
     monkeypatch.setattr(extras, "import_module", missing)
     for spec, extra in (("timm:x", "timm"), ("hf:x", "transformers"), ("open_clip:x/none", "open-clip")):
         with pytest.raises(ImportError, match=rf'pip install "saint-vlm\[{extra}\]"'):
-            load_model(spec)
+            Encoder.load(spec)
 
 
 def test_random_weights_are_always_the_same_and_leave_the_generator_alone():
     state = torch.get_rng_state()
-    first = load_model("timm:test_vit", pretrained=False).model
+    first = Encoder.load("timm:test_vit", pretrained=False).model
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(1)
-    second = load_model("timm:test_vit", pretrained=False).model
+    second = Encoder.load("timm:test_vit", pretrained=False).model
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
 def test_open_clip_tower_and_its_own_preprocessing():
-    loaded = load_model("open_clip:ViT-S-32/none")
+    loaded = Encoder.load("open_clip:ViT-S-32/none")
     picture = Image.effect_noise((300, 250), 60).convert("RGB")
     assert loaded.preprocess(picture).shape == (3, 224, 224)
     assert loaded.grid == (7, 7)
     assert loaded.picture(picture).size == (448, 448)
-    assert bool(torch.isfinite(loaded.model(**loaded.inputs([picture]))).all())
+    assert bool(torch.isfinite(loaded.model(**loaded.pixels([picture]))).all())
 
 
 def test_hf_folder_with_its_own_preprocessing(tmp_path):
@@ -321,14 +321,14 @@ def test_hf_folder_with_its_own_preprocessing(tmp_path):
 
     build("transformers/vit").save_pretrained(tmp_path)
     transformers.ViTImageProcessor(size={"height": 96, "width": 96}).save_pretrained(tmp_path)
-    loaded = load_model(f"hf:{tmp_path}")
+    loaded = Encoder.load(f"hf:{tmp_path}")
     picture = Image.effect_noise((120, 110), 60).convert("RGB")
 
     assert type(loaded.model).__name__ == "ViTForImageClassification"
     assert (loaded.image_size, loaded.grid) == ((96, 96), (6, 6))
-    assert loaded.model(**loaded.inputs([picture])).logits.shape == (1, 7)
-    larger = load_model(f"hf:{tmp_path}", size=128)
-    assert larger.model(**larger.inputs([picture])).logits.shape == (1, 7)
+    assert loaded.model(**loaded.pixels([picture])).logits.shape == (1, 7)
+    larger = Encoder.load(f"hf:{tmp_path}", size=128)
+    assert larger.model(**larger.pixels([picture])).logits.shape == (1, 7)
     assert larger.grid == (8, 8)
 
 
@@ -430,8 +430,8 @@ def test_check_of_a_dense_head_falls_back_to_the_encoder(run, monkeypatch):
                 raise ValueError("needs all 100 patches")
             return tokens.unflatten(1, (10, 10))
 
-    loaded = load_model("timm:test_vit", pretrained=False)
-    monkeypatch.setattr(loading, "load_model", lambda *_, **__: dataclasses.replace(loaded, model=Head().eval()))
+    loaded = Encoder.load("timm:test_vit", pretrained=False)
+    monkeypatch.setattr(Encoder, "load", lambda *_, **__: dataclasses.replace(loaded, model=Head().eval()))
     code, out, err = run("check", "timm:test_vit")
     assert code == 0, out + err
     assert "encoder alone" in out
