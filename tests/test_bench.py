@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -222,11 +223,13 @@ def test_every_variant_but_the_first_is_patched_while_it_runs_and_none_behind_it
     sessions, ran, seen = [], [], {}
     real_pruned, real_interleave = variants.pruned, forward.interleave
 
+    @contextmanager
     def pruned(model, plan, **more):
         number = len(sessions)
-        sessions.append(model)
-        model.register_forward_pre_hook(lambda *_: ran.append(number))
-        return real_pruned(model, plan, **more)
+        with real_pruned(model, plan, **more) as session:
+            sessions.append((model, session))
+            model.register_forward_pre_hook(lambda *_: ran.append(number))
+            yield session
 
     def interleave(runs, *rest):
         for name, run in runs.items():
@@ -239,6 +242,6 @@ def test_every_variant_but_the_first_is_patched_while_it_runs_and_none_behind_it
     monkeypatch.setattr(forward, "interleave", interleave)
     bench.bench_forward(vit, PLAN, inputs, repeats=1, warmup=0)
     assert seen == {"base": [], "pruned": [0], "metered": [1], "keep_all": [2], "eager": [3]}
-    assert all(saint.status(model) is None for model in sessions)
+    assert all(saint.status(model) is None for model, _ in sessions)
     assert sessions[2][1].trace[-1].tokens_out.tolist() == [36, 36]
     assert sessions[3][1].trace[-1].tokens_out.tolist() == [18, 18]
