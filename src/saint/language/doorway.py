@@ -269,7 +269,7 @@ class Doorway(Decider[DoorForward]):
         packed, real = documents(given, self.module.config), None
         if self.shortens and x is not None:
             real = _real(note, given, cache, x)
-        state, counts = self.decide(visual, x, note, packed, real)
+        state, counts = self.entering(visual, x, note, packed, real)
         if state.tokens.whole:
             passage = Passage(given, cache) if held is None else self._step(note, given, cache, held)
         else:
@@ -282,7 +282,7 @@ class Doorway(Decider[DoorForward]):
             self.decoder.begin(state, passage.given, self.forward.cells)
         return passage
 
-    def decide(
+    def entering(
         self,
         visual: Tensor,
         x: Tensor | None,
@@ -324,8 +324,8 @@ class Doorway(Decider[DoorForward]):
                     "row: use a method that does without, or pass each document as a row of its own with an attention_mask"
                 )
             state = packed_tokens(visual, packed)
-            lengths = state.began
-            left = () if gone is None else packed_tokens(visual & ~gone, packed, len(lengths)).began
+            lengths = state.stage_total
+            left = () if gone is None else packed_tokens(visual & ~gone, packed, len(lengths)).stage_total
         if note.cells is not None:
             assert state.places is not None
             forward.cells = note.cells.flatten()[state.places[..., 0]]

@@ -7,6 +7,7 @@ Letters: Q sequences, S tokens of a sequence, P prefix tokens, B samples, N cand
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Generic, NamedTuple, TypeVar
 
@@ -34,6 +35,24 @@ class Seen(NamedTuple):
     attention: Tensor | None = None
 
 
+class Decision(NamedTuple):
+    """What was decided at a drop point.
+
+    Attributes:
+        point: the drop point.
+        before: the state in front of it.
+        after: the state behind it, as far as the decision alone says.
+        selection: which candidates stay; None: all.
+        tokens: which tokens of the sequences stay; None: all.
+    """
+
+    point: DropPoint
+    before: LayerState
+    after: LayerState
+    selection: Selection | None
+    tokens: Selection | None
+
+
 F = TypeVar("F", bound=Forward)
 
 
@@ -58,9 +77,9 @@ class Decider(Uncopyable, Generic[F]):
         self.entries = [point for point in points if point.placement == "input"]
         self.points = {point.layer: point for point in points if point.placement != "input"}
         self.forwards: Forwards[F] = Forwards(make, path or type(module).__name__)
-        self.watch: Stopwatch | None = None
-        if observers.pruning_time:
-            self._time_steps()
+        self.watch = Stopwatch(next(module.parameters()).device) if observers.pruning_time else None
+        self.scoring: AbstractContextManager[None] = nullcontext() if self.watch is None else self.watch.scoring
+        self.gathering: AbstractContextManager[None] = nullcontext() if self.watch is None else self.watch.gathering
 
     @property
     def forward(self) -> F:
@@ -121,16 +140,12 @@ class Decider(Uncopyable, Generic[F]):
             The state behind them, and its features, [Q, K, C].
         """
         for point in self.entries:
-            after, chosen, selection = self.choose(forward, point, state, features.detach(), Seen(features.detach()))
-            if chosen is not None and selection is not None:
-                after, features = self.go(point, state, after, chosen, selection, features, 0)
-            state = after
+            decision = self.decide(forward, point, state, features.detach(), Seen(features.detach()))
+            state, features = self.apply(decision, features, 0)
         return state, features
 
-    def choose(
-        self, forward: F, point: DropPoint, state: LayerState, features: Tensor, seen: Seen
-    ) -> tuple[LayerState, Selection | None, Selection | None]:
-        """Let the method choose.
+    def decide(self, forward: F, point: DropPoint, state: LayerState, features: Tensor, seen: Seen) -> Decision:
+        """Let the method decide which candidates stay.
 
         Args:
             forward: the forward.
@@ -138,13 +153,10 @@ class Decider(Uncopyable, Generic[F]):
             state: in front of it.
             features: residual stream behind the prefix, [Q, S, C].
             seen: what shows there.
-
-        Returns:
-            The state behind it, which tokens of the sequences stay, and which candidates (None: all).
         """
         if point.step == 0 and point.method is not None:
-            state = replace(state, began=state.candidates.lengths)
-            for total in sorted({n for n in state.began if n}):
+            state = replace(state, stage_total=state.candidates.lengths)
+            for total in sorted({n for n in state.stage_total if n}):
                 point.method.validate(total, point.steps)
         keys, features = state.of_candidates(seen.keys), state.of_candidates(features.detach())
         if point.step == 0 and point.method is not None and reads_are_free(keys.device):
@@ -156,16 +168,16 @@ class Decider(Uncopyable, Generic[F]):
         least = self.least(forward, state)
         cells = self.cells(forward, state) if "frames" in point.needs else None
         shown = Candidates(keys, features, state.counted, point.step, point.steps, attention, columns, least, cells)
-        selection = self.select(point, shown)
-        if selection is None:
-            after, chosen = state, None
-        else:
-            after, chosen = state.after(selection, self.stand_in(keys, selection))
+        with self.scoring:
+            selection = self._asked(point, shown)
+        after, tokens = state, None
+        if selection is not None:
+            after, tokens = state.after(selection, self.stand_in(keys, selection))
         if point.method is not None:
             forward.drops[point.stage, point.placement, point.layer] = state, after
-        return after, chosen, selection
+        return Decision(point, state, after, selection, tokens)
 
-    def select(self, point: DropPoint, candidates: Candidates) -> Selection | None:
+    def _asked(self, point: DropPoint, candidates: Candidates) -> Selection | None:
         """The method's decision, told to observers; samples without candidates have nothing to decide."""
         tokens = candidates.tokens
         if point.shown:
@@ -187,61 +199,36 @@ class Decider(Uncopyable, Generic[F]):
                 tell(point.stage, point.layer, stays)
         return selection
 
-    def drop(self, forward: F, point: DropPoint, state: LayerState, y: Tensor, seen: Seen) -> tuple[LayerState, Tensor]:
-        """The state behind a drop point and its tokens: y [Q, P + S, C] -> [Q, P + K, C]."""
-        after, chosen, selection = self.choose(forward, point, state, y[:, self.prefix :], seen)
-        if chosen is None or selection is None:
-            return after, y
-        return self.go(point, state, after, chosen, selection, y, self.prefix)
-
-    def go(
-        self,
-        point: DropPoint,
-        state: LayerState,
-        after: LayerState,
-        chosen: Selection,
-        selection: Selection,
-        y: Tensor,
-        prefix: int,
-    ) -> tuple[LayerState, Tensor]:
+    def apply(self, decision: Decision, y: Tensor, prefix: int) -> tuple[LayerState, Tensor]:
         """What a decision makes of tokens.
 
         Args:
-            point: where.
-            state: in front of it.
-            after: behind it, as far as the decision alone says.
-            chosen: which tokens of the sequences stay.
-            selection: which candidates.
-            y: [Q, prefix + S, C].
+            decision: the decision.
+            y: in front of the drop point, [Q, prefix + S, C].
             prefix: protected tokens in ``y``.
 
         Returns:
             The state behind it, and [Q, prefix + K, C].
         """
+        state, after, selection, stays = decision.before, decision.after, decision.selection, decision.tokens
+        if selection is None or stays is None:
+            return after, y
+        method, slots = decision.point.method, stays.slots
         old = y
         if selection.owner is None:
-            y = gather_tokens(y, chosen.slots, prefix)
+            y = gather_tokens(y, slots, prefix)
             return self.carry(state, old[:, prefix:], after, y[:, prefix:]), y
-        assert point.method is not None
+        assert method is not None
         tokens, sizes = state.candidates, state.sizes
         if sizes is None:
             like = torch.ones_like(tokens.index) if tokens.valid is None else tokens.valid
             sizes = like.to(torch.float32)
-        if not point.method.averages:
-            y, sizes = gather_tokens(y, chosen.slots, prefix), merged_sizes(sizes, selection)
+        if not method.averages:
+            y, sizes = gather_tokens(y, slots, prefix), merged_sizes(sizes, selection)
         elif state.places is None:
             y, sizes = merge_tokens(y, sizes, selection, prefix)
         else:
             rows, sizes = merge_tokens(state.of_candidates(y), sizes, selection, 0)
-            y = after.put(gather_tokens(y, chosen.slots, prefix), rows)
+            y = after.put(gather_tokens(y, slots, prefix), rows)
         after = self.carry(state, old[:, prefix:], after, y[:, prefix:])
-        return replace(after, sizes=sizes, beta=point.method.size_bias()), y
-
-    # -- time ---------------------------------------------------------------------------------------------------------
-
-    def _time_steps(self) -> None:
-        self.watch = watch = Stopwatch(next(self.module.parameters()).device)
-        for kind, names in (("scoring", ("select", "keys")), ("gathering", ("drop", "arguments", "leave"))):
-            for name in names:
-                if hasattr(self, name):
-                    setattr(self, name, watch.timed(kind, getattr(self, name)))
+        return replace(after, sizes=sizes, beta=method.size_bias()), y

@@ -24,7 +24,7 @@ class LayerState:
 
     Attributes:
         tokens: of the sequences, without protected prefix tokens.
-        began: candidates of each sample when the current stage began, B Python ints.
+        stage_total: candidates of each sample when the current stage began, B Python ints.
         subset: the candidates, where they are not simply all of ``tokens``: visual tokens of a prompt, or groups of patches.
         places: where the members of each of ``subset`` are in the flattened sequences, int64 [B, N, M] into Q * S rows; padding
             slots hold any row.
@@ -37,7 +37,7 @@ class LayerState:
     """
 
     tokens: TokenMap
-    began: tuple[int, ...]
+    stage_total: tuple[int, ...]
     subset: TokenMap | None = None
     places: Tensor | None = None
     sizes: Tensor | None = None
@@ -56,7 +56,7 @@ class LayerState:
     def counted(self) -> TokenMap:
         """The candidates, counted from the beginning of the current stage."""
         tokens = self.candidates
-        return tokens if tokens.total == self.began else replace(tokens, total=self.began)
+        return tokens if tokens.total == self.stage_total else replace(tokens, total=self.stage_total)
 
     @property
     def bare(self) -> "LayerState":
@@ -166,10 +166,12 @@ class Forward:
     def once(self, name: str, make: Callable[[], Any], *sources: Any) -> Any:
         """``make()`` once for a name and what it is made from; layers behind one drop point share the result."""
         # dynamo of torch 2.11: no id(None); the sources are kept alive, so that the ids stay theirs
-        key = (name, *(None if source is None else id(source) for source in sources))
-        hit = self.memo.get(key)
+        key: list[Any] = [name]
+        for source in sources:  # a loop: every layer of every step asks
+            key.append(None if source is None else id(source))
+        hit = self.memo.get(known := tuple(key))
         if hit is None:
-            hit = self.memo[key] = (make(), sources)
+            hit = self.memo[known] = (make(), sources)
         return hit[0]
 
     def told(self) -> Self:

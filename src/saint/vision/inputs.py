@@ -124,22 +124,22 @@ class Inputs(Uncopyable):
         elif output.ndim == 4:
             self.forwards.prelude().grid = (output.shape[-2], output.shape[-1])
 
-    def begin(self, x: Tensor, mask: Tensor | None) -> tuple[EncoderForward, LayerState]:
-        """Start of a forward, and its state in which nothing is missing.
+    def begin(self, forward: EncoderForward, x: Tensor, mask: Tensor | None) -> LayerState:
+        """The state in which nothing is missing, in front of the first block.
 
         Args:
+            forward: begins.
             x: enters the first block, [B, P + N, C].
             mask: given to it; hides padding.
         """
         refuse_tracing()
-        forward = self.forwards.start()
         if not torch.compiler.is_exporting() and x.shape[0] == 0:
             raise ValueError("empty batch: got 0 samples, expected at least one image")
         count = x.shape[1] - self.prefix
         if count < 1:
             raise ValueError(f"no candidates: {x.shape[1]} tokens of which {self.prefix} are protected")
         forward.origin = origin = self._origin(forward, x, count, mask)
-        return forward, origin
+        return origin
 
     def _origin(self, forward: EncoderForward, x: Tensor, count: int, mask: Tensor | None) -> LayerState:
         if self.merge_size is not None:
