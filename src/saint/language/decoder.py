@@ -24,7 +24,7 @@ from ..runtime.layer import LayerStack
 from ..runtime.observe import Observers
 from ..runtime.points import DropPoint
 from ..runtime.state import Forward, LayerState
-from ..tokens import TokenMap
+from ..tokens import NO_FACTS, Facts, TokenMap
 from ..upstream.decoders import BLOCKS
 from ..upstream.names import (
     ALL_STATES,
@@ -197,13 +197,13 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
 
     # -- start of a forward -------------------------------------------------------------------------------------------
 
-    def begin(self, state: LayerState | None, kwargs: dict[str, Any], cells: Tensor | None = None) -> None:
+    def begin(self, state: LayerState | None, kwargs: dict[str, Any], facts: Facts = NO_FACTS) -> None:
         """A forward begins.
 
         Args:
             state: what enters; None in a forward in which nothing can go.
             kwargs: arguments of the decoder.
-            cells: see :class:`saint.runtime.state.Forward`.
+            facts: of the candidates, see :class:`saint.runtime.state.Forward`.
         """
         before, forward = self.forward, self.forwards.begin()
         cache = CACHE.read(kwargs)
@@ -216,7 +216,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
             return
         wanted = ALL_STATES.read(kwargs, ALL_STATES.get(self.module.config))
         forward.all_states = wanted is not None and wanted is not False
-        forward.origin, forward.cells = state, cells
+        forward.origin, forward.facts = state, facts
         self.enter(forward, state, None)
 
     # -- one layer ----------------------------------------------------------------------------------------------------

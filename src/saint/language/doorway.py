@@ -30,7 +30,7 @@ from ..runtime.forwards import Forwards
 from ..runtime.observe import Observers
 from ..runtime.points import DropPoint
 from ..runtime.state import Forward, LayerState, packed_tokens, some_tokens
-from ..tokens import Selection, TokenMap
+from ..tokens import Facts, Selection, TokenMap
 from ..upstream.names import CACHE, EMBEDDINGS, IDS, IMPLEMENTATION, LAYERS, MASK, POSITIONS, Parameters
 from .cache import CachePositions, KVMemory, SessionToken, filled, memory
 from .decoder import PrunedDecoder
@@ -47,7 +47,7 @@ class Note:
         visual: the candidates, the visual tokens of a vision-language model, bool [B, L]; None when there are none.
         marked: rows of features that the encoder dropped may be among them (``gathers.is_dropped``).
         mask: the padding mask that the caller gave, [B, T], or None.
-        cells: where methods need them, see :class:`saint.tokens.Candidates`, of each position, int64 [B, L]; None: no video.
+        cells: where methods need them, see :class:`saint.tokens.Facts`, of each position, int64 [B, L]; None: no video.
         ids: the token ids that a model around the language model was given, [B, L], or None.
         brings: features come with the sequence, for the model to merge.
         plain: the embeddings are those of token ids, and of features that the model itself merges.
@@ -279,7 +279,7 @@ class Doorway(Decider[DoorForward]):
             state = _moved(state, passage.short)
         passage.prompt = True
         if self.decoder is not None:
-            self.decoder.begin(state, passage.given, self.forward.cells)
+            self.decoder.begin(state, passage.given, self.forward.facts)
         return passage
 
     def entering(
@@ -328,7 +328,7 @@ class Doorway(Decider[DoorForward]):
             left = () if gone is None else packed_tokens(visual & ~gone, packed, len(lengths)).stage_total
         if note.cells is not None:
             assert state.places is not None
-            forward.cells = note.cells.flatten()[state.places[..., 0]]
+            forward.facts = Facts(cells=note.cells.flatten()[state.places[..., 0]])
         if gone is not None and left != lengths:
             state = _without(state, gone, left)
         forward.origin = state

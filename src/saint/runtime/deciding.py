@@ -9,6 +9,7 @@ Letters: Q sequences, S tokens of a sequence, P prefix tokens, B samples, N cand
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -109,19 +110,6 @@ class Decider(Uncopyable, Generic[F]):
         """``after`` with what full length needs of the rows in front of a drop, [B, N, C], and behind it, [B, K, C]."""
         return after
 
-    def columns(self, forward: F, state: LayerState) -> int | None:
-        """Of the grid of candidates, where there is one."""
-        return None
-
-    def least(self, forward: F, state: LayerState) -> tuple[int, ...] | None:
-        """Tokens of each sample that stay at least; None: as many as the budget says."""
-        return None
-
-    def cells(self, forward: F, state: LayerState) -> Tensor | None:
-        """Of each candidate, see :class:`saint.tokens.Candidates`, int64 [B, N]."""
-        whole = forward.cells
-        return None if whole is None else whole.gather(1, state.candidates.index)
-
     def where(self, point: DropPoint) -> str:
         """The keys of a drop point, for messages."""
         return f"the keys of {self.path} layer {point.layer}"
@@ -160,14 +148,13 @@ class Decider(Uncopyable, Generic[F]):
                 point.method.validate(total, point.steps)
         keys, features = state.of_candidates(seen.keys), state.of_candidates(features.detach())
         if point.step == 0 and point.method is not None and reads_are_free(keys.device):
-            refuse_non_finite(keys, self.where(point))
+            refuse_non_finite(keys, partial(self.where, point))
         attention = seen.attention
         if attention is not None:
             attention = state.of_candidates(attention.unsqueeze(-1)).squeeze(-1)
-        columns = self.columns(forward, state)
-        least = self.least(forward, state)
-        cells = self.cells(forward, state) if "frames" in point.needs else None
-        shown = Candidates(keys, features, state.counted, point.step, point.steps, attention, columns, least, cells)
+        counted = state.counted
+        facts = forward.facts.at(counted.index)
+        shown = Candidates(keys, features, counted, point.step, point.steps, attention, facts)
         with self.scoring:
             selection = self._asked(point, shown)
         after, tokens = state, None
@@ -185,18 +172,20 @@ class Decider(Uncopyable, Generic[F]):
                 tell(point.stage, point.layer, candidates)
         if point.method is None:
             return None
-        some = [sample for sample, n in enumerate(tokens.lengths) if n]
-        if len(some) == len(tokens.lengths):
+        if all(tokens.lengths):
             selection = point.method.select(candidates)
         else:
+            some = [sample for sample, n in enumerate(tokens.lengths) if n]
             selection = select_some(point.method, candidates, some) if some else None
-        if self.observers.selected:
+        if self.observers.selected or self.observers.decided:
             stays = selection
             if stays is None:
                 slots = torch.arange(tokens.slots, device=tokens.index.device).expand_as(tokens.index)
                 stays = Selection(slots, tokens.lengths, tokens.valid)
             for _, tell in self.observers.selected:
                 tell(point.stage, point.layer, stays)
+            for _, tell in self.observers.decided:
+                tell(point.stage, point.layer, candidates, stays)
         return selection
 
     def apply(self, decision: Decision, y: Tensor, prefix: int) -> tuple[LayerState, Tensor]:

@@ -16,7 +16,7 @@ from ..tokens import Candidates, Selection
 from .attended import Attended
 from .state import LayerState
 
-EVENTS = ("candidates", "selected", "layer", "attention", "layer_time", "pruning_time")
+EVENTS = ("candidates", "selected", "decided", "layer", "attention", "layer_time", "pruning_time")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,9 @@ class Observer:
     def selected(self, stage: str, layer: int, selection: Selection) -> None:
         """The slots that stay at a drop point. No cost."""
 
+    def decided(self, stage: str, layer: int, candidates: Candidates, selection: Selection) -> None:
+        """What a method saw at a drop point, and which of it stays. No cost."""
+
     def layer(self, stage: str, layer: int, passed: Passed) -> None:
         """The whole residual stream on both sides of a layer that is patched: of all layers where the plan is empty.
 
@@ -103,6 +106,7 @@ class Observers:
             _check_layers(observer)
         self.candidates = self._listeners("candidates")
         self.selected = self._listeners("selected")
+        self.decided = self._listeners("decided")
         self.layer = self._listeners("layer")
         self.attention = self._listeners("attention")
         self.layer_time = self._listeners("layer_time")

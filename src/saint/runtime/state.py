@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from ..tokens import LayerTrace, Selection, TokenMap, leading
+from ..tokens import NO_FACTS, Facts, LayerTrace, Selection, TokenMap, leading
 
 
 @dataclass(frozen=True)
@@ -153,15 +153,14 @@ class Forward:
         states: by layer, the state in front of it; behind the last: the number of layers.
         drops: by stage, placement and layer, the states in front of and behind a drop point, in the order of the forward.
         memo: tables and masks that layers share.
-        cells: of each candidate of ``origin``, see :class:`saint.tokens.Candidates`, int64 [B, N]; None where no method needs it
-            or there is no video.
+        facts: of the candidates of ``origin``.
     """
 
     origin: LayerState | None = None
     states: dict[int, LayerState] = field(default_factory=dict)
     drops: dict[tuple[str, str, int], tuple[LayerState, LayerState]] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
-    cells: Tensor | None = None
+    facts: Facts = NO_FACTS
 
     def once(self, name: str, make: Callable[[], Any], *sources: Any) -> Any:
         """``make()`` once for a name and what it is made from; layers behind one drop point share the result."""
@@ -182,7 +181,7 @@ class Forward:
             states={layer: state.bare for layer, state in self.states.items()},
             drops={where: (before.bare, after.bare) for where, (before, after) in self.drops.items()},
             memo={},
-            cells=None,
+            facts=NO_FACTS,
         )
 
     def trace(self) -> list[LayerTrace]:

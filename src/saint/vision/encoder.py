@@ -26,7 +26,6 @@ from ..tokens import Selection, TokenMap
 from ..upstream.names import LONGEST
 from ..upstream.specs import EncoderSpec, part
 from .checks import check_bias, check_output, check_seams, placed, prove, read_blocks, takes_dense_mask
-from .guard import least
 from .inputs import EncoderForward, Inputs
 from .outputs import Outputs
 from .readers import Reader
@@ -163,13 +162,6 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
 
     def carry(self, state: LayerState, rows: Tensor, after: LayerState, stay: Tensor) -> LayerState:
         return self.outputs.carry(state, rows, after, stay) if self.carries else after
-
-    def columns(self, forward: EncoderForward, state: LayerState) -> int | None:
-        grid = forward.grid
-        return grid[1] if grid is not None and grid[0] * grid[1] == state.candidates.width else None
-
-    def least(self, forward: EncoderForward, state: LayerState) -> tuple[int, ...] | None:
-        return least(forward.shares, state.candidates.total) if forward.shares else None
 
     def where(self, point: DropPoint) -> str:
         if point.placement == "input":
