@@ -309,6 +309,16 @@ def test_packages_of_rooms_keep_their_names(package):
         assert not callable(value) or value.__doc__, name
 
 
+def test_type_checkers_are_told_of_every_method():
+    block = next(
+        node for node in ast.parse((SOURCE / "methods/__init__.py").read_text()).body if isinstance(node, ast.If)
+    )
+    told = {(node.module, alias.asname) for node in block.body for alias in node.names}
+    known = {name: saint.methods.get(name) for name in saint.methods.names()}
+    assert told == {(name, cls.__name__) for name, cls in known.items()}
+    assert all(getattr(saint.methods, cls.__name__) is cls for cls in known.values())
+
+
 def test_no_module_shadows_a_public_name():
     lazy = {name for name, module in saint._LAZY.items() if module is not None}
     modules = {path.stem for path in SOURCE.glob("*.py")} | {path.name for path in SOURCE.iterdir() if path.is_dir()}

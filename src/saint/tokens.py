@@ -202,9 +202,6 @@ class Facts:
         return Facts(self.columns, min_keep, None if self.cells is None else self.cells[samples])
 
 
-NO_FACTS = Facts()
-
-
 @dataclass(frozen=True)
 class Candidates:
     """What a method may look at, at one drop point.
@@ -226,7 +223,7 @@ class Candidates:
     step: int
     steps: int
     attention: Tensor | None = None
-    facts: Facts = NO_FACTS
+    facts: Facts = field(default_factory=Facts)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ..runtime.layer import LayerStack
 from ..runtime.observe import Observers
 from ..runtime.points import DropPoint
 from ..runtime.state import Forward, LayerState
-from ..tokens import NO_FACTS, Facts, TokenMap
+from ..tokens import Facts, TokenMap
 from ..upstream.decoders import BLOCKS
 from ..upstream.names import (
     ALL_STATES,
@@ -197,7 +197,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
 
     # -- start of a forward -------------------------------------------------------------------------------------------
 
-    def begin(self, state: LayerState | None, kwargs: dict[str, Any], facts: Facts = NO_FACTS) -> None:
+    def begin(self, state: LayerState | None, kwargs: dict[str, Any], facts: Facts | None) -> None:
         """A forward begins.
 
         Args:

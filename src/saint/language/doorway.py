@@ -256,7 +256,7 @@ class Doorway(Decider[DoorForward]):
         if not filled(cache):
             self.forwards.begin()  # a prompt without images
         if self.decoder is not None:
-            self.decoder.begin(None, given)
+            self.decoder.begin(None, given, None)
         return Passage(given, cache) if held is None else self._step(note, given, cache, held)
 
     def _prompt(self, note: Note, visual: Tensor, given: dict[str, Any], cache: Any, held: Held | None) -> Passage:
@@ -326,9 +326,8 @@ class Doorway(Decider[DoorForward]):
             state = packed_tokens(visual, packed)
             lengths = state.stage_total
             left = () if gone is None else packed_tokens(visual & ~gone, packed, len(lengths)).stage_total
-        if note.cells is not None:
-            assert state.places is not None
-            forward.facts = Facts(cells=note.cells.flatten()[state.places[..., 0]])
+        assert state.places is not None
+        forward.facts = Facts(cells=None if note.cells is None else note.cells.flatten()[state.places[..., 0]])
         if gone is not None and left != lengths:
             state = _without(state, gone, left)
         forward.origin = state

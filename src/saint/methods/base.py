@@ -1,7 +1,7 @@
 """What a method may ask for and what it returns.
 
-A method is a frozen dataclass: its fields are its settings, ``select`` its only decision. Gathering, protection of prefix
-tokens and ragged batches exist once, outside.
+A method is a frozen dataclass: its fields are its settings, ``select`` its only decision, for which ``score`` may be enough
+(:class:`Scorer`). Gathering, protection of prefix tokens and ragged batches exist once, outside.
 """
 
 import dataclasses
@@ -77,6 +77,18 @@ class FixedBudget(Method):
     @abstractmethod
     def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
         """Choose exactly ``goal[b]`` survivors of sample b. Called only when at least one token must be dropped."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer(FixedBudget):
+    """Base of methods that keep the tokens of highest score, as many as they are told."""
+
+    @abstractmethod
+    def score(self, candidates: Candidates) -> Tensor:
+        """Score the candidates, [B, N]: high stays, of equal ones the earlier. Padding may hold anything."""
+
+    def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
+        return Selection.from_scores(self.score(candidates), goal, candidates.tokens)
 
 
 def counts_by_votes(method: Method) -> bool:

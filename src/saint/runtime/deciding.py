@@ -153,6 +153,7 @@ class Decider(Uncopyable, Generic[F]):
         if attention is not None:
             attention = state.of_candidates(attention.unsqueeze(-1)).squeeze(-1)
         counted = state.counted
+        assert forward.facts is not None
         facts = forward.facts.at(counted.index)
         shown = Candidates(keys, features, counted, point.step, point.steps, attention, facts)
         with self.scoring:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from ..tokens import NO_FACTS, Facts, LayerTrace, Selection, TokenMap, leading
+from ..tokens import Facts, LayerTrace, Selection, TokenMap, leading
 
 
 @dataclass(frozen=True)
@@ -153,14 +153,14 @@ class Forward:
         states: by layer, the state in front of it; behind the last: the number of layers.
         drops: by stage, placement and layer, the states in front of and behind a drop point, in the order of the forward.
         memo: tables and masks that layers share.
-        facts: of the candidates of ``origin``.
+        facts: of the candidates of ``origin``; None before it is known, and when the forward is over.
     """
 
     origin: LayerState | None = None
     states: dict[int, LayerState] = field(default_factory=dict)
     drops: dict[tuple[str, str, int], tuple[LayerState, LayerState]] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
-    facts: Facts = NO_FACTS
+    facts: Facts | None = None
 
     def once(self, name: str, make: Callable[[], Any], *sources: Any) -> Any:
         """``make()`` once for a name and what it is made from; layers behind one drop point share the result."""
@@ -181,7 +181,7 @@ class Forward:
             states={layer: state.bare for layer, state in self.states.items()},
             drops={where: (before.bare, after.bare) for where, (before, after) in self.drops.items()},
             memo={},
-            facts=NO_FACTS,
+            facts=None,
         )
 
     def trace(self) -> list[LayerTrace]:
