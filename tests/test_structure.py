@@ -211,6 +211,24 @@ def test_the_core_needs_torch_and_numpy_alone():
     assert not wrong, wrong
 
 
+LINES, PARAMETERS = 80, 10
+
+
+def test_functions_of_the_core_are_short_and_ask_for_little():
+    wrong = []
+    for path in SOURCE.rglob("*.py"):
+        if (name := module_name(path)).startswith("lab/"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                asked = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                count = sum(argument.arg not in ("self", "cls") for argument in asked)
+                lines = node.end_lineno - node.lineno + 1
+                if lines > LINES or count > PARAMETERS:
+                    wrong.append(f"{name}: {node.name} has {lines} lines and {count} parameters")
+    assert not wrong, wrong
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_rooms_that_stand_alone_import_only_what_their_row_says(room):
     extra = imported_modules(SOURCE / f"{room}.py") - ROOMS[room]
