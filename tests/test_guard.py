@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import saint
 from saint import testing
 from saint.methods import Grid, Match, Random, ToMe
-from saint.vision.guard import detail, least, shares
+from saint.vision.guard import detail, min_keep, shares
 from support.families import FAMILIES
 from support.models import build
 
@@ -52,7 +52,7 @@ def test_detail_keeps_its_share_and_plain_pictures_follow_the_budget(vit, method
     with saint.pruned(vit, saint.Plan(vision=saint.Stage(method, layers=layers, guard=GUARD))) as session:
         vit(x)
         kept = [entry.tokens_out.tolist() for entry in session.trace]
-    bounds = least(shares(x, GUARD), (100, 100, 100))
+    bounds = min_keep(shares(x, GUARD), (100, 100, 100))
     assert bounds[0] == 0
     assert bounds[1] == 70
     assert 0 < bounds[2] < 70
@@ -110,7 +110,7 @@ def test_shares_rise_with_detail():
     assert found[-1] == 0.8
     assert list(found) == sorted(found)
     assert len({share for share in found if 0 < share < 0.8}) > 3
-    assert least((0.0, 0.501), (100, 100)) == (0, 51)
+    assert min_keep((0.0, 0.501), (100, 100)) == (0, 51)
 
 
 @pytest.mark.parametrize("guard", [-0.1, 1.1, math.nan, True, "0.5"])

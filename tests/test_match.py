@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import saint
 from saint import graph, testing
 from saint.methods import Match, ToMe
-from saint.tokens import Candidates, TokenMap
+from saint.tokens import Candidates, Facts, TokenMap
 from saint.vision.locate import locate
 from support.families import FAMILIES, prompts
 from support.models import NAMES, build, prepared
@@ -101,7 +101,7 @@ def shown(keys, lengths, columns=None):
         count,
         None if min(lengths) == count else valid,
     )
-    return Candidates(keys, keys, tokens, 0, 1, columns=columns)
+    return Candidates(keys, keys, tokens, 0, 1, facts=Facts(columns=columns))
 
 
 @given(seed=st.integers(0, 10**6), lengths=st.lists(st.integers(3, 16), min_size=1, max_size=4))
@@ -173,7 +173,7 @@ def test_the_encoder_says_how_wide_its_grid_is(vit):
 
     class Look:
         def candidates(self, stage, layer, candidates):
-            seen.append(candidates.columns)
+            seen.append(candidates.facts.columns)
 
     with torch.no_grad(), saint.apply(vit, Match(), observers=[Look()]):
         vit(torch.randn(1, 3, 224, 224))
@@ -204,8 +204,8 @@ def test_columns_of_every_encoder(name, placement):
     assert len(look.seen) >= 1
     for _, candidates in look.seen:
         assert candidates.tokens.width == 36
-        assert candidates.columns == (None if spec.patch is None else 6)
-        assert candidates.cells is None
+        assert candidates.facts.columns == (None if spec.patch is None else 6)
+        assert candidates.facts.cells is None
         assert candidates.attention is None
 
 
@@ -229,10 +229,10 @@ def test_columns_of_every_family(name):
     assert {stage for stage, _ in look.seen} == {"vision", "language"}
     for stage, candidates in look.seen:
         alone = stage == "vision" and family.merge_size == 1 and "image_grid_thw" not in inputs
-        assert candidates.columns == (round(candidates.tokens.width**0.5) if alone else None)
+        assert candidates.facts.columns == (round(candidates.tokens.width**0.5) if alone else None)
     shown = look.seen[0][1]
     goal = int(0.6 * shown.tokens.lengths[0] + 0.5)
-    pairs = graph.pair(shown.keys, shown.tokens.index, shown.columns, valid=shown.tokens.valid)
+    pairs = graph.pair(shown.keys, shown.tokens.index, shown.facts.columns, valid=shown.tokens.valid)
     best = pairs.similarity[0].argsort(descending=True, stable=True)[: shown.tokens.lengths[0] - goal]
     gone = set(pairs.leaves[0, best].tolist())
     assert kept[0].tolist() == [i for i in range(shown.tokens.lengths[0]) if i not in gone]

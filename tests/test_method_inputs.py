@@ -8,7 +8,7 @@ import torch
 import saint
 from saint import graph
 from saint.methods import DivPrune, FastV, Grid, Match, PiToMe, Random, ToMe
-from saint.tokens import Candidates, TokenMap
+from saint.tokens import Candidates, Facts, TokenMap
 
 COUNT, COLUMNS = 24, 6
 LOOKS = {  # method: the parts of the candidates that its choice depends on
@@ -38,7 +38,7 @@ def shown(**changes: object) -> Candidates:
         0,
         1,
         attention=noise(3, 2, COUNT).softmax(-1),
-        columns=COLUMNS,
+        facts=Facts(columns=COLUMNS),
     )
     return dataclasses.replace(base, **changes)
 
@@ -47,7 +47,7 @@ OTHER = {
     "keys": {"keys": noise(11, 2, COUNT, 4)},
     "features": {"features": noise(12, 2, COUNT, 5)},
     "attention": {"attention": noise(13, 2, COUNT).softmax(-1)},
-    "columns": {"columns": 5},
+    "columns": {"facts": Facts(columns=5)},
 }
 
 

@@ -184,3 +184,36 @@ def test_masks_of_a_multihead_attention(kind):
         )  # fmt: skip
     for sample in range(3):
         assert torch.allclose(probabilities(calls[1], sample), want[sample], atol=1e-6)
+
+
+class Decisions:
+    def __init__(self):
+        self.seen, self.told = [], []
+
+    def candidates(self, stage, layer, candidates):
+        self.seen.append((stage, layer, candidates))
+
+    def selected(self, stage, layer, selection):
+        self.seen[-1] += (selection,)
+
+    def decided(self, stage, layer, candidates, selection):
+        self.told.append((stage, layer, candidates, selection))
+
+
+def test_a_decision_is_told_with_what_was_seen():
+    model, decisions = build("timm/vit-augreg"), Decisions()
+    stages = [
+        saint.Stage(saint.methods.Grid(keep=0.5), layers=[0]),
+        saint.Stage(saint.Saint(threshold=1.0), layers=[2]),
+    ]
+    with saint.pruned(model, saint.Plan(vision=stages), observers=[decisions]) as session:
+        testing.run(model, testing.example_inputs(model))
+        trace = session.trace
+    assert len(decisions.told) == len(decisions.seen) == 2
+    for (stage, layer, candidates, selection), seen, entry in zip(decisions.told, decisions.seen, trace, strict=True):
+        assert (stage, layer) == seen[:2] == ("vision", entry.layer)
+        assert candidates is seen[2]
+        assert selection is seen[3]
+        assert list(selection.lengths) == entry.tokens_out.tolist()
+    last = decisions.told[-1]
+    assert last[3].slots.shape[1] == last[2].tokens.slots  # nothing goes, so every slot stays

@@ -244,6 +244,24 @@ def test_the_core_needs_torch_and_numpy_alone():
     assert not wrong, wrong
 
 
+LINES, PARAMETERS = 80, 10
+
+
+def test_functions_of_the_core_are_short_and_ask_for_little():
+    wrong = []
+    for path in SOURCE.rglob("*.py"):
+        if (name := module_name(path)).startswith("lab/"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                asked = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                count = sum(argument.arg not in ("self", "cls") for argument in asked)
+                lines = node.end_lineno - node.lineno + 1
+                if lines > LINES or count > PARAMETERS:
+                    wrong.append(f"{name}: {node.name} has {lines} lines and {count} parameters")
+    assert not wrong, wrong
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_rooms_that_stand_alone_import_only_what_their_row_says(room):
     extra = imported_modules(SOURCE / f"{room}.py") - ROOMS[room]
@@ -340,6 +358,16 @@ def test_packages_of_rooms_keep_their_names(package):
         value = getattr(module, name)
         assert not isinstance(value, types.ModuleType), f"{package}.{name} is shadowed by a room of that name"
         assert not callable(value) or value.__doc__, name
+
+
+def test_type_checkers_are_told_of_every_method():
+    block = next(
+        node for node in ast.parse((SOURCE / "methods/__init__.py").read_text()).body if isinstance(node, ast.If)
+    )
+    told = {(node.module, alias.asname) for node in block.body for alias in node.names}
+    known = {name: saint.methods.get(name) for name in saint.methods.names()}
+    assert told == {(name, cls.__name__) for name, cls in known.items()}
+    assert all(getattr(saint.methods, cls.__name__) is cls for cls in known.values())
 
 
 def test_no_module_shadows_a_public_name():

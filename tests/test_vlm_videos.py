@@ -9,7 +9,7 @@ import torch
 import saint
 from saint import frames, graph, testing
 from saint.methods import EVS, SaintVideo
-from saint.tokens import Candidates, TokenMap
+from saint.tokens import Candidates, Facts, TokenMap
 from saint.upstream.specs import Clip
 from saint.vlm.videos import cells_of
 from support.families import FAMILIES, IMAGE, PAD, VIDEO, one_at_a_time
@@ -91,7 +91,7 @@ def test_without_a_video_the_votes_are_those_of_saint():
     tokens = TokenMap.full(2, 11, keys.device)
     settings = {"threshold": 0.4, "neighbors": 2, "floor": 0.0}
     none = Candidates(keys, keys, tokens, 0, 1)
-    nowhere = dataclasses.replace(none, cells=torch.full((2, 11), -1))
+    nowhere = dataclasses.replace(none, facts=Facts(cells=torch.full((2, 11), -1)))
     want = saint.Saint(**settings).select(none)
     for candidates in (none, nowhere):
         got = SaintVideo(**settings).select(candidates)
@@ -102,7 +102,7 @@ def test_evs_by_hand():
     g = torch.Generator().manual_seed(0)
     features = torch.randn(1, 4 * 6 + 2, 8, generator=g)  # a picture of two tokens, then four frames of six
     cells = torch.tensor([[-1, -1, *[*range(6)] * 4]])
-    shown = Candidates(features, features, TokenMap.full(1, 26, features.device), 0, 1, cells=cells)
+    shown = Candidates(features, features, TokenMap.full(1, 26, features.device), 0, 1, facts=Facts(cells=cells))
     change = [
         1 - float(torch.cosine_similarity(features[0, n], features[0, n - 6], dim=0)) if n >= 8 else math.inf
         for n in range(26)
@@ -111,13 +111,13 @@ def test_evs_by_hand():
         want = sorted(sorted(range(26), key=lambda n: -change[n])[: 2 + count])
         assert EVS(keep=keep).select(shown).slots[0].tolist() == want
     assert EVS(keep=1.0).select(shown) is None
-    assert EVS(keep=0.1).select(dataclasses.replace(shown, cells=None)) is None
+    assert EVS(keep=0.1).select(dataclasses.replace(shown, facts=Facts())) is None
 
 
 def test_a_static_frame_keeps_one_token():
     keys = torch.randn(1, 8, 4).expand(3, 8, 4)
     cells = torch.arange(8).expand(3, 8)
-    shown = Candidates(keys, keys, TokenMap.full(3, 8, keys.device), 0, 1, cells=cells)
+    shown = Candidates(keys, keys, TokenMap.full(3, 8, keys.device), 0, 1, facts=Facts(cells=cells))
     method = SaintVideo(threshold=0.99, floor=0.0)
     assert method.select(shown).lengths == (8, 1, 1)
     assert dataclasses.replace(method, floor=0.5).select(shown).lengths == (8, 4, 4)
@@ -277,7 +277,7 @@ def test_what_has_left_is_not_the_frame_before(model, name):
 
     class Ear(SaintVideo):
         def select(self, candidates):
-            seen.append(candidates.cells)
+            seen.append(candidates.facts.cells)
             return super().select(candidates)
 
     plan = saint.Plan(language=saint.Stage(Ear(threshold=0.5, neighbors=3, floor=0.0), layers=[0, 1]))

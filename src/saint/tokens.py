@@ -5,7 +5,7 @@ shortened sequence; an *index* is the candidate's position in the original one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -176,6 +176,33 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What a forward knows of its candidates, whatever their keys and features are; None where it does not.
+
+    A new fact is a field here, is noted where it is known (``vision.inputs``, ``language.doorway``), and read by a method.
+
+    Attributes:
+        columns: of the grid that ``TokenMap.index`` counts along, row by row.
+        min_keep: tokens of each sample that stay whatever the budget, B Python ints.
+        cells: for methods that need "frames": equal numbers show the same place of one video at different times, in the order
+            of samples and slots, int64 [B, N]; -1: of no video. None where no candidate is of a video of several frames.
+    """
+
+    columns: int | None = None
+    min_keep: tuple[int, ...] | None = None
+    cells: Tensor | None = None
+
+    def at(self, index: Tensor) -> "Facts":
+        """Those of the candidates that are left, of all the original ones: index int64 [B, K]."""
+        return self if self.cells is None else replace(self, cells=self.cells.gather(1, index))
+
+    def of_samples(self, samples: list[int]) -> "Facts":
+        """Those of these samples alone."""
+        min_keep = None if self.min_keep is None else tuple(self.min_keep[i] for i in samples)
+        return Facts(self.columns, min_keep, None if self.cells is None else self.cells[samples])
+
+
+@dataclass(frozen=True)
 class Candidates:
     """What a method may look at, at one drop point.
 
@@ -187,10 +214,7 @@ class Candidates:
         steps: drop points of the stage.
         attention: for methods that need "last_query": attention of the last prompt token at this layer, averaged over heads,
             float32 [B, N]; else None.
-        columns: of the grid that ``tokens.index`` counts along, row by row; None where there is none or it is not known.
-        least: tokens of each sample that stay at least, whatever the budget, B Python ints; None: as the budget says.
-        cells: for methods that need "frames": equal numbers show the same place of one video at different times, in the order
-            of samples and slots, int64 [B, N]; -1: of no video. None where no candidate is of a video of several frames.
+        facts: what else the forward knows of them.
     """
 
     keys: Tensor
@@ -199,9 +223,7 @@ class Candidates:
     step: int
     steps: int
     attention: Tensor | None = None
-    columns: int | None = None
-    least: tuple[int, ...] | None = None
-    cells: Tensor | None = None
+    facts: Facts = field(default_factory=Facts)
 
 
 @dataclass(frozen=True)

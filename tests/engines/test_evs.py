@@ -7,7 +7,7 @@ import torch
 from vllm_reference import PYTHON, environment, needs_vllm
 
 from saint.methods import EVS
-from saint.tokens import Candidates, TokenMap
+from saint.tokens import Candidates, Facts, TokenMap
 
 pytestmark = needs_vllm
 CASES = [(4, 4, 6, 0.5), (8, 8, 8, 0.75), (5, 4, 4, 0.9), (2, 8, 12, 0.25)]  # frames, rows, columns, what goes
@@ -37,6 +37,6 @@ def test_tokens_of_vllm():
     for video, (frames, rows, columns, share), want in zip(videos, CASES, wanted, strict=True):
         cells = torch.arange(rows * columns // 4).repeat(frames).unsqueeze(0)
         tokens = TokenMap.full(1, len(video), video.device)
-        got = EVS(keep=1 - share).select(Candidates(video[None], video[None], tokens, 0, 1, cells=cells))
+        got = EVS(keep=1 - share).select(Candidates(video[None], video[None], tokens, 0, 1, facts=Facts(cells=cells)))
         assert got.slots[0].tolist() == want
         assert len(want) == max(rows * columns // 4, int(frames * rows * columns // 4 * (1 - share)))

@@ -24,16 +24,13 @@ from ..runtime.layer import LayerStack
 from ..runtime.observe import Observers
 from ..runtime.points import DropPoint
 from ..runtime.state import Forward, LayerState
-from ..tokens import TokenMap
+from ..tokens import Facts, TokenMap
 from ..upstream.decoders import BLOCKS
 from ..upstream.names import (
     ALL_STATES,
     ATTENTION,
     CACHE,
     IMPLEMENTATION,
-    MASK,
-    POSITIONS,
-    ROTARY,
     Parameters,
 )
 from ..upstream.versions import known_from
@@ -50,11 +47,9 @@ from .cache import (
     ragged_layer,
     remaining,
 )
+from .call import REQUIRED, Call, Spelling
 from .masks import DENSE, FLASH, survivors_mask, weighed
 from .positions import gather_ids, gather_rotary
-
-# what a decoder layer must take by name; the rotary tables carry the true positions to the survivors
-_ARGUMENTS = (MASK, CACHE, ROTARY)
 
 
 @dataclass
@@ -72,7 +67,7 @@ class DecoderForward(Forward):
     calls: dict[int, tuple[Parameters, dict[str, Any]]] = field(default_factory=dict)
 
 
-class PrunedDecoder(LayerStack[DecoderForward]):
+class PrunedDecoder(LayerStack[DecoderForward, Call]):
     """The language stage of a session.
 
     Args:
@@ -110,13 +105,14 @@ class PrunedDecoder(LayerStack[DecoderForward]):
         if not (evict or looks):
             self.first = min(self.points, default=self.depth)
         self.token = token
-        self.layer_parameters = [Parameters(type(module).forward) for module in self.modules]
+        spelled = {kind: Spelling(kind.forward) for kind in {type(module) for module in self.modules}}
+        self.spelling = [spelled[type(module)] for module in self.modules]
         self._checked: weakref.ref[Any] | None = None
         self._check()
 
     def _check(self) -> None:
         for index, module in enumerate(self.modules):
-            missing = self.layer_parameters[index].missing(*_ARGUMENTS)
+            missing = self.spelling[index].parameters.missing(*REQUIRED)
             if missing:
                 raise UnsupportedModelError(
                     f"{self.path}.{index} ({type(module).__name__}) takes no {', '.join(missing)}: shortened sequences cannot "
@@ -201,13 +197,13 @@ class PrunedDecoder(LayerStack[DecoderForward]):
 
     # -- start of a forward -------------------------------------------------------------------------------------------
 
-    def begin(self, state: LayerState | None, kwargs: dict[str, Any], cells: Tensor | None = None) -> None:
+    def begin(self, state: LayerState | None, kwargs: dict[str, Any], facts: Facts | None) -> None:
         """A forward begins.
 
         Args:
             state: what enters; None in a forward in which nothing can go.
             kwargs: arguments of the decoder.
-            cells: see :class:`saint.runtime.state.Forward`.
+            facts: of the candidates, see :class:`saint.runtime.state.Forward`.
         """
         before, forward = self.forward, self.forwards.begin()
         cache = CACHE.read(kwargs)
@@ -220,20 +216,16 @@ class PrunedDecoder(LayerStack[DecoderForward]):
             return
         wanted = ALL_STATES.read(kwargs, ALL_STATES.get(self.module.config))
         forward.all_states = wanted is not None and wanted is not False
-        forward.origin, forward.cells = state, cells
+        forward.origin, forward.facts = state, facts
         self.enter(forward, state, None)
 
     # -- one layer ----------------------------------------------------------------------------------------------------
 
-    def named(
-        self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (), self.layer_parameters[layer].named(args, kwargs, skip=1)
+    def named(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Call]:
+        return (), self.spelling[layer].read(args, kwargs)
 
-    def arrive(self, layer: int, x: Tensor, kwargs: dict[str, Any]) -> tuple[DecoderForward, LayerState | None]:
-        self.forwards.enter(layer, x)
-        self.forwards.remember(layer, x)
-        forward = self.forward
+    def arrive(self, layer: int, x: Tensor, call: Call) -> tuple[DecoderForward, LayerState | None]:
+        forward = self.forwards.enter(layer, x)
         return forward, forward.states[layer] if forward.states else None
 
     def run(
@@ -241,23 +233,23 @@ class PrunedDecoder(LayerStack[DecoderForward]):
         forward: DecoderForward,
         layer: int,
         state: LayerState,
-        call: Callable[..., Any],
+        original: Callable[..., Any],
         x: Tensor,
-        kwargs: dict[str, Any],
+        call: Call,
     ) -> tuple[Any, Seen | None]:
-        parameters, point = self.layer_parameters[layer], self.points.get(layer)
-        cache, positions = CACHE.read(kwargs), None
+        point, cache, positions = self.points.get(layer), call.cache, None
         if state.tokens.whole:
-            kwargs = self.unpruned(layer, x, kwargs)
+            call = self._over_gaps(forward, layer, x, call)
         else:
-            kwargs, positions = self.arguments(forward, layer, state, x.dtype, kwargs)
+            with self.gathering:
+                call, positions = self._of_survivors(forward, layer, state, x.dtype, call)
         view = CacheView(cache, positions)
         if point is not None or positions is not None:
-            kwargs = parameters.put(kwargs, CACHE, view)
+            call = replace(call, cache=view)
         if point is not None:
             forward.views[layer] = view
         try:
-            out = call(x, **kwargs)
+            out = original(x, **self.spelling[layer].write(call))
         finally:
             forward.views.pop(layer, None)
             attended = forward.calls.pop(layer, None)
@@ -273,39 +265,37 @@ class PrunedDecoder(LayerStack[DecoderForward]):
             row = last_row(self.modules[layer], name, attended, view.held, state.tokens.valid)
         return out, Seen(view.keys.detach().mean(1, dtype=torch.float32), row)
 
-    def arguments(
-        self, forward: DecoderForward, layer: int, state: LayerState, dtype: torch.dtype, kwargs: dict[str, Any]
-    ) -> tuple[dict[str, Any], CachePositions | None]:
-        """Rotary tables, positions and mask of the survivors, and what their cache layer holds with them."""
-        tokens, cache, parameters = state.tokens, CACHE.read(kwargs), self.layer_parameters[layer]
-        entry = None if cache is None else ragged_layer(cache, layer, self.token)
-        table, ids = ROTARY.read(kwargs), POSITIONS.read(kwargs)
-        out = parameters.put(
-            kwargs, ROTARY, forward.once("rotary", partial(gather_rotary, table, tokens), tokens, table)
-        )
-        if isinstance(ids, Tensor):
-            out = parameters.put(out, POSITIONS, forward.once("ids", partial(gather_ids, ids, tokens), tokens, ids))
-        bias = (
-            None if state.sizes is None else forward.once("bias", partial(state.key_bias, dtype), tokens, state.sizes)
-        )
-        out = parameters.put(
-            out, MASK, self._mask(forward, MASK.read(kwargs), tokens, entry, tokens.width, bias, dtype)
-        )
-        if entry is None:
-            return out, None
-        past, before = entry.map, entry.length
-        return out, forward.once("keys", lambda: extended(past, before, tokens, bias), tokens, past)
+    def unpruned(self, forward: DecoderForward, layer: int, original: Callable[..., Any], x: Tensor, call: Call) -> Any:
+        return original(x, **self.spelling[layer].write(self._over_gaps(forward, layer, x, call)))
 
-    def unpruned(self, layer: int, x: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The mask of a sequence from which nothing is missing, over a cache from which something may be."""
-        cache = CACHE.read(kwargs)
+    def _of_survivors(
+        self, forward: DecoderForward, layer: int, state: LayerState, dtype: torch.dtype, call: Call
+    ) -> tuple[Call, CachePositions | None]:
+        """The arguments with rotary tables, positions and mask of the survivors; what their cache layer holds with them."""
+        tokens, table, ids = state.tokens, call.rotary, call.positions
+        entry = None if call.cache is None else ragged_layer(call.cache, layer, self.token)
+        rotary = forward.once("rotary", partial(gather_rotary, table, tokens), tokens, table)
+        if isinstance(ids, Tensor):
+            ids = forward.once("ids", partial(gather_ids, ids, tokens), tokens, ids)
+        bias = None
+        if state.sizes is not None:
+            bias = forward.once("bias", partial(state.key_bias, dtype), tokens, state.sizes)
+        mask = self._mask(forward, call.mask, tokens, entry, tokens.width, bias, dtype)
+        call = replace(call, mask=mask, rotary=rotary, positions=ids)
+        if entry is None:
+            return call, None
+        past, before = entry.map, entry.length
+        return call, forward.once("keys", lambda: extended(past, before, tokens, bias), tokens, past)
+
+    def _over_gaps(self, forward: DecoderForward, layer: int, x: Tensor, call: Call) -> Call:
+        """The arguments of a sequence from which nothing is missing, over a cache from which something may be."""
+        cache = call.cache
         if cache is None or layer >= len(cache.layers):
-            return kwargs
+            return call
         entry = cache.layers[layer]
         if not isinstance(entry, RaggedLayer) or entry.map is None:
-            return kwargs
-        mask = self._mask(self.forward, MASK.read(kwargs), None, entry, x.shape[1], None, x.dtype)
-        return self.layer_parameters[layer].put(kwargs, MASK, mask)
+            return call
+        return replace(call, mask=self._mask(forward, call.mask, None, entry, x.shape[1], None, x.dtype))
 
     def _mask(
         self,
@@ -331,17 +321,14 @@ class PrunedDecoder(LayerStack[DecoderForward]):
         # layers with the same mask, survivors and cache content share the result
         return forward.once(f"mask from {first}", make, mask, tokens, past)
 
-    def leave(
-        self, forward: DecoderForward, layer: int, state: LayerState, y: Tensor, kwargs: dict[str, Any]
-    ) -> Tensor:
+    def leave(self, forward: DecoderForward, layer: int, state: LayerState, y: Tensor, call: Call) -> Tensor:
         after, tokens = layer + 1, state.tokens
         forward.states[after] = state
         if not tokens.whole and (after == self.depth or forward.all_states or layer < self.between):
             forward.states[after] = replace(state, full_length=True)
             y = gather_tokens(y, forward.once("shown", partial(nearest_before, tokens), tokens), 0)  # [B, L, C]
-        cache = CACHE.read(kwargs)
-        if after == self.depth and cache is not None and self.evict:
-            self._evict(forward, cache)
+        if after == self.depth and call.cache is not None and self.evict:
+            self._evict(forward, call.cache)
         return y
 
     def _evict(self, forward: DecoderForward, cache: Any) -> None:

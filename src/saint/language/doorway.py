@@ -30,7 +30,7 @@ from ..runtime.forwards import Forwards
 from ..runtime.observe import Observers
 from ..runtime.points import DropPoint
 from ..runtime.state import Forward, LayerState, packed_tokens, some_tokens
-from ..tokens import Selection, TokenMap
+from ..tokens import Facts, Selection, TokenMap
 from ..upstream.names import CACHE, EMBEDDINGS, IDS, IMPLEMENTATION, LAYERS, MASK, POSITIONS, Parameters
 from .cache import CachePositions, KVMemory, SessionToken, filled, memory
 from .decoder import PrunedDecoder
@@ -47,7 +47,7 @@ class Note:
         visual: the candidates, the visual tokens of a vision-language model, bool [B, L]; None when there are none.
         marked: rows of features that the encoder dropped may be among them (``gathers.is_dropped``).
         mask: the padding mask that the caller gave, [B, T], or None.
-        cells: where methods need them, see :class:`saint.tokens.Candidates`, of each position, int64 [B, L]; None: no video.
+        cells: where methods need them, see :class:`saint.tokens.Facts`, of each position, int64 [B, L]; None: no video.
         ids: the token ids that a model around the language model was given, [B, L], or None.
         brings: features come with the sequence, for the model to merge.
         plain: the embeddings are those of token ids, and of features that the model itself merges.
@@ -256,7 +256,7 @@ class Doorway(Decider[DoorForward]):
         if not filled(cache):
             self.forwards.begin()  # a prompt without images
         if self.decoder is not None:
-            self.decoder.begin(None, given)
+            self.decoder.begin(None, given, None)
         return Passage(given, cache) if held is None else self._step(note, given, cache, held)
 
     def _prompt(self, note: Note, visual: Tensor, given: dict[str, Any], cache: Any, held: Held | None) -> Passage:
@@ -269,7 +269,7 @@ class Doorway(Decider[DoorForward]):
         packed, real = documents(given, self.module.config), None
         if self.shortens and x is not None:
             real = _real(note, given, cache, x)
-        state, counts = self.decide(visual, x, note, packed, real)
+        state, counts = self.entering(visual, x, note, packed, real)
         if state.tokens.whole:
             passage = Passage(given, cache) if held is None else self._step(note, given, cache, held)
         else:
@@ -279,10 +279,10 @@ class Doorway(Decider[DoorForward]):
             state = _moved(state, passage.short)
         passage.prompt = True
         if self.decoder is not None:
-            self.decoder.begin(state, passage.given, self.forward.cells)
+            self.decoder.begin(state, passage.given, self.forward.facts)
         return passage
 
-    def decide(
+    def entering(
         self,
         visual: Tensor,
         x: Tensor | None,
@@ -324,11 +324,10 @@ class Doorway(Decider[DoorForward]):
                     "row: use a method that does without, or pass each document as a row of its own with an attention_mask"
                 )
             state = packed_tokens(visual, packed)
-            lengths = state.began
-            left = () if gone is None else packed_tokens(visual & ~gone, packed, len(lengths)).began
-        if note.cells is not None:
-            assert state.places is not None
-            forward.cells = note.cells.flatten()[state.places[..., 0]]
+            lengths = state.stage_total
+            left = () if gone is None else packed_tokens(visual & ~gone, packed, len(lengths)).stage_total
+        assert state.places is not None
+        forward.facts = Facts(cells=None if note.cells is None else note.cells.flatten()[state.places[..., 0]])
         if gone is not None and left != lengths:
             state = _without(state, gone, left)
         forward.origin = state

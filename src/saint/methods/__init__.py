@@ -1,9 +1,10 @@
-"""One file per published method; classes are imported on use.
+"""One file per published method, named as the method is registered; classes are imported on use.
 
 Other packages register theirs through the entry-point group ``saint.methods`` (name = registry name, value = the class).
 """
 
 import difflib
+import pkgutil
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint
@@ -13,7 +14,7 @@ from .. import plugins
 from ..errors import PluginError
 from .base import Method
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what type checkers and editors are told
     from .divprune import DivPrune as DivPrune
     from .evs import EVS as EVS
     from .fastv import FastV as FastV
@@ -26,25 +27,22 @@ if TYPE_CHECKING:
     from .saint_video import SaintVideo as SaintVideo
     from .tome import ToMe as ToMe
 
-_BUILTIN = {
-    "divprune": ("divprune", "DivPrune"),
-    "evs": ("evs", "EVS"),
-    "fastv": ("fastv", "FastV"),
-    "grid": ("grid", "Grid"),
-    "match": ("match", "Match"),
-    "pitome": ("pitome", "PiToMe"),
-    "random": ("random", "Random"),
-    "saint": ("saint", "Saint"),
-    "saint_full_graph": ("saint_full_graph", "SaintFullGraph"),
-    "saint_video": ("saint_video", "SaintVideo"),
-    "tome": ("tome", "ToMe"),
-}
+_BUILTIN = {module.name for module in pkgutil.iter_modules(__path__)} - {"base"}
+
+
+def _builtin(name: str) -> type[Method]:
+    """The class of that registry name in the file of that name."""
+    module = import_module(f"{__name__}.{name}")
+    found = (
+        value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__
+    )
+    return next(cls for cls in found if issubclass(cls, Method) and cls.name == name)
 
 
 def _plugged() -> dict[str, EntryPoint]:
     """Methods of other packages by registry name."""
     points = plugins.points("saint.methods")
-    for name in _BUILTIN.keys() & points.keys():
+    for name in _BUILTIN & points.keys():
         raise PluginError(f"{plugins.described(points[name])}: {name!r} is a method of saint; choose another name")
     return points
 
@@ -78,8 +76,7 @@ def get(name: str) -> type[Method]:
         PluginError: the package that brings it is broken.
     """
     if name in _BUILTIN:
-        module, cls = _BUILTIN[name]
-        return getattr(import_module(f"{__name__}.{module}"), cls)
+        return _builtin(name)
     if name in _plugged():
         return _load(_plugged()[name])
     close = difflib.get_close_matches(name, names())
@@ -104,7 +101,7 @@ def from_dict(data: Mapping[str, Any]) -> Method:
 
 
 def __getattr__(name: str) -> Any:
-    for module, cls in _BUILTIN.values():
-        if cls == name:
-            return getattr(import_module(f"{__name__}.{module}"), cls)
+    for registered in _BUILTIN:  # a class is called as its file is, in its own letters
+        if registered.replace("_", "") == name.lower() and (cls := _builtin(registered)).__name__ == name:
+            return cls
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """What a method may ask for and what it returns.
 
-A method is a frozen dataclass: its fields are its settings, ``select`` its only decision. Gathering, protection of prefix
-tokens and ragged batches exist once, outside.
+A method is a frozen dataclass: its fields are its settings, ``select`` its only decision, for which ``score`` may be enough
+(:class:`Scorer`). Gathering, protection of prefix tokens and ragged batches exist once, outside.
 """
 
 import dataclasses
@@ -77,6 +77,18 @@ class FixedBudget(Method):
     @abstractmethod
     def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
         """Choose exactly ``goal[b]`` survivors of sample b. Called only when at least one token must be dropped."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer(FixedBudget):
+    """Base of methods that keep the tokens of highest score, as many as they are told."""
+
+    @abstractmethod
+    def score(self, candidates: Candidates) -> Tensor:
+        """Score the candidates, [B, N]: high stays, of equal ones the earlier. Padding may hold anything."""
+
+    def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
+        return Selection.from_scores(self.score(candidates), goal, candidates.tokens)
 
 
 def counts_by_votes(method: Method) -> bool:
@@ -198,10 +210,10 @@ def goals(keep: int | float, candidates: Candidates, name: str = "keep") -> tupl
         scheduled_keep(final_keep(keep, total, name), total, candidates.step, candidates.steps)
         for total in candidates.tokens.total
     )
-    if candidates.least is None:
+    if candidates.facts.min_keep is None:
         return tuple(kept)
     # of what is there: a sample that keeps more than its schedule at one drop point has more in front of the next
-    bounds = zip(kept, candidates.least, candidates.tokens.lengths, strict=True)
+    bounds = zip(kept, candidates.facts.min_keep, candidates.tokens.lengths, strict=True)
     return tuple(min(max(k, least), n) for k, least, n in bounds)
 
 
@@ -212,10 +224,10 @@ def to_drop(budget: int | float, candidates: Candidates, name: str = "budget") -
 
 
 def spared(drop: tuple[int, ...], candidates: Candidates) -> tuple[int, ...]:
-    """Cap ``drop`` so that as many tokens of each sample stay as ``candidates.least`` says."""
-    if candidates.least is None:
+    """Cap ``drop`` so that as many tokens of each sample stay as ``candidates.facts.min_keep`` says."""
+    if candidates.facts.min_keep is None:
         return drop
-    bounds = zip(drop, candidates.tokens.lengths, candidates.least, strict=True)
+    bounds = zip(drop, candidates.tokens.lengths, candidates.facts.min_keep, strict=True)
     return tuple(max(0, min(r, n - least)) for r, n, least in bounds)
 
 
@@ -232,17 +244,17 @@ def check_steps(budget: int | float, total: int, steps: int, most: Callable[[int
         before = after
 
 
-def check_possible(method: Method, steps: int, least: int) -> None:
+def check_possible(method: Method, steps: int, fewest: int) -> None:
     """Raise ``ValueError`` where ``method`` keeps a share that ``steps`` drop points reach with no number of candidates.
 
     Args:
         method: of a stage.
         steps: its drop points.
-        least: candidates that come to it at least; of very few, rounding lets any share through.
+        fewest: candidates that come to it at least; of very few, rounding lets any share through.
     """
     if not isinstance(_budget(method), float):
         return
-    for total in (*range(least, 64), *(2**power for power in range(31, 5, -1))):
+    for total in (*range(fewest, 64), *(2**power for power in range(31, 5, -1))):
         try:
             return method.validate(total, steps)
         except ValueError as error:

@@ -30,7 +30,7 @@ class EVS(Method):
         check_budget(self.keep, name="keep")
 
     def select(self, candidates: Candidates) -> Selection | None:
-        tokens, cells = candidates.tokens, candidates.cells
+        tokens, cells = candidates.tokens, candidates.facts.cells
         if cells is None:
             return None
         real = torch.ones_like(cells, dtype=torch.bool) if tokens.valid is None else tokens.valid

@@ -3,12 +3,14 @@
 import dataclasses
 from typing import ClassVar
 
-from ..tokens import Candidates, Selection
-from .base import FixedBudget
+from torch import Tensor
+
+from ..tokens import Candidates
+from .base import Scorer
 
 
 @dataclasses.dataclass(frozen=True)
-class FastV(FixedBudget):
+class FastV(Scorer):
     """Rank visual tokens by the attention they get from the last prompt token, averaged over heads.
 
     score_i = mean_h A_h[last, i] with A the attention probabilities of the layer the tokens leave after: the layer with
@@ -25,7 +27,6 @@ class FastV(FixedBudget):
     def layers(self, stage: str, depth: int) -> list[int]:
         return [min(1, depth - 1)]  # K = 2: the first two layers see every token
 
-    def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
-        tokens = candidates.tokens
+    def score(self, candidates: Candidates) -> Tensor:
         assert candidates.attention is not None
-        return Selection.from_scores(candidates.attention, goal, tokens)
+        return candidates.attention

@@ -75,7 +75,9 @@ class Match(Method):
         drop = None if isinstance(self.budget, str) else to_drop(self.budget, candidates)
         if drop is not None and not any(drop):
             return None  # before the graph is made: the number does not come from it
-        pairs = graph.pair(candidates.keys, tokens.index, candidates.columns, center=self.center, valid=tokens.valid)
+        pairs = graph.pair(
+            candidates.keys, tokens.index, candidates.facts.columns, center=self.center, valid=tokens.valid
+        )
         if drop is None:
             drop = host_counts((pairs.similarity >= self.threshold).sum(-1))
             if any(drop):

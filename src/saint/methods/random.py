@@ -6,15 +6,15 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ..tokens import Candidates, Selection
-from .base import FixedBudget, check_integer
+from ..tokens import Candidates
+from .base import Scorer, check_integer
 from .saint import Saint
 
 Word = TypeVar("Word", int, Tensor)
 
 
 @dataclasses.dataclass(frozen=True)
-class Random(FixedBudget):
+class Random(Scorer):
     """Keep tokens at random: a token's rank is a hash of the seed, the drop point and its original index.
 
     The choice is a function of these alone, so it is the same on every device and does not depend on batch mates; two
@@ -34,16 +34,14 @@ class Random(FixedBudget):
     def layers(self, stage: str, depth: int) -> list[int]:
         return Saint().layers(stage, depth)  # where SAINT drops, so that the two differ in the choice only
 
-    def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
+    def score(self, candidates: Candidates) -> Tensor:
         tokens = candidates.tokens
         offset = _mix(_mix(self.seed & 0xFFFFFFFF) + (self.seed >> 32) + candidates.step)
         if torch.compiler.is_exporting():  # what some runtimes compute with 32 bits must not come from products of 64
             words = [_mix(place ^ offset) for place in range(tokens.width)]
             rank = {word: place for place, word in enumerate(sorted(words))}
-            score = torch.tensor([rank[word] for word in words], device=tokens.index.device)[tokens.index]
-        else:
-            score = _mix(tokens.index ^ offset)
-        return Selection.from_scores(score, goal, tokens)
+            return torch.tensor([rank[word] for word in words], device=tokens.index.device)[tokens.index]
+        return _mix(tokens.index ^ offset)
 
 
 def _mix(x: Word) -> Word:

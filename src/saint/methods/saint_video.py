@@ -37,11 +37,11 @@ class SaintVideo(Saint):
 
     def select(self, candidates: Candidates) -> Selection | None:
         tokens = candidates.tokens
-        if candidates.cells is None:
+        if candidates.facts.cells is None:
             return super().select(candidates)
         ballot = frames.vote(
             candidates.keys,
-            candidates.cells,
+            candidates.facts.cells,
             self.threshold,
             self.neighbors,
             self.gamma,

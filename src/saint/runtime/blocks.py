@@ -20,10 +20,6 @@ from ..upstream.sharded import gathered
 from ..upstream.specs import BlockSpec, part
 
 
-def _chain(block: nn.Module, names: tuple[str, ...]) -> list[Any]:
-    return [step for name in names if (step := getattr(block, name, None)) is not None]
-
-
 def _attention(unit: nn.Module, path: str) -> tuple[nn.Module | None, str]:
     """What holds the weight at ``path`` when it is used, and the path from there: adapters stand around such an attention."""
     name, _, rest = path.partition(".")
@@ -176,8 +172,9 @@ class Block:
         for unit in parallel:
             y = getattr(unit, name)(x if norm is None else getattr(unit, norm)(x), **kwargs)
             y = y[0] if isinstance(y, tuple) else y
-            for step in _chain(unit, branch):
-                y = step(y) if isinstance(step, nn.Module) else y * step
+            for step_name in branch:
+                if (step := getattr(unit, step_name, None)) is not None:
+                    y = step(y) if isinstance(step, nn.Module) else y * step
             branches.append(y)
         return x + (branches[0] if len(branches) == 1 else torch.stack(branches).sum(0))
 

@@ -7,7 +7,9 @@ Letters: Q sequences, S tokens of a sequence, P prefix tokens, B samples, N cand
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -34,6 +36,24 @@ class Seen(NamedTuple):
     attention: Tensor | None = None
 
 
+class Decision(NamedTuple):
+    """What was decided at a drop point.
+
+    Attributes:
+        point: the drop point.
+        before: the state in front of it.
+        after: the state behind it, as far as the decision alone says.
+        selection: which candidates stay; None: all.
+        tokens: which tokens of the sequences stay; None: all.
+    """
+
+    point: DropPoint
+    before: LayerState
+    after: LayerState
+    selection: Selection | None
+    tokens: Selection | None
+
+
 F = TypeVar("F", bound=Forward)
 
 
@@ -58,9 +78,9 @@ class Decider(Uncopyable, Generic[F]):
         self.entries = [point for point in points if point.placement == "input"]
         self.points = {point.layer: point for point in points if point.placement != "input"}
         self.forwards: Forwards[F] = Forwards(make, path or type(module).__name__)
-        self.watch: Stopwatch | None = None
-        if observers.pruning_time:
-            self._time_steps()
+        self.watch = Stopwatch(next(module.parameters()).device) if observers.pruning_time else None
+        self.scoring: AbstractContextManager[None] = nullcontext() if self.watch is None else self.watch.scoring
+        self.gathering: AbstractContextManager[None] = nullcontext() if self.watch is None else self.watch.gathering
 
     @property
     def forward(self) -> F:
@@ -90,19 +110,6 @@ class Decider(Uncopyable, Generic[F]):
         """``after`` with what full length needs of the rows in front of a drop, [B, N, C], and behind it, [B, K, C]."""
         return after
 
-    def columns(self, forward: F, state: LayerState) -> int | None:
-        """Of the grid of candidates, where there is one."""
-        return None
-
-    def least(self, forward: F, state: LayerState) -> tuple[int, ...] | None:
-        """Tokens of each sample that stay at least; None: as many as the budget says."""
-        return None
-
-    def cells(self, forward: F, state: LayerState) -> Tensor | None:
-        """Of each candidate, see :class:`saint.tokens.Candidates`, int64 [B, N]."""
-        whole = forward.cells
-        return None if whole is None else whole.gather(1, state.candidates.index)
-
     def where(self, point: DropPoint) -> str:
         """The keys of a drop point, for messages."""
         return f"the keys of {self.path} layer {point.layer}"
@@ -121,16 +128,12 @@ class Decider(Uncopyable, Generic[F]):
             The state behind them, and its features, [Q, K, C].
         """
         for point in self.entries:
-            after, chosen, selection = self.choose(forward, point, state, features.detach(), Seen(features.detach()))
-            if chosen is not None and selection is not None:
-                after, features = self.go(point, state, after, chosen, selection, features, 0)
-            state = after
+            decision = self.decide(forward, point, state, features.detach(), Seen(features.detach()))
+            state, features = self.apply(decision, features, 0)
         return state, features
 
-    def choose(
-        self, forward: F, point: DropPoint, state: LayerState, features: Tensor, seen: Seen
-    ) -> tuple[LayerState, Selection | None, Selection | None]:
-        """Let the method choose.
+    def decide(self, forward: F, point: DropPoint, state: LayerState, features: Tensor, seen: Seen) -> Decision:
+        """Let the method decide which candidates stay.
 
         Args:
             forward: the forward.
@@ -138,34 +141,31 @@ class Decider(Uncopyable, Generic[F]):
             state: in front of it.
             features: residual stream behind the prefix, [Q, S, C].
             seen: what shows there.
-
-        Returns:
-            The state behind it, which tokens of the sequences stay, and which candidates (None: all).
         """
         if point.step == 0 and point.method is not None:
-            state = replace(state, began=state.candidates.lengths)
-            for total in sorted({n for n in state.began if n}):
+            state = replace(state, stage_total=state.candidates.lengths)
+            for total in sorted({n for n in state.stage_total if n}):
                 point.method.validate(total, point.steps)
         keys, features = state.of_candidates(seen.keys), state.of_candidates(features.detach())
         if point.step == 0 and point.method is not None and reads_are_free(keys.device):
-            refuse_non_finite(keys, self.where(point))
+            refuse_non_finite(keys, partial(self.where, point))
         attention = seen.attention
         if attention is not None:
             attention = state.of_candidates(attention.unsqueeze(-1)).squeeze(-1)
-        columns = self.columns(forward, state)
-        least = self.least(forward, state)
-        cells = self.cells(forward, state) if "frames" in point.needs else None
-        shown = Candidates(keys, features, state.counted, point.step, point.steps, attention, columns, least, cells)
-        selection = self.select(point, shown)
-        if selection is None:
-            after, chosen = state, None
-        else:
-            after, chosen = state.after(selection, self.stand_in(keys, selection))
+        counted = state.counted
+        assert forward.facts is not None
+        facts = forward.facts.at(counted.index)
+        shown = Candidates(keys, features, counted, point.step, point.steps, attention, facts)
+        with self.scoring:
+            selection = self._asked(point, shown)
+        after, tokens = state, None
+        if selection is not None:
+            after, tokens = state.after(selection, self.stand_in(keys, selection))
         if point.method is not None:
             forward.drops[point.stage, point.placement, point.layer] = state, after
-        return after, chosen, selection
+        return Decision(point, state, after, selection, tokens)
 
-    def select(self, point: DropPoint, candidates: Candidates) -> Selection | None:
+    def _asked(self, point: DropPoint, candidates: Candidates) -> Selection | None:
         """The method's decision, told to observers; samples without candidates have nothing to decide."""
         tokens = candidates.tokens
         if point.shown:
@@ -173,75 +173,52 @@ class Decider(Uncopyable, Generic[F]):
                 tell(point.stage, point.layer, candidates)
         if point.method is None:
             return None
-        some = [sample for sample, n in enumerate(tokens.lengths) if n]
-        if len(some) == len(tokens.lengths):
+        if all(tokens.lengths):
             selection = point.method.select(candidates)
         else:
+            some = [sample for sample, n in enumerate(tokens.lengths) if n]
             selection = select_some(point.method, candidates, some) if some else None
-        if self.observers.selected:
+        if self.observers.selected or self.observers.decided:
             stays = selection
             if stays is None:
                 slots = torch.arange(tokens.slots, device=tokens.index.device).expand_as(tokens.index)
                 stays = Selection(slots, tokens.lengths, tokens.valid)
             for _, tell in self.observers.selected:
                 tell(point.stage, point.layer, stays)
+            for _, tell in self.observers.decided:
+                tell(point.stage, point.layer, candidates, stays)
         return selection
 
-    def drop(self, forward: F, point: DropPoint, state: LayerState, y: Tensor, seen: Seen) -> tuple[LayerState, Tensor]:
-        """The state behind a drop point and its tokens: y [Q, P + S, C] -> [Q, P + K, C]."""
-        after, chosen, selection = self.choose(forward, point, state, y[:, self.prefix :], seen)
-        if chosen is None or selection is None:
-            return after, y
-        return self.go(point, state, after, chosen, selection, y, self.prefix)
-
-    def go(
-        self,
-        point: DropPoint,
-        state: LayerState,
-        after: LayerState,
-        chosen: Selection,
-        selection: Selection,
-        y: Tensor,
-        prefix: int,
-    ) -> tuple[LayerState, Tensor]:
+    def apply(self, decision: Decision, y: Tensor, prefix: int) -> tuple[LayerState, Tensor]:
         """What a decision makes of tokens.
 
         Args:
-            point: where.
-            state: in front of it.
-            after: behind it, as far as the decision alone says.
-            chosen: which tokens of the sequences stay.
-            selection: which candidates.
-            y: [Q, prefix + S, C].
+            decision: the decision.
+            y: in front of the drop point, [Q, prefix + S, C].
             prefix: protected tokens in ``y``.
 
         Returns:
             The state behind it, and [Q, prefix + K, C].
         """
+        state, after, selection, stays = decision.before, decision.after, decision.selection, decision.tokens
+        if selection is None or stays is None:
+            return after, y
+        method, slots = decision.point.method, stays.slots
         old = y
         if selection.owner is None:
-            y = gather_tokens(y, chosen.slots, prefix)
+            y = gather_tokens(y, slots, prefix)
             return self.carry(state, old[:, prefix:], after, y[:, prefix:]), y
-        assert point.method is not None
+        assert method is not None
         tokens, sizes = state.candidates, state.sizes
         if sizes is None:
             like = torch.ones_like(tokens.index) if tokens.valid is None else tokens.valid
             sizes = like.to(torch.float32)
-        if not point.method.averages:
-            y, sizes = gather_tokens(y, chosen.slots, prefix), merged_sizes(sizes, selection)
+        if not method.averages:
+            y, sizes = gather_tokens(y, slots, prefix), merged_sizes(sizes, selection)
         elif state.places is None:
             y, sizes = merge_tokens(y, sizes, selection, prefix)
         else:
             rows, sizes = merge_tokens(state.of_candidates(y), sizes, selection, 0)
-            y = after.put(gather_tokens(y, chosen.slots, prefix), rows)
+            y = after.put(gather_tokens(y, slots, prefix), rows)
         after = self.carry(state, old[:, prefix:], after, y[:, prefix:])
-        return replace(after, sizes=sizes, beta=point.method.size_bias()), y
-
-    # -- time ---------------------------------------------------------------------------------------------------------
-
-    def _time_steps(self) -> None:
-        self.watch = watch = Stopwatch(next(self.module.parameters()).device)
-        for kind, names in (("scoring", ("select", "keys")), ("gathering", ("drop", "arguments", "leave"))):
-            for name in names:
-                if hasattr(self, name):
-                    setattr(self, name, watch.timed(kind, getattr(self, name)))
+        return replace(after, sizes=sizes, beta=method.size_bias()), y

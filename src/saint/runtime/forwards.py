@@ -78,40 +78,54 @@ class Forwards(Generic[S]):
         else:
             self._own.open = value
 
-    def start(self) -> S:
-        """Called by the first layer: what comes before it is known."""
-        state = self.prelude()
+    def _begun(self) -> S:
+        """What the first layer runs in: the forward of the prelude, or a new one."""
+        if not (self._open if torch.compiler.is_compiling() else getattr(self._own, "open", False)):
+            return self.begin()
         self._set_open(False)
-        return state
+        return self.state
 
-    def enter(self, layer: int, x: Tensor) -> bool:
-        """Called by every layer with its input. True when it is run again for its gradients: ``state`` is that of its forward.
+    def enter(self, layer: int, x: Tensor, *, begins: bool = False) -> S:
+        """The forward that a layer runs in, called by every layer with its input.
+
+        A layer that is run again for its gradients runs in the forward in which its input was first seen.
+
+        Args:
+            layer: its number.
+            x: its input.
+            begins: it is the first of a forward, of which no more than the prelude has run.
 
         Raises:
             RuntimeError: run again, and its forward cannot be told.
         """
         if torch.compiler.is_compiling():
-            return False
+            return self._begun() if begins else self._latest
         task = backward_pass()
         if task is not None:
-            self._own.replayed = (task, layer, self._first_state(layer, x))
-            return True
-        if layer and not self._compiled and not hasattr(self._own, "state"):
+            state = self._first_state(layer, x)
+            self._own.replayed = (task, layer, state)
+            if begins:
+                self._own.open = False
+        elif begins:
+            state = self._begun()
+        elif layer and not self._compiled and not hasattr(self._own, "state"):
             raise RuntimeError(
                 f"layer {layer} of {self._name} ran on a thread on which the layers before it did not: a pruned forward runs "
                 "on one thread"
             )
-        return False
+        else:
+            state = self._latest if self._compiled else getattr(self._own, "state", self._latest)
+        if torch.is_grad_enabled() or x.requires_grad:
+            self._remember(layer, x, state)
+        return state
 
-    def remember(self, layer: int, x: Tensor) -> None:
-        """Note with which input ``layer`` runs in the current forward, while its memory is held; checkpointing holds it."""
-        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or x.requires_grad):
-            return
+    def _remember(self, layer: int, x: Tensor, state: S) -> None:
+        """Note in which forward ``layer`` runs with this input, while its memory is held; checkpointing holds it."""
         if (where := _address(x)) is not None:
             for key, (memory, _) in list(self._inputs.items()):  # a copy: other threads note theirs
                 if memory.freed:
                     self._inputs.pop(key, None)
-            self._inputs[layer, where] = (Memory(x), self.state)
+            self._inputs[layer, where] = (Memory(x), state)
 
     def _first_state(self, layer: int, x: Tensor) -> S:
         found = self._inputs.get((layer, _address(x) or 0))

@@ -10,10 +10,10 @@ Letters: Q sequences, S tokens of a sequence, P prefix tokens, B samples, N cand
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,10 @@ from .observe import Observers, Passed, seconds
 from .points import DropPoint
 from .state import LayerState
 
+C = TypeVar("C")  # the arguments of a layer's call behind the hidden states
 
-class LayerStack(Decider[F], ABC):
+
+class LayerStack(Decider[F], ABC, Generic[F, C]):
     """The layers of one module.
 
     Args:
@@ -69,45 +71,38 @@ class LayerStack(Decider[F], ABC):
     def replace_layers(self, stack: ExitStack) -> None:
         """Patch the layers from ``first`` on; ``stack`` undoes it."""
         refuse_replicas(stack, self.module)
+        kind = TimedLayer if self.observers.layer_time or self.observers.pruning_time else PrunedLayer
         for index in range(self.first, self.depth):
             refuse_replicas(stack, self.modules[index])
-            override(stack, self.modules[index], "forward", partial(PrunedLayer, self, index))
+            override(stack, self.modules[index], "forward", partial(kind, self, index))
         stack.callback(self.reset)
 
     # -- what differs -------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def named(
-        self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call behind the hidden states, by name as far as names are known."""
+    def named(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], C]:
+        """The arguments of a call behind the hidden states, by name or role; those without either as they came."""
 
     @abstractmethod
-    def arrive(self, layer: int, x: Tensor, kwargs: dict[str, Any]) -> tuple[F, LayerState | None]:
+    def arrive(self, layer: int, x: Tensor, call: C) -> tuple[F, LayerState | None]:
         """The forward and the state in front of ``layer``; None where nothing can go in this forward. x [Q, P + S, C]."""
 
     @abstractmethod
     def run(
-        self,
-        forward: F,
-        layer: int,
-        state: LayerState,
-        call: Callable[..., Any],
-        x: Tensor,
-        kwargs: dict[str, Any],
+        self, forward: F, layer: int, state: LayerState, original: Callable[..., Any], x: Tensor, call: C
     ) -> tuple[Any, Seen | None]:
         """Run a layer, or its first half, on its tokens; at a drop point also what it shows."""
 
     @abstractmethod
-    def leave(self, forward: F, layer: int, state: LayerState, y: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def leave(self, forward: F, layer: int, state: LayerState, y: Tensor, call: C) -> Tensor:
         """Note the state behind ``layer``, and give the hidden states the length that is expected there.
 
-        ``kwargs`` are the arguments that the layer was called with.
+        ``call`` is what the layer was called with.
         """
 
-    def unpruned(self, layer: int, x: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a layer in a forward in which nothing can go."""
-        return kwargs
+    def unpruned(self, forward: F, layer: int, original: Callable[..., Any], x: Tensor, call: C) -> Any:
+        """Run a layer in a forward in which nothing can go, of modules that have such."""
+        raise NotImplementedError
 
     def enter(self, forward: F, state: LayerState, features: Tensor | None) -> None:
         """Note the state in front of the first layer, behind the drop points that lie in front of it.
@@ -147,69 +142,69 @@ class LayerStack(Decider[F], ABC):
 class PrunedLayer(Uncopyable):
     """Stands in for ``layer.forward`` on one instance."""
 
-    def __init__(self, stack: LayerStack[Any], layer: int, original: Callable[..., Any]) -> None:
+    def __init__(self, stack: LayerStack[Any, Any], layer: int, original: Callable[..., Any]) -> None:
         self.stack, self.layer, self.original = stack, layer, original
         self.point = stack.points.get(layer)
         self.split = self.point is not None and self.point.placement == "mid"
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        observers = self.stack.observers
-        if not observers.layer_time and not observers.pruning_time:
-            return self._run(x, args, kwargs)
-        start = seconds(x.device)
-        out = self._run(x, args, kwargs)
-        self._tell(seconds(x.device) - start)
-        return out
-
-    def _run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         stack, layer, point = self.stack, self.layer, self.point
-        args, kwargs = stack.named(layer, args, kwargs)
-        forward, state = stack.arrive(layer, x, kwargs)
+        args, call = stack.named(layer, args, kwargs)
+        forward, state = stack.arrive(layer, x, call)
         if state is None:
-            return self.original(x, *args, **stack.unpruned(layer, x, kwargs))
+            return stack.unpruned(forward, layer, self.original, x, call)
         x = x.unsqueeze(0) if stack.packed else x
         if state.full_length:
             x = stack.shorten(layer, state, x)
             state = replace(state, full_length=False)
-        block, call = stack.blocks[layer], self.original
+        block, original = stack.blocks[layer], self.original
         if self.split:
             assert block is not None
-            call = checkpointed(block.module, block.first)
+            original = checkpointed(block.module, block.first)
         elif args:
-            call = lambda x, **given: self.original(x, *args, **given)  # noqa: E731
+            original = lambda x, **given: self.original(x, *args, **given)  # noqa: E731
         came, before = state, x
-        with self._listening(state):
-            out, seen = stack.run(forward, layer, state, call, x, kwargs)
+        with self._listening(state) if stack.observers.attention else nullcontext():
+            out, seen = stack.run(forward, layer, state, original, x, call)
         y = out[0] if isinstance(out, tuple) else out
         if point is not None:
             assert seen is not None
-            state, y = stack.drop(forward, point, state, y, seen)
+            with stack.gathering:
+                # the decision is not held: what it chose with would stay in memory while the second half runs
+                state, y = stack.apply(stack.decide(forward, point, state, y[:, stack.prefix :], seen), y, stack.prefix)
         if self.split:
             assert block is not None
             y = checkpointed(block.module, block.second)(y)
         for _, tell in stack.observers.layer:
             tell(stack.stage, layer, Passed(before.detach(), y.detach(), stack.prefix, came, state))
-        y = stack.leave(forward, layer, state, y, kwargs)
+        with stack.gathering:
+            y = stack.leave(forward, layer, state, y, call)
         y = y.squeeze(0) if stack.packed else y
         return (y, *out[1:]) if isinstance(out, tuple) else y
 
-    def _listening(self, state: LayerState) -> AbstractContextManager[Any]:
+    def _listening(self, state: LayerState) -> Attending:
         """Tells observers of the attention that runs inside."""
-        stack, listeners = self.stack, self.stack.observers.attention
-        if not listeners:
-            return nullcontext()
+        stack = self.stack
 
         def tell_all(attended: Attended) -> None:
-            for _, tell in listeners:
+            for _, tell in stack.observers.attention:
                 tell(stack.stage, self.layer, attended)
 
         return Attending(tell_all, stack.prefix, state)
 
-    def _tell(self, elapsed: float) -> None:
-        stack, observers, stage = self.stack, self.stack.observers, self.stack.stage
-        for _, tell in observers.layer_time:
-            tell(stage, self.layer, elapsed)
+
+class TimedLayer(PrunedLayer):
+    """Tells observers how long it took."""
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        stack, layer = self.stack, self.layer
+        start = seconds(x.device)
+        out = super().__call__(x, *args, **kwargs)
+        elapsed = seconds(x.device) - start
+        for _, tell in stack.observers.layer_time:
+            tell(stack.stage, layer, elapsed)
         if stack.watch is not None:
-            spent = stack.watch.take("scoring"), stack.watch.take("gathering")
-            for _, tell in observers.pruning_time:
-                tell(stage, self.layer, *spent)
+            spent = stack.watch.take()
+            for _, tell in stack.observers.pruning_time:
+                tell(stack.stage, layer, *spent)
+        return out

@@ -16,7 +16,7 @@ from ..tokens import Candidates, Selection
 from .attended import Attended
 from .state import LayerState
 
-EVENTS = ("candidates", "selected", "layer", "attention", "layer_time", "pruning_time")
+EVENTS = ("candidates", "selected", "decided", "layer", "attention", "layer_time", "pruning_time")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,9 @@ class Observer:
     def selected(self, stage: str, layer: int, selection: Selection) -> None:
         """The slots that stay at a drop point. No cost."""
 
+    def decided(self, stage: str, layer: int, candidates: Candidates, selection: Selection) -> None:
+        """What a method saw at a drop point, and which of it stays. No cost."""
+
     def layer(self, stage: str, layer: int, passed: Passed) -> None:
         """The whole residual stream on both sides of a layer that is patched: of all layers where the plan is empty.
 
@@ -103,6 +106,7 @@ class Observers:
             _check_layers(observer)
         self.candidates = self._listeners("candidates")
         self.selected = self._listeners("selected")
+        self.decided = self._listeners("decided")
         self.layer = self._listeners("layer")
         self.attention = self._listeners("attention")
         self.layer_time = self._listeners("layer_time")
@@ -163,31 +167,26 @@ def _empty(call: Callable[..., None], event: str) -> bool:
 
 
 class Stopwatch:
-    """Adds up the time of named steps; of steps within each other the innermost is charged."""
+    """Adds up the time of two kinds of steps; of steps within each other the innermost is charged.
+
+    Attributes:
+        scoring: inside it, time is spent on choosing tokens.
+        gathering: inside it, on gathering hidden states, tables and masks.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._spent: dict[str, float] = {}
         self._open: list[str] = []
         self._last = 0.0
+        self.scoring, self.gathering = Charged(self, "scoring"), Charged(self, "gathering")
 
-    def timed(self, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, charged to ``kind``."""
+    def take(self) -> tuple[float, float]:
+        """Seconds of scoring and of gathering since they were taken last."""
+        return self._spent.pop("scoring", 0.0), self._spent.pop("gathering", 0.0)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self._switch(kind)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._switch(None)
-
-        return call
-
-    def take(self, kind: str) -> float:
-        """Seconds of ``kind`` since they were taken last."""
-        return self._spent.pop(kind, 0.0)
-
-    def _switch(self, kind: str | None) -> None:
+    def switch(self, kind: str | None) -> None:
+        """A step of ``kind`` begins; None: the one that began last is over."""
         now = seconds(self._device)
         if self._open:
             self._spent[self._open[-1]] = self._spent.get(self._open[-1], 0.0) + now - self._last
@@ -196,6 +195,19 @@ class Stopwatch:
         else:
             self._open.append(kind)
         self._last = time.perf_counter()
+
+
+class Charged:
+    """The length of a step, charged to its kind. Entered as often as wanted, also inside itself."""
+
+    def __init__(self, watch: Stopwatch, kind: str) -> None:
+        self._watch, self._kind = watch, kind
+
+    def __enter__(self) -> None:
+        self._watch.switch(self._kind)
+
+    def __exit__(self, *_: Any) -> None:
+        self._watch.switch(None)
 
 
 def seconds(device: torch.device) -> float:

@@ -4,6 +4,7 @@ Letters: B samples, N candidates, D head dim.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -74,7 +75,6 @@ def select_some(method: Decides, candidates: Candidates, some: list[int]) -> Sel
         valid=None if tokens.valid is None else tokens.valid[pick],
     )
     attention = None if candidates.attention is None else candidates.attention[pick]
-    least = None if candidates.least is None else tuple(candidates.least[i] for i in some)
     chosen = method.select(
         replace(
             candidates,
@@ -82,8 +82,7 @@ def select_some(method: Decides, candidates: Candidates, some: list[int]) -> Sel
             features=candidates.features[pick],
             tokens=part,
             attention=attention,
-            least=least,
-            cells=None if candidates.cells is None else candidates.cells[pick],
+            facts=candidates.facts.of_samples(some),
         )
     )
     if chosen is None:
@@ -101,13 +100,13 @@ def select_some(method: Decides, candidates: Candidates, some: list[int]) -> Sel
     return replace(stays, owner=owner)
 
 
-def refuse_non_finite(keys: Tensor, where: str) -> None:
+def refuse_non_finite(keys: Tensor, where: Callable[[], str]) -> None:
     """Raise ``ValueError`` where keys [B, N, D] of a sample are NaN or Inf; ``where`` says of which layer."""
     if math.isfinite(keys.sum()):  # one operation; a sum that overflows is looked at again
         return
     bad = ~torch.isfinite(keys).flatten(1).all(1)
     if bool(bad.any()):
         raise ValueError(
-            f"{where} are NaN or Inf for sample(s) {bad.nonzero().flatten().tolist()}: check the pixels for NaN or Inf, and "
+            f"{where()} are NaN or Inf for sample(s) {bad.nonzero().flatten().tolist()}: check the pixels for NaN or Inf, and "
             "fp16 overflow"
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from ..tokens import LayerTrace, Selection, TokenMap, leading
+from ..tokens import Facts, LayerTrace, Selection, TokenMap, leading
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class LayerState:
 
     Attributes:
         tokens: of the sequences, without protected prefix tokens.
-        began: candidates of each sample when the current stage began, B Python ints.
+        stage_total: candidates of each sample when the current stage began, B Python ints.
         subset: the candidates, where they are not simply all of ``tokens``: visual tokens of a prompt, or groups of patches.
         places: where the members of each of ``subset`` are in the flattened sequences, int64 [B, N, M] into Q * S rows; padding
             slots hold any row.
@@ -37,7 +37,7 @@ class LayerState:
     """
 
     tokens: TokenMap
-    began: tuple[int, ...]
+    stage_total: tuple[int, ...]
     subset: TokenMap | None = None
     places: Tensor | None = None
     sizes: Tensor | None = None
@@ -56,7 +56,7 @@ class LayerState:
     def counted(self) -> TokenMap:
         """The candidates, counted from the beginning of the current stage."""
         tokens = self.candidates
-        return tokens if tokens.total == self.began else replace(tokens, total=self.began)
+        return tokens if tokens.total == self.stage_total else replace(tokens, total=self.stage_total)
 
     @property
     def bare(self) -> "LayerState":
@@ -153,23 +153,24 @@ class Forward:
         states: by layer, the state in front of it; behind the last: the number of layers.
         drops: by stage, placement and layer, the states in front of and behind a drop point, in the order of the forward.
         memo: tables and masks that layers share.
-        cells: of each candidate of ``origin``, see :class:`saint.tokens.Candidates`, int64 [B, N]; None where no method needs it
-            or there is no video.
+        facts: of the candidates of ``origin``; None before it is known, and when the forward is over.
     """
 
     origin: LayerState | None = None
     states: dict[int, LayerState] = field(default_factory=dict)
     drops: dict[tuple[str, str, int], tuple[LayerState, LayerState]] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
-    cells: Tensor | None = None
+    facts: Facts | None = None
 
     def once(self, name: str, make: Callable[[], Any], *sources: Any) -> Any:
         """``make()`` once for a name and what it is made from; layers behind one drop point share the result."""
         # dynamo of torch 2.11: no id(None); the sources are kept alive, so that the ids stay theirs
-        key = (name, *(None if source is None else id(source) for source in sources))
-        hit = self.memo.get(key)
+        key: list[Any] = [name]
+        for source in sources:  # a loop: every layer of every step asks
+            key.append(None if source is None else id(source))
+        hit = self.memo.get(known := tuple(key))
         if hit is None:
-            hit = self.memo[key] = (make(), sources)
+            hit = self.memo[known] = (make(), sources)
         return hit[0]
 
     def told(self) -> Self:
@@ -180,7 +181,7 @@ class Forward:
             states={layer: state.bare for layer, state in self.states.items()},
             drops={where: (before.bare, after.bare) for where, (before, after) in self.drops.items()},
             memo={},
-            cells=None,
+            facts=None,
         )
 
     def trace(self) -> list[LayerTrace]:

@@ -42,103 +42,124 @@ def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
     Raises:
         HookNeverFiredError: beta is not 1, or the encoder ends in an attention pool, and an attention was not seen.
     """
-    stage = plan.vision[0]
-    beta, averages, survivors = stage.method.size_bias(), stage.method.averages, stage.output == "survivors"
     with pruned(model, plan) as session:
         run(model, inputs)
         trace = session.trace
-    _, encoder, spec = locate(model)
-    blocks = list(part(encoder, spec.blocks))
-    prefix, mode = spec.prefix(encoder), HideKeys()
-    entries = [entry for entry in trace if entry.into is not None and entry.placement == "input"]
-    by_layer = {entry.layer: entry for entry in trace if entry.into is not None and entry.placement != "input"}
-    groups: list[Tensor] | None = None  # for each original candidate the survivor it is part of
+    with ExitStack() as stack:
+        stack.enter_context(unfused())
+        _Sharing(model, plan, trace).install(stack)
+        return run(model, inputs), trace
 
-    def share(y: Tensor) -> Tensor:
-        assert groups is not None
+
+class _Sharing:
+    """Tokens that became one share a row, in an encoder of full length.
+
+    Args:
+        model: holds the encoder.
+        plan: see :func:`merged_oracle`.
+        trace: of the pruned forward.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, trace: list[LayerTrace]) -> None:
+        stage = plan.vision[0]
+        self.beta, self.averages = stage.method.size_bias(), stage.method.averages
+        self.survivors = stage.output == "survivors"
+        _, self.encoder, self.spec = locate(model)
+        self.blocks = list(part(self.encoder, self.spec.blocks))
+        self.prefix, self.mode = self.spec.prefix(self.encoder), HideKeys()
+        merges = [entry for entry in trace if entry.into is not None]
+        self.entries = [entry for entry in merges if entry.placement == "input"]
+        self.by_layer = {entry.layer: entry for entry in merges if entry.placement != "input"}
+        self.groups: list[Tensor] | None = None  # for each original candidate the survivor it is part of
+
+    def install(self, stack: ExitStack) -> None:
+        """From now on; ``stack`` undoes it."""
+        encoder, spec = self.encoder, self.spec
+        for layer, module in enumerate(self.blocks):
+            block = Block(module, block_spec(module, spec), f"{spec.blocks}.{layer}")
+            stand_in(stack, module, "forward", partial(self._wrap, layer, block))
+            if block.bias is not None:
+                holder, _, method = block.bias.rpartition(".")
+                stand_in(stack, part(module, holder), method, lambda own: lambda *a, **k: self._pairs(own(*a, **k)))
+        final = part(encoder, spec.final) if spec.final else None
+        if final is not None:
+            stack.callback(final.register_forward_hook(self._pooled).remove)
+        hide_in_pools(stack, self.mode, encoder, spec)
+        stack.enter_context(self.mode)
+
+    def _share(self, y: Tensor) -> Tensor:
+        assert self.groups is not None
         y = y.clone()
-        for sample, into in enumerate(groups):
+        for sample, into in enumerate(self.groups):
             for survivor in into.unique().tolist():
-                members = prefix + (into == survivor).nonzero().flatten()
-                y[sample, members] = y[sample, members].mean(0) if averages else y[sample, prefix + survivor].clone()
+                members = self.prefix + (into == survivor).nonzero().flatten()
+                y[sample, members] = (
+                    y[sample, members].mean(0) if self.averages else y[sample, self.prefix + survivor].clone()
+                )
         return y
 
-    def logits(count: int, like: Tensor) -> Tensor | None:
-        if groups is None or beta == 1:
+    def _logits(self, count: int, like: Tensor) -> Tensor | None:
+        if self.groups is None or self.beta == 1:
             return None
-        out = like.new_zeros(len(groups), count)
-        for sample, into in enumerate(groups):
-            out[sample, prefix : prefix + len(into)] = (beta - 1) * into.bincount()[into].to(like.dtype).log()
+        out = like.new_zeros(len(self.groups), count)
+        for sample, into in enumerate(self.groups):
+            out[sample, self.prefix : self.prefix + len(into)] = (self.beta - 1) * into.bincount()[into].to(
+                like.dtype
+            ).log()
         return out
 
-    def positions(table: Any) -> Any:
+    def _positions(self, table: Any) -> Any:
         if isinstance(table, tuple):
-            return tuple(positions(t) for t in table)
-        assert groups is not None
-        most = max(map(len, groups))
+            return tuple(self._positions(t) for t in table)
+        assert self.groups is not None
+        most = max(map(len, self.groups))
         if table.shape[-2] != most:
             return table
-        own = table.ndim == 4 and len(table) == len(groups)  # every sample has its own grid
-        padded = [torch.cat([into, torch.arange(len(into), most, device=into.device)]) for into in groups]
+        own = table.ndim == 4 and len(table) == len(self.groups)  # every sample has its own grid
+        padded = [torch.cat([into, torch.arange(len(into), most, device=into.device)]) for into in self.groups]
         rows = torch.stack([(table[b] if own else table)[..., into, :] for b, into in enumerate(padded)])
         return rows.unsqueeze(1) if table.ndim == 2 else rows
 
-    def pairs(bias: Tensor | None) -> Tensor | None:
+    def _pairs(self, bias: Tensor | None) -> Tensor | None:
         """A bias over all pairs of tokens, in which copies take rows and columns of the survivor."""
-        if bias is None or groups is None:
+        if bias is None or self.groups is None:
             return bias
-        rows = [torch.cat([torch.arange(prefix, device=into.device), prefix + into]) for into in groups]
+        rows = [torch.cat([torch.arange(self.prefix, device=into.device), self.prefix + into]) for into in self.groups]
         return torch.stack([bias.flatten(0, -3)[:, picked][:, :, picked] for picked in rows])
 
-    def wrap(layer: int, block: Block, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _wrap(self, layer: int, block: Block, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            nonlocal groups
-            groups = None if layer == 0 else groups
-            for entry in entries if layer == 0 else ():
-                groups = entry.into
-                x = share(x)
+            self.groups = None if layer == 0 else self.groups
+            for entry in self.entries if layer == 0 else ():
+                self.groups = entry.into
+                x = self._share(x)
             kwargs = block.named(args, kwargs)
-            if groups is not None:
-                kwargs |= {n: positions(kwargs[n]) for n in block.tables if kwargs.get(n) is not None}
+            if self.groups is not None:
+                kwargs |= {n: self._positions(kwargs[n]) for n in block.tables if kwargs.get(n) is not None}
             if block.spec.bias and block.mask in kwargs:
-                kwargs[block.mask] = pairs(kwargs[block.mask])
-            mode.visible, mode.masked = logits(x.shape[1], x), 0
-            halves = layer in by_layer and by_layer[layer].placement == "mid"
+                kwargs[block.mask] = self._pairs(kwargs[block.mask])
+            self.mode.visible, self.mode.masked = self._logits(x.shape[1], x), 0
+            halves = layer in self.by_layer and self.by_layer[layer].placement == "mid"
             y = block.first(x, **kwargs) if halves else original(x, **kwargs)
-            if mode.visible is not None and mode.masked == 0:
+            if self.mode.visible is not None and self.mode.masked == 0:
                 raise HookNeverFiredError(f"the attention of block {layer} does not go through torch's fused functions")
-            mode.visible = None
-            if layer in by_layer:
-                groups = by_layer[layer].into
-                y = share(y)
+            self.mode.visible = None
+            if layer in self.by_layer:
+                self.groups = self.by_layer[layer].into
+                y = self._share(y)
             y = block.second(y) if halves else y
-            return pooled(None, None, y) if layer == len(blocks) - 1 else y
+            return self._pooled(None, None, y) if layer == len(self.blocks) - 1 else y
 
         return forward
 
-    def pooled(_module: Any, _args: Any, y: Tensor) -> Tensor | None:
+    def _pooled(self, _module: Any, _args: Any, y: Tensor) -> Tensor | None:
         """What pools see: the survivors alone, as in :func:`masked_oracle`."""
-        if groups is None or not survivors or y.ndim != 3 or y.shape[1] < prefix + len(groups[0]):
+        if self.groups is None or not self.survivors or y.ndim != 3 or y.shape[1] < self.prefix + len(self.groups[0]):
             return y
-        mode.visible = torch.zeros(y.shape[:2], dtype=torch.bool, device=y.device)
-        mode.visible[:, :prefix] = True
-        y, first = y.clone(), 0 if spec.pool_with_prefix(encoder) else prefix
-        for sample, into in enumerate(groups):
-            mode.visible[sample, prefix + into.unique()] = True
-            y[sample, ~mode.visible[sample]] = y[sample, first:][mode.visible[sample, first:]].mean(0)
+        self.mode.visible = torch.zeros(y.shape[:2], dtype=torch.bool, device=y.device)
+        self.mode.visible[:, : self.prefix] = True
+        y, first = y.clone(), 0 if self.spec.pool_with_prefix(self.encoder) else self.prefix
+        for sample, into in enumerate(self.groups):
+            self.mode.visible[sample, self.prefix + into.unique()] = True
+            y[sample, ~self.mode.visible[sample]] = y[sample, first:][self.mode.visible[sample, first:]].mean(0)
         return y
-
-    with ExitStack() as stack:
-        stack.enter_context(unfused())
-        for layer, module in enumerate(blocks):
-            block = Block(module, block_spec(module, spec), f"{spec.blocks}.{layer}")
-            stand_in(stack, module, "forward", partial(wrap, layer, block))
-            if block.bias is not None:
-                holder, _, method = block.bias.rpartition(".")
-                stand_in(stack, part(module, holder), method, lambda own: lambda *a, **k: pairs(own(*a, **k)))
-        final = part(encoder, spec.final) if spec.final else None
-        if final is not None:
-            stack.callback(final.register_forward_hook(pooled).remove)
-        hide_in_pools(stack, mode, encoder, spec)
-        stack.enter_context(mode)
-        return run(model, inputs), trace

@@ -53,7 +53,7 @@ def masked_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
             _hide_in_decoder(stack, mode, text[1], trace, [_inner(inputs)])
         elif family is None:
             _, encoder, spec = locate(model)
-            _hide_in_encoder(stack, mode, encoder, spec, trace, None)
+            _HidingInEncoder(mode, encoder, spec, trace, None).install(stack)
         else:
             _, vlm, facts = family
             hide_in_tower(stack, mode, vlm, facts, trace)
@@ -77,102 +77,117 @@ def hide_in_tower(stack: ExitStack, mode: HideKeys, vlm: nn.Module, facts: Famil
     drops = [entry for entry in trace if entry.stage == "vision"]
     if drops:
         _, encoder, spec = locate_tower(vlm.get_submodule(facts.tower))
-        _hide_in_encoder(stack, mode, encoder, spec, drops, facts.merge_size(vlm))
+        _HidingInEncoder(mode, encoder, spec, drops, facts.merge_size(vlm)).install(stack)
         _mark_features(stack, vlm, facts, spec, drops)
 
 
-def _hide_in_encoder(
-    stack: ExitStack,
-    mode: HideKeys,
-    encoder: nn.Module,
-    spec: EncoderSpec,
-    trace: list[LayerTrace],
-    merge_size: int | None,
-) -> None:
-    blocks = list(part(encoder, spec.blocks))
-    prefix = spec.prefix(encoder)
-    current: Tensor | None = None  # bool [B, P + N], tokens not dropped so far
-    entries = [entry for entry in trace if entry.placement == "input"]
-    by_layer = {entry.layer: entry for entry in trace if entry.placement != "input"}
-    total: int | None = None
-    order: Tensor | None = None  # of the groups of a packed sequence
+class _HidingInEncoder:
+    """Hides what a forward dropped, as keys, in an encoder.
 
-    def left_by(entry: LayerTrace, count: int) -> Tensor:
+    Args:
+        mode: is entered by the caller.
+        encoder: owns the blocks.
+        spec: what is known of its class.
+        trace: of the pruned forward.
+        merge_size: side of the squares of patches that go together, or None.
+    """
+
+    def __init__(
+        self,
+        mode: HideKeys,
+        encoder: nn.Module,
+        spec: EncoderSpec,
+        trace: list[LayerTrace],
+        merge_size: int | None,
+    ) -> None:
+        self.mode, self.encoder, self.spec, self.trace, self.merge_size = mode, encoder, spec, trace, merge_size
+        self.blocks = list(part(encoder, spec.blocks))
+        self.prefix = spec.prefix(encoder)
+        self.current: Tensor | None = None  # bool [B, P + N], tokens not dropped so far
+        self.entries = [entry for entry in trace if entry.placement == "input"]
+        self.by_layer = {entry.layer: entry for entry in trace if entry.placement != "input"}
+        self.total: int | None = None
+        self.order: Tensor | None = None  # of the groups of a packed sequence
+
+    def install(self, stack: ExitStack) -> None:
+        """From now on; ``stack`` undoes it."""
+        for layer, block in enumerate(self.blocks):
+            stack.callback(block.register_forward_pre_hook(self._enter(layer), with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(self._leave(layer)).remove)
+        final = part(self.encoder, self.spec.final) if self.spec.final else None
+        if final is not None:
+            stack.callback(final.register_forward_hook(self._pooled).remove)
+        hide_in_pools(stack, self.mode, self.encoder, self.spec)
+        if self.spec.order is not None:
+            stack.callback(self.encoder.register_forward_pre_hook(self._see_order, with_kwargs=True).remove)
+
+    def _left_by(self, entry: LayerTrace, count: int) -> Tensor:
         """Tokens not dropped so far, bool [B, P + N]; packed: [1, N]."""
-        if spec.packed:
-            assert merge_size is not None
-            left = torch.cat(_flags(entry, trace))
-            left = left if order is None else left[order]
-            return left.repeat_interleave(merge_size**2).unsqueeze(0)
+        if self.spec.packed:
+            assert self.merge_size is not None
+            left = torch.cat(_flags(entry, self.trace))
+            left = left if self.order is None else left[self.order]
+            return left.repeat_interleave(self.merge_size**2).unsqueeze(0)
         left = torch.zeros(len(entry.kept), count, dtype=torch.bool)
-        left[:, :prefix] = True
+        left[:, : self.prefix] = True
         for sample, kept in enumerate(entry.kept):
-            tokens = kept.cpu() if merge_size is None else _square(kept.cpu(), count - prefix, merge_size)
-            left[sample, tokens + prefix] = True
+            tokens = (
+                kept.cpu() if self.merge_size is None else _square(kept.cpu(), count - self.prefix, self.merge_size)
+            )
+            left[sample, tokens + self.prefix] = True
         return left
 
-    def enter(layer: int) -> Callable[..., None]:
+    def _enter(self, layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal current, total
             x = args[0] if args else next(iter(kwargs.values()))
             if layer == 0:
-                current, total = None, x.shape[1]
-                for entry in entries:
-                    left = left_by(entry, x.shape[-2]).to(x.device)
-                    current = current if bool(left.all()) else left
-            mode.visible, mode.masked = current, 0
-            if spec.packed and current is not None:
-                pieces = current.split(SEGMENTS.read(kwargs).diff().tolist(), 1)
+                self.current, self.total = None, x.shape[1]
+                for entry in self.entries:
+                    left = self._left_by(entry, x.shape[-2]).to(x.device)
+                    self.current = self.current if bool(left.all()) else left
+            self.mode.visible, self.mode.masked = self.current, 0
+            if self.spec.packed and self.current is not None:
+                pieces = self.current.split(SEGMENTS.read(kwargs).diff().tolist(), 1)
                 # a segment without survivors has no query whose result counts, and softmax needs a key
-                mode.visible, mode.pieces = None, [p if bool(p.any()) else torch.ones_like(p) for p in pieces]
+                self.mode.visible, self.mode.pieces = None, [p if bool(p.any()) else torch.ones_like(p) for p in pieces]
 
         return hook
 
-    def leave(layer: int) -> Callable[..., None]:
+    def _leave(self, layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-            nonlocal current
-            if current is not None and (mode.masked == 0 or mode.pieces):
+            if self.current is not None and (self.mode.masked == 0 or self.mode.pieces):
                 raise HookNeverFiredError(
                     f"the attention of block {layer} does not go through torch's scaled_dot_product_attention; switch the "
                     'model to its fused attention (attn_implementation="sdpa", timm fused_attn) to test it'
                 )
             y = output[0] if isinstance(output, tuple) else output
-            if layer in by_layer:
-                left = left_by(by_layer[layer], y.shape[-2]).to(y.device)
-                current = current if bool(left.all()) else left
-            mode.visible = None if spec.packed else current
-            return pooled(_module, _args, output) if layer == len(blocks) - 1 else None
+            if layer in self.by_layer:
+                left = self._left_by(self.by_layer[layer], y.shape[-2]).to(y.device)
+                self.current = self.current if bool(left.all()) else left
+            self.mode.visible = None if self.spec.packed else self.current
+            return self._pooled(_module, _args, output) if layer == len(self.blocks) - 1 else None
 
         return hook
 
-    def pooled(_module: nn.Module, _args: Any, output: Any) -> Any:
+    def _pooled(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         y = output[0] if isinstance(output, tuple) else output
-        if current is None or y.ndim != 3 or y.shape[1] != total:
+        if self.current is None or y.ndim != 3 or y.shape[1] != self.total:
             return None
-        first = 0 if spec.pool_with_prefix(encoder) else prefix
+        first = 0 if self.spec.pool_with_prefix(self.encoder) else self.prefix
         y = y.clone()
-        for sample, seen in enumerate(current):
+        for sample, seen in enumerate(self.current):
             mean = y[sample, first:][seen[first:]].mean(0)
             y[sample, ~seen] = mean
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
-    def see_order(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal order
+    def _see_order(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         from transformers.vision_utils import get_vision_window_index
 
-        grid = GRID.read(Parameters(type(encoder).forward).named(args, kwargs))
-        facts: Any = encoder
-        order = get_vision_window_index(grid, facts.spatial_merge_size, facts.window_size, facts.patch_size)[0].cpu()
-
-    for layer, block in enumerate(blocks):
-        stack.callback(block.register_forward_pre_hook(enter(layer), with_kwargs=True).remove)
-        stack.callback(block.register_forward_hook(leave(layer)).remove)
-    final = part(encoder, spec.final) if spec.final else None
-    if final is not None:
-        stack.callback(final.register_forward_hook(pooled).remove)
-    hide_in_pools(stack, mode, encoder, spec)
-    if spec.order is not None:
-        stack.callback(encoder.register_forward_pre_hook(see_order, with_kwargs=True).remove)
+        grid = GRID.read(Parameters(type(self.encoder).forward).named(args, kwargs))
+        facts: Any = self.encoder
+        self.order = get_vision_window_index(grid, facts.spatial_merge_size, facts.window_size, facts.patch_size)[
+            0
+        ].cpu()
 
 
 def _flags(entry: LayerTrace, trace: list[LayerTrace]) -> list[Tensor]:

@@ -62,6 +62,10 @@ class Parameters:
         """Whether the function takes it by name."""
         return role.among(self.names) is not None
 
+    def spelling(self, role: Role) -> str:
+        """What the function calls it; the newest spelling where it does not take it by name."""
+        return role.among(self.names) or role.spellings[0]
+
     def missing(self, *roles: Role) -> list[str]:
         """The roles that the function does not take by name, for messages."""
         return [str(role) for role in roles if not self.has(role)]

@@ -26,13 +26,12 @@ from ..tokens import Selection, TokenMap
 from ..upstream.names import LONGEST
 from ..upstream.specs import EncoderSpec, part
 from .checks import check_bias, check_output, check_seams, placed, prove, read_blocks, takes_dense_mask
-from .guard import least
 from .inputs import EncoderForward, Inputs
 from .outputs import Outputs
 from .readers import Reader
 
 
-class PrunedEncoder(LayerStack[EncoderForward]):
+class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
     """The vision stage of a session.
 
     Args:
@@ -142,18 +141,16 @@ class PrunedEncoder(LayerStack[EncoderForward]):
         self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         block = self.blocks[layer]
-        return (args, kwargs) if block is None else ((), block.named(args, kwargs))
+        return ((), block.named(args, kwargs)) if args and block is not None else (args, kwargs)
 
-    def arrive(self, layer: int, x: Tensor, kwargs: dict[str, Any]) -> tuple[EncoderForward, LayerState | None]:
-        again = self.forwards.enter(layer, x)
-        if layer == 0 and not (again and self.forward.states):
+    def arrive(self, layer: int, x: Tensor, call: dict[str, Any]) -> tuple[EncoderForward, LayerState | None]:
+        forward = self.forwards.enter(layer, x, begins=layer == 0)
+        if layer == 0 and not forward.states:  # else it is run again for its gradients
             block = self.blocks[layer]
-            mask = None if block is None or block.spec.bias or block.mask is None else kwargs.get(block.mask)
+            mask = None if block is None or block.spec.bias or block.mask is None else call.get(block.mask)
             x_samples = x.unsqueeze(0) if self.packed else x  # [B, P + N, C]
-            forward, origin = self.inputs.begin(x_samples, mask)  # a bias hides no token
+            origin = self.inputs.begin(forward, x_samples, mask)  # a bias hides no token
             self.enter(forward, origin, x_samples[:, self.prefix :])
-        self.forwards.remember(layer, x)
-        forward = self.forward
         if layer not in forward.states:
             raise RuntimeError(
                 f"block {layer} ran without the blocks before it; the plan prunes complete forwards only"
@@ -165,13 +162,6 @@ class PrunedEncoder(LayerStack[EncoderForward]):
 
     def carry(self, state: LayerState, rows: Tensor, after: LayerState, stay: Tensor) -> LayerState:
         return self.outputs.carry(state, rows, after, stay) if self.carries else after
-
-    def columns(self, forward: EncoderForward, state: LayerState) -> int | None:
-        grid = forward.grid
-        return grid[1] if grid is not None and grid[0] * grid[1] == state.candidates.width else None
-
-    def least(self, forward: EncoderForward, state: LayerState) -> tuple[int, ...] | None:
-        return least(forward.shares, state.candidates.total) if forward.shares else None
 
     def where(self, point: DropPoint) -> str:
         if point.placement == "input":
@@ -189,26 +179,24 @@ class PrunedEncoder(LayerStack[EncoderForward]):
         check_bias(block, block is not None and self._masks(block), state.beta)
         return torch.nn.functional.pad(bias, (self.prefix, 0)).to(dtype)
 
-    def arguments(
-        self, forward: EncoderForward, layer: int, state: LayerState, kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
+    def arguments(self, forward: EncoderForward, layer: int, state: LayerState, call: dict[str, Any]) -> dict[str, Any]:
         """The block's arguments for the tokens that are left."""
         tokens, block = state.tokens, self.blocks[layer]
         assert block is not None
-        out = dict(kwargs)
+        out = dict(call)
         for name in block.tables:
-            value = kwargs.get(name)
+            value = call.get(name)
             if value is not None:
                 out[name] = forward.once(name, partial(_map_tables, value, tokens), tokens, value)
         if block.segments is not None:
-            ends = kwargs[block.segments]
+            ends = call[block.segments]
             short = out[block.segments] = forward.once("segments", partial(shorter, ends, tokens), tokens, ends)
-            if LONGEST.read(kwargs) is not None:  # flash attention
+            if LONGEST.read(call) is not None:  # flash attention
                 longest = forward.once("longest", lambda: int((short[1:] - short[:-1]).max()), short)
                 out = block.parameters.put(out, LONGEST, longest)
         mask = block.mask
         if mask is not None and block.spec.padding is None:
-            given = kwargs.get(mask)
+            given = call.get(mask)
             own = block.bias is not None  # hides padding and weighs merged tokens: once is enough
             if given is not None or (not own and (tokens.valid is not None or state.sizes is not None)):
                 dtype = next(self.modules[layer].parameters()).dtype
@@ -227,28 +215,30 @@ class PrunedEncoder(LayerStack[EncoderForward]):
         forward: EncoderForward,
         layer: int,
         state: LayerState,
-        call: Callable[..., Any],
+        original: Callable[..., Any],
         x: Tensor,
-        kwargs: dict[str, Any],
+        call: dict[str, Any],
     ) -> tuple[Any, Seen | None]:
         block, tokens, shows = self.blocks[layer], state.tokens, layer in self.points
 
         def on_part(part_x: Tensor, part_kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-            y = call(part_x[0], **part_kwargs)[None] if self.packed else call(part_x, **part_kwargs)
+            y = original(part_x[0], **part_kwargs)[None] if self.packed else original(part_x, **part_kwargs)
             return (y, self.keys(forward, layer)) if shows else (y,)
 
         if block is None or tokens.whole:
-            out = on_part(x, kwargs)
+            out = on_part(x, call)
         elif tokens.valid is None or block.spec.padding is not None or block.spec.bias or self._masks(block):
-            out = on_part(x, self.arguments(forward, layer, state, kwargs))
+            with self.gathering:
+                short_call = self.arguments(forward, layer, state, call)
+            out = on_part(x, short_call)
         else:
 
             def short(part_x: Tensor, part_tokens: TokenMap) -> tuple[Tensor, ...]:
-                part_kwargs = dict(kwargs)
+                part_kwargs = dict(call)
                 for name in block.tables:
-                    if kwargs.get(name) is not None:
-                        part_kwargs[name] = _map_tables(kwargs[name], part_tokens)
-                if block.mask in kwargs:
+                    if call.get(name) is not None:
+                        part_kwargs[name] = _map_tables(call[name], part_tokens)
+                if block.mask in call:
                     part_kwargs[block.mask] = None  # it hides padding, of which nothing is left
                 return on_part(part_x, part_kwargs)
 
@@ -260,14 +250,13 @@ class PrunedEncoder(LayerStack[EncoderForward]):
         """Head-mean keys of the call of a layer that has just run, [B, N, D]."""
         block = self.blocks[layer]
         assert block is not None
-        return block.head_mean_keys(forward.shown.pop(layer, None), self.prefix)
+        with self.scoring:
+            return block.head_mean_keys(forward.shown.pop(layer, None), self.prefix)
 
     def _masks(self, block: Block) -> bool:
         return takes_dense_mask(self.module, block)
 
-    def leave(
-        self, forward: EncoderForward, layer: int, state: LayerState, y: Tensor, kwargs: dict[str, Any]
-    ) -> Tensor:
+    def leave(self, forward: EncoderForward, layer: int, state: LayerState, y: Tensor, call: dict[str, Any]) -> Tensor:
         return self.outputs.leave(forward, layer + 1, state, y)
 
 

@@ -41,6 +41,6 @@ def shares(pixels: Tensor, guard: float) -> tuple[float, ...]:
     return tuple(guard * share for share in full.tolist())
 
 
-def least(shares: tuple[float, ...], candidates: tuple[int, ...]) -> tuple[int, ...]:
+def min_keep(shares: tuple[float, ...], candidates: tuple[int, ...]) -> tuple[int, ...]:
     """Tokens of each picture that stay at least, of so many before the first drop."""
     return tuple(math.ceil(share * n) for share, n in zip(shares, candidates, strict=True))

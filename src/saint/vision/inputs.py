@@ -16,9 +16,10 @@ from ..frames import NONE, numbered
 from ..patch import Uncopyable, override, refuse_tracing
 from ..runtime.forwards import Forwards
 from ..runtime.state import Forward, LayerState, all_tokens, packed_groups, squares
+from ..tokens import Facts
 from ..upstream.names import GRID, Parameters
 from ..upstream.specs import EncoderSpec, part
-from .guard import shares
+from .guard import min_keep, shares
 
 
 @dataclass
@@ -124,22 +125,28 @@ class Inputs(Uncopyable):
         elif output.ndim == 4:
             self.forwards.prelude().grid = (output.shape[-2], output.shape[-1])
 
-    def begin(self, x: Tensor, mask: Tensor | None) -> tuple[EncoderForward, LayerState]:
-        """Start of a forward, and its state in which nothing is missing.
+    def begin(self, forward: EncoderForward, x: Tensor, mask: Tensor | None) -> LayerState:
+        """The state in which nothing is missing, in front of the first block.
 
         Args:
+            forward: begins.
             x: enters the first block, [B, P + N, C].
             mask: given to it; hides padding.
         """
         refuse_tracing()
-        forward = self.forwards.start()
         if not torch.compiler.is_exporting() and x.shape[0] == 0:
             raise ValueError("empty batch: got 0 samples, expected at least one image")
         count = x.shape[1] - self.prefix
         if count < 1:
             raise ValueError(f"no candidates: {x.shape[1]} tokens of which {self.prefix} are protected")
         forward.origin = origin = self._origin(forward, x, count, mask)
-        return forward, origin
+        grid, candidates = forward.grid, origin.candidates
+        forward.facts = Facts(
+            columns=grid[1] if grid is not None and grid[0] * grid[1] == candidates.width else None,
+            min_keep=min_keep(forward.shares, candidates.total) if forward.shares else None,
+            cells=_cells(forward.grids, self.merge_size, x.device) if self.frames and self.merge_size else None,
+        )
+        return origin
 
     def _origin(self, forward: EncoderForward, x: Tensor, count: int, mask: Tensor | None) -> LayerState:
         if self.merge_size is not None:
@@ -155,8 +162,6 @@ class Inputs(Uncopyable):
             if sum(samples) != count:
                 raise ValueError(f"grid_thw announces {sum(samples)} patches, and there are {count}")
             size = self.merge_size**2
-            if self.frames:
-                forward.cells = _cells(forward.grids, size, x.device)
             return packed_groups(samples, size, forward.order, x.device)
         valid = None
         if mask is not None and mask.ndim == 4:
@@ -171,9 +176,9 @@ class Inputs(Uncopyable):
         return all_tokens(x.shape[0], count, x.device, valid)
 
 
-def _cells(grids: list[list[int]], size: int, device: torch.device) -> Tensor | None:
-    """The cells of groups of ``size`` patches, int64 [frames, groups of the largest]; None where no video has several frames."""
-    videos = [(frames, rows * columns // size) for frames, rows, columns in grids]
+def _cells(grids: list[list[int]], side: int, device: torch.device) -> Tensor | None:
+    """The cells of squares of patches, int64 [frames, squares of the largest]; None where no video has several frames."""
+    videos = [(frames, rows * columns // side**2) for frames, rows, columns in grids]
     cells, every = numbered(videos)
     rows = [one for one, (frames, _) in zip(cells, videos, strict=True) for _ in range(frames)]
     return pad_sequence(rows, batch_first=True, padding_value=NONE).to(device) if every else None

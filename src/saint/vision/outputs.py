@@ -160,21 +160,18 @@ class Outputs(Uncopyable):
         Returns:
             [B, P + K, C] or full length, [B, P + N, C].
         """
-        tokens = state.tokens
+        tokens, last = state.tokens, after == self.depth
         forward.states[after] = state
-        if tokens.whole:
+        if not (last or after in self.restored or self.dense.up) or tokens.whole:
             return y
-        last = after == self.depth
         if after in self.restored:
             y = full_length(
                 y, tokens, self.prefix, DROPPED
             )  # survivors at their places, marks elsewhere: [B, P + N, C]
-        elif self.dense.up or (last and self.output != "survivors"):
-            y = self.full.expand(forward, y, after)  # [B, P + N, C]
-        elif last:
+        elif last and self.output == "survivors" and not self.dense.up:
             return self._fill(y, tokens)
         else:
-            return y
+            y = self.full.expand(forward, y, after)  # [B, P + N, C]
         forward.states[after] = replace(state, full_length=True)
         return y
 

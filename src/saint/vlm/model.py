@@ -226,7 +226,7 @@ class PrunedVLM(Uncopyable):
             self.videos.begin({str(ENCODED): encoded})
             self.videos.see((ids == token["video"]).to(some.device))
             note.cells = self.videos.cells()
-        state, _ = self.door.decide(visual, x, note)
+        state, _ = self.door.entering(visual, x, note)
         return state.tokens.here
 
     def _connect(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -69,7 +69,7 @@ class Videos(Uncopyable):
 
 
 def cells_of(mask: Tensor, clips: list[Clip]) -> Tensor | None:
-    """The cells of the positions of prompts, see :class:`saint.tokens.Candidates`.
+    """The cells of the positions of prompts, see :class:`saint.tokens.Facts`.
 
     Args:
         mask: where the tokens of videos are, bool [B, L].
