@@ -273,8 +273,8 @@ def test_every_printed_figure_of_the_demo(tmp_path, capsys):
     threads = torch.get_num_threads()
     with pytest.raises(SystemExit) as ended:
         main([
-            "demo", "timm:test_vit", "--no-pretrained", "--threads", "1", "--device", "cpu", "--image", str(folder),
-            "--out", str(tmp_path / "out"), "--repeats", "3", "--plan", json.dumps(plan.to_dict()),
+            "demo", "timm:test_vit", "--no-pretrained", "--threads", "1", "--device", "cpu", "--images", str(folder),
+            "--output", str(tmp_path / "out"), "--repeats", "3", "--plan", json.dumps(plan.to_dict()),
         ])  # fmt: skip
     torch.set_num_threads(threads)
     assert not ended.value.code

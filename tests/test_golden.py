@@ -40,18 +40,18 @@ HYBRID = json.dumps(
 
 # what is run, by name: the arguments, in which words of capitals are put in
 RUNS = {
-    "demo": ["demo", *TINY, "--image", "PHOTOS", "--plan", SAINT, "--repeats", 3, "--out", "OUT"],
+    "demo": ["demo", *TINY, "--images", "PHOTOS", "--plan", SAINT, "--repeats", 3, "--output", "OUT"],
     "check": ["check", *TINY[:2]],
     "check-vlm": ["check", "VLM"],
-    "bench": ["bench", *TINY, "--image", "PHOTOS", "--plan", SAINT, "--batch", 2, "--repeats", 5, "--warmup", 1],
+    "bench": ["bench", *TINY, "--images", "PHOTOS", "--plan", SAINT, "--batch", 2, "--repeats", 5, "--warmup", 1],
     "bench-vlm": [
-        "bench", "VLM", *HERE, "--image", "PHOTOS", "--plan", HYBRID, "--batch", 2, "--repeats", 3, "--warmup", 1,
+        "bench", "VLM", *HERE, "--images", "PHOTOS", "--plan", HYBRID, "--batch", 2, "--repeats", 3, "--warmup", 1,
         "--new-tokens", 3,
     ],
-    "chat": ["chat", "VLM", *HERE, "--image", "PHOTO", "--prompt", "what w5", "--plan", HYBRID, "--max-new-tokens", 4],
-    "view": ["view", *TINY, "--image", "PHOTOS", "--plan", SAINT, "--out", "OUT"],
-    "view-why": ["view", *TINY, "--image", "PHOTO", "--plan", SAINT, "--why", "--patch", "3,4", "--out", "OUT"],
-    "view-vlm": ["view", "VLM", *HERE, "--image", "PHOTOS", "--plan", HYBRID, "--prompt", "what", "--out", "OUT"],
+    "chat": ["chat", "VLM", *HERE, "--images", "PHOTO", "--prompt", "what w5", "--plan", HYBRID, "--max-new-tokens", 4],
+    "view": ["view", *TINY, "--images", "PHOTOS", "--plan", SAINT, "--output", "OUT"],
+    "view-why": ["view", *TINY, "--images", "PHOTO", "--plan", SAINT, "--why", "--patch", "3,4", "--output", "OUT"],
+    "view-vlm": ["view", "VLM", *HERE, "--images", "PHOTOS", "--plan", HYBRID, "--prompt", "what", "--output", "OUT"],
     "analyze": ["analyze", *TINY, "--images", "CLASSES", "--causal", 2],
     "analyze-vlm": ["analyze", "VLM", *HERE, "--images", "PHOTOS", "--questions", "QUESTIONS", "--causal", 1],
     "analyze-text": ["analyze", "TEXT", *HERE, "--prompts", "PROMPTS", "--causal", 1],

@@ -425,7 +425,7 @@ def test_the_command_writes_a_plan_that_other_commands_take(command, folder, tmp
     again, said, _ = command(*args)
     assert again == 0
     assert "trials from the journal" in said
-    code, _, err = command("bench", *TINY, "--plan", plan, "--image", folder, "--repeats", "1")
+    code, _, err = command("bench", *TINY, "--plan", plan, "--images", folder, "--repeats", "1")
     assert code == 0, err
 
 

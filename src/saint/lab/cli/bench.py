@@ -9,7 +9,7 @@ from ..describe import describe
 from .common import (
     MODEL_HELP,
     Device,
-    Image,
+    Images,
     Json,
     Layers,
     PlanText,
@@ -45,7 +45,7 @@ def bench(
     threads: Threads = None,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
-    image: Image = None,
+    images: Images = None,
     pretrained: Pretrained = True,
     json: Json = None,
     prompt: Prompt = None,
@@ -55,7 +55,7 @@ def bench(
 ) -> None:
     """Time MODEL with and without a plan, interleaved, beside what the FLOPs promise.
 
-    The pictures are photographs (or --image), repeated up to the batch: what is dropped depends on them. A vision-language
+    The pictures are photographs (or --images), repeated up to the batch: what is dropped depends on them. A vision-language
     model (hf:) generates: time to first token, time per token and cache memory, for --plan or for each mode.
     """
     from ..kinds import kind_of
@@ -66,7 +66,7 @@ def bench(
     kind = kind_of(model)
     kind.check(model, {"--size": size, "--prompt": prompt, "--new-tokens": new_tokens})
     left: Left = {}
-    photos, bad = pictures(image, batch, left)
+    photos, bad = pictures(images, batch, left)
     subject = load(kind, model, device, size=size, threads=threads, pretrained=pretrained, dtype=dtype_of(dtype))
     plans = subject.plans if plan is None else {plan if "{" not in plan else "plan": read_plan(plan)}
     plans = {name: changed_plan(one, threshold, layers) for name, one in plans.items()}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def chat(
     model: Annotated[str, typer.Argument(help="hf:NAME_OR_PATH of a vision-language model, or demo:small-llava")],
-    image: Annotated[Path, typer.Option("--image", help="the picture")],
+    images: Annotated[Path, typer.Option("--images", help="the picture")],
     prompt: Annotated[str, typer.Option("--prompt", help="the question")] = "Describe the image.",
     plan: PlanText = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="length of the answer at most")] = 128,
@@ -45,9 +45,11 @@ def chat(
     from ..sources.items import Item
     from ..sources.photos import load_images
 
-    if image.is_dir():
-        raise ValueError(f"--image needs one picture, {image} is a folder: give a file in it (saint view draws many)")
-    photos, bad = load_images(image, 1)
+    if images.is_dir():
+        raise ValueError(
+            f"--images needs one picture here, {images} is a folder: give a file in it (saint view draws many)"
+        )
+    photos, bad = load_images(images, 1)
     if bad:
         raise ValueError(f"{bad[0].name}: {bad[0].reason}")
     number = dtype_of(dtype)

@@ -1,57 +1,45 @@
 """`saint check MODEL`: run the contracts on a user's model."""
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from ...plans import Plan
-    from ...testing import Result
+from .common import MODEL_HELP, Device, Json, Pretrained, Threads, err, load, out, save
 
 
 def check(
-    model: Annotated[str, typer.Argument(help="timm:NAME, hf:NAME_OR_PATH, open_clip:NAME/TAG or demo:NAME")],
-    device: Annotated[str, typer.Option(help="where to run")] = "cpu",
-    pretrained: Annotated[bool, typer.Option(help="--no-pretrained: random weights, no download")] = True,
-    json: Annotated[Path | None, typer.Option(help="write the results to this file")] = None,
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    device: Device = "cpu",
+    threads: Threads = None,
+    pretrained: Pretrained = True,
+    json: Json = None,
 ) -> None:
     """Prove that pruning MODEL is correct: identity, exact undo, masked oracle, batch independence, FLOPs, bad input.
 
     Of a vision-language model: the same over all its stages, and generation.
     """
     from ..kinds import kind_of
+    from ..records import environment
 
-    console = Console()
-    kind = kind_of(model)
-    with console.status(f"loading {model}"):
-        subject = kind.load(model, device, pretrained)
-    with console.status("checking"):
+    subject = load(kind_of(model), model, device, threads=threads, pretrained=pretrained)
+    with err.status("checking"):
         checked = subject.contracts()
-    console.print(f"{model}: {checked.about}")
-    _report(console, model, checked.plan, checked.results, json)
-
-
-def _report(console: Console, model: str, plan: "Plan", results: "Sequence[Result]", json: Path | None) -> None:
-    from ..records import environment, write_json
-
+    out.print(f"{model}: {checked.about}", highlight=False)
     table = Table("contract", "outcome", "detail")
-    for result in results:
+    for result in checked.results:
         style = {"passed": "green", "failed": "bold red"}.get(result.outcome, "yellow")
         table.add_row(result.contract, f"[{style}]{result.outcome}[/]", result.detail)
-    console.print(table)
+    out.print(table)
     if json is not None:
-        write_json(
-            json,
-            {
-                "model": model,
-                "plan": plan.to_dict(),
-                "results": [vars(result) for result in results],
-                "environment": environment(),
-            },
-        )
-    if any(result.outcome == "failed" for result in results):
+        record = {
+            "kind": "check",
+            "model": model,
+            "pretrained": pretrained,
+            "plan": checked.plan.to_dict(),
+            "results": [vars(result) for result in checked.results],
+            "environment": environment(subject.device),
+        }
+        save(json, record)
+    if any(result.outcome == "failed" for result in checked.results):
         raise typer.Exit(1)

@@ -23,7 +23,7 @@ err = Console(stderr=True)
 
 DEFAULT_MODEL = "demo:clip-b16"
 MODEL_HELP = "timm:NAME, hf:NAME_OR_PATH, open_clip:NAME/TAG or demo:NAME"
-Image = Annotated[Path | None, typer.Option("--image", help="an image, or a folder of them [default: photographs]")]
+Images = Annotated[Path | None, typer.Option("--images", help="an image, or a folder of them [default: photographs]")]
 PlanText = Annotated[str | None, typer.Option("--plan", help="a recipe's name, JSON, or a .json file")]
 Threshold = Annotated[float | None, typer.Option(help="cosine from which two tokens count as similar, in (-1, 1]")]
 Layers = Annotated[str | None, typer.Option(help='drop points: "first_half", "0-5" or "0,2,4"')]
@@ -114,18 +114,18 @@ def save(file: Path, record: dict[str, Any]) -> None:
     err.print(f"wrote {file}", highlight=False)
 
 
-def pictures(image: Path | None, limit: int, left: "Left") -> tuple[list["Photo"], list["Unreadable"]]:
+def pictures(images: Path | None, limit: int, left: "Left") -> tuple[list["Photo"], list["Unreadable"]]:
     """The user's images, or photographs that are there anyway; and what cannot be read.
 
     ``left`` gets what is left out, see :func:`saint.lab.sources.listing.find_pictures`.
     """
     from ..sources.photos import Photo, load_images
 
-    if image is None:
+    if images is None:
         from ..demo import photos
 
         return [Photo(name, photo) for name, photo in photos()[:limit]], []
-    good, bad = load_images(image, limit, left)
+    good, bad = load_images(images, limit, left)
     return good, bad
 
 

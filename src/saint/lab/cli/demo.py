@@ -15,7 +15,7 @@ from .common import (
     DEFAULT_MODEL,
     MODEL_HELP,
     Device,
-    Image,
+    Images,
     Json,
     Layers,
     Limit,
@@ -96,7 +96,7 @@ class Run:
 
 def demo(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)] = DEFAULT_MODEL,
-    image: Image = None,
+    images: Images = None,
     plan: PlanText = None,
     threshold: Threshold = None,
     layers: Layers = None,
@@ -106,13 +106,15 @@ def demo(
     pretrained: Pretrained = True,
     repeats: Annotated[int, typer.Option(min=1, help="timed rounds per photograph")] = 3,
     limit: Limit = 12,
-    folder: Annotated[Path, typer.Option("--out", help="folder for the pictures and the record")] = Path("demo_out"),
+    folder: Annotated[Path, typer.Option("--output", "-o", help="folder for the pictures and the record")] = Path(
+        "demo_out"
+    ),
     json: Json = None,
 ) -> None:
     """Run a model unpruned and pruned on photographs: tokens, time, agreement, pictures of what was kept.
 
     Without --plan two are shown: the one that suits the model, and one at half of the FLOPs. Works offline with the demo
-    models; --image FILE|DIR takes your own pictures.
+    models; --images FILE|DIR takes your own pictures.
     """
     from ...plans import Plan
     from ..kinds import kind_of
@@ -120,7 +122,7 @@ def demo(
     from ..sources.listing import left_facts
 
     left: Left = {}
-    photos, bad = pictures(image, limit, left)
+    photos, bad = pictures(images, limit, left)
     subject = load(kind_of(model, "embeddings"), model, device, size=size, threads=threads, pretrained=pretrained)
     own = subject.plan or Plan()
     runs = {"this plan": Run(make_plan(own, plan, threshold, layers))}

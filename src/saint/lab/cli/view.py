@@ -9,7 +9,7 @@ from .common import (
     DEFAULT_MODEL,
     MODEL_HELP,
     Device,
-    Image,
+    Images,
     Json,
     Layers,
     Limit,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 def view(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)] = DEFAULT_MODEL,
-    image: Image = None,
+    images: Images = None,
     prompt: Prompt = None,
     plan: PlanText = None,
     threshold: Threshold = None,
@@ -44,7 +44,7 @@ def view(
     threads: Threads = None,
     pretrained: Pretrained = True,
     limit: Limit = 24,
-    folder: Annotated[Path, typer.Option("--out", help="folder for the pictures")] = Path("view_out"),
+    folder: Annotated[Path, typer.Option("--output", "-o", help="folder for the pictures")] = Path("view_out"),
     json: Json = None,
     why: Annotated[
         bool, typer.Option("--why", help="encoders: also draw when patches left, what stands for them, and the votes")
@@ -53,10 +53,10 @@ def view(
         str | None, typer.Option(help="with --why: the similarity graph around patch ROW,COLUMN (from 0)")
     ] = None,
 ) -> None:
-    """Draw which patches of --image each layer of MODEL keeps.
+    """Draw which patches of --images each layer of MODEL keeps.
 
     Of a vision-language model: what its tower sees (an image, or its tiles), and which visual tokens each stage keeps for the
-    question. Without --image, photographs that are there anyway.
+    question. Without --images, photographs that are there anyway.
     """
     import torch
 
@@ -77,7 +77,7 @@ def view(
     kind = kind_of(model)
     kind.check(model, {"--size": size, "--why": why, "--prompt": prompt})
     left: Left = {}
-    photos, bad = pictures(image, limit, left)
+    photos, bad = pictures(images, limit, left)
     subject = load(kind, model, device, size=size, threads=threads, pretrained=pretrained)
     chosen = make_plan(subject.plan or Plan(), plan, threshold, layers)
     witness, reasons = Witness(), Reasons(chosen)

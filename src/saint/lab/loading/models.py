@@ -30,7 +30,7 @@ def find_source(spec: str, pretrained: bool = True, size: int | None = None) -> 
     if not colon or library not in SOURCES or not name:
         close = difflib.get_close_matches(library, SOURCES) if colon else []
         hint = f" (did you mean {close[0]}:{name}?)" if close else ""
-        hint = " (a picture comes with --image)" if os.path.isfile(spec) else hint
+        hint = " (a picture comes with --images)" if os.path.isfile(spec) else hint
         raise ValueError(f"a model is {FORMS}; got {spec!r}{hint}")
     if size is not None and size < 1:
         raise ValueError(f"size must be a number of pixels >= 1, got {size}")

@@ -81,7 +81,7 @@ def page(shown: Shown) -> Markup:
     parts.append(_timed(bench.gain, bench.flops_bound, bench.conditions))
     command = f"saint demo {shlex.quote(shown.spec)}"
     if shown.question:
-        command = f"saint chat {shlex.quote(shown.spec)} --image FILE --prompt {shlex.quote(shown.question)}"
+        command = f"saint chat {shlex.quote(shown.spec)} --images FILE --prompt {shlex.quote(shown.question)}"
     parts += _plan(command, shown.plan)
     return tag("div", tag("h2", shown.title), *parts)
 
