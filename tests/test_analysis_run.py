@@ -621,7 +621,7 @@ def test_questions_to_a_vision_language_model(command, spec, folder, tmp_path):
     assert {"last_entropy", "text_share", "visual_share", "text_similarity"} <= {
         quantity["name"] for quantity in made["parts"][1]["quantities"]
     }
-    assert "language  5 layers" in said
+    assert "5 layers, 36 tokens that may go" in " ".join(said.split())
     assert made["plan"] is None or made["survivors_of"]["plan"] == made["plan"]
     assert [photo["name"] for photo in made["survivors"]] == list(dict.fromkeys(p["name"] for p in made["survivors"]))
     for photo in made["survivors"]:

@@ -261,25 +261,25 @@ def flat(text: str) -> str:
 BENCH = ("bench", "timm:test_vit", *TINY[1:], "--batch", 2, "--repeats", 1, "--warmup", 0)
 
 
+TOLD = "The FLOPs leave out aten._cdist_forward"
+
+
 def test_bench_of_an_encoder_says_it(run, folder, distances):
     code, said, err = run(*BENCH, "--images", folder)
     assert code == 0, err
-    assert re.search(r"FLOPs bound [\d.]+x " + re.escape(MISSING), flat(said))
-    assert f"FLOPs {MISSING}" in flat(said)  # under the table of GFLOPs
+    assert TOLD in flat(said)
 
 
 def test_bench_of_generation_says_it(run, spec, distances):
     code, said, err = run("bench", spec, "--repeats", 1, "--warmup", 0, "--new-tokens", 1)
     assert code == 0, err
-    assert len(re.findall(r"FLOPs bound [\d.]+x " + re.escape(MISSING), flat(said))) == 4  # every mode
-    assert f"FLOPs {MISSING}" in flat(said)
+    assert TOLD in flat(said)
 
 
 def test_demo_says_it(run, folder, tmp_path, distances):
     code, said, err = run("demo", *TINY, "--images", folder, "--output", tmp_path / "out", "--repeats", 1)
     assert code == 0, err
-    assert f"FLOPs bound {MISSING}" in flat(said)  # under the table of plans
-    assert re.search(r" bound \(without", flat(said))  # under the table by photograph
+    assert TOLD in flat(said)
 
 
 def test_check_says_it(distances):

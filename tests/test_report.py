@@ -1,6 +1,7 @@
 """The page of `saint report`: what it says, what it escapes, what it refuses. In a browser: tests/test_browser.py."""
 
 import copy
+import io
 import itertools
 import json
 import re
@@ -10,13 +11,17 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 import saint
 from saint.lab.cli import main
 from saint.lab.images import data_uri
-from saint.lab.report import KINDS, make_report
-from saint.lab.report.charts import Line, Point, cividis, front, line_chart, ticks
-from saint.lab.report.markup import Markup, number, tag
+from saint.lab.report import KINDS, Record, make_report, markdown, terminal
+from saint.lab.report.blocks import Cell, Charts, Curves, Group, Line, Point, Sheet, Table, front
+from saint.lab.report.charts import cividis, line_chart, ticks
+from saint.lab.report.markup import Markup, tag
+from saint.lab.report.sheets import sheet_of
+from saint.lab.report.words import number
 from support import records as report_records
 from support.records import read
 
@@ -136,9 +141,8 @@ def test_ticks_are_few_round_and_inside(low, high):
 
 
 def test_a_curve_has_gaps_bands_markers_and_its_numbers():
-    picture = line_chart(
-        "t", [Line("a", [0.1, None, 0.3, 0.4], [0.0, None, 0.2, 0.3], [0.2, None, 0.4, 0.5]), Line("b", [1, 2, 3, 4])]
-    )
+    lines = [Line("a", [0.1, None, 0.3, 0.4], [0.0, None, 0.2, 0.3], [0.2, None, 0.4, 0.5]), Line("b", [1, 2, 3, 4])]
+    picture = line_chart(Curves("t", lines))
     seen = read(picture)
     curves = [
         entry for _, entry in seen.found if (entry.get("class") or "").startswith("curve") and entry["d"] != "M1 7L35 7"
@@ -146,7 +150,7 @@ def test_a_curve_has_gaps_bands_markers_and_its_numbers():
     assert [entry.get("stroke-dasharray") for entry in curves] == [None, None, "6 3"]  # a gap; then the second, dashed
     assert len([1 for _, entry in seen.found if (entry.get("class") or "").startswith("band")]) == 2
     assert "0.300 [0.200, 0.400]" in seen.text
-    assert "no value" in line_chart("t", [Line("a", [None, None])])
+    assert "no value" in line_chart(Curves("t", [Line("a", [None, None])]))
 
 
 def test_colours_of_a_heat_map_grow_lighter():
@@ -381,3 +385,63 @@ def test_what_was_left_out_is_named_in_the_page(written):
     text = read(make_report(written(report_records.view()))).text
     assert "Not used: 10" in text
     assert "9 left out (the ending .csv is no picture's): a.csv, b.csv, ..." in text
+
+
+# -- the same sheet elsewhere -----------------------------------------------------------------------------------------
+
+
+def cells(blocks) -> set[str]:
+    """Texts of all tables that are shown on a terminal."""
+    found: set[str] = set()
+    for block in blocks:
+        if block is None or getattr(block, "page_only", False):
+            continue
+        if isinstance(block, Table):
+            values = [value.text if isinstance(value, Cell) else value for row in block.rows for value in row]
+            found |= {number(v) if isinstance(v, (int, float)) else str(v) for v in values}
+        if isinstance(block, Group):
+            found |= cells(block.blocks)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_terminal_and_markdown_show_the_figures_of_the_page(kind, tmp_path):
+    sheet = sheet_of(Record("r.json", tmp_path, report_records.MAKERS[kind]()))
+    console = Console(width=400, file=io.StringIO())
+    terminal.show(console, sheet)
+    shown, written_ = console.file.getvalue(), markdown.sheet(sheet)
+    for text in (shown, written_):
+        assert sheet.title in text
+        assert sheet.verdict in text
+        missing = {cell for cell in cells(sheet.blocks) if cell.replace("|", "\\|") not in text and cell not in text}
+        assert not missing
+    assert "<" not in written_.replace("<b", "")
+    for line in written_.splitlines():
+        if line.startswith("|"):
+            assert line.endswith("|")
+
+
+def test_a_report_may_be_markdown(run, written, tmp_path):
+    files = [tmp_path / f"{place}.json" for place in range(2)]
+    for file, kind in zip(files, ("bench/encoder", "eval/images"), strict=True):
+        file.write_text(json.dumps(report_records.MAKERS[kind]()))
+    assert run(*files, "-o", tmp_path / "r.md")[0] == 0
+    text = (tmp_path / "r.md").read_text()
+    assert text.count("\n## ") + text.startswith("## ") >= 2
+    assert "<html" not in text
+
+
+def test_curves_are_columns_of_one_table():
+    """Narrow columns where lines have short names; a section in front of each boundary."""
+    lines = [Line("similarity of keys", [0.5, None, 0.25], short="sim", digits=2), Line("left to the page", [1, 2, 3])]
+    console = Console(width=80, file=io.StringIO())
+    sheet = Sheet("t", "", "v", [], [Charts([Curves("a", lines[:1]), Curves("b", lines[1:])], "sim: similarity")])
+    terminal.show(console, sheet)
+    text = console.file.getvalue()
+    assert [line.split() for line in text.splitlines() if line[1:2].isdigit()] == [
+        ["0", "0.50"],
+        ["1", "-"],
+        ["2", "0.25"],
+    ]
+    assert "sim: similarity" in text
+    assert "left to the page" not in text

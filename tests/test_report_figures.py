@@ -135,8 +135,8 @@ def bench() -> dict:
             "share": spread(0.234, 0.215, 0.271),
         },
         "layers": [
-            {"layer": 0, "tokens_in": 93.0, "tokens_out": 82.0, "slots": 9},
-            {"layer": 3, "tokens_in": 71.0, "tokens_out": 64.0, "slots": 9},
+            {"layer": 0, "tokens_in": 93.0, "tokens_out": 82.0, "slots": 89},
+            {"layer": 3, "tokens_in": 71.0, "tokens_out": 64.0, "slots": 68},
         ],
     }
     record["conditions"] = {
@@ -160,10 +160,10 @@ def test_figures_of_a_bench(written):
     ]
     assert tables(page)["Forward"] == [dict(zip(head, row, strict=True)) for row in expected]
     assert [list(row.values()) for row in tables(page)["Tokens around each drop point"]] == [
-        ["0", "93", "82"],
-        ["3", "71", "64"],
+        ["0", "93", "82", "89"],
+        ["3", "71", "64", "68"],
     ]
-    assert list(tables(page)["Tokens around each drop point"][0])[1:] == ["tokens in", "tokens out"]
+    assert list(tables(page)["Tokens around each drop point"][0])[1:] == ["tokens in", "tokens out", "padded to"]
     text = words(page)
     assert "runs 1.31 [1.22, 1.43] times as fast as unpruned; FLOPs would allow 1.54." in text
     own = "Pruning itself: scoring 1.17 ms, gathering 0.58 ms, together 23.4 % of the unpruned forward [21.5, 27.1]."
@@ -185,9 +185,13 @@ def generation() -> dict:
             "first": spread(50 + t, 40 + t, 60 + t),
             "per_token": spread(20 + t, 10 + t, 30 + t),
             "total": spread(80 + t, 70 + t, 90 + t),
+            "tokens_per_second": spread(7 + t, 6 + t, 8 + t),
             "kv_bytes": (5 + t) * 2**20,
             "prefill": {"flops": (3 + t) * 1e9},
         }
+
+    def gain(first, bound, efficiency, total, decode, kv) -> dict:
+        return {"first": first, "bound": bound, "efficiency": efficiency, "total": total, "decode": decode, "kv": kv}
 
     record = records.generation()
     other = copy.deepcopy(records.PLAN)
@@ -196,8 +200,10 @@ def generation() -> dict:
         "plans": {"half": records.PLAN, "less": other},
         "times": {"base": times(0.1), "half": times(0.2), "less": times(0.3)},
         "gains": {
-            "half": {"first": spread(1.31, 1.22, 1.43), "bound": 1.54},
-            "less": {"first": spread(1.65, 1.56, 1.77), "bound": 1.88},
+            "half": gain(
+                spread(1.31, 1.22, 1.43), 1.54, 0.86, spread(1.21, 1.12, 1.33), spread(1.01, 0.92, 1.13), 0.51
+            ),
+            "less": gain(spread(1.65, 1.56, 1.77), 1.88, 0.88, spread(1.45, 1.36, 1.57), None, 0.27),
         },
     }
     record["times"]["less"]["per_token"] = None
@@ -212,24 +218,35 @@ def test_figures_of_a_generation(written):
         "first token ms",
         "ms per token",
         "total ms",
+        "tokens/s",
         "KV MiB",
         "prefill GFLOPs",
-        "first token, times as fast",
-        "FLOPs bound",
     )
     expected = [
-        ("unpruned", "50.1 [40.1, 60.1]", "20.1 [10.1, 30.1]", "80.1 [70.1, 90.1]", "5.100", "3.100", "-", "-"),
         (
-            "half",
-            "50.2 [40.2, 60.2]",
-            "20.2 [10.2, 30.2]",
-            "80.2 [70.2, 90.2]",
-            "5.200",
-            "3.200",
-            "1.31 [1.22, 1.43]",
-            "1.540",
+            "unpruned",
+            "50.1 [40.1, 60.1]",
+            "20.1 [10.1, 30.1]",
+            "80.1 [70.1, 90.1]",
+            "7.10 [6.10, 8.10]",
+            "5.100",
+            "3.100",
         ),
-        ("less", "50.3 [40.3, 60.3]", "-", "80.3 [70.3, 90.3]", "5.300", "3.300", "1.65 [1.56, 1.77]", "1.880"),
+        ("half", "50.2 [40.2, 60.2]", "20.2 [10.2, 30.2]", "80.2 [70.2, 90.2]", "7.20 [6.20, 8.20]", "5.200", "3.200"),
+        ("less", "50.3 [40.3, 60.3]", "-", "80.3 [70.3, 90.3]", "7.30 [6.30, 8.30]", "5.300", "3.300"),
+    ]
+    than = tables(page)["Against the unpruned model: times as fast; time and memory as a share of its"]
+    assert [list(row.values()) for row in than] == [
+        ["half", "1.31 [1.22, 1.43]", "1.540", "0.860", "1.21 [1.12, 1.33]", "1.01 [0.92, 1.13]", "51%"],
+        ["less", "1.65 [1.56, 1.77]", "1.880", "0.880", "1.45 [1.36, 1.57]", "-", "27%"],
+    ]
+    assert list(than[0])[1:] == [
+        "first token",
+        "FLOPs bound",
+        "efficiency",
+        "end to end",
+        "time of a further token",
+        "KV",
     ]
     assert tables(page)["Generation, median [p20, p80]"] == [dict(zip(head, row, strict=True)) for row in expected]
     text = words(page)
@@ -471,7 +488,7 @@ def test_figures_of_an_analysis(written):
         for table in shown
     ]
     curve = next(cells for cells in plain if "threshold 0.7" in cells)
-    from saint.lab.report.markup import interval
+    from saint.lab.report.words import interval
 
     drop = part["droppable"]
     for place, threshold in enumerate(("threshold 0.7", "threshold 0.8")):

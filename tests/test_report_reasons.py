@@ -11,7 +11,8 @@ from PIL import Image
 
 from saint.lab.images import data_uri
 from saint.lab.report import make_report
-from saint.lab.report.charts import Point, cividis, front
+from saint.lab.report.blocks import Point, front
+from saint.lab.report.charts import cividis
 from support import records as report_records
 from support.records import read
 

@@ -133,8 +133,12 @@ ROOMS = {
         "lab/sources/shards",
     },  # lists and reads; loads no model
     "lab/embed/parts": {"errors", "files", "extras", "lab/records", "lab/embed/sources"},
-    "lab/report/charts": {"lab/report/markup"},  # from numbers to pictures
-    "lab/report/markup": set(),
+    "lab/report/blocks": set(),  # what sheets are made of
+    "lab/report/charts": {"lab/report/blocks", "lab/report/markup", "lab/report/words"},  # from numbers to pictures
+    "lab/report/markup": {"lab/report/blocks", "lab/report/words"},
+    "lab/report/words": set(),
+    "lab/report/terminal": {"lab/report/blocks", "lab/report/charts", "lab/report/words"},
+    "lab/report/markdown": {"lab/report/blocks", "lab/report/words"},
     "lab/report/reading": {"lab/records"},
     "lab/ui/guard": set(),  # reads headers and sizes, before anything else sees a request
     "lab/ui/asking": {"lab/images", "lab/loading/plans", "methods", "plans", "presets", "lab/ui/guard"},

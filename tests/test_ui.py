@@ -484,6 +484,7 @@ def test_an_unforeseen_error_is_told_without_its_trace(client, monkeypatch, capl
 def test_text_of_a_question_is_text():
     from saint.lab.bench.timing import Line, Spread
     from saint.lab.kinds.subject import Answered
+    from saint.lab.report.html import Renderer
     from saint.lab.ui.pages import Shown, page
 
     spread = Spread(1.0, 0.9, 1.1, 3)
@@ -495,7 +496,7 @@ def test_text_of_a_question_is_text():
     plan = saint.Plan(connector=saint.SaintFullGraph(keep=0.5))
     facts = {"name": "p", "visual_tokens": 4, "tiles": [], "layers": []}
     said = [Answered(text, None) for text in ("<b>", "<i>")]
-    made = page(Shown("m", "m", "<script>1</script>", plan, facts, None, *said, bench))
+    made = Renderer("ui", 100).alone(page(Shown("m", "m", "<script>1</script>", plan, facts, None, *said, bench)))
     assert "<script" not in made
     assert "<b>" not in made
     assert "another answer" in made

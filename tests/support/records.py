@@ -19,6 +19,16 @@ PLAN = {
 FIELDS = frozenset(  # names of a record, which a test of hostile text leaves as they are
     [
         "version",
+        "slots",
+        "missing",
+        "candidates",
+        "tokens_per_second",
+        "kv",
+        "decode",
+        "total",
+        "uncounted",
+        "efficiency",
+        "half",
         "reasons",
         "saint",
         "date",
@@ -183,6 +193,7 @@ def analyze() -> dict[str, Any]:
             "layers": depth,
             "tokens": {"candidates": 196.0, "protected": 1},
             "quantities": [quantity],
+            "missing": [],
             "droppable": {
                 "thresholds": [0.7, 0.8],
                 **{key: [d[key] for d in drops] for key in ("mean", "low", "high")},
@@ -206,6 +217,7 @@ def analyze() -> dict[str, Any]:
         "images": {"count": 20, "set": "noise"},
         "questions": {"count": 3},
         "seed": 0,
+        "candidates": "visual tokens",
         "settings": {"thresholds": [0.7, 0.8], "neighbors": 5, "saint": {"vision": {"method": "saint"}}},
         "parts": [part("vision", True), part("language", False)],
         "survivors": [survivor()],
@@ -326,10 +338,12 @@ def generation() -> dict[str, Any]:
         "first": _spread(50.0),
         "per_token": None,
         "total": _spread(90.0),
+        "tokens_per_second": _spread(20.0),
         "kv_bytes": 10_000_000,
         "prefill": {"flops": 3e9},
     }
-    gain = {"first": {"median": 1.3, "p20": 1.2, "p80": 1.4, "n": 5}, "bound": 1.4}
+    gain = {"first": {"median": 1.3, "p20": 1.2, "p80": 1.4, "n": 5}, "bound": 1.4, "efficiency": 0.93, "decode": None}
+    gain |= {"total": {"median": 1.25, "p20": 1.15, "p80": 1.35, "n": 5}, "kv": 0.5, "uncounted": []}
     return {
         **_head("bench/generation"),
         "model": "hf:v",

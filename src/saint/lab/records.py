@@ -95,16 +95,17 @@ def write_json(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
         "saint": __version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    text = json.dumps(_plain({**head, **record}), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(plain({**head, **record}), indent=2, allow_nan=False) + "\n"
     text = _NUMBERS.sub(lambda found: re.sub(r"\s+", " ", found[0]).replace("[ ", "[").replace(" ]", "]"), text)
     write_whole(path, text.encode())
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return what JSON holds of a record: NaN and infinity become null, tuples lists, paths text."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Path):

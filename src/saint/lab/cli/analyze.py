@@ -4,8 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
-from rich.table import Table
 
 from .common import (
     MODEL_HELP,
@@ -26,33 +24,13 @@ from .common import (
     progress,
     resumable,
     save,
+    show,
 )
 
 if TYPE_CHECKING:
     from ..analysis.run import Analysis
     from ..kinds import Subject
     from ..sources.listing import Left
-
-# columns of the table on the terminal: quantity, heading, digits
-_COLUMNS = (
-    ("key_similarity", "sim", 2),
-    ("key_similarity_centred", "simc", 2),
-    ("cls_entropy", "Hcls", 2),
-    ("last_entropy", "Hlast", 2),
-    ("token_entropy", "Htok", 2),
-    ("received_entropy", "Hrec", 2),
-    ("visual_share", "v>v", 2),
-    ("text_share", "t>v", 2),
-    ("effective_rank", "rank", 0),
-    ("residual_update", "upd", 2),
-    ("cka_adjacent", "CKA", 2),
-    ("outliers", "high", 2),
-)
-_LEGEND = (
-    "sim, simc: cosine of keys, of centred keys; Hcls, Hlast, Htok, Hrec: entropy of the attention of CLS, the last token, "
-    "{tokens}, and of received attention (nat); {shares}upd: update; "
-    "CKA: of input and output; high: share of high norms; drop: share of sources that SAINT would drop"
-)
 
 
 def analyze(
@@ -129,21 +107,24 @@ def analyze(
     with err.status("resampling"):
         record = make_record(result)
     record["skipped"] += [list(entry) for entry in bad]
-    print_record(model, record, result)
+    what = {"count": len(result.entries), "set": printable(source.resolve().name)}
+    head = {
+        "kind": "analyze",
+        "model": model,
+        "pretrained": pretrained,
+        "images": what if subject.sees else None,
+        "prompts": None if subject.sees else what,
+        "questions": None if questions is None else {"count": len(result.entries)},
+        "left_out": left_facts(left),
+    }
+    record = {**head, **record, "environment": environment(subject.device)}
+    show(record)
+    resumed = f", {result.outcome.resumed} of them from the journal" if result.outcome.resumed else ""
+    out.print(f"{len(result.entries)} {subject.things}{resumed}", highlight=False)
     if json is not None:
-        what = {"count": len(result.entries), "set": printable(source.resolve().name)}
-        head = {
-            "kind": "analyze",
-            "model": model,
-            "pretrained": pretrained,
-            "images": what if subject.sees else None,
-            "prompts": None if subject.sees else what,
-            "questions": None if questions is None else {"count": len(result.entries)},
-            "left_out": left_facts(left),
-        }
         with err.status("drawing"):
             shown = _survivors(subject, record, result, items) if subject.sees else {}
-        save(json, {**head, **record, **shown, "environment": environment(subject.device)})
+        save(json, {**record, **shown})
     finish(record["skipped"], "measured", subject.things)
 
 
@@ -166,74 +147,3 @@ def _survivors(subject: "Subject", record: dict[str, Any], result: "Analysis", i
     measured = result.outcome.entries
     photos, left_out = survivors(subject, plan, [i for i in items if i.id in measured])
     return {"survivors": photos, "survivors_of": {"plan": plan.to_dict(), "why": why, "left_out": left_out}}
-
-
-def print_record(model: str, record: dict[str, Any], result: "Analysis") -> None:
-    """Per part a table, a row per layer, and the verdict; then the plan."""
-    count = len(result.entries)
-    resumed = f", {record['resumed']} of them from the journal" if record["resumed"] else ""
-    out.print(f"[bold]{model}[/]  {count} {result.subject.things}{resumed}", highlight=False)
-    for part in record["parts"]:
-        out.print()
-        _print_part(part, record["candidates"])
-    if record["plan_line"] is not None:
-        out.print("\nA plan to try (the earliest layers where SAINT costs little and finds much; evaluate it):")
-        out.print(record["plan_line"], highlight=False, soft_wrap=True)
-    elif result.causal is not None:
-        out.print("\nNo plan proposed: no layer is both redundant and harmless to thin out.")
-
-
-def _print_part(part: dict[str, Any], candidates: str) -> None:
-    tokens = part["tokens"]
-    protected = f" and {tokens['protected']:g} protected" if tokens["protected"] else ""
-    title = f"[bold]{part['stage']}[/]  {part['layers']} layers, {tokens['candidates']:g} candidates{protected} tokens"
-    quantities = {quantity["name"]: quantity for quantity in part["quantities"]}
-    columns = [column for column in _COLUMNS if column[0] in quantities]
-    thresholds = part["droppable"]["thresholds"]
-    middle = thresholds.index(0.75) if 0.75 in thresholds else len(thresholds) // 2
-    table = Table("layer", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    starts = {boundary["layer"] for boundary in part["stages"]["boundaries"]}
-    for _, heading, _ in columns:
-        table.add_column(heading, justify="right")
-    table.add_column("drop", justify="right")
-    for what, why in part["missing"]:
-        err.print(f"[yellow]note[/] no {what} of the {part['stage']} stage: {why}", highlight=False)
-    causal = part["causal"]
-    for method in () if causal is None else causal["methods"]:
-        table.add_column(f"-{method}", justify="right")
-    for layer in range(part["layers"]):
-        if layer in starts:
-            table.add_section()
-        cells = [_cell(quantities[name]["mean"][layer], digits) for name, _, digits in columns]
-        cells.append(_cell(part["droppable"]["mean"][middle][layer], 2))
-        cells += [_cell(m["mean"][layer], 3) for m in ({} if causal is None else causal["methods"]).values()]
-        table.add_row(str(layer), *cells)
-    out.print(table)
-    out.print(f"{_legend(candidates)} at {thresholds[middle]:g}", highlight=False, style="dim")
-    if causal is not None:
-        unit = f" ({causal['unit']})" if causal["unit"] else ""
-        when = f"when {causal['share']:.0%} of the tokens leave at that layer alone, by that choice"
-        names = ", ".join(f"-{method}" for method in causal["methods"])
-        out.print(f"{names}: {causal['measure']}{unit} {when}", highlight=False, style="dim")
-    stages = part["stages"]
-    out.print(f"[bold]Stages: {stages['verdict']}[/]", highlight=False)
-    for reason in stages["reasons"]:
-        out.print(f"  {reason}", highlight=False)
-    for segment in stages["segments"]:
-        out.print(f"  layers {segment['first']} to {segment['last']}: {segment['what']}", highlight=False)
-    if "bic" in stages["criteria"]:
-        shown = ", ".join(f"{_named(name)} {value:.0f}" for name, value in stages["criteria"]["bic"].items())
-        out.print(f"  BIC: {shown}", highlight=False)
-
-
-def _legend(candidates: str) -> str:
-    shares = "" if candidates == "prompt tokens" else "v>v, t>v: attention of visual and text tokens on visual ones; "
-    return _LEGEND.format(tokens=candidates, shares=shares)
-
-
-def _named(name: str) -> str:
-    return {"line": "straight line", "smooth": "smooth curves"}.get(name, f"{name} segment{'s' * (name != '1')}")
-
-
-def _cell(value: float | None, digits: int) -> str:
-    return "-" if value is None or value != value else f"{value:.{digits}f}"

@@ -106,6 +106,16 @@ def load(
         return kind.load(model, device, pretrained, size=size, dtype=dtype)
 
 
+def show(record: dict[str, Any]) -> None:
+    """Print the sheet of a record, which the report of the same record shows too."""
+    from ..records import plain
+    from ..report import Record
+    from ..report.sheets import sheet_of
+    from ..report.terminal import show as render
+
+    render(out, sheet_of(Record("", Path(), plain(record))))
+
+
 def save(file: Path, record: dict[str, Any]) -> None:
     """Write the record of ``--json``, and say so."""
     from ..records import write_json
@@ -164,9 +174,3 @@ def resumable(journal: Path | None) -> Iterator[None]:
             kept = f"results so far are in {journal}: run the same command again to continue"
         err.print(f"[yellow]interrupted[/]; {kept}", highlight=False)
         raise typer.Exit(130) from None
-
-
-def bar(share: float, width: int = 20) -> str:
-    """A share in [0, 1] as a bar."""
-    full = round(share * width)
-    return "█" * full + "[dim]" + "░" * (width - full) + "[/]"

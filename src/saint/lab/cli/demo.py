@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
-from ..describe import describe
 from .common import (
     DEFAULT_MODEL,
     MODEL_HELP,
@@ -24,13 +21,13 @@ from .common import (
     Size,
     Threads,
     Threshold,
-    bar,
     finish,
     load,
     make_plan,
     out,
     pictures,
     progress,
+    show,
     warn_busy,
 )
 
@@ -68,13 +65,6 @@ class Run:
     def bound(self) -> float:
         """FLOPs of all photographs, unpruned / pruned."""
         return sum(b.costs["base"].flops for b in self.benches) / sum(b.costs["pruned"].flops for b in self.benches)
-
-    @property
-    def missing(self) -> str:
-        """What the bound leaves out, for people."""
-        from ...flops import left_out
-
-        return left_out(*(b.uncounted for b in self.benches))
 
     @property
     def values(self) -> list[float]:
@@ -133,21 +123,12 @@ def demo(
             for run in runs.values():
                 _look(subject, run, photo, repeats, tick)
     shown = runs["this plan"]
-    _print(subject, photos, shown)
-    _print_summary(runs)
-    conditions = shown.benches[0].conditions
-    out.print(
-        f"{conditions['threads']} threads, {subject.device}, batch 1, {repeats} interleaved rounds each",
-        highlight=False,
-    )
     spreads = {
         f"{photo.name}, {name}, {what}": spread
         for name, run in runs.items()
         for photo, b in zip(photos, run.benches, strict=True)
         for what, spread in b.spreads.items()
     }
-    warn_busy(conditions["load_average"], spreads)
-
     files: list[Path] = []
     if subject.grid is not None:  # patches that arrive flattened have no fixed crop to draw on
         tiles = [subject.tiles(photo.image, {})[0] for photo in photos]
@@ -179,6 +160,8 @@ def demo(
         "files": [file.name for file in files],
         "environment": environment(subject.device),
     }
+    show(record)
+    warn_busy(shown.benches[0].conditions["load_average"], spreads)
     write_json(folder / "record.json", record)
     if json is not None:
         write_json(json, record)
@@ -219,71 +202,6 @@ def _look(subject: "Subject", run: Run, photo: "Photo", repeats: int, tick: Any)
     run.benches.append(
         subject.bench({"plan": run.plan}, [photo.image], repeats=repeats, warmup=WARMUP, extras=False, tick=tick)
     )
-
-
-def _of(found: "Agreement") -> str:
-    return "the saliency map" if found.measure == "correlation" else found.answer
-
-
-def _print_summary(runs: dict[str, Run]) -> None:
-    """A row per plan: what is left, how much faster, how much the same."""
-    first = next(iter(runs.values())).agreements[0]
-    table = Table(
-        box=SIMPLE_HEAD, title=f"against the unpruned model ({first.measure} of {_of(first)})", title_justify="left"
-    )
-    table.add_column("", no_wrap=True)
-    for head in ("tokens left", "speed-up", "FLOPs bound", f"{first.measure}, mean", "lowest"):
-        table.add_column(head, justify="right")
-    if missing := next(iter(runs.values())).missing:
-        table.caption = f"FLOPs bound{missing}"
-    for name, run in runs.items():
-        left = statistics.fmean(int(trace[-1].tokens_out[0]) / int(trace[0].tokens_in[0]) for trace in run.traces)
-        table.add_row(
-            name,
-            f"{left:.0%}",
-            f"[bold]{run.speedup:.2f}x[/]",
-            f"{run.bound:.2f}x",
-            f"[bold]{statistics.fmean(run.values):.4f}[/]",
-            f"{min(run.values):.4f}",
-        )
-    out.print(table)
-    for name, run in runs.items():
-        out.print(f"{name}: {describe(run.plan)}", highlight=False, soft_wrap=True)
-
-
-def _print(subject: "Subject", photos: "Sequence[Photo]", run: Run) -> None:
-    traces, agreements = run.traces, run.agreements
-    out.print(f"\n[bold]{subject.title}[/]\n{describe(run.plan)}\n", highlight=False)
-    total = int(traces[0][0].tokens_in[0])
-    table = Table("layer", "tokens", "lowest", "highest", "", title=f"tokens left of {total}", title_justify="left")
-    for step in zip(*traces, strict=True):
-        left = [int(t.tokens_out[0]) for t in step]
-        mean = statistics.fmean(left)
-        where = "input" if step[0].placement == "input" else str(step[0].layer)
-        table.add_row(where, f"{mean:.0f}", str(min(left)), str(max(left)), bar(mean / total))
-    out.print(table)
-    measure = agreements[0].measure
-    heads = ["kept", "ms before", "after", "speed-up", "bound", "corr." if measure == "correlation" else measure]
-    if agreements[0].same_top1 is not None:
-        heads.append("same class")
-    table = Table(box=SIMPLE_HEAD, caption=f"bound{run.missing}" if run.missing else None)
-    table.add_column("photograph", no_wrap=True, max_width=18)
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
-    for photo, trace, measured, found in zip(photos, traces, run.benches, agreements, strict=True):
-        row = [
-            photo.name,
-            f"{int(trace[-1].tokens_out[0])}/{total}",
-            f"{measured.base.median:.0f}",
-            f"{measured.pruned.median:.0f}",
-            f"{measured.speedup.median:.2f}x",
-            f"{measured.bound:.2f}x",
-            f"{found.values[0]:.4f}",
-        ]
-        if found.same_top1 is not None:
-            row.append("yes" if found.same_top1[0] else "no")
-        table.add_row(*row)
-    out.print(table)
 
 
 def _strips(

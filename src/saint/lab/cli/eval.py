@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from ..describe import describe
 from .common import (
     MODEL_HELP,
     Device,
@@ -25,12 +23,12 @@ from .common import (
     out,
     resumable,
     save,
+    show,
 )
 
 if TYPE_CHECKING:
     from ...plans import Plan
     from ..eval import Report
-    from ..eval.compare import Paired
 
 eval = typer.Typer(
     help="Score MODEL with and without a plan on the same samples, compared in pairs.", no_args_is_help=True
@@ -248,21 +246,18 @@ def _finish(
 
     if not _main_process():
         raise typer.Exit(1 if report.failures else 0)
+    record = {
+        "kind": kind,
+        **report.to_dict(),
+        "left_out": left_out,
+        "journal": journal.name if journal is not None else None,
+        "environment": environment(device),
+    }
+    show(record)
     resumed = f", {report.conditions['resumed']} of them from {journal}" if report.conditions["resumed"] else ""
-    line = f"[bold]{model}[/]  {report.evaluated} of {report.given} evaluated{resumed}\n"
-    out.print(line, highlight=False, soft_wrap=True)
-    print_report(report)
+    out.print(f"{report.evaluated} of {report.given} evaluated{resumed}", highlight=False, soft_wrap=True)
     if json is not None:
-        save(
-            json,
-            {
-                "kind": kind,
-                **report.to_dict(),
-                "left_out": left_out,
-                "journal": journal.name if journal is not None else None,
-                "environment": environment(device),
-            },
-        )
+        save(json, record)
     if report.failures:
         for failure in report.failures[:20]:
             err.print(f"[yellow]not evaluated[/] {failure.where}: {failure.reason}", highlight=False)
@@ -272,46 +267,3 @@ def _finish(
             f"[yellow]{len(report.failures)} of {report.given} sample(s) could not be evaluated and are not in the scores[/]"
         )
         raise typer.Exit(1)
-
-
-def print_report(report: "Report") -> None:
-    """Scores with the interval of their difference, per category where there are some, and agreement."""
-    from ..eval.report import YES_OR_NO
-
-    for name, plan in report.plans.items():
-        out.print(f"[bold]{name}[/]  {describe(plan)}", highlight=False)
-        entries = [("", report.scores[name])]
-        entries += [(group, by_plan[name]) for group, by_plan in report.categories.items()]
-        _print_scores(entries, ("unpruned", "pruned"))
-        table = Table("agreement with the unpruned model", "mean", "median", "p20 - p80", "n")
-        for measure, s in report.agreement[name].items():
-            if measure in YES_OR_NO:  # of zeros and ones the mean says all
-                table.add_row(measure, f"{s.mean:.1%}", f"{round(s.mean * s.n)} of {s.n}", "-", str(s.n))
-                continue
-            table.add_row(measure, f"{s.mean:.4f}", f"{s.median:.4f}", f"{s.p20:.4f} - {s.p80:.4f}", str(s.n))
-        out.print(table)
-        out.print()
-    first = next(iter(report.plans))
-    for name, versus in report.against_first().items():
-        if versus:
-            out.print(f"[bold]{name}[/] against [bold]{first}[/]", highlight=False)
-            _print_scores([("", versus)], ("the first", "this"))
-            out.print()
-
-
-def _print_scores(entries: list[tuple[str, dict[str, "Paired"]]], names: tuple[str, str]) -> None:
-    """``entries``: the scores over all samples under "", then those of each category, if any."""
-    if not any(scores for _, scores in entries):
-        return
-    categories = len(entries) > 1
-    head = ["n", *names, "difference [95 %]", "better/worse", "could show"]
-    table = Table("score", *(["category"] if categories else []), *head)
-    for group, scores in entries:
-        for score, p in scores.items():
-            interval = "" if p.low is None or p.high is None else f" [{100 * p.low:+.2f}, {100 * p.high:+.2f}]"
-            cells = [score, *([group or "all"] if categories else []), str(p.n)]
-            cells += [f"{100 * p.base:.2f}", f"{100 * p.pruned:.2f}", f"{100 * p.difference:+.2f}{interval}"]
-            cells += [f"{p.better}/{p.worse}", "-" if p.detectable is None else f"{100 * p.detectable:.2f}"]
-            table.add_row(*cells)
-    out.print(table)
-    out.print("scores in %; could show: smallest true difference seen with 80 % probability", highlight=False)

@@ -1,14 +1,10 @@
 """`saint tune`: a plan for MODEL and your images, without labels."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
-from rich.table import Table
 
-from ..describe import describe
 from .common import (
     MODEL_HELP,
     Device,
@@ -28,11 +24,11 @@ from .common import (
     progress,
     resumable,
     save,
+    show,
 )
 
 if TYPE_CHECKING:
     from ..sources.listing import Left
-    from ..tuning import Tuning
 
 
 def tune(
@@ -113,8 +109,6 @@ def tune(
             frontier=frontier is not None, facts=facts, tick=tick,
         )  # fmt: skip
     found.plan.save(output)
-    print_tuning(model, found)
-    err.print(f"wrote {output}", highlight=False)
     record = {
         "kind": "tune",
         **found.record,
@@ -124,46 +118,13 @@ def tune(
         "left_out": left_facts(left),
         "environment": environment(subject.device),
     }
+    show(record)
+    counts = found.record["images"]
+    resumed = f", {found.resumed} trials from the journal" if found.resumed else ""
+    out.print(f"{counts['tuned']} images, {counts['held_out']} held back{resumed}", highlight=False)
+    err.print(f"wrote {output}", highlight=False)
     if json is not None:
         save(json, {**record, "frontier": found.frontier or None})
     if frontier is not None:
         save(frontier, {**record, "frontier": found.frontier})
     finish(bad, "used")
-
-
-def print_tuning(model: str, found: "Tuning") -> None:
-    """Where tokens leave, what was reached on the images held back, and what others reach there."""
-    record = found.record
-    target = ", ".join(f"{name} {value:g}" for name, value in record["target"].items())
-    counts = record["images"]
-    resumed = f", {found.resumed} trials from the journal" if found.resumed else ""
-    out.print(
-        f"[bold]{model}[/]  target {target}; {counts['tuned']} images, {counts['held_out']} held back{resumed}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    layers = Table("place", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in ("method", "tokens left"):
-        layers.add_column(heading, justify="right")
-    for row in record["layers"]:
-        layers.add_row(str(row["place"]), row["method"], f"{row['left']} of {record['tokens']}")
-    out.print(layers)
-    if record["per_image"]:
-        out.print("thresholds: every image keeps its own number, these are means")
-    reached = record["reached"]
-    table = Table("held-out images", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in ("FLOPs left", reached["measure"], "95 %"):
-        table.add_column(heading, justify="right")
-    table.add_row("this plan", f"{reached['flops']['mean']:.3f}", *_interval(reached["loss"]))
-    unit = "" if record["target"].get("speed") is None else " of the time"
-    for rival in record["against"]:
-        table.add_row(rival["name"], f"{rival['work']:.3f}{unit}", *_interval(rival["loss"]))
-    out.print(table)
-    if "speed" in reached:
-        out.print(f"measured speed-up at batch 1: x{reached['speed']:.2f}", highlight=False)
-    out.print(describe(found.plan), highlight=False, soft_wrap=True)
-
-
-def _interval(value: Mapping[str, float | None]) -> tuple[str, str]:
-    low, high = value["low"], value["high"]
-    return f"{value['mean']:.4f}", "-" if low is None or high is None else f"{low:.4f} to {high:.4f}"

@@ -1,6 +1,7 @@
-"""One HTML file from the records that the commands write: `saint report`. Loads no model and no torch."""
+"""The records that the commands write as sheets, on a terminal, as one HTML file or as Markdown. Loads no model and no torch."""
 
 from .page import LIMIT as LIMIT
+from .page import make_markdown as make_markdown
 from .page import make_report as make_report
 from .reading import KINDS as KINDS
 from .reading import Record as Record

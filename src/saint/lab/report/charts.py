@@ -6,46 +6,15 @@ light and a dark set. A line is told by its dashes and markers too, never by its
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from .markup import Markup, details, interval, join, number, table, tag
+from .blocks import Boundary, Curves, Line, Matrix, Plot, Table, Values, front
+from .markup import Markup, details, join, table, tag
+from .words import interval, number
 
-Values = Sequence[float | None]
 STYLES = 7  # colours of the style sheet, each with its own dashes and marker
 _DASHES = ("", "6 3", "2 3", "8 3 2 3", "10 4", "4 2 1 2", "1 2")
 _WIDE, _HIGH = 420, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 12, 12, 42
-
-
-@dataclass(frozen=True)
-class Line:
-    """A curve over x = 0, 1, ..., or over ``x``.
-
-    Attributes:
-        name: for the legend.
-        mean: heights; None is a gap.
-        low, high: ends of the interval around each; empty where there is none.
-        x: places of the points.
-    """
-
-    name: str
-    mean: Values
-    low: Values = ()
-    high: Values = ()
-    x: Sequence[float] = field(default=())
-
-    def places(self) -> list[float]:
-        """x of each point."""
-        return [float(x) for x in self.x] or [float(i) for i in range(len(self.mean))]
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """A vertical line with its interval, in front of layer ``at``."""
-
-    at: float
-    low: float
-    high: float
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -83,9 +52,7 @@ class _Axes:
                 continue
             at = self.across(x)
             parts.append(tag("line", x1=_n(at), x2=_n(at), y1=_HIGH - _BOTTOM, y2=_HIGH - _BOTTOM + 4, class_="axis"))
-            parts.append(
-                tag("text", _mark(x_name, x, _tick(x)), x=_n(at), y=_HIGH - _BOTTOM + 16, text_anchor="middle")
-            )
+            parts.append(tag("text", mark(x_name, x, _tick(x)), x=_n(at), y=_HIGH - _BOTTOM + 16, text_anchor="middle"))
         base = _HIGH - _BOTTOM
         parts.append(tag("line", x1=_LEFT, x2=_WIDE - _RIGHT, y1=base, y2=base, class_="axis"))
         middle = (_LEFT + _WIDE - _RIGHT) / 2
@@ -96,24 +63,9 @@ class _Axes:
         return join(parts)
 
 
-def line_chart(
-    title: str,
-    lines: Sequence[Line],
-    *,
-    x: str = "layer",
-    y: str = "",
-    boundaries: Sequence[Boundary] = (),
-    note: str = "",
-) -> Markup:
-    """Curves with their bands, a legend, and the numbers below.
-
-    Args:
-        title: what the chart shows.
-        lines: at least one; the first ``STYLES`` are drawn, all are in the table.
-        x, y: names of the axes, y with its unit.
-        boundaries: vertical lines.
-        note: below the title.
-    """
+def line_chart(curves: Curves) -> Markup:
+    """Curves with a legend, and the numbers below; the first ``STYLES`` are drawn, all are in the table."""
+    title, lines, x, y = curves.title, curves.lines, curves.x, curves.y
     drawn = lines[:STYLES]
     finite = [float(v) for line in drawn for v in (*line.mean, *line.low, *line.high) if v is not None]
     places = [place for line in drawn for place in line.places()]
@@ -122,7 +74,7 @@ def line_chart(
     whole = all(place.is_integer() for place in places)
     axes = _Axes(_spread(places), _padded(finite))
     parts = [axes.frame(x, y, whole=whole)]
-    for edge in boundaries:
+    for edge in curves.boundaries:
         left, right = axes.across(edge.low - 0.5), axes.across(edge.high - 0.5)
         parts.append(_rect(left, _TOP, right - left, _HIGH - _TOP - _BOTTOM, "edges"))
         at = _n(axes.across(edge.at - 0.5))
@@ -137,8 +89,10 @@ def line_chart(
     parts += [_curve(axes, line, i) for i, line in enumerate(drawn)]
     picture = tag("svg", *parts, viewBox=f"0 0 {_WIDE} {_HIGH}", role="img", aria_label=_spoken(title, drawn, x))
     left_out = f" ({len(lines) - STYLES} more in the table)" if len(lines) > STYLES else ""
-    caption = tag("figcaption", tag("b", title), tag("span", f" {note}{left_out}") if note or left_out else None)
-    return tag("figure", caption, picture, _legend(drawn, boundaries), _numbers(title, lines, x), class_="chart")
+    caption = tag(
+        "figcaption", tag("b", title), tag("span", f" {curves.note}{left_out}") if curves.note or left_out else None
+    )
+    return tag("figure", caption, picture, _legend(drawn, curves.boundaries), _numbers(title, lines, x), class_="chart")
 
 
 def _curve(axes: _Axes, line: Line, style: int) -> Markup:
@@ -199,7 +153,7 @@ def _legend(lines: Sequence[Line], boundaries: Sequence[Boundary]) -> Markup:
     return tag("ul", *items, class_="legend")
 
 
-def _mark(axis: str, place: float, text: str) -> str:
+def mark(axis: str, place: float, text: str) -> str:
     """What stands at a place of an axis: tokens that leave in front of the first layer leave at the input."""
     return "input" if axis == "layer" and place == -1 else text
 
@@ -209,23 +163,17 @@ def _numbers(title: str, lines: Sequence[Line], x: str) -> Markup:
     found = [dict(zip(line.places(), range(len(line.mean)), strict=True)) for line in lines]
     rows = []
     for place in at:
-        row: list[object] = [_mark(x, place, number(place))]
+        row: list[object] = [mark(x, place, number(place))]
         for line, index in zip(lines, found, strict=True):
             i = index.get(place)
             row.append("-" if i is None else interval(line.mean[i], _at(line.low, i), _at(line.high, i)))
         rows.append(row)
-    return details("numbers", table([x, *(line.name for line in lines)], rows, title, sortable=False))
+    return details("numbers", table(Table([x, *(line.name for line in lines)], rows, title, sortable=False)))
 
 
-def heat_map(title: str, values: Sequence[Values], *, axis: str = "layer", unit: str = "") -> Markup:
-    """A square of cells, dark blue to yellow (cividis: the same order for every eye, and in grey).
-
-    Args:
-        title: what is shown.
-        values: L rows of L numbers; None is hatched as missing.
-        axis: what rows and columns are.
-        unit: of the values.
-    """
+def heat_map(matrix: Matrix) -> Markup:
+    """A square of cells, dark blue to yellow (cividis: the same order for every eye, and in grey)."""
+    title, values, unit, axis = matrix.title, matrix.values, matrix.unit, "layer"
     finite = [float(v) for row in values for v in row if v is not None]
     if not finite:
         return tag("figure", tag("figcaption", tag("b", title)), tag("p", "no value"), class_="chart")
@@ -264,47 +212,19 @@ def heat_map(title: str, values: Sequence[Values], *, axis: str = "layer", unit:
     said = f"{title}: {rows} by {columns}, from {number(low)} to {number(high)}"
     picture = tag("svg", *parts, viewBox=f"0 0 {_WIDE} {_n(bottom + 76)}", role="img", aria_label=said)
     body = [[str(i), *(number(v) for v in row)] for i, row in enumerate(values)]
-    numbers = details("numbers", table([axis, *map(str, range(columns))], body, title, sortable=False))
+    numbers = details("numbers", table(Table([axis, *map(str, range(columns))], body, title, sortable=False)))
     return tag("figure", tag("figcaption", tag("b", title)), picture, numbers, class_="chart")
 
 
-@dataclass(frozen=True)
-class Point:
-    """A point of a scatter plot with its intervals."""
-
-    name: str
-    group: str  # gives colour and shape
-    x: float
-    y: float
-    x_low: float | None = None
-    x_high: float | None = None
-    y_low: float | None = None
-    y_high: float | None = None
-
-
-def front(points: Sequence[Point], *, least: bool = False) -> list[Point]:
-    """Those that no other beats in x without losing in y, from left to right; ``least``: a smaller y is better."""
-    best: list[Point] = []
-    sign = -1 if least else 1
-    for point in sorted(points, key=lambda p: (-p.x, -sign * p.y)):
-        if not best or sign * point.y > sign * best[-1].y:
-            best.append(point)
-    return best[::-1]
-
-
-def scatter(
-    title: str, points: Sequence[Point], *, x: str, y: str, axis: str, note: str = "", least: bool = False
-) -> Markup:
-    """Numbered points with the line of those that none beats; each can be reached by the keyboard.
-
-    ``y`` is the whole name of the measure, ``axis`` the short one beside the axis; ``least``: a smaller y is better.
-    """
+def scatter(plot: Plot) -> Markup:
+    """The points; each can be reached by the keyboard."""
+    title, points, x, y, note = plot.title, plot.points, plot.x, plot.y, plot.note
     groups = list(dict.fromkeys(point.group for point in points))
     wide = [v for p in points for v in (p.x, p.x_low, p.x_high) if v is not None]
     high = [v for p in points for v in (p.y, p.y_low, p.y_high) if v is not None]
     axes = _Axes(_padded(wide), _padded(high))
-    parts = [axes.frame(x, axis, whole=False)]
-    best = front(points, least=least)
+    parts = [axes.frame(x, plot.axis, whole=False)]
+    best = front(points, least=plot.least)
     if len(best) > 1:
         stairs = [(axes.across(p.x), axes.up(p.y)) for p in best]
         parts.append(tag("path", d=f"M{_path(stairs)}", class_="front"))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..images import data_uri, read_untrusted
+from .blocks import Figure
 from .markup import Markup, tag
 from .reading import behind, mark_of
 from .reasons import UNIT, Leaving, Why, left, legend, told, votes
@@ -51,23 +52,21 @@ def embedded(uri: str, side: int = 320) -> str:
     return data_uri(read_untrusted(data), side)
 
 
-def figure(name: str, uri: str | None, grid: Sequence[int], steps: Sequence[Step], number_: str, side: int) -> Markup:
+def figure(drawn: Figure, number_: str, side: int) -> Markup:
     """One picture with the patches that left darkened, hatched, and with colour and number of the layer where they did.
 
     Where reasons are known, lines go from what leaves at a layer to what stands for it, and a heat map beside the picture shows
     the votes. The last layer shows without JavaScript.
 
     Args:
-        name: of the picture.
-        uri: see :func:`embedded`; None draws on grey.
-        grid: rows and columns.
-        steps: drop points in order.
+        drawn: the picture.
         number_: makes ids unique.
         side: pixels of the picture at most.
 
     Raises:
         ValueError: an index beyond the grid.
     """
+    name, uri, grid, steps = drawn.name, drawn.uri, drawn.grid, drawn.steps
     rows, columns = (int(side_) for side_ in grid)
     total = rows * columns
     if not 0 < total <= 100_000:

@@ -5,50 +5,65 @@ from pathlib import PurePath
 from statistics import fmean
 from typing import Any
 
-from ..images import data_uri, read_untrusted
-from .charts import Line, line_chart
-from .figure import Step, figure, steps_on_grid
-from .markup import Markup, details, join, number, table, tag
+from .blocks import (
+    Block,
+    Charts,
+    Curves,
+    Figure,
+    Gallery,
+    Group,
+    Heading,
+    Line,
+    More,
+    Picture,
+    PlanBox,
+    Sheet,
+    Table,
+    Text,
+)
+from .figure import Step, steps_on_grid
+from .measured import uncounted
 from .reading import Record, behind, mark_of, place
 from .reasons import Why
-from .section import Section, charts, conditions, load_note, names, plan_box, plan_text, skipped
+from .told import conditions, load_note, skipped
+from .words import names, number, plan_text
 
 MOST = 12  # pictures of a record that are drawn
-_SHEET = 900  # pixels of a sheet that another command drew
 
 
-def gallery(record: Record, prefix: str, side: int) -> Markup | None:
+def gallery(record: Record) -> Group | None:
     """The figures of a record's photographs; sheets that lie beside it where it has no pictures of its own."""
-    made, photos = [], record.data.get("photos") or record.data.get("survivors") or []
-    for i, photo in enumerate(photos[:MOST]):
-        for j, (name, uri, grid, steps) in enumerate(pictures_of(photo, record.data.get("grid"))):
-            if uri is not None:
-                made.append(figure(name, uri, grid, steps, f"{prefix}-{i}-{j}", side))
-    left_out = f"The first {MOST} of {len(photos)} pictures." if len(photos) > MOST else None
+    photos = record.data.get("photos") or record.data.get("survivors") or []
+    made: list[Figure | Picture | Group] = [
+        Figure(name, uri, grid, steps)
+        for photo in photos[:MOST]
+        for name, uri, grid, steps in pictures_of(photo, record.data.get("grid"))
+        if uri is not None
+    ]
+    left_out = f"The first {MOST} of {len(photos)} pictures." if len(photos) > MOST else ""
     if not made:
-        made = _sheets(record, side)
-        left_out = None
+        made = [*_sheets(record)]
+        left_out = ""
     if not made:
-        return join([tag("h3", "What stays"), note]) if (note := _of(record)) else None
+        note = _of(record)
+        return Group([Heading("What stays"), *note], page_only=True) if note else None
     keys = ""
-    if not record.data.get("files") or left_out is not None or _own(photos):
+    if not record.data.get("files") or left_out or _own(photos):
         keys = "Hatched patches were dropped, in the colour and with the number of the layer where they left; "
         keys += "the slider goes through the drop points. "
     if any(step.get("why") is not None for photo in photos for step in photo["layers"]):
         keys += "From what leaves at a layer a line goes to the patch that stands for it, or that it became part of. "
-    return join([tag("h3", "What stays"), _of(record), tag("p", keys, left_out), tag("div", *made, class_="gallery")])
+    return Group([Heading("What stays"), *_of(record), Text(keys + left_out), Gallery(made)], page_only=True)
 
 
-def _of(record: Record) -> Markup | None:
+def _of(record: Record) -> list[Block]:
     """Which plan an analysis shows, and which pictures it could not."""
     of = record.data.get("survivors_of")
     if of is None:
-        return None
-    bad = of.get("left_out") or []
-    said = "; ".join(f"{where}: {why}" for where, why in bad)
-    return join(
-        [tag("p", f"Of {of['why']}: {plan_text(of['plan'])}."), tag("p", f"Not shown: {said}.") if bad else None]
-    )
+        return []
+    bad = "; ".join(f"{where}: {why}" for where, why in of.get("left_out") or [])
+    said: list[Block] = [Text(f"Of {of['why']}: {plan_text(of['plan'])}.")]
+    return [*said, Text(f"Not shown: {bad}.")] if bad else said
 
 
 def _own(photos: Sequence[Mapping[str, Any]]) -> bool:
@@ -87,7 +102,7 @@ def pictures_of(
         yield f"{name}, tile {tile + 1} of {len(tiles)}" if len(tiles) > 1 else name, uri, grid_, steps
 
 
-def _sheets(record: Record, side: int) -> list[Markup]:
+def _sheets(record: Record) -> list[Picture]:
     """Pictures named in "files", from the record's own folder."""
     made = []
     for file in (record.data.get("files") or [])[:MOST]:
@@ -96,14 +111,11 @@ def _sheets(record: Record, side: int) -> list[Markup]:
             raise ValueError(f"a picture beside a record is named by its file name alone, got {name!r:.80}")
         path = record.folder / name
         if path.is_file():
-            uri = data_uri(read_untrusted(path.read_bytes()), _SHEET * side // 320, 150_000)
-            made.append(
-                tag("figure", tag("img", src=uri, alt=f"sheet {name}"), tag("figcaption", name), class_="sheet")
-            )
+            made.append(Picture(f"sheet {name}", name, file=path.read_bytes(), wide=True))
     return made
 
 
-def token_curves(record: Record) -> Markup:
+def token_curves(record: Record) -> Charts | None:
     """Share of the tokens left behind each drop point, mean and range over photographs, and the table of it."""
     photos = record.data["photos"]
     by_step: dict[tuple[str, str, int], list[tuple[int, int]]] = {}
@@ -122,11 +134,11 @@ def token_curves(record: Record) -> Markup:
         means = [fmean(v) for v in left.values()]
         line = Line(f"tokens left ({stage})", means, lowest, highest, [layer for layer, _ in left])
         note = "mean; band: lowest to highest picture" if several else "one picture"
-        figures.append(line_chart(f"Tokens left, {stage}", [line], y="tokens", note=note))
-    return charts(*figures) if figures else Markup()
+        figures.append(Curves(f"Tokens left, {stage}", [line], y="tokens", note=note))
+    return Charts(figures) if figures else None
 
 
-def view_section(record: Record, prefix: str, side: int) -> Section:
+def view_sheet(record: Record) -> Sheet:
     """`saint view`."""
     data = record.data
     photos = data["photos"]
@@ -139,20 +151,18 @@ def view_section(record: Record, prefix: str, side: int) -> Section:
     asked = f"Which patches does each layer of {data['model']} keep?"
     if data.get("prompt") is not None:
         asked = f"Asked “{data['prompt']}”, which visual tokens does {data['model']} keep?"
-    body = join(
-        [
-            plan_box(data["plan"]),
-            gallery(record, prefix, side),
-            token_curves(record) if shares else None,
-            skipped(record),
-        ]
-    )
-    return Section(
+    blocks: list[Block | None] = [
+        PlanBox(data["plan"]),
+        gallery(record),
+        token_curves(record) if shares else None,
+        skipped(record),
+    ]
+    return Sheet(
         f"What stays: {data['model']}",
         asked,
         verdict,
         conditions(record, pictures=names([p["name"] for p in photos])),
-        body,
+        blocks,
     )
 
 
@@ -169,7 +179,7 @@ def _share(photo: Mapping[str, Any]) -> float | None:
     return left / int(total)
 
 
-def demo_section(record: Record, prefix: str, side: int) -> Section:
+def demo_sheet(record: Record) -> Sheet:
     """`saint demo`."""
     data = record.data
     photos, agreement = data["photos"], data["agreement"]
@@ -187,32 +197,43 @@ def demo_section(record: Record, prefix: str, side: int) -> Section:
                      bench["bound"], photo["agreement"]])  # fmt: skip
     head = ["picture", "tokens kept", "ms unpruned", "ms pruned", "speed-up", "FLOPs bound", agreement["measure"]]
     first = photos[0]["bench"]["conditions"] if photos else {}
-    body = join(
-        [
-            load_note(record, first),
-            plan_box(data["plan"]),
-            gallery(record, prefix, side),
-            table(head, rows, "Per picture"),
-            token_curves(record),
-            skipped(record),
-            details(
-                "how it was timed",
-                tag("p", f"{first.get('repeats')} interleaved rounds per picture, batch {first.get('batch')}."),
-            ),
-        ]
-    )
+    timed = f"{first.get('repeats')} interleaved rounds per picture, batch {first.get('batch')}."
+    blocks: list[Block | None] = [
+        load_note(record, first),
+        PlanBox(data["plan"]),
+        _plans(data),
+        gallery(record),
+        Table(head, rows, "Per picture"),
+        uncounted(sorted({name for photo in photos for name in photo["bench"].get("uncounted") or ()})),
+        token_curves(record),
+        skipped(record),
+        More("how it was timed", [Text(timed)]),
+    ]
     more = {
         "title": data.get("title"),
         "pictures": names([p["name"] for p in photos]),
         "pixels": _pixels(data.get("image_size")),
     }
-    return Section(
+    return Sheet(
         f"Demo: {data['model']}",
         f"What does pruning change in {data['model']} on photographs?",
         verdict,
         conditions(record, **more),
-        body,
+        blocks,
     )
+
+
+def _plans(data: Mapping[str, Any]) -> Group | None:
+    """The plan beside the one at half of the FLOPs, where that was shown too."""
+    if (half := data.get("half")) is None:
+        return None
+    rows = []
+    for name, run in (("this plan", data), ("half of the FLOPs", half)):
+        agreement = run["agreement"]
+        rows.append([name, run["speedup"], run["flops_bound"], agreement["mean"], agreement["min"]])
+    head = ["", "speed-up", "FLOPs bound", f"{data['agreement']['measure']}, mean", "lowest"]
+    other = Text(f"half of the FLOPs: {plan_text(half['plan'])}")
+    return Group([other, Table(head, rows, "Against the unpruned model")])
 
 
 def _pixels(size: Sequence[int] | None) -> str | None:

@@ -4,27 +4,63 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .charts import Boundary, Line, heat_map, line_chart
+from .blocks import (
+    Block,
+    Boundary,
+    Charts,
+    Code,
+    Curves,
+    Group,
+    Heading,
+    Line,
+    Matrix,
+    More,
+    PlanBox,
+    Sheet,
+    Table,
+    Text,
+)
 from .kept import gallery
-from .markup import Markup, details, join, number, table, tag
 from .reading import Record
-from .section import Section, charts, conditions, plan_box, skipped
+from .told import conditions, skipped
+from .words import number
+
+# narrow columns of a terminal: quantity -> heading, digits; what has none is on the page
+_COLUMNS = {
+    "key_similarity": ("sim", 2),
+    "key_similarity_centred": ("simc", 2),
+    "cls_entropy": ("Hcls", 2),
+    "last_entropy": ("Hlast", 2),
+    "token_entropy": ("Htok", 2),
+    "received_entropy": ("Hrec", 2),
+    "visual_share": ("v>v", 2),
+    "text_share": ("t>v", 2),
+    "effective_rank": ("rank", 0),
+    "residual_update": ("upd", 2),
+    "cka_adjacent": ("CKA", 2),
+    "outliers": ("high", 2),
+}
+_LEGEND = (
+    "sim, simc: cosine of keys, of centred keys; Hcls, Hlast, Htok, Hrec: entropy of the attention of CLS, the last token, "
+    "{tokens}, and of received attention (nat); {shares}upd: update; CKA: of input and output; high: share of high norms; "
+    "drop: share of sources that SAINT would drop at {threshold:g}{causal}"
+)
 
 _STAGES = {"vision": "vision encoder", "language": "language model"}
 
 
-def analyze_section(record: Record, prefix: str, side: int) -> Section:
+def analyze_sheet(record: Record) -> Sheet:
     """`saint analyze`."""
     data = record.data
     parts = data["parts"]
     verdict = " ".join(f"{_title(part)}: {_verdict(part['stages'])}." for part in parts) or "No layer was analysed."
-    body: list[Markup | None] = [_part(part) for part in parts]
-    body.append(gallery(record, prefix, side))
+    blocks: list[Block | None] = [_part(part, data["candidates"]) for part in parts]
+    blocks.append(gallery(record))
     if data.get("plan") is not None:
-        body += [tag("h3", "Proposed plan"), plan_box(data["plan"], data.get("plan_line"))]
-    body.append(skipped(record))
+        blocks += [Heading("Proposed plan"), PlanBox(data["plan"], data.get("plan_line"))]
+    blocks.append(skipped(record))
     if data.get("settings"):
-        body.append(details("all settings", tag("pre", json.dumps(data["settings"], indent=1), tabindex="0")))
+        blocks.append(More("all settings", [Code(json.dumps(data["settings"], indent=1))]))
     read, questions = data["images"] or data["prompts"], data.get("questions")
     more = {
         "images" if data["images"] else "prompts": f"{read['count']} ({read['set']})"
@@ -34,7 +70,7 @@ def analyze_section(record: Record, prefix: str, side: int) -> Section:
         "settings": _settings(data.get("settings") or {}),
     }
     asked = f"What do tokens do in each layer of {data['model']}, and where can they go?"
-    return Section(f"Layers: {data['model']}", asked, verdict, conditions(record, **more), join(body))
+    return Sheet(f"Layers: {data['model']}", asked, verdict, conditions(record, **more), blocks)
 
 
 def _title(part: Mapping[str, Any]) -> str:
@@ -52,19 +88,23 @@ def _verdict(stages: Mapping[str, Any] | None) -> str:
     return said
 
 
-def _part(part: Mapping[str, Any]) -> Markup:
+def _part(part: Mapping[str, Any], candidates: str) -> Group:
     stages = part.get("stages") or {}
     edges = (
         [Boundary(b["layer"], b["low"], b["high"]) for b in stages.get("boundaries") or []]
         if stages.get("shown")
         else []
     )
-    figures: list[Markup] = []
+    figures: list[Curves | Matrix] = []
     for quantity in part["quantities"]:
-        line = Line(str(quantity["title"]), quantity["mean"], quantity.get("low") or (), quantity.get("high") or ())
+        short, digits = _COLUMNS.get(quantity["name"], ("", 3))
+        line = Line(
+            str(quantity["title"]), quantity["mean"], quantity.get("low") or (), quantity.get("high") or (),
+            short=short, digits=digits,
+        )  # fmt: skip
         note = f"mean of {quantity['n']}, band: 95 % interval" if quantity.get("low") else f"mean of {quantity['n']}"
         figures.append(
-            line_chart(
+            Curves(
                 _capital(str(quantity["title"])),
                 [line],
                 y="" if quantity["unit"] in ("1", None) else str(quantity["unit"]),
@@ -75,31 +115,49 @@ def _part(part: Mapping[str, Any]) -> Markup:
     if (drop := part.get("droppable")) is not None:
         lows, highs = drop.get("low") or [()] * len(drop["mean"]), drop.get("high") or [()] * len(drop["mean"])
         lines = [
-            Line(f"threshold {threshold:g}", mean, low, high)
+            Line(f"threshold {threshold:g}", mean, low, high, short="drop" * (threshold == _middle(drop)), digits=2)
             for threshold, mean, low, high in zip(drop["thresholds"], drop["mean"], lows, highs, strict=True)
         ]
-        figures.append(line_chart("Share of tokens that could be dropped", lines, y="share", boundaries=edges))
+        figures.append(Curves("Share of tokens that could be dropped", lines, y="share", boundaries=edges))
     if (causal := part.get("causal")) is not None:
         lines = [
-            Line(str(name), c["mean"], c.get("low") or (), c.get("high") or ()) for name, c in causal["methods"].items()
+            Line(str(name), c["mean"], c.get("low") or (), c.get("high") or (), short=f"-{name}")
+            for name, c in causal["methods"].items()
         ]
         note = f"when {number(100 * causal['share'])} % of the tokens are dropped at this layer alone"
-        figures.append(line_chart("Change of the answer", lines, y=_measured(causal), boundaries=edges, note=note))
+        figures.append(Curves("Change of the answer", lines, y=_measured(causal), boundaries=edges, note=note))
     if (cka := part.get("cka")) is not None:
-        figures.append(heat_map("Similarity of layers (CKA)", cka["mean"], unit="linear CKA"))
+        figures.append(Matrix("Similarity of layers (CKA)", cka["mean"], unit="linear CKA"))
     tokens = part.get("tokens") or {}
     about = f"{part['layers']} layers"
     if tokens:
         about += f", {number(tokens['candidates'], 1)} tokens that may go"
         about += f", {number(tokens['protected'])} protected" if tokens.get("protected") is not None else ""
-    return join(
+    return Group(
         [
-            tag("h3", _title(part)),
-            tag("p", tag("b", _capital(_verdict(part.get("stages")))), f". {about}."),
-            _stages(stages),
-            charts(*figures),
+            Heading(_title(part)),
+            Text(f". {about}.", lead=_capital(_verdict(part.get("stages")))),
+            *_stages(stages),
+            *(Text(f"No {what}: {why}.", warning=True) for what, why in part["missing"]),
+            Charts(figures, _legend(part, candidates)),
         ]
     )
+
+
+def _middle(drop: Mapping[str, Any]) -> float:
+    """The threshold that stands in the column."""
+    thresholds = drop["thresholds"]
+    return float(0.75 if 0.75 in thresholds else thresholds[len(thresholds) // 2])
+
+
+def _legend(part: Mapping[str, Any], candidates: str) -> str:
+    shares = "" if candidates == "prompt tokens" else "v>v, t>v: attention of visual and text tokens on visual ones; "
+    said = ""
+    if (causal := part.get("causal")) is not None:
+        names = ", ".join(f"-{method}" for method in causal["methods"])
+        share = f"{causal['share']:.0%} of the tokens leave at that layer alone"
+        said = f"; {names}: {_measured(causal)}, when {share}, by that choice"
+    return _LEGEND.format(tokens=candidates, shares=shares, threshold=_middle(part["droppable"]), causal=said)
 
 
 def _measured(causal: Mapping[str, Any]) -> str:
@@ -107,28 +165,18 @@ def _measured(causal: Mapping[str, Any]) -> str:
     return f"{causal['measure']}, {unit}" if unit and unit != "1" else str(causal["measure"])
 
 
-def _stages(stages: Mapping[str, Any]) -> Markup | None:
+def _stages(stages: Mapping[str, Any]) -> list[Block]:
     if not stages:
-        return None
+        return []
     rows = [[f"{s['first']} to {s['last']}", s["what"]] for s in stages.get("segments") or []]
-    parts = (
-        [
-            table(
-                ["layers", "what they do"],
-                rows,
-                "Stages" if stages["shown"] else "Best division, not shown to be real",
-                sortable=False,
-            )
-        ]
-        if rows
-        else []
-    )
+    caption = "Stages" if stages["shown"] else "Best division, not shown to be real"
+    parts: list[Block] = [Table(["layers", "what they do"], rows, caption, sortable=False)] if rows else []
     criteria = list(_flat(stages.get("criteria") or {}))
     if criteria:
-        values = table(["criterion", "value"], criteria, "Criteria", sortable=False)
-        used = tag("p", f"From: {', '.join(map(str, stages.get('used') or []))}.")
-        parts.append(details("how this was decided", values, used))
-    return join(parts)
+        values = Table(["criterion", "value"], criteria, "Criteria", sortable=False)
+        used = Text(f"From: {', '.join(map(str, stages.get('used') or []))}.")
+        parts.append(More("how this was decided", [values, used]))
+    return parts
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> Sequence[tuple[str, Any]]:

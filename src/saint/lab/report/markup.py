@@ -1,8 +1,11 @@
 """HTML from plain values: whatever is not markup already is escaped, so no text of a record can become markup."""
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
+
+from .blocks import Cell, Table
+from .words import number
 
 
 class Markup(str):
@@ -45,45 +48,10 @@ def join(parts: Iterable[Any]) -> Markup:
     return Markup("".join(escape(part) for part in parts if part is not None))
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """For people: at most ``digits`` digits behind the point for small numbers, none for large ones; "-" for None."""
-    if value is None:
-        return "-"
-    value = float(value)
-    if value == 0 or (float(value).is_integer() and abs(value) < 1e6):
-        return f"{value:.0f}"
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    if abs(value) < 10**-digits:
-        return f"{value:.1e}"
-    return f"{value:.{digits if abs(value) < 10 else max(1, digits - 1)}f}"
-
-
-def interval(value: float | None, low: float | None, high: float | None, digits: int = 3) -> str:
-    """ "0.42 [0.40, 0.45]"."""
-    if low is None or high is None:
-        return number(value, digits)
-    return f"{number(value, digits)} [{number(low, digits)}, {number(high, digits)}]"
-
-
-class Cell:
-    """A cell that is sorted by ``key`` and shows ``text``."""
-
-    def __init__(self, text: Any, key: float | None = None) -> None:
-        self.text, self.key = text, key
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]], caption: str, *, sortable: bool = True) -> Markup:
-    """A table; ``page.js`` makes the heads of a sortable one buttons.
-
-    Args:
-        head: names of the columns.
-        rows: text, numbers, or a :class:`Cell` per column; the first column heads its row.
-        caption: what the table holds.
-        sortable: for tables of more than one row.
-    """
+def table(made: Table) -> Markup:
+    """A table; ``page.js`` makes the heads of a sortable one buttons."""
     body = []
-    for row in rows:
+    for row in made.rows:
         cells = []
         for i, value in enumerate(row):
             cell = value if isinstance(value, Cell) else Cell(value)
@@ -94,15 +62,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], caption: str, *, s
             more = {"scope": "row"} if i == 0 else {}
             cells.append(tag("th" if i == 0 else "td", text, class_=numeric, data_key=key, **more))
         body.append(tag("tr", *cells))
-    heads = [tag("th", name, scope="col") for name in head]
-    made = tag(
+    heads = [tag("th", name, scope="col") for name in made.head]
+    drawn = tag(
         "table",
-        tag("caption", caption),
+        tag("caption", made.caption),
         tag("thead", tag("tr", *heads)),
         tag("tbody", *body),
-        class_="sortable" if sortable and len(body) > 1 else None,
+        class_="sortable" if made.sortable and len(body) > 1 else None,
     )
-    return tag("div", made, class_="scroll", tabindex="0", role="region", aria_label=caption)
+    return tag("div", drawn, class_="scroll", tabindex="0", role="region", aria_label=made.caption)
 
 
 def details(summary: str, *children: Any) -> Markup:

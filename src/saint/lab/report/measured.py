@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .charts import Line, line_chart
-from .markup import Cell, Markup, interval, join, number, table, tag
+from .blocks import Block, Cell, Charts, Curves, Group, Heading, Line, Listing, PlanBox, Sheet, Table, Text
 from .reading import Record, place
-from .section import Section, charts, conditions, load_note, names, plan_box, plan_text, skipped
+from .told import conditions, load_note, skipped
+from .words import interval, names, number, plan_text
 
 _YES_OR_NO = ("same_top1", "same_answer", "same_first_token")  # agreement of zeros and ones: the mean says all
 
 
-def encoder_section(record: Record) -> Section:
+def forward_sheet(record: Record) -> Sheet:
     """`saint bench` of an encoder."""
     data = record.data
     speedup = data["speedup"]
@@ -31,23 +31,24 @@ def encoder_section(record: Record) -> Section:
             rows.append([name, Cell(_spread(spread, 2), spread["median"]), cost["flops"] / 1e9, cost["memory"]])
     layers = data["layers"]
     places = [place(e) for e in layers]
-    tokens = Line("tokens out", [e["tokens_out"] for e in layers], x=places)
-    before = Line("tokens in", [e["tokens_in"] for e in layers], x=places)
-    figures = (
-        [line_chart("Tokens around each drop point", [before, tokens], y="tokens", note="batch mean")] if layers else []
-    )
+    shown = [
+        Line("tokens in", [e["tokens_in"] for e in layers], x=places),
+        Line("tokens out", [e["tokens_out"] for e in layers], x=places),
+    ]
+    if any(e["slots"] > e["tokens_out"] for e in layers):  # a ragged batch costs what its longest sample does
+        shown.append(Line("padded to", [float(e["slots"]) for e in layers], x=places))
+    curves = [Curves("Tokens around each drop point", shown, y="tokens", note="batch mean")] if layers else []
     given = data["conditions"]
-    body = join(
-        [
-            load_note(record, given),
-            plan_box(data["plan"]),
-            table(["variant", "ms per forward: median [p20, p80]", "GFLOPs", "activations MiB"], rows, "Forward"),
-            _overhead(data.get("overhead")),
-            _uncounted(data.get("uncounted")),
-            charts(*figures),
-            skipped(record),
-        ]
-    )
+    blocks: list[Block | None] = [
+        load_note(record, given),
+        PlanBox(data["plan"]),
+        Table(["variant", "ms per forward: median [p20, p80]", "GFLOPs", "activations MiB"], rows, "Forward"),
+        Text(f"Efficiency (speed-up / FLOPs bound): {number(data['efficiency'], 2)}."),
+        _overhead(data.get("overhead")),
+        uncounted(data.get("uncounted")),
+        Charts(curves),
+        skipped(record),
+    ]
     more = {
         "pictures": names(data["images"]),
         "pixels": " x ".join(str(side) for side in data["image_size"]),
@@ -55,10 +56,10 @@ def encoder_section(record: Record) -> Section:
         "rounds": f"{given['repeats']} interleaved after {given['warmup']} of warm-up",
     }
     asked = f"How much faster is {data['model']} with this plan?"
-    return Section(f"Speed: {data['model']}", asked, verdict, conditions(record, **more), body)
+    return Sheet(f"Speed: {data['model']}", asked, verdict, conditions(record, **more), blocks)
 
 
-def _overhead(own: Mapping[str, Any] | None) -> Markup | None:
+def _overhead(own: Mapping[str, Any] | None) -> Text | None:
     if own is None:
         return None
     share = own["share"]
@@ -67,14 +68,18 @@ def _overhead(own: Mapping[str, Any] | None) -> Markup | None:
         f"ms, together {number(100 * share['median'], 2)} % of the unpruned forward "
         f"[{number(100 * share['p20'], 2)}, {number(100 * share['p80'], 2)}]."
     )
-    return tag("p", text)
+    if (idle := own.get("keep_all")) is not None:
+        ends = f"[{number(100 * idle['p20'], 2)}, {number(100 * idle['p80'], 2)}]"
+        text += f" The same plan when nothing goes takes {number(100 * idle['median'], 2)} % more time {ends}."
+    return Text(text)
 
 
-def _uncounted(operators: list[str] | None) -> Markup | None:
-    return tag("p", f"The FLOPs leave out {', '.join(operators)}.", class_="warn") if operators else None
+def uncounted(operators: list[str] | None) -> Text | None:
+    """What FLOPs, and the bounds made of them, leave out; None where it is nothing."""
+    return Text(f"The FLOPs leave out {', '.join(operators)}.", warning=True) if operators else None
 
 
-def generation_section(record: Record) -> Section:
+def generation_sheet(record: Record) -> Sheet:
     """`saint bench` of a vision-language model."""
     data = record.data
     gains, times = data["gains"], data["times"]
@@ -88,38 +93,49 @@ def generation_section(record: Record) -> Section:
         verdict = f"No plan shows a faster first token; the best, “{best}”, is at {ratio} times the unpruned speed."
     rows = []
     for name, t in times.items():
-        gain = gains.get(name)
         row: list[Any] = ["unpruned" if name == "base" else name]
         row += [
             _cell(t["first"]),
             _cell(t["per_token"]),
             _cell(t["total"]),
+            _cell(t["tokens_per_second"]),
             t["kv_bytes"] / 2**20,
             t["prefill"]["flops"] / 1e9,
         ]
-        row += ["-", "-"] if gain is None else [_cell(gain["first"]), gain["bound"]]
         rows.append(row)
+    gained = [
+        [
+            name,
+            _cell(gain["first"]),
+            gain["bound"],
+            gain["efficiency"],
+            _cell(gain["total"]),
+            _cell(gain["decode"]),
+            Cell(f"{gain['kv']:.0%}", gain["kv"]),
+        ]
+        for name, gain in gains.items()
+    ]
     head = [
         "",
         "first token ms",
         "ms per token",
         "total ms",
+        "tokens/s",
         "KV MiB",
         "prefill GFLOPs",
-        "first token, times as fast",
-        "FLOPs bound",
     ]
-    plans = [tag("li", tag("b", name), ": ", plan_text(plan)) for name, plan in data["plans"].items()]
+    than = ["", "first token", "FLOPs bound", "efficiency", "end to end", "time of a further token", "KV"]
+    plans = [(name, plan_text(plan)) for name, plan in data["plans"].items()]
     given = data["conditions"]
-    body = join(
-        [
-            load_note(record, given),
-            table(head, rows, "Generation, median [p20, p80]"),
-            tag("h3", "Plans"),
-            tag("ul", *plans),
-            skipped(record),
-        ]
-    )
+    blocks: list[Block | None] = [
+        load_note(record, given),
+        Table(head, rows, "Generation, median [p20, p80]"),
+        Table(than, gained, "Against the unpruned model: times as fast; time and memory as a share of its"),
+        uncounted(sorted({name for gain in gains.values() for name in gain.get("uncounted") or ()})),
+        Heading("Plans"),
+        Listing(plans),
+        skipped(record),
+    ]
     more = {
         "question": data["prompt"],
         "pictures": names(data["images"]),
@@ -127,10 +143,10 @@ def generation_section(record: Record) -> Section:
         "rounds": f"{given['repeats']} interleaved after {given['warmup']} of warm-up",
     }
     asked = f"How much sooner does {data['model']} answer with each plan?"
-    return Section(f"Speed: {data['model']}", asked, verdict, conditions(record, **more), body)
+    return Sheet(f"Speed: {data['model']}", asked, verdict, conditions(record, **more), blocks)
 
 
-def eval_section(record: Record) -> Section:
+def scores_sheet(record: Record) -> Sheet:
     """`saint eval images` and `saint eval vqa`."""
     data = record.data
     given = data["conditions"]
@@ -144,9 +160,7 @@ def eval_section(record: Record) -> Section:
                 f"“{plan}”: {name} with the unpruned model {_agreement(name, summary)} (no labels, so no accuracy)"
             )
     verdict = "; ".join(said) + "." if said else "Nothing was scored."
-    body: list[Markup | None] = [
-        tag("ul", *(tag("li", tag("b", n), ": ", plan_text(p)) for n, p in data["plans"].items()))
-    ]
+    blocks: list[Block | None] = [Listing([(name, plan_text(plan)) for name, plan in data["plans"].items()])]
     rows = [row for plan, scores in data["scores"].items() for row in _rows(plan, "all", scores)]
     rows += [
         row
@@ -167,14 +181,16 @@ def eval_section(record: Record) -> Section:
             "worse",
             "could show",
         ]
-        body.append(table(head, rows, "Scores, in %; could show: smallest true difference seen with 80 % probability"))
+        blocks.append(
+            Table(head, rows, "Scores, in %; could show: smallest true difference seen with 80 % probability")
+        )
     rows = [
         [plan, measure, Cell(_agreement(measure, s, spread=True), s["mean"]), s["n"]]
         for plan, measures in data["agreement"].items()
         for measure, s in measures.items()
     ]  # fmt: skip
     if rows:
-        body.append(table(["plan", "measure", "mean [p20, p80]", "n"], rows, "Agreement with the unpruned model"))
+        blocks.append(Table(["plan", "measure", "mean [p20, p80]", "n"], rows, "Agreement with the unpruned model"))
     rows = [row for plan, scores in (data.get("against_first") or {}).items() for row in _rows(plan, "all", scores)]
     if rows:
         first = next(iter(data["plans"]))
@@ -190,15 +206,15 @@ def eval_section(record: Record) -> Section:
             "worse",
             "could show",
         ]
-        body.append(table(head, rows, f"Against the first plan, {first}"))
+        blocks.append(Table(head, rows, f"Against the first plan, {first}"))
     if data["failures"]:
-        items = [tag("li", f"{failure['where']}: {failure['reason']}") for failure in data["failures"][:20]]
-        body += [tag("h3", f"Not evaluated: {len(data['failures'])}"), tag("ul", *items)]
+        items = [f"{failure['where']}: {failure['reason']}" for failure in data["failures"][:20]]
+        blocks.append(Group([Heading(f"Not evaluated: {len(data['failures'])}"), Listing(items)], page_only=True))
     what = "questions" if record.kind == "eval/vqa" else "images"
     more = {what: f"{data['evaluated']} of {data['given']} evaluated", "example_prompt": given.get("example_prompt")}
     model = given.get("model", "the model")
     asked = f"What does pruning cost {model} in {'right answers' if record.kind == 'eval/vqa' else 'accuracy and agreement'}?"
-    return Section(f"Accuracy: {model}", asked, verdict, conditions(record, **more), join(body))
+    return Sheet(f"Accuracy: {model}", asked, verdict, conditions(record, **more), blocks)
 
 
 def _difference(score: str, found: Mapping[str, Any]) -> str:

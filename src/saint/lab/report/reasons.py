@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .charts import cividis
-from .markup import Markup, join, number, tag
+from .markup import Markup, join, tag
+from .words import number
 
 UNIT = 10  # side of a patch in the drawing
 _NUMBERED = 28  # columns up to which the layer's number on a patch can be read

@@ -5,10 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .charts import Point, front, scatter
-from .markup import Cell, Markup, interval, join, table, tag
+from .blocks import Block, Cell, Charts, Plot, Point, Table, front
 from .reading import Record
-from .section import plan_method, plan_text
+from .words import interval, plan_method, plan_text
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def _tuned(data: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], Ma
             yield f"tuned for {point['work']:g}", point["plan"], point["reached"]
 
 
-def trade_section(records: Sequence[Record]) -> tuple[str, Markup] | None:
+def trade_blocks(records: Sequence[Record]) -> tuple[str, list[Block]] | None:
     """A sentence and the plots, one per model and measure, the unpruned model in each; None where no plan has both."""
     groups: dict[tuple[str, str], list[Trade]] = {}
     for trade in trades(records):
@@ -136,7 +135,7 @@ def trade_section(records: Sequence[Record]) -> tuple[str, Markup] | None:
         best = front(points)
         note = "whiskers: p20 to p80 of speed, 95 % interval of quality; the line joins plans that none beats in both"
         figures.append(
-            scatter(
+            Plot(
                 f"{model}: {measure}",
                 points,
                 x="measured speed-up",
@@ -155,7 +154,7 @@ def trade_section(records: Sequence[Record]) -> tuple[str, Markup] | None:
             ]
             for i, p in enumerate(points, 1)
         ]
-        tables.append(table(["plan", "method", "speed-up", measure, "unbeaten"], rows, f"{model}: {measure}"))
+        tables.append(Table(["plan", "method", "speed-up", measure, "unbeaten"], rows, f"{model}: {measure}"))
         said.append(f"{model}, {measure}: {len(best)} of {len(points)} unbeaten in both, the unpruned model counted")
     sentence = f"Of plans with both a measured speed and a quality: {'; '.join(said)}."
-    return sentence, join([tag("div", *figures, class_="charts"), *tables])
+    return sentence, [Charts(figures), *tables]

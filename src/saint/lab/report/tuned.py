@@ -3,15 +3,31 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .charts import Line, Point, front, line_chart, scatter
-from .markup import Cell, Markup, interval, join, number, table, tag
+from .blocks import (
+    Block,
+    Cell,
+    Charts,
+    Curves,
+    Group,
+    Heading,
+    Line,
+    Listing,
+    PlanBox,
+    Plot,
+    Point,
+    Sheet,
+    Table,
+    Text,
+    front,
+)
 from .reading import Record
-from .section import Section, charts, conditions, plan_box, skipped
+from .told import conditions, skipped
+from .words import interval, number
 
 _SAME_WORK = 0.03  # relative difference up to which two plans leave the same work; times are noisier than counts
 
 
-def tune_section(record: Record) -> Section:
+def tune_sheet(record: Record) -> Sheet:
     """`saint tune`."""
     data = record.data
     images, tokens = data["images"], data["tokens"]
@@ -23,22 +39,20 @@ def tune_section(record: Record) -> Section:
         for row in layers
     ]  # fmt: skip
     per_image = "Every image keeps its own number; these are means." if data.get("per_image") else None
-    figures = [_left(data), *_costs(data)]
+    figures: list[Curves | Plot] = [_left(data), *_costs(data)]
     if (curve := _frontier(data)) is not None:
         figures.append(curve[0])
-    body = join(
-        [
-            table(["where", "method", "tokens left", "share left"], rows, "Where tokens leave"),
-            tag("p", per_image) if per_image else None,
-            _held_out(data),
-            charts(*figures),
-            None if curve is None else curve[1],
-            _missing(data),
-            tag("h3", "Plan"),
-            plan_box(data["plan"]),
-            skipped(record),
-        ]
-    )
+    blocks: list[Block | None] = [
+        Table(["where", "method", "tokens left", "share left"], rows, "Where tokens leave"),
+        Text(per_image) if per_image else None,
+        _held_out(data),
+        Charts(figures, page_only=True),
+        None if curve is None else curve[1],
+        _missing(data),
+        Heading("Plan"),
+        PlanBox(data["plan"]),
+        skipped(record),
+    ]
     more = {
         "target": _asked(data["target"]),
         "images": f"{images['tuned']} to tune on, {images['held_out']} held back"
@@ -46,10 +60,10 @@ def tune_section(record: Record) -> Section:
         "measure": _measure(data),
     }
     asked = f"Where can tokens of {data['model']} leave for {_asked(data['target'])}, and what does that lose?"
-    return Section(f"Tuned plan: {data['model']}", asked, verdict, conditions(record, **more), body)
+    return Sheet(f"Tuned plan: {data['model']}", asked, verdict, conditions(record, **more), blocks)
 
 
-def _left(data: Mapping[str, Any]) -> Markup:
+def _left(data: Mapping[str, Any]) -> Curves:
     """Tokens behind every layer."""
     (depth,) = data["depth"].values()
     left = {_number(row["place"]): float(row["left"]) for row in data["layers"]}
@@ -58,7 +72,7 @@ def _left(data: Mapping[str, Any]) -> Markup:
         now = left.get(float(place), now)
         behind.append(now)
     line = Line("tokens left", behind, x=[float(place) for place in range(-1, int(depth))])
-    return line_chart("Tokens behind each layer", [line], y="tokens", x=_AXIS)
+    return Curves("Tokens behind each layer", [line], y="tokens", x=_AXIS)
 
 
 _AXIS = "layer; -1: in front of all"
@@ -144,7 +158,7 @@ def _work(data: Mapping[str, Any]) -> str:
     return "time" if "speed" in data["target"] else "FLOPs"
 
 
-def _held_out(data: Mapping[str, Any]) -> Markup:
+def _held_out(data: Mapping[str, Any]) -> Table:
     reached = data["reached"]
     own = _left_of(reached, data["target"])
     rows = [["this plan", own, _cell(reached["loss"]), "-"]]
@@ -155,14 +169,14 @@ def _held_out(data: Mapping[str, Any]) -> Markup:
         reached["measure"],
         "this plan less that one (below 0: it loses less)",
     ]
-    return table(head, rows, f"On {data['images']['held_out']} images held back, mean [95 % interval]")
+    return Table(head, rows, f"On {data['images']['held_out']} images held back, mean [95 % interval]")
 
 
 def _cell(value: Mapping[str, Any]) -> Cell:
     return Cell(_interval(value), value["mean"])
 
 
-def _costs(data: Mapping[str, Any]) -> list[Markup]:
+def _costs(data: Mapping[str, Any]) -> list[Curves]:
     """Per share of the tokens a chart of what leaving costs at one layer alone."""
     made = []
     curves = data.get("costs") or []
@@ -181,7 +195,7 @@ def _costs(data: Mapping[str, Any]) -> list[Markup]:
         ]
         title = f"Loss when {share:.0%} of the tokens leave at one layer alone"
         note = f"band: 95 % interval; chosen: {', '.join(map(str, sorted(chosen)))}"
-        made.append(line_chart(title, lines, y=data["reached"]["measure"], x=_AXIS, note=note))
+        made.append(Curves(title, lines, y=data["reached"]["measure"], x=_AXIS, note=note))
     return made
 
 
@@ -191,7 +205,7 @@ def _method(settings: Mapping[str, Any]) -> str:
     return ", ".join([str(settings["method"]), *more])
 
 
-def _frontier(data: Mapping[str, Any]) -> tuple[Markup, Markup] | None:
+def _frontier(data: Mapping[str, Any]) -> tuple[Plot, Table] | None:
     """The plan, its rivals and plans for other budgets, as a plot and a table; None where there are no other budgets."""
     found = [point for point in data.get("frontier") or [] if "reached" in point]
     if not found:
@@ -220,7 +234,7 @@ def _frontier(data: Mapping[str, Any]) -> tuple[Markup, Markup] | None:
     x = "measured speed-up, batch 1" if timed else "times fewer FLOPs"
     note = "whiskers: 95 % interval on images held back; the line joins plans that none beats in both"
     axis = measure.partition(" with ")[0]
-    plot = scatter("Other budgets", points, x=x, y=measure, axis=axis, note=note, least=least)
+    plot = Plot("Other budgets", points, x=x, y=measure, axis=axis, note=note, least=least)
     best = front(points, least=least)
     rows = [
         [
@@ -231,12 +245,12 @@ def _frontier(data: Mapping[str, Any]) -> tuple[Markup, Markup] | None:
         ]
         for i, p in enumerate(points, 1)
     ]
-    return plot, table(["plan", x, measure, "unbeaten"], rows, "Other budgets, by the numbers of the plot")
+    return plot, Table(["plan", x, measure, "unbeaten"], rows, "Other budgets, by the numbers of the plot")
 
 
-def _missing(data: Mapping[str, Any]) -> Markup | None:
+def _missing(data: Mapping[str, Any]) -> Group | None:
     missing: Sequence[Mapping[str, Any]] = [p for p in data.get("frontier") or [] if "missing" in p]
     if not missing:
         return None
-    items = (tag("li", f"{number(p['work'], 2)} of the {_work(data)}: {p['missing']}") for p in missing)
-    return tag("div", tag("p", "No plan was found for:"), tag("ul", *items))
+    items = [f"{number(p['work'], 2)} of the {_work(data)}: {p['missing']}" for p in missing]
+    return Group([Text("No plan was found for:"), Listing(items)], box=True)

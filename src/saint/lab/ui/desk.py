@@ -11,6 +11,7 @@ from ...plans import Plan
 from ...session import pruned
 from ..demo import MODELS, photos
 from ..kinds import DEMO, Subject, kind_of
+from ..report.html import Renderer
 from ..sources.items import Item
 from ..view.reasons import Reasons
 from . import pages
@@ -70,7 +71,7 @@ class Desk:
             subject = self._loaded(self.offers[asked.model])
             if self.offers[asked.model].asked and not asked.question:
                 raise ValueError(f"{asked.model} answers questions: type one")
-            return pages.page(self._shown(asked, subject))
+            return Renderer("ui", pages.SIDE).alone(pages.page(self._shown(asked, subject)))
 
     def _loaded(self, offer: Offer) -> Subject:
         if self._held is None or self._held[0] != offer.spec:

@@ -1,0 +1,102 @@
+"""Sheets as Markdown, for pages of documentation and for issues."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from .blocks import (
+    Block,
+    Cell,
+    Charts,
+    Code,
+    Curves,
+    Group,
+    Heading,
+    Listing,
+    More,
+    PlanBox,
+    Quotes,
+    Sheet,
+    Table,
+    Text,
+)
+from .words import interval, number, plan_text
+
+
+def sheet(made: Sheet) -> str:
+    """Title, verdict, conditions and all that is no picture; ends with a line break."""
+    facts = [f"- {name}: {value}" for name, value in made.conditions if value is not None]
+    parts = [f"## {made.title}", made.verdict, "\n".join(facts), *_all(made.blocks)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table: text, numbers or cells; the first column is text, the others are aligned to the right."""
+    lines = [_row(head), _row(["---", *["---:"] * (len(head) - 1)])]
+    return "\n".join([*lines, *(_row([_text(value) for value in row]) for row in rows)])
+
+
+def _all(blocks: Iterable[Block | None]) -> Iterator[str]:
+    for block in blocks:
+        if block is not None:
+            yield from _block(block)
+
+
+def _block(block: Block) -> Iterator[str]:
+    match block:
+        case Table():
+            yield f"{block.caption}:"
+            yield table(block.head, block.rows)
+        case Heading():
+            yield f"### {block.text}"
+        case Text():
+            if not block.page_only:
+                yield f"**{block.lead}**{block.text}" if block.lead else block.text
+        case Listing():
+            yield "\n".join(
+                f"- {item}" if isinstance(item, str) else f"- **{item[0]}**: {item[1]}" for item in block.items
+            )
+        case Quotes():
+            yield from (f"{name}:\n\n> {text}" for name, text in block.answers)
+        case PlanBox():
+            yield plan_text(block.plan)
+        case Code():
+            yield f"```\n{block.text}\n```"
+        case Curves():
+            yield from _curves(block)
+        case Charts():
+            for chart in block.charts:
+                if isinstance(chart, Curves):
+                    yield from _curves(chart)
+        case Group() | More():
+            yield from _all(block.blocks)
+        case _:
+            return  # pictures
+
+
+def _curves(curves: Curves) -> Iterator[str]:
+    places = sorted({place for line in curves.lines for place in line.places()})
+    rows = []
+    for place in places:
+        row: list[Any] = [number(place)]
+        for line in curves.lines:
+            where = line.places()
+            i = where.index(place) if place in where else None
+            ends = (
+                (line.low[i] if line.low else None, line.high[i] if line.high else None)
+                if i is not None
+                else (None,) * 2
+            )
+            row.append("-" if i is None else interval(line.mean[i], *ends))
+        rows.append(row)
+    yield f"{curves.title}:"
+    yield table([curves.x, *(line.name for line in curves.lines)], rows)
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _text(value: Any) -> str:
+    value = value.text if isinstance(value, Cell) else value
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number(value) if plain else str(value)

@@ -1,0 +1,68 @@
+"""Numbers and plans of records in words, for every renderer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_METHOD, _SHOWN = "method", ("layers", "placement", "output")
+_PLAIN = {"output": "survivors"}  # values that say nothing new
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """For people: at most ``digits`` digits behind the point for small numbers, none for large ones; "-" for None."""
+    if value is None:
+        return "-"
+    value = float(value)
+    if value == 0 or (float(value).is_integer() and abs(value) < 1e6):
+        return f"{value:.0f}"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    if abs(value) < 10**-digits:
+        return f"{value:.1e}"
+    return f"{value:.{digits if abs(value) < 10 else max(1, digits - 1)}f}"
+
+
+def interval(value: float | None, low: float | None, high: float | None, digits: int = 3) -> str:
+    """ "0.42 [0.40, 0.45]"."""
+    if low is None or high is None:
+        return number(value, digits)
+    return f"{number(value, digits)} [{number(low, digits)}, {number(high, digits)}]"
+
+
+def names(values: Sequence[str], most: int = 6) -> str:
+    """A few of them, and how many there are."""
+    different = list(dict.fromkeys(map(str, values)))
+    shown = ", ".join(different[:most]) + (", ..." if len(different) > most else "")
+    return f"{len(values)} ({shown})" if values else "0"
+
+
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """A plan's dict in a line, e.g. "vision: saint (threshold 0.75, neighbors 5), first-half layers"."""
+    slots = []
+    for slot in ("vision", "connector", "language"):
+        for stage in _stages(plan, slot):
+            method = dict(stage["method"])
+            name = method.pop(_METHOD)
+            settings = ", ".join(
+                f"{key} {value:g}" if _is_number(value) else f"{key} {value}" for key, value in method.items()
+            )
+            more = [f"{key} {stage[key]}" for key in _SHOWN if stage.get(key) not in (None, _PLAIN.get(key))]
+            slots.append(f"{slot}: {name} ({settings})" + "".join(f", {text}" for text in more))
+    return "; ".join(slots) or "nothing is dropped"
+
+
+def plan_method(plan: Mapping[str, Any]) -> str:
+    """Names of the methods of a plan, e.g. "saint + fastv"."""
+    found = []
+    for slot in ("vision", "connector", "language"):
+        found += [str(stage["method"][_METHOD]) for stage in _stages(plan, slot)]
+    return " + ".join(dict.fromkeys(found)) or "none"
+
+
+def _stages(plan: Mapping[str, Any], slot: str) -> list[Any]:
+    """The stages of a slot, which may be written as one or as a list."""
+    entry = plan.get(slot, [])
+    return entry if isinstance(entry, list) else [entry]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
