@@ -5,6 +5,7 @@ namespace, as a reader would type them.
 """
 
 import importlib.util
+import pydoc
 import re
 import shlex
 import subprocess
@@ -160,6 +161,22 @@ def test_the_first_page_is_short():
     assert "make test" in "\n".join(blocks(ROOT / "README.md", "bash"))
     for _, target in re.findall(r"\[([^\]]*)\]\((?!http)([^)#]+)", text):
         assert (ROOT / target).exists(), target
+
+
+# -- help(saint) ------------------------------------------------------------------------------------------------------
+
+
+def test_help_is_short_and_begins_with_an_example():
+    lines = pydoc.render_doc(saint, renderer=pydoc.plaintext).splitlines()
+    assert len(lines) <= 500
+    assert ">>> import saint" in "\n".join(lines[:10])
+
+
+def test_help_names_every_public_name():
+    words = set(re.findall(r"\w+", saint.__doc__))
+    kinds = {name for name in dir(saint) if name.endswith("Error")} - {"SaintError"}  # told by their base
+    assert set(dir(saint)) - {"__version__"} - kinds <= words
+    assert set(saint.__all__) <= set(dir(saint))
 
 
 # -- shells -----------------------------------------------------------------------------------------------------------
