@@ -163,6 +163,17 @@ def test_the_first_page_is_short():
         assert (ROOT / target).exists(), target
 
 
+def test_the_architecture_is_short_and_names_what_there_is():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    assert len(text.split()) <= 2000
+    (picture,) = (code for language, code in BLOCK.findall(text) if language == "" and "lab     src" in code)
+    core, lab = picture.split("lab     src/saint/lab/")
+    for part, folder in ((core, ROOT / "src" / "saint"), (lab, ROOT / "src" / "saint" / "lab")):
+        named = [word for line in part.splitlines()[1:] for word in re.findall(r"[a-z_]+(?:/|\.py)(?= |$)", line[:50])]
+        assert len(named) > 10
+        assert [name for name in named if not (folder / name).exists()] == []
+
+
 # -- help(saint) ------------------------------------------------------------------------------------------------------
 
 
