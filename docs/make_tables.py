@@ -107,7 +107,8 @@ def headline_table() -> str:
     lines.append(
         f"| small LLaVA, questions | hybrid | {row['left']:.0f} of 196 tokens | not timed "
         f"| {paired['pruned']:.1%} right (unpruned {paired['base']:.1%}): {100 * paired['difference']:+.1f} "
-        f"[{100 * paired['low']:+.1f}, {100 * paired['high']:+.1f}] points | [results](docs/results.md#the-order-of-the-modes-on-more-pictures) |"
+        f"[{100 * paired['low']:+.1f}, {100 * paired['high']:+.1f}] points "
+        "| [results](docs/results.md#the-order-of-the-modes-on-more-pictures) |"
     )
     return "\n".join(lines)
 
