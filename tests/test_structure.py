@@ -371,6 +371,20 @@ def test_type_checkers_are_told_of_every_method():
     assert all(getattr(saint.methods, cls.__name__) is cls for cls in known.values())
 
 
+def test_docstrings_of_functions_begin_with_a_verb():
+    """What a function does comes first, so none begins with the question that it answers."""
+    questions = {"How", "What", "When", "Where", "Whether", "Which", "Who", "Whose", "Why"}
+    wrong = [
+        f"{path.relative_to(SOURCE)}:{node.lineno} {node.name}"
+        for path in sorted(SOURCE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (text := ast.get_docstring(node))
+        and text.split()[0] in questions
+    ]
+    assert not wrong, wrong
+
+
 def test_no_module_shadows_a_public_name():
     lazy = {name for name, module in saint._LAZY.items() if module is not None}
     modules = {path.stem for path in SOURCE.glob("*.py")} | {path.name for path in SOURCE.iterdir() if path.is_dir()}

@@ -95,7 +95,7 @@ def bench(
 
 
 def print_bench(title: str, record: dict[str, Any], result: Any) -> None:
-    """What ran, under which conditions, and what came out."""
+    """Print what ran, under which conditions, and what came out."""
     c = result.conditions
     about = f"[bold]{title}[/]"
     size = f"{' x '.join(map(str, record['image_size']))} px, " if "image_size" in record else ""

@@ -71,7 +71,7 @@ class Run:
 
     @property
     def missing(self) -> str:
-        """What the bound leaves out, for people."""
+        """Return what the bound leaves out, for people."""
         from ...flops import left_out
 
         return left_out(*(b.uncounted for b in self.benches))
@@ -302,7 +302,7 @@ def _strips(
 
 
 def _by_kept(run: Run, most: int) -> list[int]:
-    """Which photographs to show: spread over how much was dropped, most first."""
+    """Return which photographs to show: spread over how much was dropped, most first."""
     order = sorted(range(len(run.traces)), key=lambda i: int(run.traces[i][-1].tokens_out[0]))
     return order if len(order) <= most else [order[round(i * (len(order) - 1) / (most - 1))] for i in range(most)]
 

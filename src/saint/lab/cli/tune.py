@@ -132,7 +132,7 @@ def tune(
 
 
 def print_tuning(model: str, found: "Tuning") -> None:
-    """Where tokens leave, what was reached on the images held back, and what others reach there."""
+    """Print where tokens leave, what was reached on the images held back, and what others reach there."""
     record = found.record
     target = ", ".join(f"{name} {value:g}" for name, value in record["target"].items())
     counts = record["images"]

@@ -200,7 +200,7 @@ def _legend(lines: Sequence[Line], boundaries: Sequence[Boundary]) -> Markup:
 
 
 def _mark(axis: str, place: float, text: str) -> str:
-    """What stands at a place of an axis: tokens that leave in front of the first layer leave at the input."""
+    """Draw what stands at a place of an axis: tokens that leave in front of the first layer leave at the input."""
     return "input" if axis == "layer" and place == -1 else text
 
 
@@ -363,7 +363,7 @@ def cividis(share: float) -> str:
 
 
 def _spoken(title: str, lines: Sequence[Line], x: str) -> str:
-    """What a screen reader says: each curve's first and last value."""
+    """Return what a screen reader says: each curve's first and last value."""
     said = []
     for line in lines:
         known = [(place, y) for place, y in zip(line.places(), line.mean, strict=True) if y is not None]

@@ -40,7 +40,7 @@ def gallery(record: Record, prefix: str, side: int) -> Markup | None:
 
 
 def _of(record: Record) -> Markup | None:
-    """Which plan an analysis shows, and which pictures it could not."""
+    """Return which plan an analysis shows, and which pictures it could not."""
     of = record.data.get("survivors_of")
     if of is None:
         return None

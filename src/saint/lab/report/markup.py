@@ -106,7 +106,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], caption: str, *, s
 
 
 def details(summary: str, *children: Any) -> Markup:
-    """What is shown on demand."""
+    """Return what is shown on demand."""
     return tag("details", tag("summary", summary), *children)
 
 

@@ -109,7 +109,7 @@ def conditions(record: Record, **more: Any) -> Markup:
 
 
 def skipped(record: Record) -> Markup | None:
-    """What could not be read or was left out, with reasons."""
+    """Return what could not be read or was left out, with reasons."""
     entries, left = record.data.get("skipped") or [], record.data.get("left_out") or []
     if not entries and not left:
         return None
