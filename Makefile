@@ -73,7 +73,7 @@ results: $(STAMP) ## re-measure docs/results.md (STAMPS=, FASHION=: folders, see
 analysis: $(STAMP) ## re-measure docs/analysis.md on photographs (PHOTOS=, a folder)
 	$(RUN)/python evidence/analyze.py run --photos '$(PHOTOS)'
 	$(RUN)/python evidence/analyze.py again --photos '$(PHOTOS)'
-tables: $(STAMP) ## regenerate the support table of the README
+tables: $(STAMP) ## write the generated parts of README.md and docs/
 	$(RUN)/python docs/make_tables.py
 docs: $(STAMP)   ## build the documentation into site/ (the build itself needs no network)
 	@$(RUN)/python -c 'import material, mkdocstrings' 2>/dev/null || \

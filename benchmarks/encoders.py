@@ -3,7 +3,7 @@
     python benchmarks/encoders.py [--repeats 15] [--only clip-b16]
 
 Each model runs its default plan and a plan near half the FLOPs, on photographs, batch 1 and 8. One JSON record with all
-conditions; `python docs/make_tables.py` puts the table into the README.
+conditions; `python docs/make_tables.py` puts the table into docs/results.md.
 """
 
 import argparse

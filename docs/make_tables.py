@@ -1,4 +1,4 @@
-"""Rewrite the generated tables: what is supported and the speed in README.md, the load in docs/serving.md, from their records.
+"""Rewrite the generated parts of README.md and docs/: what is supported, from the specs; what was measured, from its records.
 
 Only what this package brings is in them; `saint list` also shows plug-ins.
 """
@@ -7,9 +7,13 @@ import csv
 import dataclasses
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from saint import methods
 from saint.flops import left_out
+from saint.upstream.decoders import TEXT
 from saint.upstream.names import VIDEOS
 from saint.upstream.registry import ENCODERS, FAMILIES
 from saint.upstream.specs import FamilySpec
@@ -17,7 +21,96 @@ from saint.upstream.specs import FamilySpec
 ROOT = Path(__file__).parents[1]
 ZOO = ROOT / "docs" / "zoo.csv"
 RECORD = ROOT / "benchmarks" / "results" / "encoders-cpu.json"
+EVIDENCE = ROOT / "evidence" / "results"
+SLOTS = ("vision", "connector", "language")
 SERVING = [ROOT / "benchmarks" / "results" / f"serving-cpu{size}.json" for size in ("", "-200m")]
+
+
+def zoo_rows() -> list[dict[str, str]]:
+    return list(csv.DictReader(ZOO.read_text().splitlines()))
+
+
+def builtin_methods() -> list[type[methods.Method]]:
+    """The methods that this package brings, the paper's own first."""
+    found = [methods.get(name) for name in methods.names()]
+    ours = [method for method in found if method.__module__.startswith("saint.")]
+    return sorted(ours, key=lambda method: (not method.__name__.startswith("Saint"), method.__name__))
+
+
+def counts() -> str:
+    """Three lines of the README: how much of what works."""
+    libraries: dict[str, int] = {}
+    for library, _ in {(spec.library, spec.title) for spec in ENCODERS}:
+        libraries[library] = libraries.get(library, 0) + 1
+    rows = zoo_rows()
+    held = sum(row["outcome"] == "holds" for row in rows)
+    inside = sum("language" in spec.stages for spec in FAMILIES)
+    towers = sum(spec.no_vision is None for spec in FAMILIES)
+    encoders = ", ".join(
+        f"{libraries[name]} of {name}" for name in sorted(libraries, key=lambda name: -libraries[name])
+    )
+    return "\n".join(
+        [
+            f"- **{sum(libraries.values())} kinds of encoders** ({encoders}); by name {held} of {len(rows)} models hold every "
+            "contract, and the others are refused with the reason.",
+            f"- **{len(FAMILIES)} families of vision-language models**, with `generate` as ever: tokens leave in the encoder of "
+            f"{towers}, behind it and in the language model of {inside}. {len(TEXT)} language models without images.",
+            f"- **{len(builtin_methods())} methods**, the paper's two among them, in any combination of three places: encoder, "
+            "connector, language model.",
+        ]
+    )
+
+
+def methods_table() -> str:
+    """Every method of the package: where it works, what it does, its paper."""
+    lines = ["| method | where | what it does | paper |", "|---|---|---|---|"]
+    for method in builtin_methods():
+        where = ", ".join(slot for slot in SLOTS if slot in method.stages)
+        about = " ".join((method.__doc__ or "").split("\n\n")[0].split())
+        about = about.replace(":class:", "").replace("``", "`").rstrip(".")
+        full = (
+            f"saint.{method.__name__}"
+            if method.name in ("saint", "saint_full_graph")
+            else f"saint.methods.{method.__name__}"
+        )
+        paper = f"[{method.paper.rpartition('/')[2]}]({method.paper})"
+        lines.append(f"| [`{full}`](reference.md#{full}) | {where} | {about} | {paper} |")
+    return "\n".join(lines)
+
+
+def _row(record: dict[str, Any], name: str, share: float) -> dict[str, Any]:
+    return next(row for row in record["results"] if row["name"] == name and row["share"] == share)
+
+
+def headline_table() -> str:
+    """Four rows for the README, each from one record; speed at batch 8."""
+    lines = [
+        "| model | plan | FLOPs left | speed-up (bound) | what the answer keeps | more |",
+        "|---|---|---|---|---|---|",
+    ]
+    share = 0.505
+    for record_name, model, name, plan, measure in (
+        ("matching-clip-b16", "CLIP ViT-B/16", "Saint, layers 0-5", "`Saint`, layers 0-5", "cosine"),
+        ("matching-clip-b16", "CLIP ViT-B/16", "Match weigh, odd layers", "`Match`, weighs", "cosine"),
+        ("matching-dinov2-s", "DINOv2 ViT-S/14, dense", "Match merge, all layers", "`Match`, merges", "correlation"),
+    ):
+        row = _row(json.loads((EVIDENCE / f"{record_name}.json").read_text()), name, share)
+        speed, (low, high) = row["speedup"]["8"], row["interval"]
+        lines.append(
+            f"| {model} | {plan} | {row['reached']:.2f} | x{speed['median']:.2f} [{speed['p20']:.2f}, {speed['p80']:.2f}] "
+            f"(x{1 / row['reached']:.2f}) | {measure} {row['mean']:.3f} [{low:.3f}, {high:.3f}] "
+            "| [matching](docs/matching.md#at-equal-flops) |"
+        )
+    modes = json.loads((EVIDENCE / "modes.json").read_text())
+    row = next(row for row in modes["rows"] if row["plan"] == "hybrid, voting and full graph")
+    paired = row["paired"]
+    lines.append(
+        f"| small LLaVA, questions | hybrid | {row['left']:.0f} of 196 tokens | not timed "
+        f"| {paired['pruned']:.1%} right (unpruned {paired['base']:.1%}): {100 * paired['difference']:+.1f} "
+        f"[{100 * paired['low']:+.1f}, {100 * paired['high']:+.1f}] points "
+        "| [results](docs/results.md#the-order-of-the-modes-on-more-pictures) |"
+    )
+    return "\n".join(lines)
 
 
 def support_table() -> str:
@@ -31,7 +124,7 @@ def support_table() -> str:
 
 def zoo_table() -> str:
     """How many names of each module hold, from the record of the sweep."""
-    rows = list(csv.DictReader(ZOO.read_text().splitlines()))
+    rows = zoo_rows()
     lines = ["| library | names of | hold | refused | not tried |", "|---|---|---|---|---|"]
     groups: dict[tuple[str, str], list[str]] = {}
     for row in rows:
@@ -127,16 +220,23 @@ def replace(text: str, name: str, table: str) -> str:
     return f"{head}{begin}\n{table}\n{end}{tail}"
 
 
+# every generated part, by its page and name
+PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"headline": headline_table, "counts": counts},
+    "docs/models.md": {"support": support_table, "zoo": zoo_table, "families": vlm_table},
+    "docs/methods.md": {"methods": methods_table},
+    "docs/results.md": {"speed": speed_table},
+    "docs/serving.md": {"serving": serving_table},
+}
+
+
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = replace(readme.read_text(), "support", support_table())
-    text = replace(text, "zoo", zoo_table())
-    text = replace(text, "families", vlm_table())
-    if RECORD.exists():
-        text = replace(text, "speed", speed_table())
-    readme.write_text(text)
-    serving = ROOT / "docs" / "serving.md"
-    serving.write_text(replace(serving.read_text(), "serving", serving_table()))
+    for page, parts in PARTS.items():
+        file = ROOT / page
+        text = file.read_text()
+        for name, made in parts.items():
+            text = replace(text, name, made())
+        file.write_text(text)
 
 
 if __name__ == "__main__":

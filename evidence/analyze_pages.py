@@ -66,7 +66,7 @@ The models of the demo under `saint analyze`, on {images} photographs, and a twi
 over images; bands in the pictures are 95 % bootstrap intervals over images. The small LLaVA has learned generated scenes, and was
 asked the same question about every photograph. {prompts}
 `make analysis PHOTOS=DIR` measures again and rewrites this page; records are in `evidence/results/analyze-*.json`. What the
-numbers are: docstrings of `saint.lab.analysis`; how stages are decided: [architecture](architecture.md).
+numbers are: docstrings of `saint.lab.analysis`; how stages are decided: that of `stages.py`.
 
 Stages are shown in {shown} of the {stacks} stacks of layers with trained weights, and in {control} of those with random ones.
 """

@@ -122,7 +122,7 @@ def test_a_method_may_not_take_the_name_of_a_built_in_one(install):
 
 def test_an_encoder_keeps_the_contracts_with_one_spec():
     model = nn.Sequential(home())
-    with pytest.raises(saint.UnsupportedModelError, match="CONTRIBUTING says how to register"):
+    with pytest.raises(saint.UnsupportedModelError, match="docs/adding.md says how to register"):
         testing.check_model(model)
     saint.register(HOME)
     saint.register(dataclasses.replace(HOME))  # an equal one does nothing

@@ -1,6 +1,6 @@
 """What other packages bring: an analysis in one new file, and no file of saint changed.
 
-The file is the block of CONTRIBUTING.md, so what is shown there is what is held against a literal computation here.
+The file is the block of docs/adding.md, so what is shown there is what is held against a literal computation here.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from saint import testing
 from support.families import FAMILIES, IMAGE, prompts
 from support.models import build
 
-PAGE = Path(__file__).parents[1] / "CONTRIBUTING.md"
+PAGE = Path(__file__).parents[1] / "docs" / "adding.md"
 
 
 @pytest.fixture

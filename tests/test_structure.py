@@ -324,7 +324,8 @@ def test_the_core_works_where_the_lab_cannot():
     code = (
         "import sys\n"
         "for name in ('PIL', 'rich', 'typer', 'timm', 'transformers', 'open_clip'): sys.modules[name] = None\n"
-        "import saint, saint.testing\n"
+        "import pydoc, saint, saint.testing\n"
+        "assert 'pruned(' in pydoc.render_doc(saint)\n"
         "assert saint.Plan.from_dict(saint.plan('vit/match').to_dict()) == saint.plan('vit/match')\n"
         "assert saint.freeze and saint.apply\n"
         "try: saint.tune\n"
@@ -341,7 +342,7 @@ def test_the_core_works_where_the_lab_cannot():
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", [name for name in saint.__all__ if not name.startswith("__")])
+@pytest.mark.parametrize("name", [name for name in dir(saint) if not name.startswith("__")])
 def test_public_names_exist_and_are_documented(name):
     assert getattr(saint, name).__doc__
 
@@ -372,6 +373,20 @@ def test_type_checkers_are_told_of_every_method():
     known = {name: saint.methods.get(name) for name in saint.methods.names()}
     assert told == {(name, cls.__name__) for name, cls in known.items()}
     assert all(getattr(saint.methods, cls.__name__) is cls for cls in known.values())
+
+
+def test_docstrings_of_functions_begin_with_a_verb():
+    """What a function does comes first, so none begins with the question that it answers."""
+    questions = {"How", "What", "When", "Where", "Whether", "Which", "Who", "Whose", "Why"}
+    wrong = [
+        f"{path.relative_to(SOURCE)}:{node.lineno} {node.name}"
+        for path in sorted(SOURCE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (text := ast.get_docstring(node))
+        and text.split()[0] in questions
+    ]
+    assert not wrong, wrong
 
 
 def test_no_module_shadows_a_public_name():

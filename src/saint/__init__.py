@@ -1,9 +1,30 @@
-"""saint: drop redundant visual tokens, without training, in unmodified models.
+"""Drop redundant visual tokens of vision transformers and vision-language models: no training, exact undo.
 
-``import saint`` loads neither timm nor transformers and touches no GPU.
+    >>> import saint, timm, torch
+    >>> vit = timm.create_model("test_vit").eval()  # any model of timm, transformers or open_clip
+    >>> with saint.pruned(vit, saint.Saint(budget=0.5)) as session:
+    ...     logits = vit(torch.randn(1, 3, 160, 160))  # the same call, on fewer tokens
+    >>> print(session.summary())
+    VisionTransformer: candidates per sample, mean (least..most)
+    ...
+
+A *session* owns every change to a model, a *plan* says where tokens may go, a *method* says which.
+
+    apply, pruned, remove, status     put a plan on a model, take it off, ask what is on
+    Session, LayerTrace               what was applied, what the last forward dropped
+    Plan, Stage, plan, recipes        where tokens may go; ready-made plans
+    Saint, SaintFullGraph, methods    which ones go: the paper's two methods, all methods
+    tune, freeze, evaluate_images     find a plan, fix its numbers, measure it
+    register, Observer                models from elsewhere, whatever looks on
+    graph, testing                    the mathematics alone; proofs for a model and a plan
+    SaintError                        of every error that is raised on purpose, see saint.errors
+
+``help(saint.Plan)`` explains each of them, ``dir(saint)`` lists them.
+``import saint`` loads no timm or transformers and touches no GPU.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -64,7 +85,22 @@ _LAZY = {
     "testing": None,
 }
 
-__all__ = sorted([*_LAZY, "__version__"])
+# what help(saint) tells in full; all other public names have a line in the text above it, and help(saint.NAME)
+__all__ = [
+    "LayerTrace",
+    "Session",
+    "__version__",
+    "apply",
+    "evaluate_images",
+    "freeze",
+    "plan",
+    "pruned",
+    "recipes",
+    "register",
+    "remove",
+    "status",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -77,4 +113,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    """List the public names. Where the lab is not installed its own are left out: help() asks for all that is listed."""
+    lab = all(find_spec(package) for package in ("PIL", "rich", "typer"))
+    return sorted(
+        ["__version__", *(name for name, home in _LAZY.items() if lab or not (home or "").startswith("lab."))]
+    )

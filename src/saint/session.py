@@ -156,7 +156,7 @@ class Session(Uncopyable):
 
     @property
     def status(self) -> Status:
-        """What is applied, per stage; of a session that has been removed, what was."""
+        """Return what is applied, per stage; of a session that has been removed, what was."""
         if self._over is not None:
             return self._over.status
         stages: dict[str, tuple[StageStatus, ...]] = {}
@@ -176,7 +176,7 @@ class Session(Uncopyable):
         return StageStatus(stage.method, layers, points[0].placement, stack.path)
 
     def summary(self) -> Summary:
-        """What the last forward dropped, and what that left of its tokens, FLOPs and cache.
+        """Return what the last forward dropped, and what that left of its tokens, FLOPs and cache.
 
         Raises:
             RuntimeError: no forward with candidates has run.
@@ -278,7 +278,7 @@ class Session(Uncopyable):
         self._encoder = self._vlm = None
 
     def _told(self) -> _Over:
-        """What stays; read before the patches go, which forget their forwards."""
+        """Return what stays; read before the patches go, which forget their forwards."""
         vision, door, language = self._vision, self._door, self._language
         return _Over(
             status=self.status,
@@ -400,7 +400,7 @@ def apply(model: ModelLike, plan: PlanLike, *, observers: Sequence[Any] = ()) ->
 
 
 def _not_tuned_on(model: nn.Module, session: Session, tuned: Mapping[str, Any]) -> str:
-    """How ``model`` differs from the one that a plan was tuned on; "" where it does not, as far as the record tells."""
+    """Tell how ``model`` differs from the one that a plan was tuned on; "" where it does not, as far as the record tells."""
     if (name := tuned.get("class", type(model).__name__)) != type(model).__name__:
         return f"{name}, and this is a {type(model).__name__}"
     depths = {} if session._encoder is None else {"vision": session._encoder.depth}
@@ -428,7 +428,7 @@ def remove(model: ModelLike) -> None:
 
 
 def status(model: ModelLike) -> Status | None:
-    """What is applied to ``model`` or inside it; None when clean."""
+    """Return what is applied to ``model`` or inside it; None when clean."""
     session = _session(_module(model))
     return None if session is None else session.status
 

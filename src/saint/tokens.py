@@ -14,7 +14,7 @@ from .order import descending, true_places
 
 
 def reads_are_free(device: torch.device) -> bool:
-    """Whether a look at a tensor's values costs no wait for the device; where it does, only what must be known is read."""
+    """Tell whether a look at a tensor's values costs no wait for the device; where it does, only what must be known is read."""
     return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -53,12 +53,12 @@ class TokenMap:
 
     @property
     def whole(self) -> bool:
-        """Whether no token of any sample has been dropped."""
+        """Tell whether no token of any sample has been dropped."""
         return self.lengths == self.total
 
     @property
     def here(self) -> Tensor:
-        """Which of the original places are survivors, bool [B, width]."""
+        """Return which of the original places are survivors, bool [B, width]."""
         return Selection(self.index, self.lengths, self.valid).mask(self.width)
 
     def kept(self) -> list[Tensor]:

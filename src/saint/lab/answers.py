@@ -54,7 +54,7 @@ def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> flo
 
 
 def chosen(prediction: str, choices: Sequence[str]) -> int | None:
-    """Which choice a text names: its text, a leading letter ("B", "(b)", "B. red"), "answer is B", or the only one mentioned.
+    """Tell which choice a text names: its text, a leading letter ("B", "(b)", "B. red"), "answer is B", or the only one there is.
 
     Returns:
         Index into ``choices``; None where the text names none, or several.

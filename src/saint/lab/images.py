@@ -61,7 +61,7 @@ def read_image(source: Path | bytes) -> Image.Image:
 
 
 def mark(source: Path | Image.Image) -> int:
-    """What tells a picture from another under its name, cheaply: the bytes of a file, a checksum of pixels in memory.
+    """Return what tells a picture from another under its name, cheaply: the bytes of a file, a checksum of pixels in memory.
 
     -1 where there is none; reading it says why.
     """
@@ -117,7 +117,7 @@ def read_untrusted(data: bytes, pixels: int = 40_000_000) -> Image.Image:
 
 
 def reason(error: BaseException) -> str:
-    """Why an image could not be read, in one line of a sane length."""
+    """Say why an image could not be read, in one line of a sane length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
 

@@ -60,7 +60,7 @@ def environment(device: Any = None) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """What the processor calls itself."""
+    """Return what the processor calls itself."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -114,7 +114,7 @@ def plain(value: Any) -> Any:
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between the settings of two runs, by dotted names: "plan.vision[0].method.threshold: 0.5 there, 0.6 now"."""
+    """Tell what differs between settings of two runs, by dotted names: "plan.vision[0].method.threshold: 0.5 there, 0.6 now"."""
     old, new = dict(_leaves("", there)), dict(_leaves("", now))
     # as text: a budget of 1 is one token and one of 1.0 is all of them, and Python calls them equal
     changed = [name for name in {**old, **new} if json.dumps(old.get(name)) != json.dumps(new.get(name))]

@@ -155,7 +155,7 @@ def entries(
 
 
 def biases(past: CachePositions | None, before: int, bias: Tensor | None, more: int) -> Tensor | None:
-    """What is added to the logits of every entry once a sequence of ``more`` tokens is appended, [B, K + more].
+    """Return what is added to the logits of every entry once a sequence of ``more`` tokens is appended, [B, K + more].
 
     Args:
         past: what the layer holds, None when it holds all ``before`` positions.
@@ -173,14 +173,14 @@ def biases(past: CachePositions | None, before: int, bias: Tensor | None, more: 
 
 
 def extended(past: CachePositions | None, before: int, tokens: TokenMap, bias: Tensor | None = None) -> CachePositions:
-    """What a layer holds after the survivors of a new sequence were appended to ``before`` cached positions."""
+    """Return what a layer holds after the survivors of a new sequence were appended to ``before`` cached positions."""
     index, valid = entries(tokens, past, before, tokens.width)
     assert index is not None
     return CachePositions(index, valid, before + tokens.width, biases(past, before, bias, tokens.slots))
 
 
 def remaining(past: CachePositions | None, tokens: TokenMap, *, before: int) -> tuple[Selection, CachePositions]:
-    """What is left of a layer's entries when of the last sequence only ``tokens`` are.
+    """Return what is left of a layer's entries when of the last sequence only ``tokens`` are.
 
     Args:
         past: what the layer holds, the last sequence included; None when it holds every position.
@@ -257,7 +257,7 @@ class RaggedLayer(DynamicLayer):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether any number of the last positions can be taken off again; asked by assisted decoding."""
+        """Tell whether any number of the last positions can be taken off again; asked by assisted decoding."""
         return self.sliding_window is None
 
     def update(
@@ -418,7 +418,7 @@ def ragged_layer(cache: DynamicCache, layer: int, session: SessionToken) -> Ragg
 
 
 def filled(cache: Any) -> bool:
-    """Whether a forward goes on where another has filled the cache, and is no prompt of its own."""
+    """Tell whether a forward goes on where another has filled the cache, and is no prompt of its own."""
     length = 0 if cache is None else cache.get_seq_length()
     if isinstance(length, Tensor) and torch.compiler.is_compiling():
         return True  # of a static cache, whose steps alone are compiled; a look at it would break the graph

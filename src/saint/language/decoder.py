@@ -157,12 +157,12 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
 
     @property
     def drops(self) -> bool:
-        """Whether tokens may leave here."""
+        """Tell whether tokens may leave here."""
         return any(point.method is not None and not point.method.keeps_everything for point in self.points.values())
 
     @property
     def needs(self) -> frozenset[str]:
-        """What is computed on demand at some drop point."""
+        """Return what is computed on demand at some drop point."""
         return frozenset().union(*(point.needs for point in self.points.values()))
 
     def install(self, stack: ExitStack) -> None:

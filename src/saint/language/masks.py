@@ -16,7 +16,7 @@ FLASH = {"flash_attention_2", "flash_attention_3"}
 
 
 def lets_through(mask: Tensor) -> Tensor:
-    """Where a mask hides nothing: bool, integers (of padding), or added to the logits of attention."""
+    """Return where a mask hides nothing: bool, integers (of padding), or added to the logits of attention."""
     return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
 
 

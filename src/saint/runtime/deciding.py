@@ -97,7 +97,7 @@ class Decider(Uncopyable, Generic[F]):
 
     @property
     def wants_frames(self) -> bool:
-        """Whether a method asks which candidates show the same place of a video at different times."""
+        """Tell whether a method asks which candidates show the same place of a video at different times."""
         return any("frames" in point.needs for point in (*self.entries, *self.points.values()))
 
     # -- what differs -------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ class Decider(Uncopyable, Generic[F]):
         return selection
 
     def apply(self, decision: Decision, y: Tensor, prefix: int) -> tuple[LayerState, Tensor]:
-        """What a decision makes of tokens.
+        """Return what a decision makes of tokens.
 
         Args:
             decision: the decision.

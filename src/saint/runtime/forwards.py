@@ -79,7 +79,7 @@ class Forwards(Generic[S]):
             self._own.open = value
 
     def _begun(self) -> S:
-        """What the first layer runs in: the forward of the prelude, or a new one."""
+        """Return what the first layer runs in: the forward of the prelude, or a new one."""
         if not (self._open if torch.compiler.is_compiling() else getattr(self._own, "open", False)):
             return self.begin()
         self._set_open(False)
@@ -160,7 +160,7 @@ class Forwards(Generic[S]):
 
 
 def _address(x: Tensor) -> int | None:
-    """Where the data of ``x`` lies, which detaching does not change; None for a tensor without data of its own."""
+    """Return where the data of ``x`` lies, which detaching does not change; None for a tensor without data of its own."""
     return x.data_ptr() if type(x) in (Tensor, torch.nn.Parameter) and not _wrapped(x) else None
 
 

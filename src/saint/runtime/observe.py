@@ -52,7 +52,7 @@ class Observer:
     """
 
     def candidates(self, stage: str, layer: int, candidates: Candidates) -> None:
-        """What a method sees at a layer: keys, residual stream and map of the candidates.
+        """See what a method sees at a layer: keys, residual stream and map of the candidates.
 
         Cost: a mean of the keys over heads, per layer; nothing is copied or read back. Where nothing is dropped the residual
         stream is that behind the layer.
@@ -62,7 +62,7 @@ class Observer:
         """The slots that stay at a drop point. No cost."""
 
     def decided(self, stage: str, layer: int, candidates: Candidates, selection: Selection) -> None:
-        """What a method saw at a drop point, and which of it stays. No cost."""
+        """See what a method saw at a drop point, and which of it stays. No cost."""
 
     def layer(self, stage: str, layer: int, passed: Passed) -> None:
         """The whole residual stream on both sides of a layer that is patched: of all layers where the plan is empty.
@@ -140,17 +140,17 @@ class Observers:
 
     @property
     def everywhere(self) -> bool:
-        """Whether some observer looks at layers themselves, of which an empty plan has no drop points."""
+        """Tell whether some observer looks at layers themselves, of which an empty plan has no drop points."""
         return bool(self.layer or self.attention)
 
     @property
     def choosy(self) -> bool:
-        """Whether some observer of candidates names its layers itself."""
+        """Tell whether some observer of candidates names its layers itself."""
         return any(getattr(observer, "layers", None) is not None for observer, _ in self.candidates)
 
     @property
     def needs(self) -> frozenset[str]:
-        """What shall be computed at layers that are shown."""
+        """Return what shall be computed at layers that are shown."""
         return frozenset[str]().union(*(getattr(o, "needs", ()) for o, _ in self.candidates))
 
 

@@ -167,7 +167,7 @@ def _decided(model: nn.Module, plan: Plan, inputs: Inputs) -> list[LayerTrace]:
 
 
 def _gone(x: Tensor, seen: list[Tensor], trace: list[LayerTrace]) -> tuple[Tensor, Tensor]:
-    """Where visual tokens are, and which places were dropped, bool [B, L] each; rows of NaN are those of the vision stage."""
+    """Find visual tokens, and the places that were dropped, bool [B, L] each; rows of NaN are those of the vision stage."""
     visual = torch.stack(seen).any(0)
     gone = torch.isnan(x).any(-1)
     for entry in trace:

@@ -31,7 +31,7 @@ class Memory:
 
     @property
     def freed(self) -> bool:
-        """Whether no tensor holds it any more."""
+        """Tell whether no tensor holds it any more."""
         return self._storage.expired()
 
 

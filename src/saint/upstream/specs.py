@@ -70,7 +70,7 @@ class BlockSpec:
 
     @property
     def seam(self) -> bool:
-        """Whether tokens can go between attention and MLP."""
+        """Tell whether tokens can go between attention and MLP."""
         return self.attn is not None and self.mlp is not None
 
 

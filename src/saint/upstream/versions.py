@@ -34,7 +34,7 @@ def release(text: str) -> tuple[int, ...]:
 
 
 def known_from(library: str) -> str:
-    """Where the facts about ``library`` come from, for messages."""
+    """Return where the facts about ``library`` come from, for messages."""
     name = _PACKAGES.get(library, library)
     here = f"installed is {installed(name) or 'none'}"
     if name not in TESTED:  # of a spec that another package brought

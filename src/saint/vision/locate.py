@@ -67,5 +67,5 @@ def locate(model: nn.Module) -> tuple[str, nn.Module, EncoderSpec]:
     known = "; ".join(sorted({f"{spec.library} {spec.encoder.rpartition('.')[2]}" for spec in specs}))
     raise UnsupportedModelError(
         f"{type(model).__name__} ({type(model).__module__}) contains no encoder of the support table; looked for the "
-        f"classes {known}. `saint list` prints the table; CONTRIBUTING says how to register a class of your own"
+        f"classes {known}. `saint list` prints the table; docs/adding.md says how to register a class of your own"
     )

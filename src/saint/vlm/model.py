@@ -206,7 +206,7 @@ class PrunedVLM(Uncopyable):
             )
 
     def _whole(self, ids: Tensor, given: dict[str, Any]) -> Tensor | None:
-        """Which places of a prompt enter the language model, bool [B, L], when its pieces bring features computed in front."""
+        """Tell which places of a prompt enter the decoder, bool [B, L], whose pieces bring features computed in front."""
         encoded = ENCODED.read(given) or {}
         token = {"image": IMAGE_TOKEN.get(self.model.config), "video": VIDEO_TOKEN.get(self.model.config)}
         rows = {
@@ -310,7 +310,7 @@ def read_maps(model: Any, spec: FamilySpec, depth: int) -> dict[str, int]:
 
 
 def placeholders(model: Any, input_ids: Tensor | None, inputs_embeds: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Where the image placeholders are, bool [B, L], as the merging method finds them."""
+    """Return where the image placeholders are, bool [B, L], as the merging method finds them."""
     token = IMAGE_TOKEN.get(model.config)
     if input_ids is not None:
         return (input_ids == token).to(inputs_embeds.device)

@@ -59,7 +59,7 @@ class Videos(Uncopyable):
             self._own.clips = clips
 
     def see(self, mask: Tensor) -> None:
-        """Where the tokens of videos are, bool [B, L]; may be told before the videos are encoded."""
+        """Note where the tokens of videos are, bool [B, L]; may be told before the videos are encoded."""
         self._own.mask = mask
 
     def cells(self) -> Tensor | None:

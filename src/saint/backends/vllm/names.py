@@ -120,7 +120,7 @@ def model_class(architecture: str) -> Any:
 
 
 def tower_spec(architecture: str) -> EncoderSpec:
-    """What the vision stage needs to know of vLLM's tower."""
+    """Return what the vision stage needs to know of vLLM's tower."""
     _, module, name = TOWERS[architecture]
     block = BlockSpec(
         attn="self_attn",
@@ -161,12 +161,12 @@ def tower_layers(config: Any) -> tuple[int, int]:
 
 
 def in_parallel(config: Any) -> bool:
-    """Whether the heads of a layer lie in several processes."""
+    """Tell whether the heads of a layer lie in several processes."""
     return int(config.parallel_config.tensor_parallel_size) > 1
 
 
 def on_grid(cls: Any) -> bool:
-    """Whether positions of the model are rows and columns (M-RoPE)."""
+    """Tell whether positions of the model are rows and columns (M-RoPE)."""
     return bool(getattr(cls, ON_GRID, False))
 
 
@@ -196,7 +196,7 @@ def widths(model: Any, kwargs: Mapping[str, Any]) -> list[int]:
 
 
 def offset(feature: Any) -> int:
-    """Where in the prompt a picture or video begins."""
+    """Return where in the prompt a picture or video begins."""
     return int(feature.mm_position.offset)
 
 
@@ -206,7 +206,7 @@ def moved(feature: Any, begin: int) -> Any:
 
 
 def field(feature: Any, name: str) -> Any:
-    """What ``element`` put under ``name`` among the inputs of a picture; None where there is nothing."""
+    """Return what ``element`` put under ``name`` among the inputs of a picture; None where there is nothing."""
     found = feature.data.get(name)
     return None if found is None else found.data
 
@@ -217,12 +217,12 @@ def same_modality(source: Any, embedding: Any) -> Any:
 
 
 def prunes_videos(config: Any) -> bool:
-    """Whether vLLM's own pruning of videos is on, which recomputes positions; ``config`` of the multimodal kind."""
+    """Tell whether vLLM's own pruning of videos is on, which recomputes positions; ``config`` of the multimodal kind."""
     return bool(config.is_multimodal_pruning_enabled())
 
 
 def features_leave(config: Any) -> str | None:
-    """Why features may meet positions in another module than the model, where nothing of ours can add to these; None: never."""
+    """Say why features may meet positions in another module than the model, where ours cannot add to these; None: never."""
     if config.parallel_config.pipeline_parallel_size > 1:
         return "pipeline parallelism is on, and later stages lay out positions without having seen the features"
     if config.parallel_config.use_ubatching:

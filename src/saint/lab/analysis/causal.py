@@ -53,7 +53,7 @@ class Looks:
         self._rows.setdefault(layer, []).append(torch.stack(found))
 
     def take(self) -> dict[int, Tensor]:
-        """What was heard since the last call, by layer, [B, N]; of parallel attentions the mean."""
+        """Return what was heard since the last call, by layer, [B, N]; of parallel attentions the mean."""
         found = {layer: torch.stack(calls).mean(0) for layer, calls in self._rows.items()}
         self._rows = {}
         return found
@@ -154,7 +154,7 @@ class Causal:
         depth: Mapping[str, int],
         looks: Mapping[int, Tensor] = MappingProxyType({}),
     ) -> dict[str, dict[str, list[float | None]]]:
-        """What one image loses, by stage and method, a number per layer (None: no tokens can leave there).
+        """Return what one image loses, by stage and method, a number per layer (None: no tokens can leave there).
 
         Args:
             run: the model's forward on the image, what is compared of it.
@@ -176,7 +176,7 @@ class Causal:
         return out
 
     def loss(self, base: Tensor, found: Tensor) -> float:
-        """What ``found`` lost against ``base``."""
+        """Return what ``found`` lost against ``base``."""
         values = self.subject.losses(base, found)
         return max(0.0, sum(values) / len(values))
 

@@ -33,7 +33,7 @@ def effective_rank(features: Tensor) -> float:
 
 
 def residual_update(before: Tensor, after: Tensor) -> float:
-    """How much a layer changes its tokens: ``mean_i ||x'_i - x_i|| / ||x_i||``; before and after [N, C]."""
+    """Tell how much a layer changes its tokens: ``mean_i ||x'_i - x_i|| / ||x_i||``; before and after [N, C]."""
     x, y = before.float(), after.float()
     change = torch.linalg.vector_norm(y - x, dim=-1) / torch.linalg.vector_norm(x, dim=-1).clamp_min(1e-12)
     return float(change.mean())

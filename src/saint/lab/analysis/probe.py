@@ -170,7 +170,7 @@ class Probe:
     # -- result -------------------------------------------------------------------------------------------------------
 
     def take(self) -> dict[str, dict[str, Any]]:
-        """What was measured since the last call, by stage, as plain data; None where a layer gave no number.
+        """Return what was measured since the last call, by stage, as plain data; None where a layer gave no number.
 
         ``quantities``: by name, [L]; ``droppable``: by threshold, [L]; ``hsic``: [S][S], means over samples; ``tokens``:
         candidates and protected tokens of a sample.

@@ -213,7 +213,7 @@ _RHO = np.array([0.0, 0.2, 0.4, 0.6, 0.75, 0.9])
 
 @lru_cache(maxsize=64)
 def _bias(layers: int) -> tuple[np.ndarray, np.ndarray]:
-    """What smooth fits leave of autocorrelations ``_RHO`` and of the noise's variance: they absorb much of slow noise."""
+    """Return what smooth fits leave of autocorrelations ``_RHO`` and of the noise's variance: they absorb much of slow noise."""
     rng = np.random.default_rng(0)
     seen, left = [], []
     for rho in _RHO:
@@ -295,7 +295,7 @@ class Stages:
 def find_stages(
     values: Mapping[str, np.ndarray], weight: np.ndarray, *, simulations: int = 499, seed: int = 0
 ) -> Stages:
-    """Whether quantities over layers fall into stages.
+    """Tell whether quantities over layers fall into stages.
 
     Args:
         values: by name, a number per image and layer, [n, L]. A quantity that is constant or missing somewhere is left out.

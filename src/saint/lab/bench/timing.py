@@ -59,7 +59,7 @@ _WIDE = 0.25  # (p80 - p20) / median of a quiet machine stays well below
 
 
 def disturbances(load: float | None, spreads: Mapping[str, Spread]) -> list[str]:
-    """Why these times may not mean much, in sentences; empty on a quiet machine.
+    """Say why these times may not mean much, in sentences; empty on a quiet machine.
 
     Args:
         load: :func:`load_average` before the timing.

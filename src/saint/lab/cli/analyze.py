@@ -69,7 +69,7 @@ def analyze(
     ] = None,
     json: Json = None,
 ) -> None:
-    """What tokens do in each layer of MODEL: similarity, attention, rank, updates, and what the output loses without them.
+    """Measure what tokens do in each layer of MODEL: similarity, attention, rank, updates, what the output loses without them.
 
     Every number is a mean over images (or prompts) with a bootstrap interval (in the record of --json). Says whether the layers
     fall into stages, or that this is not shown, and proposes a plan.
@@ -129,7 +129,7 @@ def analyze(
 
 
 def _survivors(subject: "Subject", record: dict[str, Any], result: "Analysis", items: list[Any]) -> dict[str, Any]:
-    """What the proposed plan keeps of the first images that were measured; the usual plan where none is proposed."""
+    """Return what the proposed plan keeps of the first images that were measured; the usual plan where none is proposed."""
     from ...plans import Plan
     from ..view.survivors import survivors
 

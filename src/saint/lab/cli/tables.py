@@ -8,7 +8,7 @@ from .common import Json, out
 
 
 def list_(json: Json = None) -> None:
-    """What is supported: encoders, language models with images and without, methods, recipes, demo models; plug-ins included."""
+    """List what is supported: encoders, language models with images and without, methods, recipes, demo models, plug-ins."""
     from ... import methods
     from ...presets import recipes
     from ...upstream import registry

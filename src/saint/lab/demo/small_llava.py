@@ -98,7 +98,7 @@ def blank(tower: nn.Module | None = None) -> Any:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What was trained, by name; a tied weight once."""
+    """Return what was trained, by name; a tied weight once."""
     state = {name: value for name, value in model.state_dict().items() if ".vision_tower." not in name}
     return {name: value for name, value in state.items() if name != "lm_head.weight"}
 

@@ -31,7 +31,7 @@ class Wheel:
 
 
 def cache_dir() -> Path:
-    """Where converted weights are kept: ``$SAINT_CACHE``, else the user's cache directory."""
+    """Return where converted weights are kept: ``$SAINT_CACHE``, else the user's cache directory."""
     if path := os.environ.get("SAINT_CACHE"):
         return Path(path)
     found: Path = require("platformdirs", "demo").user_cache_path("saint")

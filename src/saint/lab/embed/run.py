@@ -34,7 +34,7 @@ class Rows:
 
     @classmethod
     def of(cls, output: Path, resumed: int = 0) -> "Rows":
-        """What lies in ``output``."""
+        """Return what lies in ``output``."""
         dataset, compute = require("pyarrow.dataset", "embed"), require("pyarrow.compute", "embed")
         rows = dataset.dataset([str(file) for file in files(output)])
         return cls(rows.count_rows(), rows.count_rows(filter=compute.field("error").is_valid()), resumed, output)
@@ -107,7 +107,7 @@ def embed(
 
 
 def facts_of(job: Job, source: str | os.PathLike[str], items: Sequence[Item], batch: int) -> dict[str, Any]:
-    """What the manifest of a run holds: model, plan and source."""
+    """Return what the manifest of a run holds: model, plan and source."""
     listing = digest([[item.key, item.size, item.column, item.error] for item in items])
     told = {"name": printable(Path(source).resolve().name), "images": len(items), "listing": listing}
     return {**job.facts(), "batch": batch, "source": told}

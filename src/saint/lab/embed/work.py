@@ -69,7 +69,7 @@ class Job:
 
     @property
     def gives(self) -> str:
-        """What rows hold, "answers" or "embeddings"."""
+        """Return what rows hold, "answers" or "embeddings"."""
         return "embeddings" if self.question is None else "answers"
 
     @property
@@ -79,7 +79,7 @@ class Job:
 
     @property
     def ragged(self) -> bool:
-        """Whether images of a batch keep different numbers of tokens, and are padded to the longest."""
+        """Tell whether images of a batch keep different numbers of tokens, and are padded to the longest."""
         stages = self.plan.vision
         return self.question is None and any(getattr(stage.method, "budget", None) == "sample" for stage in stages)
 
@@ -94,7 +94,7 @@ class Job:
         return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
     def facts(self) -> dict[str, Any]:
-        """What rows depend on, plain data for the manifest."""
+        """Return what rows depend on, plain data for the manifest."""
         if isinstance(self.model, Subject):
             name = self.model.spec or type(self.model.model).__name__
         else:
@@ -167,7 +167,7 @@ class Worker:
         self.session.remove()
 
     def prepare(self, image: Image.Image) -> Prepared:
-        """What can be done of an image outside the model, in a thread of its own."""
+        """Return what can be done of an image outside the model, in a thread of its own."""
         return self.subject.prepared(image)
 
     def rows(
@@ -239,7 +239,7 @@ class Worker:
 
 
 def picture(read: Callable[[], Prepared]) -> Picture:
-    """What ``read`` returns, or what it raises."""
+    """Return what ``read`` returns, or what it raises."""
     try:
         return read()
     except Exception as error:  # whatever a decoder raises on broken data
@@ -247,7 +247,7 @@ def picture(read: Callable[[], Prepared]) -> Picture:
 
 
 def sameness(pixels: Tensor) -> int:
-    """How redundant the patches of [3, height, width] are: votes of the paper's graph on their pixels. Costs no model.
+    """Tell how redundant the patches of [3, height, width] are: votes of the paper's graph on their pixels. Costs no model.
 
     On 250 photographs its rank correlation with the tokens that CLIP ViT-B/16 drops (threshold 0.75) is 0.82; that of bytes per
     pixel of the file is 0.67, that of differences between neighbouring pixels 0.61.

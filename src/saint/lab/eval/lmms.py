@@ -82,7 +82,7 @@ class SaintHF(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Return where the model is."""
         return self._loaded.device
 
     def generate_until(self, requests: list[Any]) -> list[str]:

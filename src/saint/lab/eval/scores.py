@@ -28,7 +28,7 @@ def kl_divergence(base: Tensor, pruned: Tensor) -> Tensor:
 
 
 def in_top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Whether the label is among the k highest logits.
+    """Tell whether the label is among the k highest logits.
 
     Args:
         logits: [B, C].
@@ -101,7 +101,7 @@ def linear_probe(features: Tensor, labels: Tensor, test: Tensor) -> Tensor:
 
 
 def split(labels: Tensor) -> Tensor:
-    """Which half of the samples tests a linear probe: every second of each class, always the same.
+    """Return which half of the samples tests a linear probe: every second of each class, always the same.
 
     Args:
         labels: [N].

@@ -230,7 +230,7 @@ class Subject(ABC):
 
     @property
     def plans(self) -> dict[str, Plan]:
-        """What a comparison holds against the unpruned model where nobody names a plan, by name."""
+        """Return what a comparison holds against the unpruned model where nobody names a plan, by name."""
         return {"default": self.plan or Plan()}
 
     @property

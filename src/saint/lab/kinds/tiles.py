@@ -85,7 +85,7 @@ def _picture(values: Tensor, mean: Tensor, std: Tensor) -> Image.Image:
 
 
 def placed(tiles: list[Tile], kept: Tensor, total: int) -> list[Tensor] | None:
-    """Which tokens of each tile are among the visual tokens ``kept`` of the prompt; None where the model has others than these.
+    """Tell which tokens of each tile are among the visual tokens ``kept`` of the prompt; None where the model has others.
 
     Args:
         tiles: of the prompt.

@@ -74,7 +74,7 @@ def table(made: Table) -> Markup:
 
 
 def details(summary: str, *children: Any) -> Markup:
-    """What is shown on demand."""
+    """Return what is shown on demand."""
     return tag("details", tag("summary", summary), *children)
 
 

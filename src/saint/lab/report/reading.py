@@ -90,7 +90,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def place(step: Mapping[str, Any]) -> int:
-    """Where a drop point lies on an axis of layers: behind a layer, or in front of the first one (-1)."""
+    """Return where a drop point lies on an axis of layers: behind a layer, or in front of the first one (-1)."""
     return int(step["layer"]) - (step.get("placement") == "input")
 
 

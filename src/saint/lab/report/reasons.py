@@ -224,7 +224,7 @@ def _scale(top: int, voting: Sequence[Why]) -> Markup:
 
 
 def told(leaving: Sequence[Leaving], shown: Sequence[Why | None], rows: int, columns: int) -> str:
-    """What the page's script says about a patch, as JSON: ``rows``, ``columns``; ``gone`` (by patch: the place where it left,
+    """Say what the page's script tells of a patch, as JSON: ``rows``, ``columns``; ``gone`` (by patch: the place where it left,
     what stands for it, whether it became part of it); ``degrees`` (by place: sources, degrees, neighbours of a vote); ``names``.
     """
     gone: dict[int, list[Any]] = {}

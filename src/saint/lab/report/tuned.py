@@ -104,7 +104,7 @@ def _measure(data: Mapping[str, Any]) -> str:
 
 
 def _target(data: Mapping[str, Any]) -> str:
-    """Whether the target was met on images that were held back, and what is lost there."""
+    """Tell whether the target was met on images that were held back, and what is lost there."""
     ((name, wanted),) = data["target"].items()
     reached, count = data["reached"], data["images"]["held_out"]
     kept = reached.get("agreement")
@@ -127,7 +127,7 @@ def _target(data: Mapping[str, Any]) -> str:
 
 
 def _compared(data: Mapping[str, Any]) -> str:
-    """What rivals lose on the same images; those of which measured times turned out to be of other work are named as such."""
+    """Return what rivals lose on the same images; those whose measured times turned out to be of other work are named."""
     said, apart = [], []
     own = _left_of(data["reached"], data["target"])
     for rival in data["against"]:

@@ -92,7 +92,7 @@ def known() -> set[str]:
 
 
 def is_picture(file: Path) -> bool:
-    """Whether a file is one by its ending, or by its contents where it has none."""
+    """Tell whether a file is one by its ending, or by its contents where it has none."""
     if file.suffix:
         return file.suffix.lower() in known()
     try:
@@ -103,7 +103,7 @@ def is_picture(file: Path) -> bool:
 
 
 def left_facts(left: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
-    """What was left out, for a record: why, how many, and the first names."""
+    """Return what was left out, for a record: why, how many, and the first names."""
     return [{"reason": why, "count": len(names), "names": list(names[:_RECORDED])} for why, names in left.items()]
 
 

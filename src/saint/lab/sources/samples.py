@@ -39,7 +39,7 @@ class Samples:
 
     @property
     def labelled(self) -> bool:
-        """Whether every sample has a label."""
+        """Tell whether every sample has a label."""
         return all(sample.label is not None for sample in self.items)
 
 

@@ -54,7 +54,7 @@ def picture(members: dict[str, Member]) -> Member | None:
 
 
 def contents(shard: Path, member: Member) -> bytes:
-    """What a member holds.
+    """Return what a member holds.
 
     Raises:
         ValueError: the shard ends inside it.

@@ -61,7 +61,7 @@ def measured(trials: Trials, space: Space, methods: Sequence[Method], last: int,
 
 
 def counts(method: Method, space: Space) -> list[int]:
-    """How many tokens stay where a place is measured alone, ascending: those of ``SHARES`` that the method can do."""
+    """Tell how many tokens stay where a place is measured alone, ascending: those of ``SHARES`` that the method can do."""
     left = {round(space.tokens * (1 - share)) for share in SHARES}
     return sorted(n for n in left if 1 <= n < space.tokens and step_possible(method, space.tokens, n))
 
@@ -114,7 +114,7 @@ def proposals(
 
 
 def _steps(method: Method, counts: np.ndarray) -> np.ndarray:
-    """Whether the method can go from count i to count j in one step, bool [G, G]."""
+    """Tell whether the method can go from count i to count j in one step, bool [G, G]."""
     values = [int(n) for n in counts]
     return np.array([[b < a and step_possible(method, a, b) for b in values] for a in values])
 

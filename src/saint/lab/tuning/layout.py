@@ -54,14 +54,14 @@ class Space:
     output: Output = "survivors"
 
     def usable(self, method: Method, place: int) -> bool:
-        """Whether ``method`` can choose at ``place``."""
+        """Tell whether ``method`` can choose at ``place``."""
         slot = "connector" if self.slot == "language" and not place else self.slot
         if not place and (not self.entry or (slot == "connector" and method.merges)):
             return False
         return slot in method.stages and method.needs <= PROVIDES[slot]
 
     def possible(self, layout: Layout) -> bool:
-        """Whether every method can do its step: some take at most half of what is there."""
+        """Tell whether every method can do its step: some take at most half of what is there."""
         came, last = self.tokens, -1
         for drop in layout:
             if not (1 <= drop.left < came and drop.place > last and self.usable(drop.method, drop.place)):

@@ -30,7 +30,7 @@ def head_of(
     held: Sequence[int],
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What a plan was tuned on, and for what."""
+    """Return what a plan was tuned on, and for what."""
     return {
         "model": facts.get("model"),
         "class": type(model).__name__,
@@ -51,7 +51,7 @@ def _mean(values: Sequence[float] | np.ndarray, seed: int) -> dict[str, float | 
 
 
 def checked(found: Search, plan: Plan, layout: Layout, held: Sequence[int], seed: int) -> dict[str, Any]:
-    """What a plan reaches on the images held back."""
+    """Return what a plan reaches on the images held back."""
     trials, meter = found.trials, found.meter
     trial = trials.run(plan, held)
     reached: dict[str, Any] = {"flops": _mean(_flops(found, plan, layout, held), seed)}
@@ -113,7 +113,7 @@ def against(found: Search, layout: Layout, held: Sequence[int], seed: int) -> li
 
 
 def additivity(found: Search) -> list[dict[str, float]]:
-    """What costs of single drop points say of layouts that were run, added up, and what they lost jointly."""
+    """Return what costs of single drop points say of layouts that were run, added up, and what they lost jointly."""
     out = []
     for tried in found.tried.values():
         for kind, costs in zip(found.kinds, found.costs, strict=True):
@@ -131,7 +131,7 @@ def additivity(found: Search) -> list[dict[str, float]]:
 
 
 def costs(found: Search, seed: int) -> list[dict[str, Any]]:
-    """What leaving costs at one place alone, on the images that measured it: of each method and share a curve over places.
+    """Return what leaving costs at one place alone, on the images that measured it: of each method and share a curve over places.
 
     Places are layers; -1 is in front of them.
     """

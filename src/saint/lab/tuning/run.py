@@ -169,7 +169,7 @@ def search(
     facts: Mapping[str, Any] = MappingProxyType({}),
     tick: Callable[[int], None] = lambda _: None,
 ) -> Tuning:
-    """What :func:`tune` does, with all that was measured.
+    """Do what :func:`tune` does, with all that was measured.
 
     Args:
         subject: the model; the rest as there, like ``images``, ``plan``, ``held_out``, ``journal``, ``seed`` and what is raised.

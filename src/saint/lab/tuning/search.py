@@ -82,11 +82,11 @@ class Search:
         return self.which[:COSTED]
 
     def budget(self, target: float) -> float:
-        """What the table should say of a layout that is to leave ``target``: a little less, not to end above it."""
+        """Return what the table should say of a layout that is to leave ``target``: a little less, not to end above it."""
         return target * (1 - _CLOSE / 2) / self.factor
 
     def published(self, method: Method) -> Layout:
-        """Where SAINT drops as published, the first half of the layers; in front of them where ``method`` works only there."""
+        """Say where SAINT drops as published, the first half of the layers; in front of all where ``method`` works only there."""
         places = [p for p in range(1, self.space.depth // 2 + 1) if self.space.usable(method, p)]
         return self.space.even(method, places or [0])
 
@@ -145,7 +145,7 @@ class Search:
         )
 
     def candidates(self, target: float) -> list[Layout]:
-        """What is worth a look for ``target``: the knapsack's layouts, and even ones over ranges of layers."""
+        """Return what is worth a look for ``target``: the knapsack's layouts, and even ones over ranges of layers."""
         budget = self.budget(target)
         found: list[Layout] = []
         for kind, costs in zip(self.kinds, self.costs, strict=True):
@@ -226,7 +226,7 @@ class Search:
         return found
 
     def _off(self, share: float, target: float) -> float:
-        """How far a share of the work is from the target; of FLOPs, which are to stay below, too much counts ten times."""
+        """Tell how far a share of the work is from the target; of FLOPs, which are to stay below, too much counts ten times."""
         off = abs(share / target - 1)
         return 10 * off if share > target and self.table.unit == "flops" else off
 
@@ -246,7 +246,7 @@ class Search:
 
 
 def gains(new: Trial, old: Trial) -> bool:
-    """Whether ``new`` is closer than ``old`` on the same images, beyond noise: by two standard errors of the difference."""
+    """Tell whether ``new`` is closer than ``old`` on the same images, beyond noise: by two standard errors of the difference."""
     difference = new.distances - old.distances
     if len(difference) < 2:
         return bool(difference.mean() < 0)

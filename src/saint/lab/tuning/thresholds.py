@@ -20,7 +20,7 @@ _STEPS = 18  # of a bisection: thresholds to about 1e-5
 
 
 def dynamic(method: Method) -> bool:
-    """Whether ``method`` can let every image keep its own number, by a threshold."""
+    """Tell whether ``method`` can let every image keep its own number, by a threshold."""
     names = {field.name for field in dataclasses.fields(method)}
     return {"threshold", "budget"} <= names
 

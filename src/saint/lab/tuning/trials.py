@@ -51,7 +51,7 @@ class Trial:
 
     @property
     def score(self) -> float:
-        """What layouts are compared by: the squared mean of the distances, which is in units of the loss."""
+        """Return what layouts are compared by: the squared mean of the distances, which is in units of the loss."""
         return float(self.distances.mean() ** 2)
 
 
@@ -158,7 +158,7 @@ class Trials:
         return self.subject.losses(torch.cat([self._bases[number] for number in numbers]), found)
 
     def _forward(self, numbers: Sequence[int]) -> Tensor:
-        """What is compared: [B, C], [B, 1, H, W], or the logits of the answer's tokens [1, tokens, vocabulary]."""
+        """Return what is compared: [B, C], [B, 1, H, W], or the logits of the answer's tokens [1, tokens, vocabulary]."""
         asked = [self._asked.get(number, (self.samples[number], 1)) for number in numbers]
         samples, length = [sample for sample, _ in asked], asked[0][1]
         args = tuple(_joined(values) for values in zip(*(s.args for s in samples), strict=True))

@@ -29,7 +29,7 @@ class Offer(NamedTuple):
 
     @property
     def asked(self) -> bool:
-        """Whether it is asked a question."""
+        """Tell whether it is asked a question."""
         return "--prompt" not in self.kind.refuses
 
 
@@ -122,7 +122,7 @@ class Desk:
 
 
 def _classifies(model: Any) -> bool:
-    """Whether the answer is logits, as far as timm and transformers say."""
+    """Tell whether the answer is logits, as far as timm and transformers say."""
     return bool(getattr(model, "num_classes", 0)) or hasattr(model, "classifier")
 
 

@@ -121,7 +121,7 @@ def _shown(values: list[str]) -> str:
 
 
 def hosts_of(address: str, port: int) -> set[str]:
-    """What browsers send as Host for a server bound to ``address``.
+    """Return what browsers send as Host for a server bound to ``address``.
 
     Raises:
         ValueError: a wildcard, for which no list of names exists.

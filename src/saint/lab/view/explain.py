@@ -168,7 +168,7 @@ def around(
 
 
 def split(step: Step, grid: tuple[int, int], method: Any, *, board: bool) -> Step:
-    """What the voting graph drops at ``step`` with its sources chosen by position in the sequence, or as on a chessboard.
+    """Draw what the voting graph drops at ``step`` with its sources chosen by position in the sequence, or as on a chessboard.
 
     The published graph takes every second *position* as a source. On a grid with an even number of columns those are whole
     columns, and only these can lose patches. On a chessboard the sources are the cells of one colour. Both drop the number that
