@@ -441,7 +441,7 @@ def test_marked_rows_never_enter_the_language_model(llava):
     with torch.no_grad(), saint.pruned(llava, PLANS["vision"]) as session:
         want = llava(**inputs).logits
         given = merged(llava, inputs, lambda: features_of(llava, inputs))
-        session._vlm.known._numbers.clear()
+        session._glue.known._numbers.clear()
         hook = layers_of(llava)[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         got = llava(**given).logits
         hook.remove()

@@ -291,7 +291,7 @@ def test_a_dropped_token_is_carried_by_what_stands_for_it(method, placement):
         for plan in (plain, carried):
             with saint.apply(model, plan, observers=[Look()]) as session:
                 testing.run(model, inputs)
-                states = list(session._encoder.forward.drops.values())
+                states = list(session._stacks[0].forward.drops.values())
     hook.remove()
     similar, found = blocks
     prefix = found.shape[1] - states[0][0].tokens.slots

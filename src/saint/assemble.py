@@ -29,19 +29,17 @@ if TYPE_CHECKING:  # imports transformers
     from .vlm.model import PrunedVLM
 
 
-def assemble(
-    model: nn.Module, plan: Plan, observers: Observers
-) -> "tuple[PrunedVLM | PrunedText | None, PrunedEncoder | None]":
-    """What a session installs; (None, None) where nothing is to be done.
+def assemble(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM | PrunedText | PrunedEncoder | None":
+    """What a session installs; None where nothing is to be done.
 
     Raises:
         UnsupportedModelError, ParityError, ValueError: see :func:`saint.apply`.
     """
     if not plan.slots and not observers:
-        return None, None
+        return None
     text = find_text(model)
     if text is not None:
-        return _text(model, *text, plan, observers), None
+        return _text(model, *text, plan, observers)
     if not plan.connector and not plan.language and find_vlm(model) is None:
         refuse_unknown(model)
         path, encoder, spec = locate(model)
@@ -50,7 +48,7 @@ def assemble(
         if stages:
             ragged = any(counts_by_votes(stage.method) or stage.guard for stage in stages)
             check_readers(model, path, spec, reader, stages[0].output, ragged)
-        return None, _encoder(plan, path, encoder, spec, observers, reader=reader)
+        return _encoder(plan, path, encoder, spec, observers, reader=reader)
     return _vlm(model, plan, observers)
 
 
@@ -120,7 +118,7 @@ def _encoder(
     )
 
 
-def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "tuple[PrunedVLM, PrunedEncoder | None]":
+def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM":
     from .language.doorway import Handover
     from .vlm.model import PrunedVLM, read_maps
 
@@ -148,7 +146,7 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "tuple[PrunedVLM
         between=spec.between(vlm),
         shortens=bool(plan.vision or plan.connector),
     )
-    return PrunedVLM(path, vlm, spec, door, encoder, mergers, handover, model), encoder
+    return PrunedVLM(path, vlm, spec, door, encoder, mergers, handover, model)
 
 
 def _text(root: nn.Module, path: str, text: nn.Module, plan: Plan, observers: Observers) -> "PrunedText":

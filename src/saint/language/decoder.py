@@ -85,7 +85,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         ParityError: ``placement="mid"``, and a layer is not what the table says.
     """
 
-    stage = "language"
+    slot = "language"
 
     def __init__(
         self,

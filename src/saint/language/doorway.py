@@ -26,7 +26,6 @@ from ..errors import HookNeverFiredError, UnsupportedModelError
 from ..gathers import gather_tokens, is_dropped
 from ..patch import override, refuse_replicas, refuse_tracing
 from ..runtime.deciding import Decider
-from ..runtime.forwards import Forwards
 from ..runtime.observe import Observers
 from ..runtime.points import DropPoint
 from ..runtime.state import Forward, LayerState, packed_tokens, some_tokens
@@ -182,6 +181,8 @@ class Doorway(Decider[DoorForward]):
         UnsupportedModelError: the decoder cannot be given a shortened sequence.
     """
 
+    slot = "connector"
+
     def __init__(
         self,
         path: str,
@@ -210,9 +211,9 @@ class Doorway(Decider[DoorForward]):
             )
 
     @property
-    def all_forwards(self) -> list[Forwards[Any]]:
-        """Of the door and of the language stage behind it."""
-        return [self.forwards] if self.decoder is None else [self.forwards, self.decoder.forwards]
+    def stacks(self) -> tuple[Decider[Any], ...]:
+        """The door, and the language stage behind it."""
+        return (self,) if self.decoder is None else (self, self.decoder)
 
     @property
     def wants_frames(self) -> bool:
@@ -227,6 +228,7 @@ class Doorway(Decider[DoorForward]):
             self.decoder.install(stack)
         refuse_replicas(stack, self.module)
         override(stack, self.module, "forward", self._through)
+        self.token.reopen()  # the caches of before are its own again
         stack.callback(self.token.close)
         stack.callback(self.reset)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..gathers import gather_tokens, merge_tokens, merged_sizes
 from ..patch import Uncopyable
-from ..tokens import Candidates, LayerTrace, Selection, reads_are_free
+from ..tokens import Candidates, Selection, reads_are_free
 from .forwards import Forwards
 from .observe import Observers, Stopwatch
 from .points import DropPoint, refuse_non_finite, select_some
@@ -68,6 +68,8 @@ class Decider(Uncopyable, Generic[F]):
         observers: of the session.
     """
 
+    slot: str  # of a plan
+    depth: int  # layers of the module
     prefix = 0  # protected tokens in front of every sequence, P
     carries = False  # what full length needs of dropped rows is kept, see `carry`
 
@@ -86,10 +88,6 @@ class Decider(Uncopyable, Generic[F]):
     def forward(self) -> F:
         """The forward that runs, or ran last."""
         return self.forwards.state
-
-    def trace(self) -> list[LayerTrace]:
-        """The drop points of the last forward, in order."""
-        return self.forward.trace()
 
     def reset(self) -> None:
         """Forget all forwards."""

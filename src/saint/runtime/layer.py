@@ -44,7 +44,6 @@ class LayerStack(Decider[F], ABC, Generic[F, C]):
         observers: of the session.
     """
 
-    stage: str
     packed = False  # hidden states come without batch axis
 
     def __init__(
@@ -176,7 +175,7 @@ class PrunedLayer(Uncopyable):
             assert block is not None
             y = checkpointed(block.module, block.second)(y)
         for _, tell in stack.observers.layer:
-            tell(stack.stage, layer, Passed(before.detach(), y.detach(), stack.prefix, came, state))
+            tell(stack.slot, layer, Passed(before.detach(), y.detach(), stack.prefix, came, state))
         with stack.gathering:
             y = stack.leave(forward, layer, state, y, call)
         y = y.squeeze(0) if stack.packed else y
@@ -188,7 +187,7 @@ class PrunedLayer(Uncopyable):
 
         def tell_all(attended: Attended) -> None:
             for _, tell in stack.observers.attention:
-                tell(stack.stage, self.layer, attended)
+                tell(stack.slot, self.layer, attended)
 
         return Attending(tell_all, stack.prefix, state)
 
@@ -202,9 +201,9 @@ class TimedLayer(PrunedLayer):
         out = super().__call__(x, *args, **kwargs)
         elapsed = seconds(x.device) - start
         for _, tell in stack.observers.layer_time:
-            tell(stack.stage, layer, elapsed)
+            tell(stack.slot, layer, elapsed)
         if stack.watch is not None:
             spent = stack.watch.take()
             for _, tell in stack.observers.pruning_time:
-                tell(stack.stage, layer, *spent)
+                tell(stack.slot, layer, *spent)
         return out

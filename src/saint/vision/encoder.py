@@ -54,7 +54,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
         ParityError: the blocks are not what the table says.
     """
 
-    stage = "vision"
+    slot = "vision"
 
     def __init__(
         self,
@@ -85,7 +85,8 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
         self.inputs = Inputs(encoder, spec, merge_size, self.forwards, guard, self.wants_frames)
         self.carries = output == "carried"
         self.outputs = Outputs(encoder, spec, self.depth, output, restored, self.forwards, _by_length, reader)
-        self.patched = encoder if reader is None else reader.module  # holds all that is patched
+        self.patched, self.marked = encoder if reader is None else reader.module, (encoder,)
+        self.stacks = (self,)
 
     # -- installation -------------------------------------------------------------------------------------------------
 

@@ -70,7 +70,9 @@ class PrunedVLM(Uncopyable):
     ) -> None:
         self.path, self.model, self.spec, self.door, self.encoder = path, model, spec, door, encoder
         self.mergers, self.handover = mergers, handover
-        self.root, self.around = root, Parameters(type(root).forward)
+        self.patched, self.around = root, Parameters(type(root).forward)
+        self.marked = (model,) if encoder is None else (model, encoder.module)
+        self.stacks = door.stacks if encoder is None else (encoder, *door.stacks)
         self.known = Known()
         handover.complete = self._complete
         self.proved: set[str] = set()  # mergers that were seen to join the groups that they should
@@ -87,8 +89,8 @@ class PrunedVLM(Uncopyable):
 
     def install(self, stack: ExitStack) -> None:
         """Patch the instance; ``stack`` undoes it."""
-        if self.root is not self.model:
-            stack.callback(self.root.register_forward_pre_hook(self._see, with_kwargs=True).remove)
+        if self.patched is not self.model:
+            stack.callback(self.patched.register_forward_pre_hook(self._see, with_kwargs=True).remove)
         stack.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         override(stack, self.model, self.merge, self._listen)
         for role in (IMAGE_FEATURES, VIDEO_FEATURES):
@@ -99,7 +101,7 @@ class PrunedVLM(Uncopyable):
         if self.videos is not None:
             override(stack, self.model, self.videos.method, self.videos.encode)
         self.door.install(stack)
-        watch(stack, self.root, self.door, self._whole)
+        watch(stack, self.patched, self.door, self._whole)
         if self.encoder is not None:
             self.encoder.install(stack)
             if not self.mergers:  # nothing is dropped in front of them
