@@ -92,7 +92,7 @@ class Stage:
             raise ValueError(f"evict must be True or False, got {self.evict!r}")
         check_number("guard", self.guard, 0, 1, "the share that a page of text keeps at least")
 
-    def resolve_layers(self, stage: str, depth: int, read: int | None = None) -> list[int]:
+    def resolve_layers(self, slot: str, depth: int, read: int | None = None) -> list[int]:
         """The drop points in a model of ``depth`` layers, ascending; of ``placement="input"`` the layer it is in front of.
 
         Where the method itself says which, those of the first ``read`` layers: behind them nothing is used.
@@ -105,14 +105,12 @@ class Stage:
         if self.layers == "first_half":
             return list(range(depth // 2 or 1))
         if self.layers is None:
-            usual = self.method.layers(stage, depth)
+            usual = self.method.layers(slot, depth)
             chosen = [layer for layer in usual if read is None or layer < read] or usual[:1]
         else:
             chosen = [int(i) for i in self.layers]
         if chosen[-1] >= depth:
-            raise ValueError(
-                f"layer {chosen[-1]} is out of range: this model's {stage} stage has layers 0..{depth - 1}"
-            )
+            raise ValueError(f"layer {chosen[-1]} is out of range: this model's {slot} stage has layers 0..{depth - 1}")
         return chosen
 
     def to_dict(self) -> dict[str, Any]:

@@ -160,7 +160,7 @@ class Decider(Uncopyable, Generic[F]):
         if selection is not None:
             after, tokens = state.after(selection, self.stand_in(keys, selection))
         if point.method is not None:
-            forward.drops[point.stage, point.placement, point.layer] = state, after
+            forward.drops[point.slot, point.placement, point.layer] = state, after
         return Decision(point, state, after, selection, tokens)
 
     def _asked(self, point: DropPoint, candidates: Candidates) -> Selection | None:
@@ -168,7 +168,7 @@ class Decider(Uncopyable, Generic[F]):
         tokens = candidates.tokens
         if point.shown:
             for _, tell in self.observers.candidates:
-                tell(point.stage, point.layer, candidates)
+                tell(point.slot, point.layer, candidates)
         if point.method is None:
             return None
         if all(tokens.lengths):
@@ -182,9 +182,9 @@ class Decider(Uncopyable, Generic[F]):
                 slots = torch.arange(tokens.slots, device=tokens.index.device).expand_as(tokens.index)
                 stays = Selection(slots, tokens.lengths, tokens.valid)
             for _, tell in self.observers.selected:
-                tell(point.stage, point.layer, stays)
+                tell(point.slot, point.layer, stays)
             for _, tell in self.observers.decided:
-                tell(point.stage, point.layer, candidates, stays)
+                tell(point.slot, point.layer, candidates, stays)
         return selection
 
     def apply(self, decision: Decision, y: Tensor, prefix: int) -> tuple[LayerState, Tensor]:

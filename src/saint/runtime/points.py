@@ -41,7 +41,7 @@ class DropPoint:
     """A place at which tokens may go.
 
     Attributes:
-        stage: "vision", "connector" or "language".
+        slot: "vision", "connector" or "language".
         layer: 0-based.
         placement: "input": in front of the layer, "mid": between its attention and its MLP, "post": behind it.
         method: what decides; None where candidates are only shown to observers.
@@ -52,7 +52,7 @@ class DropPoint:
         group: which stage of its slot it belongs to.
     """
 
-    stage: str
+    slot: str
     layer: int
     placement: str
     method: Decides | None

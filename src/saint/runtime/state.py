@@ -151,7 +151,7 @@ class Forward:
     Attributes:
         origin: everything, in front of the first drop point; None in a forward in which nothing can go.
         states: by layer, the state in front of it; behind the last: the number of layers.
-        drops: by stage, placement and layer, the states in front of and behind a drop point, in the order of the forward.
+        drops: by slot, placement and layer, the states in front of and behind a drop point, in the order of the forward.
         memo: tables and masks that layers share.
         facts: of the candidates of ``origin``; None before it is known, and when the forward is over.
     """
@@ -189,13 +189,13 @@ class Forward:
         out: list[LayerTrace] = []
         if any(isinstance(after.tokens.index, FakeTensor) for _, after in self.drops.values()):
             return out  # of an export: reading it would fix the batch size of the exported graph
-        for (stage, placement, layer), (before, after) in self.drops.items():
+        for (slot, placement, layer), (before, after) in self.drops.items():
             left = after.candidates
             into = None if after.merged is None else list(left.index.gather(1, after.merged).unbind(0))
             if into is not None and self.origin is not None and (real := self.origin.candidates.valid) is not None:
                 into = [row[ok] for row, ok in zip(into, real, strict=True)]
             counts = torch.tensor(before.candidates.lengths), torch.tensor(left.lengths)
-            out.append(LayerTrace(stage, layer, *counts, left.kept(), into, placement))
+            out.append(LayerTrace(slot, layer, *counts, left.kept(), into, placement))
         return out
 
 
