@@ -14,7 +14,7 @@ from torch import Tensor
 from ..tokens import Candidates, Selection
 
 
-class Decides(Protocol):
+class Pruner(Protocol):
     """What the mechanism asks of a method."""
 
     @property
@@ -55,7 +55,7 @@ class DropPoint:
     slot: str
     layer: int
     placement: str
-    method: Decides | None
+    method: Pruner | None
     step: int = 0
     steps: int = 1
     needs: frozenset[str] = frozenset()
@@ -63,7 +63,7 @@ class DropPoint:
     group: int = 0
 
 
-def select_some(method: Decides, candidates: Candidates, some: list[int]) -> Selection | None:
+def select_some(method: Pruner, candidates: Candidates, some: list[int]) -> Selection | None:
     """The decision for the samples that have candidates."""
     tokens = candidates.tokens
     pick = torch.tensor(some, device=tokens.index.device)
