@@ -357,8 +357,8 @@ def test_gradients_of_carried_tokens_in_checkpointed_blocks():
 
 def mean(rows, before, after, b, now):
     """Of the slots that became ``now``, weighted by what they stand for."""
-    was = torch.arange(before.tokens.width) if before.merged is None else before.merged[b]
-    return torch.stack([rows[int(was[i])] for i in (after.merged[b] == now).nonzero().flatten()]).mean(0)
+    was = torch.arange(before.tokens.width) if before.merged_into is None else before.merged_into[b]
+    return torch.stack([rows[int(was[i])] for i in (after.merged_into[b] == now).nonzero().flatten()]).mean(0)
 
 
 @pytest.mark.parametrize(

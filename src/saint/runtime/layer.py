@@ -126,14 +126,14 @@ class LayerStack(Decider[F], ABC, Generic[F, C]):
         if layer == self.first and any(
             p.method is not None and p.method.merges and p.method.averages for p in self.entries
         ):
-            assert state.merged is not None
+            assert state.merged_into is not None
             real = torch.ones(x.shape[0], x.shape[1] - self.prefix, device=x.device)
             origin = self.forward.origin
             if origin is not None and origin.candidates.valid is not None:
                 real = origin.candidates.valid.to(real.dtype)
             tokens = state.tokens
             return merge_tokens(
-                x, real, Selection(tokens.index, tokens.lengths, tokens.valid, state.merged), self.prefix
+                x, real, Selection(tokens.index, tokens.lengths, tokens.valid, state.merged_into), self.prefix
             )[0]
         return gather_tokens(x, state.tokens.index, self.prefix)
 
