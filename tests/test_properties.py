@@ -84,7 +84,7 @@ def test_selections_keep_what_they_say(made, data):
     assert all(set(row) <= set(own) for row, own in zip(rows_of(chosen), here, strict=True))
     after = current.select(chosen)
     assert (after.lengths, after.total, after.width) == (chosen.lengths, current.total, current.width)
-    assert after.whole == (chosen.lengths == current.total)
+    assert after.nothing_dropped == (chosen.lengths == current.total)
     assert after.slots == max(chosen.lengths)
     for kept, row, index in zip(after.kept(), rows_of(chosen), current.index, strict=True):
         assert kept.tolist() == [int(index[slot]) for slot in row]

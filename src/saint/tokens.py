@@ -52,7 +52,7 @@ class TokenMap:
         return self.index.shape[1]
 
     @property
-    def whole(self) -> bool:
+    def nothing_dropped(self) -> bool:
         """Whether no token of any sample has been dropped."""
         return self.lengths == self.total
 

@@ -238,7 +238,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         call: Call,
     ) -> tuple[Any, Seen | None]:
         point, cache, positions = self.points.get(layer), call.cache, None
-        if state.tokens.whole:
+        if state.tokens.nothing_dropped:
             call = self._over_gaps(forward, layer, x, call)
         else:
             with self.gathering:
@@ -324,7 +324,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
     def leave(self, forward: DecoderForward, layer: int, state: LayerState, y: Tensor, call: Call) -> Tensor:
         after, tokens = layer + 1, state.tokens
         forward.states[after] = state
-        if not tokens.whole and (after == self.depth or forward.all_states or layer < self.between):
+        if not tokens.nothing_dropped and (after == self.depth or forward.all_states or layer < self.between):
             forward.states[after] = replace(state, full_length=True)
             y = gather_tokens(y, forward.once("shown", partial(nearest_before, tokens), tokens), 0)  # [B, L, C]
         if after == self.depth and call.cache is not None and self.evict:

@@ -272,7 +272,7 @@ class Doorway(Decider[DoorForward]):
         if self.shortens and x is not None:
             real = _real(note, given, cache, x)
         state, counts = self.entering(visual, x, note, packed, real)
-        if state.tokens.whole:
+        if state.tokens.nothing_dropped:
             passage = Passage(given, cache) if held is None else self._step(note, given, cache, held)
         else:
             keep = state.tokens.here if real is None else state.tokens.here & real
@@ -335,7 +335,7 @@ class Doorway(Decider[DoorForward]):
         forward.origin = state
         if x is not None and self.entries:
             state, _ = self.pass_entries(
-                forward, state, x if state.tokens.whole else gather_tokens(x, state.tokens.index, 0)
+                forward, state, x if state.tokens.nothing_dropped else gather_tokens(x, state.tokens.index, 0)
             )
         return state, [n - empty for n, empty in zip(state.tokens.lengths, padding, strict=True)]
 

@@ -116,7 +116,7 @@ class LayerStack(Decider[F], ABC, Generic[F, C]):
             assert features is not None
             # saved for backward only where a row that is dropped here shows again: checkpoints recompute none of this
             state, _ = self.pass_entries(forward, state, features if self.carries else features.detach())
-        forward.states[self.first] = state if state.tokens.whole else replace(state, full_length=True)
+        forward.states[self.first] = state if state.tokens.nothing_dropped else replace(state, full_length=True)
 
     def shorten(self, layer: int, state: LayerState, x: Tensor) -> Tensor:
         """The tokens that are left, of hidden states of full length: [Q, P + N, C] -> [Q, P + K, C].

@@ -130,7 +130,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
     def _pairs(self, layer: int, original: Callable[..., Tensor]) -> Callable[..., Tensor | None]:
         def pairs(*args: Any, **kwargs: Any) -> Tensor | None:
             bias, state = original(*args, **kwargs), self.forward.states.get(layer)
-            if state is None or state.tokens.whole:
+            if state is None or state.tokens.nothing_dropped:
                 return bias
             return _mask(bias, state.tokens, self.prefix, bias.dtype, self._bias(layer, state))
 
@@ -226,7 +226,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
             y = original(part_x[0], **part_kwargs)[None] if self.packed else original(part_x, **part_kwargs)
             return (y, self.keys(forward, layer)) if shows else (y,)
 
-        if block is None or tokens.whole:
+        if block is None or tokens.nothing_dropped:
             out = on_part(x, call)
         elif tokens.valid is None or block.spec.padding is not None or block.spec.bias or self._masks(block):
             with self.gathering:

@@ -76,7 +76,7 @@ class FullLength:
             RuntimeError: the rows that dropped tokens had, of ``output="carried"``, are no longer there.
         """
         state = forward.states[layer]
-        if state.tokens.whole:
+        if state.tokens.nothing_dropped:
             return x
         full = gather_tokens(x, self.stand_ins(forward, layer), self.prefix)  # [B, P + N, C]
         if self.output != "carried":
@@ -162,7 +162,7 @@ class Outputs(Uncopyable):
         """
         tokens, last = state.tokens, after == self.depth
         forward.states[after] = state
-        if not (last or after in self.restored or self.dense.up) or tokens.whole:
+        if not (last or after in self.restored or self.dense.up) or tokens.nothing_dropped:
             return y
         if after in self.restored:
             y = full_length(
@@ -180,7 +180,7 @@ class Outputs(Uncopyable):
     def _behind(self) -> LayerState | None:
         """The state behind the last layer, where tokens are missing from it."""
         state = self.forwards.state.states.get(self.depth)
-        return None if state is None or state.tokens.whole else state
+        return None if state is None or state.tokens.nothing_dropped else state
 
     def _fill_hook(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
         state = self._behind()
@@ -258,7 +258,7 @@ class Outputs(Uncopyable):
     def lost(self, layer: int) -> Tensor | None:
         """Which groups are gone in front of ``layer``, in the order of the merger's output, bool [B, G]; None: none is."""
         forward = self.forwards.state
-        if layer not in forward.states or forward.states[layer].tokens.whole:
+        if layer not in forward.states or forward.states[layer].tokens.nothing_dropped:
             return None
         gone = dropped(forward.states[layer].tokens)
         assert forward.origin is not None

@@ -240,7 +240,7 @@ class PrunedVLM(Uncopyable):
             y = original(x, *args, **kwargs)
             features = self.mergers[self.spec.connector]
             state = encoder.forward.states.get(features)
-            if state is None or state.tokens.whole:
+            if state is None or state.tokens.nothing_dropped:
                 return y
             tokens = state.tokens
             head = y.shape[1] - tokens.slots
