@@ -112,7 +112,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def _keep_keys(self, layer: int, index: int, shown: Any) -> None:
-        keys = self.forward.shown
+        keys = self.forward.captured_keys
         # heads of parallel attentions are heads like any other: [B, units * H, N, D]
         keys[layer] = shown if index == 0 else torch.cat([keys[layer], shown], 1)
 
@@ -252,7 +252,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
         block = self.blocks[layer]
         assert block is not None
         with self.scoring:
-            return block.head_mean_keys(forward.shown.pop(layer, None), self.prefix)
+            return block.head_mean_keys(forward.captured_keys.pop(layer, None), self.prefix)
 
     def _masks(self, block: Block) -> bool:
         return takes_dense_mask(self.module, block)

@@ -27,21 +27,21 @@ class EncoderForward(Forward):
     """What one forward of an encoder knows besides.
 
     Attributes:
-        shown: what showed the keys of a layer, until they are scored.
+        captured_keys: what showed the keys of a layer, until they are scored.
         grid: rows and columns of patches.
         grids: packed: frames, rows and columns of patches of each image or video.
         order: packed: group at each place.
         shares: of its candidates that each picture keeps at least; empty without a guard.
     """
 
-    shown: dict[int, Any] = field(default_factory=dict)
+    captured_keys: dict[int, Any] = field(default_factory=dict)
     grid: tuple[int, int] | None = None
     grids: list[list[int]] = field(default_factory=list)
     order: Tensor | None = None
     shares: tuple[float, ...] = ()
 
     def told(self) -> Self:
-        return replace(super().told(), shown={}, order=None)
+        return replace(super().told(), captured_keys={}, order=None)
 
     @property
     def samples(self) -> list[int]:
