@@ -283,15 +283,18 @@ class RaggedLayer(DynamicLayer):
         self._let_go()
         return keys, values
 
-    def evict(self, stay: Selection, keys: CachePositions) -> None:
-        """Keep only these entries, which are ``keys``."""
-        self.keys, self.values = gather_entries(self.keys, stay.slots), gather_entries(self.values, stay.slots)
-        self._set_map(keys)
+    def keep(self, selection: Selection, positions: CachePositions) -> None:
+        """Keep only these entries, whose positions are ``positions``."""
+        self.keys, self.values = (
+            gather_entries(self.keys, selection.slots),
+            gather_entries(self.values, selection.slots),
+        )
+        self._set_map(positions)
 
-    def _set_map(self, keys: CachePositions) -> None:
-        self.map = keys
+    def _set_map(self, positions: CachePositions) -> None:
+        self.map = positions
         if self.sliding_window is not None:
-            reach = keys.index if keys.valid is None else keys.index.masked_fill(~keys.valid, -1)
+            reach = positions.index if positions.valid is None else positions.index.masked_fill(~positions.valid, -1)
             # running maximum: padding does not hold entries behind it back
             self._starts = reach.amax(0).cummax(0).values.tolist()
 

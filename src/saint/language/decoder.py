@@ -338,7 +338,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
             entry = ragged_layer(cache, layer, self.token)
             if forward.states[layer].tokens is not left and entry.is_initialized:
                 past, before = entry.map, entry.length - left.width
-                entry.evict(*forward.once("left", partial(remaining, past, left, before=before), left, past))
+                entry.keep(*forward.once("left", partial(remaining, past, left, before=before), left, past))
 
 
 def nearest_before(tokens: TokenMap) -> Tensor:
