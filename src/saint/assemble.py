@@ -97,13 +97,13 @@ def _encoder(
     observers: Observers,
     merge_size: int | None = None,
     restored: frozenset[int] = frozenset(),
-    read: int | None = None,
+    used_layers: int | None = None,
     reader: Reader | None = None,
 ) -> PrunedEncoder:
-    """The vision stage of an encoder that was verified; only the first ``read`` layers are of use to whoever reads it."""
+    """The vision stage of an encoder that was verified; only the first ``used_layers`` layers are of use to whoever reads it."""
     warn_if_untested("torch", spec.library)
     stages, depth = plan.vision, _depth(encoder, spec)
-    layers = plan.resolve_layers("vision", depth, read, spec.candidates(encoder))
+    layers = plan.resolve_layers("vision", depth, used_layers, spec.candidates(encoder))
     return PrunedEncoder(
         path,
         encoder,
