@@ -144,7 +144,7 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM":
         handover,
         connector,
         between=spec.between(vlm),
-        shortens=bool(plan.vision or plan.connector),
+        starts_short=bool(plan.vision or plan.connector),
     )
     return PrunedVLM(path, vlm, spec, door, encoder, mergers, handover, model)
 
@@ -175,7 +175,7 @@ def _door(
     points: Sequence[DropPoint] = (),
     *,
     between: int = 0,
-    shortens: bool = False,
+    starts_short: bool = False,
 ) -> "Doorway":
     """The door of a language model: ``points`` of the connector in front of it, the language stage behind it."""
     from .language.cache import SessionToken
@@ -199,7 +199,14 @@ def _door(
             evict=bool(language) and language[0].evict,
         )
     return Doorway(
-        path, text, points, observers=observers, handover=handover, decoder=decoder, token=token, shortens=shortens
+        path,
+        text,
+        points,
+        observers=observers,
+        handover=handover,
+        decoder=decoder,
+        token=token,
+        starts_short=starts_short,
     )
 
 

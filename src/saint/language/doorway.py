@@ -175,7 +175,7 @@ class Doorway(Decider[DoorForward]):
         observers: of the session.
         handover: where the model's glue says which tokens are visual.
         decoder: the language stage, or None.
-        shortens: tokens may have left in front of the decoder.
+        starts_short: tokens may have left in front of the decoder, which then starts with fewer.
 
     Raises:
         UnsupportedModelError: the decoder cannot be given a shortened sequence.
@@ -193,18 +193,18 @@ class Doorway(Decider[DoorForward]):
         handover: Handover,
         decoder: PrunedDecoder | None,
         token: SessionToken,
-        shortens: bool,
+        starts_short: bool,
     ) -> None:
         super().__init__(path, module, points, DoorForward, observers)
         self.handover, self.decoder, self.token = handover, decoder, token
-        self.shortens = shortens
+        self.starts_short = starts_short
         self.depth = len(list(LAYERS.get(module).children()))
         self.parameters = Parameters(type(module).forward)
         self.reaches, implementation = reaches(module.config), IMPLEMENTATION.get(module.config)
         each = self.reaches.values() if isinstance(self.reaches, dict) else [self.reaches]
         self.boundless = implementation in FLASH or all(reach == Reach() for reach in each)
         self.kinds = list(getattr(module.config, "layer_types", None) or ())
-        if shortens and implementation not in DENSE | FLASH:
+        if starts_short and implementation not in DENSE | FLASH:
             raise UnsupportedModelError(
                 f"attention implementation {implementation!r} of the language model cannot be given the masks of shortened "
                 f"sequences; load the model with one of {', '.join(sorted(DENSE | FLASH))}"
@@ -269,7 +269,7 @@ class Doorway(Decider[DoorForward]):
                 "its embeddings differently"
             )
         packed, real = documents(given, self.module.config), None
-        if self.shortens and x is not None:
+        if self.starts_short and x is not None:
             real = _real(note, given, cache, x)
         state, counts = self.entering(visual, x, note, packed, real)
         if state.tokens.nothing_dropped:
