@@ -143,7 +143,7 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM":
         observers,
         handover,
         connector,
-        between=spec.between(vlm),
+        deepstack_layers=spec.deepstack_layers(vlm),
         starts_short=bool(plan.vision or plan.connector),
     )
     return PrunedVLM(path, vlm, spec, door, encoder, mergers, handover, model)
@@ -174,7 +174,7 @@ def _door(
     handover: "Handover",
     points: Sequence[DropPoint] = (),
     *,
-    between: int = 0,
+    deepstack_layers: int = 0,
     starts_short: bool = False,
 ) -> "Doorway":
     """The door of a language model: ``points`` of the connector in front of it, the language stage behind it."""
@@ -195,7 +195,7 @@ def _door(
             own,
             observers=observers,
             token=token,
-            between=between,
+            deepstack_layers=deepstack_layers,
             evict=bool(language) and language[0].evict,
         )
     return Doorway(

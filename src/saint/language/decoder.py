@@ -77,7 +77,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         points: drop points, in and behind layers.
         observers: of the session.
         token: identity of the plan.
-        between: layers behind which the model itself works on the full sequence (DeepStack).
+        deepstack_layers: layers behind which the model itself works on the full sequence (DeepStack).
         evict: behind a prompt, no layer's cache keeps a token that any layer dropped.
 
     Raises:
@@ -96,11 +96,11 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         *,
         observers: Observers,
         token: SessionToken,
-        between: int = 0,
+        deepstack_layers: int = 0,
         evict: bool = False,
     ) -> None:
         super().__init__(path, model, layers, points, DecoderForward, observers)
-        self.between, self.evict = between, evict
+        self.deepstack_layers, self.evict = deepstack_layers, evict
         looks = observers.everywhere and not any(point.method is not None for point in points)
         if not (evict or looks):
             self.first = min(self.points, default=self.depth)
@@ -324,7 +324,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
     def leave(self, forward: DecoderForward, layer: int, state: LayerState, y: Tensor, call: Call) -> Tensor:
         after, tokens = layer + 1, state.tokens
         forward.states[after] = state
-        if not tokens.nothing_dropped and (after == self.depth or forward.all_states or layer < self.between):
+        if not tokens.nothing_dropped and (after == self.depth or forward.all_states or layer < self.deepstack_layers):
             forward.states[after] = replace(state, full_length=True)
             y = gather_tokens(y, forward.once("shown", partial(nearest_before, tokens), tokens), 0)  # [B, L, C]
         if after == self.depth and call.cache is not None and self.evict:
