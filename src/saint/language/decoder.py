@@ -217,7 +217,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         wanted = ALL_STATES.read(kwargs, ALL_STATES.get(self.module.config))
         forward.all_states = wanted is not None and wanted is not False
         forward.origin, forward.facts = state, facts
-        self.enter(forward, state, None)
+        self.begin_layers(forward, state, None)
 
     # -- one layer ----------------------------------------------------------------------------------------------------
 

@@ -103,7 +103,7 @@ class LayerStack(Decider[F], ABC, Generic[F, C]):
         """Run a layer in a forward in which nothing can go, of modules that have such."""
         raise NotImplementedError
 
-    def enter(self, forward: F, state: LayerState, features: Tensor | None) -> None:
+    def begin_layers(self, forward: F, state: LayerState, features: Tensor | None) -> None:
         """Note the state in front of the first layer, behind the drop points that lie in front of it.
 
         Args:
@@ -118,7 +118,7 @@ class LayerStack(Decider[F], ABC, Generic[F, C]):
             state, _ = self.pass_entries(forward, state, features if self.carries else features.detach())
         forward.states[self.first] = state if state.tokens.nothing_dropped else replace(state, full_length=True)
 
-    def shorten(self, layer: int, state: LayerState, x: Tensor) -> Tensor:
+    def apply_to_full(self, layer: int, state: LayerState, x: Tensor) -> Tensor:
         """The tokens that are left, of hidden states of full length: [Q, P + N, C] -> [Q, P + K, C].
 
         Where tokens have left in front of the first layer, it is what stood there; else the layer before has expanded it.
@@ -154,7 +154,7 @@ class PrunedLayer(Uncopyable):
             return stack.unpruned(forward, layer, self.original, x, call)
         x = x.unsqueeze(0) if stack.packed else x
         if state.full_length:
-            x = stack.shorten(layer, state, x)
+            x = stack.apply_to_full(layer, state, x)
             state = replace(state, full_length=False)
         block, original = stack.blocks[layer], self.original
         if self.split:

@@ -151,7 +151,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
             mask = None if block is None or block.spec.bias or block.mask is None else call.get(block.mask)
             x_samples = x.unsqueeze(0) if self.packed else x  # [B, P + N, C]
             origin = self.inputs.begin(forward, x_samples, mask)  # a bias hides no token
-            self.enter(forward, origin, x_samples[:, self.prefix :])
+            self.begin_layers(forward, origin, x_samples[:, self.prefix :])
         if layer not in forward.states:
             raise RuntimeError(
                 f"block {layer} ran without the blocks before it; the plan prunes complete forwards only"
