@@ -47,7 +47,7 @@ class Note:
         marked: rows of features that the encoder dropped may be among them (``gathers.is_dropped``).
         mask: the padding mask that the caller gave, [B, T], or None.
         cells: where methods need them, see :class:`saint.tokens.Facts`, of each position, int64 [B, L]; None: no video.
-        ids: the token ids that a model around the language model was given, [B, L], or None.
+        ids: the token ids that the model was given, beside embeddings or in their place, [B, L], or None.
         brings: features come with the sequence, for the model to merge.
         plain: the embeddings are those of token ids, and of features that the model itself merges.
         waiting: images came in, and their places are not known yet.

@@ -70,7 +70,7 @@ class PrunedVLM(Uncopyable):
     ) -> None:
         self.path, self.model, self.spec, self.door, self.encoder = path, model, spec, door, encoder
         self.mergers, self.handover = mergers, handover
-        self.patched, self.around = root, Parameters(type(root).forward)
+        self.patched = root
         self.marked = (model,) if encoder is None else (model, encoder.module)
         self.stacks = door.stacks if encoder is None else (encoder, *door.stacks)
         self.known = Known()
@@ -89,8 +89,6 @@ class PrunedVLM(Uncopyable):
 
     def install(self, stack: ExitStack) -> None:
         """Patch the instance; ``stack`` undoes it."""
-        if self.patched is not self.model:
-            stack.callback(self.patched.register_forward_pre_hook(self._see, with_kwargs=True).remove)
         stack.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         override(stack, self.model, self.merge, self._listen)
         for role in (IMAGE_FEATURES, VIDEO_FEATURES):
@@ -112,16 +110,12 @@ class PrunedVLM(Uncopyable):
                 for path, layer in self.mergers.items():
                     override(stack, self.model.get_submodule(path), "forward", partial(self._join, path, layer))
 
-    def _see(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """In front of a model around this one, which may merge features itself."""
-        self.handover.new(ids=IDS.read(self.around.named(args, kwargs)))
-
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = self.parameters.named(args, kwargs)
         encoded, mask, embedded = ENCODED.read(given), MASK.read(given), EMBEDDINGS.read(given)
         images = any(pixels.read(given) is not None for pixels in self.spec.pixels)
         self.handover.new(
-            ids=self.handover.note.ids,
+            ids=IDS.read(given),
             mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
             brings=images or bool(encoded),
             plain=embedded is None or images or bool(encoded),
