@@ -40,7 +40,6 @@ from .cache import (
     CacheView,
     RaggedLayer,
     SessionToken,
-    biases,
     check_cache,
     extended,
     filled,
@@ -314,8 +313,9 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         def make() -> Tensor | None:
             flash = IMPLEMENTATION.get(self.module.config) in FLASH
             cut = survivors_mask(mask, tokens, past, before=before, first=first, queries=queries, flash=flash)
+            held = past if tokens is None else extended(past, before, tokens, bias)
+            added = None if held is None else held.biases(before + queries)
             more = queries if tokens is None else tokens.slots
-            added = biases(past, before, bias, more)
             return cut if added is None else weighed(cut, added, queries=more, dtype=dtype, flash=flash)
 
         # layers with the same mask, survivors and cache content share the result

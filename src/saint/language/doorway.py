@@ -35,7 +35,7 @@ from .cache import CachePositions, KVMemory, SessionToken, filled, memory
 from .decoder import PrunedDecoder
 from .logical import Held, held_by, hold, inside
 from .masks import DENSE, FLASH
-from .shortening import RECURRENT, Reach, Short, Span, documents, everything, reaches, real_tokens, shown_before
+from .shortening import RECURRENT, Reach, Short, Span, documents, reaches, real_tokens, shown_before
 
 
 @dataclass
@@ -366,7 +366,7 @@ class Doorway(Decider[DoorForward]):
         past = None
         if before:
             shown = shown_before(_seen(note, given), batch, before) if held is None else None
-            past = everything(before, shown, x) if held is None else held.positions
+            past = CachePositions.every(before, x, shown) if held is None else held.positions
         index = short.index + before
         positions = CachePositions(index, short.valid, before + places)
         positions = positions if past is None else past.followed_by(positions, before)

@@ -273,12 +273,6 @@ def shown_before(mask: Any, batch: int, before: int) -> Tensor | None:
     return None if bool(seen.all()) else seen
 
 
-def everything(before: int, valid: Tensor | None, like: Tensor) -> CachePositions:
-    """The map of a cache that holds every position of ``before``; ``valid`` [B, before] marks the caller's padding."""
-    index = torch.arange(before, device=like.device).expand(like.shape[0], before)
-    return CachePositions(index, valid, before)
-
-
 def documents(given: Mapping[str, Any], config: Any) -> Tensor | None:
     """Of a row into which several documents are packed, which one each place belongs to, int64 [B, L]; None: of no such row.
 
