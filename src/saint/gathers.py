@@ -66,9 +66,24 @@ def merge_tokens(x: Tensor, sizes: Tensor, selection: Selection, prefix: int) ->
     return torch.cat([x[:, :prefix], merged], 1), total
 
 
-def gather_entries(x: Tensor, slots: Tensor) -> Tensor:
-    """Keep entries of cached keys or values: x [B, H, N, D], slots int64 [B, K] -> [B, H, K, D]."""
-    return x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+def gather_along(x: Tensor, index: Tensor, axis: int, samples: int = 0) -> Tensor:
+    """Keep places along one axis of a tensor of any shape.
+
+    Args:
+        x: its axis ``samples`` is B or 1.
+        index: int64 [B, K].
+        axis: runs along the places, behind ``samples``; neither counts from the end.
+        samples: runs along the samples.
+
+    Returns:
+        ``x`` with B samples, and K places along ``axis``.
+    """
+    shape, wide = [1] * x.ndim, list(x.shape)
+    shape[samples], shape[axis] = index.shape
+    wide[samples] = index.shape[0]
+    x = x.expand(wide)
+    wide[axis] = index.shape[1]
+    return x.gather(axis, index.view(shape).expand(wide))
 
 
 def gather_table(table: Tensor, tokens: TokenMap) -> Tensor:
@@ -82,8 +97,7 @@ def gather_table(table: Tensor, tokens: TokenMap) -> Tensor:
         [B, 1, K, D] or [B, H, K, D]; for one sample the batch axis is left out.
     """
     if table.ndim == 4:
-        rows = tokens.index[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3])
-        return table.expand(tokens.index.shape[0], -1, -1, -1).gather(2, rows)
+        return gather_along(table, tokens.index, 2)
     if not torch.compiler.is_exporting() and tokens.index.shape[0] == 1:
         return table.index_select(-2, tokens.index[0])
     if table.ndim == 2:
@@ -103,12 +117,8 @@ def gather_mask(mask: Tensor, tokens: TokenMap, prefix: int) -> Tensor:
     batch = tokens.index.shape[0]
     rows = torch.arange(prefix, device=mask.device).expand(batch, prefix)
     rows = torch.cat([rows, tokens.index + prefix], 1)  # [B, P + K]
-    mask = mask.expand(batch, *mask.shape[1:])
-    columns = rows[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
-    mask = mask.gather(-1, columns)
-    if mask.shape[2] == prefix + tokens.width:
-        mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
-    return mask
+    mask = gather_along(mask, rows, 3)
+    return gather_along(mask, rows, 2) if mask.shape[2] == prefix + tokens.width else mask
 
 
 def visible(tokens: TokenMap, prefix: int) -> Tensor | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HookNeverFiredError, UnsupportedModelError
-from ..gathers import gather_tokens
+from ..gathers import gather_along, gather_tokens
 from ..tokens import TokenMap
 from ..upstream.names import ATTENTION, CACHE, HIDDEN, IMPLEMENTATION, MASK, POSITIONS, ROTARY, Parameters, Role
 from .masks import lets_through
@@ -160,9 +160,7 @@ def _row(mask: Tensor | None, last: Tensor, dtype: torch.dtype, valid: Tensor | 
     if mask.ndim == 2:
         mask = mask.bool()[:, None, None]  # [B, 1, 1, T]
     elif mask.shape[2] > 1:
-        mask = mask.expand(len(last), *mask.shape[1:])
-        query = last[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
-        mask = mask.gather(2, query)  # [B, 1 or H, 1, T]
+        mask = gather_along(mask, last, 2)  # [B, 1 or H, 1, T]
     if mask.is_floating_point():
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)

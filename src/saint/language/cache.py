@@ -23,7 +23,7 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from ..gathers import gather_entries
+from ..gathers import gather_along
 from ..tokens import Selection, TokenMap
 from ..upstream.names import CACHE
 
@@ -270,8 +270,8 @@ class RaggedLayer(DynamicLayer):
     def keep(self, selection: Selection, positions: CachePositions) -> None:
         """Keep only these entries, whose positions are ``positions``."""
         self.keys, self.values = (
-            gather_entries(self.keys, selection.slots),
-            gather_entries(self.values, selection.slots),
+            gather_along(self.keys, selection.slots, 2),
+            gather_along(self.values, selection.slots, 2),
         )
         self._set_map(positions)
 
