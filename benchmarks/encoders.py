@@ -16,7 +16,7 @@ from rich.console import Console
 import saint
 from saint.flops import left_out
 from saint.lab import demo
-from saint.lab.bench.encoder import bench_encoder
+from saint.lab.bench import bench_forward
 from saint.lab.records import environment, write_json
 from saint.plans import Plan, Stage
 from saint.session import as_plan
@@ -50,8 +50,8 @@ def main() -> None:
         inputs = {"pixel_values": torch.stack([info.preprocess(image, size) for image in pictures[:batch]])}
         for label, plan in (("default", as_plan(info.recipe)), ("half", HALF[name])):
             # the ratio from a run of base and pruned alone; what pruning costs inside, from a second run with meters
-            result = bench_encoder(encoder, plan, inputs, repeats=options.repeats, extras=False)
-            metered = bench_encoder(encoder, plan, inputs, repeats=max(3, options.repeats // 2))
+            result = bench_forward(encoder, plan, inputs, repeats=options.repeats, extras=False)
+            metered = bench_forward(encoder, plan, inputs, repeats=max(3, options.repeats // 2))
             overhead = metered.overhead
             assert overhead is not None
             assert metered.eager is not None

@@ -18,7 +18,7 @@ from rich.console import Console
 
 import saint
 from saint.flops import left_out
-from saint.lab.bench import bench_encoder, bench_generation
+from saint.lab.bench import bench_forward, bench_generation
 from saint.lab.records import environment, write_json
 from saint.plans import Plan, Stage
 
@@ -87,7 +87,7 @@ def encoder(shapes: dict[str, Any], device: str, dtype: torch.dtype, batches: li
     rows = []
     for batch in batches:
         inputs = {"pixel_values": torch.randn(batch, 3, 224, 224, device=device, dtype=dtype)}
-        result = bench_encoder(model, plan, inputs, repeats=repeats, warmup=3, extras=False)
+        result = bench_forward(model, plan, inputs, repeats=repeats, warmup=3, extras=False)
         rates = {"unpruned": 1e3 * batch / result.base.median, "pruned": 1e3 * batch / result.pruned.median}
         rows.append({"batch": batch, "images_per_second": rates, **result.to_dict()})
         console.print(

@@ -12,6 +12,7 @@ import argparse
 import json
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -24,13 +25,12 @@ from rich.progress import Progress, TimeElapsedColumn
 
 from saint.lab.analysis.causal import METHODS
 from saint.lab.analysis.record import make_record
-from saint.lab.analysis.run import Asked, Settings, analyze
+from saint.lab.analysis.run import Settings, analyze
 from saint.lab.demo import small_llava
-from saint.lab.eval.data import find_samples
-from saint.lab.loading import load_model
-from saint.lab.loading.text import load_text
-from saint.lab.loading.vlm import load_vlm
+from saint.lab.kinds import Subject, Text, kind_of
 from saint.lab.records import environment, write_json
+from saint.lab.sources.items import Item
+from saint.lab.sources.samples import find_samples
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -47,28 +47,28 @@ TOKENS = 256  # of a passage
 console = Console(width=150)
 
 
-def build(name: str, control: bool) -> tuple[Any, Callable[..., Any], Any]:
-    """The model, what makes its inputs from an item and an image, and a plan that suits it."""
-    if name == "demo:small-llava":
-        loaded = load_vlm(name)
-        model = seeded(lambda: small_llava.blank(None)) if control else loaded.model
-        return model, lambda item, image: loaded.inputs([item.prompt], [image]), None
+class Passages(Text):
+    """A language model that is shown the start of a text."""
+
+    def prompted(self, prompt: str) -> dict[str, Any]:
+        made = super().prompted(prompt)
+        return {key: value[:, :TOKENS] if isinstance(value, torch.Tensor) else value for key, value in made.items()}
+
+
+def build(name: str, control: bool) -> Subject:
+    """The model, with random weights of a ``control``."""
     if name == TEXT:
-        text = load_text(name)
-        model = seeded(lambda: type(text.model)(text.model.config).eval()) if control else text.model
-
-        def cut(item: Asked, _: None) -> dict[str, Any]:
-            made = text.inputs(item.prompt)
-            return {key: value[:, :TOKENS] if isinstance(value, torch.Tensor) else value for key, value in made.items()}
-
-        return model, cut, None
-    encoder = load_model(name)
-    model = encoder.model
+        text = Passages.load(name)
+        made = seeded(lambda: type(text.model)(text.model.config).eval()) if control else text.model
+        return replace(text, model=made)
+    subject = kind_of(name).load(name)
+    if control and name == "demo:small-llava":
+        return replace(subject, model=seeded(lambda: small_llava.blank(None)))
     if control:
-        holder = getattr(model, "backbone", model)
+        holder = getattr(subject.model, "backbone", subject.model)
         twin = seeded(lambda: type(holder)(holder.config).eval())
         holder.load_state_dict(twin.state_dict())
-    return model, lambda item, image: encoder.inputs([image]), encoder.plan
+    return subject
 
 
 def seeded(make: Callable[[], Any]) -> Any:
@@ -78,7 +78,7 @@ def seeded(make: Callable[[], Any]) -> Any:
         return make()
 
 
-def passages(limit: int, shift: bool) -> list[Asked]:
+def passages(limit: int, shift: bool) -> list[Item]:
     """Prose of the Python documentation, evenly spaced, each from the start of a paragraph; ``shift``: those in between."""
     whole = "\n\n".join(text for _, text in sorted(topics.items()))
     taken: list[int] = []
@@ -88,25 +88,25 @@ def passages(limit: int, shift: bool) -> list[Asked]:
             pass
         taken.append(at)
     return [
-        Asked.text(str(at), f"pydoc_data.topics, character {at}", whole[at : at + 8 * TOKENS].lstrip())
+        Item(str(at), f"pydoc_data.topics, character {at}", lambda: None, whole[at : at + 8 * TOKENS].lstrip())
         for at in (taken[limit:] if shift else taken[:limit])
     ]
 
 
-def photographs(photos: Path, limit: int, again: bool) -> list[Asked]:
+def photographs(photos: Path, limit: int, again: bool) -> list[Item]:
     """Of a folder, evenly spaced; ``again``: those that lie between."""
     samples = find_samples(str(photos)).items
     if len(samples) < (2 if again else 1) * limit:
         raise ValueError(f"{photos} has {len(samples)} photographs: give --limit {len(samples) // (2 if again else 1)}")
     shift = len(samples) // (2 * limit) if again else 0
-    return [Asked.of(samples[place * len(samples) // limit + shift], QUESTION) for place in range(limit)]
+    return [replace(samples[place * len(samples) // limit + shift], prompt=QUESTION) for place in range(limit)]
 
 
 def measure(
     name: str, control: bool, photos: Path | None, limit: int, causal: int, again: bool = False
 ) -> dict[str, Any]:
     """One record. ``again``: another seed, and photographs or passages that lie between those of the first run."""
-    model, inputs, plan = build(name, control)
+    subject = build(name, control)
     if photos is None:
         items, source = passages(limit, again), f"pydoc_data.topics of Python {platform.python_version()}"
     else:
@@ -120,7 +120,7 @@ def measure(
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task(stem, total=len(items))
         result = analyze(
-            model, items, inputs, plan=plan, settings=settings, facts=facts,
+            subject, items, settings=settings, facts=facts,
             journal=HERE / "cache" / f"{stem}.journal.sqlite", tick=lambda n: bar.advance(task, n),
         )  # fmt: skip
     head = {

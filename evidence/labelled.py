@@ -21,8 +21,8 @@ from measure import FASHION, STAMPS, fashion_pictures, flops, stamps
 
 from saint.lab import demo
 from saint.lab.cli.common import pictures
-from saint.lab.eval import Sample, Samples, evaluate_images
-from saint.lab.eval.data import read_image
+from saint.lab.eval import Item, Samples, evaluate_images
+from saint.lab.images import read_image
 from saint.lab.records import environment, write_json
 from saint.plans import Plan
 
@@ -39,14 +39,19 @@ def photographs(folder: Path) -> Samples:
     rows = list(csv.DictReader((folder / "index.csv").open()))
     groups = sorted({row["group"] for row in rows})
     return Samples(
-        [Sample(r["file"], r["file"], partial(read_image, folder / r["file"]), groups.index(r["group"])) for r in rows],
+        [
+            Item(r["file"], r["file"], partial(read_image, folder / r["file"]), label=groups.index(r["group"]))
+            for r in rows
+        ],
         groups,
     )
 
 
 def stamp_pictures(folder: Path) -> Samples:
     named = ((file, str(file.relative_to(folder)), label) for file, label in stamps(folder))
-    return Samples([Sample(name, name, partial(read_image, file), label) for file, name, label in named], list(STAMPS))
+    return Samples(
+        [Item(name, name, partial(read_image, file), label=label) for file, name, label in named], list(STAMPS)
+    )
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ import torch
 
 import saint
 from saint.flops import count_flops, left_out
-from saint.lab.bench.agreement import agreement
 from saint.lab.cli.common import load, pictures
+from saint.lab.kinds.agreement import agreement
 from saint.lab.records import environment, write_json
 from saint.methods import Grid, Match, PiToMe, Random, ToMe
 

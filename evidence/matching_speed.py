@@ -14,10 +14,10 @@ import torch
 from matching import FOLDER, PUBLISHED, SMALLER, Subject
 
 import saint
-from saint.lab.bench.encoder import copy_sharing_weights
 from saint.lab.bench.timing import Spread, interleave
 from saint.lab.cli.common import pictures
 from saint.lab.records import environment, write_json
+from saint.lab.variants import copy_sharing_weights
 
 TIMED = (
     PUBLISHED,

@@ -35,10 +35,10 @@ from torch import Tensor
 import saint
 from saint.flops import left_out
 from saint.lab import demo
-from saint.lab.bench import bench_encoder
+from saint.lab.bench import bench_forward
 from saint.lab.bench.cost import cost
-from saint.lab.eval import Sample, Samples, compare, evaluate_images
-from saint.lab.eval.data import read_image
+from saint.lab.eval import Item, Samples, compare, evaluate_images
+from saint.lab.images import read_image
 from saint.lab.records import environment, write_json
 from saint.methods import Grid, Random, ToMe
 from saint.plans import Plan, Stage
@@ -130,7 +130,7 @@ def fashion_pictures(folder: Path, most: int) -> Samples:
     pictures = images[16:].reshape(-1, 28, 28)[:most]  # behind the headers of the idx format
     return Samples(
         [
-            Sample(f"t10k/{i}", f"{files[0]}, picture {i}", partial(_grey, picture), int(labels[8 + i]))
+            Item(f"t10k/{i}", f"{files[0]}, picture {i}", partial(_grey, picture), label=int(labels[8 + i]))
             for i, picture in enumerate(pictures)
         ],
         FASHION,
@@ -144,7 +144,7 @@ def _grey(picture: np.ndarray) -> Image.Image:
 def encoders(options: argparse.Namespace) -> None:
     samples = Samples(
         [
-            Sample(str(file.relative_to(options.stamps)), str(file), partial(read_image, file), label)
+            Item(str(file.relative_to(options.stamps)), str(file), partial(read_image, file), label=label)
             for file, label in stamps(options.stamps)
         ],
         list(STAMPS),
@@ -185,7 +185,7 @@ def _knn(name: str, samples: Samples, plans: dict[str, Plan], options: argparse.
         if saint_there in plans and title != saint_there:
             row["against saint"] = dataclasses.asdict(report.between(saint_there, title)["knn"])
         if timed and " at 0." in title:
-            speed = bench_encoder(
+            speed = bench_forward(
                 model, plan, {"pixel_values": torch.stack(shown[:8])}, repeats=5, warmup=1, extras=False
             )
             row["speedup"] = dataclasses.asdict(speed.speedup)

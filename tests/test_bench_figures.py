@@ -14,12 +14,13 @@ import torch
 
 import saint
 from saint.lab import bench
-from saint.lab.bench import encoder as encoder_bench
+from saint.lab.bench import forward as forward_bench
 from saint.lab.bench import generation as generation_bench
 from saint.lab.bench import timing
 from saint.lab.bench.cost import cost
 from saint.lab.bench.timing import Spread
 from saint.lab.cli import bench as bench_command
+from saint.lab.kinds.agreement import agreement
 from saint.plans import Plan, Stage
 from saint.runtime import observe
 from support.families import FAMILIES, prompts
@@ -118,7 +119,7 @@ def measured(clock, monkeypatch):
     """A benchmark in which each variant takes the seconds of its list, and choosing and handing on take theirs."""
     rounds = {name: iter(values) for name, values in TIMES.items()}
     names: list[str] = []
-    real = encoder_bench.interleave
+    real = forward_bench.interleave
 
     def interleave(runs, *args):
         def timed(name, run):
@@ -139,8 +140,8 @@ def measured(clock, monkeypatch):
 
         return real({name: start(name, run) for name, run in runs.items()}, *args)
 
-    select, gather = saint.Saint.select, encoder_bench.apply
-    monkeypatch.setattr(encoder_bench, "interleave", interleave)
+    select = saint.Saint.select
+    monkeypatch.setattr(forward_bench, "interleave", interleave)
 
     def slow(self, candidates):
         if getattr(clock, "running", "") == "metered":
@@ -159,8 +160,7 @@ def measured(clock, monkeypatch):
 
     monkeypatch.setattr(pruning, "gather_tokens", slow_gather)
     model = build("timm/vit-augreg")
-    assert gather is saint.apply
-    return bench.bench_encoder(model, PLAN, {"x": torch.randn(2, 3, 96, 96)}, repeats=5, warmup=2)
+    return bench.bench_forward(model, PLAN, {"x": torch.randn(2, 3, 96, 96)}, repeats=5, warmup=2)
 
 
 def ms(name: str) -> list[float]:
@@ -229,7 +229,7 @@ def test_every_printed_figure_of_an_encoder(measured, capsys, monkeypatch):
 def test_the_metered_and_the_idle_variant_do_what_they_say(monkeypatch):
     """Keep-all scores at every drop point and drops nothing."""
     model = build("timm/vit-augreg")
-    idle = encoder_bench._keep_all(
+    idle = forward_bench._keep_all(
         Plan(vision=Stage(saint.Saint(threshold=0.2, neighbors=1, center=True), layers=[0, 2]))
     )
     assert idle.vision[0].layers == (0, 2)
@@ -237,12 +237,12 @@ def test_the_metered_and_the_idle_variant_do_what_they_say(monkeypatch):
     with saint.pruned(model, idle) as session, torch.no_grad():
         model(torch.zeros(2, 3, 96, 96))
         assert [e.tokens_out.tolist() for e in session.trace] == [[36, 36]] * 2
-    assert encoder_bench._keep_all(Plan(vision=saint.SaintFullGraph(keep=9))) is None
+    assert forward_bench._keep_all(Plan(vision=saint.SaintFullGraph(keep=9))) is None
 
 
 def test_token_counts_of_a_ragged_batch():
     trace = [saint.LayerTrace("vision", 3, torch.tensor([10, 7]), torch.tensor([9, 2]), [])]
-    (layer,) = encoder_bench.layer_tokens(trace)
+    (layer,) = forward_bench.layer_tokens(trace)
     assert (layer.layer, layer.tokens_in, layer.tokens_out, layer.slots) == (3, 8.5, 5.5, 9)
 
 
@@ -273,8 +273,8 @@ def test_every_printed_figure_of_the_demo(tmp_path, capsys):
     threads = torch.get_num_threads()
     with pytest.raises(SystemExit) as ended:
         main([
-            "demo", "timm:test_vit", "--no-pretrained", "--threads", "1", "--device", "cpu", "--image", str(folder),
-            "--out", str(tmp_path / "out"), "--repeats", "3", "--plan", json.dumps(plan.to_dict()),
+            "demo", "timm:test_vit", "--no-pretrained", "--threads", "1", "--device", "cpu", "--images", str(folder),
+            "--output", str(tmp_path / "out"), "--repeats", "3", "--plan", json.dumps(plan.to_dict()),
         ])  # fmt: skip
     torch.set_num_threads(threads)
     assert not ended.value.code
@@ -289,12 +289,10 @@ def test_every_printed_figure_of_the_demo(tmp_path, capsys):
     assert len(set(values)) == 2
     assert record["agreement"]["mean"] == pytest.approx(statistics.fmean(values))
     assert record["agreement"]["min"] == min(values)
-    printed = re.search(r"measured speed-up (\S+)x, FLOPs bound (\S+)x", text)
-    assert float(printed[1]) == pytest.approx(record["speedup"], abs=6e-3)
-    assert float(printed[2]) == pytest.approx(record["flops_bound"], abs=6e-3)
-    assert numbers(re.search(r"mean \S+, lowest \S+", text)[0]) == pytest.approx(
-        [statistics.fmean(values), min(values)], abs=6e-5
-    )
+    (summary,) = [row for row in text.splitlines() if row.strip().startswith("this plan ")]
+    speedup, bound, mean, lowest = numbers(summary.partition("%")[2])
+    assert [speedup, bound] == pytest.approx([record["speedup"], record["flops_bound"]], abs=6e-3)
+    assert [mean, lowest] == pytest.approx([statistics.fmean(values), min(values)], abs=6e-5)
     left = [photo["layers"][-1]["tokens_out"] for photo in record["photos"]]
     for photo, measured in zip(record["photos"], benches, strict=True):
         (row,) = [row for row in text.splitlines() if row.strip().startswith(photo["name"])]
@@ -419,27 +417,27 @@ def test_agreement_is_cosine_or_correlation():
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(3, 5, generator=g), torch.randn(3, 5, generator=g) + 1
     want = [float((x @ y) / (x.norm() * y.norm())) for x, y in zip(a.double(), b.double(), strict=True)]
-    assert bench.agreement(a, b).values == pytest.approx(want)
-    assert bench.agreement(a, b).same_top1 is None
+    assert agreement(a, b).values == pytest.approx(want)
+    assert agreement(a, b).same_top1 is None
     x, y = torch.rand(2, 1, 4, 6, generator=g), torch.rand(2, 1, 4, 6, generator=g)
     stacked = [torch.stack([p.flatten(), q.flatten()]) for p, q in zip(x, y, strict=True)]
-    found = bench.agreement(x, y)
+    found = agreement(x, y)
     assert found.values == pytest.approx([float(torch.corrcoef(s)[0, 1]) for s in stacked], abs=1e-5)
     assert (found.answer, found.measure) == ("output", "correlation")
     logits = {"image_embeds": None, "logits": a, "pooler_output": b}
-    both = bench.agreement(logits, {**logits, "logits": b})
+    both = agreement(logits, {**logits, "logits": b})
     assert both.answer == "logits"
     assert both.same_top1 == (a.argmax(1) == b.argmax(1)).tolist()
-    assert bench.agreement({**logits, "image_embeds": a}, {**logits, "image_embeds": b}).answer == "image_embeds"
+    assert agreement({**logits, "image_embeds": a}, {**logits, "image_embeds": b}).answer == "image_embeds"
     rows = torch.randn(2, 7, 5, generator=g)  # of tokens the first is compared
-    assert bench.agreement(rows, rows[:, :4]).values == pytest.approx([1, 1])
-    assert bench.agreement((a, b), (b, a)).values == pytest.approx(want)
+    assert agreement(rows, rows[:, :4]).values == pytest.approx([1, 1])
+    assert agreement((a, b), (b, a)).values == pytest.approx(want)
     with pytest.raises(ValueError, match="no answer"):
-        bench.agreement({"attentions": a}, {"attentions": a})
+        agreement({"attentions": a}, {"attentions": a})
 
 
 def test_how_long_is_measured_unless_told():
     defaults = {name: p.default for name, p in inspect.signature(bench.bench_generation).parameters.items()}
     assert (defaults["new_tokens"], defaults["repeats"], defaults["warmup"]) == (32, 10, 2)
-    defaults = {name: p.default for name, p in inspect.signature(bench.bench_encoder).parameters.items()}
+    defaults = {name: p.default for name, p in inspect.signature(bench.bench_forward).parameters.items()}
     assert (defaults["repeats"], defaults["warmup"], defaults["extras"]) == (20, 3, True)

@@ -26,6 +26,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
+from saint.lab.kinds import Encoder
 from saint.lab.ui import Desk, make_app
 from saint.lab.ui.desk import Offer
 from saint.lab.ui.guard import hosts_of
@@ -267,7 +268,7 @@ def server():
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     port = listening.getsockname()[1]
-    desk = Desk({"timm:test_vit": Offer("timm:test_vit", False, False)}, repeats=1)
+    desk = Desk({"timm:test_vit": Offer("timm:test_vit", Encoder, False)}, repeats=1)
     running = uvicorn.Server(uvicorn.Config(make_app(desk, hosts_of("127.0.0.1", port)), log_level="error", ws="none"))
     thread = threading.Thread(target=lambda: running.run(sockets=[listening]), daemon=True)
     thread.start()

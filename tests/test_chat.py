@@ -9,8 +9,8 @@ import transformers as hf
 from PIL import Image
 
 import saint
-from saint.lab.loading.vlm import is_vlm, load_vlm
-from saint.lab.view.tiles import Tile, _laid, placed, tiles, visual_tokens
+from saint.lab.kinds import VLM
+from saint.lab.kinds.tiles import Tile, _laid, placed, tiles, visual_tokens
 from saint.plans import Stage
 from support.checkpoints import PLAN, save
 from support.command_line import one_line
@@ -24,8 +24,8 @@ def plain(tmp_path_factory):
 
 def test_prompts_follow_the_template_or_the_image_token(spec, plain, picture):
     for name, first in ((spec, 127), (plain, IMAGE)):
-        loaded = load_vlm(name)
-        inputs = loaded.inputs(["what", "what w5 w6"], [Image.open(picture).convert("RGB")] * 2)
+        loaded = VLM.load(name)
+        inputs = loaded.prompted(["what", "what w5 w6"], [Image.open(picture).convert("RGB")] * 2)
         ids = inputs["input_ids"]
         assert ((ids == IMAGE).sum(1) == 36).all()
         assert inputs["pixel_values"].shape == (2, 3, 24, 24)
@@ -38,13 +38,13 @@ def test_prompts_follow_the_template_or_the_image_token(spec, plain, picture):
 def test_chat(run, spec, picture, tmp_path):
     file = tmp_path / "chat.json"
     code, out, err = run(
-        "chat", spec, "--image", picture, "--prompt", "what", "--plan", PLAN, "--max-new-tokens", 5, "--json", file,
+        "chat", spec, "--images", picture, "--prompt", "what", "--plan", PLAN, "--max-new-tokens", 5, "--json", file,
     )  # fmt: skip
     assert code == 0, err
     assert all(word in out for word in ("unpruned", "\npruned", "saint_full_graph"))
     record = json.loads(file.read_text())
-    loaded = load_vlm(spec)
-    inputs = loaded.inputs(["what"], [Image.open(picture)])
+    loaded = VLM.load(spec)
+    inputs = loaded.prompted(["what"], [Image.open(picture)])
     with torch.no_grad():
         ids = loaded.model.generate(**inputs, max_new_tokens=5, do_sample=False)
     answers = record["answers"]
@@ -73,23 +73,23 @@ def test_bench_per_mode(run, spec, tmp_path):
 
 def test_encoders_are_no_vlm(spec, tmp_path):
     hf.CLIPConfig().save_pretrained(tmp_path)
-    assert is_vlm(spec)
-    assert not is_vlm(f"hf:{tmp_path}")
-    assert not is_vlm("timm:test_vit")
+    assert VLM.named(spec)
+    assert not VLM.named(f"hf:{tmp_path}")
+    assert not VLM.named("timm:test_vit")
 
 
 def test_errors(run, spec, picture, tmp_path):
-    ask = ["chat", "--image", picture]
+    ask = ["chat", "--images", picture]
     one_line(run(*ask, "timm:test_vit")[2], "hf:NAME_OR_PATH")
     one_line(run(*ask, spec, "--plan", "llava-1.5/vti")[2], "unknown recipe")
     one_line(run(*ask, spec, "--plan", "llava-1.5/vit")[2], "out of range")
     one_line(run(*ask, spec, "--dtype", "int8")[2], "float32")
-    one_line(run("chat", spec, "--image", tmp_path / "none.png")[2], "no such image")
-    one_line(run("chat", spec, "--image", picture.parent)[2], "one picture", "is a folder")
-    one_line(run("view", spec, "--image", picture, "--size", 64)[2], "--size is for encoders")
-    one_line(run("view", "demo:small-llava", "--image", picture, "--no-pretrained")[2], "a demo model is its weights")
-    one_line(run("demo", "demo:small-llava", "--image", picture)[2], "vision-language model", "saint chat, view")
-    one_line(run("bench", spec, "--threshold", 0.5)[2], "--plan")
+    one_line(run("chat", spec, "--images", tmp_path / "none.png")[2], "no such image")
+    one_line(run("chat", spec, "--images", picture.parent)[2], "one picture", "is a folder")
+    one_line(run("view", spec, "--images", picture, "--size", 64)[2], "--size does not fit")
+    one_line(run("view", "demo:small-llava", "--images", picture, "--no-pretrained")[2], "a demo model is its weights")
+    one_line(run("demo", "demo:small-llava", "--images", picture)[2], "vision-language model", "saint chat, view")
+    one_line(run("bench", spec, "--threshold", 0.5)[2], "the one vision stage", "--plan")
     hf.CLIPConfig(architectures=["CLIPModel"]).save_pretrained(tmp_path / "clip")
     one_line(run(*ask, f"hf:{tmp_path / 'clip'}")[2], "does not answer")
 
@@ -101,7 +101,7 @@ def test_view_draws_what_each_stage_keeps(run, spec, picture, tmp_path):
         language=Stage(saint.SaintFullGraph(keep=7), layers=[1]),
     )
     code, said, err = run(
-        "view", spec, "--image", picture, "--prompt", "what", "--plan", json.dumps(plan.to_dict()), "--out", out, "--json", file
+        "view", spec, "--images", picture, "--prompt", "what", "--plan", json.dumps(plan.to_dict()), "-o", out, "--json", file
     )  # fmt: skip
     assert code == 0, err
     assert "kept_noise.png" in said.replace("\n", "")
@@ -115,8 +115,8 @@ def test_view_draws_what_each_stage_keeps(run, spec, picture, tmp_path):
     assert (language["stage"], language["tokens_in"], language["tokens_out"]) == ("language", 20, 7)
     assert set(language["kept"]) < set(vision["kept"])
 
-    loaded = load_vlm(spec)
-    inputs = loaded.inputs(["what"], [Image.open(picture)])
+    loaded = VLM.load(spec)
+    inputs = loaded.prompted(["what"], [Image.open(picture)])
     (tile,) = tiles(loaded.model, loaded.processor, inputs)
     mean, std = (
         torch.tensor(v).view(3, 1, 1)
@@ -128,7 +128,7 @@ def test_view_draws_what_each_stage_keeps(run, spec, picture, tmp_path):
 
 
 def test_view_of_a_model_with_a_default_plan(run, spec, picture, tmp_path):
-    code, _, err = run("view", spec, "--image", picture, "--out", tmp_path, "--json", tmp_path / "v.json")
+    code, _, err = run("view", spec, "--images", picture, "--output", tmp_path, "--json", tmp_path / "v.json")
     assert code == 0, err
     stages = {step["stage"] for step in json.loads((tmp_path / "v.json").read_text())["photos"][0]["layers"]}
     assert stages == {"vision", "language"}

@@ -1,5 +1,6 @@
 """The command line on tiny random models: results, records, and readable errors."""
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -8,16 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from PIL import Image
 
 import saint
 from saint import extras
-from saint.lab import loading
-from saint.lab.cli import COMMANDS, main
+from saint.lab.cli import COMMANDS, app, main
 from saint.lab.cli.common import make_plan
-from saint.lab.loading import DownloadError, load_images, load_model
-from saint.lab.loading.photos import names_of
+from saint.lab.kinds import Encoder
+from saint.lab.loading import DownloadError
 from saint.lab.loading.plans import parse_layers
+from saint.lab.sources.photos import load_images, names_of
 from saint.plans import Plan
 from support.command_line import TINY, one_line
 
@@ -47,12 +49,12 @@ def test_demo_writes_pictures_and_a_record(run, folder, tmp_path):
     out = tmp_path / "out"
     plan = saint.Plan(vision=saint.Saint(budget=0.5))
     code, said, _ = run(
-        "demo", *TINY, "--image", folder, "--out", out, "--repeats", 1, "--plan", json.dumps(plan.to_dict()),
+        "demo", *TINY, "--images", folder, "--output", out, "--repeats", 1, "--plan", json.dumps(plan.to_dict()),
         "--json", tmp_path / "copy.json",
     )  # fmt: skip
 
     assert code == 0
-    assert "measured speed-up" in said
+    assert "this plan" in said
     assert "FLOPs bound" in said
     assert {f.name for f in out.iterdir()} == {"overview.png", "kept_sky.png", "kept_noise.png", "record.json"}
     assert all(f.stat().st_size < 1_000_000 for f in out.iterdir())
@@ -70,7 +72,7 @@ def test_demo_writes_pictures_and_a_record(run, folder, tmp_path):
 
 def test_bench_writes_a_record(run, folder, tmp_path):
     code, said, _ = run(
-        "bench", *TINY, "--image", folder, "--batch", 3, "--repeats", 2, "--warmup", 0,
+        "bench", *TINY, "--images", folder, "--batch", 3, "--repeats", 2, "--warmup", 0,
         "--threshold", "0.9", "--layers", "0-1", "--json", tmp_path / "r.json",
     )  # fmt: skip
 
@@ -87,7 +89,7 @@ def test_bench_writes_a_record(run, folder, tmp_path):
 
 def test_view_draws_and_records(run, folder, tmp_path):
     out = tmp_path / "out"
-    code, said, _ = run("view", *TINY, "--image", folder / "sky.png", "--out", out, "--json", tmp_path / "v.json")
+    code, said, _ = run("view", *TINY, "--images", folder / "sky.png", "--output", out, "--json", tmp_path / "v.json")
     assert code == 0
     assert "kept_sky.png" in said
     assert [f.name for f in out.iterdir()] == ["kept_sky.png"]
@@ -96,33 +98,35 @@ def test_view_draws_and_records(run, folder, tmp_path):
 
 def test_view_says_why_patches_leave(run, folder, tmp_path):
     out, sky = tmp_path / "out", folder / "sky.png"
-    code, said, err = run("view", *TINY, "--image", sky, "--threshold", 0.5, "--why", "--patch", "3,4", "--out", out)
+    code, said, err = run(
+        "view", *TINY, "--images", sky, "--threshold", 0.5, "--why", "--patch", "3,4", "--output", out
+    )
 
     assert code == 0, err
     assert {path.name for path in out.iterdir()} == {"kept_sky.png", "why_sky.png"}
     assert "why_sky.png" in said
     plain = Image.open(out / "why_sky.png")
-    run("view", *TINY, "--image", sky, "--threshold", 0.5, "--why", "--out", out)
+    run("view", *TINY, "--images", sky, "--threshold", 0.5, "--why", "--output", out)
     assert Image.open(out / "why_sky.png").tobytes() != plain.tobytes()  # without the graph around a patch
     for patch, words in (("3", "ROW,COLUMN"), ("a,b", "ROW,COLUMN"), ("99,0", "not on the grid")):
-        one_line(run("view", *TINY, "--image", sky, "--why", "--patch", patch, "--out", out)[2], words)
-    one_line(run("view", *TINY, "--image", sky, "--patch", "3,4", "--out", out)[2], "--why")
+        one_line(run("view", *TINY, "--images", sky, "--why", "--patch", patch, "--output", out)[2], words)
+    one_line(run("view", *TINY, "--images", sky, "--patch", "3,4", "--output", out)[2], "--why")
 
 
 def test_a_prompt_is_for_vision_language_models(run, folder, tmp_path):
-    code, _, err = run("view", *TINY, "--image", folder / "sky.png", "--prompt", "what", "--out", tmp_path / "out")
+    code, _, err = run("view", *TINY, "--images", folder / "sky.png", "--prompt", "what", "--output", tmp_path / "out")
     assert code == 2
-    one_line(err, "--prompt is for vision-language models")
+    one_line(err, "--prompt does not fit", "vision-language models")
 
 
 def test_a_picture_alone_is_no_model(run, folder):
     code, _, err = run("view", folder / "sky.png")
     assert code == 2
-    one_line(err, "sky.png", "timm:NAME", "--image")
+    one_line(err, "sky.png", "timm:NAME", "--images")
 
 
 def test_a_busy_machine_is_told(run, folder, tmp_path, monkeypatch):
-    from saint.lab.bench import Spread, encoder
+    from saint.lab.bench import Spread, forward
     from saint.lab.bench.timing import disturbances
 
     quiet = {"unpruned": Spread(100, 95, 110, 20), "pruned": Spread(50, 48, 55, 20)}
@@ -133,9 +137,9 @@ def test_a_busy_machine_is_told(run, folder, tmp_path, monkeypatch):
     assert "pruned: 45.0 to 90.0 ms around 50.0" in said
     assert disturbances(None, {"one": Spread(50, 20, 90, 2)}) == []  # two values have no spread to speak of
 
-    monkeypatch.setattr(encoder, "load_average", lambda: 1000.0)
-    rest = ["--image", folder / "sky.png", "--repeats", 1]
-    for args in (["bench", *TINY, *rest, "--warmup", 0], ["demo", *TINY, *rest, "--out", tmp_path / "out"]):
+    monkeypatch.setattr(forward, "load_average", lambda: 1000.0)
+    rest = ["--images", folder / "sky.png", "--repeats", 1]
+    for args in (["bench", *TINY, *rest, "--warmup", 0], ["demo", *TINY, *rest, "--output", tmp_path / "out"]):
         code, _, err = run(*args)
         assert code == 0, err
         assert "load average 1000.0" in " ".join(err.split())
@@ -191,7 +195,7 @@ def test_list_and_env(run, tmp_path):
 def test_an_unreadable_image_is_skipped_and_the_status_says_so(run, broken, tmp_path, command):
     more = ["--repeats", 1] if command == "demo" else []
     code, _, err = run(
-        command, *TINY, "--image", broken, *more, "--out", tmp_path / "out", "--json", tmp_path / "r.json"
+        command, *TINY, "--images", broken, *more, "--output", tmp_path / "out", "--json", tmp_path / "r.json"
     )
 
     assert code == 1
@@ -203,14 +207,14 @@ def test_an_unreadable_image_is_skipped_and_the_status_says_so(run, broken, tmp_
 
 
 def test_missing_empty_and_wholly_unreadable_inputs(run, tmp_path, broken):
-    code, _, err = run("demo", *TINY, "--image", tmp_path / "nowhere.png")
+    code, _, err = run("demo", *TINY, "--images", tmp_path / "nowhere.png")
     assert code == 2
     one_line(err, "no such image", "nowhere.png")
     (tmp_path / "empty").mkdir()
-    code, _, err = run("view", *TINY, "--image", tmp_path / "empty")
+    code, _, err = run("view", *TINY, "--images", tmp_path / "empty")
     assert code == 2
     one_line(err, "no images in the folder")
-    code, _, err = run("view", *TINY, "--image", broken / "broken.jpg")
+    code, _, err = run("view", *TINY, "--images", broken / "broken.jpg")
     assert code == 2
     one_line(err, "broken.jpg", "none of the 1 image", "not an image that Pillow can read")
 
@@ -239,7 +243,7 @@ def test_missing_empty_and_wholly_unreadable_inputs(run, tmp_path, broken):
     ],
 )
 def test_bad_options_end_in_one_line_and_status_2(run, folder, args, words):
-    code, _, err = run("bench", "--no-pretrained", "--repeats", 1, "--image", folder, *args)
+    code, _, err = run("bench", "--no-pretrained", "--repeats", 1, "--images", folder, *args)
     assert code == 2
     one_line(err, *words)
 
@@ -283,7 +287,7 @@ def test_a_failed_download_says_what_works_offline(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", fail)
     with pytest.raises(DownloadError, match="demo:clip-b16 works offline"):
-        load_model("timm:test_vit")
+        Encoder.load("timm:test_vit")
 
 
 def test_a_missing_library_names_the_extra(monkeypatch):
@@ -293,25 +297,25 @@ def test_a_missing_library_names_the_extra(monkeypatch):
     monkeypatch.setattr(extras, "import_module", missing)
     for spec, extra in (("timm:x", "timm"), ("hf:x", "transformers"), ("open_clip:x/none", "open-clip")):
         with pytest.raises(ImportError, match=rf'pip install "saint-vlm\[{extra}\]"'):
-            load_model(spec)
+            Encoder.load(spec)
 
 
 def test_random_weights_are_always_the_same_and_leave_the_generator_alone():
     state = torch.get_rng_state()
-    first = load_model("timm:test_vit", pretrained=False).model
+    first = Encoder.load("timm:test_vit", pretrained=False).model
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(1)
-    second = load_model("timm:test_vit", pretrained=False).model
+    second = Encoder.load("timm:test_vit", pretrained=False).model
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
 def test_open_clip_tower_and_its_own_preprocessing():
-    loaded = load_model("open_clip:ViT-S-32/none")
+    loaded = Encoder.load("open_clip:ViT-S-32/none")
     picture = Image.effect_noise((300, 250), 60).convert("RGB")
     assert loaded.preprocess(picture).shape == (3, 224, 224)
     assert loaded.grid == (7, 7)
     assert loaded.picture(picture).size == (448, 448)
-    assert bool(torch.isfinite(loaded.model(**loaded.inputs([picture]))).all())
+    assert bool(torch.isfinite(loaded.model(**loaded.pixels([picture]))).all())
 
 
 def test_hf_folder_with_its_own_preprocessing(tmp_path):
@@ -321,14 +325,14 @@ def test_hf_folder_with_its_own_preprocessing(tmp_path):
 
     build("transformers/vit").save_pretrained(tmp_path)
     transformers.ViTImageProcessor(size={"height": 96, "width": 96}).save_pretrained(tmp_path)
-    loaded = load_model(f"hf:{tmp_path}")
+    loaded = Encoder.load(f"hf:{tmp_path}")
     picture = Image.effect_noise((120, 110), 60).convert("RGB")
 
     assert type(loaded.model).__name__ == "ViTForImageClassification"
     assert (loaded.image_size, loaded.grid) == ((96, 96), (6, 6))
-    assert loaded.model(**loaded.inputs([picture])).logits.shape == (1, 7)
-    larger = load_model(f"hf:{tmp_path}", size=128)
-    assert larger.model(**larger.inputs([picture])).logits.shape == (1, 7)
+    assert loaded.model(**loaded.pixels([picture])).logits.shape == (1, 7)
+    larger = Encoder.load(f"hf:{tmp_path}", size=128)
+    assert larger.model(**larger.pixels([picture])).logits.shape == (1, 7)
     assert larger.grid == (8, 8)
 
 
@@ -349,7 +353,7 @@ def test_files_that_share_a_name_get_pictures_of_their_own(tmp_path, run):
         Image.new("RGB", (64, 64), colour).save(photos / name)
     assert [photo.name for photo in load_images(photos)[0]] == ["other", "photo.jpg", "photo.png"]
     out = tmp_path / "out"
-    code, said, err = run("demo", *TINY, "--image", photos, "--out", out, "--repeats", 1)
+    code, said, err = run("demo", *TINY, "--images", photos, "--output", out, "--repeats", 1)
     assert code == 0, err
     assert "wrote 4 pictures" in " ".join(said.split())
     pictures = {f.name: f.read_bytes() for f in out.glob("*.png")}
@@ -385,7 +389,7 @@ def test_a_pickle_that_runs_code_is_refused_in_one_line(run, tmp_path, folder):
     model.config.save_pretrained(tmp_path)
     transformers.ViTImageProcessor(size={"height": 96, "width": 96}).save_pretrained(tmp_path)
     torch.save({**model.state_dict(), "evil": Evil()}, tmp_path / "pytorch_model.bin")
-    code, _, err = run("bench", f"hf:{tmp_path}", "--image", folder)
+    code, _, err = run("bench", f"hf:{tmp_path}", "--images", folder)
     assert code == 2
     one_line(err, "pickle", "not loaded", "safetensors")
     assert not (tmp_path / "ran").exists()
@@ -430,8 +434,8 @@ def test_check_of_a_dense_head_falls_back_to_the_encoder(run, monkeypatch):
                 raise ValueError("needs all 100 patches")
             return tokens.unflatten(1, (10, 10))
 
-    loaded = load_model("timm:test_vit", pretrained=False)
-    monkeypatch.setattr(loading, "load_model", lambda *_, **__: dataclasses.replace(loaded, model=Head().eval()))
+    loaded = Encoder.load("timm:test_vit", pretrained=False)
+    monkeypatch.setattr(Encoder, "load", lambda *_, **__: dataclasses.replace(loaded, model=Head().eval()))
     code, out, err = run("check", "timm:test_vit")
     assert code == 0, out + err
     assert "encoder alone" in out
@@ -441,3 +445,37 @@ def test_check_of_an_unsupported_model(run):
     code, _, err = run("check", "timm:convnext_atto", "--no-pretrained")
     assert code == 2
     one_line(err, "ConvNeXt", "no tokens")
+
+
+@pytest.mark.parametrize("plan", ["llava-1.5/vit", "llava-1.5/divprune-64"])
+def test_serve_looks_at_the_tower_of_a_plan_that_prunes_there_alone(monkeypatch, plan):
+    from saint.backends.vllm import budget, names
+
+    seen = {}
+    for name in ("verify", "check_allowed"):
+        monkeypatch.setattr(names, name, lambda *_: None)
+    monkeypatch.setattr(budget, "of_plan", lambda _: None)
+    monkeypatch.setattr(extras, "import_module", lambda _: None)
+    monkeypatch.setattr(names, "check_model", lambda model, vision: seen.update(model=model, vision=vision))
+    monkeypatch.setattr(names, "server", lambda model: [])
+    monkeypatch.setattr("os.execve", lambda *_: None)
+    with contextlib.suppress(SystemExit):
+        main(["serve", "hf:some/model", "--plan", plan])
+    assert seen == {"model": "some/model", "vision": plan == "llava-1.5/vit"}
+
+
+def test_options_stand_in_groups_and_commands_in_order():
+    """The same option has the same group, and nearly all of them have one."""
+    found: dict[str, set[str]] = {}
+    group = typer.main.get_command(app)
+    assert group.list_commands(None) == list(COMMANDS)
+    commands = list(group.commands.values())
+    for command in [*commands, *(c for g in commands for c in getattr(g, "commands", {}).values())]:
+        for option in command.params:
+            if option.param_type_name == "option" and hasattr(option, "rich_help_panel"):
+                found.setdefault(option.name, set()).add(option.rich_help_panel)
+    assert found["images"] == {"Data"}
+    assert found["plan"] == {"Plan"}
+    assert found["output"] == {"Results"}
+    assert {name for name, panels in found.items() if len(panels - {None}) > 1} == set()
+    assert "image" not in found

@@ -16,12 +16,11 @@ import torch
 from PIL import Image
 
 import saint
-from saint.lab.embed import OutputError, Rows, answer, embed, find_items, work
+from saint.lab.embed import OutputError, Rows, embed, find_items, work
 from saint.lab.embed.parts import Parts, files
 from saint.lab.embed.sources import Reader, located
 from saint.lab.embed.work import Job
-from saint.lab.loading import load_model
-from saint.lab.loading.vlm import LoadedVLM
+from saint.lab.kinds import VLM, Encoder
 from support.command_line import one_line
 from support.families import FAMILIES
 from support.families import prompts as prompts_of
@@ -69,10 +68,10 @@ def test_every_image_is_a_row(folder, tmp_path):
     assert broken["embedding"] is None
     assert broken["kept"] is None
     assert "image" in broken["error"]
-    loaded = load_model("timm:test_vit", pretrained=False)
+    loaded = Encoder.load("timm:test_vit", pretrained=False)
     for key, row in found.items():  # by hand, one at a time
         with saint.pruned(loaded.model, PLAN) as session, torch.no_grad():
-            inputs = loaded.inputs([image(int(key[2:-4]))])
+            inputs = loaded.pixels([image(int(key[2:-4]))])
             want = loaded.model.forward_head(loaded.model.forward_features(inputs["x"]), pre_logits=True)[0]
             trace = session.trace
         assert np.allclose(row["embedding"], want.numpy(), atol=1e-5)
@@ -97,7 +96,7 @@ def test_rows_in_memory_are_those_on_disk(folder, tmp_path):
 
 
 def test_the_users_model_is_as_it_was(folder):
-    loaded = load_model("timm:test_vit", pretrained=False)
+    loaded = Encoder.load("timm:test_vit", pretrained=False)
     hooks = len(loaded.model.get_classifier()._forward_pre_hooks)
     assert embed(folder, loaded, PLAN).count == 10
     assert saint.status(loaded.model) is None
@@ -105,7 +104,7 @@ def test_the_users_model_is_as_it_was(folder):
 
 
 def test_an_image_that_the_model_fails_on_is_the_only_row_with_an_error(folder, monkeypatch):
-    from saint.lab.bench.features import Features
+    from saint.lab.kinds.features import Features
 
     real, bad = Features.__call__, image(6).size
 
@@ -114,8 +113,8 @@ def test_an_image_that_the_model_fails_on_is_the_only_row_with_an_error(folder, 
             raise RuntimeError("no good")
         return real(self, inputs)
 
-    loaded = load_model("timm:test_vit", pretrained=False)
-    marked = loaded.inputs([image(6)])["x"][0]
+    loaded = Encoder.load("timm:test_vit", pretrained=False)
+    marked = loaded.pixels([image(6)])["x"][0]
     monkeypatch.setattr(Features, "__call__", picky)
     rows = by_key(embed(folder, loaded, PLAN, batch=4))
     assert bad
@@ -125,17 +124,17 @@ def test_an_image_that_the_model_fails_on_is_the_only_row_with_an_error(folder, 
 
 
 def test_a_model_that_always_fails_is_no_row(folder, monkeypatch):
-    from saint.lab.bench.features import Features
+    from saint.lab.kinds.features import Features
 
     monkeypatch.setattr(Features, "__call__", lambda self, inputs: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         embed(folder, plan=PLAN, batch=4, **MODEL)
 
 
-class TinyVLM(LoadedVLM):
+class TinyVLM(VLM):
     """A random LLaVA whose prompt is always the same."""
 
-    def inputs(self, prompts, images):
+    def prompted(self, prompts, images):
         torch.manual_seed(0)
         made = prompts_of(FAMILY, self.model, [[3, "0", 4]])
         return {name: value.repeat_interleave(len(images), 0) for name, value in made.items()}
@@ -150,10 +149,10 @@ def test_answers(tmp_path):
         (tmp_path / "in" / f"{i}.png").write_bytes(BROKEN if i == 1 else encoded(i))
     plan = saint.Plan(connector=saint.SaintFullGraph(keep=0.5))
     loaded = TinyVLM(FAMILY.build(), None, torch.device("cpu"))
-    rows = answer(tmp_path / "in", loaded, plan, question="What color?", max_new_tokens=3, batch=3)
+    rows = embed(tmp_path / "in", loaded, plan, question="What color?", max_new_tokens=3, batch=3)
     good, broken, other = rows
     with saint.pruned(loaded.model, plan), torch.no_grad():
-        inputs = loaded.inputs(["What color?"], [image(0)])
+        inputs = loaded.pixels(["What color?"], [image(0)])
         tokens = loaded.model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert good["answer"] == other["answer"] == loaded.decode(tokens)
     assert good["question"] == broken["question"] == "What color?"
@@ -162,10 +161,10 @@ def test_answers(tmp_path):
     assert broken["answer"] is None
     assert broken["error"]
     assert "embedding" not in good
-    with pytest.raises(TypeError, match="embeddings need a Loaded"):
+    with pytest.raises(TypeError, match="embeddings need a subject"):
         embed(tmp_path / "in", loaded, plan)
     with pytest.raises(ValueError, match="the question is empty"):
-        answer(tmp_path / "in", loaded, plan, question=" ")
+        embed(tmp_path / "in", loaded, plan, question=" ")
 
 
 def test_images_of_similar_budgets_share_a_batch(tmp_path, monkeypatch):
@@ -331,7 +330,7 @@ def test_sources_that_are_none(tmp_path, folder):
 SLOW = """
 import sys, time
 import saint
-from saint.lab.bench.features import Features
+from saint.lab.kinds.features import Features
 from saint.lab.embed import embed
 real = Features.__call__
 def slow(self, inputs):
@@ -391,7 +390,7 @@ def test_another_run_is_refused_and_told_why(folder, tmp_path):
 
 
 def test_other_weights_under_the_same_name_are_refused(folder, tmp_path):
-    loaded = load_model("timm:test_vit", pretrained=False)
+    loaded = Encoder.load("timm:test_vit", pretrained=False)
     embed(folder, loaded, PLAN, output=tmp_path / "out", rows=4)
     files(tmp_path / "out")[0].unlink()
     with torch.no_grad():
@@ -472,7 +471,7 @@ def test_the_command_asks(run, folder, tmp_path, monkeypatch):
     record = json.loads((tmp_path / "record.json").read_text())
     assert (record["question"], record["batch"], record["errors"]) == ("w5 w6", 1, 1)
     said = by_key(Rows.of(tmp_path / "out"))
-    want = by_key(answer(folder, line[5], plan, question="w5 w6", max_new_tokens=3, device="cpu"))
+    want = by_key(embed(folder, line[5], plan, question="w5 w6", max_new_tokens=3, device="cpu"))
     assert said == want
     code, _, err = run(*line, "--size", 48)
     assert code == 2
@@ -489,7 +488,7 @@ def test_the_model_has_the_precision_that_is_asked_for(dtype, number):
 
 
 def tiny_model():
-    return load_model("timm:test_vit", pretrained=False)
+    return Encoder.load("timm:test_vit", pretrained=False)
 
 
 def test_a_model_may_be_a_function_that_makes_it():
@@ -498,7 +497,7 @@ def test_a_model_may_be_a_function_that_makes_it():
     assert job.load("cpu").spec == "timm:test_vit"
     loaded = tiny_model()
     assert Job(loaded, PLAN).load("cpu") is loaded
-    with pytest.raises(TypeError, match="embeddings need a Loaded.*got a int"):
+    with pytest.raises(TypeError, match="embeddings need a subject.*got a int"):
         Job(lambda: 3, PLAN).load("cpu")
 
 
@@ -531,7 +530,7 @@ def test_an_interrupted_run_keeps_what_was_computed_and_is_not_complete(folder, 
 
 
 def test_a_model_that_fails_behind_its_first_success_gives_rows_with_errors(tmp_path, monkeypatch):
-    from saint.lab.bench.features import Features
+    from saint.lab.kinds.features import Features
 
     for number in range(8):
         Image.effect_noise((40, 40), 50 + number).convert("RGB").save(tmp_path / f"{number}.png")

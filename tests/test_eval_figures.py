@@ -2,7 +2,7 @@
 
 import math
 import sys
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from saint import LayerTrace
+from saint.lab import answers as texts
 from saint.lab.eval import Journal, compare, scores
 from saint.lab.eval.compare import detectable_binary, tango_interval
 from saint.lab.eval.journal import JournalError
 from saint.lab.eval.loop import Loop, Processes
-from saint.lab.eval.report import Report, Summary, between, by_sample, check_plans, digest, fingerprint, kept, summaries
+from saint.lab.eval.report import Report, Summary, between, by_sample, digest, fingerprint, kept, summaries
+from saint.lab.sources.items import Item
+from saint.lab.variants import check_plans
 from saint.plans import Plan
 
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -135,46 +138,46 @@ def test_anls_is_the_formula(prediction, answers, threshold):
 
     shares = [edits(clean(prediction), clean(a)) / max(len(clean(prediction)), len(clean(a)), 1) for a in answers]
     want = max((1 - share for share in shares if share < threshold), default=0.0)
-    assert scores.anls(prediction, answers, threshold) == want
+    assert texts.anls(prediction, answers, threshold) == want
 
 
 def test_anls_without_its_library_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "rapidfuzz.distance", None)
     with pytest.raises(ImportError, match=r'rapidfuzz is not installed: pip install "saint-vlm\[eval\]"'):
-        scores.anls("a", ["b"])
+        texts.anls("a", ["b"])
 
 
 def test_anls_takes_the_closest_answer_and_has_a_threshold():
-    assert scores.anls("abcd", ["abxx", "abcx", "zzzz"]) == 0.75
-    assert scores.anls("abcd", ["abxx"]) == 0  # half is not close enough
-    assert scores.anls("abcd", ["abxx"], threshold=0.51) == 0.5
-    assert scores.anls("  A  B ", ["a b"]) == 1
-    assert scores.anls("", [""]) == 1
-    assert scores.anls("abc", ["abcdefgh"]) == 0  # over the longer of the two
-    assert scores.anls("abcdefgh", ["abcde"]) == 1 - 3 / 8
+    assert texts.anls("abcd", ["abxx", "abcx", "zzzz"]) == 0.75
+    assert texts.anls("abcd", ["abxx"]) == 0  # half is not close enough
+    assert texts.anls("abcd", ["abxx"], threshold=0.51) == 0.5
+    assert texts.anls("  A  B ", ["a b"]) == 1
+    assert texts.anls("", [""]) == 1
+    assert texts.anls("abc", ["abcdefgh"]) == 0  # over the longer of the two
+    assert texts.anls("abcdefgh", ["abcde"]) == 1 - 3 / 8
 
 
 def test_exact_takes_any_answer():
-    assert scores.exact("A Red bus!", ["green", "red bus"]) == 1
-    assert scores.exact("red", ["green", "red bus"]) == 0
-    assert scores.normalise("It's 1,000.5 or a .5, the end.") == "it's 1,000.5 or 5 end"
+    assert texts.exact("A Red bus!", ["green", "red bus"]) == 1
+    assert texts.exact("red", ["green", "red bus"]) == 0
+    assert texts.normalise("It's 1,000.5 or a .5, the end.") == "it's 1,000.5 or 5 end"
 
 
 def test_choices():
     colours = ["red", "light red", "blue"]
-    assert scores.chosen("light red", colours) == 1
-    assert scores.chosen("(c)", colours) == 2
-    assert scores.chosen("The answer is: B", colours) == 1
-    assert scores.chosen("option c", colours) == 2
-    assert scores.chosen("I think blue", colours) == 2
-    assert scores.chosen("red or blue", colours) is None
-    assert scores.chosen("D", colours) is None
-    assert scores.right_choices(["B", " (a) ", "blue"], colours) == {0, 1, 2}
+    assert texts.chosen("light red", colours) == 1
+    assert texts.chosen("(c)", colours) == 2
+    assert texts.chosen("The answer is: B", colours) == 1
+    assert texts.chosen("option c", colours) == 2
+    assert texts.chosen("I think blue", colours) == 2
+    assert texts.chosen("red or blue", colours) is None
+    assert texts.chosen("D", colours) is None
+    assert texts.right_choices(["B", " (a) ", "blue"], colours) == {0, 1, 2}
     with pytest.raises(ValueError, match="none of the choices"):
-        scores.right_choices(["D"], colours)
-    assert scores.choice("B", ["light red"], colours) == 1
-    assert scores.choice("A", ["light red"], colours) == 0
-    assert scores.choice("?", ["light red"], colours) == 0
+        texts.right_choices(["D"], colours)
+    assert texts.choice("B", ["light red"], colours) == 1
+    assert texts.choice("A", ["light red"], colours) == 0
+    assert texts.choice("?", ["light red"], colours) == 0
 
 
 # -- distributions and features -----------------------------------------------------------------------------------------
@@ -312,12 +315,6 @@ def test_fingerprints_tell_weights_apart():
 # -- whose results ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Thing:
-    id: str
-    where: str = "here"
-
-
 def evaluate(names, path, **changes):
     scored = []
 
@@ -325,10 +322,8 @@ def evaluate(names, path, **changes):
         scored.extend(item.id for item in items)
         return [{"value": value} for value in values]
 
-    loop = Loop(
-        lambda item: len(item.id), score, journal=path, key={"k": 1}, batch=2, processes=Processes(), tick=lambda n: None
-    )  # fmt: skip
-    return loop.run([Thing(name) for name in names]), scored
+    loop = Loop(score, journal=path, key={"k": 1}, batch=2, processes=Processes(), tick=lambda n: None)
+    return loop.run([Item(name, "here", partial(len, name)) for name in names]), scored
 
 
 def test_results_of_other_items_stay_out(tmp_path):

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 import saint
-from saint.lab.bench.features import Features
 from saint.lab.eval import compare, evaluate_images, find_samples
 from saint.lab.eval import scores as score_
-from saint.lab.loading import load_model
+from saint.lab.kinds import Encoder
+from saint.lab.kinds.features import Features
 from saint.methods import Random
 from saint.plans import Plan, Stage
 from saint.session import status
@@ -46,7 +46,7 @@ def folder(tmp_path):
 
 @pytest.fixture(scope="module")
 def loaded():
-    return load_model("timm:test_vit", pretrained=False)
+    return Encoder.load("timm:test_vit", pretrained=False)
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------
@@ -189,11 +189,11 @@ def test_base_and_pruned_by_hand(folder, loaded):
     samples = find_samples(str(folder))
     before = {name: (len(m._forward_pre_hooks), sorted(vars(m))) for name, m in loaded.model.named_modules()}
     report = evaluate_images(
-        loaded.model, samples, {"half": HALF}, inputs=loaded.inputs, scores=["knn", "linear"], batch=4
+        loaded.model, samples, {"half": HALF}, inputs=loaded.pixels, scores=["knn", "linear"], batch=4
     )
 
     labels = torch.tensor([s.label for s in samples.items])
-    made = loaded.inputs([s.load() for s in samples.items])
+    made = loaded.pixels([s.load() for s in samples.items])
     expected = {}
     with torch.inference_mode():
         expected["base"] = loaded.model.forward_head(loaded.model.forward_features(made["x"]), pre_logits=True)
@@ -220,7 +220,7 @@ def test_base_and_pruned_by_hand(folder, loaded):
 def test_plans_against_each_other(folder, loaded):
     plans = {"half": HALF, "nothing": Plan(), "random": Plan(vision=Stage(Random(keep=0.1), layers=[0]))}
     report = evaluate_images(
-        loaded.model, find_samples(str(folder)), plans, inputs=loaded.inputs, scores=["knn", "linear"], batch=4
+        loaded.model, find_samples(str(folder)), plans, inputs=loaded.pixels, scores=["knn", "linear"], batch=4
     )
     hits = {name: scores["knn"] for name, scores in report.samples.items()}
     assert set(hits) == {"base", *plans}
@@ -244,10 +244,10 @@ def test_classifier_scores(folder):
 
     torch.manual_seed(0)
     model = timm.create_model("test_vit", num_classes=2).eval()
-    loaded = load_model("timm:test_vit", pretrained=False)
+    loaded = Encoder.load("timm:test_vit", pretrained=False)
     samples = find_samples(str(folder))
-    report = evaluate_images(model, samples, {"half": HALF}, inputs=loaded.inputs)
-    made = loaded.inputs([s.load() for s in samples.items])
+    report = evaluate_images(model, samples, {"half": HALF}, inputs=loaded.pixels)
+    made = loaded.pixels([s.load() for s in samples.items])
     labels = torch.tensor([s.label for s in samples.items])
     with torch.inference_mode():
         hits = (model(**made).argmax(1) == labels).double().mean().item()
@@ -258,8 +258,8 @@ def test_classifier_scores(folder):
     assert report.scores["half"]["top5"].base == 1  # of two classes
 
     with pytest.raises(ValueError, match="1000 outputs and the data 2 classes.*--classes"):
-        evaluate_images(loaded.model, samples, {"half": HALF}, inputs=loaded.inputs, scores=["top1"])
-    assert list(evaluate_images(loaded.model, samples, {"half": HALF}, inputs=loaded.inputs).scores["half"]) == ["knn"]
+        evaluate_images(loaded.model, samples, {"half": HALF}, inputs=loaded.pixels, scores=["top1"])
+    assert list(evaluate_images(loaded.model, samples, {"half": HALF}, inputs=loaded.pixels).scores["half"]) == ["knn"]
 
 
 def test_transformers_features_are_the_classifiers_input(tmp_path):
@@ -275,12 +275,12 @@ def test_transformers_features_are_the_classifiers_input(tmp_path):
 
 
 def test_without_labels_there_is_agreement(folder, loaded):
-    report = evaluate_images(loaded.model, find_samples(str(folder / "noise")), {"half": HALF}, inputs=loaded.inputs)
+    report = evaluate_images(loaded.model, find_samples(str(folder / "noise")), {"half": HALF}, inputs=loaded.pixels)
     assert report.scores == {"half": {}}
     assert set(report.agreement["half"]) == {"cosine", "same_top1", "kept"}
     with pytest.raises(ValueError, match="labels"):
         evaluate_images(
-            loaded.model, find_samples(str(folder / "noise")), {"half": HALF}, inputs=loaded.inputs, scores=["knn"]
+            loaded.model, find_samples(str(folder / "noise")), {"half": HALF}, inputs=loaded.pixels, scores=["knn"]
         )
 
 
@@ -288,7 +288,7 @@ def test_not_finite_features_fail_the_sample(folder, loaded):
     samples = find_samples(str(folder))
 
     def inputs(images):
-        made = loaded.inputs(images)
+        made = loaded.pixels(images)
         for row, image in enumerate(images):
             if image.width == 43:
                 made["x"][row] = torch.nan
@@ -313,9 +313,9 @@ def test_zero_shot_with_open_clip():
     tokens = open_clip.get_tokenizer("ViT-S-32")(["a red fox.", "the red fox!"])
     with torch.no_grad():
         rows = torch.nn.functional.normalize(both.encode_text(tokens), dim=-1).mean(0)
-        image = both.encode_image(loaded.inputs([picture("noise", 0)])["x"])
+        image = both.encode_image(loaded.pixels([picture("noise", 0)])["x"])
         assert torch.allclose(text[0], torch.nn.functional.normalize(rows, dim=-1), atol=1e-5)
-        assert torch.allclose(loaded.model(**loaded.inputs([picture("noise", 0)])), image, atol=1e-5)
+        assert torch.allclose(loaded.model(**loaded.pixels([picture("noise", 0)])), image, atol=1e-5)
     sets = open_clip.SIMPLE_IMAGENET_TEMPLATES
     whole = open_clip.build_zero_shot_classifier(both, open_clip.get_tokenizer("ViT-S-32"), ["red fox", "dog"], sets)
     assert torch.allclose(class_embeddings(embed, ["red_fox", "dog"], ["openai-7"]), whole.T, atol=1e-5)

@@ -5,30 +5,23 @@ import json
 import sqlite3
 import subprocess
 import sys
-from dataclasses import dataclass
+from functools import partial
 
 import pytest
 
 from saint.lab.eval import Journal, JournalError
 from saint.lab.eval.loop import Loop, Processes
+from saint.lab.sources.items import Item
 
 KEY = {"model": "m", "plans": {"a": {"version": 1}}}
 
 
-@dataclass(frozen=True)
-class Item:
-    id: str
-    where: str = "here"
-
-
-ITEMS = [Item(str(i)) for i in range(10)]
+ITEMS = [Item(str(i), "here", lambda: None) for i in range(10)]
 
 
 def looped(path, score, *, read=lambda item: int(item.id), key=KEY, batch=3, processes=None, items=ITEMS):
-    loop = Loop(
-        read, score, journal=path, key=key, batch=batch, processes=processes or Processes(), tick=lambda _: None
-    )
-    return loop.run(items)
+    loop = Loop(score, journal=path, key=key, batch=batch, processes=processes or Processes(), tick=lambda _: None)
+    return loop.run([Item(item.id, item.where, partial(read, item)) for item in items])
 
 
 def square(_items, values):
@@ -244,7 +237,7 @@ def test_a_model_that_never_works_is_an_error():
         raise RuntimeError("no such kernel")
 
     with pytest.raises(RuntimeError, match="no such kernel"):
-        looped(None, score, batch=1, items=[Item(str(i)) for i in range(1000)])
+        looped(None, score, batch=1, items=[Item(str(i), "here", lambda: None) for i in range(1000)])
     assert len(calls) < 10
 
 
@@ -310,7 +303,9 @@ def test_what_another_run_wrote_meanwhile_is_what_counts(tmp_path):
 
     def score(items, values):
         if 3 in values:
-            Journal(path, {**KEY, "batch": 3}).append([{"id": "3", "value": -1}, {"id": "stranger", "value": -2}])
+            Journal(path, {**KEY, "batch": 3}).append(
+                [{"id": "3", "value": -1, "item": {"picture": -1}}, {"id": "stranger", "value": -2}]
+            )
         return square(items, values)
 
     outcome = looped(path, score)

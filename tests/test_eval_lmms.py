@@ -14,7 +14,7 @@ import saint
 from saint.lab import demo
 from saint.lab.demo import scenes
 from saint.lab.eval import read_questions
-from saint.lab.loading.vlm import load_vlm
+from saint.lab.kinds import VLM
 from saint.plans import Plan
 from support.checkpoints import PLAN, TEMPLATE, save
 
@@ -71,13 +71,13 @@ def spec(tmp_path_factory):
 
 
 def answer(spec, prompt, image, plan=None):
-    loaded = load_vlm(spec)
+    loaded = VLM.load(spec)
     if plan is not None:
         saint.apply(loaded.model, plan)
     if image is None:
         inputs = loaded.processor(text=[f"USER: {prompt} ASSISTANT:"], return_tensors="pt")
     else:
-        inputs = loaded.inputs([prompt], [image])
+        inputs = loaded.prompted([prompt], [image])
     with torch.no_grad():
         ids = loaded.model.generate(**inputs, max_new_tokens=3, do_sample=False)
     return loaded.decode(ids[0, inputs["input_ids"].shape[1] :])
@@ -202,7 +202,7 @@ def test_what_the_model_cannot_do_raises(spec):
 def test_the_small_llava_answers_about_scenes(lmms_eval, registered, tmp_path):
     pytest.importorskip("skimage", reason="needs saint-vlm[demo]")
     try:
-        load_vlm("demo:small-llava")
+        VLM.load("demo:small-llava")
     except demo.DemoUnavailableError as error:
         pytest.skip(str(error))
     questions, _ = read_questions(scenes.save(tmp_path, 4), tmp_path)

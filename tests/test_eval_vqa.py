@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 import saint
+from saint.lab import answers as texts
 from saint.lab.eval import Question, evaluate_vqa, read_questions
 from saint.lab.eval import scores as score_
-from saint.lab.eval.vqa import default_prompt, fill
-from saint.lab.loading.vlm import load_vlm
+from saint.lab.kinds import VLM
+from saint.lab.sources.questions import default_prompt, fill
 from saint.plans import Plan
 from saint.session import status
 from support.checkpoints import PLAN, TEMPLATE, save
@@ -29,7 +30,7 @@ def spec(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(spec):
-    return load_vlm(spec)
+    return VLM.load(spec)
 
 
 def noise(seed):
@@ -68,7 +69,7 @@ def asked(tmp_path, *lines):
     ],
 )
 def test_exact(said, answers, right):
-    assert score_.exact(said, answers) == right
+    assert texts.exact(said, answers) == right
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_exact(said, answers, right):
     ],
 )
 def test_anls(said, answers, value):
-    assert score_.anls(said, answers) == pytest.approx(value)
+    assert texts.anls(said, answers) == pytest.approx(value)
 
 
 COLOURS = ["blue", "red", "dark red"]
@@ -97,14 +98,14 @@ COLOURS = ["blue", "red", "dark red"]
     ],
 )  # fmt: skip
 def test_chosen(said, index):
-    assert score_.chosen(said, COLOURS) == index
+    assert texts.chosen(said, COLOURS) == index
 
 
 def test_choice():
-    assert score_.choice("B", ["red"], COLOURS) == score_.choice("red", ["b"], COLOURS) == 1
-    assert score_.choice("A", ["red"], COLOURS) == score_.choice("?", ["red"], COLOURS) == 0
+    assert texts.choice("B", ["red"], COLOURS) == texts.choice("red", ["b"], COLOURS) == 1
+    assert texts.choice("A", ["red"], COLOURS) == texts.choice("?", ["red"], COLOURS) == 0
     with pytest.raises(ValueError, match="none of the choices"):
-        score_.right_choices(["green"], COLOURS)
+        texts.right_choices(["green"], COLOURS)
 
 
 def test_kl_divergence():
@@ -171,7 +172,7 @@ def test_prompts():
 
 
 def first_logits(loaded, prompt, image, plan=None):
-    inputs = loaded.inputs([prompt], [image])
+    inputs = loaded.prompted([prompt], [image])
 
     def answer():
         with torch.no_grad():
@@ -200,13 +201,13 @@ def test_base_and_pruned_by_hand(loaded, batch):
 
     exact = report.scores["c"]["exact"]
     assert exact.base == 0.75
-    expected = [score_.exact(pruned[i][1], questions[i].answers) for i in range(4)]
+    expected = [texts.exact(pruned[i][1], questions[i].answers) for i in range(4)]
     assert exact.pruned == pytest.approx(np.mean(expected))
     divergence = [score_.kl_divergence(a[None], b[None]).item() for (a, _), (b, _) in zip(truth, pruned, strict=True)]
     agreement = report.agreement["c"]
     assert agreement["kl"].mean == pytest.approx(np.mean(divergence), rel=1e-3)
     assert agreement["kl"].mean > 0
-    same = [score_.normalise(a) == score_.normalise(b) for (_, a), (_, b) in zip(truth, pruned, strict=True)]
+    same = [texts.normalise(a) == texts.normalise(b) for (_, a), (_, b) in zip(truth, pruned, strict=True)]
     assert agreement["same_answer"].mean == pytest.approx(np.mean(same))
     assert agreement["kept"].mean == pytest.approx(9 / 36)
     assert report.categories["even"]["c"]["exact"].base == 0.5
@@ -230,7 +231,7 @@ def test_inputs_of_your_own(loaded):
 
     def inputs(prompts, images):
         seen.append((list(prompts), [image.size for image in images]))
-        return loaded.inputs(prompts, images)
+        return loaded.prompted(prompts, images)
 
     class Decoder:
         def decode(self, tokens, skip_special_tokens):

@@ -9,9 +9,9 @@ from PIL import Image
 
 import saint
 from saint.lab.eval import Question, evaluate_images, evaluate_vqa
-from saint.lab.eval.data import Sample, Samples
-from saint.lab.loading import load_model
-from saint.lab.loading.vlm import load_vlm
+from saint.lab.kinds import VLM, Encoder, around
+from saint.lab.sources.items import Item
+from saint.lab.sources.samples import Samples
 from saint.lab.tuning.trials import Trials
 from saint.methods import Random
 from saint.plans import Plan
@@ -34,12 +34,12 @@ def test_an_embedding_with_one_number_that_is_not_finite_is_an_error_of_its_row(
     tmp_path, monkeypatch, value, row, place
 ):
     pytest.importorskip("pyarrow")
-    from saint.lab.bench.features import Features
     from saint.lab.embed import embed
+    from saint.lab.kinds.features import Features
 
     for number in range(3):
         noise(number).save(tmp_path / f"{number}.png")
-    loaded = load_model("timm:test_vit", pretrained=False)
+    loaded = Encoder.load("timm:test_vit", pretrained=False)
     good = by_key(embed(tmp_path, loaded, HALF, batch=3))
     real = Features.__call__
 
@@ -63,7 +63,7 @@ def test_an_embedding_with_one_number_that_is_not_finite_is_an_error_of_its_row(
 @pytest.mark.parametrize("what", ["features", "logits"])
 def test_a_picture_whose_features_or_logits_are_not_finite_is_not_scored(monkeypatch, value, variant, what):
     images = sys.modules["saint.lab.eval.images"]
-    loaded = load_model("timm:test_vit", pretrained=False)
+    loaded = Encoder.load("timm:test_vit", pretrained=False)
     seen = []
 
     class Poisoned(images.Features):
@@ -81,7 +81,7 @@ def test_a_picture_whose_features_or_logits_are_not_finite_is_not_scored(monkeyp
             return made["features"], made["logits"]
 
     def inputs(pictures):
-        made = loaded.inputs(pictures)
+        made = loaded.pixels(pictures)
         for sample, one in enumerate(pictures):
             if one.getpixel((0, 0)) == (1, 2, 3):
                 made["x"][sample, 0, 0, 0] = 9
@@ -94,7 +94,7 @@ def test_a_picture_whose_features_or_logits_are_not_finite_is_not_scored(monkeyp
         return one
 
     monkeypatch.setattr(images, "Features", Poisoned)
-    samples = Samples([Sample(str(n), f"{n}.png", lambda n=n: read(n)) for n in range(4)])
+    samples = Samples([Item(str(n), f"{n}.png", lambda n=n: read(n)) for n in range(4)])
     report = evaluate_images(loaded.model, samples, {"half": HALF}, inputs=inputs, batch=4)
     assert [failure.id for failure in report.failures] == ["2"]
     assert report.failures[0].reason == f"the {what} of the {variant} model are not finite"
@@ -103,7 +103,7 @@ def test_a_picture_whose_features_or_logits_are_not_finite_is_not_scored(monkeyp
 
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory):
-    return load_vlm(save(tmp_path_factory.mktemp("asked"), TEMPLATE))
+    return VLM.load(save(tmp_path_factory.mktemp("asked"), TEMPLATE))
 
 
 @pytest.mark.parametrize(("value", "bad"), [(torch.nan, True), (torch.inf, True), (-torch.inf, False)])
@@ -148,7 +148,7 @@ def test_a_loss_that_is_not_finite_tunes_nothing(value):
     handle = model.head.register_forward_hook(poison)
     try:
         with pytest.raises(ValueError, match=r"image\(s\) \[1\] is not finite"):
-            Trials(model, read_samples(images), facts={}).run(HALF, range(3))
+            Trials(around(model), read_samples(images), facts={}).run(HALF, range(3))
     finally:
         handle.remove()
     assert calls == [3, 3]

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import saint
-from saint.lab.bench import encoder, generation, timing
+from saint.lab.bench import forward, generation, timing
 from saint.lab.cli import COMMANDS, app, common
 from saint.lab.report import make_report
 from saint.runtime import observe
@@ -40,18 +40,18 @@ HYBRID = json.dumps(
 
 # what is run, by name: the arguments, in which words of capitals are put in
 RUNS = {
-    "demo": ["demo", *TINY, "--image", "PHOTOS", "--plan", SAINT, "--repeats", 3, "--out", "OUT"],
+    "demo": ["demo", *TINY, "--images", "PHOTOS", "--plan", SAINT, "--repeats", 3, "--output", "OUT"],
     "check": ["check", *TINY[:2]],
     "check-vlm": ["check", "VLM"],
-    "bench": ["bench", *TINY, "--image", "PHOTOS", "--plan", SAINT, "--batch", 2, "--repeats", 5, "--warmup", 1],
+    "bench": ["bench", *TINY, "--images", "PHOTOS", "--plan", SAINT, "--batch", 2, "--repeats", 5, "--warmup", 1],
     "bench-vlm": [
-        "bench", "VLM", *HERE, "--image", "PHOTOS", "--plan", HYBRID, "--batch", 2, "--repeats", 3, "--warmup", 1,
+        "bench", "VLM", *HERE, "--images", "PHOTOS", "--plan", HYBRID, "--batch", 2, "--repeats", 3, "--warmup", 1,
         "--new-tokens", 3,
     ],
-    "chat": ["chat", "VLM", *HERE, "--image", "PHOTO", "--prompt", "what w5", "--plan", HYBRID, "--max-new-tokens", 4],
-    "view": ["view", *TINY, "--image", "PHOTOS", "--plan", SAINT, "--out", "OUT"],
-    "view-why": ["view", *TINY, "--image", "PHOTO", "--plan", SAINT, "--why", "--patch", "3,4", "--out", "OUT"],
-    "view-vlm": ["view", "VLM", *HERE, "--image", "PHOTOS", "--plan", HYBRID, "--prompt", "what", "--out", "OUT"],
+    "chat": ["chat", "VLM", *HERE, "--images", "PHOTO", "--prompt", "what w5", "--plan", HYBRID, "--max-new-tokens", 4],
+    "view": ["view", *TINY, "--images", "PHOTOS", "--plan", SAINT, "--output", "OUT"],
+    "view-why": ["view", *TINY, "--images", "PHOTO", "--plan", SAINT, "--why", "--patch", "3,4", "--output", "OUT"],
+    "view-vlm": ["view", "VLM", *HERE, "--images", "PHOTOS", "--plan", HYBRID, "--prompt", "what", "--output", "OUT"],
     "analyze": ["analyze", *TINY, "--images", "CLASSES", "--causal", 2],
     "analyze-vlm": ["analyze", "VLM", *HERE, "--images", "PHOTOS", "--questions", "QUESTIONS", "--causal", 1],
     "analyze-text": ["analyze", "TEXT", *HERE, "--prompts", "PROMPTS", "--causal", 1],
@@ -135,7 +135,7 @@ def fixed(given, monkeypatch):
     clock = Clock()
     for module in (timing, generation, observe):
         monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=clock))
-    for module in (encoder, generation):
+    for module in (forward, generation):
         monkeypatch.setattr(module, "load_average", lambda: 0.25)
     for console in (common.out, common.err):
         monkeypatch.setattr(console, "_width", 110)
@@ -235,11 +235,12 @@ def of_page(html: str) -> dict[str, object]:
 def test_answers_of_the_page(given, fixed, request):
     """What `saint ui` shows of a picture: an encoder's, and a vision-language model's."""
     testclient = pytest.importorskip("starlette.testclient")
+    from saint.lab.kinds import VLM, Encoder
     from saint.lab.ui import Desk, make_app
     from saint.lab.ui.desk import Offer
     from saint.lab.ui.guard import hosts_of
 
-    models = {"timm:test_vit": Offer("timm:test_vit", False, False), given["VLM"]: Offer(given["VLM"], True, True)}
+    models = {"timm:test_vit": Offer("timm:test_vit", Encoder, False), given["VLM"]: Offer(given["VLM"], VLM, True)}
     host, told = "127.0.0.1:8765", {}
     asked = {"encoder": {"plan": SAINT}, "vlm": {"plan": HYBRID, "question": "what w5"}}
     with testclient.TestClient(

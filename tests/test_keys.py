@@ -20,11 +20,11 @@ from saint.lab.analysis import run as analysis
 from saint.lab.embed import OutputError
 from saint.lab.embed.work import Job
 from saint.lab.eval import JournalError, Question, evaluate_images, evaluate_vqa
-from saint.lab.eval.data import Sample, Samples, find_samples
-from saint.lab.eval.vqa import default_prompt
-from saint.lab.loading import load_model
-from saint.lab.loading.vlm import load_vlm
+from saint.lab.kinds import VLM, Encoder, around
 from saint.lab.records import differences
+from saint.lab.sources.items import Item
+from saint.lab.sources.questions import default_prompt
+from saint.lab.sources.samples import Samples, find_samples
 from saint.lab.tuning import run as tuning
 from saint.lab.tuning.trials import Trials
 from saint.methods import Random
@@ -147,19 +147,17 @@ EMBED = {
     "size": (None, 96),
     "dtype": ("auto", "float16"),
     "column": None,  # below
+    "question": (None, "which"),
+    "max_new_tokens": None,  # of an answer
 }
-ANSWER = {name: pair for name, pair in EMBED.items() if name != "size"} | {
-    "question": ("what", "which"),
-    "max_new_tokens": (3, 4),
-}
+ANSWER = EMBED | {"question": ("what", "which"), "max_new_tokens": (3, 4), "size": None}
 FREE = {"output", "device", "rows", "tick"}  # where, and in how many files; results do not depend on it
 
 
-@pytest.mark.parametrize(
-    ("make", "settings"), [(embed_.embed, EMBED), (embed_.answer, ANSWER)], ids=["embed", "answer"]
-)
-def test_a_finished_folder_is_of_every_setting(worker, tmp_path, make, settings):
+@pytest.mark.parametrize("settings", [EMBED, ANSWER], ids=["embeddings", "answers"])
+def test_a_finished_folder_is_of_every_setting(worker, tmp_path, settings):
     pytest.importorskip("pyarrow")
+    make = embed_.embed
     assert names_of(make) == set(settings) | FREE
     (tmp_path / "in").mkdir()
     noise(0).save(tmp_path / "in" / "0.png")
@@ -271,7 +269,7 @@ def test_a_finished_folder_is_of_its_column(worker, tmp_path):
 
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory):
-    return load_vlm(save(tmp_path_factory.mktemp("asked"), TEMPLATE))
+    return VLM.load(save(tmp_path_factory.mktemp("asked"), TEMPLATE))
 
 
 def test_a_journal_of_questions_is_of_every_setting_and_of_every_question(generator, tmp_path):
@@ -333,15 +331,15 @@ def test_a_journal_of_questions_is_of_the_pictures_on_disk_and_a_mended_one_is_d
 
 @pytest.fixture(scope="module")
 def vit():
-    return load_model("timm:test_vit", pretrained=False)
+    return Encoder.load("timm:test_vit", pretrained=False)
 
 
 def test_a_journal_of_images_is_of_every_setting_and_of_every_sample(vit, tmp_path):
-    items = [Sample(str(n), "here", lambda n=n: noise(n), n % 2, 100 + n) for n in range(4)]
+    items = [Item(str(n), "here", lambda n=n: noise(n), label=n % 2, mark=100 + n) for n in range(4)]
     samples = Samples(items, ["a", "b"])
     text = torch.eye(2, 64)
     usual = {
-        "model": vit.model, "samples": samples, "plans": {"half": HALF}, "inputs": vit.inputs, "scores": ["knn"],
+        "model": vit.model, "samples": samples, "plans": {"half": HALF}, "inputs": vit.pixels, "scores": ["knn"],
         "text": None, "batch": 4, "facts": {"model": "m"},
     }  # fmt: skip
 
@@ -350,8 +348,8 @@ def test_a_journal_of_images_is_of_every_setting_and_of_every_sample(vit, tmp_pa
 
     assert run() == 0
     assert run() == 4
-    fields = {"id": "9", "label": 0, "size": 5}
-    assert set(fields) | {"where", "load"} == fields_of(Sample)
+    fields = {"id": "9", "label": 0, "mark": 5}
+    assert set(fields) | {"where", "load", "prompt"} == fields_of(Item)
     other = [dataclasses.replace(samples, items=[*items[:3], dataclasses.replace(items[3], **{name: value})])
              for name, value in fields.items()]  # fmt: skip
     other += [dataclasses.replace(samples, classes=["a", "b", "c"]), dataclasses.replace(samples, origin="another")]
@@ -368,12 +366,12 @@ def test_a_journal_of_images_is_of_every_setting_and_of_every_sample(vit, tmp_pa
 
 def test_other_class_names_are_another_run(vit, tmp_path):
     """By their embeddings, which is all that is seen of them."""
-    items = [Sample(str(n), "here", lambda n=n: noise(n), n % 2) for n in range(2)]
+    items = [Item(str(n), "here", lambda n=n: noise(n), label=n % 2) for n in range(2)]
 
     def run(seed):
         text = torch.randn(2, 64, generator=torch.Generator().manual_seed(seed))
         evaluate_images(
-            vit.model, Samples(items), {"h": HALF}, inputs=vit.inputs, text=text, journal=tmp_path / "j.sqlite"
+            vit.model, Samples(items), {"h": HALF}, inputs=vit.pixels, text=text, journal=tmp_path / "j.sqlite"
         )
 
     run(0)
@@ -385,9 +383,9 @@ def test_other_class_names_are_another_run(vit, tmp_path):
 def test_samples_say_what_they_are(tmp_path):
     """Files by their size; splits of a data set, whose rows are numbered alike, by what the library says."""
     (sample,) = find_samples(str(pictures(tmp_path / "a", 1))).items
-    assert sample.size == (tmp_path / "a" / "0.png").stat().st_size
+    assert sample.mark == (tmp_path / "a" / "0.png").stat().st_size
     (member,) = find_samples(str(tarred(tmp_path / "b", 1))).items
-    assert member.size == len(encoded(1))
+    assert member.mark == len(encoded(1))
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"image": datasets.Image()})
     both = {name: datasets.Dataset.from_dict({"image": [{"bytes": encoded(seed), "path": None}]}, features=features)
@@ -402,11 +400,10 @@ def test_samples_say_what_they_are(tmp_path):
 
 
 def test_a_journal_of_an_analysis_is_of_every_setting_and_of_every_item(vit, tmp_path):
-    items = [analysis.Asked(str(n), "here", lambda n=n: noise(n), "what", 100 + n) for n in range(3)]
+    items = [Item(str(n), "here", lambda n=n: noise(n), "what", 100 + n) for n in range(3)]
     settings = analysis.Settings(thresholds=(0.7,), causal=2, choices=("saint",))
     usual = {
-        "model": vit.model, "items": items, "inputs": lambda _, image: vit.inputs([image]), "plan": vit.plan,
-        "settings": settings, "facts": {"model": "m"},
+        "subject": vit, "items": items, "settings": settings, "facts": {"model": "m"},
     }  # fmt: skip
 
     def run(**more):
@@ -419,15 +416,16 @@ def test_a_journal_of_an_analysis_is_of_every_setting_and_of_every_item(vit, tmp
     }  # fmt: skip
     assert set(measured) | {"bootstrap", "simulations"} == fields_of(analysis.Settings)  # these are drawn anew
     asked = {"prompt": "which", "mark": 7}
-    assert set(asked) | {"id", "where", "load"} == fields_of(analysis.Asked)
+    assert set(asked) | {"id", "where", "load", "label"} == fields_of(Item)
     others = {
         "settings": [dataclasses.replace(settings, **{name: value}) for name, value in measured.items()],
         # of four items others than of three have a causal column
         "items": [[dataclasses.replace(items[0], **{name: value}), *items[1:]] for name, value in asked.items()]
-        + [[*items, analysis.Asked("9", "here", lambda: noise(9))]],
-        "plan": [Plan(vision=saint.Saint(threshold=0.6, center=True))], "facts": [{}, {"model": "n"}],
+        + [[*items, Item("9", "here", lambda: noise(9))]],
+        "subject": [dataclasses.replace(vit, usual=Plan(vision=saint.Saint(threshold=0.6, center=True)))],
+        "facts": [{}, {"model": "n"}],
     }  # fmt: skip
-    assert names_of(analysis.analyze) == set(others) | {"model", "inputs", "journal", "tick"}
+    assert names_of(analysis.analyze) == set(others) | {"journal", "tick"}
     each_is_another_run(run, others, vit.model)
     assert run() == 3
 
@@ -435,9 +433,8 @@ def test_a_journal_of_an_analysis_is_of_every_setting_and_of_every_item(vit, tmp
 def test_items_of_an_analysis_say_what_they_are(tmp_path):
     noise(0).save(tmp_path / "0.png")
     size = (tmp_path / "0.png").stat().st_size
-    assert analysis.Asked.of(Sample("0", "here", lambda: None, None, 77), "p").mark == 77
-    assert analysis.Asked.question(Question(tmp_path / "0.png", "what"), "p").mark == size
-    one, other = (analysis.Asked.question(Question(noise(seed), "what"), "p").mark for seed in (0, 1))
+    assert Question(tmp_path / "0.png", "what").item("p").mark == size
+    one, other = (Question(noise(seed), "what").item("p").mark for seed in (0, 1))
     assert one != other
 
 
@@ -466,14 +463,14 @@ def test_a_trial_is_of_its_plan_and_of_its_images(encoder, tmp_path):
              )]  # fmt: skip
     cases = [(plan, range(3)) for plan in plans]
     cases += [(plans[0], which) for which in (range(3, 6), [2, 1, 0], [0], [0, 1], range(6))]
-    known = Trials(encoder, samples, facts={}, journal=tmp_path / "j.sqlite")
+    known = Trials(around(encoder), samples, facts={}, journal=tmp_path / "j.sqlite")
     found = [known.run(plan, which) for plan, which in cases]
     known.close()
-    resumed = Trials(encoder, samples, facts={}, journal=tmp_path / "j.sqlite")
+    resumed = Trials(around(encoder), samples, facts={}, journal=tmp_path / "j.sqlite")
     assert resumed.resumed == len(cases)
     seen = []
     for (plan, which), trial in zip(cases, found, strict=True):
-        fresh = Trials(encoder, samples, facts={}).run(plan, which)
+        fresh = Trials(around(encoder), samples, facts={}).run(plan, which)
         assert trial.losses.tolist() == pytest.approx(fresh.losses.tolist(), abs=1e-7)  # other batches, other rounding
         assert trial.losses.tolist() == resumed.run(plan, which).losses.tolist()
         assert trial.left.tolist() == fresh.left.tolist()
@@ -491,7 +488,7 @@ def test_a_journal_of_trials_is_of_the_model_the_images_and_the_facts(encoder, t
     def run(model=encoder, samples=images, facts=None):
         usual = {"model": "m", "held_out": 0.3, "seed": 0}
         trials = Trials(
-            model, read_samples(samples), facts=usual if facts is None else facts, journal=tmp_path / "j.sqlite"
+            around(model), read_samples(samples), facts=usual if facts is None else facts, journal=tmp_path / "j.sqlite"
         )
         try:
             trials.run(HALF, [0])
@@ -523,17 +520,17 @@ def test_what_a_tuning_hands_to_its_trials(encoder, monkeypatch):
 
     seen = {}
 
-    def trials(model, samples, **more):
-        seen.update(more, samples=samples, model=model)
+    def trials(subject, samples, **more):
+        seen.update(more, samples=samples, model=subject.model)
         raise SeenError
 
     monkeypatch.setattr(tuning, "Trials", trials)
     images = smooth(12)
     with pytest.raises(SeenError):
         tuning.search(
-            encoder, images, tuning.Target(flops=0.7), held_out=0.25, seed=3, facts={"model": "m"}, journal="j"
+            around(encoder), images, tuning.Target(flops=0.7), held_out=0.25, seed=3, facts={"model": "m"}, journal="j"
         )
     assert seen["facts"] == {"model": "m", "held_out": 0.25, "seed": 3}
     assert (seen["journal"], seen["model"], len(seen["samples"])) == ("j", encoder, 12)
     in_plans = {"target", "chosen", "plan", "frontier"}  # what they change are the plans that are tried
-    assert names_of(tuning.search) == {"model", "images", "held_out", "seed", "facts", "journal", "tick"} | in_plans
+    assert names_of(tuning.search) == {"subject", "images", "held_out", "seed", "facts", "journal", "tick"} | in_plans

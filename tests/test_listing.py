@@ -12,15 +12,15 @@ import pytest
 from PIL import Image
 
 from saint.lab.cli import main
-from saint.lab.cli.asked import gather
 from saint.lab.embed.sources import find_items, located
-from saint.lab.eval.data import find_samples
-from saint.lab.eval.vqa import read_questions
 from saint.lab.images import read_image
-from saint.lab.loading.listing import left_facts
-from saint.lab.loading.photos import load_images
+from saint.lab.kinds import Encoder, Given
 from saint.lab.loading.plans import changed_plan
 from saint.lab.report.reading import behind, mark_of, place
+from saint.lab.sources.listing import left_facts
+from saint.lab.sources.photos import load_images
+from saint.lab.sources.questions import read_questions
+from saint.lab.sources.samples import find_samples
 from saint.methods import get
 from saint.plans import Plan, Stage
 
@@ -41,7 +41,7 @@ def eval_names(folder: Path) -> set[str]:
 
 
 def asked_names(folder: Path) -> set[str]:
-    return {item.where for item in gather(folder, None, None, None, {})[0]}
+    return {item.where for item in Encoder.items(Given(folder), None, {})[0]}
 
 
 def photo_names(folder: Path) -> set[str]:
@@ -81,7 +81,7 @@ def test_splits_are_no_classes(tmp_path):
 
 def test_one_picture_beside_folders_is_one_picture(tmp_path):
     picture(tmp_path / "sub/other.png")
-    assert [item.where for item in gather(picture(tmp_path / "one.png"), None, None, None, {})[0]] == ["one.png"]
+    assert [item.where for item in Encoder.items(Given(picture(tmp_path / "one.png")), None, {})[0]] == ["one.png"]
 
 
 @pytest.mark.parametrize("top", [1.0, 255, 256, 4095, 65535, 1_000_000])

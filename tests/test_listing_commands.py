@@ -20,18 +20,18 @@ CONNECTOR = json.dumps(saint.Plan(connector=saint.methods.DivPrune(keep=0.25)).t
 
 # arguments by command; VLM, PHOTOS, ONE, QUESTIONS, OUT and JSON are put in
 COMMANDS = {
-    "view": ["view", *TINY, "--image", "PHOTOS", "--out", "OUT", "--json", "JSON"],
-    "demo": ["demo", *TINY, "--image", "PHOTOS", "--repeats", 1, "--limit", 20, "--out", "OUT", "--json", "JSON"],
-    "bench": ["bench", *TINY, "--image", "PHOTOS", "--batch", 20, "--repeats", 1, "--warmup", 0, "--json", "JSON"],
+    "view": ["view", *TINY, "--images", "PHOTOS", "--output", "OUT", "--json", "JSON"],
+    "demo": ["demo", *TINY, "--images", "PHOTOS", "--repeats", 1, "--limit", 20, "--output", "OUT", "--json", "JSON"],
+    "bench": ["bench", *TINY, "--images", "PHOTOS", "--batch", 20, "--repeats", 1, "--warmup", 0, "--json", "JSON"],
     "eval images": ["eval", "images", *TINY, "PHOTOS", "--plan", PLAN, "--json", "JSON"],
     "analyze": ["analyze", *TINY, "--images", "PHOTOS", "--causal", 0, "--json", "JSON"],
     "tune": ["tune", *TINY, "--images", "PHOTOS", "--target-flops", 0.7, "-o", "OUT/plan.json", "--json", "JSON"],
     "export": ["export", *TINY[:-2], "--images", "PHOTOS", "--plan", PLAN, "-o", "OUT/m.pt2", "--json", "JSON"],
     "embed": ["embed", "PHOTOS", "--model", *TINY, "--plan", PLAN, "-o", "OUT", "--json", "JSON"],
-    "view, tiles": ["view", "VLM", "--image", "PHOTOS", "--plan", CONNECTOR, "--out", "OUT", "--json", "JSON"],
+    "view, tiles": ["view", "VLM", "--images", "PHOTOS", "--plan", CONNECTOR, "--output", "OUT", "--json", "JSON"],
     "bench, answers": [
-        "bench", "VLM", "--image", "PHOTOS", "--plan", CONNECTOR, "--batch", 20, "--repeats", 1, "--warmup", 0, "--new-tokens", 1,
-        "--json", "JSON",
+        "bench", "VLM", "--images", "PHOTOS", "--plan", CONNECTOR, "--batch", 20, "--repeats", 1, "--warmup", 0,
+        "--new-tokens", 1, "--json", "JSON",
     ],
     "eval vqa": ["eval", "vqa", "VLM", "QUESTIONS", "--images", "PHOTOS", "--plan", CONNECTOR, "--json", "JSON"],
     "embed, answers": [

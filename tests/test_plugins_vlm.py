@@ -12,7 +12,7 @@ from torch import nn
 
 import saint
 from saint import testing
-from saint.lab.loading.vlm import is_vlm
+from saint.lab.kinds import VLM
 from saint.testing.vlm import CONTRACTS, check_vlm
 from saint.upstream import FamilySpec, registry
 from saint.vision.locate import locate
@@ -81,11 +81,11 @@ def test_a_checkpoint_is_known_by_the_package_of_its_config(install, monkeypatch
     install("strange", {"strange_vlm.py": "class StrangeConfig: architectures = ['StrangeForConditionalGeneration']"})
     config = importlib.import_module("strange_vlm").StrangeConfig()
     monkeypatch.setattr(hf.AutoConfig, "from_pretrained", lambda name: config)
-    assert not is_vlm("hf:strange")
+    assert not VLM.named("hf:strange")
     saint.register(STRANGE)
-    assert is_vlm("hf:strange")
+    assert VLM.named("hf:strange")
     config.architectures = ["StrangeForTextEncoding"]
-    assert not is_vlm("hf:strange")
+    assert not VLM.named("hf:strange")
 
 
 def test_a_tower_comes_with_its_family():

@@ -10,7 +10,7 @@ from PIL import Image
 
 from saint.lab import demo
 from saint.lab.demo import small_llava
-from saint.lab.loading import load_model
+from saint.lab.kinds import Encoder
 from saint.lab.view import overlay
 from support.models import build
 
@@ -65,7 +65,7 @@ def literal(picture: Image.Image, side: int, crop: float, mean, std) -> torch.Te
 def test_timm(name, picture):
     import timm
 
-    loaded = load_model(f"timm:{name}", pretrained=False)
+    loaded = Encoder.load(f"timm:{name}", pretrained=False)
     cfg = timm.get_pretrained_cfg(name)
     want = timm.data.create_transform(
         input_size=cfg.input_size, mean=cfg.mean, std=cfg.std, interpolation=cfg.interpolation, crop_pct=cfg.crop_pct
@@ -76,13 +76,13 @@ def test_timm(name, picture):
     assert close(got, literal(picture, cfg.input_size[1], cfg.crop_pct, cfg.mean, cfg.std), 0.02)
     assert cfg.crop_pct < 1
     shows(loaded, picture)
-    assert torch.equal(loaded.inputs([picture, picture])["x"][1], want)
+    assert torch.equal(loaded.pixels([picture, picture])["x"][1], want)
 
 
 def test_timm_at_another_size():
     import timm
 
-    loaded = load_model("timm:test_vit", pretrained=False, size=96)
+    loaded = Encoder.load("timm:test_vit", pretrained=False, size=96)
     cfg = timm.get_pretrained_cfg("test_vit")
     assert (loaded.image_size, loaded.grid) == ((96, 96), (6, 6))
     want = literal(PHOTOS[0], 96, cfg.crop_pct, cfg.mean, cfg.std)
@@ -90,7 +90,7 @@ def test_timm_at_another_size():
 
 
 def test_height_comes_before_width():
-    loaded = load_model("timm:test_vit", pretrained=False)
+    loaded = Encoder.load("timm:test_vit", pretrained=False)
     loaded = dataclasses.replace(loaded, source=loaded.source._replace(image_size=(64, 96)))
     assert loaded.grid == (4, 6)
     assert loaded.preprocess(PHOTOS[0]).shape == (3, 64, 96)
@@ -101,7 +101,7 @@ def test_height_comes_before_width():
 def test_open_clip(picture):
     import open_clip
 
-    loaded = load_model("open_clip:ViT-S-32-alt/none")
+    loaded = Encoder.load("open_clip:ViT-S-32-alt/none")
     _, _, transform = open_clip.create_model_and_transforms("ViT-S-32-alt", pretrained=None)
     want = transform(picture)
     assert torch.equal(loaded.preprocess(picture), want)
@@ -132,10 +132,10 @@ def test_transformers(kind, picture, tmp_path):
     processor = PROCESSORS[kind](transformers)
     build("transformers/vit").save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    loaded = load_model(f"hf:{tmp_path}")
+    loaded = Encoder.load(f"hf:{tmp_path}")
     want = processor(images=picture, return_tensors="pt")["pixel_values"][0]
     assert torch.equal(loaded.preprocess(picture), want)
-    assert torch.equal(loaded.inputs([picture])["pixel_values"][0], want)
+    assert torch.equal(loaded.pixels([picture])["pixel_values"][0], want)
     if kind == "crop":
         assert close(want, literal(picture, 96, 96 / 120, processor.image_mean, processor.image_std), 0.1)
         shows(loaded, picture)
@@ -146,7 +146,7 @@ def test_transformers(kind, picture, tmp_path):
         twice = processor(images=picture, return_tensors="pt", size={"height": 192, "width": 192})["pixel_values"][0]
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
     assert close(drawn(loaded.picture(picture)), ((twice * std + mean) * 255).clamp(0, 255), 0.51)
-    larger = load_model(f"hf:{tmp_path}", size=128)
+    larger = Encoder.load(f"hf:{tmp_path}", size=128)
     scaled = (
         {"size": {"shortest_edge": 160}, "crop_size": {"height": 128, "width": 128}}
         if kind == "crop"

@@ -285,12 +285,12 @@ def test_records_of_the_commands_themselves_are_understood(run, tmp_path, capsys
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8)).save(
         tmp_path / "noise.png"
     )
-    rest = ["timm:test_vit", "--no-pretrained", "--device", "cpu", "--image", str(tmp_path / "noise.png")]
+    rest = ["timm:test_vit", "--no-pretrained", "--device", "cpu", "--images", str(tmp_path / "noise.png")]
     plan = ["--plan", json.dumps({"version": 1, "vision": {"method": {"method": "grid", "keep": 0.5}, "layers": [1]}})]
     folder = str(tmp_path / "out")
     for name, more in (
-        ("view", ["--out", folder]),
-        ("demo", ["--out", folder, "--repeats", "1"]),
+        ("view", ["--output", folder]),
+        ("demo", ["--output", folder, "--repeats", "1"]),
         ("bench", ["--repeats", "2", "--warmup", "0"]),
     ):
         with pytest.raises(SystemExit):
@@ -345,9 +345,9 @@ def test_the_input_and_the_first_layer_are_two_points_of_one_picture(run, tmp_pa
     saint.Plan(vision=stages).save(tmp_path / "plan.json")
     Image.effect_noise((90, 70), 60).convert("RGB").save(tmp_path / "one.png")
     tiny = ["timm:test_vit", "--no-pretrained", "--device", "cpu", "--plan", tmp_path / "plan.json"]
-    tiny += ["--image", tmp_path / "one.png"]
+    tiny += ["--images", tmp_path / "one.png"]
     quick = ["--repeats", 1, "--json", tmp_path / "bench.json"]
-    for line in (["view", *tiny, "--out", tmp_path, "--json", tmp_path / "view.json"], ["bench", *tiny, *quick]):
+    for line in (["view", *tiny, "--output", tmp_path, "--json", tmp_path / "view.json"], ["bench", *tiny, *quick]):
         with pytest.raises(SystemExit, match="0"):
             main([*map(str, line)])
     (photo,) = json.loads((tmp_path / "view.json").read_text())["photos"]

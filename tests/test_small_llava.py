@@ -50,7 +50,7 @@ def test_chat_answers(run, demo_llava, tmp_path):
     scene = scenes.scene(scenes.HELD_OUT)
     scene.image().save(tmp_path / "scene.png")
     record = tmp_path / "chat.json"
-    asked = ("--image", tmp_path / "scene.png", "--prompt", "What word is written?")
+    asked = ("--images", tmp_path / "scene.png", "--prompt", "What word is written?")
     code, _, err = run("chat", SPEC, *asked, "--json", record)
     assert code == 0, err
     assert json.loads(record.read_text())["answers"]["unpruned"]["text"] == scene.word
@@ -74,7 +74,7 @@ def test_easy_vqa_is_in_the_vocabulary():
 
 def test_a_demo_model_is_its_weights(run, tmp_path):
     scenes.scene(0).image().save(tmp_path / "scene.png")
-    code, _, err = run("chat", SPEC, "--image", tmp_path / "scene.png", "--no-pretrained")
+    code, _, err = run("chat", SPEC, "--images", tmp_path / "scene.png", "--no-pretrained")
     assert code == 2
     one_line(err, "a demo model is its weights")
 

@@ -59,50 +59,60 @@ CORE = {
 LAB = {
     "images": set(),
     "records": set(),
-    "bench": {"records"},
-    "view": {"images", "records"},
+    "answers": set(),  # in words, against references
+    "describe": set(),
+    "variants": set(),
+    "bench": {"records", "variants"},
     "demo": {"images", "records"},
     "loading": {"demo", "images"},
-    "eval": {"bench", "images", "loading", "records"},
-    "analysis": {"bench", "eval", "images", "loading", "records"},
-    "tuning": {"analysis", "bench", "eval", "records"},
-    "embed": {"bench", "eval", "images", "loading", "records"},
+    "sources": {"answers", "images", "loading"},
+    "kinds": {"bench", "demo", "images", "loading", "sources"},  # the only rooms that know which kind of model it is
+    "view": {"describe", "images", "kinds", "records", "report", "sources"},
+    "eval": {"answers", "images", "kinds", "loading", "records", "sources", "variants"},
+    "analysis": {"bench", "eval", "images", "kinds", "records", "sources"},
+    "tuning": {"analysis", "bench", "eval", "kinds", "records", "variants"},
+    "embed": {"eval", "images", "kinds", "records", "sources"},
     "report": {"images", "records"},  # reads records; loads no model
-    "ui": {"bench", "demo", "images", "loading", "records", "report", "view"},
+    "ui": {"bench", "demo", "images", "kinds", "loading", "records", "report", "sources", "view"},
     "cli": {
         "analysis",
         "bench",
         "demo",
+        "describe",
         "embed",
         "eval",
         "images",
+        "kinds",
         "loading",
         "records",
         "report",
+        "sources",
         "tuning",
         "ui",
         "view",
     },
 }
-LISTING = {"lab/loading/listing", "lab/loading/shards"}
 ORACLE = {
     "errors", "plans", "session", "tokens", "upstream/names", "upstream/specs", "testing/hiding", "testing/outputs",
 }  # fmt: skip
 # rooms of packages that stand alone: all that they may import, also of their own package
 ROOMS = {
     "lab/eval/compare": {"extras"},  # formulas on numbers; nothing that loads a model
+    "lab/answers": {"extras"},
     "lab/eval/scores": {"extras"},
     "lab/eval/journal": {"errors", "lab/records"},
-    "lab/eval/loop": {"errors", "extras", "lab/records", "lab/eval/journal"},
-    "lab/eval/report": {"plans", "session", "lab/eval/compare", "lab/eval/loop"},
-    "lab/eval/data": {
+    "lab/eval/loop": {"errors", "extras", "lab/records", "lab/sources/items", "lab/eval/journal"},
+    "lab/eval/report": {"plans", "session", "lab/sources/items", "lab/eval/compare"},
+    "lab/sources/items": set(),
+    "lab/sources/samples": {
         "extras",
         "lab/images",
         "lab/loading/failures",
-        "lab/loading/listing",
-        "lab/loading/shards",
-        "lab/eval/loop",
+        "lab/sources/items",
+        "lab/sources/listing",
+        "lab/sources/shards",
     },
+    "lab/sources/questions": {"lab/answers", "lab/images", "lab/sources/items", "lab/sources/listing"},
     "lab/analysis/similarity": {"graph"},  # formulas, here and in the next four
     "lab/analysis/attention": set(),
     "lab/analysis/geometry": set(),
@@ -112,15 +122,15 @@ ROOMS = {
     "lab/tuning/knapsack": set(),
     "lab/demo/scenes": {"files", "lab/records", "lab/demo/pictures"},
     "lab/loading/failures": {"errors"},
-    "lab/loading/listing": {"lab/images"},
-    "lab/loading/photos": {"lab/images", "lab/loading/listing"},
+    "lab/sources/listing": {"lab/images"},
+    "lab/sources/photos": {"lab/images", "lab/sources/listing"},
     "lab/loading/plans": {"plans"},
-    "lab/loading/shards": {"lab/loading/listing"},
+    "lab/sources/shards": {"lab/sources/listing"},
     "lab/embed/sources": {
         "extras",
         "lab/images",
-        "lab/loading/listing",
-        "lab/loading/shards",
+        "lab/sources/listing",
+        "lab/sources/shards",
     },  # lists and reads; loads no model
     "lab/embed/parts": {"errors", "files", "extras", "lab/records", "lab/embed/sources"},
     "lab/report/charts": {"lab/report/markup"},  # from numbers to pictures
@@ -194,6 +204,29 @@ def test_imports_point_one_way():
         ):
             wrong.append(f"{path.relative_to(SOURCE)}: {sorted(extra)}")
     assert not wrong, wrong
+
+
+def test_which_kind_of_model_it_is_is_known_in_one_place():
+    """Everywhere else in the lab a subject is asked."""
+    wrong = []
+    for path in (SOURCE / "lab").rglob("*.py"):
+        name = module_name(path)
+        if name.startswith("lab/kinds"):
+            continue
+        found = imported_modules(path) & {"vlm/locate", "language/locate", *KINDS}
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        typed = {id(n) for node in ast.walk(tree) if isinstance(node, ast.If) for n in ast.walk(node)}
+        froms = [
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and "kinds" in str(node.module) and id(node) not in typed
+        ]
+        names = {alias.name for node in froms for alias in node.names}
+        wrong += [f"{name}: {one}" for one in found | names & {"Encoder", "VLM", "Text"}]
+    assert not wrong, wrong
+
+
+KINDS = {"lab/kinds/encoder", "lab/kinds/vlm", "lab/kinds/text", "lab/kinds/generating"}
 
 
 def test_the_core_needs_torch_and_numpy_alone():
@@ -313,8 +346,8 @@ def test_public_names_exist_and_are_documented(name):
 GATHERED = {
     "saint.testing": "CONTRACTS Inputs Result check_bad_input check_batch check_identity check_model check_on check_oracle "
     "check_undo example_inputs example_plan masked_oracle merged_oracle outcomes run snapshot tensors",
-    "saint.lab.loading": "DownloadError FORMS Loaded Photo Source Unreadable UnsafeCheckpointError load_images load_model "
-    "read_plan resolve_device",
+    "saint.lab.loading": "DownloadError FORMS UnsafeCheckpointError read_plan",
+    "saint.lab.kinds": "Encoder Given Subject Text VLM answering around kind_of",
 }
 
 

@@ -22,8 +22,8 @@ from support.pictures import png
 pytest.importorskip("starlette")
 from starlette.testclient import TestClient
 
+from saint.lab.kinds import Encoder
 from saint.lab.ui import Desk, make_app, offered
-from saint.lab.ui import desk as desk_module
 from saint.lab.ui.desk import Offer
 from saint.lab.ui.guard import LARGEST, hosts_of
 
@@ -33,7 +33,9 @@ MODEL = "timm:test_vit"
 
 @pytest.fixture
 def desk():
-    return Desk({MODEL: Offer(MODEL, False, False), "timm:test_vit2": Offer("timm:test_vit2", False, False)}, repeats=1)
+    return Desk(
+        {MODEL: Offer(MODEL, Encoder, False), "timm:test_vit2": Offer("timm:test_vit2", Encoder, False)}, repeats=1
+    )
 
 
 @pytest.fixture
@@ -106,23 +108,23 @@ def test_four_formats_are_decoded(client, kind):
 
 def test_one_model_is_held_and_requests_wait_for_each_other(client, desk, monkeypatch):
     running, most, loads = 0, 0, []
-    real_load, real_encode = desk_module.load_model, Desk._encode
+    real_load, real_shown = Encoder.load, Desk._shown
 
     def load(spec, *rest):
         loads.append(spec)
         return real_load("timm:test_vit", *rest)
 
-    def encode(self, *rest):
+    def shown(self, *rest):
         nonlocal running, most
         running += 1
         most = max(most, running)
         time.sleep(0.05)
-        answer = real_encode(self, *rest)
+        found = real_shown(self, *rest)
         running -= 1
-        return answer
+        return found
 
-    monkeypatch.setattr(desk_module, "load_model", load)
-    monkeypatch.setattr(Desk, "_encode", encode)
+    monkeypatch.setattr(Encoder, "load", load)
+    monkeypatch.setattr(Desk, "_shown", shown)
     statuses = []
     threads = [threading.Thread(target=lambda: statuses.append(post(client).status_code)) for _ in range(3)]
     with client:  # one event loop for all, as in a server
@@ -480,25 +482,23 @@ def test_an_unforeseen_error_is_told_without_its_trace(client, monkeypatch, capl
 
 
 def test_text_of_a_question_is_text():
-    from saint.lab.bench.timing import Spread
-    from saint.lab.ui.pages import answer_page
+    from saint.lab.bench.timing import Line, Spread
+    from saint.lab.kinds.subject import Answered
+    from saint.lab.ui.pages import Shown, page
 
     spread = Spread(1.0, 0.9, 1.1, 3)
-    times = SimpleNamespace(first=spread, prefill=SimpleNamespace(flops=1.0), kv_bytes=1)
     conditions = {"device": "cpu", "threads": 1, "dtype": "x"}
-    gain = SimpleNamespace(first=spread, bound=1.0)
-    bench = SimpleNamespace(gains={"pruned": gain}, times={"base": times}, conditions=conditions)
-    facts = {
-        "spec": "m",
-        "plan": saint.Plan(connector=saint.SaintFullGraph(keep=0.5)),
-        "tiles": [],
-        "total": 4,
-        "steps": [],
-    }
-    page = answer_page(**facts, question="<script>1</script>", answers=["<b>", "<i>"], bench=bench)
-    assert "<script" not in page
-    assert "<b>" not in page
-    assert "another answer" in page
+    bench = SimpleNamespace(
+        gain=spread, flops_bound=1.0, lines=[Line("unpruned", spread, 1.0, 1)], heads=("a", "b", "c"), caption="t",
+        conditions=conditions,
+    )  # fmt: skip
+    plan = saint.Plan(connector=saint.SaintFullGraph(keep=0.5))
+    facts = {"name": "p", "visual_tokens": 4, "tiles": [], "layers": []}
+    said = [Answered(text, None) for text in ("<b>", "<i>")]
+    made = page(Shown("m", "m", "<script>1</script>", plan, facts, None, *said, bench))
+    assert "<script" not in made
+    assert "<b>" not in made
+    assert "another answer" in made
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -529,7 +529,7 @@ def test_wildcards_busy_ports_and_missing_extras_are_told(capsys, monkeypatch):
 def test_the_demo_models_are_offered_and_those_of_the_command_line():
     made = offered(["timm:test_vit", "demo:clip-b16"], pretrained=False)
     assert list(made) == ["demo:clip-b16", "demo:dinov2-s", "demo:small-llava", "timm:test_vit"]
-    assert [offer.answers for offer in made.values()] == [False, False, True, False]
+    assert [offer.asked for offer in made.values()] == [False, False, True, False]
     assert [offer.pretrained for offer in made.values()] == [True, True, True, False]
 
 

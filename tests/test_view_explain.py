@@ -161,9 +161,9 @@ def test_the_command_counts_degrees_as_the_method_does(tmp_path, monkeypatch):
         "--no-pretrained",
         "--device",
         "cpu",
-        "--image",
+        "--images",
         str(tmp_path / "noise.png"),
-        "--out",
+        "--output",
         str(tmp_path / "out"),
     ]
     with pytest.raises(SystemExit) as ended:

@@ -8,6 +8,7 @@ from PIL import Image
 
 import saint
 from saint import graph
+from saint.lab.sources.items import Item
 from saint.lab.view.reasons import Reasons
 from saint.lab.view.survivors import SHOWN, survivors
 from saint.methods import Grid, Random, ToMe
@@ -95,16 +96,10 @@ def test_where_nothing_leaves_nothing_is_gone(vit):
     assert found[0][0]["degree"] == [0] * 50
 
 
-class Item:
-    def __init__(self, name, load):
-        self.id = self.where = name
-        self.load = load
-
-
 def test_the_first_images_are_read_again_and_what_is_gone_is_told(tmp_path):
-    from saint.lab.loading import load_model
+    from saint.lab.kinds import Encoder
 
-    loaded = load_model("timm:test_vit", "cpu", False)
+    loaded = Encoder.load("timm:test_vit", "cpu", False)
     read = []
 
     def at(n):
@@ -116,9 +111,9 @@ def test_the_first_images_are_read_again_and_what_is_gone_is_told(tmp_path):
 
         return load
 
-    items = [Item(f"{n}.png", at(n)) for n in range(6)]
+    items = [Item(f"{n}.png", f"{n}.png", at(n)) for n in range(6)]
     plan = saint.Plan(vision=saint.Stage(Grid(keep=0.5), layers=[1]))
-    photos, left_out = survivors(loaded, plan, items, lambda item, image: loaded.inputs([image]))
+    photos, left_out = survivors(loaded, plan, items)
     assert read == list(range(SHOWN))
     assert [photo["name"] for photo in photos] == ["0.png", "2.png"]
     assert left_out == [["1.png", "it is gone"]]

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 import saint
-from saint.lab.embed import OutputError, Rows, answer, embed
+from saint.lab.embed import OutputError, Rows, embed
 from saint.lab.embed.parts import Parts, files
 from saint.lab.embed.work import Job
 from saint.session import as_plan
@@ -32,7 +32,6 @@ import psutil
 import ray
 import ray.data
 
-from saint.lab.embed.ray import answer as answer_on_ray
 from saint.lab.embed.ray import embed as on_ray
 
 torch.set_num_threads(1)  # as in the actors
@@ -139,18 +138,18 @@ def test_answers_of_a_folder_and_of_a_data_set(cluster, folder, tmp_path):
         "model": f"hf:{tmp_path / 'model'}", "plan": saint.Plan(connector=saint.methods.DivPrune(keep=0.25)),
         "question": "w5 w6", "max_new_tokens": 3, "batch": 3,
     }  # fmt: skip
-    said = by_key(answer(folder, device="cpu", **asked))
+    said = by_key(embed(folder, device="cpu", **asked))
     assert sum(row["error"] is not None for row in said.values()) == 1
     assert len({row["answer"] for row in said.values()}) > 1
     assert {row["kept"][-1]["tokens"] * 4 for row in said.values() if row["kept"]} == {checkpoints.TOKENS}
-    made = answer_on_ray(folder, output=tmp_path / "out", rows=7, **asked)
+    made = on_ray(folder, output=tmp_path / "out", rows=7, **asked)
     assert by_key(made.take_all()) == said
-    assert answer(folder, output=tmp_path / "out", **asked).resumed == 30  # either continues the other
+    assert embed(folder, output=tmp_path / "out", **asked).resumed == 30  # either continues the other
     paths = ray.data.from_items([{"id": key, "path": str(folder / key)} for key in said])
-    lazy = by_key(answer_on_ray(paths, workers=1, **asked).take_all())
+    lazy = by_key(on_ray(paths, workers=1, **asked).take_all())
     assert {key: row["answer"] for key, row in lazy.items()} == {key: row["answer"] for key, row in said.items()}
     with pytest.raises(OutputError, match="w5 w6"):
-        answer_on_ray(folder, output=tmp_path / "out", **{**asked, "question": "w7"})
+        on_ray(folder, output=tmp_path / "out", **{**asked, "question": "w7"})
 
 
 def test_errors_say_what_to_do(cluster, folder, tmp_path):

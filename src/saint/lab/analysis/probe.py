@@ -60,7 +60,7 @@ class Probe:
         thresholds: for :func:`saint.lab.analysis.similarity.droppable`.
         neighbors: likewise.
         center: likewise, by stage; a stage that is missing is not centred.
-        text: the model has no images.
+        visual: the candidates are of images.
     """
 
     def __init__(
@@ -68,9 +68,9 @@ class Probe:
         thresholds: Sequence[float],
         neighbors: int = 5,
         center: dict[str, bool] | None = None,
-        text: bool = False,
+        visual: bool = True,
     ) -> None:
-        self.thresholds, self.neighbors, self.center, self.text = list(thresholds), neighbors, center or {}, text
+        self.thresholds, self.neighbors, self.center, self.visual = list(thresholds), neighbors, center or {}, visual
         self._sums: dict[str, dict[str, dict[int, list[float]]]] = {}
         self._grams: dict[str, list[Tensor]] = {}
         self._counts: dict[str, tuple[float, int]] = {}
@@ -147,7 +147,7 @@ class Probe:
         found = self._summary(attended, sample, visual, visual)
         self._add("language", "last_entropy", layer, float(found.entropy[-1]))
         self._tokens("language", layer, found, visual)
-        if self.text:
+        if not self.visual:
             return
         keys = attended.key[sample].float().mean(0)
         self._add("language", "text_similarity", layer, similarity.cross_similarity(keys[visual], keys[~visual]))

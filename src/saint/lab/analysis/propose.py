@@ -7,7 +7,8 @@ from typing import Any
 
 from ...methods.saint import Saint
 from ...plans import Plan, Stage
-from .causal import COSINE, KL, Causal
+from ..kinds import COSINE, KL
+from .causal import Causal
 
 LITTLE = {
     COSINE: 0.02,

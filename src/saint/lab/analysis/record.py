@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..kinds import KL
 from . import bootstrap
-from .causal import KL, Causal
+from .causal import Causal
 from .geometry import cka
 from .probe import QUANTITIES
 from .propose import plan_line, propose
@@ -54,17 +55,13 @@ def make_record(analysis: Analysis) -> dict[str, Any]:
             **{name: value for name, value in asdict(settings).items() if name != "seed"},
             "saint": {} if analysis.causal is None else _settings(analysis.causal),
         },
-        "candidates": _tokens(analysis),
+        "candidates": analysis.subject.candidates,
         "parts": parts,
         "plan": None if plan is None else plan.to_dict(),
         "plan_line": None if plan is None else plan_line(plan),
         "skipped": [[failure.where, failure.reason] for failure in analysis.outcome.failures],
         "resumed": analysis.outcome.resumed,
     }
-
-
-def _tokens(analysis: Analysis) -> str:
-    return "prompt tokens" if analysis.text else "visual tokens"
 
 
 def _settings(causal: Causal) -> dict[str, Any]:
@@ -88,7 +85,8 @@ def _part(stage: str, analysis: Analysis, weight: np.ndarray) -> dict[str, Any]:
     shares = bootstrap.interval(droppable, weight)
     counts = np.array([e["tokens"] for e in entries if e], dtype=float).mean(0)
     quantities = [
-        {"name": name, **_described(name, _tokens(analysis)), **_lists(value, weight)} for name, value in values.items()
+        {"name": name, **_described(name, analysis.subject.candidates), **_lists(value, weight)}
+        for name, value in values.items()
     ]
     for quantity in quantities:
         if quantity["name"] == "cka_adjacent":  # of means over images, as the matrix
@@ -156,8 +154,8 @@ def _causal(stage: str, depth: int, analysis: Analysis, weight: np.ndarray) -> d
         losses[method] = _array(rows, (depth,))
     return {
         "share": causal.share,
-        "measure": causal.measure,
-        "unit": "nat" if causal.measure == KL else "",
+        "measure": causal.subject.measure,
+        "unit": "nat" if causal.subject.measure == KL else "",
         "methods": {method: _lists(values, weight) for method, values in losses.items()},
         "more_than_saint": {
             method: _differences(values - losses["saint"], weight)

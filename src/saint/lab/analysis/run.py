@@ -5,23 +5,19 @@ continued when killed.
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import nn
+from torch import Tensor
 
-from ...language.locate import find as find_text
 from ...plans import Plan
 from ...session import pruned
-from ..eval.data import Sample
 from ..eval.loop import Loop, Outcome, Processes
 from ..eval.report import fingerprint
-from ..eval.vqa import Question
-from ..images import as_rgb, mark, read_image
-from .causal import KL, Causal, Looks
+from ..kinds import Subject
+from ..sources.items import Item
+from .causal import Causal, Looks
 from .geometry import spread
 from .probe import COMPARED, Probe
 
@@ -57,14 +53,14 @@ class Settings:
 class Analysis:
     """What a run measured: per image, by stage, what :meth:`Probe.take` gives and what it loses causally (``causal``).
 
-    ``text``: of a language model without images, so per prompt.
+    ``subject``: of which model.
     """
 
     outcome: Outcome
     settings: Settings
     causal: Causal | None
+    subject: Subject
     center: dict[str, bool] = field(default_factory=dict)
-    text: bool = False
 
     @property
     def entries(self) -> list[dict[str, Any]]:
@@ -72,55 +68,22 @@ class Analysis:
         return list(self.outcome.entries.values())
 
 
-@dataclass(frozen=True)
-class Asked:
-    """An image, and what is asked about it, nothing of an encoder; or a prompt without an image."""
-
-    id: str
-    where: str
-    load: Callable[[], Image.Image | None]
-    prompt: str = ""
-    mark: int = -1  # tells the image from another with its id; see :func:`saint.lab.images.mark`
-
-    @staticmethod
-    def of(sample: Sample, prompt: str = "") -> "Asked":
-        """About a sample of :func:`saint.lab.eval.find_samples`."""
-        return Asked(sample.id, sample.where, sample.load, prompt, sample.size)
-
-    @staticmethod
-    def question(question: Question, prompt: str) -> "Asked":
-        """About the image of a question of :func:`saint.lab.eval.read_questions`."""
-        image = question.image
-        if isinstance(image, Image.Image):
-            return Asked(question.id, question.where, lambda: as_rgb(image), prompt, mark(image))
-        return Asked(question.id, question.where, lambda: read_image(Path(image)), prompt, mark(Path(image)))
-
-    @staticmethod
-    def text(id: str, where: str, prompt: str) -> "Asked":
-        """A prompt of a language model without images."""
-        return Asked(id, where, lambda: None, prompt)
-
-
 def analyze(
-    model: nn.Module,
-    items: Sequence[Asked],
-    inputs: Callable[[Asked, Any], Mapping[str, Any]],
+    subject: Subject,
+    items: Sequence[Item],
     *,
-    plan: Plan | None = None,
     settings: Settings = Settings(),
     facts: Mapping[str, Any] = MappingProxyType({}),
     journal: str | os.PathLike[str] | None = None,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Analysis:
-    """Measure every layer of ``model`` on every image.
+    """Measure every layer of a model on every image, or prompt.
 
     One image is in memory at a time, and the next one being read; of an image only numbers are kept.
 
     Args:
-        model: an encoder of the support table, or a language model, with images or without; in eval mode, without a plan.
-        items: the images, or prompts without any.
-        inputs: makes the keyword arguments of ``model.forward`` from one of them and its image (None), a batch of one.
-        plan: one that suits the model: SAINT is measured with its settings.
+        subject: the model, in eval mode, without a plan; SAINT is measured with the settings of the plan that suits it.
+        items: what it is to look at.
         settings: what is measured.
         facts: what else results depend on, e.g. the model's name: goes into the journal's key.
         journal: file that keeps the results, so that a killed run continues; see :class:`saint.lab.eval.Journal`.
@@ -133,21 +96,19 @@ def analyze(
     """
     if not items:
         raise ValueError("no image, or no prompt, to analyze")
-    causal = Causal.of(model, settings.share, plan, settings.seed, settings.choices)
+    model = subject.model
+    causal = Causal.of(subject, settings.share, subject.plan, settings.seed, settings.choices)
     center = {slot: method.center for slot, method in causal.methods.items()}
     dropped = {items[place].id for place in spread(len(items), settings.causal)} if settings.causal else set()
-    text = find_text(model) is not None
-    probe = Probe(settings.thresholds, settings.neighbors, center, text)
+    probe = Probe(settings.thresholds, settings.neighbors, center, subject.sees)
 
-    def score(asked: Sequence[Asked], images: Sequence[Image.Image | None]) -> list[dict[str, Any]]:
-        (item,), (image,) = asked, images
-        given = dict(inputs(item, image))
+    def score(asked: Sequence[Item], images: Sequence[Any]) -> list[dict[str, Any]]:
+        (item,) = asked
+        given = subject.inputs(asked, images)
 
-        def run() -> Any:
+        def run() -> Tensor:
             with torch.inference_mode():
-                out = model(**given)
-            # only the last token's distribution is compared; the cache belongs to a session that ends
-            return SimpleNamespace(logits=out.logits[:, -1:].clone()) if causal.measure == KL else out
+                return subject.compared(model(**given))
 
         probe.take()  # what a forward that failed has left
         looks = Looks()
@@ -158,7 +119,7 @@ def analyze(
         entry: dict[str, Any] = {"stages": stages}
         if item.id in dropped:
             depth = {stage: len(found["quantities"]["key_similarity"]) for stage, found in stages.items()}
-            entry["causal"] = causal.losses(model, run, base, item.id, depth, looks.take())
+            entry["causal"] = causal.losses(run, base, item.id, depth, looks.take())
         return [entry]
 
     measured = {name: value for name, value in asdict(settings).items() if name not in ("bootstrap", "simulations")}
@@ -171,7 +132,6 @@ def analyze(
         "saint": {slot: method.to_dict() for slot, method in causal.methods.items()},
     }
     loop = Loop(
-        lambda item: item.load(),
         score,
         journal=journal,
         key=key,
@@ -181,4 +141,4 @@ def analyze(
         mark=lambda item: {"picture": item.mark, "prompt": item.prompt, "causal": item.id in dropped},
     )
     outcome = loop.run(items)
-    return Analysis(outcome, settings, causal if settings.causal else None, center, text)
+    return Analysis(outcome, settings, causal if settings.causal else None, subject, center)

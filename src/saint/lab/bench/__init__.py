@@ -1,9 +1,7 @@
-"""Measuring: time, FLOPs, memory and agreement of base and pruned models, side by side in one process."""
+"""Measuring: time, FLOPs and memory of base and pruned models, side by side in one process."""
 
-from .agreement import Agreement as Agreement
-from .agreement import agreement as agreement
-from .encoder import EncoderBench as EncoderBench
-from .encoder import bench_encoder as bench_encoder
+from .forward import ForwardBench as ForwardBench
+from .forward import bench_forward as bench_forward
 from .generation import GenerationBench as GenerationBench
 from .generation import bench_generation as bench_generation
 from .timing import Spread as Spread

@@ -3,19 +3,15 @@
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import AlreadyAppliedError
 from ...plans import Plan
-from ...session import Session, apply, status
+from ..variants import BASE, check_plans, variants
 from .cost import Cost, cost
-from .encoder import copy_sharing_weights
-from .timing import Spread, interleave, load_average, synchronize
-
-BASE = "base"
+from .timing import Line, Spread, conditions, interleave, load_average, ratios, synchronize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +73,35 @@ class GenerationBench:
     times: dict[str, GenerationTimes]
     gains: dict[str, GenerationGain]
     conditions: dict[str, Any]
+
+    kind: ClassVar[str] = "bench/generation"  # of its record
+    heads: ClassVar[tuple[str, ...]] = ("first token, ms: median [p20, p80]", "prefill GFLOPs", "KV MiB")
+    caption: ClassVar[str] = "First token of one question"
+
+    @property
+    def gain(self) -> Spread:
+        """Speed-up of the first token under the only plan."""
+        (gain,) = self.gains.values()
+        return gain.first
+
+    @property
+    def flops_bound(self) -> float:
+        """The same if time were proportional to FLOPs."""
+        (gain,) = self.gains.values()
+        return gain.bound
+
+    @property
+    def lines(self) -> list[Line]:
+        """Of a table of times: unpruned, then the plans."""
+        return [
+            Line("unpruned" if name == BASE else name, times.first, times.prefill.flops, times.kv_bytes)
+            for name, times in self.times.items()
+        ]
+
+    @property
+    def spreads(self) -> dict[str, Spread]:
+        """Times to the first token by name, for :func:`saint.lab.bench.timing.disturbances`."""
+        return {"unpruned" if name == BASE else name: times.first for name, times in self.times.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a record."""
@@ -163,27 +188,21 @@ def bench_generation(
         raise ValueError(
             f"new_tokens and repeats must be >= 1 and warmup >= 0, got {new_tokens}, {repeats} and {warmup}"
         )
-    if not plans or BASE in plans:
-        raise ValueError(f'give at least one plan, none of them called "{BASE}", got {list(plans)}')
+    check_plans(plans)
     if not hasattr(model, "generate"):
         raise ValueError(f"{type(model).__name__} has no generate(): give the model with its language head")
     if "input_ids" not in inputs:
         raise ValueError(f"inputs need input_ids, as the model's processor makes them; got {list(inputs)}")
-    if status(model) is not None:
-        raise AlreadyAppliedError("the model to measure carries a plan; call saint.remove(model) first")
     load = load_average()
-    parameter = next(p for p in model.parameters() if p.is_floating_point())
-    device = parameter.device
-    clocks = {name: Clock(device) for name in (BASE, *plans)}
-    stamps: dict[str, list[list[float]]] = {name: [] for name in clocks}
-    variants: dict[str, Any] = {BASE: model}
-    sessions: dict[str, Session] = {}
+    device = next(p.device for p in model.parameters() if p.is_floating_point())
+    stamps: dict[str, list[list[float]]] = {name: [] for name in (BASE, *plans)}
 
-    def generation(name: str, length: int) -> Callable[[], None]:
+    def generation(name: str, twin: Any, length: int) -> Callable[[], None]:
+        clock = Clock(device)
+
         def run() -> None:
-            clock = clocks[name]
             clock.start()
-            variants[name].generate(
+            twin.generate(
                 **inputs, max_new_tokens=length, min_new_tokens=length, do_sample=False, num_beams=1, use_cache=True,
                 stopping_criteria=[clock],
             )  # fmt: skip
@@ -191,18 +210,13 @@ def bench_generation(
 
         return run
 
-    try:
-        for name, plan in plans.items():
-            variants[name] = copy_sharing_weights(model)
-            sessions[name] = apply(variants[name], plan)
-        costs = {name: cost(generation(name, 1), device) for name in variants}
-        memories = {name: session.kv_memory for name, session in sessions.items()}
-        for made in stamps.values():
-            made.clear()
-        interleave({name: generation(name, new_tokens) for name in variants}, device, repeats, warmup, tick)
-    finally:
-        for session in sessions.values():
-            session.remove()
+    with variants(model, plans) as made:
+        costs = {name: cost(generation(name, variant.model, 1), device) for name, variant in made.items()}
+        memories = {name: v.session.kv_memory for name, v in made.items() if v.session is not None}
+        for taken in stamps.values():
+            taken.clear()
+        runs = {name: generation(name, variant.model, new_tokens) for name, variant in made.items()}
+        interleave(runs, device, repeats, warmup, tick)
     empty = [name for name, memory in memories.items() if memory is None]
     if empty:
         raise ValueError(f"no images were pruned under {', '.join(empty)}: inputs need an image (or video) to measure")
@@ -226,47 +240,33 @@ def bench_generation(
             prefill=costs[name],
             kv_bytes=kept[name],
         )
-        for name in variants
+        for name in laps
     }
     gains = {}
     for name in plans:
-        ratio = Spread.of(_ratios(first[BASE], first[name]))
+        ratio = Spread.of(ratios(first[BASE], first[name]))
         bound = costs[BASE].flops / costs[name].flops
         gains[name] = GenerationGain(
             first=ratio,
-            total=Spread.of(_ratios(total[BASE], total[name])),
-            decode=Spread.of(_ratios(step[name], step[BASE])) if step[name] else None,
+            total=Spread.of(ratios(total[BASE], total[name])),
+            decode=Spread.of(ratios(step[name], step[BASE])) if step[name] else None,
             bound=bound,
             efficiency=ratio.median / bound,
             uncounted=sorted({*costs[BASE].uncounted, *costs[name].uncounted}),
             kv=kept[name] / kept[BASE],
         )
-    config: Any = getattr(model, "config", None)
     return GenerationBench(
         plans=dict(plans),
         times=times,
         gains=gains,
         conditions={
-            "model_class": type(model).__name__,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "inputs": {name: list(value.shape) for name, value in inputs.items() if isinstance(value, Tensor)},
+            **conditions(model, inputs, device, repeats, warmup, load, list(laps)),
             "batch": batch,
             "prompt_tokens": prompt,
             "new_tokens": new_tokens,
-            "dtype": str(parameter.dtype).removeprefix("torch."),
-            "device": str(device),
-            "threads": torch.get_num_threads(),
-            "attention": getattr(config, "_attn_implementation", None),
-            "repeats": repeats,
-            "warmup": warmup,
-            "load_average": load,
-            "interleaved": list(variants),
+            "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
             "mode": "greedy generate of a fixed length, torch.no_grad, data already on the device; the step counts are "
             "stamped by a stopping criterion that synchronises",
             "steps_ms": {name: [[round(t, 4) for t in lap] for lap in made] for name, made in laps.items()},
         },
     )
-
-
-def _ratios(over: list[float], under: list[float]) -> list[float]:
-    return [a / b for a, b in zip(over, under, strict=True)]

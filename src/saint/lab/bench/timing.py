@@ -6,8 +6,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,22 @@ class Spread:
             return cls(values[0], values[0], values[0], 1)
         fifths = statistics.quantiles(values, n=5, method="inclusive")
         return cls(statistics.median(values), fifths[0], fifths[-1], len(values))
+
+
+class Line(NamedTuple):
+    """One variant in a table of times.
+
+    Attributes:
+        name: for people.
+        time: that counts: of a forward, or to the first token.
+        flops: of the same.
+        kv_bytes: that the prompt left in the cache; None without one.
+    """
+
+    name: str
+    time: Spread
+    flops: float
+    kv_bytes: int | None = None
 
 
 def load_average() -> float | None:
@@ -73,7 +91,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def interleave(
-    runs: dict[str, Callable[[], object]],
+    runs: Mapping[str, Callable[[], object]],
     device: torch.device,
     repeats: int,
     warmup: int,
@@ -97,7 +115,7 @@ def interleave(
     gc.disable()  # a collection would be charged to the variant that runs meanwhile
     try:
         for lap in range(-warmup, repeats):
-            for name in list(runs) if lap % 2 == 0 else list(reversed(runs)):
+            for name in list(runs) if lap % 2 == 0 else reversed(list(runs)):
                 synchronize(device)
                 start = time.perf_counter()
                 runs[name]()
@@ -109,3 +127,38 @@ def interleave(
         if collecting:
             gc.enable()
     return times
+
+
+def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
+    """Return a quotient per round."""
+    return [a / b for a, b in zip(over, under, strict=True)]
+
+
+def conditions(
+    model: nn.Module, inputs: Mapping[str, Any], device: torch.device, repeats: int, warmup: int, load: float | None,
+    interleaved: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
+    """Return what any times of ``model`` depend on, as plain data for a record.
+
+    Args:
+        model: that was timed.
+        inputs: that it was given.
+        device: where it ran.
+        repeats: timed rounds.
+        warmup: rounds before them.
+        load: :func:`load_average` before the timing.
+        interleaved: what ran in turn, by name.
+    """
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    return {
+        "model_class": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "inputs": {name: list(value.shape) for name, value in inputs.items() if isinstance(value, Tensor)},
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "repeats": repeats,
+        "warmup": warmup,
+        "load_average": load,
+        "interleaved": list(interleaved),
+    }

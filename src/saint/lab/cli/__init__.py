@@ -1,37 +1,69 @@
 """The command `saint`. Nothing here imports torch: help must be fast."""
 
+import inspect
 import io
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
+from typer.models import OptionInfo
 
 from ...errors import SaintError
 
-COMMANDS = {  # name -> module; the function (or group of commands) carries the name
+COMMANDS = {  # name -> module, in the order in which a person needs them; the function (or group) carries the name
     "demo": "demo",
-    "check": "check",
-    "bench": "bench",
-    "eval": "eval",
-    "chat": "chat",
+    "list": "tables",
     "view": "view",
-    "analyze": "analyze",
+    "chat": "chat",
+    "bench": "bench",
+    "check": "check",
     "tune": "tune",
-    "export": "export",
+    "eval": "eval",
+    "analyze": "analyze",
     "embed": "embed",
+    "export": "export",
+    "serve": "serve",
     "report": "report",
     "ui": "ui",
-    "serve": "serve",
-    "list": "tables",
     "env": "tables",
+}
+PANELS = {  # of the help: which parameters; all others are what a command alone has
+    "Model": {"model", "device", "dtype", "pretrained", "size", "threads"},
+    "Plan": {"layers", "plan", "threshold"},
+    "Data": {
+        "batch",
+        "classes",
+        "column",
+        "image",
+        "images",
+        "limit",
+        "prompt",
+        "prompts",
+        "question",
+        "questions",
+        "split",
+    },
+    "Results": {"folder", "frontier", "journal", "json", "output", "rows"},
 }
 
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # options of the program that is started
 
+
+class _InOrder(TyperGroup):
+    """Lists commands, and groups of them, as ``COMMANDS`` does."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+
 app = typer.Typer(
+    cls=_InOrder,
     help="SAINT: drop redundant visual tokens, without training, in unmodified models.",
     no_args_is_help=True,
     add_completion=False,
@@ -52,8 +84,20 @@ def _options(
         os.environ["SAINT_DEBUG"] = "1"
 
 
+def _grouped(command: Callable[..., None]) -> None:
+    """Give the options of a command their panels."""
+    for name, parameter in inspect.signature(command).parameters.items():
+        panel = next((panel for panel, names in PANELS.items() if name in names), "Options")
+        for found in getattr(parameter.annotation, "__metadata__", ()):
+            if isinstance(found, OptionInfo):
+                found.rich_help_panel = panel
+
+
 for _name, _module in COMMANDS.items():
     _command = getattr(import_module(f"{__name__}.{_module}"), _name.replace("list", "list_"))
+    for _one in [c.callback for c in _command.registered_commands] if isinstance(_command, typer.Typer) else [_command]:
+        assert _one is not None, "typer holds what it was given"
+        _grouped(_one)
     if isinstance(_command, typer.Typer):
         app.add_typer(_command, name=_name)
     else:

@@ -7,27 +7,21 @@ import typer
 from rich import box
 from rich.table import Table
 
-from .asked import (
-    Prompt,
-    Prompts,
-    Questions,
-    check_asked,
-    finish_asked,
-    gather,
-    load_subject,
-    load_text_subject,
-    read_prompts,
-)
 from .common import (
     MODEL_HELP,
     Device,
     DType,
     Json,
     Pretrained,
+    Prompt,
+    Prompts,
+    Questions,
     Size,
     Threads,
     dtype_of,
     err,
+    finish,
+    load,
     out,
     progress,
     resumable,
@@ -36,8 +30,8 @@ from .common import (
 
 if TYPE_CHECKING:
     from ..analysis.run import Analysis
-    from ..loading.listing import Left
-    from .asked import Subject
+    from ..kinds import Subject
+    from ..sources.listing import Left
 
 # columns of the table on the terminal: quantity, heading, digits
 _COLUMNS = (
@@ -105,37 +99,22 @@ def analyze(
     from ..analysis.record import make_record
     from ..analysis.run import Settings
     from ..analysis.run import analyze as measure
-    from ..loading.listing import left_facts, printable
-    from ..loading.text import is_text
-    from ..loading.vlm import is_vlm
+    from ..kinds import Given, kind_of
     from ..records import environment
+    from ..sources.listing import left_facts, printable
 
     settings = Settings(share=share, causal=causal, seed=seed, choices=tuple(choices.split(",")))
     number = dtype_of(dtype)
+    kind = kind_of(model, ("embeddings", "answers", "next tokens"))
+    kind.check(
+        model,
+        {"--images": images, "--questions": questions, "--prompt": prompt, "--prompts": prompts, "--size": size},
+    )
     left: Left = {}
-    if is_text(model):
-        given = {"--images": images, "--questions": questions, "--prompt": prompt, "--size": size}
-        if wrong := [name for name, value in given.items() if value is not None]:
-            raise ValueError(
-                f"{model} is a language model without images: give --prompts FILE, and no {' and no '.join(wrong)}"
-            )
-        if prompts is None:
-            raise ValueError(f"{model} is a language model without images: give --prompts FILE")
-        items, bad = read_prompts(prompts, limit)
-        subject = load_text_subject(model, device, threads=threads, pretrained=pretrained, dtype=number)
-        source, things = prompts, "prompt(s)"
-    else:
-        if prompts is not None:
-            raise ValueError(f"--prompts is for language models without images, {model} is none: give --images")
-        if images is None:
-            raise ValueError(f"{model} needs --images, an image or a folder of them")
-        generates = is_vlm(model)
-        check_asked(model, generates, questions, prompt)
-        items, bad = gather(images, questions, prompt, limit, left)
-        subject = load_subject(
-            model, device, generates=generates, size=size, threads=threads, pretrained=pretrained, dtype=number
-        )
-        source, things = images, "image(s)"
+    items, bad = kind.items(Given(images, questions, prompt, prompts), limit, left)
+    source = images or prompts
+    assert source is not None, "one of them has items"
+    subject = load(kind, model, device, size=size, threads=threads, pretrained=pretrained, dtype=number)
     facts = {
         "model": model,
         "pretrained": pretrained,
@@ -146,16 +125,7 @@ def analyze(
     }
     file = journal if journal is not None or json is None else json.with_suffix(".journal.sqlite")
     with resumable(file), progress("measuring", len(items)) as tick:
-        result = measure(
-            subject.model,
-            items,
-            subject.inputs,
-            plan=subject.plan,
-            settings=settings,
-            facts=facts,
-            journal=file,
-            tick=tick,
-        )
+        result = measure(subject, items, settings=settings, facts=facts, journal=file, tick=tick)
     with err.status("resampling"):
         record = make_record(result)
     record["skipped"] += [list(entry) for entry in bad]
@@ -166,15 +136,15 @@ def analyze(
             "kind": "analyze",
             "model": model,
             "pretrained": pretrained,
-            "images": None if result.text else what,
-            "prompts": what if result.text else None,
+            "images": what if subject.sees else None,
+            "prompts": None if subject.sees else what,
             "questions": None if questions is None else {"count": len(result.entries)},
             "left_out": left_facts(left),
         }
         with err.status("drawing"):
-            shown = {} if result.text else _survivors(subject, record, result, items)
+            shown = _survivors(subject, record, result, items) if subject.sees else {}
         save(json, {**head, **record, **shown, "environment": environment(subject.device)})
-    finish_asked(record["skipped"], "measured", things)
+    finish(record["skipped"], "measured", subject.things)
 
 
 def _survivors(subject: "Subject", record: dict[str, Any], result: "Analysis", items: list[Any]) -> dict[str, Any]:
@@ -192,24 +162,17 @@ def _survivors(subject: "Subject", record: dict[str, Any], result: "Analysis", i
             else "no layer is redundant and harmless"
         )
         why = f"no plan is proposed ({no_plan}): the usual setting for this model"
-        plan = subject.plan if subject.plan is not None else _usual(subject.model)
+        plan = subject.plan or Plan()
     measured = result.outcome.entries
-    photos, left_out = survivors(subject.loaded, plan, [i for i in items if i.id in measured], subject.inputs)
+    photos, left_out = survivors(subject, plan, [i for i in items if i.id in measured])
     return {"survivors": photos, "survivors_of": {"plan": plan.to_dict(), "why": why, "left_out": left_out}}
-
-
-def _usual(model: Any) -> Any:
-    from ..loading.modes import usual_plan
-
-    return usual_plan(model)
 
 
 def print_record(model: str, record: dict[str, Any], result: "Analysis") -> None:
     """Per part a table, a row per layer, and the verdict; then the plan."""
     count = len(result.entries)
     resumed = f", {record['resumed']} of them from the journal" if record["resumed"] else ""
-    things = "prompt(s)" if result.text else "image(s)"
-    out.print(f"[bold]{model}[/]  {count} {things}{resumed}", highlight=False)
+    out.print(f"[bold]{model}[/]  {count} {result.subject.things}{resumed}", highlight=False)
     for part in record["parts"]:
         out.print()
         _print_part(part, record["candidates"])

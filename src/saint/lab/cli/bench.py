@@ -5,23 +5,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from ..describe import describe
 from .common import (
     MODEL_HELP,
     Device,
-    Image,
+    Images,
     Json,
     Layers,
     PlanText,
     Pretrained,
+    Prompt,
     Size,
     Threads,
     Threshold,
-    describe,
     dtype_of,
     finish,
     load,
-    load_generator,
-    make_plan,
     out,
     pictures,
     progress,
@@ -30,8 +29,8 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..bench import EncoderBench, GenerationBench, Spread
-    from ..loading.listing import Left
+    from ..bench import ForwardBench, GenerationBench, Spread
+    from ..sources.listing import Left
 
 
 def bench(
@@ -46,67 +45,76 @@ def bench(
     threads: Threads = None,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
-    image: Image = None,
+    images: Images = None,
     pretrained: Pretrained = True,
     json: Json = None,
-    prompt: Annotated[str, typer.Option(help="vision-language models: the question")] = "Describe the image.",
-    new_tokens: Annotated[int, typer.Option(min=1, help="vision-language models: tokens generated")] = 32,
+    prompt: Prompt = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="vision-language models: tokens generated [default: 32]")
+    ] = None,
 ) -> None:
     """Time MODEL with and without a plan, interleaved, beside what the FLOPs promise.
 
-    The pictures are photographs (or --image), repeated up to the batch: what is dropped depends on them. A vision-language
+    The pictures are photographs (or --images), repeated up to the batch: what is dropped depends on them. A vision-language
     model (hf:) generates: time to first token, time per token and cache memory, for --plan or for each mode.
     """
-    from ..bench import bench_encoder
-    from ..loading.listing import left_facts
-    from ..loading.vlm import is_vlm
+    from ..kinds import kind_of
+    from ..loading.plans import changed_plan, read_plan
     from ..records import environment
+    from ..sources.listing import left_facts
 
-    number = dtype_of(dtype)
-    if is_vlm(model):
-        if size is not None or threshold is not None or layers is not None:
-            raise ValueError("--size, --threshold and --layers are for encoders; give a vision-language model a --plan")
-        _generation(
-            model, plan, batch, repeats, warmup, threads, device, number, image, pretrained, json, prompt, new_tokens
-        )
-        return
+    kind = kind_of(model)
+    kind.check(model, {"--size": size, "--prompt": prompt, "--new-tokens": new_tokens})
     left: Left = {}
-    photos, bad = pictures(image, batch, left)
-    loaded = load(model, device, size=size, threads=threads, pretrained=pretrained)
-    loaded.model.to(number)
-    chosen = make_plan(loaded.plan, plan, threshold, layers)
+    photos, bad = pictures(images, batch, left)
+    subject = load(kind, model, device, size=size, threads=threads, pretrained=pretrained, dtype=dtype_of(dtype))
+    plans = subject.plans if plan is None else {plan if "{" not in plan else "plan": read_plan(plan)}
+    plans = {name: changed_plan(one, threshold, layers) for name, one in plans.items()}
     used = [photos[i % len(photos)] for i in range(batch)]
-    inputs = loaded.inputs([photo.image for photo in used])
     with progress("timing", repeats + warmup) as tick:
-        result = bench_encoder(loaded.model, chosen, inputs, repeats, warmup, tick=tick)
-
-    conditions = result.conditions
-    out.print(f"[bold]{loaded.title}[/]  {describe(chosen)}", highlight=False)
-    out.print(
-        f"batch {conditions['batch']}, {' x '.join(map(str, loaded.image_size))} px, {conditions['dtype']}, "
-        f"{conditions['device']}, {conditions['threads']} threads, {repeats} rounds\n",
-        highlight=False,
-    )
-    print_tokens(result)
-    print_times(result)
-    warn_busy(conditions["load_average"], {"unpruned": result.base, "pruned": result.pruned})
+        result = subject.bench(
+            plans, [photo.image for photo in used], prompt=prompt, new_tokens=new_tokens, repeats=repeats, warmup=warmup,
+            tick=tick,
+        )  # fmt: skip
+    record = {
+        "kind": result.kind,
+        "model": model,
+        "pretrained": pretrained,
+        **subject.told(prompt),
+        "images": [photo.name for photo in used],
+        "skipped": [list(entry) for entry in bad],
+        "left_out": left_facts(left),
+        **result.to_dict(),
+        "environment": environment(subject.device),
+    }
+    print_bench(subject.title, record, result)
+    warn_busy(result.conditions["load_average"], result.spreads)
     if json is not None:
-        facts = {
-            "kind": "bench/encoder",
-            "model": model,
-            "pretrained": pretrained,
-            "image_size": loaded.image_size,
-            "images": [photo.name for photo in used],
-            "skipped": [list(entry) for entry in bad],
-            "left_out": left_facts(left),
-            **result.to_dict(),
-            "environment": environment(loaded.device),
-        }
-        save(json, facts)
+        save(json, record)
     finish(bad)
 
 
-def print_tokens(result: "EncoderBench") -> None:
+def print_bench(title: str, record: dict[str, Any], result: Any) -> None:
+    """What ran, under which conditions, and what came out."""
+    c = result.conditions
+    about = f"[bold]{title}[/]"
+    size = f"{' x '.join(map(str, record['image_size']))} px, " if "image_size" in record else ""
+    prompt = f"{c['prompt_tokens']} prompt tokens, {c['new_tokens']} new, " if "prompt_tokens" in c else ""
+    if "plan" in record:
+        about += f"  {describe(result.plan)}"
+    out.print(about, highlight=False)
+    out.print(
+        f"batch {c['batch']}, {size}{prompt}{c['dtype']}, {c['device']}, {c['threads']} threads, {c['repeats']} rounds\n",
+        highlight=False,
+    )
+    if "plan" in record:
+        print_tokens(result)
+        print_times(result)
+    else:
+        print_generation(result)
+
+
+def print_tokens(result: "ForwardBench") -> None:
     """Tokens per drop point."""
     table = Table("layer", "tokens in", "tokens out", "padded to", title="tokens (batch mean)", title_justify="left")
     for layer in result.layers:
@@ -119,7 +127,7 @@ def print_tokens(result: "EncoderBench") -> None:
     out.print(table)
 
 
-def print_times(result: "EncoderBench") -> None:
+def print_times(result: "ForwardBench") -> None:
     """Times, FLOPs and memory of all variants, and what pruning itself costs."""
     from ...flops import left_out
 
@@ -153,63 +161,6 @@ def print_times(result: "EncoderBench") -> None:
         )
         if own.keep_all is not None:
             out.print(f"the same plan when nothing goes: {_percent(own.keep_all)} extra time", highlight=False)
-
-
-def _generation(
-    model: str,
-    plan: str | None,
-    batch: int,
-    repeats: int,
-    warmup: int,
-    threads: int | None,
-    device: str,
-    dtype: Any,
-    image: Any,
-    pretrained: bool,
-    json: Any,
-    prompt: str,
-    new_tokens: int,
-) -> None:
-    from ...plans import Plan
-    from ..bench import bench_generation
-    from ..loading.listing import left_facts
-    from ..loading.modes import modes
-    from ..records import environment
-
-    left: Left = {}
-    photos, bad = pictures(image, batch, left)
-    plans = modes if plan is None else {plan if "{" not in plan else "plan": make_plan(Plan(), plan, None, None)}
-    loaded = load_generator(model, device, threads=threads, pretrained=pretrained, dtype=dtype)
-    if callable(plans):
-        plans = plans(loaded.model)
-    used = [photos[i % len(photos)] for i in range(batch)]
-    inputs = loaded.inputs([prompt] * batch, [photo.image for photo in used])
-    with progress("timing", repeats + warmup) as tick:
-        result = bench_generation(loaded.model, plans, inputs, new_tokens, repeats, warmup, tick=tick)
-    conditions = result.conditions
-    out.print(f"[bold]{model}[/]", highlight=False)
-    out.print(
-        f"batch {batch}, {conditions['prompt_tokens']} prompt tokens, {new_tokens} new, {conditions['dtype']}, "
-        f"{conditions['device']}, {conditions['threads']} threads, {repeats} rounds\n",
-        highlight=False,
-    )
-    print_generation(result)
-    firsts = {"unpruned" if name == "base" else name: times.first for name, times in result.times.items()}
-    warn_busy(conditions["load_average"], firsts)
-    if json is not None:
-        facts = {
-            "kind": "bench/generation",
-            "model": model,
-            "pretrained": pretrained,
-            "prompt": prompt,
-            "images": [photo.name for photo in used],
-            "skipped": [list(entry) for entry in bad],
-            "left_out": left_facts(left),
-            **result.to_dict(),
-            "environment": environment(loaded.device),
-        }
-        save(json, facts)
-    finish(bad)
 
 
 def print_generation(result: "GenerationBench") -> None:

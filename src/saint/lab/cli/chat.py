@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from ..describe import describe
 from .common import (
     Device,
     DType,
@@ -13,22 +14,21 @@ from .common import (
     PlanText,
     Pretrained,
     Threads,
-    describe,
     dtype_of,
     err,
-    load_generator,
+    load,
     make_plan,
     out,
     save,
 )
 
 if TYPE_CHECKING:
-    from ..loading.vlm import LoadedVLM
+    from ..kinds import Subject
 
 
 def chat(
     model: Annotated[str, typer.Argument(help="hf:NAME_OR_PATH of a vision-language model, or demo:small-llava")],
-    image: Annotated[Path, typer.Option("--image", help="the picture")],
+    images: Annotated[Path, typer.Option("--images", help="the picture")],
     prompt: Annotated[str, typer.Option("--prompt", help="the question")] = "Describe the image.",
     plan: PlanText = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="length of the answer at most")] = 128,
@@ -40,25 +40,28 @@ def chat(
 ) -> None:
     """Answer one question about an image, unpruned and pruned, greedily, with times and tokens."""
     from ...session import pruned
-    from ..loading import load_images
-    from ..loading.modes import modes
+    from ..kinds import kind_of
     from ..records import environment
+    from ..sources.items import Item
+    from ..sources.photos import load_images
 
-    if image.is_dir():
-        raise ValueError(f"--image needs one picture, {image} is a folder: give a file in it (saint view draws many)")
-    photos, bad = load_images(image, 1)
+    if images.is_dir():
+        raise ValueError(
+            f"--images needs one picture here, {images} is a folder: give a file in it (saint view draws many)"
+        )
+    photos, bad = load_images(images, 1)
     if bad:
         raise ValueError(f"{bad[0].name}: {bad[0].reason}")
     number = dtype_of(dtype)
-    loaded = load_generator(model, device, threads=threads, pretrained=pretrained, dtype=number)
-    inputs = loaded.inputs([prompt], [photos[0].image])
-    chosen = make_plan(modes(loaded.model)["connector"], plan, None, None)
+    subject = load(kind_of(model, "answers"), model, device, threads=threads, pretrained=pretrained, dtype=number)
+    inputs = subject.inputs([Item.photo(photos[0].name, photos[0].image, prompt)], [photos[0].image])
+    chosen = make_plan(subject.plans["connector"], plan, None, None)
     with err.status("answering"):
-        _answer(loaded, inputs, 1)  # the first run of a process pays for what later ones find ready
-        answers = {"unpruned": _answer(loaded, inputs, max_new_tokens)}
-        with pruned(loaded.model, chosen) as session:
-            _answer(loaded, inputs, 1)
-            answers["pruned"] = _answer(loaded, inputs, max_new_tokens)
+        _answer(subject, inputs, 1)  # the first run of a process pays for what later ones find ready
+        answers = {"unpruned": _answer(subject, inputs, max_new_tokens)}
+        with pruned(subject.model, chosen) as session:
+            _answer(subject, inputs, 1)
+            answers["pruned"] = _answer(subject, inputs, max_new_tokens)
             memory = session.kv_memory
     bytes_ = {"unpruned": getattr(memory, "unpruned", None), "pruned": getattr(memory, "kept", None)}
     for name, value in bytes_.items():
@@ -85,18 +88,16 @@ def chat(
             "prompt": prompt,
             "plan": chosen.to_dict(),
             "answers": answers,
-            "environment": environment(loaded.device),
+            "environment": environment(subject.device),
         }
         save(json, facts)
 
 
-def _answer(loaded: "LoadedVLM", inputs: dict[str, Any], length: int) -> dict[str, Any]:
-    from ..bench.generation import timed_answer
-
-    answer = timed_answer(loaded.model, inputs, length, loaded.device)
+def _answer(subject: "Subject", inputs: dict[str, Any], length: int) -> dict[str, Any]:
+    said = subject.answer(inputs, length)
     return {
-        "text": loaded.decode(answer.tokens),
-        "new_tokens": len(answer.tokens),
-        "first_ms": answer.first_ms,
-        "total_ms": answer.total_ms,
+        "text": said.text,
+        "new_tokens": len(said.times.tokens),
+        "first_ms": said.times.first_ms,
+        "total_ms": said.times.total_ms,
     }

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -12,16 +12,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 if TYPE_CHECKING:
     from ...plans import Plan
     from ..bench import Spread
-    from ..loading import Loaded, Photo, Unreadable
-    from ..loading.listing import Left
-    from ..loading.vlm import LoadedVLM
+    from ..kinds import Subject
+    from ..sources.listing import Left
+    from ..sources.photos import Photo, Unreadable
+
+S = TypeVar("S", bound="Subject")
 
 out = Console()
 err = Console(stderr=True)
 
 DEFAULT_MODEL = "demo:clip-b16"
 MODEL_HELP = "timm:NAME, hf:NAME_OR_PATH, open_clip:NAME/TAG or demo:NAME"
-Image = Annotated[Path | None, typer.Option("--image", help="an image, or a folder of them [default: photographs]")]
+Images = Annotated[Path | None, typer.Option("--images", help="an image, or a folder of them [default: photographs]")]
 PlanText = Annotated[str | None, typer.Option("--plan", help="a recipe's name, JSON, or a .json file")]
 Threshold = Annotated[float | None, typer.Option(help="cosine from which two tokens count as similar, in (-1, 1]")]
 Layers = Annotated[str | None, typer.Option(help='drop points: "first_half", "0-5" or "0,2,4"')]
@@ -31,6 +33,25 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads [default: 
 Pretrained = Annotated[bool, typer.Option(help="--no-pretrained: random weights, nothing is downloaded")]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 Limit = Annotated[int, typer.Option(min=1, help="use at most so many images")]
+Questions = Annotated[
+    Path | None,
+    typer.Option(
+        "--questions",
+        help='vision-language models, JSON lines: {"image": "file", "question": "..."} [default: --prompt of every image]',
+    ),
+]
+Prompt = Annotated[
+    str | None, typer.Option(help="vision-language models, without --questions [default: Describe the image.]")
+]
+
+
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        help='language models without images, instead of --images: a prompt per line, or .jsonl {"prompt": "..."}',
+    ),
+]
 Json = Annotated[Path | None, typer.Option("--json", help="also write the results to this file")]
 
 
@@ -66,31 +87,23 @@ def dtype_of(name: str) -> Any:
     return dtypes[name]
 
 
-def load(model: str, device: str, *, size: int | None, threads: int | None, pretrained: bool = True) -> "Loaded":
-    """Set the threads, load the model, say what it is."""
+def load(
+    kind: "type[S]",
+    model: str,
+    device: str,
+    *,
+    size: int | None = None,
+    threads: int | None = None,
+    pretrained: bool = True,
+    dtype: Any = None,
+) -> "S":
+    """Set the threads, load the model, say what is loaded; ``dtype`` None is the checkpoint's."""
     import torch
-
-    from ..loading import load_model
 
     if threads is not None:
         torch.set_num_threads(threads)
     with err.status(f"loading {model}"):
-        loaded = load_model(model, device, pretrained, size=size)
-    return loaded
-
-
-def load_generator(
-    model: str, device: str, *, threads: int | None, pretrained: bool = True, dtype: Any = None
-) -> "LoadedVLM":
-    """The same for a vision-language model; ``dtype`` None is the checkpoint's."""
-    import torch
-
-    from ..loading.vlm import load_vlm
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    with err.status(f"loading {model}"):
-        return load_vlm(model, device, pretrained, dtype)
+        return kind.load(model, device, pretrained, size=size, dtype=dtype)
 
 
 def save(file: Path, record: dict[str, Any]) -> None:
@@ -101,27 +114,33 @@ def save(file: Path, record: dict[str, Any]) -> None:
     err.print(f"wrote {file}", highlight=False)
 
 
-def pictures(image: Path | None, limit: int, left: "Left") -> tuple[list["Photo"], list["Unreadable"]]:
-    """The user's images, or photographs that are there anyway; reports what cannot be read.
+def pictures(images: Path | None, limit: int, left: "Left") -> tuple[list["Photo"], list["Unreadable"]]:
+    """The user's images, or photographs that are there anyway; and what cannot be read.
 
-    ``left`` gets what is left out, see :func:`saint.lab.loading.listing.find_pictures`.
+    ``left`` gets what is left out, see :func:`saint.lab.sources.listing.find_pictures`.
     """
-    from ..loading import Photo, load_images
+    from ..sources.photos import Photo, load_images
 
-    if image is None:
+    if images is None:
         from ..demo import photos
 
         return [Photo(name, photo) for name, photo in photos()[:limit]], []
-    good, bad = load_images(image, limit, left)
-    for name, reason in bad:
-        err.print(f"[yellow]skipped[/] {name}: {reason}", highlight=False)
+    good, bad = load_images(images, limit, left)
     return good, bad
 
 
-def finish(bad: Sequence["Unreadable"]) -> None:
-    """Exit status 1 when images were skipped."""
-    if bad:
-        err.print(f"[yellow]{len(bad)} image(s) could not be read and were skipped[/]")
+def finish(left_out: Sequence[Sequence[str]], what: str = "read", things: str = "image(s)") -> None:
+    """Name what was left out, each with the reason, and end with exit status 1 where there is anything.
+
+    Args:
+        left_out: where and why.
+        what: could not be done with them.
+        things: what they are.
+    """
+    if left_out:
+        for where, reason in left_out[:20]:
+            err.print(f"[yellow]skipped[/] {where}: {reason}", highlight=False)
+        err.print(f"[yellow]{len(left_out)} {things} could not be {what}[/]")
         raise typer.Exit(1)
 
 
@@ -151,16 +170,3 @@ def bar(share: float, width: int = 20) -> str:
     """A share in [0, 1] as a bar."""
     full = round(share * width)
     return "█" * full + "[dim]" + "░" * (width - full) + "[/]"
-
-
-def describe(plan: "Plan") -> str:
-    """A plan in a line."""
-    parts = []
-    for name, stage in ((name, stage) for name, stages in plan.slots.items() for stage in stages):
-        settings = {k: v for k, v in stage.method.to_dict().items() if k != "method"}
-        shown = ", ".join(f"{k}={v}" for k, v in settings.items() if v != getattr(type(stage.method), k, None))
-        lead = f"threshold={settings['threshold']}" if "threshold" in settings else ""
-        text = ", ".join(part for part in (lead, shown.replace(lead, "").strip(", ")) if part)
-        tail = "" if stage.output == "survivors" else f', output="{stage.output}"'
-        parts.append(f"{name}: {stage.method.name}({text}){tail}")
-    return "; ".join(parts) or "nothing"

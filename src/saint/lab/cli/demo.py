@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,11 +10,12 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ..describe import describe
 from .common import (
     DEFAULT_MODEL,
     MODEL_HELP,
     Device,
-    Image,
+    Images,
     Json,
     Layers,
     Limit,
@@ -23,7 +25,6 @@ from .common import (
     Threads,
     Threshold,
     bar,
-    describe,
     finish,
     load,
     make_plan,
@@ -32,21 +33,70 @@ from .common import (
     progress,
     warn_busy,
 )
-from .view import dimmed, draw_strips, legend, thumbnail, title
 
 if TYPE_CHECKING:
     from ...plans import Plan
     from ...tokens import LayerTrace
-    from ..bench import Agreement, EncoderBench
-    from ..loading import Loaded, Photo
-    from ..loading.listing import Left
+    from ..bench import ForwardBench
+    from ..kinds import Subject
+    from ..kinds.agreement import Agreement
+    from ..kinds.tiles import Tile
+    from ..sources.listing import Left
+    from ..sources.photos import Photo
 
 WARMUP = 1
+_HALF = "vit/match"  # the recipe that is shown beside a model's own: half of the FLOPs of any encoder
+
+
+@dataclass
+class Run:
+    """A plan on all photographs; lists have an entry per photograph."""
+
+    plan: "Plan"
+    traces: "list[list[LayerTrace]]" = field(default_factory=list)
+    facts: list[dict[str, Any]] = field(default_factory=list)
+    outputs: list[tuple[Any, Any]] = field(default_factory=list)  # unpruned, pruned
+    agreements: "list[Agreement]" = field(default_factory=list)
+    benches: "list[ForwardBench]" = field(default_factory=list)
+
+    @property
+    def speedup(self) -> float:
+        """Of all photographs together."""
+        return sum(b.base.median for b in self.benches) / sum(b.pruned.median for b in self.benches)
+
+    @property
+    def bound(self) -> float:
+        """FLOPs of all photographs, unpruned / pruned."""
+        return sum(b.costs["base"].flops for b in self.benches) / sum(b.costs["pruned"].flops for b in self.benches)
+
+    @property
+    def missing(self) -> str:
+        """What the bound leaves out, for people."""
+        from ...flops import left_out
+
+        return left_out(*(b.uncounted for b in self.benches))
+
+    @property
+    def values(self) -> list[float]:
+        """Agreement of each photograph."""
+        return [found.values[0] for found in self.agreements]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Summarise for the record."""
+        first, values = self.agreements[0], self.values
+        return {
+            "plan": self.plan.to_dict(),
+            "speedup": self.speedup,
+            "flops_bound": self.bound,
+            "agreement": {
+                "measure": first.measure, "of": first.answer, "mean": statistics.fmean(values), "min": min(values)
+            },
+        }  # fmt: skip
 
 
 def demo(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)] = DEFAULT_MODEL,
-    image: Image = None,
+    images: Images = None,
     plan: PlanText = None,
     threshold: Threshold = None,
     layers: Layers = None,
@@ -56,98 +106,78 @@ def demo(
     pretrained: Pretrained = True,
     repeats: Annotated[int, typer.Option(min=1, help="timed rounds per photograph")] = 3,
     limit: Limit = 12,
-    folder: Annotated[Path, typer.Option("--out", help="folder for the pictures and the record")] = Path("demo_out"),
+    folder: Annotated[Path, typer.Option("--output", "-o", help="folder for the pictures and the record")] = Path(
+        "demo_out"
+    ),
     json: Json = None,
 ) -> None:
     """Run a model unpruned and pruned on photographs: tokens, time, agreement, pictures of what was kept.
 
-    Works offline with the demo models; --image FILE|DIR takes your own pictures.
+    Without --plan two are shown: the one that suits the model, and one at half of the FLOPs. Works offline with the demo
+    models; --images FILE|DIR takes your own pictures.
     """
-    import torch
-
-    from ...flops import left_out
-    from ...session import pruned
-    from ..bench import agreement, bench_encoder
-    from ..loading.listing import left_facts
+    from ...plans import Plan
+    from ..kinds import kind_of
     from ..records import environment, write_json
-    from ..view.facts import layer_facts
-    from ..view.reasons import Reasons
+    from ..sources.listing import left_facts
 
     left: Left = {}
-    photos, bad = pictures(image, limit, left)
-    loaded = load(model, device, size=size, threads=threads, pretrained=pretrained)
-    chosen = make_plan(loaded.plan, plan, threshold, layers)
-    benches: list[EncoderBench] = []
-    agreements: list[Agreement] = []
-    traces: list[list[LayerTrace]] = []
-    answers: list[tuple[Any, Any]] = []
-    asked, reasons = Reasons(chosen), []
-    with progress("running", len(photos) * (repeats + WARMUP)) as tick:
+    photos, bad = pictures(images, limit, left)
+    subject = load(kind_of(model, "embeddings"), model, device, size=size, threads=threads, pretrained=pretrained)
+    own = subject.plan or Plan()
+    runs = {"this plan": Run(make_plan(own, plan, threshold, layers))}
+    if plan is None:
+        runs["half the FLOPs"] = Run(_half(own))
+    with progress("running", len(runs) * len(photos) * (repeats + WARMUP)) as tick:
         for photo in photos:
-            inputs = loaded.inputs([photo.image])
-            with torch.inference_mode():
-                base = loaded.model(**inputs)
-                with pruned(loaded.model, chosen, observers=[asked]) as session:
-                    short = loaded.model(**inputs)
-                    traces.append(session.trace)
-                    reasons.append(asked.take())
-            agreements.append(agreement(base, short))
-            answers.append((base, short))
-            benches.append(bench_encoder(loaded.model, chosen, inputs, repeats, WARMUP, extras=False, tick=tick))
-
-    speedup = sum(b.base.median for b in benches) / sum(b.pruned.median for b in benches)
-    bound = sum(b.costs["base"].flops for b in benches) / sum(b.costs["pruned"].flops for b in benches)
-    missing = left_out(*(b.uncounted for b in benches))
-    _print(loaded, chosen, photos, traces, benches, agreements, missing)
+            for run in runs.values():
+                _look(subject, run, photo, repeats, tick)
+    shown = runs["this plan"]
+    _print(subject, photos, shown)
+    _print_summary(runs)
+    conditions = shown.benches[0].conditions
     out.print(
-        f"measured speed-up [bold]{speedup:.2f}x[/], FLOPs bound {bound:.2f}x{missing} "
-        f"({benches[0].conditions['threads']} threads, {loaded.device}, batch 1, {repeats} interleaved rounds each)",
+        f"{conditions['threads']} threads, {subject.device}, batch 1, {repeats} interleaved rounds each",
         highlight=False,
     )
-    spreads = {f"{photo.name}, unpruned": b.base for photo, b in zip(photos, benches, strict=True)}
-    spreads |= {f"{photo.name}, pruned": b.pruned for photo, b in zip(photos, benches, strict=True)}
-    warn_busy(benches[0].conditions["load_average"], spreads)
-    values = [value for found in agreements for value in found.values]
-    name = agreements[0]
-    out.print(
-        f"agreement with the unpruned model ({name.measure} of {_answer(name)}): "
-        f"mean [bold]{statistics.fmean(values):.4f}[/], lowest {min(values):.4f}",
-        highlight=False,
-    )
+    spreads = {
+        f"{photo.name}, {name}, {what}": spread
+        for name, run in runs.items()
+        for photo, b in zip(photos, run.benches, strict=True)
+        for what, spread in b.spreads.items()
+    }
+    warn_busy(conditions["load_average"], spreads)
 
     files: list[Path] = []
-    if loaded.source.batch is None:  # patches that arrive flattened have no fixed crop to draw on
-        files = draw_strips(loaded, chosen, photos, traces, folder)
-        files.insert(0, _overview(loaded, chosen, photos, traces, agreements, folder))
-        if agreements[0].measure == "correlation":
-            files.insert(0, _maps(loaded, chosen, photos, traces, answers, agreements, folder))
+    if subject.grid is not None:  # patches that arrive flattened have no fixed crop to draw on
+        tiles = [subject.tiles(photo.image, {})[0] for photo in photos]
+        files = _strips(subject, shown, photos, tiles, folder)
+        files.insert(0, _overview(subject, runs, photos, tiles, folder))
+        if shown.agreements[0].measure == "correlation":
+            files.insert(0, _maps(subject, shown, photos, tiles, folder))
     record = {
         "kind": "demo",
         "model": model,
         "pretrained": pretrained,
-        "title": loaded.title,
-        "licence": loaded.licence,
-        "image_size": loaded.image_size,
-        "grid": loaded.grid if loaded.source.batch is None else None,
-        "plan": chosen.to_dict(),
-        "speedup": speedup,
-        "flops_bound": bound,
-        "agreement": {"measure": name.measure, "of": name.answer, "mean": statistics.fmean(values), "min": min(values)},
+        "title": subject.title,
+        "licence": subject.licence,
+        **subject.told(None),
+        **shown.to_dict(),
+        "half": runs["half the FLOPs"].to_dict() if "half the FLOPs" in runs else None,
         "photos": [
             {
                 "name": photo.name,
-                **thumbnail(loaded, photo),
-                "layers": [layer_facts(t, 0, why[0]) for t, why in zip(trace, given, strict=True)],
+                **facts,
                 "agreement": found.values[0],
                 "same_top1": found.same_top1[0] if found.same_top1 else None,
                 "bench": {key: value for key, value in measured.to_dict().items() if key != "plan"},
             }
-            for photo, trace, given, found, measured in zip(photos, traces, reasons, agreements, benches, strict=True)
+            for photo, facts, found, measured in zip(photos, shown.facts, shown.agreements, shown.benches, strict=True)
         ],
         "skipped": [list(entry) for entry in bad],
         "left_out": left_facts(left),
         "files": [file.name for file in files],
-        "environment": environment(loaded.device),
+        "environment": environment(subject.device),
     }
     write_json(folder / "record.json", record)
     if json is not None:
@@ -157,20 +187,73 @@ def demo(
     finish(bad)
 
 
-def _answer(found: "Agreement") -> str:
+def _half(own: "Plan") -> "Plan":
+    """The recipe at half of the FLOPs, with the output that the model's own plan has: a dense head needs full length."""
+    from ...presets import recipe
+
+    plan = recipe(_HALF)
+    output = own.vision[0].output if own.vision else "survivors"
+    return replace(plan, vision=tuple(replace(stage, output=output) for stage in plan.vision))
+
+
+def _look(subject: "Subject", run: Run, photo: "Photo", repeats: int, tick: Any) -> None:
+    """Add a photograph to a run."""
+    import torch
+
+    from ...session import pruned
+    from ..kinds.agreement import agreement
+    from ..sources.items import Item
+    from ..view.reasons import Reasons
+
+    inputs = subject.inputs([Item.photo(photo.name, photo.image)], [photo.image])
+    reasons = Reasons(run.plan)
+    with torch.inference_mode():
+        base = subject.model(**inputs)
+        with pruned(subject.model, run.plan, observers=[reasons]) as session:
+            short = subject.model(**inputs)
+            trace = session.trace
+    run.traces.append(trace)
+    run.facts.append(subject.facts(photo.image, inputs, trace, reasons.take()))
+    run.agreements.append(agreement(base, short))
+    run.outputs.append((base, short))
+    run.benches.append(
+        subject.bench({"plan": run.plan}, [photo.image], repeats=repeats, warmup=WARMUP, extras=False, tick=tick)
+    )
+
+
+def _of(found: "Agreement") -> str:
     return "the saliency map" if found.measure == "correlation" else found.answer
 
 
-def _print(
-    loaded: "Loaded",
-    plan: "Plan",
-    photos: Sequence["Photo"],
-    traces: Sequence[list["LayerTrace"]],
-    benches: Sequence["EncoderBench"],
-    agreements: Sequence["Agreement"],
-    missing: str,
-) -> None:
-    out.print(f"\n[bold]{loaded.title}[/]\n{describe(plan)}\n", highlight=False)
+def _print_summary(runs: dict[str, Run]) -> None:
+    """A row per plan: what is left, how much faster, how much the same."""
+    first = next(iter(runs.values())).agreements[0]
+    table = Table(
+        box=SIMPLE_HEAD, title=f"against the unpruned model ({first.measure} of {_of(first)})", title_justify="left"
+    )
+    table.add_column("", no_wrap=True)
+    for head in ("tokens left", "speed-up", "FLOPs bound", f"{first.measure}, mean", "lowest"):
+        table.add_column(head, justify="right")
+    if missing := next(iter(runs.values())).missing:
+        table.caption = f"FLOPs bound{missing}"
+    for name, run in runs.items():
+        left = statistics.fmean(int(trace[-1].tokens_out[0]) / int(trace[0].tokens_in[0]) for trace in run.traces)
+        table.add_row(
+            name,
+            f"{left:.0%}",
+            f"[bold]{run.speedup:.2f}x[/]",
+            f"{run.bound:.2f}x",
+            f"[bold]{statistics.fmean(run.values):.4f}[/]",
+            f"{min(run.values):.4f}",
+        )
+    out.print(table)
+    for name, run in runs.items():
+        out.print(f"{name}: {describe(run.plan)}", highlight=False, soft_wrap=True)
+
+
+def _print(subject: "Subject", photos: "Sequence[Photo]", run: Run) -> None:
+    traces, agreements = run.traces, run.agreements
+    out.print(f"\n[bold]{subject.title}[/]\n{describe(run.plan)}\n", highlight=False)
     total = int(traces[0][0].tokens_in[0])
     table = Table("layer", "tokens", "lowest", "highest", "", title=f"tokens left of {total}", title_justify="left")
     for step in zip(*traces, strict=True):
@@ -183,11 +266,11 @@ def _print(
     heads = ["kept", "ms before", "after", "speed-up", "bound", "corr." if measure == "correlation" else measure]
     if agreements[0].same_top1 is not None:
         heads.append("same class")
-    table = Table(box=SIMPLE_HEAD, caption=f"bound{missing}" if missing else None)
+    table = Table(box=SIMPLE_HEAD, caption=f"bound{run.missing}" if run.missing else None)
     table.add_column("photograph", no_wrap=True, max_width=18)
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
-    for photo, trace, measured, found in zip(photos, traces, benches, agreements, strict=True):
+    for photo, trace, measured, found in zip(photos, traces, run.benches, agreements, strict=True):
         row = [
             photo.name,
             f"{int(trace[-1].tokens_out[0])}/{total}",
@@ -203,69 +286,74 @@ def _print(
     out.print(table)
 
 
-def _by_kept(photos: Sequence["Photo"], traces: Sequence[list["LayerTrace"]], most: int) -> list[int]:
+def _strips(
+    subject: "Subject", run: Run, photos: "Sequence[Photo]", tiles: "Sequence[Tile]", folder: Path
+) -> list[Path]:
+    """One PNG per photograph: what is left of it after each drop point."""
+    from ..view.strips import draw, legend, title
+
+    return [
+        draw(
+            subject.title, legend(run.plan), title(photo.name), [tile], subject.total({}), trace,
+            folder / f"kept_{photo.name}.png",
+        )
+        for photo, tile, trace in zip(photos, tiles, run.traces, strict=True)
+    ]  # fmt: skip
+
+
+def _by_kept(run: Run, most: int) -> list[int]:
     """Which photographs to show: spread over how much was dropped, most first."""
-    order = sorted(range(len(photos)), key=lambda i: int(traces[i][-1].tokens_out[0]))
+    order = sorted(range(len(run.traces)), key=lambda i: int(run.traces[i][-1].tokens_out[0]))
     return order if len(order) <= most else [order[round(i * (len(order) - 1) / (most - 1))] for i in range(most)]
 
 
 def _overview(
-    loaded: "Loaded",
-    plan: "Plan",
-    photos: Sequence["Photo"],
-    traces: Sequence[list["LayerTrace"]],
-    agreements: Sequence["Agreement"],
-    folder: Path,
+    subject: "Subject", runs: dict[str, Run], photos: "Sequence[Photo]", tiles: "Sequence[Tile]", folder: Path
 ) -> Path:
-    """Photographs above what is left of them."""
+    """Photographs above what each plan left of them."""
     from ..view import Cell, save_png, sheet
+    from ..view.strips import dimmed, legend, title
 
-    top, bottom = [], []
-    total = loaded.grid[0] * loaded.grid[1]
-    for i in _by_kept(photos, traces, 5):
-        seen = loaded.picture(photos[i].image)
-        kept = int(traces[i][-1].tokens_out[0])
-        found = agreements[i]
-        top.append(Cell(seen, title(photos[i]), f"{total} patches"))
-        bottom.append(
-            Cell(
-                dimmed(loaded, seen, traces[i][-1]),
-                f"{kept} kept ({kept / total:.0%})",
-                f"{found.measure} {found.values[0]:.3f}",
+    first = next(iter(runs.values()))
+    total = subject.total({})
+    order = _by_kept(first, 5)
+    rows = [[Cell(tiles[i].picture, title(photos[i].name), f"{total} patches") for i in order]]
+    for name, run in runs.items():
+        lead = f"{name}: " if len(runs) > 1 else ""
+        rows.append([])
+        for i in order:
+            kept, found = int(run.traces[i][-1].tokens_out[0]), run.agreements[i]
+            rows[-1].append(
+                Cell(
+                    dimmed(tiles[i], run.traces[i][-1]),
+                    f"{lead}{kept} kept ({kept / total:.0%})",
+                    f"{found.measure} {found.values[0]:.3f}",
+                )
             )
-        )
     path = folder / "overview.png"
-    save_png(sheet([top, bottom], loaded.title, legend(plan)), path)
+    save_png(sheet(rows, subject.title, legend(first.plan)), path)
     return path
 
 
-def _maps(
-    loaded: "Loaded",
-    plan: "Plan",
-    photos: Sequence["Photo"],
-    traces: Sequence[list["LayerTrace"]],
-    answers: Sequence[tuple[Any, Any]],
-    agreements: Sequence["Agreement"],
-    folder: Path,
-) -> Path:
+def _maps(subject: "Subject", run: Run, photos: "Sequence[Photo]", tiles: "Sequence[Tile]", folder: Path) -> Path:
     """Photograph, what is left of it, and the two maps."""
-    from ..bench.agreement import answer
     from ..view import Cell, heatmap, save_png, sheet
+    from ..view.strips import dimmed, legend, title
 
     rows = []
-    total = loaded.grid[0] * loaded.grid[1]
-    for i in _by_kept(photos, traces, 4):
-        seen = loaded.picture(photos[i].image)
-        base, short = (answer(output)[1][0, 0] for output in answers[i])
-        kept = int(traces[i][-1].tokens_out[0])
+    total = subject.total({})
+    for i in _by_kept(run, 4):
+        seen = tiles[i].picture
+        base, short = (subject.compared(output)[0, 0] for output in run.outputs[i])
+        kept = int(run.traces[i][-1].tokens_out[0])
         rows.append(
             [
-                Cell(seen, title(photos[i]), f"{total} patches"),
+                Cell(seen, title(photos[i].name), f"{total} patches"),
                 Cell(heatmap(base, seen.size), "unpruned", "saliency map"),
-                Cell(heatmap(short, seen.size), "pruned", f"correlation {agreements[i].values[0]:.3f}"),
-                Cell(dimmed(loaded, seen, traces[i][-1]), "kept", f"{kept} of {total} patches ({kept / total:.0%})"),
+                Cell(heatmap(short, seen.size), "pruned", f"correlation {run.values[i]:.3f}"),
+                Cell(dimmed(tiles[i], run.traces[i][-1]), "kept", f"{kept} of {total} patches ({kept / total:.0%})"),
             ]
         )
     path = folder / "maps.png"
-    save_png(sheet(rows, loaded.title, legend(plan)), path)
+    save_png(sheet(rows, subject.title, legend(run.plan)), path)
     return path

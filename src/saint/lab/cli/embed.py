@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..describe import describe
 from .common import (
     MODEL_HELP,
     Device,
@@ -13,7 +14,6 @@ from .common import (
     Pretrained,
     Size,
     Threads,
-    describe,
     err,
     out,
     progress,
@@ -61,16 +61,16 @@ def embed(
     from ..embed.sources import find_items
     from ..embed.work import Job
     from ..loading import read_plan
-    from ..loading.listing import Left, left_facts
     from ..records import environment
+    from ..sources.listing import Left, left_facts
 
     if workers is not None and not ray:
         raise ValueError("--workers is for --ray")
     if ray and (device != "auto" or threads is not None):
         raise ValueError("--device and --threads are not for --ray, which gives each model a GPU, or else a CPU")
     chosen = read_plan(plan)
-    batch = batch or (32 if question is None else 1)
     job = Job(model, chosen, question, max_new_tokens, pretrained, size, dtype)
+    batch = batch or job.batch
     left: Left = {}
     with err.status(f"listing {source}"):
         items = find_items(source, column=column, left=left)

@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .asked import evenly
+from ..describe import describe
 from .common import (
     MODEL_HELP,
     Device,
@@ -19,11 +19,9 @@ from .common import (
     Pretrained,
     Size,
     Threads,
-    describe,
     dtype_of,
     err,
     load,
-    load_generator,
     out,
     resumable,
     save,
@@ -87,7 +85,8 @@ def images(
 ) -> None:
     """Accuracy of an encoder on DATA, and its agreement with the unpruned model (the only score without labels)."""
     from ..eval import evaluate_images, find_samples
-    from ..loading.listing import left_facts
+    from ..kinds import kind_of
+    from ..sources.listing import left_facts
 
     number = dtype_of(dtype)
     names = None if classes is None else _lines(classes)
@@ -99,22 +98,23 @@ def images(
         if samples.classes is None:
             raise ValueError("zeroshot needs class names, and this data has none: give --classes FILE")
         with err.status(f"loading {model}"):
-            loaded, embed = load_both_towers(model, _device(device), pretrained, size=size)
+            subject, embed = load_both_towers(model, _device(device), pretrained, size=size)
             text = class_embeddings(embed, samples.classes, template or TEMPLATES)
     elif template:
         raise ValueError("--template is for --score zeroshot")
     else:
-        loaded = load(model, _device(device), size=size, threads=threads, pretrained=pretrained)
+        kind = kind_of(model, "embeddings")
+        subject = load(kind, model, _device(device), size=size, threads=threads, pretrained=pretrained)
     if text is not None and threads is not None:
         import torch
 
         torch.set_num_threads(threads)
-    loaded.model.to(number)
-    plans = _plans(plan, loaded.plan)
-    facts = {"model": model, "pretrained": pretrained, "image_size": list(loaded.image_size), "limit": limit}
+    subject.model.to(number)
+    plans = _plans(plan, subject.plans)
+    facts = {"model": model, "pretrained": pretrained, "image_size": list(subject.image_size), "limit": limit}
     with _shown(len(samples.items), journal := _journal(journal, json)) as tick:
         report = evaluate_images(
-            loaded.model, samples, plans, inputs=loaded.inputs, scores=score, text=text, batch=batch, facts=facts,
+            subject.model, samples, plans, inputs=subject.pixels, scores=score, text=text, batch=batch, facts=facts,
             journal=journal, tick=tick,
         )  # fmt: skip
     outputs, count = report.conditions["outputs"], report.conditions["classes"]
@@ -130,7 +130,7 @@ def images(
             "the model's classes",
             highlight=False,
         )
-    _finish("eval/images", report, model, loaded.device, json, journal, left_facts(samples.left_out))
+    _finish("eval/images", report, model, subject.device, json, journal, left_facts(samples.left_out))
 
 
 @eval.command("vqa")
@@ -157,32 +157,33 @@ def vqa(
 ) -> None:
     """Answers of a vision-language model to QUESTIONS: right or wrong, and the same as without pruning."""
     from ..eval import evaluate_vqa, read_questions
-    from ..eval.vqa import default_prompt, fill
-    from ..loading.modes import modes
+    from ..kinds import kind_of
+    from ..sources.items import evenly
+    from ..sources.questions import default_prompt, fill
 
     asked, unreadable = read_questions(questions, images)
     asked = evenly(asked, limit)
     if prompt is not None:
         fill(prompt, asked[0])  # a bad template shows before the model is loaded
     number = dtype_of(dtype)
-    loaded = load_generator(model, _device(device), threads=threads, pretrained=pretrained, dtype=number)
-    plans = _plans(plan, None) if plan else {"connector": modes(loaded.model)["connector"]}
+    kind = kind_of(model, "answers")
+    subject = load(kind, model, _device(device), threads=threads, pretrained=pretrained, dtype=number)
+    plans = _plans(plan, {name: one for name, one in subject.plans.items() if name == "connector"})
     with _shown(len(asked), journal := _journal(journal, json)) as tick:
         report = evaluate_vqa(
-            loaded.model, loaded.processor, asked, plans,
+            subject.model, subject.processor, asked, plans,
             prompt=default_prompt if prompt is None else lambda question: fill(prompt, question), batch=batch,
             max_new_tokens=max_new_tokens, facts={"model": model, "pretrained": pretrained, "limit": limit},
             unreadable=unreadable, journal=journal, tick=tick,
         )  # fmt: skip
-    _finish("eval/vqa", report, model, loaded.device, json, journal)
+    _finish("eval/vqa", report, model, subject.device, json, journal)
 
 
-def _plans(texts: list[str] | None, default: "Plan | None") -> dict[str, "Plan"]:
-    from ...plans import Plan
+def _plans(texts: list[str] | None, default: dict[str, "Plan"]) -> dict[str, "Plan"]:
     from ..loading import read_plan
 
     if not texts:
-        return {"default": default or Plan()}
+        return default
     made: dict[str, Plan] = {}
     for text in texts:
         name = f"plan{len(made) + 1}" if "{" in text else Path(text).stem if text.endswith(".json") else text

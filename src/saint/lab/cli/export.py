@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .asked import finish_asked, gather, load_subject
-from .common import MODEL_HELP, Json, PlanText, Pretrained, Size, Threads, describe, err, out, progress, save
+from ..describe import describe
+from .common import MODEL_HELP, Json, PlanText, Pretrained, Size, Threads, err, finish, load, out, progress, save
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..loading.listing import Left
+    from ..sources.listing import Left
 
 
 def export(
@@ -36,25 +36,23 @@ def export(
     from ...backends.export import format_of
     from ...freezing import freeze
     from ..images import reason
-    from ..loading.listing import left_facts
+    from ..kinds import Given, kind_of
     from ..loading.plans import read_plan
-    from ..loading.vlm import is_vlm
     from ..records import environment
+    from ..sources.items import Item
+    from ..sources.listing import left_facts
 
     format_of(output)
-    generates = is_vlm(model)
+    kind = kind_of(model)
+    kind.check(model, {"--size": size})
     left: Left = {}
-    items, bad = ([], []) if images is None else gather(images, None, None, limit, left)
-    subject = load_subject(
-        model, "cpu", generates=generates, size=size, threads=threads, pretrained=pretrained, dtype=None
-    )
-    if plan is None and subject.plan is None:
-        raise ValueError("a vision-language model has no plan of its own for its tower: give --plan")
-    chosen = subject.plan if plan is None else read_plan(plan)
+    items, bad = ([], []) if images is None else kind.items(Given(images), limit, left)
+    subject = load(kind, model, "cpu", size=size, threads=threads, pretrained=pretrained)
+    chosen = subject.exported if plan is None else read_plan(plan)
     data: list[dict[str, Any]] = []
     for item in items:
         try:
-            data.append(dict(subject.inputs(item, item.load())))
+            data.append(subject.inputs([item], [item.load()]))
         except (OSError, ValueError) as error:
             bad.append((item.where, reason(error)))
     counted = len(data)
@@ -62,10 +60,10 @@ def export(
         with progress("counting tokens", 1):
             chosen = freeze(chosen, subject.model, data)
     else:
-        data = [dict(subject.loaded.inputs(["?"], [_noise()]) if generates else subject.loaded.inputs([_noise()]))]
-    example = {"pixel_values": data[0]["pixel_values"]} if generates else data[0]
+        noise = _noise()
+        data = [subject.inputs([Item.photo("noise", noise, "?")], [noise])]
     with err.status(f"exporting {model}"):
-        written = write(subject.model, chosen, output, example)
+        written = write(subject.model, chosen, output, subject.seen(data[0]))
     out.print(f"[bold]{model}[/]  {describe(chosen)}", highlight=False, soft_wrap=True)
     out.print(
         f"{written.format}, {written.size / 2**20:.1f} MiB; {', '.join(written.inputs)} -> {', '.join(written.outputs)}; "
@@ -87,7 +85,7 @@ def export(
         file = {"format": written.format, "inputs": written.inputs, "outputs": written.outputs, "bytes": written.size}
         record = {"kind": "export", **facts, **file, "error": written.error, "environment": environment("cpu")}
         save(json, record)
-    finish_asked(bad, "used")
+    finish(bad, "used")
 
 
 def _noise() -> "Image":

@@ -39,6 +39,6 @@ def serve(
     names.verify()
     names.check_allowed(environment)
     if plan is not None:
-        names.check_model(model, vision=chosen.vision is not None)
+        names.check_model(model, vision=bool(chosen.vision))
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *names.server(model), *context.args], environment)

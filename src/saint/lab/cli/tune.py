@@ -8,7 +8,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from .asked import Prompt, Questions, check_asked, finish_asked, gather, load_subject
+from ..describe import describe
 from .common import (
     MODEL_HELP,
     Device,
@@ -16,11 +16,14 @@ from .common import (
     Json,
     PlanText,
     Pretrained,
+    Prompt,
+    Questions,
     Size,
     Threads,
-    describe,
     dtype_of,
     err,
+    finish,
+    load,
     out,
     progress,
     resumable,
@@ -28,7 +31,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..loading.listing import Left
+    from ..sources.listing import Left
     from ..tuning import Tuning
 
 
@@ -70,9 +73,10 @@ def tune(
     say what was reached, with 95 % intervals. The plan file keeps that; every command takes it as --plan.
     """
     from ..images import reason
-    from ..loading.listing import left_facts, printable
-    from ..loading.vlm import is_vlm
+    from ..kinds import Given, kind_of
+    from ..loading.plans import read_plan
     from ..records import environment
+    from ..sources.listing import left_facts, printable
     from ..tuning import Target, forwards
     from ..tuning.run import DEFAULT_METHODS, search
 
@@ -81,23 +85,17 @@ def tune(
         if file is not None and file.is_dir():
             raise IsADirectoryError(f"{option} needs a file name, {file} is a directory")
     number = dtype_of(dtype)
-    generates = is_vlm(model)
-    check_asked(model, generates, questions, prompt)
+    kind = kind_of(model)
+    kind.check(model, {"--size": size, "--questions": questions, "--prompt": prompt})
     left: Left = {}
-    items, bad = gather(images, questions, prompt, limit, left)
+    items, bad = kind.items(Given(images, questions, prompt), limit, left)
     chosen = DEFAULT_METHODS if methods is None else tuple(name.strip() for name in methods.split(","))
-    subject = load_subject(
-        model, device, generates=generates, size=size, threads=threads, pretrained=pretrained, dtype=number
-    )
-    suits = subject.plan
-    if plan is not None:
-        from ..loading.plans import read_plan
-
-        suits = read_plan(plan)
+    subject = load(kind, model, device, size=size, threads=threads, pretrained=pretrained, dtype=number)
+    suits = subject.plan if plan is None else read_plan(plan)
     data = []
     for item in items:
         try:
-            data.append(dict(subject.inputs(item, item.load())))
+            data.append(subject.inputs([item], [item.load()]))
         except (OSError, ValueError) as error:
             bad.append((item.where, reason(error)))
     facts = {
@@ -111,7 +109,7 @@ def tune(
     total = forwards(len(data), held_out, agreement=target.agreement is not None, frontier=frontier is not None)
     with resumable(file), progress("tuning", total) as tick:
         found = search(
-            subject.model, data, target, chosen=chosen, plan=suits, held_out=held_out, journal=file, seed=seed,
+            subject, data, target, chosen=chosen, plan=suits, held_out=held_out, journal=file, seed=seed,
             frontier=frontier is not None, facts=facts, tick=tick,
         )  # fmt: skip
     found.plan.save(output)
@@ -130,7 +128,7 @@ def tune(
         save(json, {**record, "frontier": found.frontier or None})
     if frontier is not None:
         save(frontier, {**record, "frontier": found.frontier})
-    finish_asked(bad, "used")
+    finish(bad, "used")
 
 
 def print_tuning(model: str, found: "Tuning") -> None:

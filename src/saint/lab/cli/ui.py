@@ -35,7 +35,7 @@ def ui(
     with err.status("starting"):
         import torch
 
-        from ..loading import resolve_device
+        from ..loading.models import resolve_device
         from ..ui import Desk, make_app, offered
 
         if threads is not None:

@@ -2,6 +2,5 @@
 
 from .parts import OutputError as OutputError
 from .run import Rows as Rows
-from .run import answer as answer
 from .run import embed as embed
 from .sources import find_items as find_items

@@ -19,7 +19,7 @@ from ...errors import SaintError
 from ...extras import require
 from ...session import PlanLike, as_plan
 from ..images import as_rgb, read_image
-from ..loading.listing import known
+from ..sources.listing import known
 from .parts import Parts
 from .run import Rows, written
 from .sources import NAMES, Item, Reader, find_items, located
@@ -35,8 +35,10 @@ def embed(
     model: ModelSource,
     plan: PlanLike,
     *,
+    question: str | None = None,
+    max_new_tokens: int = 16,
     output: str | os.PathLike[str] | None = None,
-    batch: int = 32,
+    batch: int | None = None,
     workers: int | None = None,
     gpus: float | None = None,
     pretrained: bool = True,
@@ -47,17 +49,19 @@ def embed(
     rows: int = 1000,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Any:
-    """The embedding of every image of a data set under ``plan``; the rows of :func:`saint.lab.embed.embed`, in any order.
+    """Embed every image of a data set under ``plan``, or ask about it; the rows of :func:`saint.lab.embed.embed`, in any order.
 
     Args:
         dataset: a ``ray.data.Dataset`` with a column of images (arrays as ``read_images`` gives them, bytes, or paths), or a
             source like that of :func:`saint.lab.embed.embed`, which every node of the cluster sees under the same path.
         model: ``timm:NAME``, ``hf:NAME_OR_PATH``, ``open_clip:NAME/TAG`` or ``demo:NAME``, or a function without arguments that
-            returns what :func:`saint.lab.loading.load_model` gives; it is called in every actor.
+            returns a subject of ``saint.lab.kinds``; it is called in every actor. Of a vision-language model with a ``question``.
         plan: like that of :func:`saint.apply`.
+        question: see :func:`saint.lab.embed.embed`.
+        max_new_tokens: of an answer.
         output: folder for the rows, which only this process writes. A run whose driver was killed continues when it is started
             again, and every row is written once. None: nothing runs before the result is asked for.
-        batch: images per forward.
+        batch: images per forward; None means 32, with a question 1.
         workers: actors, each with a model; None means one per GPU of the cluster, or per CPU where it has none.
         gpus: of an actor; None means 1 where the cluster has any.
         pretrained: False gives random weights (always the same).
@@ -81,56 +85,8 @@ def embed(
         >>> images = ray.data.read_binary_files("photos", include_paths=True)  # doctest: +SKIP
         >>> embed(images, "demo:clip-b16", "vit/published").write_parquet("out")  # doctest: +SKIP
     """
-    job = Job(model, as_plan(plan), pretrained=pretrained, size=size, dtype=dtype)
-    return _made(dataset, job, output, batch, workers, gpus, column, key, rows, tick)
-
-
-def answer(
-    dataset: Any,
-    model: ModelSource,
-    plan: PlanLike,
-    *,
-    question: str,
-    output: str | os.PathLike[str] | None = None,
-    max_new_tokens: int = 16,
-    batch: int = 1,
-    workers: int | None = None,
-    gpus: float | None = None,
-    pretrained: bool = True,
-    dtype: str = "auto",
-    column: str | None = None,
-    key: str | None = None,
-    rows: int = 1000,
-    tick: Callable[[int], None] = lambda _: None,
-) -> Any:
-    """The answer of a vision-language model to ``question`` about every image; the rows of :func:`saint.lab.embed.answer`.
-
-    Args:
-        dataset: as for :func:`embed`.
-        model: ``hf:NAME_OR_PATH`` or ``demo:small-llava``, or a function that returns what :func:`saint.lab.loading.vlm.load_vlm`
-            gives.
-        plan: like that of :func:`saint.apply`.
-        question: what is asked.
-        output: as for :func:`embed`.
-        max_new_tokens: of an answer.
-        batch: images per call of ``generate``.
-        workers: as for :func:`embed`.
-        gpus: as for :func:`embed`.
-        pretrained: False gives random weights.
-        dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's.
-        column: as for :func:`embed`.
-        key: as for :func:`embed`.
-        rows: per part.
-        tick: called with the number of rows written since the last call.
-
-    Returns:
-        A ``ray.data.Dataset`` of the rows: lazy, or what lies in ``output``.
-
-    Raises:
-        OutputError: ``output`` holds another run, is in use, or a key came twice.
-        ValueError, FileNotFoundError: no such source, model, plan or column.
-    """
-    job = Job(model, as_plan(plan), question, max_new_tokens, pretrained, dtype=dtype)
+    job = Job(model, as_plan(plan), question, max_new_tokens, pretrained, size, dtype)
+    batch = job.batch if batch is None else batch
     return _made(dataset, job, output, batch, workers, gpus, column, key, rows, tick)
 
 

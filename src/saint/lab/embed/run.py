@@ -9,7 +9,7 @@ from typing import Any
 from ...extras import require
 from ...session import PlanLike, as_plan
 from ..eval.report import digest
-from ..loading.listing import printable
+from ..sources.listing import printable
 from .parts import Parts, files
 from .sources import Item, find_items
 from .work import Job, ModelSource, Worker, stream
@@ -58,8 +58,10 @@ def embed(
     model: ModelSource,
     plan: PlanLike,
     *,
+    question: str | None = None,
+    max_new_tokens: int = 16,
     output: str | os.PathLike[str] | None = None,
-    batch: int = 32,
+    batch: int | None = None,
     device: str = "auto",
     pretrained: bool = True,
     size: int | None = None,
@@ -68,16 +70,18 @@ def embed(
     rows: int = 1000,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Rows:
-    """The embedding of every image of ``source`` under ``plan``: what goes into the model's classifier, or its answer.
+    """Embed every image of ``source`` under ``plan`` (what goes into the model's classifier, or its output), or ask about it.
 
     Args:
         source: a folder of images, ``.parquet`` files or ``.tar`` shards; see :func:`find_items`.
-        model: ``timm:NAME``, ``hf:NAME_OR_PATH``, ``open_clip:NAME/TAG`` or ``demo:NAME``, or what
-            :func:`saint.lab.loading.load_model` gave.
+        model: ``timm:NAME``, ``hf:NAME_OR_PATH``, ``open_clip:NAME/TAG`` or ``demo:NAME``, or a subject of ``saint.lab.kinds``;
+            of a vision-language model with a ``question``.
         plan: like that of :func:`saint.apply`; ``saint.Plan()`` drops nothing.
+        question: what a vision-language model is asked about every image; rows hold ``answer`` in place of ``embedding``.
+        max_new_tokens: of an answer, which is greedy.
         output: folder for the rows. A run that was killed and is started again with the same arguments continues, and every row
             is written once. None keeps the rows in memory.
-        batch: images per forward.
+        batch: images per forward; None means 32, with a question 1.
         device: auto, cpu, cuda, cuda:1 or mps.
         pretrained: False gives random weights (always the same).
         size: side of the pictures in pixels; None means the model's own.
@@ -97,51 +101,8 @@ def embed(
         >>> rows = embed("photos", "demo:clip-b16", "vit/published", output="out")  # doctest: +SKIP
         >>> rows.table().column("embedding")  # doctest: +SKIP
     """
-    job = Job(model, as_plan(plan), pretrained=pretrained, size=size, dtype=dtype)
-    return run(find_items(source, column=column), source, job, output, batch=batch, device=device, rows=rows, tick=tick)
-
-
-def answer(
-    source: str | os.PathLike[str],
-    model: ModelSource,
-    plan: PlanLike,
-    *,
-    question: str,
-    output: str | os.PathLike[str] | None = None,
-    max_new_tokens: int = 16,
-    batch: int = 1,
-    device: str = "auto",
-    pretrained: bool = True,
-    dtype: str = "auto",
-    column: str | None = None,
-    rows: int = 1000,
-    tick: Callable[[int], None] = lambda _: None,
-) -> Rows:
-    """The answer of a vision-language model to ``question`` about every image of ``source``; greedy.
-
-    Args:
-        source: as for :func:`embed`.
-        model: ``hf:NAME_OR_PATH`` or ``demo:small-llava``, or what :func:`saint.lab.loading.vlm.load_vlm` gave.
-        plan: like that of :func:`saint.apply`.
-        question: what is asked.
-        output: as for :func:`embed`.
-        max_new_tokens: of an answer.
-        batch: images per call of ``generate``.
-        device: auto, cpu, cuda, cuda:1 or mps.
-        pretrained: False gives random weights.
-        dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's.
-        column: of parquet files.
-        rows: per part.
-        tick: called with the number of images dealt with since the last call.
-
-    Returns:
-        One row per image: ``answer`` in place of ``embedding``.
-
-    Raises:
-        OutputError: ``output`` holds another run, or is in use.
-        FileNotFoundError, ValueError: no such source, model or plan.
-    """
-    job = Job(model, as_plan(plan), question, max_new_tokens, pretrained, dtype=dtype)
+    job = Job(model, as_plan(plan), question, max_new_tokens, pretrained, size, dtype)
+    batch = job.batch if batch is None else batch
     return run(find_items(source, column=column), source, job, output, batch=batch, device=device, rows=rows, tick=tick)
 
 
@@ -173,7 +134,7 @@ def run(
     rows: int,
     tick: Callable[[int], None],
 ) -> Rows:
-    """:func:`embed` and :func:`answer` behind the listing of the source."""
+    """:func:`embed` behind the listing of the source."""
     if output is None:
         units = job.units(items, batch)
         with Worker(job, device) as worker:

@@ -13,8 +13,8 @@ from PIL import Image
 
 from ...extras import require
 from ..images import mark, read_image
-from ..loading import shards
-from ..loading.listing import Left, one_kind, printable, tell
+from ..sources import shards
+from ..sources.listing import Left, one_kind, printable, tell
 
 FORMS = "a folder of images, .parquet files, or .tar shards (a file, or a folder of one kind)"
 NAMES = (

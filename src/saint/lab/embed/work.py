@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,13 +16,10 @@ from ...extras import require
 from ...graph import vote
 from ...plans import Plan
 from ...session import apply
-from ..bench.features import Features
 from ..eval.report import fingerprint
 from ..images import reason
-from ..loading.listing import printable
-from ..loading.models import load_model
-from ..loading.source import Loaded
-from ..loading.vlm import LoadedVLM, load_vlm
+from ..kinds import Subject, kind_of
+from ..sources.listing import printable
 from .sources import Item, Reader
 
 _PATIENCE = 4  # images that the model may fail on before its first success
@@ -30,7 +28,7 @@ _GRID = 14  # patches along the shorter side
 _SAME = 0.95  # cosine of the pixels of two patches
 _WINDOW = 4  # batches whose images are sorted among each other
 
-ModelSource = str | Loaded | LoadedVLM | Callable[[], Any]
+ModelSource = str | Subject | Callable[[], Subject]
 Row = dict[str, Any]
 Prepared = Image.Image | Tensor  # preprocessed [3, height, width], where the model takes pictures of one size
 Picture = Prepared | Exception
@@ -41,8 +39,8 @@ class Job:
     """What is to be made of each image. Plain data where ``model`` is a name, so that it can be sent to another process.
 
     Attributes:
-        model: ``timm:NAME``, ``hf:NAME_OR_PATH``, ``open_clip:NAME/TAG`` or ``demo:NAME``; what ``load_model`` or
-            ``load_vlm`` of ``saint.lab.loading`` gave; or a function without arguments that returns such.
+        model: ``timm:NAME``, ``hf:NAME_OR_PATH``, ``open_clip:NAME/TAG`` or ``demo:NAME``; a subject of ``saint.lab.kinds``; or a
+            function without arguments that returns one.
         plan: what is dropped.
         question: for vision-language models: answers instead of embeddings; None: embeddings.
         max_new_tokens: of an answer.
@@ -70,15 +68,20 @@ class Job:
             raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
 
     @property
-    def answers(self) -> bool:
-        """Whether rows hold answers; embeddings otherwise."""
-        return self.question is not None
+    def gives(self) -> str:
+        """What rows hold, "answers" or "embeddings"."""
+        return "embeddings" if self.question is None else "answers"
+
+    @property
+    def batch(self) -> int:
+        """Images per forward where nobody says."""
+        return 32 if self.question is None else 1
 
     @property
     def ragged(self) -> bool:
         """Whether images of a batch keep different numbers of tokens, and are padded to the longest."""
         stages = self.plan.vision
-        return not self.answers and any(getattr(stage.method, "budget", None) == "sample" for stage in stages)
+        return self.question is None and any(getattr(stage.method, "budget", None) == "sample" for stage in stages)
 
     def units(self, items: Sequence[Item], batch: int) -> list[list[Item]]:
         """The items in units that are made together: batches, or windows of batches where images are sorted.
@@ -92,20 +95,22 @@ class Job:
 
     def facts(self) -> dict[str, Any]:
         """What rows depend on, plain data for the manifest."""
-        if isinstance(self.model, (Loaded, LoadedVLM)):
-            name = getattr(self.model, "spec", type(self.model.model).__name__)
+        if isinstance(self.model, Subject):
+            name = self.model.spec or type(self.model.model).__name__
         else:
             name = self.model if isinstance(self.model, str) else getattr(self.model, "__qualname__", "a function")
         facts = {"model": name, "pretrained": self.pretrained, "size": self.size, "dtype": self.dtype}
-        asked = {"question": self.question, "max_new_tokens": self.max_new_tokens} if self.answers else {}
-        return {"rows": "answers" if self.answers else "embeddings", **facts, **asked, "plan": self.plan.to_dict()}
+        asked = {} if self.question is None else {"question": self.question, "max_new_tokens": self.max_new_tokens}
+        return {"rows": self.gives, **facts, **asked, "plan": self.plan.to_dict()}
 
     def schema(self) -> Any:
         """The ``pyarrow.Schema`` of the rows."""
         arrow = require("pyarrow", "embed")
         point = arrow.struct([("stage", arrow.string()), ("layer", arrow.int32()), ("tokens", arrow.int32())])
         text = arrow.string()
-        made = [("question", text), ("answer", text)] if self.answers else [("embedding", arrow.list_(arrow.float32()))]
+        made = [("embedding", arrow.list_(arrow.float32()))]
+        if self.question is not None:
+            made = [("question", text), ("answer", text)]
         return arrow.schema(
             [
                 ("key", text), ("path", text), *made, ("tokens", arrow.int32()), ("kept", arrow.list_(point)),
@@ -120,28 +125,20 @@ class Job:
         columns = [arrow.array([row.get(field.name) for row in rows], field.type) for field in schema]
         return arrow.Table.from_arrays(columns, schema=schema)
 
-    def load(self, device: str) -> Loaded | LoadedVLM:
+    def load(self, device: str) -> Subject:
         """The model, in eval mode.
 
         Raises:
-            TypeError: the function returned something else, or a model of the other kind.
+            TypeError: the function returned something else, or a model of another kind.
         """
         found: Any = self.model
         if isinstance(found, str):
             number = None if self.dtype == "auto" else getattr(torch, self.dtype)
-            if self.answers:
-                return load_vlm(found, device, self.pretrained, number)
-            loaded = load_model(found, device, self.pretrained, size=self.size)
-            if number is not None:
-                loaded.model.to(number)
-            return loaded
-        found = found() if callable(found) and not isinstance(found, (Loaded, LoadedVLM)) else found
-        expected = LoadedVLM if self.answers else Loaded
-        if not isinstance(found, expected):
-            raise TypeError(
-                f"{'answers' if self.answers else 'embeddings'} need a {expected.__name__} (saint.lab.loading gives one), got a "
-                f"{type(found).__name__}"
-            )
+            return kind_of(found, self.gives).load(found, device, self.pretrained, size=self.size, dtype=number)
+        found = found() if callable(found) else found
+        if not isinstance(found, Subject) or found.gives != self.gives:
+            got = f"{found.called}" if isinstance(found, Subject) else f"a {type(found).__name__}"
+            raise TypeError(f"{self.gives} need a subject of saint.lab.kinds that gives them, got {got}")
         return found
 
 
@@ -154,26 +151,24 @@ class Worker:
 
     def __init__(self, job: Job, device: str = "auto") -> None:
         self.job = job
-        self.loaded = job.load(device)
-        self.weights = fingerprint(self.loaded.model)
+        self.subject = job.load(device)
+        self.weights = fingerprint(self.subject.model)
         self.plan = json.dumps(job.plan.to_dict(), sort_keys=True)
-        self.session = apply(self.loaded.model, job.plan)
-        self.features = None if job.answers else Features(self.loaded.model)
+        self.session = apply(self.subject.model, job.plan)
+        self._open = ExitStack()
+        self._rows = self._open.enter_context(self.subject.rows(job.max_new_tokens))
         self._failed, self._succeeded = 0, False
 
     def __enter__(self) -> "Worker":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self.features is not None:
-            self.features.remove()
+        self._open.close()
         self.session.remove()
 
     def prepare(self, image: Image.Image) -> Prepared:
         """What can be done of an image outside the model, in a thread of its own."""
-        if isinstance(self.loaded, Loaded) and self.loaded.source.batch is None:
-            return self.loaded.preprocess(image)
-        return image
+        return self.subject.prepared(image)
 
     def rows(
         self, keys: Sequence[str], paths: Sequence[str], pictures: Sequence[Picture], questions: Sequence[str] = ()
@@ -192,7 +187,7 @@ class Worker:
             Exception: what the model raised, where it fails on the first images already.
         """
         rows: list[Row] = [{"key": k, "path": p, "plan": self.plan} for k, p in zip(keys, paths, strict=True)]
-        if self.job.answers:
+        if self.job.question is not None:
             asked: Sequence[str | None] = questions or [self.job.question] * len(rows)
             for row, question in zip(rows, asked, strict=True):
                 row["question"] = question
@@ -227,22 +222,7 @@ class Worker:
             row.update(result)
 
     def _forward(self, rows: Sequence[Row], images: Sequence[Any]) -> list[Row]:
-        made: list[Row]
-        if isinstance(self.loaded, LoadedVLM):
-            inputs = self.loaded.inputs([row["question"] for row in rows], images)
-            with torch.inference_mode():
-                tokens = self.loaded.model.generate(
-                    **inputs, max_new_tokens=self.job.max_new_tokens, do_sample=False, num_beams=1
-                )
-            made = [{"answer": self.loaded.decode(new)} for new in tokens[:, inputs["input_ids"].shape[1] :]]
-        else:
-            assert self.features is not None
-            inputs = self.loaded.inputs_of(images) if isinstance(images[0], Tensor) else self.loaded.inputs(images)
-            features, _ = self.features(inputs)  # [B, C]
-            made = [
-                {"embedding": row.numpy()} if bool(finite) else {"error": "the embedding is not finite"}
-                for row, finite in zip(features, torch.isfinite(features).all(1), strict=True)
-            ]
+        made = self._rows([row.get("question") or "" for row in rows], images)
         for row, counts in zip(made, self._kept(len(images)), strict=True):
             row.update(counts)
         return made

@@ -3,23 +3,22 @@
 import base64
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ...errors import AlreadyAppliedError
 from ...plans import Plan
-from ...session import Session, apply, status
-from ..bench.encoder import copy_sharing_weights
-from ..bench.features import Features, classifier
+from ..kinds.features import Features, classifier
+from ..sources.items import Item
+from ..sources.samples import Samples
 from . import scores as score_
-from .data import Sample, Samples
-from .loop import Loop, Processes
-from .report import BASE, Report, between, by_sample, check_plans, digest, fingerprint, kept, summaries
+from .paired import Entry, evaluate
+from .report import BySample, Report, digest
 
 SCORES = ("top1", "top5", "zeroshot", "knn", "linear")
 AGREEMENT = ("cosine", "same_top1", "kept")
@@ -45,9 +44,9 @@ def evaluate_images(
 
     Args:
         model: a supported encoder, in eval mode, without a plan.
-        samples: see :func:`saint.lab.eval.find_samples`.
+        samples: see :func:`saint.lab.sources.samples.find_samples`.
         plans: what to compare, by name.
-        inputs: makes the keyword arguments of the forward from B images, e.g. ``Loaded.inputs``.
+        inputs: makes the keyword arguments of the forward from B images, e.g. ``Encoder.pixels``.
         scores: of :data:`SCORES`; None means ``zeroshot`` with ``text``, else ``top1`` and ``top5`` with a classifier that
             has as many outputs as there are classes, else ``knn``; none without labels.
         text: unit embeddings [classes, C] of class names by the text tower that belongs to the model.
@@ -67,111 +66,85 @@ def evaluate_images(
         AlreadyAppliedError: the model carries a plan.
         JournalError: the journal belongs to another run.
     """
-    check_plans(plans)
-    if status(model) is not None:
-        raise AlreadyAppliedError("the model to evaluate carries a plan; call saint.remove(model) first")
     classes = _class_count(samples)
     outputs = _outputs(model)
     chosen = _choose(scores, samples, classes, outputs, text)
-    with_features = bool({"knn", "linear"} & set(chosen))
     if "linear" in chosen:
         score_.split(torch.tensor([sample.label for sample in samples.items]))  # impossible splits show before the work
-    parameter = next(p for p in model.parameters() if p.is_floating_point())
     conditions = {
-        **facts,
-        "model_class": type(model).__name__,
-        "weights": fingerprint(model),
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "device": parameter.device.type,
         "scores": list(chosen),
         "classes": classes,
         "outputs": outputs,
         "data": digest([samples.origin, *([sample.id, sample.label] for sample in samples.items)]),
         "text": None if text is None else digest(text.double().cpu().tolist()),
     }
-    processes = Processes.here(parameter.device.type == "cpu")
-    probes: dict[str, Features] = {}
-    sessions: dict[str, Session] = {}
+    judge = _Pictures(inputs, text, chosen, {sample.id: sample.label for sample in samples.items})
+    report = evaluate(
+        model, samples.items, plans, judge, conditions=conditions, facts=facts, unusable=samples.unreadable, groups={},
+        batch=batch, journal=journal, tick=tick,
+    )  # fmt: skip
+    report.conditions["neighbors"] = NEIGHBORS if "knn" in chosen else None
+    return report
 
-    def score(items: Sequence[Sample], images: Sequence[Image.Image]) -> list[dict[str, Any]]:
-        made = inputs(images)
-        entries: list[dict[str, Any]] = [{} for _ in items]
-        seen: dict[str, tuple[Tensor, Tensor | None]] = {}
-        for variant, probe in probes.items():
-            features, logits = probe(made)
-            if not bool(torch.isfinite(features).all()):
-                raise ValueError(f"the features of the {variant} model are not finite")
-            if logits is not None and not bool(torch.isfinite(logits).all()):
-                raise ValueError(f"the logits of the {variant} model are not finite")
-            if text is not None:
-                logits = torch.nn.functional.normalize(features, dim=-1) @ text.float().cpu().T
-            seen[variant] = features, logits
-            left = kept(sessions[variant], len(items)) if variant in sessions else None
-            hits = _hits(logits, items, chosen)
-            for sample, entry in enumerate(entries):
-                entry[variant] = {name: float(hit[sample]) for name, hit in hits.items()}
-                if with_features:
-                    entry[variant]["features"] = _packed(features[sample])
-                if left is not None:
-                    entry[variant]["kept"] = left[sample]
-        base, base_logits = seen[BASE]
-        for plan in plans:
-            features, logits = seen[plan]
-            cosine = torch.nn.functional.cosine_similarity(base.double(), features.double()).tolist()
-            for sample, entry in enumerate(entries):
-                entry[plan]["cosine"] = cosine[sample]
-                if base_logits is not None and logits is not None:
-                    entry[plan]["same_top1"] = float(base_logits[sample].argmax() == logits[sample].argmax())
+
+Looked = tuple[Tensor, Tensor | None]  # features [B, C] and logits [B, classes]
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """Scores features and logits of images against their labels."""
+
+    build: Callable[[Sequence[Image.Image]], Mapping[str, Any]]
+    text: Tensor | None
+    chosen: Sequence[str]
+    labels: Mapping[str, int | None]
+
+    kind: ClassVar[str] = "eval/images"
+    scores: ClassVar[Sequence[str]] = SCORES
+    agreement: ClassVar[Sequence[str]] = AGREEMENT
+
+    def watch(self, model: nn.Module) -> Features:
+        return Features(model)
+
+    def inputs(self, items: Sequence[Item], images: Sequence[Image.Image]) -> Mapping[str, Any]:
+        return self.build(images)
+
+    def look(self, watched: Features, inputs: Mapping[str, Any], name: str) -> Looked:
+        features, logits = watched(inputs)
+        if not bool(torch.isfinite(features).all()):
+            raise ValueError(f"the features of the {name} model are not finite")
+        if logits is not None and not bool(torch.isfinite(logits).all()):
+            raise ValueError(f"the logits of the {name} model are not finite")
+        if self.text is not None:
+            logits = torch.nn.functional.normalize(features, dim=-1) @ self.text.float().cpu().T
+        return features, logits
+
+    def own(self, seen: Looked, items: Sequence[Item]) -> list[Entry]:
+        features, logits = seen
+        hits = _hits(logits, items, self.chosen)
+        entries: list[Entry] = [{name: float(hit[i]) for name, hit in hits.items()} for i in range(len(items))]
+        if {"knn", "linear"} & set(self.chosen):
+            for entry, row in zip(entries, features, strict=True):
+                entry["features"] = _packed(row)
         return entries
 
-    try:
-        probes[BASE] = Features(copy_sharing_weights(model))
-        for plan, what in plans.items():
-            copy = copy_sharing_weights(model)
-            sessions[plan] = apply(copy, what)
-            probes[plan] = Features(copy)
-        loop = Loop(
-            lambda sample: sample.load(),
-            score,
-            journal=journal,
-            key={"kind": "eval/images", **conditions, "plans": {p: what.to_dict() for p, what in plans.items()}},
-            batch=batch,
-            processes=processes,
-            tick=tick,
-            mark=lambda sample: {"picture": sample.size},
-        )  # fmt: skip
-        outcome = loop.run(samples.items)
-    finally:
-        for session in sessions.values():
-            session.remove()
+    def against(self, base: Looked, seen: Looked) -> list[Entry]:
+        cosine = torch.nn.functional.cosine_similarity(base[0].double(), seen[0].double()).tolist()
+        entries: list[Entry] = [{"cosine": value} for value in cosine]
+        if base[1] is not None and seen[1] is not None:
+            for entry, same in zip(entries, (base[1].argmax(1) == seen[1].argmax(1)).tolist(), strict=True):
+                entry["same_top1"] = float(same)
+        return entries
 
-    entries = list(outcome.entries.values())
-    labels = {sample.id: sample.label for sample in samples.items}
-    by_variant = by_sample(entries, (BASE, *plans), SCORES)
-    if with_features:
-        known = torch.tensor([labels[entry["id"]] for entry in entries])
+    def scored(self, entries: Sequence[Mapping[str, Any]], found: BySample) -> BySample:
+        if not {"knn", "linear"} & set(self.chosen):
+            return found
+        known = torch.tensor([self.labels[entry["id"]] for entry in entries])
         names = [entry["id"] for entry in entries]
-        for variant in by_variant:
+        for variant in found:
             features = torch.stack([_unpacked(entry[variant]["features"]) for entry in entries])
-            by_variant[variant] |= _on_features(features, known, names, chosen)
-    return Report(
-        given=len(samples.items) + len(samples.unreadable),
-        evaluated=len(entries),
-        failures=[*samples.unreadable, *outcome.failures],
-        plans=dict(plans),
-        scores={plan: between(by_variant, BASE, plan) for plan in plans},
-        agreement={plan: summaries(entries, plan, AGREEMENT) for plan in plans},
-        categories={},
-        conditions={
-            **conditions,
-            "batch": batch,
-            "processes": processes.world,
-            "threads": torch.get_num_threads(),
-            "resumed": outcome.resumed,
-            "neighbors": NEIGHBORS if "knn" in chosen else None,
-        },
-        samples=by_variant,
-    )
+            found[variant] |= _on_features(features, known, names, self.chosen)
+        return found
 
 
 def _class_count(samples: Samples) -> int | None:
@@ -222,7 +195,7 @@ def _outputs(model: nn.Module) -> int | None:
     return None if head is None else int(head.out_features)
 
 
-def _hits(logits: Tensor | None, items: Sequence[Sample], chosen: Sequence[str]) -> dict[str, Tensor]:
+def _hits(logits: Tensor | None, items: Sequence[Item], chosen: Sequence[str]) -> dict[str, Tensor]:
     if logits is None or not {"top1", "top5", "zeroshot"} & set(chosen):
         return {}
     labels = torch.tensor([item.label for item in items])

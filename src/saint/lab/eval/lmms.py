@@ -12,8 +12,8 @@ import torch
 from ...errors import MissingExtraError
 from ...plans import Plan
 from ...session import apply
+from ..kinds import kind_of
 from ..loading import read_plan
-from ..loading.vlm import load_vlm
 from .loop import Processes
 
 try:
@@ -61,7 +61,7 @@ class SaintHF(lmms):
         if processes.world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{processes.local}"
         spec = str(pretrained) if str(pretrained).startswith(("hf:", "demo:")) else f"hf:{pretrained}"
-        loaded = load_vlm(spec, device, dtype=_dtype(dtype))
+        loaded = kind_of(spec, "answers").load(spec, device, dtype=_dtype(dtype))
         made = _plan(plan)
         self._model, self.processor = loaded.model, loaded.processor
         self.session = None if made is None else apply(self._model, made)

@@ -6,36 +6,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
+
+from PIL import Image
 
 from ...errors import SaintError
 from ...extras import require
 from ..records import differences
+from ..sources.items import Failure, Item
 from .journal import Journal, JournalError
 
 MARK = "item"  # of a journal's entry: what tells the item from another with its id
 _PATIENCE = 4  # samples that the model may fail on before its first success
-
-
-class Item(Protocol):
-    """Something to evaluate."""
-
-    @property
-    def id(self) -> str:
-        """Unique among the items."""
-
-    @property
-    def where(self) -> str:
-        """File (and line) to look at when something is wrong with it."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A sample that was given and could not be evaluated."""
-
-    id: str
-    where: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -92,16 +74,15 @@ class Processes:
         return list(gather_object(mine))
 
 
-I = TypeVar("I", bound=Item)  # noqa: E741
-P = TypeVar("P")
+Picture = Image.Image | None  # what an item loads
 
 
-class Loop(Generic[I, P]):
+class Loop:
     """Evaluate items in batches.
 
     Args:
-        read: loads what an item needs; may raise, the item then fails. Runs in threads, ahead of the model.
-        score: results of a batch, one per item, as plain data without ``id``.
+        score: results of a batch from its items and their images, one per item, as plain data without ``id``. Images are read
+            in threads, ahead of the model; an item whose image cannot be read fails.
         journal: file for the results, or None.
         key: what the results depend on, for the journal; the batch size is added.
         batch: items per call of ``score``.
@@ -113,25 +94,24 @@ class Loop(Generic[I, P]):
 
     def __init__(
         self,
-        read: Callable[[I], P],
-        score: Callable[[Sequence[I], Sequence[P]], list[dict[str, Any]]],
+        score: Callable[[Sequence[Item], Sequence[Any]], list[dict[str, Any]]],
         *,
         journal: str | os.PathLike[str] | None,
         key: Mapping[str, Any],
         batch: int,
         processes: Processes,
         tick: Callable[[int], None],
-        mark: Callable[[I], Mapping[str, Any]] = lambda _: {},
+        mark: Callable[[Item], Mapping[str, Any]] = lambda item: {"picture": item.mark},
     ) -> None:
         if batch < 1:
             raise ValueError(f"batch must be >= 1, got {batch}")
-        self.read, self.score, self.batch, self.processes, self.tick = read, score, batch, processes, tick
+        self.score, self.batch, self.processes, self.tick = score, batch, processes, tick
         self.path = None if journal is None else Path(journal)
         self.key, self.mark = key, mark
         self._failures: list[Failure] = []
         self._model_failed = 0
 
-    def run(self, items: Sequence[I]) -> Outcome:
+    def run(self, items: Sequence[Item]) -> Outcome:
         """All items, except those that the journal has.
 
         Raises:
@@ -166,7 +146,7 @@ class Loop(Generic[I, P]):
         failures.sort(key=lambda failure: order[failure.id])
         return Outcome({item.id: found[item.id] for item in items if item.id in found}, failures, len(done))
 
-    def _same(self, item: I, entry: dict[str, Any]) -> dict[str, Any]:
+    def _same(self, item: Item, entry: dict[str, Any]) -> dict[str, Any]:
         """``entry``, which must be of ``item`` and not of another that had its id."""
         if shown := differences(entry.get(MARK, {}), dict(self.mark(item))):
             raise JournalError(
@@ -174,18 +154,18 @@ class Loop(Generic[I, P]):
             )
         return _bare(entry)
 
-    def _batches(self, items: Sequence[I], succeeded: bool) -> Iterator[list[dict[str, Any]]]:
+    def _batches(self, items: Sequence[Item], succeeded: bool) -> Iterator[list[dict[str, Any]]]:
         """Results of each batch; the next batch is read while one is scored."""
         queue = iter(items)
         with ThreadPoolExecutor(max_workers=min(8, self.batch)) as pool:
 
-            def ahead() -> list[tuple[I, Future[P]]]:
-                return [(item, pool.submit(self.read, item)) for item in islice(queue, self.batch)]
+            def ahead() -> list[tuple[Item, Future[Picture]]]:
+                return [(item, pool.submit(item.load)) for item in islice(queue, self.batch)]
 
             coming = ahead()
             while coming:
                 now, coming = coming, ahead()
-                good: list[tuple[I, P]] = []
+                good: list[tuple[Item, Picture]] = []
                 for item, future in now:
                     try:
                         good.append((item, future.result()))
@@ -197,7 +177,7 @@ class Loop(Generic[I, P]):
                     yield entries
                 self.tick(len(now))
 
-    def _scored(self, good: list[tuple[I, P]], succeeded: bool) -> list[dict[str, Any]]:
+    def _scored(self, good: list[tuple[Item, Picture]], succeeded: bool) -> list[dict[str, Any]]:
         if not good:
             return []
         try:
@@ -217,7 +197,7 @@ class Loop(Generic[I, P]):
             return []
         return [{"id": item.id, **entry} for (item, _), entry in zip(good, made, strict=True)]
 
-    def _fail(self, item: I, error: Exception) -> None:
+    def _fail(self, item: Item, error: Exception) -> None:
         text = " ".join(str(error).split())[:300]
         self._failures.append(Failure(item.id, item.where, text or type(error).__name__))
 

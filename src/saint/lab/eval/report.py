@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from ...plans import Plan
 from ...session import Session
+from ..sources.items import Failure
 from .compare import Paired, compare
-from .loop import MARK, Failure
 
-BASE = "base"
 YES_OR_NO = ("same_top1", "same_answer", "same_first_token")  # agreement that a sample has or has not
 BySample = dict[str, dict[str, dict[str, float]]]  # by "base" or plan, by score, by sample id
 
@@ -87,18 +86,6 @@ class Report:
         del data["samples"]
         versus = {p: {s: dataclasses.asdict(v) for s, v in found.items()} for p, found in self.against_first().items()}
         return {**data, "plans": {name: plan.to_dict() for name, plan in self.plans.items()}, "against_first": versus}
-
-
-def check_plans(plans: Mapping[str, Plan]) -> None:
-    """Refuse what cannot be compared.
-
-    Raises:
-        ValueError: no plan, or one called "base", "id" or "item".
-    """
-    taken = (BASE, "id", MARK)  # what else an entry of the journal holds
-    if not plans or set(taken) & set(plans):
-        names = ", ".join(f'"{name}"' for name in taken)
-        raise ValueError(f"give at least one plan, none of them called {names}, got {list(plans)}")
 
 
 def by_sample(entries: Sequence[Mapping[str, Any]], variants: Sequence[str], among: Sequence[str]) -> BySample:

@@ -2,15 +2,18 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ...extras import require
 from ...presets import recipe
-from ..loading import Loaded, load_model
+from ..kinds import kind_of
 from ..loading.failures import explained
+
+if TYPE_CHECKING:
+    from ..kinds import Encoder
 
 TEMPLATES = ("a photo of a {}.",)
 # sets that open_clip keeps, by the name that stands for all of them: CLIP's 80 for ImageNet, and the best 7 of them
@@ -34,7 +37,7 @@ class ImageTower(nn.Module):
 
 def load_both_towers(
     spec: str, device: str | torch.device = "cpu", pretrained: bool = True, *, size: int | None = None
-) -> tuple[Loaded, Embed]:
+) -> tuple["Encoder", Embed]:
     """An image encoder that answers in the space of its text tower, and that text tower.
 
     Args:
@@ -48,7 +51,7 @@ def load_both_towers(
     """
     library, _, name = spec.partition(":")
     if library == "open_clip":
-        loaded = load_model(spec, device, pretrained, size=size)
+        loaded = kind_of(spec, "embeddings").load(spec, device, pretrained, size=size)
         return loaded, _open_clip_text(spec, name, pretrained, loaded.device)
     if library == "hf":
         return _hf_both(spec, name, device, pretrained, size)
@@ -108,7 +111,7 @@ def _open_clip_text(spec: str, name: str, pretrained: bool, device: torch.device
     open_clip: Any = require("open_clip", "open-clip")
     architecture, _, tag = name.partition("/")
     with explained(spec), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # random weights: those that belong to the image tower of load_model
+        torch.manual_seed(0)  # random weights: those that belong to the image tower of Encoder.load
         both = open_clip.create_model(architecture, pretrained=tag if pretrained and tag != "none" else None)
         tokenizer = open_clip.get_tokenizer(architecture)
     both = both.eval().to(device)
@@ -122,9 +125,9 @@ def _open_clip_text(spec: str, name: str, pretrained: bool, device: torch.device
 
 def _hf_both(
     spec: str, name: str, device: str | torch.device, pretrained: bool, size: int | None
-) -> tuple[Loaded, Embed]:
+) -> tuple["Encoder", Embed]:
     transformers: Any = require("transformers", "transformers")
-    tower = load_model(spec, device, pretrained, size=size)
+    tower = kind_of(spec, "embeddings").load(spec, device, pretrained, size=size)
     with explained(spec), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if pretrained:
@@ -143,7 +146,7 @@ def _hf_both(
         with torch.inference_mode():
             return _tensor(both.get_text_features(**made))
 
-    loaded = dataclasses.replace(tower, model=ImageTower(both), plan=recipe("vit/published"))
+    loaded = dataclasses.replace(tower, model=ImageTower(both), usual=recipe("vit/published"))
     return loaded, embed
 
 

@@ -1,58 +1,42 @@
-"""Models by name."""
+"""Encoders by name, and devices."""
 
 import difflib
 import os
 
 import torch
 
-from ...presets import recipe
 from .failures import explained
 from .libraries import SOURCES
-from .source import Loaded
+from .source import Source
 
 FORMS = "timm:NAME, hf:NAME_OR_PATH, open_clip:NAME/TAG (NAME/none: random weights) or demo:NAME"
 
 
-def load_model(
-    spec: str, device: str | torch.device = "cpu", pretrained: bool = True, *, size: int | None = None
-) -> Loaded:
-    """The model called ``spec``, through its own library's loader.
+def find_source(spec: str, pretrained: bool = True, size: int | None = None) -> Source:
+    """Load the encoder called ``spec`` through its own library.
 
     Args:
-        spec: ``timm:NAME``, ``hf:NAME_OR_PATH``, ``open_clip:NAME/TAG`` or ``demo:NAME``.
-        device: where to put it.
+        spec: see :data:`FORMS`.
         pretrained: False gives random weights (always the same) and downloads none.
         size: side of the pictures in pixels; None means the model's own.
 
-    Returns:
-        The model and its preprocessing.
-
     Raises:
-        ValueError: not such a name, or the device is not there.
+        ValueError: not such a name.
         MissingExtraError: the library is not installed.
         DownloadError: the weights cannot be fetched.
         UnsafeCheckpointError: the weights are a pickle of more than tensors.
-
-    Example:
-        >>> load_model("timm:test_vit", pretrained=False).image_size
-        (160, 160)
     """
-    device = resolve_device(device)
     library, colon, name = spec.partition(":")
     if not colon or library not in SOURCES or not name:
         close = difflib.get_close_matches(library, SOURCES) if colon else []
         hint = f" (did you mean {close[0]}:{name}?)" if close else ""
-        hint = " (a picture comes with --image)" if os.path.isfile(spec) else hint
+        hint = " (a picture comes with --images)" if os.path.isfile(spec) else hint
         raise ValueError(f"a model is {FORMS}; got {spec!r}{hint}")
     if size is not None and size < 1:
         raise ValueError(f"size must be a number of pixels >= 1, got {size}")
     with explained(spec), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        source = SOURCES[library](name, pretrained, size)
-    model = source.model.eval().to(device)
-    return Loaded(
-        model, spec, source.title or spec, device, source.plan or recipe("vit/published"), source.licence, source
-    )
+        return SOURCES[library](name, pretrained, size)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

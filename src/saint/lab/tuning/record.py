@@ -14,7 +14,7 @@ from ...methods.saint import Saint
 from ...methods.tome import ToMe
 from ...plans import Plan
 from ..analysis.bootstrap import interval, weights
-from ..analysis.causal import COSINE
+from ..kinds import COSINE
 from .costs import counts
 from .layout import Drop, Layout, Space
 from .search import Search

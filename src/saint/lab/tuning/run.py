@@ -17,10 +17,10 @@ from ...methods.random import Random
 from ...methods.saint import Saint
 from ...methods.tome import ToMe
 from ...plans import Plan, Stage
-from ...samples import Sample, read_samples
+from ...samples import read_samples
 from ...session import pruned, status
-from ...vlm.locate import find
-from ..analysis.causal import layers_of, usual_saint
+from ..analysis.causal import usual_saint
+from ..kinds import COSINE, Subject, around
 from .costs import grid
 from .layout import Layout, Space
 from .record import additivity, against, checked, costs, head_of, point
@@ -141,7 +141,9 @@ def tune(
         {'flops': 0.7}
     """
     target = Target(target_flops, target_speed, target_agreement)
-    return search(model, images, target, chosen=methods, plan=plan, held_out=held_out, journal=journal, seed=seed).plan
+    return search(
+        around(model), images, target, chosen=methods, plan=plan, held_out=held_out, journal=journal, seed=seed
+    ).plan
 
 
 def forwards(count: int, held_out: float = 1 / 3, *, agreement: bool = False, frontier: bool = False) -> int:
@@ -154,7 +156,7 @@ def forwards(count: int, held_out: float = 1 / 3, *, agreement: bool = False, fr
 
 
 def search(
-    model: nn.Module,
+    subject: Subject,
     images: Any,
     target: Target,
     *,
@@ -170,7 +172,7 @@ def search(
     """What :func:`tune` does, with all that was measured.
 
     Args:
-        model: as there, like ``images``, ``plan``, ``held_out``, ``journal``, ``seed`` and what is raised.
+        subject: the model; the rest as there, like ``images``, ``plan``, ``held_out``, ``journal``, ``seed`` and what is raised.
         images: see above.
         target: what for.
         chosen: methods.
@@ -182,28 +184,27 @@ def search(
         facts: what else results depend on, e.g. the model's name: goes into the journal's key and the record.
         tick: called with the number of images that have been through the model since the last call.
     """
-    if status(model) is not None:
+    if status(subject.model) is not None:
         raise AlreadyAppliedError("the model to tune carries a plan; call saint.remove(model) first")
     samples = read_samples(images)
     tuning, held = split(len(samples), held_out, seed)
-    encoder = find(model) is None
-    if target.agreement is not None and not encoder:
+    if target.agreement is not None and subject.measure != COSINE:
         raise ValueError(
-            "target_agreement is for encoders: of a vision-language model the divergence of the next token is measured, which is "
-            "no share; give target_flops or target_speed"
+            f"target_agreement is a share, and of {subject.called} the divergence of the next token is measured, which is none; "
+            "give target_flops or target_speed"
         )
-    kinds = _kinds(chosen, plan, "vision" if encoder else "language")
-    trials = Trials(model, samples, facts={**facts, "held_out": held_out, "seed": seed}, journal=journal, tick=tick)
+    kinds = _kinds(chosen, plan, subject.slot)
+    trials = Trials(subject, samples, facts={**facts, "held_out": held_out, "seed": seed}, journal=journal, tick=tick)
     try:
-        space = _space(model, trials, samples[0], plan, kinds)
-        meter = Meter(model, trials.once(tuning[0]), space.slot, space.depth, space.tokens, space.output)
+        space = _space(trials, plan)
+        meter = Meter(subject, trials.once(tuning[0]), space.slot, space.depth, space.tokens, space.output)
         table = meter.table("time" if target.speed is not None else "flops", grid(space.tokens))
         found = Search(trials, space, meter, table, tuning, kinds)
         found.calibrate(0.7 if target.work is None else target.work)
         found.look(0.7 if target.work is None else target.work)
         work, layout = _solved(found, target)
         chosen_plan, per_image = _each_its_own(found, layout, work)
-        head = head_of(model, space, target.to_dict(), tuning, held, facts)
+        head = head_of(subject.model, space, target.to_dict(), tuning, held, facts)
         record = {**head, **checked(found, chosen_plan, layout, held, seed), "per_image": per_image}
         record["against"] = against(found, layout, held, seed)
         record["additivity"] = additivity(found)
@@ -260,18 +261,15 @@ def _centred(method: Method) -> list[Method]:
     return [method, replace(method, **other)]
 
 
-def _space(
-    model: nn.Module, trials: Trials, sample: Sample, plan: Plan | None, kinds: Sequence[Sequence[Method]]
-) -> Space:
-    layers = layers_of(model)
-    slot = "vision" if find(model) is None else "language"
+def _space(trials: Trials, plan: Plan | None) -> Space:
+    subject, model, run = trials.subject, trials.model, trials.once(0)
+    layers, slot = subject.layers(), subject.slot
+    own: dict[str, Any] = {}
     stages = () if plan is None else plan.vision
-    output = stages[0].output if stages and slot == "vision" else "survivors"
-    output = "carried" if output == "similar" else output  # never worse where it was measured (docs/matching.md)
-    run = trials.once(0)
-    stage = (
-        Stage(Random(keep=0.5), layers=[0], output=output) if slot == "vision" else Stage(Random(keep=0.5), layers=[0])
-    )
+    if slot == "vision" and stages:  # "similar" is never better where it was measured (docs/matching.md)
+        own["output"] = "carried" if stages[0].output == "similar" else stages[0].output
+    stage = Stage(Random(keep=0.5), layers=[0], **own)
+    output = stage.output
     with pruned(model, Plan(**{slot: stage})) as session:
         run(model)
         tokens = int(session.trace[0].tokens_in[0])

@@ -19,16 +19,9 @@ from torch import Tensor, nn
 from ...plans import Plan
 from ...samples import Sample
 from ...session import pruned
-from ...upstream.names import IDS
-from ...vlm.prompts import answered, placeholders
-from ..analysis.causal import KL, measure_of, next_token_kl, sample_losses
-from ..bench.agreement import answer
 from ..eval.journal import Journal
 from ..eval.report import fingerprint
-
-BATCH = 8  # images per forward of an encoder; results of fixed budgets do not depend on it
-ANSWER = 16  # tokens of the unpruned model's answer that are compared
-ANSWER_KL = "KL of the answer's tokens"
+from ..kinds import Subject
 
 
 @dataclass(frozen=True)
@@ -36,7 +29,7 @@ class Trial:
     """A plan on n images.
 
     Attributes:
-        losses: against the unpruned model, float64 [n]; see :func:`saint.lab.analysis.causal.sample_losses`.
+        losses: against the unpruned model, float64 [n]; see :meth:`saint.lab.kinds.Subject.losses`.
         left: tokens behind each drop point, in order, int64 [points, n].
     """
 
@@ -66,7 +59,7 @@ class Trials:
     """Runs plans, each once.
 
     Args:
-        model: unpruned, in eval mode.
+        subject: the model, unpruned.
         samples: the images, by number.
         facts: what else results depend on, for the journal's key.
         journal: file that keeps the results; see :class:`saint.lab.eval.Journal`.
@@ -78,22 +71,20 @@ class Trials:
 
     def __init__(
         self,
-        model: nn.Module,
+        subject: Subject,
         samples: Sequence[Sample],
         *,
         facts: Mapping[str, Any],
         journal: str | os.PathLike[str] | None = None,
         tick: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self.model, self.samples, self.tick = model, list(samples), tick
-        self.generates = measure_of(model) == KL
-        self.measure = ANSWER_KL if self.generates else measure_of(model)
-        self.batch = 1 if self.generates else BATCH
+        self.subject, self.samples, self.tick = subject, list(samples), tick
+        self.model, self.measure = subject.model, subject.tuned_by
         self._asked: dict[int, tuple[Sample, int]] = {}
         self._bases: dict[int, Tensor] = {}
         self._known: dict[str, dict[str, Any]] = {}
-        key = {"kind": "tune", **facts, "measure": self.measure, "batch": self.batch}
-        key |= {"weights": fingerprint(model), "data": self._fingerprint()}
+        key = {"kind": "tune", **facts, "measure": self.measure, "batch": subject.together}
+        key |= {"weights": fingerprint(subject.model), "data": self._fingerprint()}
         self._journal = None if journal is None else Journal(Path(journal), key)
         if self._journal is not None:
             self._known.update(self._journal.done)
@@ -158,18 +149,13 @@ class Trials:
 
     def _see(self, which: Sequence[int]) -> None:
         """Keep what the unpruned model answers."""
-        if self.generates:
-            self._asked.update({i: self._answered(self.samples[i]) for i in which if i not in self._asked})
+        self._asked.update({i: self.subject.asked(self.samples[i]) for i in which if i not in self._asked})
         for numbers in self._batches([number for number in which if number not in self._bases]):
             answers = self._forward(numbers)
             self._bases.update(dict(zip(numbers, answers.split(1), strict=True)))
 
     def _losses(self, numbers: Sequence[int], found: Tensor) -> list[float]:
-        base = torch.cat([self._bases[number] for number in numbers])
-        if self.generates:
-            tokens = zip(base.split(1, 1), found.split(1, 1), strict=True)
-            return [float(np.mean([next_token_kl(one, other) for one, other in tokens]))]
-        return sample_losses(self.measure, base, found)
+        return self.subject.losses(torch.cat([self._bases[number] for number in numbers]), found)
 
     def _forward(self, numbers: Sequence[int]) -> Tensor:
         """What is compared: [B, C], [B, 1, H, W], or the logits of the answer's tokens [1, tokens, vocabulary]."""
@@ -178,36 +164,13 @@ class Trials:
         args = tuple(_joined(values) for values in zip(*(s.args for s in samples), strict=True))
         kwargs = {name: _joined([s.kwargs[name] for s in samples]) for name in samples[0].kwargs}
         with torch.inference_mode():
-            out = self.model(*args, **kwargs)
-            # the cache belongs to a session that ends
-            return out.logits[:, -length:].clone() if self.generates else answer(out)[1].clone()
-
-    def _answered(self, sample: Sample) -> tuple[Sample, int]:
-        """The sample with the unpruned model's greedy answer behind its prompt, and how many tokens are compared.
-
-        Logits behind the prompt and behind each token of the answer but the last are. Where an argument runs along the prompt in
-        a way that is not known here, or the model does not generate, only what follows the prompt is.
-        """
-        ids = IDS.read(sample.kwargs)
-        if ids is None or not hasattr(self.model, "generate") or not _grows(sample, ids):
-            return sample, 1
-        with torch.inference_mode():
-            model: Any = self.model
-            made = model.generate(
-                **sample.kwargs,
-                max_new_tokens=ANSWER,
-                do_sample=False,
-                num_beams=1,
-                suppress_tokens=placeholders(self.model),
-            )
-        said = made[:, ids.shape[1] : -1]
-        return Sample(sample.args, answered(self.model, sample.kwargs, said)), 1 + said.shape[1]
+            return self.subject.compared(self.model(*args, **kwargs), length)
 
     def _batches(self, which: Sequence[int]) -> Iterator[list[int]]:
         """Neighbours whose tensors have the same shapes, at most a batch of them."""
         batch: list[int] = []
         for number in which:
-            if batch and (len(batch) == self.batch or self.shapes(batch[0]) != self.shapes(number)):
+            if batch and (len(batch) == self.subject.together or self.shapes(batch[0]) != self.shapes(number)):
                 yield batch
                 batch = []
             batch.append(number)
@@ -224,13 +187,6 @@ class Trials:
                 if isinstance(value, Tensor):
                     found = zlib.crc32(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes(), found)
         return found
-
-
-def _grows(sample: Sample, ids: Tensor) -> bool:
-    """Whether every tensor that runs along the prompt [1, L] has its shape."""
-    length = ids.shape[1]
-    others = (value for value in sample.tensors if value.shape != ids.shape and not value.is_floating_point())
-    return not any(length in value.shape[1:] for value in others)
 
 
 def _joined(values: Sequence[Any]) -> Any:

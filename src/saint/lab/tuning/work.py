@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -17,10 +18,9 @@ from ...flops import count_flops
 from ...methods.random import Random
 from ...plans import Output, Plan, Stage
 from ...session import pruned
-from ...vision.locate import locate
-from ...vlm.locate import find
-from ..bench.encoder import copy_sharing_weights
 from ..bench.timing import interleave
+from ..kinds import Subject
+from ..variants import BASE, variants
 
 Unit = Literal["flops", "time"]
 _LADDER = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35, 0.28, 0.2, 0.12)  # shares of N whose time is measured
@@ -70,7 +70,7 @@ class Meter:
     """Counts and times forwards of plans, batch 1.
 
     Args:
-        model: unpruned.
+        subject: the model, unpruned.
         run: a model's forward on one image.
         slot: the stage whose layers tables are about.
         depth: their number.
@@ -83,7 +83,7 @@ class Meter:
 
     def __init__(
         self,
-        model: nn.Module,
+        subject: Subject,
         run: Callable[[nn.Module], Any],
         slot: str,
         depth: int,
@@ -92,19 +92,18 @@ class Meter:
     ) -> None:
         if depth < 2:
             raise ValueError(f"plans are tuned for models of at least 2 layers, this one has {depth}")
+        model = subject.model
         self.model, self.run, self.slot, self.depth, self.tokens, self.output = model, run, slot, depth, tokens, output
         self.device = next(model.parameters()).device
-        family = find(model)
-        parts = [locate(model)[0]] if family is None else [family[0], family[2].decoder]
-        path = ".".join(part for part in parts if part)
+        path = subject.counted
         self._module = f"{type(model).__name__}.{path}" if path else "Global"
         self.whole = self._counted(None, run)
 
     def flops(self, plan: Plan, run: Callable[[nn.Module], Any] | None = None) -> float:
         """Share of the FLOPs that ``plan`` leaves; of another image with its ``run``.
 
-        Of an encoder: its own, with the patch embedding and what choosing tokens takes, without a head that is no part of it.
-        Of a vision-language model: those of its language model for the prompt; the encoder is left as it is.
+        Those of :attr:`saint.lab.kinds.Subject.counted`, with what choosing tokens takes: of an encoder all but a head that is no
+        part of it, of a vision-language model its language model's for the prompt.
         """
         if run is None:
             return self._counted(plan, self.run) / self.whole
@@ -112,14 +111,10 @@ class Meter:
 
     def times(self, plans: Sequence[Plan], rounds: int) -> list[float]:
         """Share of the time that each plan leaves: medians over interleaved rounds."""
-        runs = {"base": self._bound(self.model)}
-        with ExitStack() as stack:
-            for number, plan in enumerate(plans):
-                clone = copy_sharing_weights(self.model)
-                stack.enter_context(pruned(clone, plan))
-                runs[str(number)] = self._bound(clone)
+        with variants(self.model, {str(number): plan for number, plan in enumerate(plans)}) as made:
+            runs = {name: partial(self.run, variant.model) for name, variant in made.items()}
             times = interleave(runs, self.device, rounds, _WARMUP)
-        base = times.pop("base")
+        base = times.pop(BASE)
         return [statistics.median(b / a for a, b in zip(base, times[name], strict=True)) for name in times]
 
     def table(self, unit: Unit, grid: np.ndarray) -> Table:
@@ -164,9 +159,6 @@ class Meter:
     def _probe(self, count: int, placement: Literal["mid", "post"]) -> Plan:
         stage = Stage(Random(keep=count), layers=[0], placement=placement, output=self.output)
         return Plan(**{self.slot: stage})
-
-    def _bound(self, model: nn.Module) -> Callable[[], Any]:
-        return lambda: self.run(model)
 
     def _counted(self, plan: Plan | None, run: Callable[[nn.Module], Any]) -> int:
         with ExitStack() as stack:

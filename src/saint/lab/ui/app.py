@@ -47,7 +47,7 @@ def make_app(desk: Desk, hosts: set[str]) -> Starlette:
 
     def facts(_: Request) -> Response:
         known = {name: methods.get(name) for name in methods.names()}
-        offers = [{"spec": offer.spec, "answers": offer.answers} for offer in desk.offers.values()]
+        offers = [{"spec": offer.spec, "asked": offer.asked} for offer in desk.offers.values()]
         described = [
             {
                 "name": name,

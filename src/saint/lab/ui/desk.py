@@ -8,18 +8,11 @@ import torch
 from torch import Tensor
 
 from ...plans import Plan
-from ...presets import recipe
 from ...session import pruned
-from ..bench import bench_encoder, bench_generation
-from ..bench.agreement import agreement, answer
-from ..bench.generation import timed_answer
 from ..demo import MODELS, photos
-from ..loading import load_model
-from ..loading.modes import usual_plan
-from ..loading.vlm import DEMO, LoadedVLM, is_vlm, load_vlm
-from ..view.facts import layer_facts, steps_of
+from ..kinds import DEMO, Subject, kind_of
+from ..sources.items import Item
 from ..view.reasons import Reasons
-from ..view.tiles import tiles, visual_tokens
 from . import pages
 from .asking import Asked
 
@@ -30,8 +23,13 @@ class Offer(NamedTuple):
     """A model that the page may ask for."""
 
     spec: str
-    answers: bool  # a vision-language model
+    kind: type[Subject]
     pretrained: bool
+
+    @property
+    def asked(self) -> bool:
+        """Whether it is asked a question."""
+        return "--prompt" not in self.kind.refuses
 
 
 def offered(given: Sequence[str], pretrained: bool = True) -> dict[str, Offer]:
@@ -40,10 +38,9 @@ def offered(given: Sequence[str], pretrained: bool = True) -> dict[str, Offer]:
     Raises:
         DownloadError: what kind a model of the hub is cannot be read.
     """
-    found = {f"demo:{name}": Offer(f"demo:{name}", False, True) for name in MODELS}
-    found[DEMO] = Offer(DEMO, True, True)
+    found = {spec: Offer(spec, kind_of(spec), True) for spec in (*(f"demo:{name}" for name in MODELS), DEMO)}
     for spec in given:
-        found.setdefault(spec, Offer(spec, is_vlm(spec), pretrained))
+        found.setdefault(spec, Offer(spec, kind_of(spec), pretrained))
     return found
 
 
@@ -59,7 +56,7 @@ class Desk:
     def __init__(self, offers: Mapping[str, Offer], device: str = "cpu", repeats: int = 5) -> None:
         self.offers, self.device, self.repeats = offers, device, repeats
         self._lock = threading.Lock()
-        self._held: tuple[str, Any] | None = None
+        self._held: tuple[str, Subject] | None = None
         self._photos: dict[str, Tensor] | None = None  # embeddings of the held model
 
     def run(self, asked: Asked) -> str:
@@ -70,84 +67,57 @@ class Desk:
             OSError: the model cannot be loaded.
         """
         with self._lock:
-            offer = self.offers[asked.model]
-            loaded = self._loaded(offer)
-            return self._answer(asked, loaded) if offer.answers else self._encode(asked, loaded)
+            subject = self._loaded(self.offers[asked.model])
+            if self.offers[asked.model].asked and not asked.question:
+                raise ValueError(f"{asked.model} answers questions: type one")
+            return pages.page(self._shown(asked, subject))
 
-    def _loaded(self, offer: Offer) -> Any:
+    def _loaded(self, offer: Offer) -> Subject:
         if self._held is None or self._held[0] != offer.spec:
             self._held = self._photos = None  # freed before the next is loaded
-            load = load_vlm if offer.answers else load_model
-            self._held = offer.spec, load(offer.spec, self.device, offer.pretrained)
+            self._held = offer.spec, offer.kind.load(offer.spec, self.device, offer.pretrained)
         return self._held[1]
 
-    def _encode(self, asked: Asked, loaded: Any) -> str:
-        plan = asked.plan or loaded.plan
-        inputs = loaded.inputs([asked.image])
-        with torch.inference_mode():
-            base = loaded.model(**inputs)
-            with pruned(loaded.model, plan, observers=[reasons := Reasons(plan)]) as session:
-                short = loaded.model(**inputs)
-                trace = session.trace
-        same = agreement(base, short)
-        bench = bench_encoder(loaded.model, plan, inputs, self.repeats, 1, extras=False)
-        seen = None if loaded.source.batch is not None else loaded.picture(asked.image)
-        return pages.encoder_page(
-            spec=loaded.spec,
-            title=loaded.title,
+    def _shown(self, asked: Asked, subject: Subject) -> pages.Shown:
+        plan = asked.plan or subject.plan or Plan()
+        inputs = subject.inputs([Item.photo("", asked.image, asked.question)], [asked.image])
+        base = subject.answer(inputs, _ANSWER)
+        with pruned(subject.model, plan, observers=[reasons := Reasons(plan)]) as session:
+            with torch.inference_mode():
+                subject.model(**inputs)
+            trace, why = session.trace, reasons.take()  # of this one: more forwards follow
+            short = subject.answer(inputs, _ANSWER)
+        bench = subject.bench(
+            {"pruned": plan}, [asked.image], prompt=asked.question or None, new_tokens=1, repeats=self.repeats, warmup=1,
+            extras=False,
+        )  # fmt: skip
+        facts = subject.facts(asked.image, inputs, trace, why, pages.SIDE, 90_000)
+        return pages.Shown(
+            spec=asked.model,
+            title=subject.title,
+            question=asked.question if self.offers[asked.model].asked else "",
             plan=plan,
-            picture=seen,
-            grid=None if seen is None else loaded.grid,
-            steps=[layer_facts(step, 0, why[0]) for step, why in zip(trace, reasons.take(), strict=True)],
-            agreement=same,
-            outputs=(base, short),
-            classes=_classes(loaded.model),
-            known=self._known(loaded, base),
+            facts={"name": "the picture as the model sees it", **facts},
+            grid=subject.grid,
+            base=base,
+            short=short,
             bench=bench,
+            classes=_classes(subject.model),
+            known=self._known(subject, base.output),
         )
 
-    def _known(self, loaded: Any, output: Any) -> dict[str, Tensor]:
+    def _known(self, subject: Subject, output: Any) -> dict[str, Tensor]:
         """Unpruned embeddings [C] of the photographs that are there anyway, where the model gives embeddings."""
-        _, value = answer(output)
-        if value.ndim != 2 or loaded.source.batch is not None or _classifies(loaded.model):
+        if output is None or subject.grid is None or _classifies(subject.model):
+            return {}
+        if subject.compared(output).ndim != 2:
             return {}
         if self._photos is None:
-            with torch.inference_mode():
-                made = {
-                    name: answer(loaded.model(**loaded.inputs([image])))[1][0].float().cpu() for name, image in photos()
-                }
-            self._photos = made
+            self._photos = {}
+            for name, image in photos():
+                given = subject.inputs([Item.photo(name, image)], [image])
+                self._photos[name] = subject.compared(subject.answer(given, 1).output)[0].float().cpu()
         return self._photos
-
-    def _answer(self, asked: Asked, loaded: LoadedVLM) -> str:
-        if not asked.question:
-            raise ValueError(f"{asked.model} answers questions: type one")
-        plan = asked.plan or _own_plan(asked.model, loaded)
-        inputs = loaded.inputs([asked.question], [asked.image])
-        answers = [timed_answer(loaded.model, inputs, _ANSWER, loaded.device)]
-        with pruned(loaded.model, plan, observers=[reasons := Reasons(plan)]) as session, torch.no_grad():
-            loaded.model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1)
-            trace, total = session.trace, visual_tokens(loaded.model, inputs)
-            why = reasons.take()  # of this one: more forwards follow
-            answers.append(timed_answer(loaded.model, inputs, _ANSWER, loaded.device))
-        seen = tiles(loaded.model, loaded.processor, inputs)
-        bench = bench_generation(loaded.model, {"pruned": plan}, inputs, 1, self.repeats, 1)
-        return pages.answer_page(
-            spec=asked.model,
-            question=asked.question,
-            plan=plan,
-            tiles=seen,
-            total=total,
-            steps=steps_of(trace, why),
-            answers=[loaded.decode(answer.tokens) for answer in answers],
-            bench=bench,
-        )
-
-
-def _own_plan(spec: str, loaded: LoadedVLM) -> Plan:
-    if spec == DEMO:
-        return recipe("small-llava/hybrid")
-    return usual_plan(loaded.model)
 
 
 def _classifies(model: Any) -> bool:

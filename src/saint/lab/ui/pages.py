@@ -3,106 +3,87 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from PIL import Image
 
 from ...plans import Plan
-from ..bench import Agreement, EncoderBench, GenerationBench
-from ..bench.agreement import answer
 from ..bench.timing import Spread
 from ..images import data_uri
+from ..kinds.agreement import Agreement, agreement, answer
+from ..kinds.subject import Answered
 from ..report.charts import Line, line_chart
-from ..report.figure import figure, steps_on_grid
+from ..report.figure import figure
 from ..report.kept import pictures_of
 from ..report.markup import Cell, Markup, interval, join, number, table, tag
 from ..report.section import plan_text
 from ..view import heatmap
-from ..view.tiles import Tile
 
-_SIDE = 448  # pixels of a picture at most
+SIDE = 448  # pixels of a picture at most
 _TOPS = 5
 
 
-def encoder_page(
-    *,
-    spec: str,
-    title: str,
-    plan: Plan,
-    picture: Image.Image | None,
-    grid: tuple[int, int] | None,
-    steps: Sequence[dict[str, Any]],
-    agreement: Agreement,
-    outputs: tuple[Any, Any],
-    classes: Sequence[str] | None,
-    known: Mapping[str, torch.Tensor],
-    bench: EncoderBench,
-) -> Markup:
-    """Of one picture and one encoder: what stays, both outputs, times, the plan.
+@dataclass(frozen=True)
+class Shown:
+    """What one picture made of a model.
 
-    ``classes`` are names of a classifier's outputs, ``known`` embeddings [C] of other pictures by name, where there are any.
+    Attributes:
+        spec: what the user types for it.
+        title: of the model.
+        question: that was asked; "" of a model that is asked nothing.
+        plan: under which it ran.
+        facts: what stays, as `saint view` writes it of a photograph.
+        grid: of every picture; None where each has its own.
+        base: what the unpruned model answers.
+        short: what the pruned one does.
+        bench: of the picture.
+        classes: names of a classifier's outputs, where they are known.
+        known: embeddings [C] of other pictures by name, where the model gives embeddings.
     """
-    parts = [_lead(steps, f"{agreement.measure} of the two outputs {number(agreement.values[0], 4)}", bench.speedup)]
-    if picture is not None and grid is not None:
-        shown = steps_on_grid(steps, grid[0] * grid[1])
-        drawn = figure("the picture as the model sees it", data_uri(picture, _SIDE, 90_000), grid, shown, "ui", _SIDE)
-        parts += [tag("h3", "What stays"), tag("div", drawn, _tokens(steps), class_="gallery")]
+
+    spec: str
+    title: str
+    question: str
+    plan: Plan
+    facts: Mapping[str, Any]
+    grid: Sequence[int] | None
+    base: Answered
+    short: Answered
+    bench: Any
+    classes: Sequence[str] | None = None
+    known: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def page(shown: Shown) -> Markup:
+    """What stays, both answers, times, and the plan."""
+    steps, bench = shown.facts["layers"], shown.bench
+    texts = [shown.base.text, shown.short.text]
+    found = None if texts[0] is not None else agreement(shown.base.output, shown.short.output)
+    said: list[Markup] = []
+    if found is None:
+        same = "the same answer" if texts[0] == texts[1] else "another answer"
+        both = zip(("unpruned", "pruned"), texts, strict=True)
+        quotes = [tag("div", tag("h3", name), tag("blockquote", text or "(no text)")) for name, text in both]
+        said = [tag("p", f"“{shown.question}”", class_="asked"), tag("div", *quotes, class_="pair")]
     else:
-        parts += [tag("h3", "What stays"), _tokens(steps)]
-    parts += [tag("h3", "Outputs"), _outputs(agreement, outputs, classes, known, picture)]
-    rows = [
-        _time("unpruned", bench.base, bench.costs["base"].flops),
-        _time("pruned", bench.pruned, bench.costs["pruned"].flops),
-    ]
-    parts += [
-        tag("h3", "Times"),
-        table(["", "ms: median [p20, p80]", "GFLOPs"], rows, "Forward of one picture", sortable=False),
-    ]
-    parts.append(_timed(bench.speedup, bench.bound, bench.conditions))
-    parts += _plan(f"saint demo {shlex.quote(spec)}", plan)
-    return tag("div", tag("h2", title), *parts)
-
-
-def answer_page(
-    *,
-    spec: str,
-    question: str,
-    plan: Plan,
-    tiles: Sequence[Tile],
-    total: int,
-    steps: list[dict[str, Any]],
-    answers: Sequence[str],
-    bench: GenerationBench,
-) -> Markup:
-    """Of one picture, one question and one vision-language model."""
-    gain = bench.gains["pruned"]
-    agree = "the same answer" if answers[0] == answers[1] else "another answer"
-    parts = [_lead(steps, agree, gain.first, total)]
-    both = zip(("unpruned", "pruned"), answers, strict=True)
-    quotes = [tag("div", tag("h3", name), tag("blockquote", text or "(no text)")) for name, text in both]
-    parts += [tag("p", f"“{question}”", class_="asked"), tag("div", *quotes, class_="pair")]
-    facts = {
-        "name": "the picture as the model sees it",
-        "visual_tokens": total,
-        "tiles": [tile.grid for tile in tiles],
-        "layers": steps,
-    }
-    facts["pictures"] = [data_uri(tile.picture, _SIDE, 90_000) for tile in tiles]
+        same = f"{found.measure} of the two outputs {number(found.values[0], 4)}"
+    parts = [_lead(steps, same, bench.gain, shown.facts.get("visual_tokens")), *said]
     drawn = [
-        figure(name, uri, grid, shown, f"ui-{i}", _SIDE)
-        for i, (name, uri, grid, shown) in enumerate(pictures_of(facts, None))
+        figure(name, uri, grid, stayed, f"ui-{i}", SIDE)
+        for i, (name, uri, grid, stayed) in enumerate(pictures_of(shown.facts, shown.grid))
     ]
     parts += [tag("h3", "What stays"), tag("div", *drawn, _tokens(steps), class_="gallery")]
-    rows = []
-    for name, times in bench.times.items():
-        row = _time("unpruned" if name == "base" else name, times.first, times.prefill.flops)
-        rows.append([*row, times.kv_bytes / 2**20])
-    head = ["", "first token, ms: median [p20, p80]", "prefill GFLOPs", "KV MiB"]
-    parts += [tag("h3", "Times"), table(head, rows, "First token of one question", sortable=False)]
-    parts.append(_timed(gain.first, gain.bound, bench.conditions))
-    parts += _plan(f"saint chat {shlex.quote(spec)} --image FILE --prompt {shlex.quote(question)}", plan)
-    return tag("div", tag("h2", spec), *parts)
+    if found is not None:
+        parts += [tag("h3", "Outputs"), _outputs(found, shown)]
+    rows = [[*_time(line), *([] if line.kv_bytes is None else [line.kv_bytes / 2**20])] for line in bench.lines]
+    parts += [tag("h3", "Times"), table(["", *bench.heads], rows, bench.caption, sortable=False)]
+    parts.append(_timed(bench.gain, bench.flops_bound, bench.conditions))
+    command = f"saint demo {shlex.quote(shown.spec)}"
+    if shown.question:
+        command = f"saint chat {shlex.quote(shown.spec)} --images FILE --prompt {shlex.quote(shown.question)}"
+    parts += _plan(command, shown.plan)
+    return tag("div", tag("h2", shown.title), *parts)
 
 
 def _lead(steps: Sequence[dict[str, Any]], same: str, speedup: Spread, total: int | None = None) -> Markup:
@@ -129,24 +110,19 @@ def _tokens(steps: Sequence[dict[str, Any]]) -> Markup:
     return tag("div", line_chart("Tokens left", [line], y="tokens"), made)
 
 
-def _outputs(
-    found: Agreement,
-    outputs: tuple[Any, Any],
-    classes: Sequence[str] | None,
-    known: Mapping[str, torch.Tensor],
-    picture: Image.Image | None,
-) -> Markup:
+def _outputs(found: Agreement, shown: Shown) -> Markup:
+    outputs, classes, known = (shown.base.output, shown.short.output), shown.classes, shown.known
     values = [answer(output)[1][0].detach().float().cpu() for output in outputs]
     same = tag(
         "p",
         f"{found.measure.capitalize()} of the pruned and the unpruned {found.answer}: {number(found.values[0], 6)}.",
     )
     if values[0].ndim == 3:  # a map [1, H, W]
-        side = picture.size if picture is not None else (_SIDE, _SIDE)
+        side = (SIDE, round(SIDE * values[0].shape[-2] / values[0].shape[-1]))
         maps = [
             tag(
                 "figure",
-                tag("img", src=data_uri(heatmap(v[0], side), _SIDE, 60_000), alt=f"{name} map"),
+                tag("img", src=data_uri(heatmap(v[0], side), SIDE, 60_000), alt=f"{name} map"),
                 tag("figcaption", name),
             )
             for name, v in zip(("unpruned", "pruned"), values, strict=True)
@@ -176,8 +152,8 @@ def _tops(name: str, logits: torch.Tensor, classes: Sequence[str] | None) -> Mar
     return table(["class", "probability"], rows, name, sortable=False)
 
 
-def _time(name: str, spread: Spread, flops: float) -> list[Any]:
-    return [name, Cell(_spread(spread), spread.median), flops / 1e9]
+def _time(line: Any) -> list[Any]:
+    return [line.name, Cell(_spread(line.time), line.time.median), line.flops / 1e9]
 
 
 def _timed(speedup: Spread, bound: float, conditions: dict[str, Any]) -> Markup:

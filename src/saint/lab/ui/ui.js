@@ -15,9 +15,9 @@ function options(select, values, texts) {
 
 function fit() {
   const model = facts.models.find((m) => m.spec === at("model").value);
-  at("asking").hidden = !model.answers;
+  at("asking").hidden = !model.asked;
   const chosen = facts.methods.find((m) => m.name === at("method").value);
-  const stages = chosen ? chosen.stages.filter((stage) => model.answers || stage === "vision") : [];
+  const stages = chosen ? chosen.stages.filter((stage) => model.asked || stage === "vision") : [];
   const before = at("stage").value;
   at("stage").replaceChildren();
   options(at("stage"), stages);

@@ -1,31 +1,28 @@
 """Which tokens a plan keeps of a few images of a run, as plain data for its record."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ...plans import Plan
 from ...session import pruned
-from ..images import data_uri, reason
-from .facts import layer_facts, steps_of
+from ..images import reason
+from ..kinds import Subject
+from ..sources.items import Item
 from .reasons import Reasons
-from .tiles import tiles, visual_tokens
 
 SHOWN = 3  # images of a run: one may be odd, and a record of three stays small whatever the size of the run
 _SIDE = 256  # pixels of a picture
 
 
-def survivors(
-    loaded: Any, plan: Plan, items: Sequence[Any], inputs: Callable[[Any, Any], Mapping[str, Any]]
-) -> tuple[list[dict[str, Any]], list[list[str]]]:
-    """The first ``SHOWN`` of ``items``, read again: the run that measured them holds no images.
+def survivors(subject: Subject, plan: Plan, items: Sequence[Item]) -> tuple[list[dict[str, Any]], list[list[str]]]:
+    """Run the first ``SHOWN`` of ``items`` again: the run that measured them holds no images.
 
     Args:
-        loaded: a ``Loaded`` encoder or a ``LoadedVLM``.
+        subject: the model.
         plan: what drops.
-        items: images of the run in order, with ``id``, ``where`` and ``load()``.
-        inputs: makes the keyword arguments of ``model.forward`` from an item and its image.
+        items: images of the run, in order.
 
     Returns:
         Photographs as `saint view` writes them, with the reasons of every drop point; where and why others are not shown.
@@ -33,45 +30,16 @@ def survivors(
     photos, left_out = [], []
     for item in items[:SHOWN]:
         try:
-            image = item.load()
-            facts = (_tiled if hasattr(loaded, "processor") else _patches)(loaded, plan, image, inputs(item, image))
+            image: Any = item.load()
+            inputs = subject.inputs([item], [image])
+            subject.tiles(image, inputs)  # a picture that lies on no grid is refused before it is run
+            witness = Reasons(plan)
+            with pruned(subject.model, plan, observers=[witness]) as session, torch.inference_mode():
+                subject.model(**inputs)
+                facts = subject.facts(image, inputs, session.trace, witness.take(), _SIDE)
         except (OSError, ValueError) as error:
             left_out.append([str(item.where), reason(error)])
             continue
-        photos.append({"name": str(item.id), **facts})
+        grid = {} if subject.grid is None else {"grid": list(subject.grid)}
+        photos.append({"name": str(item.id), **grid, **facts})
     return photos, left_out
-
-
-def _patches(loaded: Any, plan: Plan, image: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Of an encoder.
-
-    Raises:
-        ValueError: its patches are on no grid.
-    """
-    picture, grid = data_uri(loaded.picture(image), _SIDE), list(loaded.grid)
-    trace, reasons = _run(loaded.model, plan, inputs)
-    layers = [layer_facts(t, 0, why[0]) for t, why in zip(trace, reasons, strict=True)]
-    return {"grid": grid, "picture": picture, "layers": layers}
-
-
-def _tiled(loaded: Any, plan: Plan, image: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a vision-language model.
-
-    Raises:
-        ValueError: its pixels show no grid.
-    """
-    seen = tiles(loaded.model, loaded.processor, inputs)
-    trace, reasons = _run(loaded.model, plan, inputs)
-    return {
-        "visual_tokens": visual_tokens(loaded.model, inputs),
-        "tiles": [list(tile.grid) for tile in seen],
-        "pictures": [data_uri(tile.picture, _SIDE) for tile in seen],
-        "layers": steps_of(trace, reasons),
-    }
-
-
-def _run(model: Any, plan: Plan, inputs: Mapping[str, Any]) -> tuple[Sequence[Any], list[list[dict[str, Any]]]]:
-    witness = Reasons(plan)
-    with pruned(model, plan, observers=[witness]) as session, torch.inference_mode():
-        model(**inputs)
-        return session.trace, witness.take()

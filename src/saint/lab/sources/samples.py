@@ -10,32 +10,13 @@ from PIL import Image
 
 from ...extras import require
 from ..images import mark, read_image
-from ..loading import shards as shards_
 from ..loading.failures import explained
-from ..loading.listing import Left, one_kind, printable, tell, walk
-from .loop import Failure
+from . import shards as shards_
+from .items import Failure, Item, evenly
+from .listing import Left, one_kind, printable, tell, walk
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "dev"}
 FORMS = "a folder with a folder per class, .tar shards (a file or a folder), a saved data set, or hf:NAME"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """An image that is not read yet.
-
-    Attributes:
-        id: unique among the samples.
-        where: file (and member or row), for messages.
-        load: reads it: upright, opaque, 8-bit RGB.
-        label: class index, None where there is none.
-        size: bytes of the picture, where known; tells it from another with its id.
-    """
-
-    id: str
-    where: str
-    load: Callable[[], Image.Image]
-    label: int | None = None
-    size: int = -1
 
 
 @dataclass(frozen=True)
@@ -50,7 +31,7 @@ class Samples:
         origin: what a data set says tells it from others; "" of files, whose samples have sizes.
     """
 
-    items: list[Sample]
+    items: list[Item]
     classes: list[str] | None = None
     unreadable: list[Failure] = field(default_factory=list)
     left_out: Left = field(default_factory=dict)
@@ -105,10 +86,8 @@ def find_samples(
     if not items:
         reasons = "; ".join(f"{f.where}: {f.reason}" for f in made.unreadable[:3])
         raise ValueError(f"no image at {data}" + (f" ({reasons})" if reasons else "") + f"; give {FORMS}")
-    if limit is not None and limit < len(items):
-        items = [items[i * len(items) // limit] for i in range(limit)]
     names = list(classes) if classes is not None else made.classes
-    return Samples(items, names, made.unreadable, left, made.origin)
+    return Samples(evenly(items, limit), names, made.unreadable, left, made.origin)
 
 
 def _folder(path: Path, files: Sequence[Path], classes: Sequence[str] | None) -> Samples:
@@ -138,13 +117,13 @@ def _folder(path: Path, files: Sequence[Path], classes: Sequence[str] | None) ->
     )
 
 
-def _file(file: Path, root: Path, label: int | None) -> Sample:
+def _file(file: Path, root: Path, label: int | None) -> Item:
     name = printable(file.relative_to(root).as_posix())
-    return Sample(name, name, lambda: read_image(file), label, mark(file))
+    return Item(name, name, lambda: read_image(file), mark=mark(file), label=label)
 
 
 def _shards(path: Path, shards: Sequence[Path], left: Left) -> Samples:
-    items: list[Sample] = []
+    items: list[Item] = []
     bad: list[Failure] = []
     inside: Left = {}
     for shard in shards:
@@ -163,7 +142,7 @@ def _shards(path: Path, shards: Sequence[Path], left: Left) -> Samples:
             except ValueError as error:
                 bad.append(Failure(f"{name}/{key}", where, str(error)))
                 continue
-            items.append(Sample(f"{name}/{key}", where, _member(shard, picture), label, picture.size))
+            items.append(Item(f"{name}/{key}", where, _member(shard, picture), mark=picture.size, label=label))
     tell(path, inside)
     left.update(inside)
     return Samples(items, None, bad)
@@ -225,13 +204,13 @@ def _rows(datasets: Any, loaded: Any, name: str, split: str | None) -> Samples:
 
         return read
 
-    items: list[Sample] = []
+    items: list[Item] = []
     bad: list[Failure] = []
     for row in range(len(rows)):
         label = labels[row] if column is not None else None
         if column is not None and (not isinstance(label, int) or label < 0):
             bad.append(Failure(str(row), f"{name}, row {row}", f"the label must be a class number, got {label!r}"))
         else:
-            items.append(Sample(str(row), f"{name}, row {row}", load(row), label))
+            items.append(Item(str(row), f"{name}, row {row}", load(row), label=label))
     origin = str(loaded._fingerprint)  # of its files, split and rows
     return Samples(items, list(features[named].names) if named else None, bad, origin=origin)

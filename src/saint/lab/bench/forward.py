@@ -1,21 +1,21 @@
-"""Benchmark of a vision encoder: base and pruned, interleaved in one process, on the same weights."""
+"""Benchmark of a forward: base and pruned, interleaved in one process, on the same weights."""
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...errors import AlreadyAppliedError
 from ...methods.base import Method
 from ...methods.saint import Saint
 from ...plans import Plan, Stage
-from ...session import apply, as_plan, status
+from ...session import as_plan
 from ...tokens import LayerTrace
+from ..variants import BASE, copy_sharing_weights, variants
 from .cost import Cost, cost
-from .timing import Spread, interleave, load_average
+from .timing import Line, Spread, conditions, interleave, load_average, ratios
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Overhead:
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderBench:
-    """Outcome of :func:`bench_encoder`. Times are ms per forward of the full batch.
+class ForwardBench:
+    """Outcome of :func:`bench_forward`. Times are ms per forward of the full batch.
 
     Attributes:
         plan: that was applied.
@@ -78,12 +78,39 @@ class EncoderBench:
     eager: Spread | None
     conditions: dict[str, Any]
 
+    kind: ClassVar[str] = "bench/encoder"  # of its record
+    heads: ClassVar[tuple[str, ...]] = ("ms: median [p20, p80]", "GFLOPs")
+    caption: ClassVar[str] = "Forward of one picture"
+
+    @property
+    def gain(self) -> Spread:
+        """Speed-up of the plan."""
+        return self.speedup
+
+    @property
+    def flops_bound(self) -> float:
+        """Speed-up if time were proportional to FLOPs."""
+        return self.bound
+
+    @property
+    def lines(self) -> list[Line]:
+        """Of a table of times: unpruned, then pruned."""
+        return [
+            Line(name, spread, self.costs[key].flops)
+            for (name, spread), key in zip(self.spreads.items(), (BASE, "pruned"), strict=True)
+        ]
+
+    @property
+    def spreads(self) -> dict[str, Spread]:
+        """Times by name, for :func:`saint.lab.bench.timing.disturbances`."""
+        return {"unpruned": self.base, "pruned": self.pruned}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a record."""
         return {**dataclasses.asdict(self), "plan": self.plan.to_dict()}
 
 
-def bench_encoder(
+def bench_forward(
     model: nn.Module,
     plan: Plan | Stage | Method | str,
     inputs: Mapping[str, Any],
@@ -92,7 +119,7 @@ def bench_encoder(
     *,
     extras: bool = True,
     tick: Callable[[], None] = lambda: None,
-) -> EncoderBench:
+) -> ForwardBench:
     """Measure ``model`` with and without ``plan`` on the same inputs.
 
     The user's model is not touched: the variants are copies that share its weights, so all read the same memory.
@@ -116,67 +143,50 @@ def bench_encoder(
     Example:
         >>> import timm
         >>> vit = timm.create_model("test_vit").eval()
-        >>> result = bench_encoder(vit, Saint(threshold=0.5), {"x": torch.randn(1, 3, 160, 160)}, repeats=2)
+        >>> result = bench_forward(vit, Saint(threshold=0.5), {"x": torch.randn(1, 3, 160, 160)}, repeats=2)
         >>> result.bound >= 1
         True
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats must be >= 1 and warmup >= 0, got {repeats} and {warmup}")
-    if status(model) is not None:
-        raise AlreadyAppliedError("the model to measure carries a plan; call saint.remove(model) first")
     load = load_average()
     plan = as_plan(plan)
-    parameter = next(p for p in model.parameters() if p.is_floating_point())
-    device = parameter.device
-
-    variants: dict[str, nn.Module] = {"base": model, "pruned": copy_sharing_weights(model)}
-    session = apply(variants["pruned"], plan)
-    sessions = [session]
-    meter: _Meter | None = None
+    plans = {"pruned": plan}
+    meter = _Meter()
     if extras:
-        variants["metered"] = copy_sharing_weights(model)
-        meter = _Meter()
-        sessions.append(apply(variants["metered"], plan, observers=[meter]))
+        plans["metered"] = plan
         if (idle := _keep_all(plan)) is not None:
-            variants["keep_all"] = copy_sharing_weights(model)
-            sessions.append(apply(variants["keep_all"], idle))
-        eager = copy_sharing_weights(model)
-        if _force_eager(eager):
-            variants["eager"] = eager
-            sessions.append(apply(eager, plan))
-
-    def forward(which: nn.Module) -> Callable[[], Any]:
-        return lambda: which(**inputs)
-
-    runs = {name: forward(variant) for name, variant in variants.items()}
-    if meter is not None:
-        runs["metered"] = meter.around(runs["metered"])
-    try:
+            plans["keep_all"] = idle
+    eager = copy_sharing_weights(model)
+    switched = {"eager": plan} if extras and _force_eager(eager) else {}
+    with variants(model, plans, {"metered": [meter]}) as made, variants(eager, switched) as written_out:
+        made |= {name: written_out[name] for name in switched}
+        runs: dict[str, Callable[[], Any]] = {name: partial(variant.model, **inputs) for name, variant in made.items()}
+        if "metered" in runs:
+            runs["metered"] = meter.around(runs["metered"])
+        device = next(p.device for p in model.parameters() if p.is_floating_point())
         with torch.inference_mode():
             times = interleave(runs, device, repeats, warmup, tick)
-        costs: dict[str, Cost] = {
-            name: cost(runs[name], device) for name in ("base", "pruned", "eager") if name in runs
-        }
+        costs: dict[str, Cost] = {name: cost(runs[name], device) for name in (BASE, "pruned", "eager") if name in runs}
+        session = made["pruned"].session
+        assert session is not None, "of a plan"
         trace = session.trace
-    finally:
-        for applied in sessions:
-            applied.remove()
 
     bound = costs["base"].flops / costs["pruned"].flops
-    speedup = Spread.of(_ratios(times["base"], times["pruned"]))
+    speedup = Spread.of(ratios(times["base"], times["pruned"]))
     overhead = None
-    if meter is not None:
+    if extras:
         scoring, gathering = meter.scoring[-repeats:], meter.gathering[-repeats:]
         both = [s + g for s, g in zip(scoring, gathering, strict=True)]
         idle_times = times.get("keep_all")
         overhead = Overhead(
             Spread.of(scoring),
             Spread.of(gathering),
-            Spread.of(_ratios(both, times["base"])),
-            Spread.of([r - 1 for r in _ratios(idle_times, times["base"])]) if idle_times else None,
+            Spread.of(ratios(both, times["base"])),
+            Spread.of([r - 1 for r in ratios(idle_times, times["base"])]) if idle_times else None,
         )
-    shapes = {name: list(value.shape) for name, value in inputs.items() if isinstance(value, Tensor)}
-    return EncoderBench(
+    told = conditions(model, inputs, device, repeats, warmup, load, list(runs))
+    return ForwardBench(
         plan=plan,
         layers=layer_tokens(trace),
         base=Spread.of(times["base"]),
@@ -189,18 +199,9 @@ def bench_encoder(
         overhead=overhead,
         eager=Spread.of(times["eager"]) if "eager" in times else None,
         conditions={
-            "model_class": type(model).__name__,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "inputs": shapes,
-            "batch": next(iter(shapes.values()))[0],
-            "dtype": str(parameter.dtype).removeprefix("torch."),
-            "device": str(device),
-            "threads": torch.get_num_threads(),
+            **told,
+            "batch": next(iter(told["inputs"].values()))[0],
             "attention": _attention(model),
-            "repeats": repeats,
-            "warmup": warmup,
-            "load_average": load,
-            "interleaved": list(runs),
             "mode": "torch.inference_mode, data already on the device",
             "times_ms": {name: [round(t, 4) for t in values] for name, values in times.items()},
         },
@@ -219,16 +220,6 @@ def layer_tokens(trace: list[LayerTrace]) -> list[LayerTokens]:
         )
         for t in trace
     ]
-
-
-def copy_sharing_weights(model: nn.Module) -> nn.Module:
-    """A second model on the same weights: its own modules, hooks and config, but shared parameters and buffers."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
-
-
-def _ratios(over: list[float], under: list[float]) -> list[float]:
-    return [a / b for a, b in zip(over, under, strict=True)]
 
 
 def _keep_all(plan: Plan) -> Plan | None:

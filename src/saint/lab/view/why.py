@@ -2,26 +2,29 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ...plans import Plan
-    from ..loading import Loaded, Photo
-    from ..view.explain import Step
+from ...methods.saint import Saint
+from ...plans import Plan
+from ..kinds.tiles import Tile
+from . import explain
+from .explain import Step
+from .overlay import Cell, save_png, sheet
 
 _CELL = 420  # pixels of a picture: the numbers on 14 x 14 patches stay legible
 _MOST = 3  # drop points whose votes are drawn
 
 
 def draw_reasons(
-    loaded: "Loaded", plan: "Plan", photo: "Photo", steps: "Sequence[Step]", patch: tuple[int, int] | None, folder: Path
+    head: str, plan: Plan, name: str, tile: Tile, steps: Sequence[Step], patch: tuple[int, int] | None, folder: Path
 ) -> Path:
     """One PNG of one photograph.
 
     Args:
-        loaded: the encoder.
+        head: title.
         plan: with a vision stage.
-        photo: the photograph.
+        name: of the photograph.
+        tile: what the encoder sees of it.
         steps: its drop points.
         patch: (row, column) of a patch whose neighbours are drawn; None: none.
         folder: for the picture.
@@ -29,9 +32,7 @@ def draw_reasons(
     Raises:
         ValueError: ``patch`` is not on the grid.
     """
-    from ..view import Cell, explain, save_png, sheet
-
-    grid, seen = loaded.grid, loaded.picture(photo.image)
+    grid, seen = tile.grid, tile.picture
     dropping = [step for step in steps if not bool(step.stays.all())]
     first = dropping[0] if dropping else steps[0]
     method: Any = _voting(plan)
@@ -39,7 +40,7 @@ def draw_reasons(
     merges = any(stage.method.merges for stage in plan.vision)
     rows = [
         [
-            Cell(seen, photo.name.replace("_", " "), f"{grid[0]} x {grid[1]} patches"),
+            Cell(seen, name.replace("_", " "), f"{grid[0]} x {grid[1]} patches"),
             Cell(
                 explain.left(seen, grid, dropping),
                 f"{gone} patches left, by layer",
@@ -63,10 +64,10 @@ def draw_reasons(
             rows.append([])
             for board, note in zip((False, True), notes, strict=True):
                 step = explain.split(first, grid, method, board=board)
-                name = f"layer {first.layer}: {'another' if board else 'the published'} split"
-                rows[-1].append(Cell(explain.left(seen, grid, [step], lines=False), name, note))
-    path = folder / f"why_{photo.name}.png"
-    save_png(sheet(rows, loaded.title, "why patches leave", cell=_CELL), path)
+                label = f"layer {first.layer}: {'another' if board else 'the published'} split"
+                rows[-1].append(Cell(explain.left(seen, grid, [step], lines=False), label, note))
+    path = folder / f"why_{name}.png"
+    save_png(sheet(rows, head, "why patches leave", cell=_CELL), path)
     return path
 
 
@@ -85,8 +86,6 @@ def read_patch(text: str | None) -> tuple[int, int] | None:
     return row, column
 
 
-def _voting(plan: "Plan") -> Any:
+def _voting(plan: Plan) -> Any:
     """The voting method of the vision stage, where it has one."""
-    from ...methods.saint import Saint
-
     return next((stage.method for stage in plan.vision if isinstance(stage.method, Saint)), None)

@@ -9,7 +9,7 @@ from ...vision.locate import locate_tower
 from ...vlm.locate import locate
 
 
-def modes(model: Any) -> dict[str, Any]:
+def modes(model: Any) -> dict[str, Plan]:
     """A plan per mode that fits any depth, for models without a recipe of their own: about a third of the tokens stays.
 
     A mode that the family cannot do is left out.
@@ -32,10 +32,3 @@ def modes(model: Any) -> dict[str, Any]:
             half = Stage(Saint(threshold=0.83, budget=0.5), layers=layers)
             made["hybrid"] = Plan(vision=Stage(SaintFullGraph(keep=0.5), layers=at), language=half)
     return made
-
-
-def usual_plan(model: Any) -> Plan:
-    """What a model is shown with when nobody names a plan: the hybrid mode, or the language mode where there is none."""
-    own = modes(model)
-    found: Plan = own.get("hybrid", own["language"])
-    return found

@@ -1,0 +1,309 @@
+"""Vision-language models: an image and a question in, an answer out."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from ...errors import UnsupportedModelError
+from ...extras import require
+from ...plans import Plan
+from ...presets import recipe
+from ...testing.vlm import check_vlm, hybrid_plan
+from ...tokens import LayerTrace
+from ...upstream import registry
+from ...upstream.names import LAYERS
+from ...upstream.specs import part
+from ...vision.locate import locate_tower
+from ...vlm.locate import find, locate
+from ..bench.generation import GenerationBench, bench_generation, timed_answer
+from ..demo import small_llava
+from ..images import data_uri
+from ..loading.failures import explained
+from ..loading.models import resolve_device
+from ..sources.items import Item, evenly
+from ..sources.listing import Left
+from ..sources.questions import default_prompt, read_questions
+from ..sources.samples import find_samples
+from .facts import steps_of
+from .generating import Generating
+from .modes import modes
+from .subject import Answered, Bad, Checked, Given, Inputs, dtype_and_place
+from .tiles import Tile, tiles, visual_tokens
+
+DEMO = f"demo:{small_llava.NAME}"
+DESCRIBE = "Describe the image."  # what is asked where nobody asks
+
+
+@dataclass(frozen=True)
+class VLM(Generating):
+    """A vision-language model with its processor; without one, where a model was handed over."""
+
+    processor: Any = None
+
+    called: ClassVar[str] = "a vision-language model"
+    gives: ClassVar[str] = "answers"
+    refuses: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "--size": "its processor chooses the size of pictures",
+            "--why": "its tiles and its question are drawn without",
+            "--prompts": "give --images, and --questions or --prompt",
+        }
+    )
+
+    @classmethod
+    def named(cls, spec: str) -> bool:
+        """Tell whether ``spec`` names one of a known family."""
+        library, _, name = spec.partition(":")
+        if spec == DEMO:
+            return True
+        if library != "hf" or not name:
+            return False
+        with explained(spec):
+            config = require("transformers", "transformers").AutoConfig.from_pretrained(name)
+        kind = next(iter(config.architectures or []), "")
+        packages = {_package(model) for model in registry.families()}
+        here = _package(f"{type(config).__module__}.{type(config).__qualname__}")
+        return here in packages and kind.endswith("ForConditionalGeneration")
+
+    @classmethod
+    def load(
+        cls,
+        spec: str,
+        device: str | torch.device = "cpu",
+        pretrained: bool = True,
+        *,
+        size: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """See :meth:`Subject.load`; without weights, config and processor are downloaded."""
+        if size is not None:
+            raise ValueError(f"size is for encoders: {cls.refuses['--size']}")
+        place = resolve_device(device)
+        if spec == DEMO:
+            if not pretrained:
+                raise ValueError("a demo model is its weights: leave --no-pretrained out")
+            model: nn.Module = small_llava.load().to(place, dtype or torch.float32)
+            return cls(model, place, spec, spec, small_llava.LICENCE, small_llava.processor())
+        library, colon, name = spec.partition(":")
+        if not colon or library != "hf" or not name:
+            raise ValueError(f"a vision-language model is hf:NAME_OR_PATH or {DEMO}; got {spec!r}")
+        transformers = require("transformers", "vlm")
+        auto = transformers.AutoModelForImageTextToText
+        with explained(spec):
+            config = transformers.AutoConfig.from_pretrained(name)
+            if type(config) not in auto._model_mapping:
+                raise ValueError(f"{spec} is a {config.model_type} model, which does not answer questions about images")
+            if pretrained:
+                model = auto.from_pretrained(name, dtype=dtype or "auto")
+            else:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(0)
+                    model = auto.from_config(config, dtype=dtype or torch.float32)
+            processor = transformers.AutoProcessor.from_pretrained(name)
+        if find(model) is None:
+            known = ", ".join(family.title for family in registry.families().values())
+            raise UnsupportedModelError(f"{spec} is a {type(model).__name__}, which cannot be pruned; known: {known}")
+        if getattr(processor, "tokenizer", None) is not None:
+            processor.tokenizer.padding_side = "left"
+        return cls(model.eval().to(place), place, spec, spec, None, processor)
+
+    @classmethod
+    def around(cls, model: nn.Module) -> Self | None:
+        """Return a subject around a model of a known family."""
+        if find(model) is None:
+            return None
+        return cls(model, next(model.parameters()).device, title=type(model).__name__)
+
+    # -- what goes in -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def items(cls, given: Given, limit: int | None, left: Left) -> tuple[list[Item], Bad]:
+        """List the questions, or the images with the prompt; see :meth:`Subject.items`."""
+        if given.questions is not None and given.prompt is not None:
+            raise ValueError("give --questions or --prompt, not both")
+        if given.images is None:
+            raise ValueError(f"{cls.called} needs --images, an image or a folder of them")
+        if given.questions is not None:
+            asked, unreadable = read_questions(given.questions, given.images)
+            some = [question.item(default_prompt(question)) for question in evenly(asked, limit)]
+            return some, [(failure.where, failure.reason) for failure in unreadable]
+        found = find_samples(str(given.images), labels=False)
+        left.update(found.left_out)
+        prompt = DESCRIBE if given.prompt is None else given.prompt
+        return [replace(item, prompt=prompt) for item in evenly(found.items, limit)], []
+
+    def inputs(self, items: Sequence[Item], images: Sequence[Image.Image]) -> Inputs:
+        """Make the keyword arguments of ``generate``: one image in front of each prompt."""
+        return self.prompted([item.prompt or DESCRIBE for item in items], images)
+
+    def prompted(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Inputs:
+        """Make the same of prompts and images.
+
+        Raises:
+            ValueError: the processor says neither how a chat looks nor what stands for an image.
+        """
+        processor = self.processor
+        if getattr(processor, "chat_template", None):
+            texts = [
+                processor.apply_chat_template(
+                    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}],
+                    add_generation_prompt=True,
+                    tokenize=False,
+                )
+                for prompt in prompts
+            ]
+        elif isinstance(token := getattr(processor, "image_token", None), str):
+            texts = [f"{token}\n{prompt}" for prompt in prompts]
+        else:
+            raise ValueError(
+                f"{type(processor).__name__} has neither a chat template nor an image token, so it is unknown where the image "
+                "goes in the prompt"
+            )
+        made = processor(text=texts, images=[[image] for image in images], return_tensors="pt", padding=len(texts) > 1)
+        return dtype_and_place(self.model, self.device, made)
+
+    # -- what comes out -----------------------------------------------------------------------------------------------
+
+    def answer(self, inputs: Inputs, length: int) -> Answered:
+        """Return a greedy answer, with the times of its tokens."""
+        made = timed_answer(self.model, inputs, length, self.device)
+        return Answered(self.decode(made.tokens), None, made)
+
+    def decode(self, tokens: Any) -> str:
+        """Return new tokens as text."""
+        return str(self.processor.decode(tokens, skip_special_tokens=True)).strip()
+
+    @contextmanager
+    def rows(self, max_new_tokens: int) -> Iterator[Callable[[Sequence[str], Sequence[Any]], list[dict[str, Any]]]]:
+        """Yield what makes an answer about each image, greedily."""
+
+        def made(questions: Sequence[str], images: Sequence[Any]) -> list[dict[str, Any]]:
+            inputs = self.prompted(questions, images)
+            with torch.inference_mode():
+                tokens = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+            return [{"answer": self.decode(new)} for new in tokens[:, inputs["input_ids"].shape[1] :]]
+
+        yield made
+
+    # -- where tokens may leave ---------------------------------------------------------------------------------------
+
+    def layers(self) -> dict[str, list[int]]:
+        """Return those of the tower that reach the language model, and the language model's."""
+        _, model, spec = locate(self.model, "language")
+        layers = {}
+        if spec.no_vision is None:
+            _, tower, tower_spec = locate_tower(model.get_submodule(spec.tower))
+            depth = len(part(tower, tower_spec.blocks))
+            used = spec.feature_layer(
+                model, depth
+            )  # None: features of several layers, which would hold different tokens
+            if used is not None:
+                layers["vision"] = list(range(min(depth, used)))
+        decoder = model.get_submodule(spec.decoder)
+        layers["language"] = list(range(len(list(LAYERS.get(decoder).children()))))
+        return layers
+
+    @property
+    def plan(self) -> Plan:
+        """The recipe of a demo model, else the hybrid mode, or the language mode where there is none."""
+        if self.spec == DEMO:
+            return recipe("small-llava/hybrid")
+        own = modes(self.model)
+        return own.get("hybrid", own["language"])
+
+    @property
+    def plans(self) -> dict[str, Plan]:
+        """A plan per mode."""
+        return modes(self.model)
+
+    @property
+    def counted(self) -> str:
+        """Path of the language model: the tower is left as it is."""
+        path, _, spec = locate(self.model, "language")
+        return ".".join(part for part in (path, spec.decoder) if part)
+
+    # -- what people see ----------------------------------------------------------------------------------------------
+
+    @property
+    def grid(self) -> None:
+        """None: each picture has its own."""
+        return None
+
+    def tiles(self, image: Image.Image, inputs: Mapping[str, Any]) -> list[Tile]:
+        """Return what the tower is shown."""
+        return tiles(self.model, self.processor, inputs)
+
+    def total(self, inputs: Mapping[str, Any]) -> int:
+        """Return the placeholders of the image in the prompt."""
+        return visual_tokens(self.model, inputs)
+
+    def facts(
+        self, image: Image.Image, inputs: Mapping[str, Any], trace: Sequence[LayerTrace], reasons: Sequence[Any],
+        side: int = 320, limit: int = 30_000,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Return the tiles, and what stayed of them at each stage."""
+        seen = self.tiles(image, inputs)
+        return {
+            "visual_tokens": self.total(inputs),
+            "tiles": [list(tile.grid) for tile in seen],
+            "pictures": [data_uri(tile.picture, side, limit) for tile in seen],
+            "layers": steps_of(trace, reasons),
+        }
+
+    def told(self, prompt: str | None) -> dict[str, Any]:
+        """Return what was asked."""
+        return {"prompt": prompt or DESCRIBE}
+
+    # -- times --------------------------------------------------------------------------------------------------------
+
+    def bench(
+        self, plans: Mapping[str, Plan], photos: Sequence[Image.Image], *, prompt: str | None = None,
+        new_tokens: int | None = None, repeats: int = 20, warmup: int = 3, extras: bool = True,
+        tick: Callable[[], None] = lambda: None,
+    ) -> GenerationBench:  # fmt: skip
+        """Time answers; see :meth:`Subject.bench`."""
+        inputs = self.prompted([prompt or DESCRIBE] * len(photos), photos)
+        length = 32 if new_tokens is None else new_tokens
+        return bench_generation(self.model, plans, inputs, length, repeats, warmup, tick=tick)
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    @property
+    def exported(self) -> Plan:
+        """Refuse: the tower is what is exported, and it has no plan of its own."""
+        raise ValueError(f"{self.called} has no plan of its own for its tower: give --plan")
+
+    def seen(self, inputs: Inputs) -> Inputs:
+        """Return what the tower takes."""
+        return {"pixel_values": inputs["pixel_values"]}
+
+    # -- proof --------------------------------------------------------------------------------------------------------
+
+    def contracts(self) -> Checked:
+        """Run them over all stages, and generation."""
+        _, module, family = locate(self.model, "language")
+        plan = hybrid_plan(self.model)
+        about = f"{type(module).__name__} (transformers: {family.title})"
+        return Checked(about, plan, check_vlm(self.model, partial(_samples, self), plan))
+
+
+def _package(cls: str) -> str:
+    """Return the package of a qualified class name: configs lie beside the models they are of."""
+    return cls.rsplit(".", 2)[0]
+
+
+def _samples(vlm: VLM, which: Sequence[int]) -> Inputs:
+    """Make inputs of two pictures with questions of different length."""
+    generator = np.random.default_rng(0)
+    noise = [generator.integers(0, 256, (336, 336, 3), dtype=np.uint8) for _ in range(2)]
+    noise[1][:168] = noise[1][:168] // 16 + 100  # half of it is calm
+    questions = ("What is in the picture?", "Which of the two halves of the picture is calm, and which one is not?")
+    return vlm.prompted([questions[i] for i in which], [Image.fromarray(noise[i]) for i in which])

@@ -1,0 +1,1 @@
+"""What a command reads: folders of images, shards, data sets, questions and prompts; each listed first, read one by one."""

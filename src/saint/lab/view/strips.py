@@ -1,0 +1,94 @@
+"""What stays of a photograph, as a picture: a row per tile that the model sees, a column per drop point."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ...plans import Plan
+from ...tokens import LayerTrace
+from ..describe import describe
+from ..kinds.tiles import Tile, placed
+from ..report.reading import behind
+from .overlay import Cell, overlay, save_png, sheet
+
+_WIDE = 4  # cells of a row, where there is one tile
+
+
+def draw(
+    head: str, about: str, name: str, tiles: Sequence[Tile], total: int, trace: Sequence[LayerTrace], path: Path
+) -> Path:
+    """Write one PNG of one photograph: what the model sees, and what is left of it after the drop points.
+
+    Args:
+        head: title.
+        about: line below it; tokens that lie on no grid are counted there.
+        name: of the photograph.
+        tiles: that the model sees of it.
+        total: visual tokens of it; more than the tiles hold where some lie on no grid.
+        trace: of its forward.
+        path: of the picture.
+    """
+    counts = [tile.grid[0] * tile.grid[1] for tile in tiles]
+    names = [name] if len(tiles) == 1 else [f"{name}, tile {i + 1} of {len(tiles)}" for i in range(len(tiles))]
+    rows = [
+        [Cell(tile.picture, label, f"{count} tokens")] for tile, label, count in zip(tiles, names, counts, strict=True)
+    ]
+    # a drop point at which nothing left shows nothing new, except when it is the last
+    shown = [t for t in trace if bool((t.tokens_out < t.tokens_in).any())] or list(trace[-1:])
+    several = len({t.stage for t in trace}) > 1
+    counted = []
+    for step in spaced(shown, 2 * _WIDE - 1 if len(tiles) == 1 else _WIDE + 1):
+        where = _where(step, several)
+        if step is shown[-1] and step is not trace[-1] and not several:
+            where += f", to layer {trace[-1].layer}"  # the others dropped nothing
+        left = _of_tiles(step, tiles, total)
+        if left is None:
+            counted.append(f"{where}: {int(step.tokens_out.sum())} of {total} tokens")
+            continue
+        for row, tile, kept, count in zip(rows, tiles, left, counts, strict=True):
+            picture = overlay(tile.picture, kept, tile.grid)
+            row.append(Cell(picture, where, f"{len(kept)} of {count} kept ({len(kept) / count:.0%})"))
+    if len(rows) == 1:
+        rows = [rows[0][i : i + _WIDE] for i in range(0, len(rows[0]), _WIDE)]
+    extra = f"  \u00b7  not drawn (laid on no grid): {'; '.join(counted)}" if counted else ""
+    save_png(sheet(rows, head, about + extra), path)
+    return path
+
+
+def dimmed(tile: Tile, trace: LayerTrace) -> Image.Image:
+    """Return the first tile with what a drop point left of it."""
+    left = _of_tiles(trace, [tile], tile.grid[0] * tile.grid[1])
+    assert left is not None, "of one tile every token is on its grid"
+    return overlay(tile.picture, left[0], tile.grid)
+
+
+def title(name: str) -> str:
+    """Return a file's name for people."""
+    return name.replace("_", " ")
+
+
+def legend(plan: Plan) -> str:
+    """Return what the pictures show, in a line."""
+    return f"{describe(plan)}  \u00b7  hatched patches were dropped"
+
+
+def spaced(items: list[Any], most: int) -> list[Any]:
+    """Return at most ``most`` of them, evenly spaced, with the last."""
+    if len(items) <= most:
+        return items
+    return [items[round((i + 1) * len(items) / most) - 1] for i in range(most)]
+
+
+def _of_tiles(step: LayerTrace, tiles: Sequence[Tile], total: int) -> list[Any] | None:
+    """Return the tokens of each tile that are left, on the CPU; None where they cannot be told apart."""
+    found = step.kept if step.stage == "vision" else placed(list(tiles), step.kept[0].cpu(), total)
+    return None if found is None or len(found) != len(tiles) else [kept.cpu() for kept in found]
+
+
+def _where(step: LayerTrace, several: bool) -> str:
+    if step.stage == "connector":
+        return step.stage
+    place = behind({"layer": step.layer, "placement": step.placement})
+    return f"{step.stage}, {place}" if several else place
