@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # imports transformers
 
 
 def assemble(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM | PrunedText | PrunedEncoder | None":
-    """What a session installs; None where nothing is to be done.
+    """Make what a session installs; None where nothing is to be done.
 
     Raises:
         UnsupportedModelError, ParityError, ValueError: see :func:`saint.apply`.
@@ -211,7 +211,7 @@ def _door(
 
 
 def _looks_everywhere(plan: Plan, observers: Observers) -> bool:
-    """Whether an observer wants to see stages in which nothing is dropped."""
+    """Tell whether an observer wants to see stages in which nothing is dropped."""
     looks = bool(observers.candidates or observers.layer_time or observers.pruning_time)
     return looks and observers.choosy if plan.slots else looks or observers.everywhere
 

@@ -71,7 +71,7 @@ def freeze(plan: PlanLike, model: nn.Module, images: Any) -> Plan:
 
 
 def _varies(stage: Stage) -> bool:
-    """Whether images keep their own numbers of tokens."""
+    """Tell whether images keep their own numbers of tokens."""
     return counts_by_votes(stage.method) or stage.guard > 0
 
 

@@ -37,7 +37,7 @@ def gather_tokens(x: Tensor, slots: Tensor, prefix: int) -> Tensor:
 
 
 def merged_sizes(sizes: Tensor, selection: Selection) -> Tensor:
-    """What each survivor stands for behind a merge: float [B, N] -> [B, K]."""
+    """Count what each survivor stands for behind a merge: float [B, N] -> [B, K]."""
     assert selection.owner is not None
     return sizes.new_zeros(selection.slots.shape).scatter_add(1, selection.owner, sizes)
 
@@ -122,7 +122,7 @@ def gather_mask(mask: Tensor, tokens: TokenMap, prefix: int) -> Tensor:
 
 
 def visible(tokens: TokenMap, prefix: int) -> Tensor | None:
-    """Which keys may be attended to: bool [B, P + K] (True = real), or None when nothing is padded."""
+    """Mark the keys that may be attended to: bool [B, P + K] (True = real), or None when nothing is padded."""
     if tokens.valid is None:
         return None
     return torch.nn.functional.pad(tokens.valid, (prefix, 0), value=True) if prefix else tokens.valid
@@ -190,7 +190,7 @@ def shorter(ends: Tensor, tokens: TokenMap) -> Tensor:
 
 
 def dropped(tokens: TokenMap) -> Tensor:
-    """Which original tokens are gone, bool [B, N]."""
+    """Mark the original tokens that are gone, bool [B, N]."""
     index = tokens.index if tokens.valid is None else tokens.index.masked_fill(~tokens.valid, tokens.width)
     gone = torch.ones(index.shape[0], tokens.width + 1, dtype=torch.bool, device=index.device)
     return gone.scatter_(1, index, False)[:, :-1]

@@ -184,7 +184,7 @@ def _check_connector(stage: Stage) -> None:
 
 
 def _check_together(name: str, stages: tuple[Stage, ...]) -> None:
-    """What the stages of one slot must agree on, as far as a plan can tell without a model."""
+    """Check what the stages of one slot must agree on, as far as a plan can tell without a model."""
     if name == "connector" and len(stages) > 1:
         raise ValueError(f"the connector stage is one place and takes one stage, got {len(stages)}")
     for setting in ("output", "evict", "guard"):

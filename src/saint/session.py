@@ -162,7 +162,7 @@ class Session(Uncopyable):
         )
 
     def summary(self) -> Summary:
-        """What the last forward dropped, and what that left of its tokens, FLOPs and cache.
+        """Sum up what the last forward dropped, and what that left of its tokens, FLOPs and cache.
 
         Raises:
             RuntimeError: no forward with candidates has run.
@@ -383,7 +383,7 @@ def remove(model: ModelLike) -> None:
 
 
 def status(model: ModelLike) -> Status | None:
-    """What is applied to ``model`` or inside it; None when clean."""
+    """Say what is applied to ``model`` or inside it; None when clean."""
     session = _session(_module(model))
     return None if session is None else session.status
 

@@ -14,7 +14,7 @@ from .order import descending, true_places
 
 
 def reads_are_free(device: torch.device) -> bool:
-    """Whether a look at a tensor's values costs no wait for the device; where it does, only what must be known is read."""
+    """Tell whether a look at a tensor's values costs no wait for the device; where it does, only what must be known is read."""
     return device.type == "cpu" and not torch.compiler.is_compiling()
 
 

@@ -140,7 +140,7 @@ _WRAPPED = threading.Lock()
 
 
 def _real(mask: Tensor | None, batch: int, count: int, device: torch.device) -> Tensor:
-    """Which tokens of the sequence are no padding, bool [B, S]: a real token sees itself."""
+    """Mark the tokens of the sequence that are no padding, bool [B, S]: a real token sees itself."""
     if mask is None:
         return torch.ones(batch, count, dtype=torch.bool, device=device)
     own = mask[..., -count:]  # [B or 1, S] or [B or 1, 1 or H, Q, S]

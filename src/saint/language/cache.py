@@ -99,7 +99,7 @@ class CachePositions:
         return CachePositions(torch.cat(rows, 1), valid, more.end, bias)
 
     def biases(self, total: int) -> Tensor | None:
-        """What is added to the logits of every entry when ``total`` positions are cached, float32; None: nothing."""
+        """Give what is added to the logits of every entry when ``total`` positions are cached, float32; None: nothing."""
         more = self.index.shape[1] + total - self.end
         return None if self.bias is None else pad(self.bias, (0, more - self.bias.shape[1]))
 
@@ -138,7 +138,7 @@ class CachePositions:
 
 
 def extended(past: CachePositions | None, before: int, tokens: TokenMap, bias: Tensor | None = None) -> CachePositions:
-    """What a layer holds after the survivors of a new sequence were appended to ``before`` cached positions.
+    """Append the survivors of a new sequence to what a layer holds of ``before`` cached positions.
 
     Args:
         past: what the layer holds, None when it holds all ``before`` positions.
@@ -166,7 +166,7 @@ def entries(
 
 
 def remaining(past: CachePositions | None, tokens: TokenMap, *, before: int) -> tuple[Selection, CachePositions]:
-    """What is left of a layer's entries when of the last sequence only ``tokens`` are.
+    """Find what is left of a layer's entries when of the last sequence only ``tokens`` are.
 
     Args:
         past: what the layer holds, the last sequence included; None when it holds every position.
@@ -405,7 +405,7 @@ def ragged_layer(cache: DynamicCache, layer: int, session: SessionToken) -> Ragg
 
 
 def filled(cache: Any) -> bool:
-    """Whether a forward goes on where another has filled the cache, and is no prompt of its own."""
+    """Tell whether a forward goes on where another has filled the cache, and is no prompt of its own."""
     length = 0 if cache is None else cache.get_seq_length()
     if isinstance(length, Tensor) and torch.compiler.is_compiling():
         return True  # of a static cache, whose steps alone are compiled; a look at it would break the graph

@@ -502,7 +502,7 @@ def _seen(note: Note, given: Mapping[str, Any]) -> Any:
 
 
 def _real(note: Note, given: Mapping[str, Any], cache: Any, x: Tensor) -> Tensor | None:
-    """Which tokens of a sequence [B, L, C] are no padding of the caller, bool [B, L]; None: all."""
+    """Mark the tokens of a sequence [B, L, C] that are no padding of the caller, bool [B, L]; None: all."""
     return real_tokens(_seen(note, given), x.shape[0], x.shape[1], 0 if cache is None else cache.get_seq_length())
 
 

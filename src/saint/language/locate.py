@@ -43,7 +43,7 @@ def _inside(model: nn.Module) -> tuple[str, nn.Module, str] | None:
 
 
 def _hands_on(holder: nn.Module, decoder: nn.Module) -> bool:
-    """Whether a module calls the decoder inside it on one prompt, and reads the last token or every row as it comes."""
+    """Tell whether a module calls the decoder inside it on one prompt, and reads the last token or every row as it comes."""
     if type(holder).__module__.startswith(_WRAPPERS):
         return not getattr(getattr(holder, "active_peft_config", None), "is_prompt_learning", False)  # adds tokens
     cls = _class(holder)

@@ -125,7 +125,7 @@ class Reach:
     chunk: int | None = None
 
     def ends(self, length: int) -> bool:
-        """Whether less than ``length`` positions are seen."""
+        """Tell whether less than ``length`` positions are seen."""
         limit = self.window if self.chunk is None else self.chunk
         return limit is not None and limit < length
 
@@ -182,7 +182,7 @@ class Span:
         return self.held.columns(int(self.total))
 
     def sees_all(self, reach: Reach) -> bool:
-        """Whether no window or chunk ends within the sequence."""
+        """Tell whether no window or chunk ends within the sequence."""
         return not reach.ends(int(self.total))
 
     def cut(self, mask: Tensor, first: int, count: int) -> Tensor:
@@ -228,7 +228,7 @@ class Span:
 
 
 def real_tokens(mask: Any, batch: int, count: int, before: int) -> Tensor | None:
-    """Which tokens of a sequence are no padding of the caller, bool [B, L]; None where no mask says.
+    """Mark the tokens of a sequence that are no padding of the caller, bool [B, L]; None where no mask says.
 
     A mask of attention shows it on its diagonal: a real token sees itself.
 
@@ -256,7 +256,7 @@ def real_tokens(mask: Any, batch: int, count: int, before: int) -> Tensor | None
 
 
 def shown_before(mask: Any, batch: int, before: int) -> Tensor | None:
-    """Which of the positions in front of a sequence are no padding of the caller, bool [B, ``before``]; None: all."""
+    """Mark the positions in front of a sequence that are no padding of the caller, bool [B, ``before``]; None: all."""
     if isinstance(mask, Mapping):
         mask = next((one for one in mask.values() if isinstance(one, Tensor) and one.ndim == 4), None)
     if not isinstance(mask, Tensor):

@@ -92,7 +92,7 @@ class Scorer(FixedBudget):
 
 
 def counts_by_votes(method: Method) -> bool:
-    """Whether the picture decides how many tokens ``method`` keeps: its budget is a word, not a number."""
+    """Tell whether the picture decides how many tokens ``method`` keeps: its budget is a word, not a number."""
     return isinstance(getattr(method, "budget", None), str)
 
 
@@ -296,7 +296,7 @@ def with_budget(method: Method, budget: Any) -> Method:
 
 
 def step_possible(method: Method, came: int, left: int) -> bool:
-    """Whether ``method`` can leave ``left`` of ``came`` tokens at one drop point."""
+    """Tell whether ``method`` can leave ``left`` of ``came`` tokens at one drop point."""
     try:
         with_budget(method, left / came).validate(came, 1)
     except ValueError:

@@ -188,7 +188,7 @@ class Decider(Uncopyable, Generic[F]):
         return selection
 
     def apply(self, decision: Decision, y: Tensor, prefix: int) -> tuple[LayerState, Tensor]:
-        """What a decision makes of tokens.
+        """Carry a decision out on tokens.
 
         Args:
             decision: the decision.

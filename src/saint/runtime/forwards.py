@@ -79,7 +79,7 @@ class Forwards(Generic[S]):
             self._own.open = value
 
     def _begun(self) -> S:
-        """What the first layer runs in: the forward of the prelude, or a new one."""
+        """Give the first layer what it runs in: the forward of the prelude, or a new one."""
         if not (self._open if torch.compiler.is_compiling() else getattr(self._own, "open", False)):
             return self.begin()
         self._set_open(False)

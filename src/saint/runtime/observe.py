@@ -52,7 +52,7 @@ class Observer:
     """
 
     def candidates(self, stage: str, layer: int, candidates: Candidates) -> None:
-        """What a method sees at a layer: keys, residual stream and map of the candidates.
+        """See what a method sees at a layer: keys, residual stream and map of the candidates.
 
         Cost: a mean of the keys over heads, per layer; nothing is copied or read back. Where nothing is dropped the residual
         stream is that behind the layer.
@@ -62,7 +62,7 @@ class Observer:
         """The slots that stay at a drop point. No cost."""
 
     def decided(self, stage: str, layer: int, candidates: Candidates, selection: Selection) -> None:
-        """What a method saw at a drop point, and which of it stays. No cost."""
+        """See what a method saw at a drop point, and which of it stays. No cost."""
 
     def layer(self, stage: str, layer: int, passed: Passed) -> None:
         """The whole residual stream on both sides of a layer that is patched: of all layers where the plan is empty.

@@ -114,7 +114,7 @@ class LayerState:
         return state, chosen
 
     def key_bias(self, dtype: torch.dtype) -> Tensor | None:
-        """What proportional attention adds to the logits of each token's key, [Q, S]; None when all weigh alike.
+        """Give what proportional attention adds to the logits of each token's key, [Q, S]; None when all weigh alike.
 
         Of at least float32 precision, whatever the dtype of the hidden states.
         """
@@ -174,7 +174,7 @@ class Forward:
         return hit[0]
 
     def told(self) -> Self:
-        """What the trace and full-length maps need of this forward when it is over: token maps, no activations."""
+        """Keep what the trace and full-length maps need of this forward when it is over: token maps, no activations."""
         return replace(
             self,
             origin=None if self.origin is None else self.origin.bare,

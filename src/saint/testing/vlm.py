@@ -108,7 +108,7 @@ def check_generation(model: Any, plan: Plan, make: Make, steps: int = 8) -> str:
 
 
 def _front(plan: Plan) -> Plan | None:
-    """What of a plan drops in front of the language model."""
+    """Take of a plan what drops in front of the language model."""
     front = Plan(vision=plan.vision, connector=plan.connector)
     return front if front.slots else None
 
@@ -124,7 +124,7 @@ def _greedy(model: Any, inputs: Inputs, steps: int, **more: Any) -> tuple[Tensor
 
 
 def check_removal(model: Any, plan: Plan, make: Make, steps: int = 6) -> str:
-    """What is dropped in front of the language model is as if it were not there, and as a hole in every mask.
+    """Check that what is dropped in front of the language model is as if it were not there, and as a hole in every mask.
 
     Logits of the prompt and of new tokens equal those of :func:`saint.testing.removal_oracle`, and those of new tokens
     :func:`saint.testing.holes_oracle`'s.

@@ -59,11 +59,11 @@ class Parameters:
         self.names = tuple(p.name for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
 
     def has(self, role: Role) -> bool:
-        """Whether the function takes it by name."""
+        """Tell whether the function takes it by name."""
         return role.among(self.names) is not None
 
     def spelling(self, role: Role) -> str:
-        """What the function calls it; the newest spelling where it does not take it by name."""
+        """Give what the function calls it; the newest spelling where it does not take it by name."""
         return role.among(self.names) or role.spellings[0]
 
     def missing(self, *roles: Role) -> list[str]:

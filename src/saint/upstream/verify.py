@@ -12,7 +12,7 @@ from .versions import known_from
 
 
 def _try(what: str, fact: Callable[[], Any]) -> list[str]:
-    """What a fact that is read off the instance lacks there."""
+    """Say what a fact that is read off the instance lacks there."""
     try:
         fact()
     except AttributeError as error:

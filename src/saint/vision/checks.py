@@ -72,7 +72,7 @@ def check_seams(blocks: Sequence[Block | None], points: dict[int, DropPoint]) ->
 
 
 def takes_dense_mask(encoder: nn.Module, block: Block) -> bool:
-    """Whether the attention of a block can be given a dense mask as the encoder is set now."""
+    """Tell whether the attention of a block can be given a dense mask as the encoder is set now."""
     implementation = IMPLEMENTATION.get(getattr(encoder, "config", None))
     return block.mask is not None and (implementation is None or implementation in _DENSE_MASK)
 

@@ -170,7 +170,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
         return f"the attention keys of {self.spec.blocks}.{point.layer}"
 
     def _bias(self, layer: int, state: LayerState) -> Tensor | None:
-        """What proportional attention adds to the logits of each key, [B, P + K]; None when all count alike."""
+        """Give what proportional attention adds to the logits of each key, [B, P + K]; None when all count alike."""
         dtype = next(self.modules[layer].parameters()).dtype
         bias = state.key_bias(dtype)
         if bias is None:

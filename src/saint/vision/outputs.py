@@ -256,7 +256,7 @@ class Outputs(Uncopyable):
     # -- full length --------------------------------------------------------------------------------------------------
 
     def lost(self, layer: int) -> Tensor | None:
-        """Which groups are gone in front of ``layer``, in the order of the merger's output, bool [B, G]; None: none is."""
+        """Mark the groups that are gone in front of ``layer``, in the order of the merger's output, bool [B, G]; None: none."""
         forward = self.forwards.state
         if layer not in forward.states or forward.states[layer].tokens.nothing_dropped:
             return None

@@ -70,7 +70,7 @@ def refuse_unknown(model: nn.Module) -> None:
 
 
 def _brings_images(model: nn.Module, path: str) -> str:
-    """What tells that ``model`` hands the tokens of the encoder at ``path`` to a language model; "" where nothing does."""
+    """Say what tells that ``model`` hands the tokens of the encoder at ``path`` to a language model; "" where nothing does."""
     holders = list(around(model, path))
     for place, module in holders:
         if TEXT_FEATURES.of(module) is not None:
@@ -89,7 +89,7 @@ def _brings_images(model: nn.Module, path: str) -> str:
 
 
 def _takes_embeddings(module: nn.Module) -> bool:
-    """Whether a module is a decoder that can be given embeddings of images; those that attend to another sequence need none."""
+    """Tell whether a module is a decoder that takes embeddings of images; those that attend to another sequence need none."""
     forward = type(module).forward
     if not inspect.isfunction(forward):
         return False

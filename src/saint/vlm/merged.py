@@ -24,13 +24,13 @@ class Known:
         self.waiting = False  # some were computed and have not been seen to enter the language model
 
     def note(self, output: Any) -> None:
-        """What a connector, or a method that computes features, returned."""
+        """Note what a connector, or a method that computes features, returned."""
         for features in tensors(output):
             self._numbers.append(numbers(features.detach().flatten(0, -2)))
             self.waiting = True
 
     def among(self, x: Tensor) -> Tensor:
-        """Which rows of x [B, L, C] are such features, bool [B, L]."""
+        """Mark the rows of x [B, L, C] that are such features, bool [B, L]."""
         found = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         if self._numbers:
             known = torch.cat([one.to(x.device) for one in self._numbers])

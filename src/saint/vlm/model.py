@@ -202,7 +202,7 @@ class PrunedVLM(Uncopyable):
             )
 
     def _whole(self, ids: Tensor, given: dict[str, Any]) -> Tensor | None:
-        """Which places of a prompt enter the language model, bool [B, L], when its pieces bring features computed in front."""
+        """Decide which places of a prompt enter the language model, bool [B, L], when features of its pieces come computed."""
         encoded = ENCODED.read(given) or {}
         token = {"image": IMAGE_TOKEN.get(self.model.config), "video": VIDEO_TOKEN.get(self.model.config)}
         rows = {

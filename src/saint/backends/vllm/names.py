@@ -120,7 +120,7 @@ def model_class(architecture: str) -> Any:
 
 
 def tower_spec(architecture: str) -> EncoderSpec:
-    """What the vision stage needs to know of vLLM's tower."""
+    """Say what the vision stage needs to know of vLLM's tower."""
     _, module, name = TOWERS[architecture]
     block = BlockSpec(
         attn="self_attn",
@@ -161,12 +161,12 @@ def tower_layers(config: Any) -> tuple[int, int]:
 
 
 def in_parallel(config: Any) -> bool:
-    """Whether the heads of a layer lie in several processes."""
+    """Tell whether the heads of a layer lie in several processes."""
     return int(config.parallel_config.tensor_parallel_size) > 1
 
 
 def on_grid(cls: Any) -> bool:
-    """Whether positions of the model are rows and columns (M-RoPE)."""
+    """Tell whether positions of the model are rows and columns (M-RoPE)."""
     return bool(getattr(cls, ON_GRID, False))
 
 
@@ -206,7 +206,7 @@ def moved(feature: Any, begin: int) -> Any:
 
 
 def field(feature: Any, name: str) -> Any:
-    """What ``element`` put under ``name`` among the inputs of a picture; None where there is nothing."""
+    """Read what ``element`` put under ``name`` among the inputs of a picture; None where there is nothing."""
     found = feature.data.get(name)
     return None if found is None else found.data
 
@@ -217,7 +217,7 @@ def same_modality(source: Any, embedding: Any) -> Any:
 
 
 def prunes_videos(config: Any) -> bool:
-    """Whether vLLM's own pruning of videos is on, which recomputes positions; ``config`` of the multimodal kind."""
+    """Tell whether vLLM's own pruning of videos is on, which recomputes positions; ``config`` of the multimodal kind."""
     return bool(config.is_multimodal_pruning_enabled())
 
 
