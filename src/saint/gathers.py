@@ -140,9 +140,8 @@ def fill_padding(x: Tensor, tokens: TokenMap, prefix: int, *, with_prefix: bool 
     if tokens.valid is None:
         return x
     head, body = x[:, :prefix], x[:, prefix:]
-    total = torch.bmm(
-        tokens.valid.unsqueeze(1).to(x.dtype), body
-    )  # [B, 1, C]; padding rows are finite, being copies of real ones
+    # padding rows are finite, being copies of real ones
+    total = torch.bmm(tokens.valid.unsqueeze(1).to(x.dtype), body)  # [B, 1, C]
     more = prefix if with_prefix else 0
     total = total + head.sum(1, keepdim=True) if more else total
     count = torch.tensor([max(1, n + more) for n in tokens.lengths], device=x.device).view(-1, 1, 1)

@@ -154,9 +154,8 @@ def _row(mask: Tensor | None, last: Tensor, dtype: torch.dtype, valid: Tensor | 
     if mask is None:
         if valid is None:
             return None  # nothing is hidden from a last token
-        mask = torch.nn.functional.pad(
-            valid, (total - valid.shape[1], 0), value=True
-        )  # [B, T]; padding stands behind it
+        # padding stands behind what was there
+        mask = torch.nn.functional.pad(valid, (total - valid.shape[1], 0), value=True)  # [B, T]
     if mask.ndim == 2:
         mask = mask.bool()[:, None, None]  # [B, 1, 1, T]
     elif mask.shape[2] > 1:

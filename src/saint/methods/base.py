@@ -29,9 +29,8 @@ class Method(ABC):
     # what a stage computes on demand: "last_query" fills `attention`, "frames" `cells`
     needs: ClassVar[frozenset[str]] = frozenset()
     merges: ClassVar[bool] = False  # tokens go into survivors instead of away; not in the connector stage
-    averages: ClassVar[bool] = (
-        True  # of methods that merge: a survivor becomes the mean of what it stands for, or stays as it is
-    )
+    # of methods that merge: a survivor becomes the mean of what it stands for, or stays as it is
+    averages: ClassVar[bool] = True
 
     @abstractmethod
     def select(self, candidates: Candidates) -> Selection | None:

@@ -106,16 +106,12 @@ LONGEST = Role("max_seqlen")
 TIMM_MASK = Role("attn_mask")
 KEYS_FROM = Role("key", "x")  # of nn.MultiheadAttention and of timm's: what keys are made from
 TIMM_ROTARY = Role("rope")
-TIMM_PAIRS = Role(
-    "shared_rel_pos", "shared_rel_pos_bias"
-)  # a bias over all pairs of tokens; two classes, two spellings
+TIMM_PAIRS = Role("shared_rel_pos", "shared_rel_pos_bias")  # a bias over all pairs of tokens, of two classes
 TIMM_VALID = Role("patch_valid")  # NaFlex: which patches are none of the padding
 
 # -- methods ----------------------------------------------------------------------------------------------------------
 
-PLACEHOLDER_MASK = Role(
-    "get_placeholder_mask"
-)  # returns where features go; called whenever there are features to merge
+PLACEHOLDER_MASK = Role("get_placeholder_mask")  # returns where features go; called when there are features to merge
 IMAGE_FEATURES = Role("get_image_features")  # takes pixels, returns what the language model receives of them
 VIDEO_FEATURES = Role("get_video_features")  # takes pixels of videos, returns what the language model receives of them
 TEXT_FEATURES = Role("get_text_features")  # of dual encoders

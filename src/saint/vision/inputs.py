@@ -167,9 +167,8 @@ class Inputs(Uncopyable):
         if mask is not None and mask.ndim == 4:
             seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
             seen = seen.any(2).any(1)[:, self.prefix :].expand(x.shape[0], -1)  # [B, N]: keys that some query may see
-            if (
-                torch.compiler.is_exporting()
-            ):  # no graph for both: the exported one is for inputs without padding, and asserts it
+            # no graph for both: the exported one is for inputs without padding, and asserts it
+            if torch.compiler.is_exporting():
                 torch._assert_async(seen.all(), "exported for inputs without padding, and the mask hides some tokens")
             else:
                 valid = None if bool(seen.all()) else seen

@@ -165,9 +165,8 @@ class Outputs(Uncopyable):
         if not (last or after in self.restored or self.dense.up) or tokens.nothing_dropped:
             return y
         if after in self.restored:
-            y = full_length(
-                y, tokens, self.prefix, DROPPED
-            )  # survivors at their places, marks elsewhere: [B, P + N, C]
+            # survivors at their places, marks elsewhere
+            y = full_length(y, tokens, self.prefix, DROPPED)  # [B, P + N, C]
         elif last and self.output == "survivors" and not self.dense.up:
             return self._fill(y, tokens)
         else:
