@@ -26,6 +26,7 @@ from ..errors import HookNeverFiredError, UnsupportedModelError
 from ..gathers import gather_tokens, is_dropped
 from ..patch import override, refuse_replicas, refuse_tracing
 from ..runtime.deciding import Decider
+from ..runtime.forwards import PerThread
 from ..runtime.observe import Observers
 from ..runtime.points import DropPoint
 from ..runtime.state import Forward, LayerState, packed_tokens, some_tokens
@@ -87,8 +88,7 @@ class Handover:
     """
 
     def __init__(self) -> None:
-        self._own = threading.local()
-        self._compiled = Note()  # the compiler knows no thread
+        self._own, self._note = threading.local(), PerThread(Note)
         self._compiled_pieces: Pieces | None = None
         self.complete: Callable[[Note, Mapping[str, Any]], None] = lambda note, given: None
 
@@ -112,20 +112,11 @@ class Handover:
 
     @property
     def note(self) -> Note:
-        if torch.compiler.is_compiling():
-            return self._compiled
-        if not hasattr(self._own, "note"):
-            self._own.note = Note()
-        return self._own.note
+        return self._note.get()
 
     def new(self, **facts: Any) -> Note:
         """A note for a forward that begins."""
-        note = Note(**facts)
-        if torch.compiler.is_compiling():
-            self._compiled = note
-        else:
-            self._own.note = note
-        return note
+        return self._note.set(Note(**facts))
 
     def take(self, given: Mapping[str, Any]) -> Note:
         """The note, complete; it is read once."""

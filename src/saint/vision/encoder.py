@@ -74,7 +74,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
         blocks = list(part(encoder, spec.blocks))
         self.prefix, self.packed = spec.prefix(encoder), spec.packed
         super().__init__(path, encoder, blocks, placed(spec, blocks, points), EncoderForward, observers)
-        first = min((0, *self.points) if self.entries else self.points, default=self.depth)
+        first = 0 if self.entries else min(self.points, default=self.depth)
         self.blocks = read_blocks(encoder, spec, blocks, first)
         check_seams(self.blocks, self.points)
         beta = max((p.method.size_bias() for p in self.points.values() if p.method is not None), default=0.0)

@@ -23,7 +23,7 @@ from ..gathers import (
 )
 from ..graph import metric
 from ..patch import Uncopyable, override
-from ..runtime.forwards import Flag, Forwards
+from ..runtime.forwards import Forwards, PerThread
 from ..runtime.state import LayerState
 from ..tokens import Selection, TokenMap
 from ..upstream.names import ALL_STATES, Role
@@ -119,9 +119,10 @@ class Outputs(Uncopyable):
         self.forwards, self.by_length = forwards, by_length
         self.prefix = spec.prefix(encoder)
         self.full = FullLength(output, self.prefix)
+        self.pools_prefix = spec.pool_with_prefix(encoder)
         self.reader = reader
         self.marks = reader is not None and reader.spec.decoder is not None  # padding is marked, for a mask behind it
-        self.dense = Flag()  # full-length block outputs, for callers that reshape to the grid
+        self.dense = PerThread(bool)  # full-length block outputs, for callers that reshape to the grid
 
     def install(self, stack: ExitStack) -> None:
         """Patch what stands behind the blocks; ``stack`` undoes it."""
@@ -162,12 +163,12 @@ class Outputs(Uncopyable):
         """
         tokens, last = state.tokens, after == self.depth
         forward.states[after] = state
-        if not (last or after in self.restored or self.dense.up) or tokens.nothing_dropped:
+        if not (last or after in self.restored or self.dense.get()) or tokens.nothing_dropped:
             return y
         if after in self.restored:
             # survivors at their places, marks elsewhere
             y = full_length(y, tokens, self.prefix, DROPPED)  # [B, P + N, C]
-        elif last and self.output == "survivors" and not self.dense.up:
+        elif last and self.output == "survivors" and not self.dense.get():
             return self._fill(y, tokens)
         else:
             y = self.full.expand(forward, y, after)  # [B, P + N, C]
@@ -196,7 +197,7 @@ class Outputs(Uncopyable):
     def _fill(self, x: Tensor, tokens: TokenMap) -> Tensor:
         """Rows of padding that no pool notices, or that the reader can tell: x [B, P + K, C]."""
         if not self.marks or tokens.valid is None:
-            return fill_padding(x, tokens, self.prefix, with_prefix=self.spec.pool_with_prefix(self.module))
+            return fill_padding(x, tokens, self.prefix, with_prefix=self.pools_prefix)
         padding = torch.nn.functional.pad(~tokens.valid, (self.prefix, 0))  # [B, P + K]
         return x.masked_fill(padding.unsqueeze(-1), DROPPED)
 
@@ -227,7 +228,8 @@ class Outputs(Uncopyable):
 
     def _dense_call(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def dense(*args: Any, **kwargs: Any) -> Any:
-            before = self.dense.set(True)
+            before = self.dense.get()
+            self.dense.set(True)
             try:
                 return original(*args, **kwargs)
             finally:
