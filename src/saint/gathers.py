@@ -4,6 +4,8 @@ Letters: B batch, N candidate slots, P protected prefix tokens, K survivors of t
 see :mod:`saint.tokens`.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -236,3 +238,41 @@ def similar_survivor(points: Tensor, selection: Selection) -> Tensor:
     own = torch.full((batch, count), -1, device=points.device, dtype=new.dtype)
     own = own.scatter(1, selection.slots, torch.where(selection.valid, new, -1))
     return torch.where(own >= 0, own, nearest)
+
+
+def by_length(tokens: TokenMap, x: Tensor, run: Callable[[Tensor, TokenMap], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Run samples of equal length together, without their padding, and put the results back in order.
+
+    Args:
+        tokens: the survivors, K of the longest sample.
+        x: [B, P + K, C].
+        run: takes some samples, [b, P + k, C], and their survivors.
+
+    Returns:
+        The results of ``run`` for all samples; those that keep the token axis are padded with zeros again.
+    """
+    if tokens.valid is None:  # all are equally long, however many: an exported graph has one length for all
+        return run(x, tokens)
+    groups: dict[int, list[int]] = {}
+    for sample, length in enumerate(tokens.lengths):
+        groups.setdefault(length, []).append(sample)
+    head = x.shape[1] - tokens.slots
+    order: list[int] = []
+    parts: list[tuple[Tensor, ...]] = []
+    for length, samples in groups.items():
+        pick = torch.tensor(samples, device=x.device)
+        total = tuple(tokens.total[i] for i in samples)
+        # survivors come first in a row, so cutting the row cuts the padding
+        short = TokenMap(tokens.index[pick, :length], (length,) * len(samples), total, tokens.width)
+        missing = tokens.slots - length
+        parts.append(
+            tuple(
+                torch.nn.functional.pad(y, (0, 0, 0, missing))
+                if y.ndim == 3 and y.shape[1] in (length, head + length)
+                else y
+                for y in run(x[pick, : head + length], short)
+            )
+        )
+        order += samples
+    back = torch.argsort(torch.tensor(order, device=x.device))
+    return tuple(torch.cat(part)[back] for part in zip(*parts, strict=True))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..gathers import gather_mask, gather_table, shorter, visible
+from ..gathers import by_length, gather_mask, gather_table, shorter, visible
 from ..patch import override
 from ..runtime.blocks import Block
 from ..runtime.deciding import Seen
@@ -84,7 +84,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
         prove(self.blocks, self.points, self.prefix)
         self.inputs = Inputs(encoder, spec, merge_size, self.forwards, guard, self.wants_frames)
         self.carries = output == "carried"
-        self.outputs = Outputs(encoder, spec, self.depth, output, restored, self.forwards, _by_length, reader)
+        self.outputs = Outputs(encoder, spec, self.depth, output, restored, self.forwards, reader)
         self.patched, self.marked = encoder if reader is None else reader.module, (encoder,)
         self.stacks = (self,)
 
@@ -244,7 +244,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
                 return on_part(part_x, part_kwargs)
 
             # this attention takes no dense mask: samples of equal length run together, nothing is padded
-            out = _by_length(tokens, x, short)
+            out = by_length(tokens, x, short)
         return out[0], Seen(out[1]) if shows else None
 
     def keys(self, forward: EncoderForward, layer: int) -> Tensor:
@@ -288,37 +288,3 @@ def _mask(
     if kept.dtype == torch.bool:
         kept = torch.zeros(kept.shape, dtype=dtype, device=kept.device).masked_fill_(~kept, -torch.inf)
     return kept if mask is None else kept + mask
-
-
-def _by_length(
-    tokens: TokenMap, x: Tensor, run: Callable[[Tensor, TokenMap], tuple[Tensor, ...]]
-) -> tuple[Tensor, ...]:
-    """Run samples of equal length together, without their padding, and put the results back in order.
-
-    Results that keep the token axis are padded with zeros again.
-    """
-    if tokens.valid is None:  # all are equally long, however many: an exported graph has one length for all
-        return run(x, tokens)
-    groups: dict[int, list[int]] = {}
-    for sample, length in enumerate(tokens.lengths):
-        groups.setdefault(length, []).append(sample)
-    head = x.shape[1] - tokens.slots
-    order: list[int] = []
-    parts: list[tuple[Tensor, ...]] = []
-    for length, samples in groups.items():
-        pick = torch.tensor(samples, device=x.device)
-        total = tuple(tokens.total[i] for i in samples)
-        # survivors come first in a row, so cutting the row cuts the padding
-        short = TokenMap(tokens.index[pick, :length], (length,) * len(samples), total, tokens.width)
-        missing = tokens.slots - length
-        parts.append(
-            tuple(
-                torch.nn.functional.pad(y, (0, 0, 0, missing))
-                if y.ndim == 3 and y.shape[1] in (length, head + length)
-                else y
-                for y in run(x[pick, : head + length], short)
-            )
-        )
-        order += samples
-    back = torch.argsort(torch.tensor(order, device=x.device))
-    return tuple(torch.cat(part)[back] for part in zip(*parts, strict=True))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..gathers import (
     DROPPED,
+    by_length,
     dropped,
     fill_padding,
     full_length,
@@ -30,9 +31,6 @@ from ..upstream.names import ALL_STATES, Role
 from ..upstream.specs import EncoderSpec, part
 from .inputs import EncoderForward
 from .readers import Reader
-
-# runs a pool on samples of equal length: (tokens, x [B, P + K, C], run) -> results in the order of the batch
-ByLength = Callable[[TokenMap, Tensor, Callable[[Tensor, TokenMap], tuple[Tensor, ...]]], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,6 @@ class Outputs(Uncopyable):
         output: see :class:`saint.Stage`.
         restored: layers in front of which the sequence is full length, for a merger that reads it there.
         forwards: of the encoder.
-        by_length: runs an attention pool on samples of equal length.
         reader: of the rows, around the encoder.
     """
 
@@ -111,12 +108,11 @@ class Outputs(Uncopyable):
         output: str,
         restored: frozenset[int],
         forwards: Forwards[EncoderForward],
-        by_length: ByLength,
         reader: Reader | None = None,
     ) -> None:
         self.module, self.spec, self.depth = encoder, spec, depth
         self.output, self.restored = output, restored
-        self.forwards, self.by_length = forwards, by_length
+        self.forwards = forwards
         self.prefix = spec.prefix(encoder)
         self.full = FullLength(output, self.prefix)
         self.pools_prefix = spec.pool_with_prefix(encoder)
@@ -212,7 +208,7 @@ class Outputs(Uncopyable):
             if state is None or state.full_length:
                 return original(x, *args, **kwargs)
             # any mask the caller passed is full length and masks only padding, which is gone
-            return self.by_length(state.tokens, x, lambda part_x, _: (original(part_x),))[0]
+            return by_length(state.tokens, x, lambda part_x, _: (original(part_x),))[0]
 
         return pool
 
