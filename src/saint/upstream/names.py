@@ -27,15 +27,17 @@ class Role:
 
     def among(self, names: Container[str]) -> str | None:
         """The newest spelling that is one of ``names``, or None."""
-        for name in self.spellings:  # a loop: this runs several times in every step of an answer
+        for name in self.spellings:
             if name in names:
                 return name
         return None
 
     def read(self, given: Mapping[str, Any], default: Any = None) -> Any:
         """The value under whatever spelling; where several are given the newest wins, as it does upstream."""
-        name = self.among(given)
-        return default if name is None else given[name]
+        for name in self.spellings:  # a loop: this runs several times in every step of an answer
+            if name in given:
+                return given[name]
+        return default
 
     def of(self, holder: Any) -> str | None:
         """The newest spelling that ``holder`` has as an attribute, or None."""
@@ -77,8 +79,11 @@ class Parameters:
 
     def put(self, given: Mapping[str, Any], role: Role, value: Any) -> dict[str, Any]:
         """``given`` with ``value`` under the one spelling that the function takes."""
-        out = {name: old for name, old in given.items() if name not in role.spellings}
-        out[role.among(self.names) or role.among(given) or role.spellings[0]] = value
+        name = role.among(self.names) or role.among(given) or role.spellings[0]
+        out = dict(given)
+        for spelling in role.spellings:
+            out.pop(spelling, None)
+        out[name] = value
         return out
 
 
