@@ -30,7 +30,7 @@ def open_clip_tower():
     torch.manual_seed(0)
     from open_clip.transformer import VisionTransformer
 
-    return saint.testing.zoo.enliven(VisionTransformer(96, 16, 48, 4, 3, 2.0, output_dim=16).eval())
+    return saint.testing.examples.enliven(VisionTransformer(96, 16, 48, 4, 3, 2.0, output_dim=16).eval())
 
 
 def adapted(model, **config):

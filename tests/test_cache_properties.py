@@ -138,7 +138,7 @@ def test_a_layer_is_a_list_of_positions(batch, window, data):
             left = [own[: data.draw(st.integers(1, len(own)))] for own in kept]
             # only what every layer knows of: survivors among those this layer has
             tokens = survivors(left, width)
-            layer.evict(*remaining(layer.map, tokens, before=before))
+            layer.keep(*remaining(layer.map, tokens, before=before))
             plain.held = [
                 [p for p in own if p < before] + [before + i for i in some]
                 for own, some in zip(plain.held, left, strict=True)

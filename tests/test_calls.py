@@ -56,7 +56,7 @@ def test_a_drop_point():
 
 
 def test_a_forward_with_one_drop_point():
-    assert of_forward(4, [1]) <= 128
+    assert of_forward(4, [1]) <= 127
 
 
 def of_step(layers, plan, samples):
@@ -76,7 +76,7 @@ def of_step(layers, plan, samples):
 ONE, RAGGED = [[4, "0", 7]], [[4, "0", 7], [3, "0", 2], [6, "0", 12]]
 
 
-@pytest.mark.parametrize(("samples", "budget"), [(ONE, 56), (RAGGED, 76)], ids=["one", "ragged"])
+@pytest.mark.parametrize(("samples", "budget"), [(ONE, 45), (RAGGED, 65)], ids=["one", "ragged"])
 def test_a_step_behind_the_door_costs_no_call_per_layer(samples, budget):
     plan = Plan(connector=METHOD)
     few, many = of_step(2, plan, samples), of_step(6, plan, samples)
@@ -100,9 +100,9 @@ def of_apply(model, plan):
 @pytest.mark.parametrize(
     ("build", "plan", "budget"),
     [
-        (vit, Plan(vision=Stage(METHOD, layers=[1])), 44),
-        (llava, Plan(connector=METHOD), 23.5),
-        (llava, Plan(language=Stage(METHOD, layers=[0])), 25.5),
+        (vit, Plan(vision=Stage(METHOD, layers=[1])), 43.5),
+        (llava, Plan(connector=METHOD), 23),
+        (llava, Plan(language=Stage(METHOD, layers=[0])), 24.5),
     ],
     ids=["encoder", "door", "language"],
 )

@@ -435,13 +435,26 @@ def test_features_that_are_not_found_again_are_an_error(llava):
             llava(inputs_embeds=llava.get_input_embeddings()(torch.tensor([[5, 6, 7]])))  # text is none
 
 
+def test_token_ids_beside_embeddings_tell_which_are_visual(models):
+    """Also of features that the caller has changed, which are not found by what they hold."""
+    model = models("qwen2.5-vl")
+    inputs = prompts(FAMILIES["qwen2.5-vl"], model, [[4, "0", 7]])
+    with torch.no_grad(), saint.pruned(model, CONNECT) as session:
+        given = merged(model, inputs, lambda: [2 * one for one in features_of(model, inputs)])
+        with pytest.raises(saint.HookNeverFiredError, match="give input_ids beside the embeddings"):
+            model(**given)
+        model(**given, input_ids=inputs["input_ids"])
+        trace = session.trace
+    assert trace[0].tokens_in.tolist() == (inputs["input_ids"] == IMAGE).sum(1).tolist()
+
+
 def test_marked_rows_never_enter_the_language_model(llava):
     """Features of a vision stage that were computed earlier, and forgotten."""
     inputs, seen = prompts(LLAVA, llava, [[4, "0", 7]]), []
     with torch.no_grad(), saint.pruned(llava, PLANS["vision"]) as session:
         want = llava(**inputs).logits
         given = merged(llava, inputs, lambda: features_of(llava, inputs))
-        session._vlm.known._numbers.clear()
+        session._glue.known._numbers.clear()
         hook = layers_of(llava)[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         got = llava(**given).logits
         hook.remove()

@@ -104,9 +104,9 @@ def test_ragged_batches_without_masks(name):
     model, plan, inputs = prepared(name)
     with saint.pruned(model, plan) as session:
         masked = testing.run(model, inputs)
-        session._encoder._masks = lambda block: False
+        session._stacks[0]._masks = lambda block: False
         grouped = testing.run(model, inputs)
-        lengths = [len(kept) + session._encoder.prefix for kept in session.trace[-1].kept]
+        lengths = [len(kept) + session._stacks[0].prefix for kept in session.trace[-1].kept]
     for key, value in masked.items():
         for sample, length in enumerate(lengths):  # behind a sample's survivors comes padding
             a, b = value[sample], grouped[key][sample]
@@ -174,7 +174,7 @@ def test_what_is_scored_is_what_attention_received(name, placement, monkeypatch)
     with saint.pruned(model, plan, observers=[Ear()]) as session:
         monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
         testing.run(model, inputs)
-        prefix = session._encoder.prefix
+        prefix = session._stacks[0].prefix
     assert len(shown) == 4
     calls = len(received) // 4
     for layer, keys in enumerate(shown):

@@ -45,7 +45,7 @@ def test_keys_of_an_encoder_are_means_in_float32(name, dtype, monkeypatch):
 
     ear = Ear()
     with saint.pruned(model, Plan(), observers=[ear]) as session, torch.no_grad():
-        blocks, prefix = session._encoder.blocks, session._encoder.prefix
+        blocks, prefix = session._stacks[0].blocks, session._stacks[0].prefix
         monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
         torch.backends.mha.set_fastpath_enabled(False)
         try:
@@ -127,7 +127,7 @@ def test_keys_of_a_tower_are_means_in_float32(name, dtype):
     stage = Stage(saint.SaintFullGraph(keep=1.0), layers=[0, 1])
     with saint.pruned(model, Plan(vision=stage), observers=[ear]) as session, torch.no_grad():
         model(**inputs)
-        assert not any(block is not None and block.recomputes for block in session._encoder.blocks)
+        assert not any(block is not None and block.recomputes for block in session._stacks[0].blocks)
     for layer in (0, 1):
         keys = ear.seen["vision", layer].keys
         assert keys.dtype == torch.float32

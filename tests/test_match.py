@@ -291,7 +291,7 @@ def test_a_dropped_token_is_carried_by_what_stands_for_it(method, placement):
         for plan in (plain, carried):
             with saint.apply(model, plan, observers=[Look()]) as session:
                 testing.run(model, inputs)
-                states = list(session._encoder.forward.drops.values())
+                states = list(session._stacks[0].forward.drops.values())
     hook.remove()
     similar, found = blocks
     prefix = found.shape[1] - states[0][0].tokens.slots
@@ -357,8 +357,8 @@ def test_gradients_of_carried_tokens_in_checkpointed_blocks():
 
 def mean(rows, before, after, b, now):
     """Of the slots that became ``now``, weighted by what they stand for."""
-    was = torch.arange(before.tokens.width) if before.merged is None else before.merged[b]
-    return torch.stack([rows[int(was[i])] for i in (after.merged[b] == now).nonzero().flatten()]).mean(0)
+    was = torch.arange(before.tokens.width) if before.merged_into is None else before.merged_into[b]
+    return torch.stack([rows[int(was[i])] for i in (after.merged_into[b] == now).nonzero().flatten()]).mean(0)
 
 
 @pytest.mark.parametrize(

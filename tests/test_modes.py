@@ -166,7 +166,7 @@ def test_average_pooling_over_survivors_and_by_coverage():
     with saint.pruned(model, Stage(loose(), output="similar")) as session:
         full = model.forward_features(images)
         pooled = model.forward_head(full, pre_logits=True)
-        owner = session._encoder.outputs.full.stand_ins(session._encoder.forward, 4)
+        owner = session._stacks[0].outputs.full.stand_ins(session._stacks[0].forward, 4)
     for sample, kept in enumerate(session.plan.slots and owner):
         weight = torch.bincount(kept).float()
         assert weight.sum() == 36

@@ -30,7 +30,7 @@ def test_every_encoder_tells_its_layers_and_its_attention(name):
     ear = Ear()
     with saint.pruned(model, saint.Plan(), observers=[ear]) as session:
         got = testing.run(model, inputs)
-        depth, prefix = session._encoder.depth, session._encoder.prefix
+        depth, prefix = session._stacks[0].depth, session._stacks[0].prefix
     assert saint.status(model) is None
     for key, value in want.items():
         assert torch.allclose(value, got[key], atol=1e-5), key
@@ -104,7 +104,7 @@ def test_every_family_tells_its_layers(name):
         ear = Ear()
         with saint.pruned(model, saint.Plan(), observers=[ear]) as session:
             got = model(**inputs).logits
-            depth = session._vlm.door.depth
+            depth = session._stacks[-1].depth
     assert torch.allclose(want, got, atol=1e-5)
     language = [key for key in ear.layers if key[0] == "language"]
     assert language == [("language", i) for i in range(depth)]

@@ -38,7 +38,7 @@ def check_alone(model, plan, inputs) -> None:
     """Every output and every choice of each sample equals that of the sample alone; something is dropped."""
     with saint.pruned(model, plan) as session:
         together, trace = testing.run(model, inputs), session.trace
-        prefix = session._encoder.prefix
+        prefix = session._stacks[0].prefix
         assert any(bool((entry.tokens_out < entry.tokens_in).any()) for entry in trace)
         for sample in range(len(trace[0].kept)):
             single = testing.run(model, alone(inputs, sample))

@@ -473,6 +473,6 @@ def test_who_derives_from_observer_pays_only_for_what_he_defines():
     model, plan, inputs = prepared("timm/vit-augreg")
     with saint.pruned(model, plan, observers=[Ear()]) as session:
         testing.run(model, inputs)
-        assert not session._encoder.observers.candidates
-        assert not session._encoder.observers.layer_time
+        assert not session._stacks[0].observers.candidates
+        assert not session._stacks[0].observers.layer_time
     assert heard == [entry.layer for entry in session.trace] or heard

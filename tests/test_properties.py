@@ -84,7 +84,7 @@ def test_selections_keep_what_they_say(made, data):
     assert all(set(row) <= set(own) for row, own in zip(rows_of(chosen), here, strict=True))
     after = current.select(chosen)
     assert (after.lengths, after.total, after.width) == (chosen.lengths, current.total, current.width)
-    assert after.whole == (chosen.lengths == current.total)
+    assert after.nothing_dropped == (chosen.lengths == current.total)
     assert after.slots == max(chosen.lengths)
     for kept, row, index in zip(after.kept(), rows_of(chosen), current.index, strict=True):
         assert kept.tolist() == [int(index[slot]) for slot in row]
@@ -128,7 +128,7 @@ def test_gathers_are_the_rows_one_by_one(made, prefix, seed):
     batch, slots, width = after.index.shape[0], current.slots, current.width
     x = noise(batch, prefix + slots, 3, seed=seed)
     short = gathers.gather_tokens(x, chosen.slots, prefix)
-    entries = gathers.gather_entries(x[:, None, prefix:].expand(-1, 2, -1, -1), chosen.slots)
+    entries = gathers.gather_along(x[:, None, prefix:].expand(-1, 2, -1, -1), chosen.slots, 2)
     assert short.shape == (batch, prefix + max(chosen.lengths), 3)
     table, per_head = noise(width, 4, seed=seed), noise(2, width, 4, seed=seed)
     shared, headed = gathers.gather_table(table, after), gathers.gather_table(per_head, after)

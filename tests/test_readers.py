@@ -14,7 +14,7 @@ from torch import nn
 import saint
 from saint import Stage, testing
 from saint.errors import UnsupportedModelError
-from saint.testing.zoo import enliven
+from saint.testing.examples import enliven
 from saint.upstream.registry import ENCODERS
 from saint.vision.locate import find
 

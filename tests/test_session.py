@@ -300,7 +300,7 @@ def test_patches_that_cannot_be_put_on_again_leave_a_clean_model(vit, monkeypatc
     before = snapshot(vit)
     session = saint.apply(vit, HALF)
     with pytest.raises(ZeroDivisionError), session.disabled():
-        monkeypatch.setattr(session._encoder.outputs, "_dense_call", lambda _: 1 / 0)
+        monkeypatch.setattr(session._stacks[0].outputs, "_dense_call", lambda _: 1 / 0)
     assert snapshot(vit) == before
     assert saint.status(vit) is None
 
@@ -542,7 +542,7 @@ def test_summary_of_every_placement(name, stages):
     with saint.apply(model, Plan(vision=plan)) as session, torch.no_grad():
         model(**inputs)
         summary = session.summary()
-        prefix = session._encoder.prefix
+        prefix = session._stacks[0].prefix
     assert summary.layers == {"vision": tuple(map(float, entering))}
     assert [(d.placement, d.tokens_in.mean, d.tokens_out.mean) for d in summary.drops] == drops
     assert [(d.tokens_in.least, d.tokens_out.most) for d in summary.drops] == [(n, k) for _, n, k in drops]

@@ -20,7 +20,7 @@ def test_selection_keeps_order_and_pads():
     assert [k.tolist() for k in after.kept()] == [[0, 2, 3, 5, 6, 7, 8, 9], [1, 2, 4, 6, 7, 8]]
     assert after.lengths == (8, 6)
     assert after.valid.sum(1).tolist() == [8, 6]
-    assert not after.whole
+    assert not after.nothing_dropped
 
 
 def test_a_second_selection_counts_slots_not_indices():

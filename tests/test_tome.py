@@ -119,7 +119,7 @@ def test_sizes_and_budgets(name):
     with saint.pruned(model, plan) as session:
         testing.run(model, inputs)
         trace = session.trace
-        sizes = {layer: state.sizes for layer, state in session._encoder.forward.states.items()}
+        sizes = {layer: state.sizes for layer, state in session._stacks[0].forward.states.items()}
     total = trace[0].tokens_in.tolist()
     assert trace[-1].tokens_out.tolist() == [int(0.4 * n + 0.5) for n in total]
     for layer in (1, 2, 3, 4):
@@ -352,6 +352,6 @@ def test_attention_without_a_mask_needs_beta_zero():
     ).remove()  # "mid" would run a block, here without flash
     encoder.config._attn_implementation_internal = "sdpa"
     with saint.pruned(model, ToMe(r=5)) as session:
-        session._encoder._masks = lambda block: False  # attention switched behind our back
+        session._stacks[0]._masks = lambda block: False  # attention switched behind our back
         with pytest.raises(saint.UnsupportedModelError, match="beta=1"):
             testing.run(model, inputs)

@@ -25,7 +25,7 @@ import saint
 from saint import testing
 from saint.language.attention import check_attention
 from saint.language.cache import RaggedLayer
-from saint.language.decoder import _ARGUMENTS
+from saint.language.call import REQUIRED
 from saint.methods import FastV
 from saint.runtime.blocks import Block, units
 from saint.upstream import names, registry, versions
@@ -109,7 +109,7 @@ def test_names_of_families(name):
     verify_family(vlm, row)
     decoder = vlm.get_submodule(row.decoder)
     for layer in TEXT_LAYERS.get(decoder):
-        assert Parameters(type(layer).forward).missing(*_ARGUMENTS) == []
+        assert Parameters(type(layer).forward).missing(*REQUIRED) == []
         check_attention(layer, "layer", flash=False)
     assert names.IMPLEMENTATION.of(decoder.config) is not None
     assert names.IMAGE_TOKEN.of(vlm.config) is not None
@@ -284,7 +284,7 @@ def test_what_an_encoder_lacks_is_named():
         ("llava-llama", {"pixels": (Role("pictures", "images"),)}, "argument pictures or images"),
         ("qwen3-vl", {"deepstack_mergers": lambda m: {"visual.deep_mergers.0": 1}}, r"visual\.deep_mergers\.0"),
         ("qwen3-vl", {"deepstack_mergers": lambda m: m.visual.deep_indexes}, "mergers: .*deep_indexes"),
-        ("qwen3-vl", {"between": lambda m: m.config.deep}, "layers it adds to: .*deep"),
+        ("qwen3-vl", {"deepstack_layers": lambda m: m.config.deep}, "layers it adds to: .*deep"),
         ("gemma3", {"merge_size": lambda m: m.multi_modal_projector.side}, "size of merged squares: .*side"),
         ("llava-llama", {"feature_layer": lambda m, depth: m.config.layer}, "layer of its features: .*layer"),
     ],

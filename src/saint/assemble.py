@@ -29,19 +29,17 @@ if TYPE_CHECKING:  # imports transformers
     from .vlm.model import PrunedVLM
 
 
-def assemble(
-    model: nn.Module, plan: Plan, observers: Observers
-) -> "tuple[PrunedVLM | PrunedText | None, PrunedEncoder | None]":
-    """Return what a session installs; (None, None) where nothing is to be done.
+def assemble(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM | PrunedText | PrunedEncoder | None":
+    """Make what a session installs; None where nothing is to be done.
 
     Raises:
         UnsupportedModelError, ParityError, ValueError: see :func:`saint.apply`.
     """
     if not plan.slots and not observers:
-        return None, None
+        return None
     text = find_text(model)
     if text is not None:
-        return _text(model, *text, plan, observers), None
+        return _text(model, *text, plan, observers)
     if not plan.connector and not plan.language and find_vlm(model) is None:
         refuse_unknown(model)
         path, encoder, spec = locate(model)
@@ -50,7 +48,7 @@ def assemble(
         if stages:
             ragged = any(counts_by_votes(stage.method) or stage.guard for stage in stages)
             check_readers(model, path, spec, reader, stages[0].output, ragged)
-        return None, _encoder(plan, path, encoder, spec, observers, reader=reader)
+        return _encoder(plan, path, encoder, spec, observers, reader=reader)
     return _vlm(model, plan, observers)
 
 
@@ -99,13 +97,13 @@ def _encoder(
     observers: Observers,
     merge_size: int | None = None,
     restored: frozenset[int] = frozenset(),
-    read: int | None = None,
+    used_layers: int | None = None,
     reader: Reader | None = None,
 ) -> PrunedEncoder:
-    """The vision stage of an encoder that was verified; only the first ``read`` layers are of use to whoever reads it."""
+    """The vision stage of an encoder that was verified; only the first ``used_layers`` layers are of use to whoever reads it."""
     warn_if_untested("torch", spec.library)
     stages, depth = plan.vision, _depth(encoder, spec)
-    layers = plan.resolve_layers("vision", depth, read, spec.candidates(encoder))
+    layers = plan.resolve_layers("vision", depth, used_layers, spec.candidates(encoder))
     return PrunedEncoder(
         path,
         encoder,
@@ -120,7 +118,7 @@ def _encoder(
     )
 
 
-def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "tuple[PrunedVLM, PrunedEncoder | None]":
+def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM":
     from .language.doorway import Handover
     from .vlm.model import PrunedVLM, read_maps
 
@@ -145,10 +143,10 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "tuple[PrunedVLM
         observers,
         handover,
         connector,
-        between=spec.between(vlm),
-        shortens=bool(plan.vision or plan.connector),
+        deepstack_layers=spec.deepstack_layers(vlm),
+        starts_short=bool(plan.vision or plan.connector),
     )
-    return PrunedVLM(path, vlm, spec, door, encoder, mergers, handover, model), encoder
+    return PrunedVLM(path, vlm, spec, door, encoder, mergers, handover, model)
 
 
 def _text(root: nn.Module, path: str, text: nn.Module, plan: Plan, observers: Observers) -> "PrunedText":
@@ -176,8 +174,8 @@ def _door(
     handover: "Handover",
     points: Sequence[DropPoint] = (),
     *,
-    between: int = 0,
-    shortens: bool = False,
+    deepstack_layers: int = 0,
+    starts_short: bool = False,
 ) -> "Doorway":
     """The door of a language model: ``points`` of the connector in front of it, the language stage behind it."""
     from .language.cache import SessionToken
@@ -197,11 +195,18 @@ def _door(
             own,
             observers=observers,
             token=token,
-            between=between,
+            deepstack_layers=deepstack_layers,
             evict=bool(language) and language[0].evict,
         )
     return Doorway(
-        path, text, points, observers=observers, handover=handover, decoder=decoder, token=token, shortens=shortens
+        path,
+        text,
+        points,
+        observers=observers,
+        handover=handover,
+        decoder=decoder,
+        token=token,
+        starts_short=starts_short,
     )
 
 

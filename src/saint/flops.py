@@ -173,7 +173,7 @@ def count_flops(run: Callable[[], T]) -> tuple[T, Flops]:
 
 
 def left_out(*uncounted: Sequence[str]) -> str:
-    """Return what must stand behind a printed number that rests on FLOPs: the operators it leaves out.
+    """Say what must stand behind a printed number that rests on FLOPs: the operators it leaves out.
 
     Args:
         uncounted: :attr:`Flops.uncounted` of all counts that the number is made of.

@@ -4,6 +4,8 @@ Letters: B batch, N candidate slots, P protected prefix tokens, K survivors of t
 see :mod:`saint.tokens`.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ def gather_tokens(x: Tensor, slots: Tensor, prefix: int) -> Tensor:
 
 
 def merged_sizes(sizes: Tensor, selection: Selection) -> Tensor:
-    """Return what each survivor stands for behind a merge: float [B, N] -> [B, K]."""
+    """Count what each survivor stands for behind a merge: float [B, N] -> [B, K]."""
     assert selection.owner is not None
     return sizes.new_zeros(selection.slots.shape).scatter_add(1, selection.owner, sizes)
 
@@ -66,9 +68,24 @@ def merge_tokens(x: Tensor, sizes: Tensor, selection: Selection, prefix: int) ->
     return torch.cat([x[:, :prefix], merged], 1), total
 
 
-def gather_entries(x: Tensor, slots: Tensor) -> Tensor:
-    """Keep entries of cached keys or values: x [B, H, N, D], slots int64 [B, K] -> [B, H, K, D]."""
-    return x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+def gather_along(x: Tensor, index: Tensor, axis: int, samples: int = 0) -> Tensor:
+    """Keep places along one axis of a tensor of any shape.
+
+    Args:
+        x: its axis ``samples`` is B or 1.
+        index: int64 [B, K].
+        axis: runs along the places, behind ``samples``; neither counts from the end.
+        samples: runs along the samples.
+
+    Returns:
+        ``x`` with B samples, and K places along ``axis``.
+    """
+    shape, wide = [1] * x.ndim, list(x.shape)
+    shape[samples], shape[axis] = index.shape
+    wide[samples] = index.shape[0]
+    x = x.expand(wide)
+    wide[axis] = index.shape[1]
+    return x.gather(axis, index.view(shape).expand(wide))
 
 
 def gather_table(table: Tensor, tokens: TokenMap) -> Tensor:
@@ -82,8 +99,7 @@ def gather_table(table: Tensor, tokens: TokenMap) -> Tensor:
         [B, 1, K, D] or [B, H, K, D]; for one sample the batch axis is left out.
     """
     if table.ndim == 4:
-        rows = tokens.index[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3])
-        return table.expand(tokens.index.shape[0], -1, -1, -1).gather(2, rows)
+        return gather_along(table, tokens.index, 2)
     if not torch.compiler.is_exporting() and tokens.index.shape[0] == 1:
         return table.index_select(-2, tokens.index[0])
     if table.ndim == 2:
@@ -103,16 +119,12 @@ def gather_mask(mask: Tensor, tokens: TokenMap, prefix: int) -> Tensor:
     batch = tokens.index.shape[0]
     rows = torch.arange(prefix, device=mask.device).expand(batch, prefix)
     rows = torch.cat([rows, tokens.index + prefix], 1)  # [B, P + K]
-    mask = mask.expand(batch, *mask.shape[1:])
-    columns = rows[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
-    mask = mask.gather(-1, columns)
-    if mask.shape[2] == prefix + tokens.width:
-        mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
-    return mask
+    mask = gather_along(mask, rows, 3)
+    return gather_along(mask, rows, 2) if mask.shape[2] == prefix + tokens.width else mask
 
 
 def visible(tokens: TokenMap, prefix: int) -> Tensor | None:
-    """Return which keys may be attended to: bool [B, P + K] (True = real), or None when nothing is padded."""
+    """Mark the keys that may be attended to: bool [B, P + K] (True = real), or None when nothing is padded."""
     if tokens.valid is None:
         return None
     return torch.nn.functional.pad(tokens.valid, (prefix, 0), value=True) if prefix else tokens.valid
@@ -130,9 +142,8 @@ def fill_padding(x: Tensor, tokens: TokenMap, prefix: int, *, with_prefix: bool 
     if tokens.valid is None:
         return x
     head, body = x[:, :prefix], x[:, prefix:]
-    total = torch.bmm(
-        tokens.valid.unsqueeze(1).to(x.dtype), body
-    )  # [B, 1, C]; padding rows are finite, being copies of real ones
+    # padding rows are finite, being copies of real ones
+    total = torch.bmm(tokens.valid.unsqueeze(1).to(x.dtype), body)  # [B, 1, C]
     more = prefix if with_prefix else 0
     total = total + head.sum(1, keepdim=True) if more else total
     count = torch.tensor([max(1, n + more) for n in tokens.lengths], device=x.device).view(-1, 1, 1)
@@ -180,7 +191,7 @@ def shorter(ends: Tensor, tokens: TokenMap) -> Tensor:
 
 
 def dropped(tokens: TokenMap) -> Tensor:
-    """Return which original tokens are gone, bool [B, N]."""
+    """Mark the original tokens that are gone, bool [B, N]."""
     index = tokens.index if tokens.valid is None else tokens.index.masked_fill(~tokens.valid, tokens.width)
     gone = torch.ones(index.shape[0], tokens.width + 1, dtype=torch.bool, device=index.device)
     return gone.scatter_(1, index, False)[:, :-1]
@@ -227,3 +238,41 @@ def similar_survivor(points: Tensor, selection: Selection) -> Tensor:
     own = torch.full((batch, count), -1, device=points.device, dtype=new.dtype)
     own = own.scatter(1, selection.slots, torch.where(selection.valid, new, -1))
     return torch.where(own >= 0, own, nearest)
+
+
+def by_length(tokens: TokenMap, x: Tensor, run: Callable[[Tensor, TokenMap], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Run samples of equal length together, without their padding, and put the results back in order.
+
+    Args:
+        tokens: the survivors, K of the longest sample.
+        x: [B, P + K, C].
+        run: takes some samples, [b, P + k, C], and their survivors.
+
+    Returns:
+        The results of ``run`` for all samples; those that keep the token axis are padded with zeros again.
+    """
+    if tokens.valid is None:  # all are equally long, however many: an exported graph has one length for all
+        return run(x, tokens)
+    groups: dict[int, list[int]] = {}
+    for sample, length in enumerate(tokens.lengths):
+        groups.setdefault(length, []).append(sample)
+    head = x.shape[1] - tokens.slots
+    order: list[int] = []
+    parts: list[tuple[Tensor, ...]] = []
+    for length, samples in groups.items():
+        pick = torch.tensor(samples, device=x.device)
+        total = tuple(tokens.total[i] for i in samples)
+        # survivors come first in a row, so cutting the row cuts the padding
+        short = TokenMap(tokens.index[pick, :length], (length,) * len(samples), total, tokens.width)
+        missing = tokens.slots - length
+        parts.append(
+            tuple(
+                torch.nn.functional.pad(y, (0, 0, 0, missing))
+                if y.ndim == 3 and y.shape[1] in (length, head + length)
+                else y
+                for y in run(x[pick, : head + length], short)
+            )
+        )
+        order += samples
+    back = torch.argsort(torch.tensor(order, device=x.device))
+    return tuple(torch.cat(part)[back] for part in zip(*parts, strict=True))

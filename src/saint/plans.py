@@ -92,10 +92,10 @@ class Stage:
             raise ValueError(f"evict must be True or False, got {self.evict!r}")
         check_number("guard", self.guard, 0, 1, "the share that a page of text keeps at least")
 
-    def resolve_layers(self, stage: str, depth: int, read: int | None = None) -> list[int]:
+    def resolve_layers(self, slot: str, depth: int, used_layers: int | None = None) -> list[int]:
         """The drop points in a model of ``depth`` layers, ascending; of ``placement="input"`` the layer it is in front of.
 
-        Where the method itself says which, those of the first ``read`` layers: behind them nothing is used.
+        Where the method itself says which, those of the first ``used_layers`` layers: behind them nothing is used.
 
         Raises:
             ValueError: a layer beyond the depth.
@@ -105,14 +105,12 @@ class Stage:
         if self.layers == "first_half":
             return list(range(depth // 2 or 1))
         if self.layers is None:
-            usual = self.method.layers(stage, depth)
-            chosen = [layer for layer in usual if read is None or layer < read] or usual[:1]
+            usual = self.method.layers(slot, depth)
+            chosen = [layer for layer in usual if used_layers is None or layer < used_layers] or usual[:1]
         else:
             chosen = [int(i) for i in self.layers]
         if chosen[-1] >= depth:
-            raise ValueError(
-                f"layer {chosen[-1]} is out of range: this model's {stage} stage has layers 0..{depth - 1}"
-            )
+            raise ValueError(f"layer {chosen[-1]} is out of range: this model's {slot} stage has layers 0..{depth - 1}")
         return chosen
 
     def to_dict(self) -> dict[str, Any]:
@@ -275,14 +273,14 @@ class Plan:
         return {name: stages for name in STAGES if (stages := getattr(self, name))}
 
     def resolve_layers(
-        self, slot: str, depth: int, read: int | None = None, total: int | None = None
+        self, slot: str, depth: int, used_layers: int | None = None, total: int | None = None
     ) -> list[list[int]]:
         """The drop points of each stage of ``slot`` in a model of ``depth`` layers; see :meth:`Stage.resolve_layers`.
 
         Args:
             slot: "vision" or "language".
             depth: layers of the module.
-            read: of them, those whose output is used.
+            used_layers: of them, those whose output is used.
             total: candidates of every sample, where the model fixes their number.
 
         Raises:
@@ -290,7 +288,7 @@ class Plan:
                 be had of the tokens that reach its stage: of their number, where it is known, or of any.
         """
         stages = self.slots.get(slot, ())
-        layers = [stage.resolve_layers(slot, depth, read) for stage in stages]
+        layers = [stage.resolve_layers(slot, depth, used_layers) for stage in stages]
         _check_order(slot, list(zip(stages, layers, strict=True)))
         for stage, chosen in zip(stages, layers, strict=True):
             first = slot == next(iter(self.slots)) and stage is stages[0]

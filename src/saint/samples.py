@@ -20,7 +20,7 @@ class Sample:
 
 
 def read_samples(images: Any) -> list[Sample]:
-    """Return what :func:`saint.tune` takes as images, one by one.
+    """Read what :func:`saint.tune` takes as images, one by one.
 
     Raises:
         TypeError: something else.

@@ -7,7 +7,7 @@ the user's modules. Two models in one process are independent.
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,21 +19,17 @@ from .assemble import assemble
 from .errors import AlreadyAppliedError, UnsupportedModelError
 from .methods.base import Method
 from .patch import Before, Uncopyable
-from .plans import Plan, Stage
+from .plans import STAGES, Plan, Stage
+from .runtime.deciding import Decider
 from .runtime.observe import Observers
 from .runtime.state import Forward
 from .summary import Costs, Drops, StageStatus, Status, Summary, describe, flops_left, tokens_per_layer
 from .tokens import LayerTrace
 from .vision.encoder import PrunedEncoder
 from .vision.inputs import EncoderForward
-from .vision.outputs import FullLength
 
-if TYPE_CHECKING:  # these import transformers
+if TYPE_CHECKING:  # imports transformers
     from .language.cache import KVMemory
-    from .language.doorway import DoorForward
-    from .language.prompt import PrunedText
-    from .runtime.forwards import Forwards
-    from .vlm.model import PrunedVLM
 
 
 class HoldsModel(Protocol):
@@ -51,17 +47,33 @@ _SLOT = "_saint_session"
 _UNTOUCHED: "weakref.WeakKeyDictionary[nn.Module, Session]" = weakref.WeakKeyDictionary()
 
 
+class Glue(Protocol):
+    """What a session installs: an encoder, or the model around a language model.
+
+    Attributes:
+        patched: holds all that is patched.
+        marked: modules by which the session is found, besides the user's model.
+        stacks: where tokens may leave, in the order in which they pass.
+    """
+
+    @property
+    def patched(self) -> nn.Module: ...
+
+    @property
+    def marked(self) -> tuple[nn.Module, ...]: ...
+
+    @property
+    def stacks(self) -> Sequence[Decider[Any]]: ...
+
+    def install(self, stack: ExitStack) -> None: ...
+
+
 @dataclass(frozen=True)
 class _Over:
     """What a removed session still tells: of its last forward which tokens stayed. Holds no module and no activations."""
 
-    status: Status
-    vision: EncoderForward | None
-    door: "DoorForward | None"
-    language: Forward | None
-    depths: dict[str, int]
+    forwards: dict[str, Forward]  # by slot
     costs: Costs | None
-    full: FullLength | None
 
 
 class Session(Uncopyable):
@@ -78,14 +90,17 @@ class Session(Uncopyable):
         ...     text = str(session.summary())
     """
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, model: nn.Module, plan: Plan, glue: Glue | None) -> None:
+        self.plan, self._glue = plan, glue
+        self._stacks = () if glue is None else glue.stacks
         self._model = type(model).__name__
         self._marks, self._patches = ExitStack(), ExitStack()
         self._disabled = 0  # blocks of disabled() that are open
         self._over: _Over | None = None  # once removed
-        self._encoder: PrunedEncoder | None = None
-        self._vlm: PrunedVLM | PrunedText | None = None
+        self._status = Status(plan, {slot: self._stages(slot, stages) for slot, stages in plan.slots.items()})
+        # layers by slot: those in front of which the connector stage lies are of the language model
+        self._depths = {"language" if s.slot == "connector" else s.slot: s.depth for s in self._stacks}
+        self._full = next((s.outputs.full for s in self._stacks if isinstance(s, PrunedEncoder)), None)
 
     def __enter__(self) -> "Session":
         if self._over is not None:
@@ -108,75 +123,46 @@ class Session(Uncopyable):
         count per image (or tile, or frame of a video), and count groups of patches where the model joins patches before its
         language model receives them; those of the connector and language stages per sample, over all its visual tokens.
         """
-        told = [self._vision, self._door, self._language]
-        return [entry for forward in told if forward is not None for entry in forward.trace()]
+        return [entry for slot in STAGES if (told := self._forward(slot)) is not None for entry in told.trace()]
 
     @property
     def kv_memory(self) -> "KVMemory | None":
         """Bytes of keys and values that the last prompt with images left in the cache, and what the unpruned model would
         hold; None for a plain encoder, before the first such prompt, and with ``use_cache=False``. Stays like the trace.
         """
-        return None if self._door is None else self._door.memory
+        return getattr(self._forward("connector"), "memory", None)
 
-    @property
-    def _vision(self) -> EncoderForward | None:
-        """The last forward of the encoder."""
+    def _forward(self, slot: str) -> Forward | None:
+        """The last forward of the encoder, in front of the language model ("connector") or of the language stage."""
         if self._over is not None:
-            return self._over.vision
-        return None if self._encoder is None else self._encoder.forward
-
-    @property
-    def _door(self) -> "DoorForward | None":
-        """The last forward of the language model, in front of it."""
-        if self._over is not None:
-            return self._over.door
-        return None if self._vlm is None else self._vlm.door.forward
-
-    @property
-    def _language(self) -> Forward | None:
-        """The last forward of the language stage."""
-        if self._over is not None:
-            return self._over.language
-        return None if self._vlm is None or self._vlm.door.decoder is None else self._vlm.door.decoder.forward
-
-    @property
-    def _depths(self) -> dict[str, int]:
-        """Layers by stage."""
-        if self._over is not None:
-            return self._over.depths
-        depths = {} if self._encoder is None else {"vision": self._encoder.depth}
-        return depths if self._vlm is None else {**depths, "language": self._vlm.door.depth}
+            return self._over.forwards.get(slot)
+        return next((stack.forward for stack in self._stacks if stack.slot == slot), None)
 
     @property
     def _costs(self) -> Costs | None:
         """Of the blocks of the encoder, where they are known."""
         if self._over is not None:
             return self._over.costs
-        return None if self._encoder is None else Costs.of(self._encoder)
+        return next((Costs.of(stack) for stack in self._stacks if isinstance(stack, PrunedEncoder)), None)
 
     @property
     def status(self) -> Status:
-        """Return what is applied, per stage; of a session that has been removed, what was."""
-        if self._over is not None:
-            return self._over.status
-        stages: dict[str, tuple[StageStatus, ...]] = {}
-        for slot, planned in self.plan.slots.items():
-            stages[slot] = tuple(self._stage(slot, group, stage) for group, stage in enumerate(planned))
-        return Status(self.plan, stages)
+        """What is applied, per stage; of a session that has been removed, what was."""
+        return self._status
 
-    def _stage(self, slot: str, group: int, stage: Stage) -> StageStatus:
-        stack: Any = self._encoder
-        if slot != "vision":
-            assert self._vlm is not None
-            stack = self._vlm.door if slot == "connector" else self._vlm.door.decoder
-        points = [p for p in (*stack.entries, *stack.points.values()) if (p.stage, p.group) == (slot, group)]
+    def _stages(self, slot: str, stages: tuple[Stage, ...]) -> tuple[StageStatus, ...]:
+        stack = next(stack for stack in self._stacks if stack.slot == slot)
         if slot == "connector":  # in front of the language model, and has always said "post"
-            return StageStatus(stage.method, [], "post", stack.path)
-        layers = [point.layer for point in points if point.method is not None]
-        return StageStatus(stage.method, layers, points[0].placement, stack.path)
+            return tuple(StageStatus(stage.method, [], "post", stack.path) for stage in stages)
+        points = [p for p in (*stack.entries, *stack.points.values()) if p.method is not None]
+        own = [[p for p in points if p.group == group] for group in range(len(stages))]
+        return tuple(
+            StageStatus(stage.method, [p.layer for p in mine], mine[0].placement, stack.path)
+            for stage, mine in zip(stages, own, strict=True)
+        )
 
     def summary(self) -> Summary:
-        """Return what the last forward dropped, and what that left of its tokens, FLOPs and cache.
+        """Sum up what the last forward dropped, and what that left of its tokens, FLOPs and cache.
 
         Raises:
             RuntimeError: no forward with candidates has run.
@@ -215,10 +201,8 @@ class Session(Uncopyable):
             RuntimeError: no forward has run; or the session has been removed, and ``output="carried"`` needs rows of the forward.
             ValueError: ``features`` is not a map of that layer.
         """
-        forward = self._vision
-        full = None if self._encoder is None else self._encoder.outputs.full
-        full = full if self._over is None else self._over.full
-        if full is None or forward is None or not forward.states:
+        forward, full = self._forward("vision"), self._full
+        if full is None or not isinstance(forward, EncoderForward) or not forward.states:
             raise RuntimeError("expand() needs the tokens of a forward: run the model first")
         depth, prefix = self._depths["vision"], full.prefix
         layer = depth if layer is None else layer
@@ -250,8 +234,8 @@ class Session(Uncopyable):
             raise RuntimeError("this session has been removed, so the model runs unpruned already")
         if not self._disabled:
             with ExitStack() as held:
-                for forwards in self._forwards():
-                    held.enter_context(forwards.held())
+                for stack in self._stacks:
+                    held.enter_context(stack.forwards.held())
                 self._patches.close()
         self._disabled += 1
         try:
@@ -267,59 +251,34 @@ class Session(Uncopyable):
 
     def remove(self) -> None:
         """Undo everything; what the last forward dropped can still be read. A second call does nothing."""
-        if self._over is None:
-            self._over = self._told()
+        if self._over is None:  # read before the patches go, which forget their forwards
+            self._over = _Over({stack.slot: stack.forward.told() for stack in self._stacks}, self._costs)
         self._patches.close()
         self._marks.close()
-        for forwards in self._forwards():
-            forwards.forget()  # those of a session that was disabled
+        for stack in self._stacks:
+            stack.reset()  # those of a session that was disabled
         for module in [m for m, session in _UNTOUCHED.items() if session is self]:
             del _UNTOUCHED[module]
-        self._encoder = self._vlm = None
-
-    def _told(self) -> _Over:
-        """Return what stays; read before the patches go, which forget their forwards."""
-        vision, door, language = self._vision, self._door, self._language
-        return _Over(
-            status=self.status,
-            vision=None if vision is None else vision.told(),
-            door=None if door is None else door.told(),
-            language=None if language is None else language.told(),
-            depths=self._depths,
-            costs=self._costs,
-            full=None if self._encoder is None else self._encoder.outputs.full,
-        )
-
-    def _forwards(self) -> "list[Forwards[Any]]":
-        encoder = [] if self._encoder is None else [self._encoder.forwards]
-        return encoder if self._vlm is None else [*encoder, *self._vlm.door.all_forwards]
+        self._glue, self._stacks = None, ()
 
     def _install(self, model: nn.Module) -> None:
         before = Before(model)
         with ExitStack() as stack:  # undone again if anything below fails
-            if self._vlm is not None:
-                self._mark(stack, self._vlm.model)
-            if self._encoder is not None:
-                self._mark(stack, self._encoder.module)
-            if self._vlm is None and self._encoder is None:
+            if self._glue is None:
                 _UNTOUCHED[model] = self
             else:
-                self._mark(stack, model)
+                for module in (*self._glue.marked, model):
+                    self._mark(stack, module)
                 before.hide(stack)
             self._put_on()
             self._marks = stack.pop_all()
 
     def _put_on(self) -> None:
-        if self._vlm is not None:
-            self._patch(self._vlm.root, self._vlm.install)
-            self._vlm.door.token.reopen()  # the caches of before are its own again
-        elif self._encoder is not None:
-            self._patch(self._encoder.patched, self._encoder.install)
-
-    def _patch(self, module: nn.Module, install: Callable[[ExitStack], None]) -> None:
-        before = Before(module)
+        if self._glue is None:
+            return
+        before = Before(self._glue.patched)
         with ExitStack() as stack:
-            install(stack)
+            self._glue.install(stack)
             before.hide(stack)
             self._patches = stack.pop_all()
 
@@ -391,8 +350,7 @@ def apply(model: ModelLike, plan: PlanLike, *, observers: Sequence[Any] = ()) ->
         raise AlreadyAppliedError(
             f"a plan is already applied to this {type(carried).__name__}; call saint.remove(model) first"
         )
-    session = Session(model, plan)
-    session._vlm, session._encoder = assemble(model, plan, Observers(observers))
+    session = Session(model, plan, assemble(model, plan, Observers(observers)))
     session._install(model)
     if plan.tuned is not None and (other := _not_tuned_on(model, session, plan.tuned)):
         warnings.warn(f"the plan was tuned on another model ({other}); saint.tune finds one for this", stacklevel=2)
@@ -400,16 +358,13 @@ def apply(model: ModelLike, plan: PlanLike, *, observers: Sequence[Any] = ()) ->
 
 
 def _not_tuned_on(model: nn.Module, session: Session, tuned: Mapping[str, Any]) -> str:
-    """Tell how ``model`` differs from the one that a plan was tuned on; "" where it does not, as far as the record tells."""
+    """How ``model`` differs from the one that a plan was tuned on; "" where it does not, as far as the record tells."""
     if (name := tuned.get("class", type(model).__name__)) != type(model).__name__:
         return f"{name}, and this is a {type(model).__name__}"
-    depths = {} if session._encoder is None else {"vision": session._encoder.depth}
-    if session._vlm is not None:
-        depths["language"] = session._vlm.door.depth
     depth = tuned.get("depth")
-    for stage, layers in depth.items() if isinstance(depth, Mapping) else ():
-        if stage in depths and depths[stage] != layers:
-            return f"{layers} {stage} layers, and this one has {depths[stage]}"
+    for slot, layers in depth.items() if isinstance(depth, Mapping) else ():
+        if (own := session._depths.get(slot, layers)) != layers:
+            return f"{layers} {slot} layers, and this one has {own}"
     return ""
 
 
@@ -428,7 +383,7 @@ def remove(model: ModelLike) -> None:
 
 
 def status(model: ModelLike) -> Status | None:
-    """Return what is applied to ``model`` or inside it; None when clean."""
+    """Say what is applied to ``model`` or inside it; None when clean."""
     session = _session(_module(model))
     return None if session is None else session.status
 

@@ -52,13 +52,13 @@ class TokenMap:
         return self.index.shape[1]
 
     @property
-    def whole(self) -> bool:
-        """Tell whether no token of any sample has been dropped."""
+    def nothing_dropped(self) -> bool:
+        """Whether no token of any sample has been dropped."""
         return self.lengths == self.total
 
     @property
     def here(self) -> Tensor:
-        """Return which of the original places are survivors, bool [B, width]."""
+        """Which of the original places are survivors, bool [B, width]."""
         return Selection(self.index, self.lengths, self.valid).mask(self.width)
 
     def kept(self) -> list[Tensor]:

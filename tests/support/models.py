@@ -10,7 +10,7 @@ from torch import nn
 
 from saint import testing
 from saint.plans import Plan
-from saint.testing.zoo import enliven
+from saint.testing.examples import enliven
 from saint.upstream.registry import ENCODERS
 
 # classes that the oldest supported release lacks

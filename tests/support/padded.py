@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from saint.testing.zoo import enliven
+from saint.testing.examples import enliven
 from support.models import prepared
 
 POOLS = ("avg", "avgmax", "max", "map", "token")

@@ -58,13 +58,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self.index: Tensor | None = None
-        self._shown: Tensor | None = None
 
-    def candidates(self, stage: str, layer: int, candidates: Candidates) -> None:
+    def decided(self, stage: str, layer: int, candidates: Candidates, selection: Selection) -> None:
         if stage == "vision":
-            self._shown = candidates.tokens.index
-
-    def selected(self, stage: str, layer: int, selection: Selection) -> None:
-        if stage == "vision":
-            assert self._shown is not None
-            self.index = torch.gather(self._shown, 1, selection.slots)
+            self.index = torch.gather(candidates.tokens.index, 1, selection.slots)

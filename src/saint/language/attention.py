@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HookNeverFiredError, UnsupportedModelError
-from ..gathers import gather_tokens
+from ..gathers import gather_along, gather_tokens
 from ..tokens import TokenMap
 from ..upstream.names import ATTENTION, CACHE, HIDDEN, IMPLEMENTATION, MASK, POSITIONS, ROTARY, Parameters, Role
 from .masks import lets_through
@@ -140,7 +140,7 @@ _WRAPPED = threading.Lock()
 
 
 def _real(mask: Tensor | None, batch: int, count: int, device: torch.device) -> Tensor:
-    """Return which tokens of the sequence are no padding, bool [B, S]: a real token sees itself."""
+    """Mark the tokens of the sequence that are no padding, bool [B, S]: a real token sees itself."""
     if mask is None:
         return torch.ones(batch, count, dtype=torch.bool, device=device)
     own = mask[..., -count:]  # [B or 1, S] or [B or 1, 1 or H, Q, S]
@@ -154,15 +154,12 @@ def _row(mask: Tensor | None, last: Tensor, dtype: torch.dtype, valid: Tensor | 
     if mask is None:
         if valid is None:
             return None  # nothing is hidden from a last token
-        mask = torch.nn.functional.pad(
-            valid, (total - valid.shape[1], 0), value=True
-        )  # [B, T]; padding stands behind it
+        # padding stands behind what was there
+        mask = torch.nn.functional.pad(valid, (total - valid.shape[1], 0), value=True)  # [B, T]
     if mask.ndim == 2:
         mask = mask.bool()[:, None, None]  # [B, 1, 1, T]
     elif mask.shape[2] > 1:
-        mask = mask.expand(len(last), *mask.shape[1:])
-        query = last[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
-        mask = mask.gather(2, query)  # [B, 1 or H, 1, T]
+        mask = gather_along(mask, last, 2)  # [B, 1 or H, 1, T]
     if mask.is_floating_point():
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)

@@ -23,7 +23,7 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from ..gathers import gather_entries
+from ..gathers import gather_along
 from ..tokens import Selection, TokenMap
 from ..upstream.names import CACHE
 
@@ -45,6 +45,12 @@ class CachePositions:
     bias: Tensor | None = None
     _picked: list[Any] = field(default_factory=list, repr=False, compare=False)
     _shown: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @staticmethod
+    def every(count: int, like: Tensor, valid: Tensor | None = None) -> "CachePositions":
+        """The map of a cache that holds all ``count`` positions of each row of ``like``; ``valid`` marks the caller's padding."""
+        index = torch.arange(count, device=like.device).expand(like.shape[0], count)
+        return CachePositions(index, valid, count)
 
     def columns(self, total: int) -> tuple[Tensor, Tensor | None]:
         """Positions and validity of all entries when ``total`` positions are cached, [B, K + total - end]."""
@@ -83,13 +89,19 @@ class CachePositions:
     def followed_by(self, more: "CachePositions", before: int) -> "CachePositions":
         """The map with the entries of the next sequence, when ``before`` positions are cached."""
         index, valid = self.columns(before)
+        bias, rows = self.biases(before), (index, more.index)
         if valid is not None or more.valid is not None:
-            parts = [
-                torch.ones_like(i, dtype=torch.bool) if v is None else v
-                for i, v in ((index, valid), (more.index, more.valid))
-            ]
-            valid = torch.cat(parts, 1)
-        return CachePositions(torch.cat([index, more.index], 1), valid, more.end)
+            known = zip(rows, (valid, more.valid), strict=True)
+            valid = torch.cat([torch.ones_like(i, dtype=torch.bool) if v is None else v for i, v in known], 1)
+        if bias is not None or more.bias is not None:
+            added = zip(rows, (bias, more.bias), strict=True)
+            bias = torch.cat([torch.zeros_like(i, dtype=torch.float32) if b is None else b for i, b in added], 1)
+        return CachePositions(torch.cat(rows, 1), valid, more.end, bias)
+
+    def biases(self, total: int) -> Tensor | None:
+        """Give what is added to the logits of every entry when ``total`` positions are cached, float32; None: nothing."""
+        more = self.index.shape[1] + total - self.end
+        return None if self.bias is None else pad(self.bias, (0, more - self.bias.shape[1]))
 
     def of_samples(self, samples: Tensor) -> "CachePositions":
         """The map of these samples, in this order; layers that shared a map share the result."""
@@ -125,62 +137,36 @@ class CachePositions:
         return CachePositions(change(self.index), valid, self.end if end is None else end, bias)
 
 
+def extended(past: CachePositions | None, before: int, tokens: TokenMap, bias: Tensor | None = None) -> CachePositions:
+    """Append the survivors of a new sequence to what a layer holds of ``before`` cached positions.
+
+    Args:
+        past: what the layer holds, None when it holds all ``before`` positions.
+        before: L before.
+        tokens: survivors of the new sequence.
+        bias: of the survivors, float32 [B, S]; None: nothing.
+    """
+    new = CachePositions(tokens.index + before, tokens.valid, before + tokens.width, bias)
+    if not before:
+        return new
+    held = CachePositions.every(before, new.index) if past is None else past
+    return held.followed_by(new, before)
+
+
 def entries(
     tokens: TokenMap | None, past: CachePositions | None, before: int, queries: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Position and validity of every entry once a sequence is appended to ``before`` cached positions.
-
-    Args:
-        tokens: survivors of the new sequence, or None when nothing of it is missing.
-        past: what the layer holds, None when it holds all ``before`` positions.
-        before: L before.
-        queries: length of the full new sequence.
+    """Position and validity of every entry once a sequence of ``queries`` tokens is appended, see :func:`extended`.
 
     Returns:
         int64 [B, K + S] and bool [B, K + S] or None; (None, None) when every position is there.
     """
-    if tokens is None:
-        return (None, None) if past is None else past.columns(before + queries)
-    index, valid = tokens.index + before, tokens.valid
-    if before == 0:
-        return index, valid
-    batch = index.shape[0]
-    every = torch.arange(before, device=index.device).expand(batch, before)
-    held, held_valid = (every, None) if past is None else past.columns(before)
-    if valid is not None or held_valid is not None:
-        valid = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
-        held_valid = torch.ones_like(held, dtype=torch.bool) if held_valid is None else held_valid
-        valid = torch.cat([held_valid, valid], 1)
-    return torch.cat([held, index], 1), valid  # [B, K + S]
-
-
-def biases(past: CachePositions | None, before: int, bias: Tensor | None, more: int) -> Tensor | None:
-    """Return what is added to the logits of every entry once a sequence of ``more`` tokens is appended, [B, K + more].
-
-    Args:
-        past: what the layer holds, None when it holds all ``before`` positions.
-        before: L before.
-        bias: of the new tokens, float32 [B, more]; None: nothing.
-        more: tokens that are appended.
-    """
-    old = None if past is None else past.bias
-    some = bias if old is None else old
-    if some is None:
-        return None
-    held = before if past is None else past.index.shape[1] + before - past.end
-    left = some.new_zeros(len(some), held) if old is None else pad(old, (0, held - old.shape[1]))
-    return torch.cat([left, some.new_zeros(len(some), more) if bias is None else bias], 1)  # [B, K + more]
-
-
-def extended(past: CachePositions | None, before: int, tokens: TokenMap, bias: Tensor | None = None) -> CachePositions:
-    """Return what a layer holds after the survivors of a new sequence were appended to ``before`` cached positions."""
-    index, valid = entries(tokens, past, before, tokens.width)
-    assert index is not None
-    return CachePositions(index, valid, before + tokens.width, biases(past, before, bias, tokens.slots))
+    held = past if tokens is None else extended(past, before, tokens)
+    return (None, None) if held is None else held.columns(before + queries)
 
 
 def remaining(past: CachePositions | None, tokens: TokenMap, *, before: int) -> tuple[Selection, CachePositions]:
-    """Return what is left of a layer's entries when of the last sequence only ``tokens`` are.
+    """Find what is left of a layer's entries when of the last sequence only ``tokens`` are.
 
     Args:
         past: what the layer holds, the last sequence included; None when it holds every position.
@@ -191,10 +177,8 @@ def remaining(past: CachePositions | None, tokens: TokenMap, *, before: int) -> 
         Which entries stay, and the map of those.
     """
     total, batch = before + tokens.width, tokens.index.shape[0]
-    if past is None:
-        held, held_valid = torch.arange(total, device=tokens.index.device).expand(batch, total), None
-    else:
-        held, held_valid = past.columns(total)
+    past = CachePositions.every(total, tokens.index) if past is None else past
+    held, held_valid = past.columns(total)
     index = tokens.index + before
     index = index if tokens.valid is None else index.masked_fill(~tokens.valid, total)
     here = torch.zeros(batch, total + 1, dtype=torch.bool, device=index.device)
@@ -202,7 +186,7 @@ def remaining(past: CachePositions | None, tokens: TokenMap, *, before: int) -> 
     keep = here.scatter_(1, index, True).gather(1, held)
     keep = keep if held_valid is None else keep & held_valid
     chosen = Selection.from_mask(keep, tuple(keep.sum(1).tolist()))
-    bias = None if past is None or past.bias is None else pad(past.bias, (0, held.shape[1] - past.bias.shape[1]))
+    bias = past.biases(total)
     bias = None if bias is None else bias.gather(1, chosen.slots)
     return chosen, CachePositions(held.gather(1, chosen.slots), chosen.valid, total, bias)
 
@@ -257,7 +241,7 @@ class RaggedLayer(DynamicLayer):
 
     @property
     def is_croppable(self) -> bool:
-        """Tell whether any number of the last positions can be taken off again; asked by assisted decoding."""
+        """Whether any number of the last positions can be taken off again; asked by assisted decoding."""
         return self.sliding_window is None
 
     def update(
@@ -283,15 +267,18 @@ class RaggedLayer(DynamicLayer):
         self._let_go()
         return keys, values
 
-    def evict(self, stay: Selection, keys: CachePositions) -> None:
-        """Keep only these entries, which are ``keys``."""
-        self.keys, self.values = gather_entries(self.keys, stay.slots), gather_entries(self.values, stay.slots)
-        self._set_map(keys)
+    def keep(self, selection: Selection, positions: CachePositions) -> None:
+        """Keep only these entries, whose positions are ``positions``."""
+        self.keys, self.values = (
+            gather_along(self.keys, selection.slots, 2),
+            gather_along(self.values, selection.slots, 2),
+        )
+        self._set_map(positions)
 
-    def _set_map(self, keys: CachePositions) -> None:
-        self.map = keys
+    def _set_map(self, positions: CachePositions) -> None:
+        self.map = positions
         if self.sliding_window is not None:
-            reach = keys.index if keys.valid is None else keys.index.masked_fill(~keys.valid, -1)
+            reach = positions.index if positions.valid is None else positions.index.masked_fill(~positions.valid, -1)
             # running maximum: padding does not hold entries behind it back
             self._starts = reach.amax(0).cummax(0).values.tolist()
 

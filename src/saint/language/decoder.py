@@ -40,7 +40,6 @@ from .cache import (
     CacheView,
     RaggedLayer,
     SessionToken,
-    biases,
     check_cache,
     extended,
     filled,
@@ -77,7 +76,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         points: drop points, in and behind layers.
         observers: of the session.
         token: identity of the plan.
-        between: layers behind which the model itself works on the full sequence (DeepStack).
+        deepstack_layers: layers behind which the model itself works on the full sequence (DeepStack).
         evict: behind a prompt, no layer's cache keeps a token that any layer dropped.
 
     Raises:
@@ -85,7 +84,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         ParityError: ``placement="mid"``, and a layer is not what the table says.
     """
 
-    stage = "language"
+    slot = "language"
 
     def __init__(
         self,
@@ -96,11 +95,11 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         *,
         observers: Observers,
         token: SessionToken,
-        between: int = 0,
+        deepstack_layers: int = 0,
         evict: bool = False,
     ) -> None:
         super().__init__(path, model, layers, points, DecoderForward, observers)
-        self.between, self.evict = between, evict
+        self.deepstack_layers, self.evict = deepstack_layers, evict
         looks = observers.everywhere and not any(point.method is not None for point in points)
         if not (evict or looks):
             self.first = min(self.points, default=self.depth)
@@ -217,7 +216,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         wanted = ALL_STATES.read(kwargs, ALL_STATES.get(self.module.config))
         forward.all_states = wanted is not None and wanted is not False
         forward.origin, forward.facts = state, facts
-        self.enter(forward, state, None)
+        self.begin_layers(forward, state, None)
 
     # -- one layer ----------------------------------------------------------------------------------------------------
 
@@ -238,7 +237,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         call: Call,
     ) -> tuple[Any, Seen | None]:
         point, cache, positions = self.points.get(layer), call.cache, None
-        if state.tokens.whole:
+        if state.tokens.nothing_dropped:
             call = self._over_gaps(forward, layer, x, call)
         else:
             with self.gathering:
@@ -314,8 +313,9 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         def make() -> Tensor | None:
             flash = IMPLEMENTATION.get(self.module.config) in FLASH
             cut = survivors_mask(mask, tokens, past, before=before, first=first, queries=queries, flash=flash)
+            held = past if tokens is None else extended(past, before, tokens, bias)
+            added = None if held is None else held.biases(before + queries)
             more = queries if tokens is None else tokens.slots
-            added = biases(past, before, bias, more)
             return cut if added is None else weighed(cut, added, queries=more, dtype=dtype, flash=flash)
 
         # layers with the same mask, survivors and cache content share the result
@@ -324,7 +324,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
     def leave(self, forward: DecoderForward, layer: int, state: LayerState, y: Tensor, call: Call) -> Tensor:
         after, tokens = layer + 1, state.tokens
         forward.states[after] = state
-        if not tokens.whole and (after == self.depth or forward.all_states or layer < self.between):
+        if not tokens.nothing_dropped and (after == self.depth or forward.all_states or layer < self.deepstack_layers):
             forward.states[after] = replace(state, full_length=True)
             y = gather_tokens(y, forward.once("shown", partial(nearest_before, tokens), tokens), 0)  # [B, L, C]
         if after == self.depth and call.cache is not None and self.evict:
@@ -338,7 +338,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
             entry = ragged_layer(cache, layer, self.token)
             if forward.states[layer].tokens is not left and entry.is_initialized:
                 past, before = entry.map, entry.length - left.width
-                entry.evict(*forward.once("left", partial(remaining, past, left, before=before), left, past))
+                entry.keep(*forward.once("left", partial(remaining, past, left, before=before), left, past))
 
 
 def nearest_before(tokens: TokenMap) -> Tensor:

@@ -26,7 +26,7 @@ from ..errors import HookNeverFiredError, UnsupportedModelError
 from ..gathers import gather_tokens, is_dropped
 from ..patch import override, refuse_replicas, refuse_tracing
 from ..runtime.deciding import Decider
-from ..runtime.forwards import Forwards
+from ..runtime.forwards import PerThread
 from ..runtime.observe import Observers
 from ..runtime.points import DropPoint
 from ..runtime.state import Forward, LayerState, packed_tokens, some_tokens
@@ -36,7 +36,7 @@ from .cache import CachePositions, KVMemory, SessionToken, filled, memory
 from .decoder import PrunedDecoder
 from .logical import Held, held_by, hold, inside
 from .masks import DENSE, FLASH
-from .shortening import RECURRENT, Reach, Short, Span, documents, everything, reaches, real_tokens, shown_before
+from .shortening import RECURRENT, Reach, Short, Span, documents, reaches, real_tokens, shown_before
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Note:
         marked: rows of features that the encoder dropped may be among them (``gathers.is_dropped``).
         mask: the padding mask that the caller gave, [B, T], or None.
         cells: where methods need them, see :class:`saint.tokens.Facts`, of each position, int64 [B, L]; None: no video.
-        ids: the token ids that a model around the language model was given, [B, L], or None.
+        ids: the token ids that the model was given, beside embeddings or in their place, [B, L], or None.
         brings: features come with the sequence, for the model to merge.
         plain: the embeddings are those of token ids, and of features that the model itself merges.
         waiting: images came in, and their places are not known yet.
@@ -88,8 +88,7 @@ class Handover:
     """
 
     def __init__(self) -> None:
-        self._own = threading.local()
-        self._compiled = Note()  # the compiler knows no thread
+        self._own, self._note = threading.local(), PerThread(Note)
         self._compiled_pieces: Pieces | None = None
         self.complete: Callable[[Note, Mapping[str, Any]], None] = lambda note, given: None
 
@@ -113,20 +112,11 @@ class Handover:
 
     @property
     def note(self) -> Note:
-        if torch.compiler.is_compiling():
-            return self._compiled
-        if not hasattr(self._own, "note"):
-            self._own.note = Note()
-        return self._own.note
+        return self._note.get()
 
     def new(self, **facts: Any) -> Note:
         """A note for a forward that begins."""
-        note = Note(**facts)
-        if torch.compiler.is_compiling():
-            self._compiled = note
-        else:
-            self._own.note = note
-        return note
+        return self._note.set(Note(**facts))
 
     def take(self, given: Mapping[str, Any]) -> Note:
         """The note, complete; it is read once."""
@@ -176,11 +166,13 @@ class Doorway(Decider[DoorForward]):
         observers: of the session.
         handover: where the model's glue says which tokens are visual.
         decoder: the language stage, or None.
-        shortens: tokens may have left in front of the decoder.
+        starts_short: tokens may have left in front of the decoder, which then starts with fewer.
 
     Raises:
         UnsupportedModelError: the decoder cannot be given a shortened sequence.
     """
+
+    slot = "connector"
 
     def __init__(
         self,
@@ -192,27 +184,27 @@ class Doorway(Decider[DoorForward]):
         handover: Handover,
         decoder: PrunedDecoder | None,
         token: SessionToken,
-        shortens: bool,
+        starts_short: bool,
     ) -> None:
         super().__init__(path, module, points, DoorForward, observers)
         self.handover, self.decoder, self.token = handover, decoder, token
-        self.shortens = shortens
+        self.starts_short = starts_short
         self.depth = len(list(LAYERS.get(module).children()))
         self.parameters = Parameters(type(module).forward)
         self.reaches, implementation = reaches(module.config), IMPLEMENTATION.get(module.config)
         each = self.reaches.values() if isinstance(self.reaches, dict) else [self.reaches]
         self.boundless = implementation in FLASH or all(reach == Reach() for reach in each)
         self.kinds = list(getattr(module.config, "layer_types", None) or ())
-        if shortens and implementation not in DENSE | FLASH:
+        if starts_short and implementation not in DENSE | FLASH:
             raise UnsupportedModelError(
                 f"attention implementation {implementation!r} of the language model cannot be given the masks of shortened "
                 f"sequences; load the model with one of {', '.join(sorted(DENSE | FLASH))}"
             )
 
     @property
-    def all_forwards(self) -> list[Forwards[Any]]:
-        """Of the door and of the language stage behind it."""
-        return [self.forwards] if self.decoder is None else [self.forwards, self.decoder.forwards]
+    def stacks(self) -> tuple[Decider[Any], ...]:
+        """The door, and the language stage behind it."""
+        return (self,) if self.decoder is None else (self, self.decoder)
 
     @property
     def wants_frames(self) -> bool:
@@ -227,6 +219,7 @@ class Doorway(Decider[DoorForward]):
             self.decoder.install(stack)
         refuse_replicas(stack, self.module)
         override(stack, self.module, "forward", self._through)
+        self.token.reopen()  # the caches of before are its own again
         stack.callback(self.token.close)
         stack.callback(self.reset)
 
@@ -267,10 +260,10 @@ class Doorway(Decider[DoorForward]):
                 "its embeddings differently"
             )
         packed, real = documents(given, self.module.config), None
-        if self.shortens and x is not None:
+        if self.starts_short and x is not None:
             real = _real(note, given, cache, x)
         state, counts = self.entering(visual, x, note, packed, real)
-        if state.tokens.whole:
+        if state.tokens.nothing_dropped:
             passage = Passage(given, cache) if held is None else self._step(note, given, cache, held)
         else:
             keep = state.tokens.here if real is None else state.tokens.here & real
@@ -333,7 +326,7 @@ class Doorway(Decider[DoorForward]):
         forward.origin = state
         if x is not None and self.entries:
             state, _ = self.pass_entries(
-                forward, state, x if state.tokens.whole else gather_tokens(x, state.tokens.index, 0)
+                forward, state, x if state.tokens.nothing_dropped else gather_tokens(x, state.tokens.index, 0)
             )
         return state, [n - empty for n, empty in zip(state.tokens.lengths, padding, strict=True)]
 
@@ -364,7 +357,7 @@ class Doorway(Decider[DoorForward]):
         past = None
         if before:
             shown = shown_before(_seen(note, given), batch, before) if held is None else None
-            past = everything(before, shown, x) if held is None else held.positions
+            past = CachePositions.every(before, x, shown) if held is None else held.positions
         index = short.index + before
         positions = CachePositions(index, short.valid, before + places)
         positions = positions if past is None else past.followed_by(positions, before)
@@ -500,7 +493,7 @@ def _seen(note: Note, given: Mapping[str, Any]) -> Any:
 
 
 def _real(note: Note, given: Mapping[str, Any], cache: Any, x: Tensor) -> Tensor | None:
-    """Return which tokens of a sequence [B, L, C] are no padding of the caller, bool [B, L]; None: all."""
+    """Mark the tokens of a sequence [B, L, C] that are no padding of the caller, bool [B, L]; None: all."""
     return real_tokens(_seen(note, given), x.shape[0], x.shape[1], 0 if cache is None else cache.get_seq_length())
 
 

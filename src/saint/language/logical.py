@@ -109,7 +109,7 @@ def _empty(base: type[Cache]) -> Shortened:
 
 
 def held_by(cache: Any) -> Held | None:
-    """Return what a cache says it holds; None where it holds every position, or nothing."""
+    """Read what a cache says it holds; None where it holds every position, or nothing."""
     return cache._held if isinstance(cache, Shortened) else None
 
 

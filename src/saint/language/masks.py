@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
+from ..gathers import gather_along
 from ..tokens import TokenMap
 from .cache import CachePositions, entries
 
@@ -68,15 +69,12 @@ def survivors_mask(
         )
     if columns is None:
         return mask
-    batch = columns.shape[0]
-    mask = mask.expand(batch, *mask.shape[1:])
     if mask.ndim == 2:
-        mask = mask.gather(1, columns)  # [B, K]
+        mask = gather_along(mask, columns, 1)  # [B, K]
         return mask if valid is None else mask & valid.to(mask.dtype)
     if tokens is not None and mask.shape[2] == queries:
-        rows = tokens.index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
-        mask = mask.gather(2, rows)  # [B, 1 or H, S, L']
-    mask = mask.gather(3, columns[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))  # [B, 1 or H, S, K]
+        mask = gather_along(mask, tokens.index, 2)  # [B, 1 or H, S, L']
+    mask = gather_along(mask, columns, 3)  # [B, 1 or H, S, K]
     if valid is None:
         return mask
     hidden = ~valid[:, None, None]

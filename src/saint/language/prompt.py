@@ -55,7 +55,8 @@ class PrunedText(Uncopyable):
     """
 
     def __init__(self, model: nn.Module, door: "Doorway", handover: "Handover", root: nn.Module) -> None:
-        self.model, self.root = model, root
+        self.model = model
+        self.patched, self.marked, self.stacks = root, (model,), door.stacks
         self.door, self.handover = door, handover
         self.parameters = Parameters(type(model).forward)
 
@@ -65,7 +66,7 @@ class PrunedText(Uncopyable):
 
         stack.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         self.door.install(stack)
-        watch(stack, self.root, self.door, lambda ids, given: None)
+        watch(stack, self.patched, self.door, lambda ids, given: None)
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         from .cache import check_cache, filled  # these import transformers

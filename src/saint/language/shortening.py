@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
-from ..gathers import gather_tokens
+from ..gathers import gather_along, gather_tokens
 from ..upstream.names import CACHE, CACHING, MASK, POSITIONS
 from .cache import CachePositions
 from .masks import lets_through
@@ -52,9 +52,7 @@ class Short:
 
     def take(self, x: Tensor, axis: int = 1) -> Tensor:
         """Rows of ``x``, whose axis ``axis`` runs along the sequence and the one before it along the samples (or is 1)."""
-        x = x.movedim((axis - 1, axis), (0, 1)).expand(len(self.index), -1, *[-1] * (x.ndim - 2))
-        index = self.index.view(*self.index.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
-        return x.gather(1, index).movedim((0, 1), (axis - 1, axis))
+        return gather_along(x, self.index, axis, axis - 1)
 
     def slots(self) -> Tensor:
         """For each place the row of the nearest survivor at or before it (the first one where none is), int64 [B, L]."""
@@ -190,12 +188,9 @@ class Span:
     def cut(self, mask: Tensor, first: int, count: int) -> Tensor:
         """Rows and columns of a mask with a row per place of the call and a column per position, [B, 1 or H, Q, count]."""
         columns, seen = self.held.shown(first, count, mask.shape[3])
-        batch, queries = self.queries.shape
-        mask = mask.expand(batch, *mask.shape[1:])
-        if self.real is not None or mask.shape[2] != queries:
-            rows = (self.queries - self.before)[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
-            mask = mask.gather(2, rows)
-        mask = mask.gather(3, columns[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
+        if self.real is not None or mask.shape[2] != self.rows:
+            mask = gather_along(mask, self.queries - self.before, 2)
+        mask = gather_along(mask, columns, 3)
         low = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
         mask = mask if seen is None else mask.masked_fill(~seen[:, None, None], low)
         if self.real is None:
@@ -233,7 +228,7 @@ class Span:
 
 
 def real_tokens(mask: Any, batch: int, count: int, before: int) -> Tensor | None:
-    """Return which tokens of a sequence are no padding of the caller, bool [B, L]; None where no mask says.
+    """Mark the tokens of a sequence that are no padding of the caller, bool [B, L]; None where no mask says.
 
     A mask of attention shows it on its diagonal: a real token sees itself.
 
@@ -261,7 +256,7 @@ def real_tokens(mask: Any, batch: int, count: int, before: int) -> Tensor | None
 
 
 def shown_before(mask: Any, batch: int, before: int) -> Tensor | None:
-    """Return which of the positions in front of a sequence are no padding of the caller, bool [B, ``before``]; None: all."""
+    """Mark the positions in front of a sequence that are no padding of the caller, bool [B, ``before``]; None: all."""
     if isinstance(mask, Mapping):
         mask = next((one for one in mask.values() if isinstance(one, Tensor) and one.ndim == 4), None)
     if not isinstance(mask, Tensor):
@@ -271,12 +266,6 @@ def shown_before(mask: Any, batch: int, before: int) -> Tensor | None:
         seen = lets_through(seen)[:, 0].any(1)  # padding is seen by nobody
     seen = seen.bool().expand(batch, before)
     return None if bool(seen.all()) else seen
-
-
-def everything(before: int, valid: Tensor | None, like: Tensor) -> CachePositions:
-    """The map of a cache that holds every position of ``before``; ``valid`` [B, before] marks the caller's padding."""
-    index = torch.arange(before, device=like.device).expand(like.shape[0], before)
-    return CachePositions(index, valid, before)
 
 
 def documents(given: Mapping[str, Any], config: Any) -> Tensor | None:

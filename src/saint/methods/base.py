@@ -29,9 +29,8 @@ class Method(ABC):
     # what a stage computes on demand: "last_query" fills `attention`, "frames" `cells`
     needs: ClassVar[frozenset[str]] = frozenset()
     merges: ClassVar[bool] = False  # tokens go into survivors instead of away; not in the connector stage
-    averages: ClassVar[bool] = (
-        True  # of methods that merge: a survivor becomes the mean of what it stands for, or stays as it is
-    )
+    # of methods that merge: a survivor becomes the mean of what it stands for, or stays as it is
+    averages: ClassVar[bool] = True
 
     @abstractmethod
     def select(self, candidates: Candidates) -> Selection | None:
@@ -269,9 +268,11 @@ def _budget(method: Method) -> Any:
 def survivors(method: Method, total: int | None) -> int | None:
     """Tokens that a stage leaves of ``total`` (None: any number), where that is one number, whatever the picture."""
     budget = _budget(method)
-    if isinstance(budget, float):
-        return None if total is None else final_keep(budget, total)
-    return budget if isinstance(budget, int) else None
+    if not isinstance(budget, int | float):
+        return None
+    if total is None:
+        return budget if isinstance(budget, int) else None
+    return final_keep(budget, total)
 
 
 def floored(drop: tuple[int, ...], candidates: Candidates, floor: float) -> tuple[int, ...]:

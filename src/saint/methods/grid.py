@@ -34,9 +34,8 @@ class Grid(FixedBudget):
             return Selection(at, goal)
         count = torch.tensor(tokens.lengths, device=device).unsqueeze(1)
         k = torch.tensor(goal, device=device).unsqueeze(1)
-        rank = ((2 * i + 1) * count // (2 * k)).masked_fill(
-            i >= k, tokens.slots
-        )  # one column more, for what is not asked
+        # one column more, for what is not asked
+        rank = ((2 * i + 1) * count // (2 * k)).masked_fill(i >= k, tokens.slots)
         wanted = torch.zeros(len(goal), tokens.slots + 1, dtype=torch.bool, device=device).scatter_(1, rank, True)
         if tokens.valid is None:
             return Selection.from_mask(wanted[:, :-1], goal)

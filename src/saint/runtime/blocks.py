@@ -21,7 +21,7 @@ from ..upstream.specs import BlockSpec, part
 
 
 def _attention(unit: nn.Module, path: str) -> tuple[nn.Module | None, str]:
-    """Find what holds the weight at ``path`` in use, and the path from there: adapters stand around such an attention."""
+    """Find what holds the weight at ``path`` when it is used, and the path from there: adapters stand around an attention."""
     name, _, rest = path.partition(".")
     outer = part(unit, name)
     if not isinstance(outer, nn.Module):
@@ -138,7 +138,7 @@ class Block:
         return heads[:, prefix:].mean(2, dtype=torch.float32)
 
     def _key_weights(self, attention: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:
-        """Return what makes head-mean keys of an attention's input: a mean over heads is linear, D columns do in place of C."""
+        """Average over heads what makes keys of an attention's input: the mean is linear, so D columns suffice instead of C."""
         weight, bias = part(attention, path), part(attention, path.replace("weight", "bias"))
         width = weight.shape[0] // 3
         with torch.no_grad():

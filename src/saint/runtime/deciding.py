@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..gathers import gather_tokens, merge_tokens, merged_sizes
 from ..patch import Uncopyable
-from ..tokens import Candidates, LayerTrace, Selection, reads_are_free
+from ..tokens import Candidates, Selection, reads_are_free
 from .forwards import Forwards
 from .observe import Observers, Stopwatch
 from .points import DropPoint, refuse_non_finite, select_some
@@ -68,6 +68,8 @@ class Decider(Uncopyable, Generic[F]):
         observers: of the session.
     """
 
+    slot: str  # of a plan
+    depth: int  # layers of the module
     prefix = 0  # protected tokens in front of every sequence, P
     carries = False  # what full length needs of dropped rows is kept, see `carry`
 
@@ -87,17 +89,13 @@ class Decider(Uncopyable, Generic[F]):
         """The forward that runs, or ran last."""
         return self.forwards.state
 
-    def trace(self) -> list[LayerTrace]:
-        """The drop points of the last forward, in order."""
-        return self.forward.trace()
-
     def reset(self) -> None:
         """Forget all forwards."""
         self.forwards.forget()
 
     @property
     def wants_frames(self) -> bool:
-        """Tell whether a method asks which candidates show the same place of a video at different times."""
+        """Whether a method asks which candidates show the same place of a video at different times."""
         return any("frames" in point.needs for point in (*self.entries, *self.points.values()))
 
     # -- what differs -------------------------------------------------------------------------------------------------
@@ -162,7 +160,7 @@ class Decider(Uncopyable, Generic[F]):
         if selection is not None:
             after, tokens = state.after(selection, self.stand_in(keys, selection))
         if point.method is not None:
-            forward.drops[point.stage, point.placement, point.layer] = state, after
+            forward.drops[point.slot, point.placement, point.layer] = state, after
         return Decision(point, state, after, selection, tokens)
 
     def _asked(self, point: DropPoint, candidates: Candidates) -> Selection | None:
@@ -170,7 +168,7 @@ class Decider(Uncopyable, Generic[F]):
         tokens = candidates.tokens
         if point.shown:
             for _, tell in self.observers.candidates:
-                tell(point.stage, point.layer, candidates)
+                tell(point.slot, point.layer, candidates)
         if point.method is None:
             return None
         if all(tokens.lengths):
@@ -184,13 +182,13 @@ class Decider(Uncopyable, Generic[F]):
                 slots = torch.arange(tokens.slots, device=tokens.index.device).expand_as(tokens.index)
                 stays = Selection(slots, tokens.lengths, tokens.valid)
             for _, tell in self.observers.selected:
-                tell(point.stage, point.layer, stays)
+                tell(point.slot, point.layer, stays)
             for _, tell in self.observers.decided:
-                tell(point.stage, point.layer, candidates, stays)
+                tell(point.slot, point.layer, candidates, stays)
         return selection
 
     def apply(self, decision: Decision, y: Tensor, prefix: int) -> tuple[LayerState, Tensor]:
-        """Return what a decision makes of tokens.
+        """Carry a decision out on tokens.
 
         Args:
             decision: the decision.

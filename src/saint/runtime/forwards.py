@@ -17,6 +17,33 @@ from ..upstream.autograd import Memory, backward_pass
 S = TypeVar("S")
 
 
+class PerThread(Generic[S]):
+    """A value that every thread has for itself, and compiled code, which knows no thread, too.
+
+    Args:
+        make: makes the first.
+    """
+
+    def __init__(self, make: Callable[[], S]) -> None:
+        self._make, self._own, self._compiled = make, threading.local(), make()
+
+    def get(self) -> S:
+        """The value here."""
+        if torch.compiler.is_compiling():
+            return self._compiled
+        if not hasattr(self._own, "value"):
+            self._own.value = self._make()
+        return self._own.value
+
+    def set(self, value: S) -> S:
+        """Put another in its place, which is given back."""
+        if torch.compiler.is_compiling():
+            self._compiled = value
+        else:
+            self._own.value = value
+        return value
+
+
 class Forwards(Generic[S]):
     """The states of one patched module.
 
@@ -28,10 +55,10 @@ class Forwards(Generic[S]):
     def __init__(self, make: Callable[[], S], name: str) -> None:
         self._make, self._name = make, name
         self._latest = make()  # of any thread
-        self._own = threading.local()  # state, open, replayed
+        self._own = threading.local()  # state, replayed
         self._compiled = False  # dynamo cannot trace a thread's own storage: a compiled forward is the latest
         self._held = False
-        self._open = False  # a compiled forward has begun and not reached its first layer
+        self._open = PerThread(bool)  # a forward has begun and not reached its first layer
         self._inputs: dict[tuple[int, int], tuple[Memory, S]] = {}
 
     @property
@@ -63,26 +90,16 @@ class Forwards(Generic[S]):
 
     def prelude(self) -> S:
         """The forward that has not reached its first layer yet, begun now where there is none."""
-        if torch.compiler.is_compiling():
-            return self._latest if self._open else self._opened()
-        return self.state if getattr(self._own, "open", False) else self._opened()
-
-    def _opened(self) -> S:
-        state = self.begin()
-        self._set_open(True)
-        return state
-
-    def _set_open(self, value: bool) -> None:
-        if torch.compiler.is_compiling():
-            self._open = value
-        else:
-            self._own.open = value
+        if self._open.get():
+            return self.state
+        self._open.set(True)
+        return self.begin()
 
     def _begun(self) -> S:
-        """Return what the first layer runs in: the forward of the prelude, or a new one."""
-        if not (self._open if torch.compiler.is_compiling() else getattr(self._own, "open", False)):
+        """Give the first layer what it runs in: the forward of the prelude, or a new one."""
+        if not self._open.get():
             return self.begin()
-        self._set_open(False)
+        self._open.set(False)
         return self.state
 
     def enter(self, layer: int, x: Tensor, *, begins: bool = False) -> S:
@@ -105,7 +122,7 @@ class Forwards(Generic[S]):
             state = self._first_state(layer, x)
             self._own.replayed = (task, layer, state)
             if begins:
-                self._own.open = False
+                self._open.set(False)
         elif begins:
             state = self._begun()
         elif layer and not self._compiled and not hasattr(self._own, "state"):
@@ -155,35 +172,14 @@ class Forwards(Generic[S]):
         if self._held:
             return
         self._latest, self._own = self._make(), threading.local()
-        self._compiled = self._open = False
+        self._compiled, self._open = False, PerThread(bool)
         self._inputs.clear()
 
 
 def _address(x: Tensor) -> int | None:
-    """Return where the data of ``x`` lies, which detaching does not change; None for a tensor without data of its own."""
+    """Where the data of ``x`` lies, which detaching does not change; None for a tensor without data of its own."""
     return x.data_ptr() if type(x) in (Tensor, torch.nn.Parameter) and not _wrapped(x) else None
 
 
 def _wrapped(x: Any) -> bool:
     return x.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(x)
-
-
-class Flag:
-    """Raised for the length of a call, on the calling thread."""
-
-    def __init__(self) -> None:
-        self._own = threading.local()
-        self._compiled = False
-
-    @property
-    def up(self) -> bool:
-        return self._compiled if torch.compiler.is_compiling() else getattr(self._own, "up", False)
-
-    def set(self, up: bool) -> bool:
-        """Raise or lower it; returns how it was."""
-        before = self.up
-        if torch.compiler.is_compiling():
-            self._compiled = up
-        else:
-            self._own.up = up
-        return before

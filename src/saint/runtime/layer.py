@@ -44,7 +44,6 @@ class LayerStack(Decider[F], ABC, Generic[F, C]):
         observers: of the session.
     """
 
-    stage: str
     packed = False  # hidden states come without batch axis
 
     def __init__(
@@ -104,7 +103,7 @@ class LayerStack(Decider[F], ABC, Generic[F, C]):
         """Run a layer in a forward in which nothing can go, of modules that have such."""
         raise NotImplementedError
 
-    def enter(self, forward: F, state: LayerState, features: Tensor | None) -> None:
+    def begin_layers(self, forward: F, state: LayerState, features: Tensor | None) -> None:
         """Note the state in front of the first layer, behind the drop points that lie in front of it.
 
         Args:
@@ -117,9 +116,9 @@ class LayerStack(Decider[F], ABC, Generic[F, C]):
             assert features is not None
             # saved for backward only where a row that is dropped here shows again: checkpoints recompute none of this
             state, _ = self.pass_entries(forward, state, features if self.carries else features.detach())
-        forward.states[self.first] = state if state.tokens.whole else replace(state, full_length=True)
+        forward.states[self.first] = state if state.tokens.nothing_dropped else replace(state, full_length=True)
 
-    def shorten(self, layer: int, state: LayerState, x: Tensor) -> Tensor:
+    def apply_to_full(self, layer: int, state: LayerState, x: Tensor) -> Tensor:
         """The tokens that are left, of hidden states of full length: [Q, P + N, C] -> [Q, P + K, C].
 
         Where tokens have left in front of the first layer, it is what stood there; else the layer before has expanded it.
@@ -127,14 +126,14 @@ class LayerStack(Decider[F], ABC, Generic[F, C]):
         if layer == self.first and any(
             p.method is not None and p.method.merges and p.method.averages for p in self.entries
         ):
-            assert state.merged is not None
+            assert state.merged_into is not None
             real = torch.ones(x.shape[0], x.shape[1] - self.prefix, device=x.device)
             origin = self.forward.origin
             if origin is not None and origin.candidates.valid is not None:
                 real = origin.candidates.valid.to(real.dtype)
             tokens = state.tokens
             return merge_tokens(
-                x, real, Selection(tokens.index, tokens.lengths, tokens.valid, state.merged), self.prefix
+                x, real, Selection(tokens.index, tokens.lengths, tokens.valid, state.merged_into), self.prefix
             )[0]
         return gather_tokens(x, state.tokens.index, self.prefix)
 
@@ -155,7 +154,7 @@ class PrunedLayer(Uncopyable):
             return stack.unpruned(forward, layer, self.original, x, call)
         x = x.unsqueeze(0) if stack.packed else x
         if state.full_length:
-            x = stack.shorten(layer, state, x)
+            x = stack.apply_to_full(layer, state, x)
             state = replace(state, full_length=False)
         block, original = stack.blocks[layer], self.original
         if self.split:
@@ -176,7 +175,7 @@ class PrunedLayer(Uncopyable):
             assert block is not None
             y = checkpointed(block.module, block.second)(y)
         for _, tell in stack.observers.layer:
-            tell(stack.stage, layer, Passed(before.detach(), y.detach(), stack.prefix, came, state))
+            tell(stack.slot, layer, Passed(before.detach(), y.detach(), stack.prefix, came, state))
         with stack.gathering:
             y = stack.leave(forward, layer, state, y, call)
         y = y.squeeze(0) if stack.packed else y
@@ -188,7 +187,7 @@ class PrunedLayer(Uncopyable):
 
         def tell_all(attended: Attended) -> None:
             for _, tell in stack.observers.attention:
-                tell(stack.stage, self.layer, attended)
+                tell(stack.slot, self.layer, attended)
 
         return Attending(tell_all, stack.prefix, state)
 
@@ -202,9 +201,9 @@ class TimedLayer(PrunedLayer):
         out = super().__call__(x, *args, **kwargs)
         elapsed = seconds(x.device) - start
         for _, tell in stack.observers.layer_time:
-            tell(stack.stage, layer, elapsed)
+            tell(stack.slot, layer, elapsed)
         if stack.watch is not None:
             spent = stack.watch.take()
             for _, tell in stack.observers.pruning_time:
-                tell(stack.stage, layer, *spent)
+                tell(stack.slot, layer, *spent)
         return out

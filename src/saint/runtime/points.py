@@ -14,7 +14,7 @@ from torch import Tensor
 from ..tokens import Candidates, Selection
 
 
-class Decides(Protocol):
+class Pruner(Protocol):
     """What the mechanism asks of a method."""
 
     @property
@@ -41,7 +41,7 @@ class DropPoint:
     """A place at which tokens may go.
 
     Attributes:
-        stage: "vision", "connector" or "language".
+        slot: "vision", "connector" or "language".
         layer: 0-based.
         placement: "input": in front of the layer, "mid": between its attention and its MLP, "post": behind it.
         method: what decides; None where candidates are only shown to observers.
@@ -52,10 +52,10 @@ class DropPoint:
         group: which stage of its slot it belongs to.
     """
 
-    stage: str
+    slot: str
     layer: int
     placement: str
-    method: Decides | None
+    method: Pruner | None
     step: int = 0
     steps: int = 1
     needs: frozenset[str] = frozenset()
@@ -63,7 +63,7 @@ class DropPoint:
     group: int = 0
 
 
-def select_some(method: Decides, candidates: Candidates, some: list[int]) -> Selection | None:
+def select_some(method: Pruner, candidates: Candidates, some: list[int]) -> Selection | None:
     """The decision for the samples that have candidates."""
     tokens = candidates.tokens
     pick = torch.tensor(some, device=tokens.index.device)

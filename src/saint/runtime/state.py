@@ -29,7 +29,7 @@ class LayerState:
         places: where the members of each of ``subset`` are in the flattened sequences, int64 [B, N, M] into Q * S rows; padding
             slots hold any row.
         sizes: merging: original candidates in each slot, float32 [B, N].
-        merged: merging: for each original candidate the slot it is part of, int64 [B, N of the beginning].
+        merged_into: merging: for each original candidate the slot it is part of, int64 [B, N of the beginning].
         beta: merging: later attention adds beta * log(size) to the logits of a candidate's key.
         stand_ins: for each original candidate the slot that stands for it in a full-length map, int64 [B, N of the beginning].
         offsets: what is added to the row of a stand-in, in the residual stream, [B, N of the beginning, C]; None: nothing.
@@ -41,7 +41,7 @@ class LayerState:
     subset: TokenMap | None = None
     places: Tensor | None = None
     sizes: Tensor | None = None
-    merged: Tensor | None = None
+    merged_into: Tensor | None = None
     beta: float = 0.0
     stand_ins: Tensor | None = None
     offsets: Tensor | None = None
@@ -60,7 +60,7 @@ class LayerState:
 
     @property
     def bare(self) -> "LayerState":
-        """Return which tokens they are, without what only a layer that runs needs of them."""
+        """Which tokens they are, without what only a layer that runs needs of them."""
         return replace(self, places=None, sizes=None, offsets=None)
 
     def of_candidates(self, x: Tensor) -> Tensor:
@@ -81,10 +81,10 @@ class LayerState:
             The state, and which tokens of the sequences stay.
         """
         stand_ins = None if stand_in is None else _chain(self.stand_ins, stand_in)
-        merged = self.merged if selection.owner is None else _chain(self.merged, selection.owner)
+        merged_into = self.merged_into if selection.owner is None else _chain(self.merged_into, selection.owner)
         if self.places is None:
             tokens = self.tokens.select(selection)
-            return replace(self, tokens=tokens, merged=merged, stand_ins=stand_ins), selection
+            return replace(self, tokens=tokens, merged_into=merged_into, stand_ins=stand_ins), selection
         assert self.subset is not None
         sequences, count = self.tokens.index.shape
         size, end = self.places.shape[2], sequences * count
@@ -108,13 +108,13 @@ class LayerState:
             tokens=self.tokens.select(chosen),
             subset=self.subset.select(selection),
             places=places,
-            merged=merged,
+            merged_into=merged_into,
             stand_ins=stand_ins,
         )
         return state, chosen
 
     def key_bias(self, dtype: torch.dtype) -> Tensor | None:
-        """Return what proportional attention adds to the logits of each token's key, [Q, S]; None when all weigh alike.
+        """Give what proportional attention adds to the logits of each token's key, [Q, S]; None when all weigh alike.
 
         Of at least float32 precision, whatever the dtype of the hidden states.
         """
@@ -151,7 +151,7 @@ class Forward:
     Attributes:
         origin: everything, in front of the first drop point; None in a forward in which nothing can go.
         states: by layer, the state in front of it; behind the last: the number of layers.
-        drops: by stage, placement and layer, the states in front of and behind a drop point, in the order of the forward.
+        drops: by slot, placement and layer, the states in front of and behind a drop point, in the order of the forward.
         memo: tables and masks that layers share.
         facts: of the candidates of ``origin``; None before it is known, and when the forward is over.
     """
@@ -174,7 +174,7 @@ class Forward:
         return hit[0]
 
     def told(self) -> Self:
-        """Return what the trace and full-length maps need of this forward when it is over: token maps, no activations."""
+        """Keep what the trace and full-length maps need of this forward when it is over: token maps, no activations."""
         return replace(
             self,
             origin=None if self.origin is None else self.origin.bare,
@@ -189,13 +189,13 @@ class Forward:
         out: list[LayerTrace] = []
         if any(isinstance(after.tokens.index, FakeTensor) for _, after in self.drops.values()):
             return out  # of an export: reading it would fix the batch size of the exported graph
-        for (stage, placement, layer), (before, after) in self.drops.items():
+        for (slot, placement, layer), (before, after) in self.drops.items():
             left = after.candidates
-            into = None if after.merged is None else list(left.index.gather(1, after.merged).unbind(0))
+            into = None if after.merged_into is None else list(left.index.gather(1, after.merged_into).unbind(0))
             if into is not None and self.origin is not None and (real := self.origin.candidates.valid) is not None:
                 into = [row[ok] for row, ok in zip(into, real, strict=True)]
             counts = torch.tensor(before.candidates.lengths), torch.tensor(left.lengths)
-            out.append(LayerTrace(stage, layer, *counts, left.kept(), into, placement))
+            out.append(LayerTrace(slot, layer, *counts, left.kept(), into, placement))
         return out
 
 

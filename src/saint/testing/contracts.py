@@ -33,7 +33,7 @@ class Result:
 
 
 def snapshot(model: nn.Module) -> dict[str, tuple[Any, ...]]:
-    """Return what undo must give back: type, attributes and hook counts of every module."""
+    """Record what undo must give back: type, attributes and hook counts of every module."""
     return {
         name: (
             type(module),

@@ -104,3 +104,17 @@ def poisoned(value: Tensor) -> Tensor:
         if value.is_floating_point()
         else value
     )
+
+
+def enliven(model: nn.Module) -> nn.Module:
+    """Weights under which every layer and every branch shows in the output."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if any(word in key for word in ("gamma", "lambda1", "ls1", "ls2", "layer_scale")):
+                parameter.copy_(0.5 + 0.1 * torch.randn(parameter.shape, generator=generator))  # 1e-5 hides every error
+            elif parameter.ndim < 2 or any(word in key for word in ("token", "pos", "probe", "latent", "relative")):
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+            else:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter[0].numel() ** -0.5)
+    return model

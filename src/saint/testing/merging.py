@@ -153,7 +153,7 @@ class _Sharing:
         return forward
 
     def _pooled(self, _module: Any, _args: Any, y: Tensor) -> Tensor | None:
-        """Return what pools see: the survivors alone, as in :func:`masked_oracle`."""
+        """Show pools the survivors alone, as in :func:`masked_oracle`."""
         if self.groups is None or not self.survivors or y.ndim != 3 or y.shape[1] < self.prefix + len(self.groups[0]):
             return y
         self.mode.visible = torch.zeros(y.shape[:2], dtype=torch.bool, device=y.device)

@@ -108,7 +108,7 @@ def check_generation(model: Any, plan: Plan, make: Make, steps: int = 8) -> str:
 
 
 def _front(plan: Plan) -> Plan | None:
-    """Return what of a plan drops in front of the language model."""
+    """Take of a plan what drops in front of the language model."""
     front = Plan(vision=plan.vision, connector=plan.connector)
     return front if front.slots else None
 

@@ -27,15 +27,17 @@ class Role:
 
     def among(self, names: Container[str]) -> str | None:
         """The newest spelling that is one of ``names``, or None."""
-        for name in self.spellings:  # a loop: this runs several times in every step of an answer
+        for name in self.spellings:
             if name in names:
                 return name
         return None
 
     def read(self, given: Mapping[str, Any], default: Any = None) -> Any:
         """The value under whatever spelling; where several are given the newest wins, as it does upstream."""
-        name = self.among(given)
-        return default if name is None else given[name]
+        for name in self.spellings:  # a loop: this runs several times in every step of an answer
+            if name in given:
+                return given[name]
+        return default
 
     def of(self, holder: Any) -> str | None:
         """The newest spelling that ``holder`` has as an attribute, or None."""
@@ -63,7 +65,7 @@ class Parameters:
         return role.among(self.names) is not None
 
     def spelling(self, role: Role) -> str:
-        """Return what the function calls it; the newest spelling where it does not take it by name."""
+        """Give what the function calls it; the newest spelling where it does not take it by name."""
         return role.among(self.names) or role.spellings[0]
 
     def missing(self, *roles: Role) -> list[str]:
@@ -77,8 +79,11 @@ class Parameters:
 
     def put(self, given: Mapping[str, Any], role: Role, value: Any) -> dict[str, Any]:
         """``given`` with ``value`` under the one spelling that the function takes."""
-        out = {name: old for name, old in given.items() if name not in role.spellings}
-        out[role.among(self.names) or role.among(given) or role.spellings[0]] = value
+        name = role.among(self.names) or role.among(given) or role.spellings[0]
+        out = dict(given)
+        for spelling in role.spellings:
+            out.pop(spelling, None)
+        out[name] = value
         return out
 
 
@@ -106,16 +111,12 @@ LONGEST = Role("max_seqlen")
 TIMM_MASK = Role("attn_mask")
 KEYS_FROM = Role("key", "x")  # of nn.MultiheadAttention and of timm's: what keys are made from
 TIMM_ROTARY = Role("rope")
-TIMM_PAIRS = Role(
-    "shared_rel_pos", "shared_rel_pos_bias"
-)  # a bias over all pairs of tokens; two classes, two spellings
+TIMM_PAIRS = Role("shared_rel_pos", "shared_rel_pos_bias")  # a bias over all pairs of tokens, of two classes
 TIMM_VALID = Role("patch_valid")  # NaFlex: which patches are none of the padding
 
 # -- methods ----------------------------------------------------------------------------------------------------------
 
-PLACEHOLDER_MASK = Role(
-    "get_placeholder_mask"
-)  # returns where features go; called whenever there are features to merge
+PLACEHOLDER_MASK = Role("get_placeholder_mask")  # returns where features go; called when there are features to merge
 IMAGE_FEATURES = Role("get_image_features")  # takes pixels, returns what the language model receives of them
 VIDEO_FEATURES = Role("get_video_features")  # takes pixels of videos, returns what the language model receives of them
 TEXT_FEATURES = Role("get_text_features")  # of dual encoders

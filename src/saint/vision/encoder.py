@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..gathers import gather_mask, gather_table, shorter, visible
+from ..gathers import by_length, gather_mask, gather_table, shorter, visible
 from ..patch import override
 from ..runtime.blocks import Block
 from ..runtime.deciding import Seen
@@ -54,7 +54,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
         ParityError: the blocks are not what the table says.
     """
 
-    stage = "vision"
+    slot = "vision"
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
         blocks = list(part(encoder, spec.blocks))
         self.prefix, self.packed = spec.prefix(encoder), spec.packed
         super().__init__(path, encoder, blocks, placed(spec, blocks, points), EncoderForward, observers)
-        first = min((0, *self.points) if self.entries else self.points, default=self.depth)
+        first = 0 if self.entries else min(self.points, default=self.depth)
         self.blocks = read_blocks(encoder, spec, blocks, first)
         check_seams(self.blocks, self.points)
         beta = max((p.method.size_bias() for p in self.points.values() if p.method is not None), default=0.0)
@@ -84,8 +84,9 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
         prove(self.blocks, self.points, self.prefix)
         self.inputs = Inputs(encoder, spec, merge_size, self.forwards, guard, self.wants_frames)
         self.carries = output == "carried"
-        self.outputs = Outputs(encoder, spec, self.depth, output, restored, self.forwards, _by_length, reader)
-        self.patched = encoder if reader is None else reader.module  # holds all that is patched
+        self.outputs = Outputs(encoder, spec, self.depth, output, restored, self.forwards, reader)
+        self.patched, self.marked = encoder if reader is None else reader.module, (encoder,)
+        self.stacks = (self,)
 
     # -- installation -------------------------------------------------------------------------------------------------
 
@@ -111,7 +112,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def _keep_keys(self, layer: int, index: int, shown: Any) -> None:
-        keys = self.forward.shown
+        keys = self.forward.captured_keys
         # heads of parallel attentions are heads like any other: [B, units * H, N, D]
         keys[layer] = shown if index == 0 else torch.cat([keys[layer], shown], 1)
 
@@ -129,7 +130,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
     def _pairs(self, layer: int, original: Callable[..., Tensor]) -> Callable[..., Tensor | None]:
         def pairs(*args: Any, **kwargs: Any) -> Tensor | None:
             bias, state = original(*args, **kwargs), self.forward.states.get(layer)
-            if state is None or state.tokens.whole:
+            if state is None or state.tokens.nothing_dropped:
                 return bias
             return _mask(bias, state.tokens, self.prefix, bias.dtype, self._bias(layer, state))
 
@@ -150,7 +151,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
             mask = None if block is None or block.spec.bias or block.mask is None else call.get(block.mask)
             x_samples = x.unsqueeze(0) if self.packed else x  # [B, P + N, C]
             origin = self.inputs.begin(forward, x_samples, mask)  # a bias hides no token
-            self.enter(forward, origin, x_samples[:, self.prefix :])
+            self.begin_layers(forward, origin, x_samples[:, self.prefix :])
         if layer not in forward.states:
             raise RuntimeError(
                 f"block {layer} ran without the blocks before it; the plan prunes complete forwards only"
@@ -169,7 +170,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
         return f"the attention keys of {self.spec.blocks}.{point.layer}"
 
     def _bias(self, layer: int, state: LayerState) -> Tensor | None:
-        """Return what proportional attention adds to the logits of each key, [B, P + K]; None when all count alike."""
+        """Give what proportional attention adds to the logits of each key, [B, P + K]; None when all count alike."""
         dtype = next(self.modules[layer].parameters()).dtype
         bias = state.key_bias(dtype)
         if bias is None:
@@ -225,7 +226,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
             y = original(part_x[0], **part_kwargs)[None] if self.packed else original(part_x, **part_kwargs)
             return (y, self.keys(forward, layer)) if shows else (y,)
 
-        if block is None or tokens.whole:
+        if block is None or tokens.nothing_dropped:
             out = on_part(x, call)
         elif tokens.valid is None or block.spec.padding is not None or block.spec.bias or self._masks(block):
             with self.gathering:
@@ -243,7 +244,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
                 return on_part(part_x, part_kwargs)
 
             # this attention takes no dense mask: samples of equal length run together, nothing is padded
-            out = _by_length(tokens, x, short)
+            out = by_length(tokens, x, short)
         return out[0], Seen(out[1]) if shows else None
 
     def keys(self, forward: EncoderForward, layer: int) -> Tensor:
@@ -251,7 +252,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
         block = self.blocks[layer]
         assert block is not None
         with self.scoring:
-            return block.head_mean_keys(forward.shown.pop(layer, None), self.prefix)
+            return block.head_mean_keys(forward.captured_keys.pop(layer, None), self.prefix)
 
     def _masks(self, block: Block) -> bool:
         return takes_dense_mask(self.module, block)
@@ -287,37 +288,3 @@ def _mask(
     if kept.dtype == torch.bool:
         kept = torch.zeros(kept.shape, dtype=dtype, device=kept.device).masked_fill_(~kept, -torch.inf)
     return kept if mask is None else kept + mask
-
-
-def _by_length(
-    tokens: TokenMap, x: Tensor, run: Callable[[Tensor, TokenMap], tuple[Tensor, ...]]
-) -> tuple[Tensor, ...]:
-    """Run samples of equal length together, without their padding, and put the results back in order.
-
-    Results that keep the token axis are padded with zeros again.
-    """
-    if tokens.valid is None:  # all are equally long, however many: an exported graph has one length for all
-        return run(x, tokens)
-    groups: dict[int, list[int]] = {}
-    for sample, length in enumerate(tokens.lengths):
-        groups.setdefault(length, []).append(sample)
-    head = x.shape[1] - tokens.slots
-    order: list[int] = []
-    parts: list[tuple[Tensor, ...]] = []
-    for length, samples in groups.items():
-        pick = torch.tensor(samples, device=x.device)
-        total = tuple(tokens.total[i] for i in samples)
-        # survivors come first in a row, so cutting the row cuts the padding
-        short = TokenMap(tokens.index[pick, :length], (length,) * len(samples), total, tokens.width)
-        missing = tokens.slots - length
-        parts.append(
-            tuple(
-                torch.nn.functional.pad(y, (0, 0, 0, missing))
-                if y.ndim == 3 and y.shape[1] in (length, head + length)
-                else y
-                for y in run(x[pick, : head + length], short)
-            )
-        )
-        order += samples
-    back = torch.argsort(torch.tensor(order, device=x.device))
-    return tuple(torch.cat(part)[back] for part in zip(*parts, strict=True))

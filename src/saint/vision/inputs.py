@@ -27,21 +27,21 @@ class EncoderForward(Forward):
     """What one forward of an encoder knows besides.
 
     Attributes:
-        shown: what showed the keys of a layer, until they are scored.
+        captured_keys: what showed the keys of a layer, until they are scored.
         grid: rows and columns of patches.
         grids: packed: frames, rows and columns of patches of each image or video.
         order: packed: group at each place.
         shares: of its candidates that each picture keeps at least; empty without a guard.
     """
 
-    shown: dict[int, Any] = field(default_factory=dict)
+    captured_keys: dict[int, Any] = field(default_factory=dict)
     grid: tuple[int, int] | None = None
     grids: list[list[int]] = field(default_factory=list)
     order: Tensor | None = None
     shares: tuple[float, ...] = ()
 
     def told(self) -> Self:
-        return replace(super().told(), shown={}, order=None)
+        return replace(super().told(), captured_keys={}, order=None)
 
     @property
     def samples(self) -> list[int]:
@@ -167,9 +167,8 @@ class Inputs(Uncopyable):
         if mask is not None and mask.ndim == 4:
             seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
             seen = seen.any(2).any(1)[:, self.prefix :].expand(x.shape[0], -1)  # [B, N]: keys that some query may see
-            if (
-                torch.compiler.is_exporting()
-            ):  # no graph for both: the exported one is for inputs without padding, and asserts it
+            # no graph for both: the exported one is for inputs without padding, and asserts it
+            if torch.compiler.is_exporting():
                 torch._assert_async(seen.all(), "exported for inputs without padding, and the mask hides some tokens")
             else:
                 valid = None if bool(seen.all()) else seen

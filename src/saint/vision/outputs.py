@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..gathers import (
     DROPPED,
+    by_length,
     dropped,
     fill_padding,
     full_length,
@@ -23,16 +24,13 @@ from ..gathers import (
 )
 from ..graph import metric
 from ..patch import Uncopyable, override
-from ..runtime.forwards import Flag, Forwards
+from ..runtime.forwards import Forwards, PerThread
 from ..runtime.state import LayerState
 from ..tokens import Selection, TokenMap
 from ..upstream.names import ALL_STATES, Role
 from ..upstream.specs import EncoderSpec, part
 from .inputs import EncoderForward
 from .readers import Reader
-
-# runs a pool on samples of equal length: (tokens, x [B, P + K, C], run) -> results in the order of the batch
-ByLength = Callable[[TokenMap, Tensor, Callable[[Tensor, TokenMap], tuple[Tensor, ...]]], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class FullLength:
             RuntimeError: the rows that dropped tokens had, of ``output="carried"``, are no longer there.
         """
         state = forward.states[layer]
-        if state.tokens.whole:
+        if state.tokens.nothing_dropped:
             return x
         full = gather_tokens(x, self.stand_ins(forward, layer), self.prefix)  # [B, P + N, C]
         if self.output != "carried":
@@ -99,7 +97,6 @@ class Outputs(Uncopyable):
         output: see :class:`saint.Stage`.
         restored: layers in front of which the sequence is full length, for a merger that reads it there.
         forwards: of the encoder.
-        by_length: runs an attention pool on samples of equal length.
         reader: of the rows, around the encoder.
     """
 
@@ -111,17 +108,17 @@ class Outputs(Uncopyable):
         output: str,
         restored: frozenset[int],
         forwards: Forwards[EncoderForward],
-        by_length: ByLength,
         reader: Reader | None = None,
     ) -> None:
         self.module, self.spec, self.depth = encoder, spec, depth
         self.output, self.restored = output, restored
-        self.forwards, self.by_length = forwards, by_length
+        self.forwards = forwards
         self.prefix = spec.prefix(encoder)
         self.full = FullLength(output, self.prefix)
+        self.pools_prefix = spec.pool_with_prefix(encoder)
         self.reader = reader
         self.marks = reader is not None and reader.spec.decoder is not None  # padding is marked, for a mask behind it
-        self.dense = Flag()  # full-length block outputs, for callers that reshape to the grid
+        self.dense = PerThread(bool)  # full-length block outputs, for callers that reshape to the grid
 
     def install(self, stack: ExitStack) -> None:
         """Patch what stands behind the blocks; ``stack`` undoes it."""
@@ -162,13 +159,12 @@ class Outputs(Uncopyable):
         """
         tokens, last = state.tokens, after == self.depth
         forward.states[after] = state
-        if not (last or after in self.restored or self.dense.up) or tokens.whole:
+        if not (last or after in self.restored or self.dense.get()) or tokens.nothing_dropped:
             return y
         if after in self.restored:
-            y = full_length(
-                y, tokens, self.prefix, DROPPED
-            )  # survivors at their places, marks elsewhere: [B, P + N, C]
-        elif last and self.output == "survivors" and not self.dense.up:
+            # survivors at their places, marks elsewhere
+            y = full_length(y, tokens, self.prefix, DROPPED)  # [B, P + N, C]
+        elif last and self.output == "survivors" and not self.dense.get():
             return self._fill(y, tokens)
         else:
             y = self.full.expand(forward, y, after)  # [B, P + N, C]
@@ -180,7 +176,7 @@ class Outputs(Uncopyable):
     def _behind(self) -> LayerState | None:
         """The state behind the last layer, where tokens are missing from it."""
         state = self.forwards.state.states.get(self.depth)
-        return None if state is None or state.tokens.whole else state
+        return None if state is None or state.tokens.nothing_dropped else state
 
     def _fill_hook(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
         state = self._behind()
@@ -197,7 +193,7 @@ class Outputs(Uncopyable):
     def _fill(self, x: Tensor, tokens: TokenMap) -> Tensor:
         """Rows of padding that no pool notices, or that the reader can tell: x [B, P + K, C]."""
         if not self.marks or tokens.valid is None:
-            return fill_padding(x, tokens, self.prefix, with_prefix=self.spec.pool_with_prefix(self.module))
+            return fill_padding(x, tokens, self.prefix, with_prefix=self.pools_prefix)
         padding = torch.nn.functional.pad(~tokens.valid, (self.prefix, 0))  # [B, P + K]
         return x.masked_fill(padding.unsqueeze(-1), DROPPED)
 
@@ -212,7 +208,7 @@ class Outputs(Uncopyable):
             if state is None or state.full_length:
                 return original(x, *args, **kwargs)
             # any mask the caller passed is full length and masks only padding, which is gone
-            return self.by_length(state.tokens, x, lambda part_x, _: (original(part_x),))[0]
+            return by_length(state.tokens, x, lambda part_x, _: (original(part_x),))[0]
 
         return pool
 
@@ -228,7 +224,8 @@ class Outputs(Uncopyable):
 
     def _dense_call(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def dense(*args: Any, **kwargs: Any) -> Any:
-            before = self.dense.set(True)
+            before = self.dense.get()
+            self.dense.set(True)
             try:
                 return original(*args, **kwargs)
             finally:
@@ -256,9 +253,9 @@ class Outputs(Uncopyable):
     # -- full length --------------------------------------------------------------------------------------------------
 
     def lost(self, layer: int) -> Tensor | None:
-        """Return which groups are gone in front of ``layer``, in the order of the merger's output, bool [B, G]; None: none is."""
+        """Mark the groups that are gone in front of ``layer``, in the order of the merger's output, bool [B, G]; None: none."""
         forward = self.forwards.state
-        if layer not in forward.states or forward.states[layer].tokens.whole:
+        if layer not in forward.states or forward.states[layer].tokens.nothing_dropped:
             return None
         gone = dropped(forward.states[layer].tokens)
         assert forward.origin is not None

@@ -65,12 +65,12 @@ def refuse_unknown(model: nn.Module) -> None:
                 f"its visual tokens cannot be followed from {path} ({type(tower).__name__}) into its language model: pass that "
                 f'tower alone, saint.apply(model.{path}, ...), with output="similar" on its stage. The language model then '
                 "receives as many features as ever and runs no faster, and the connector and language stages are not possible. "
-                f"Known families: {_known()}. docs/adding.md says how to register one of your own"
+                f"Known families: {_known()}. CONTRIBUTING says how to register one of your own"
             )
 
 
 def _brings_images(model: nn.Module, path: str) -> str:
-    """Return what tells that ``model`` hands the tokens of the encoder at ``path`` to a language model; "" where nothing does."""
+    """Say what tells that ``model`` hands the tokens of the encoder at ``path`` to a language model; "" where nothing does."""
     holders = list(around(model, path))
     for place, module in holders:
         if TEXT_FEATURES.of(module) is not None:
@@ -89,7 +89,7 @@ def _brings_images(model: nn.Module, path: str) -> str:
 
 
 def _takes_embeddings(module: nn.Module) -> bool:
-    """Tell whether a module is a decoder that can be given embeddings of images; those that attend to another sequence do not."""
+    """Tell whether a module is a decoder that takes embeddings of images; those that attend to another sequence need none."""
     forward = type(module).forward
     if not inspect.isfunction(forward):
         return False

@@ -30,7 +30,7 @@ class Known:
             self.waiting = True
 
     def among(self, x: Tensor) -> Tensor:
-        """Return which rows of x [B, L, C] are such features, bool [B, L]."""
+        """Mark the rows of x [B, L, C] that are such features, bool [B, L]."""
         found = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         if self._numbers:
             known = torch.cat([one.to(x.device) for one in self._numbers])

@@ -70,7 +70,9 @@ class PrunedVLM(Uncopyable):
     ) -> None:
         self.path, self.model, self.spec, self.door, self.encoder = path, model, spec, door, encoder
         self.mergers, self.handover = mergers, handover
-        self.root, self.around = root, Parameters(type(root).forward)
+        self.patched = root
+        self.marked = (model,) if encoder is None else (model, encoder.module)
+        self.stacks = door.stacks if encoder is None else (encoder, *door.stacks)
         self.known = Known()
         handover.complete = self._complete
         self.proved: set[str] = set()  # mergers that were seen to join the groups that they should
@@ -87,8 +89,6 @@ class PrunedVLM(Uncopyable):
 
     def install(self, stack: ExitStack) -> None:
         """Patch the instance; ``stack`` undoes it."""
-        if self.root is not self.model:
-            stack.callback(self.root.register_forward_pre_hook(self._see, with_kwargs=True).remove)
         stack.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         override(stack, self.model, self.merge, self._listen)
         for role in (IMAGE_FEATURES, VIDEO_FEATURES):
@@ -99,7 +99,7 @@ class PrunedVLM(Uncopyable):
         if self.videos is not None:
             override(stack, self.model, self.videos.method, self.videos.encode)
         self.door.install(stack)
-        watch(stack, self.root, self.door, self._whole)
+        watch(stack, self.patched, self.door, self._whole)
         if self.encoder is not None:
             self.encoder.install(stack)
             if not self.mergers:  # nothing is dropped in front of them
@@ -110,16 +110,12 @@ class PrunedVLM(Uncopyable):
                 for path, layer in self.mergers.items():
                     override(stack, self.model.get_submodule(path), "forward", partial(self._join, path, layer))
 
-    def _see(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """In front of a model around this one, which may merge features itself."""
-        self.handover.new(ids=IDS.read(self.around.named(args, kwargs)))
-
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = self.parameters.named(args, kwargs)
         encoded, mask, embedded = ENCODED.read(given), MASK.read(given), EMBEDDINGS.read(given)
         images = any(pixels.read(given) is not None for pixels in self.spec.pixels)
         self.handover.new(
-            ids=self.handover.note.ids,
+            ids=IDS.read(given),
             mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
             brings=images or bool(encoded),
             plain=embedded is None or images or bool(encoded),
@@ -206,7 +202,7 @@ class PrunedVLM(Uncopyable):
             )
 
     def _whole(self, ids: Tensor, given: dict[str, Any]) -> Tensor | None:
-        """Tell which places of a prompt enter the decoder, bool [B, L], whose pieces bring features computed in front."""
+        """Decide which places of a prompt enter the language model, bool [B, L], when features of its pieces come computed."""
         encoded = ENCODED.read(given) or {}
         token = {"image": IMAGE_TOKEN.get(self.model.config), "video": VIDEO_TOKEN.get(self.model.config)}
         rows = {
@@ -238,7 +234,7 @@ class PrunedVLM(Uncopyable):
             y = original(x, *args, **kwargs)
             features = self.mergers[self.spec.connector]
             state = encoder.forward.states.get(features)
-            if state is None or state.tokens.whole:
+            if state is None or state.tokens.nothing_dropped:
                 return y
             tokens = state.tokens
             head = y.shape[1] - tokens.slots
@@ -310,7 +306,7 @@ def read_maps(model: Any, spec: FamilySpec, depth: int) -> dict[str, int]:
 
 
 def placeholders(model: Any, input_ids: Tensor | None, inputs_embeds: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Return where the image placeholders are, bool [B, L], as the merging method finds them."""
+    """Where the image placeholders are, bool [B, L], as the merging method finds them."""
     token = IMAGE_TOKEN.get(model.config)
     if input_ids is not None:
         return (input_ids == token).to(inputs_embeds.device)

@@ -26,7 +26,7 @@ VARIABLE = "SAINT_PLAN"  # the plan of the engine: a file, a recipe's name or JS
 
 
 def default() -> FixedBudget | None:
-    """Return what the engine does behind the projector with pictures of requests that ask for nothing; None: nothing.
+    """Read what the engine does behind the projector with pictures of requests that ask for nothing; None: nothing.
 
     Raises:
         ValueError: ``SAINT_PLAN`` is no plan that vLLM can follow.
@@ -35,7 +35,7 @@ def default() -> FixedBudget | None:
 
 
 def vision() -> tuple[Stage, ...]:
-    """Return what the engine does inside the tower.
+    """Read what the engine does inside the tower.
 
     Raises:
         ValueError: ``SAINT_PLAN`` is no plan that vLLM can follow.
@@ -101,7 +101,7 @@ def checked(method: Method) -> FixedBudget | None:
 
 
 def requested(value: Any, engine: FixedBudget | None) -> FixedBudget | None:
-    """Return what a request asks for.
+    """Read what a request asks for.
 
     Args:
         value: of :data:`KEY` in its ``mm_processor_kwargs``: settings of a method, with its name as "method". Without a name they

@@ -34,9 +34,8 @@ class PruningModel:
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Features per picture; those that come with a choice are shortened."""
-        if (
-            self._tower is None and budget.vision()
-        ):  # by now weights are loaded, on which the halves of blocks are proved
+        # by now weights are loaded, on which the halves of blocks are proved
+        if self._tower is None and budget.vision():
             self._tower = tower.prune(self, type(self).architecture, budget.vision())  # type: ignore[arg-type]
         choices = [Choice.unpacked(one) for one in kwargs.pop(FIELD, ())]
         features = super().embed_multimodal(**kwargs)  # type: ignore[misc]

@@ -120,7 +120,7 @@ def model_class(architecture: str) -> Any:
 
 
 def tower_spec(architecture: str) -> EncoderSpec:
-    """Return what the vision stage needs to know of vLLM's tower."""
+    """Say what the vision stage needs to know of vLLM's tower."""
     _, module, name = TOWERS[architecture]
     block = BlockSpec(
         attn="self_attn",
@@ -196,7 +196,7 @@ def widths(model: Any, kwargs: Mapping[str, Any]) -> list[int]:
 
 
 def offset(feature: Any) -> int:
-    """Return where in the prompt a picture or video begins."""
+    """Where in the prompt a picture or video begins."""
     return int(feature.mm_position.offset)
 
 
@@ -206,7 +206,7 @@ def moved(feature: Any, begin: int) -> Any:
 
 
 def field(feature: Any, name: str) -> Any:
-    """Return what ``element`` put under ``name`` among the inputs of a picture; None where there is nothing."""
+    """Read what ``element`` put under ``name`` among the inputs of a picture; None where there is nothing."""
     found = feature.data.get(name)
     return None if found is None else found.data
 
@@ -222,7 +222,7 @@ def prunes_videos(config: Any) -> bool:
 
 
 def features_leave(config: Any) -> str | None:
-    """Say why features may meet positions in another module than the model, where ours cannot add to these; None: never."""
+    """Why features may meet positions in another module than the model, where nothing of ours can add to these; None: never."""
     if config.parallel_config.pipeline_parallel_size > 1:
         return "pipeline parallelism is on, and later stages lay out positions without having seen the features"
     if config.parallel_config.use_ubatching:

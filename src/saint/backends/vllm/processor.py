@@ -89,7 +89,7 @@ def behind(front: Any, cls: Any) -> Any:
 
 
 def factories(cls: Any, architecture: str) -> dict[str, Any]:
-    """Return what makes the processor of model class ``cls``, pruning; ``architecture`` of its checkpoints."""
+    """Find what makes the processor of model class ``cls``, pruning; ``architecture`` of its checkpoints."""
     own = getattr(cls, names.FACTORIES)
 
     def info(ctx: Any) -> Any:
@@ -109,7 +109,7 @@ def _without(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _places(content: Any) -> Tensor:
-    """Return which tokens of a placeholder are replaced by features, bool [tokens]."""
+    """Mark the tokens of a placeholder that are replaced by features, bool [tokens]."""
     if content.is_embed is None:
         return torch.ones(len(content.full), dtype=torch.bool)
     return torch.as_tensor(content.is_embed(content.full)).bool()

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...methods.base import FixedBudget, Method, counts_by_votes, final_keep
+from ...methods.base import HUGE, counts_by_votes, survivors
 from ...plans import Plan, Stage
 from ...session import Session, apply
 from ...upstream import register
@@ -36,7 +36,7 @@ def checked(plan: Plan) -> tuple[Stage, ...]:
             why = (
                 f'output="{stage.output}" is of full length, and no place in a prompt would be saved: leave output out'
             )
-        elif _budget(stage.method) is None:
+        elif survivors(stage.method, HUGE) is None:
             why = "it does not say how many tokens it keeps: use a method with keep or budget, e.g. saint"
         if why is not None:
             raise ValueError(f"vLLM cannot follow {name} in the vision stage of a plan: {why}")
@@ -71,7 +71,8 @@ def left(plan: Plan, patches: int) -> int:
     """
     for stage in plan.vision:
         stage.method.validate(patches, len(stage.layers or (0,)))
-        patches = final_keep(_budget(stage.method) or 1.0, patches)
+        kept = survivors(stage.method, patches)
+        patches = patches if kept is None else kept
     return patches
 
 
@@ -81,8 +82,3 @@ def prune(model: nn.Module, architecture: str, stages: tuple[Stage, ...]) -> Ses
     spec = names.tower_spec(architecture)
     register(spec)
     return apply(model.get_submodule(names.TOWERS[architecture][0]), resolved(stages, model.config))
-
-
-def _budget(method: Method) -> int | float | None:
-    value = method.keep if isinstance(method, FixedBudget) else getattr(method, "budget", None)
-    return value if isinstance(value, int | float) else None

@@ -1,8 +1,8 @@
 """The contracts on every ViT-like model name of timm and every vision tower of open_clip, without weights.
 
-    python -m saint.testing.zoo --out zoo.jsonl           # hours on one core; continues where it stopped
-    python -m saint.testing.zoo --out zoo.jsonl --only beit
-    python -m saint.testing.zoo --out zoo.jsonl --table docs/zoo.csv
+    python tools/zoo.py --out zoo.jsonl           # hours on one core; continues where it stopped
+    python tools/zoo.py --out zoo.jsonl --only beit
+    python tools/zoo.py --out zoo.jsonl --table docs/zoo.csv
 
 A model is built as its factory builds it, except for its size: three blocks, pictures of 6 x 6 patches, and narrower where
 three blocks at the real width hold too many parameters. Weights are random and lively. An outcome is one of
@@ -32,12 +32,12 @@ from unittest import mock
 import torch
 from torch import nn
 
-from ..errors import UnsupportedModelError
-from ..plans import Plan
-from ..upstream.versions import installed
-from ..vision.locate import locate
-from .contracts import check_batch, check_model, check_oracle
-from .examples import example_inputs, example_plan
+from saint.errors import UnsupportedModelError
+from saint.plans import Plan
+from saint.testing.contracts import check_batch, check_model, check_oracle
+from saint.testing.examples import enliven, example_inputs, example_plan
+from saint.upstream.versions import installed
+from saint.vision.locate import locate
 
 # modules of timm whose models are vision transformers or near relatives
 MODULES = (
@@ -73,20 +73,6 @@ class Record:
     outcome: str
     detail: str
     versions: str
-
-
-def enliven(model: nn.Module) -> nn.Module:
-    """Weights under which every layer and every branch shows in the output."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if any(word in key for word in ("gamma", "lambda1", "ls1", "ls2", "layer_scale")):
-                parameter.copy_(0.5 + 0.1 * torch.randn(parameter.shape, generator=generator))  # 1e-5 hides every error
-            elif parameter.ndim < 2 or any(word in key for word in ("token", "pos", "probe", "latent", "relative")):
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-            else:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter[0].numel() ** -0.5)
-    return model
 
 
 # -- names and how to build them -------------------------------------------------------------------------------------
@@ -331,7 +317,7 @@ def write_table(path: Path, records: list[Record]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m saint.testing.zoo", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python tools/zoo.py", description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--out", type=Path, default=Path("zoo.jsonl"), help="JSON lines; names that have one are skipped"
     )
