@@ -147,7 +147,7 @@ class Session(Uncopyable):
 
     @property
     def status(self) -> Status:
-        """What is applied, per stage; of a session that has been removed, what was."""
+        """Return what is applied, per stage; of a session that has been removed, what was."""
         return self._status
 
     def _stages(self, slot: str, stages: tuple[Stage, ...]) -> tuple[StageStatus, ...]:
@@ -358,7 +358,7 @@ def apply(model: ModelLike, plan: PlanLike, *, observers: Sequence[Any] = ()) ->
 
 
 def _not_tuned_on(model: nn.Module, session: Session, tuned: Mapping[str, Any]) -> str:
-    """How ``model`` differs from the one that a plan was tuned on; "" where it does not, as far as the record tells."""
+    """Say how ``model`` differs from the one that a plan was tuned on; "" where it does not, as far as the record tells."""
     if (name := tuned.get("class", type(model).__name__)) != type(model).__name__:
         return f"{name}, and this is a {type(model).__name__}"
     depth = tuned.get("depth")

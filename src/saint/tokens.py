@@ -53,12 +53,12 @@ class TokenMap:
 
     @property
     def nothing_dropped(self) -> bool:
-        """Whether no token of any sample has been dropped."""
+        """Tell whether no token of any sample has been dropped."""
         return self.lengths == self.total
 
     @property
     def here(self) -> Tensor:
-        """Which of the original places are survivors, bool [B, width]."""
+        """Return which of the original places are survivors, bool [B, width]."""
         return Selection(self.index, self.lengths, self.valid).mask(self.width)
 
     def kept(self) -> list[Tensor]:

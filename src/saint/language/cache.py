@@ -241,7 +241,7 @@ class RaggedLayer(DynamicLayer):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether any number of the last positions can be taken off again; asked by assisted decoding."""
+        """Tell whether any number of the last positions can be taken off again; asked by assisted decoding."""
         return self.sliding_window is None
 
     def update(

@@ -95,7 +95,7 @@ class Decider(Uncopyable, Generic[F]):
 
     @property
     def wants_frames(self) -> bool:
-        """Whether a method asks which candidates show the same place of a video at different times."""
+        """Tell whether a method asks which candidates show the same place of a video at different times."""
         return any("frames" in point.needs for point in (*self.entries, *self.points.values()))
 
     # -- what differs -------------------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ class Forwards(Generic[S]):
 
 
 def _address(x: Tensor) -> int | None:
-    """Where the data of ``x`` lies, which detaching does not change; None for a tensor without data of its own."""
+    """Return where the data of ``x`` lies, which detaching does not change; None for a tensor without data of its own."""
     return x.data_ptr() if type(x) in (Tensor, torch.nn.Parameter) and not _wrapped(x) else None
 
 

@@ -60,7 +60,7 @@ class LayerState:
 
     @property
     def bare(self) -> "LayerState":
-        """Which tokens they are, without what only a layer that runs needs of them."""
+        """Return which tokens they are, without what only a layer that runs needs of them."""
         return replace(self, places=None, sizes=None, offsets=None)
 
     def of_candidates(self, x: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def refuse_unknown(model: nn.Module) -> None:
                 f"its visual tokens cannot be followed from {path} ({type(tower).__name__}) into its language model: pass that "
                 f'tower alone, saint.apply(model.{path}, ...), with output="similar" on its stage. The language model then '
                 "receives as many features as ever and runs no faster, and the connector and language stages are not possible. "
-                f"Known families: {_known()}. CONTRIBUTING says how to register one of your own"
+                f"Known families: {_known()}. docs/adding.md says how to register one of your own"
             )
 
 

@@ -306,7 +306,7 @@ def read_maps(model: Any, spec: FamilySpec, depth: int) -> dict[str, int]:
 
 
 def placeholders(model: Any, input_ids: Tensor | None, inputs_embeds: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Where the image placeholders are, bool [B, L], as the merging method finds them."""
+    """Return where the image placeholders are, bool [B, L], as the merging method finds them."""
     token = IMAGE_TOKEN.get(model.config)
     if input_ids is not None:
         return (input_ids == token).to(inputs_embeds.device)

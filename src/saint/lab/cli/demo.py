@@ -220,7 +220,7 @@ def _strips(
 
 
 def _by_kept(run: Run, most: int) -> list[int]:
-    """Which photographs to show: spread over how much was dropped, most first."""
+    """Choose the photographs to show: spread over how much was dropped, most first."""
     order = sorted(range(len(run.traces)), key=lambda i: int(run.traces[i][-1].tokens_out[0]))
     return order if len(order) <= most else [order[round(i * (len(order) - 1) / (most - 1))] for i in range(most)]
 

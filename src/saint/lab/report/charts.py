@@ -154,7 +154,7 @@ def _legend(lines: Sequence[Line], boundaries: Sequence[Boundary]) -> Markup:
 
 
 def mark(axis: str, place: float, text: str) -> str:
-    """What stands at a place of an axis: tokens that leave in front of the first layer leave at the input."""
+    """Name a place of an axis: tokens that leave in front of the first layer leave at the input."""
     return "input" if axis == "layer" and place == -1 else text
 
 
@@ -283,7 +283,7 @@ def cividis(share: float) -> str:
 
 
 def _spoken(title: str, lines: Sequence[Line], x: str) -> str:
-    """What a screen reader says: each curve's first and last value."""
+    """Say what a screen reader says: each curve's first and last value."""
     said = []
     for line in lines:
         known = [(place, y) for place, y in zip(line.places(), line.mean, strict=True) if y is not None]

@@ -57,7 +57,7 @@ def gallery(record: Record) -> Group | None:
 
 
 def _of(record: Record) -> list[Block]:
-    """Which plan an analysis shows, and which pictures it could not."""
+    """Say which plan an analysis shows, and which pictures it could not."""
     of = record.data.get("survivors_of")
     if of is None:
         return []

@@ -75,7 +75,7 @@ def _overhead(own: Mapping[str, Any] | None) -> Text | None:
 
 
 def uncounted(operators: list[str] | None) -> Text | None:
-    """What FLOPs, and the bounds made of them, leave out; None where it is nothing."""
+    """Say what FLOPs, and the bounds made of them, leave out; None where it is nothing."""
     return Text(f"The FLOPs leave out {', '.join(operators)}.", warning=True) if operators else None
 
 

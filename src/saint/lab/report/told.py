@@ -47,7 +47,7 @@ def conditions(record: Record, **more: Any) -> list[tuple[str, Any]]:
 
 
 def skipped(record: Record) -> Group | None:
-    """What could not be read or was left out, with reasons."""
+    """List what could not be read or was left out, with reasons."""
     entries, left = record.data.get("skipped") or [], record.data.get("left_out") or []
     if not entries and not left:
         return None

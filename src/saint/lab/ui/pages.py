@@ -70,7 +70,7 @@ class Shown:
 
 
 def page(shown: Shown) -> Sheet:
-    """What stays, both answers, times, and the plan."""
+    """Show what stays, both answers, times, and the plan."""
     steps, bench = shown.facts["layers"], shown.bench
     texts = [shown.base.text, shown.short.text]
     found = None if texts[0] is not None else agreement(shown.base.output, shown.short.output)
