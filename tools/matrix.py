@@ -26,17 +26,22 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".matrix"
 PAGE = ROOT / "docs" / "versions.md"
 LIBRARIES = ("transformers", "timm", "open_clip_torch")
-ENCODERS = ["tests/test_upstream.py", "tests/test_encoders.py", "tests/test_modes.py", "tests/test_tome.py"]
+ENCODERS = [
+    "tests/core/test_upstream.py",
+    "tests/core/test_encoders.py",
+    "tests/core/test_modes.py",
+    "tests/core/test_tome.py",
+]
 MODELS = [  # vision-language models, and methods on both kinds
-    "tests/test_baselines.py",
-    "tests/test_check_vlm.py",
-    "tests/test_doorway.py",
-    "tests/test_doorway_specs.py",
-    "tests/test_forwards.py",
-    "tests/test_language.py",
-    "tests/test_published_mistakes.py",
-    "tests/test_scored.py",
-    *(f"tests/{path.name}" for path in sorted((ROOT / "tests").glob("test_vlm_*.py"))),
+    "tests/core/test_baselines.py",
+    "tests/vlm/test_check_vlm.py",
+    "tests/vlm/test_doorway.py",
+    "tests/vlm/test_doorway_specs.py",
+    "tests/core/test_forwards.py",
+    "tests/core/test_language.py",
+    "tests/core/test_published_mistakes.py",
+    "tests/core/test_scored.py",
+    *(f"tests/vlm/{path.name}" for path in sorted((ROOT / "tests" / "vlm").glob("test_vlm_*.py"))),
 ]
 
 

@@ -113,7 +113,7 @@ class Plan:
 
 class Map:
     def __init__(self, path: Path = MAP, only: Iterable[str] = ()) -> None:
-        self._only = {f"tests/{Path(name).stem}.py" for name in only}
+        self._only = {Path(name).name for name in only}
         if not path.exists():
             raise SystemExit("there is no map of the tests yet: `python tools/mutants.py map`")
         self._base = sqlite3.connect(path)
@@ -124,7 +124,7 @@ class Map:
 
     def lacking(self) -> list[str]:
         """Files of tests that were never traced."""
-        there = (path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("test_*.py"))
+        there = (path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py"))
         return sorted(set(there) - self._files.keys())
 
     @functools.lru_cache(maxsize=4)  # noqa: B019
@@ -165,7 +165,7 @@ class Map:
     def plan(self, mutant: Mutant, budget: float, without: frozenset[str] = frozenset(), most: int = TESTS) -> Plan:
         """Quickest first, in turn from each file, those first that know most of this source; what a budget of seconds allows."""
         runners = self.runners(mutant)
-        asked = {node for node in runners if not self._only or self._tests[node][0] in self._only}
+        asked = {node for node in runners if not self._only or Path(self._tests[node][0]).name in self._only}
         without |= runners - asked
         files = self._ranked(mutant, {self._tests[node][0] for node in runners - without})
         chosen: dict[str, list[str]] = {}

@@ -20,7 +20,7 @@ from ...upstream.specs import part
 from ...vision.locate import locate
 from ..bench.forward import ForwardBench, bench_forward
 from ..images import data_uri
-from ..loading.models import find_source, resolve_device
+from ..loading.models import find_source
 from ..loading.source import Source
 from ..sources.items import Item, evenly
 from ..sources.listing import Left
@@ -28,7 +28,7 @@ from ..sources.samples import find_samples
 from .agreement import agreement, answer
 from .facts import layer_facts
 from .features import Features
-from .subject import COSINE, Answered, Bad, Checked, Given, Inputs, Subject, dtype_and_place
+from .subject import COSINE, Answered, Bad, Checked, Given, Inputs, Subject, Wanted, dtype_and_place
 from .tiles import Tile
 
 _NOT_ASKED = "it is asked nothing, as vision-language models are"
@@ -37,6 +37,10 @@ _NOT_ASKED = "it is asked nothing, as vision-language models are"
 @dataclass(frozen=True)
 class Encoder(Subject):
     """An encoder with its own preprocessing.
+
+    Example:
+        >>> Encoder.load("timm:test_vit", pretrained=False).image_size
+        (160, 160)
 
     Attributes:
         usual: the plan that suits it; None where nothing is known.
@@ -67,28 +71,13 @@ class Encoder(Subject):
         return True
 
     @classmethod
-    def load(
-        cls,
-        spec: str,
-        device: str | torch.device = "cpu",
-        pretrained: bool = True,
-        *,
-        size: int | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Self:
-        """See :meth:`Subject.load`; of a model with several towers, the one that sees.
-
-        Example:
-            >>> Encoder.load("timm:test_vit", pretrained=False).image_size
-            (160, 160)
-        """
-        place = resolve_device(device)
-        source = find_source(spec, pretrained, size)
-        model = source.model.eval().to(place)
-        if dtype is not None:
-            model.to(dtype)
+    def _loaded(cls, spec: str, wanted: Wanted) -> Self:
+        """Load it; of a model with several towers, the one that sees."""
+        source = find_source(spec, wanted.pretrained, wanted.size)
+        if wanted.dtype is not None:
+            source.model.to(wanted.dtype)
         usual = source.plan or recipe("vit/published")
-        return cls(model, place, spec, source.title or spec, source.licence, usual, source)
+        return cls(source.model, torch.device("cpu"), spec, source.title or spec, source.licence, usual, source)
 
     @classmethod
     def around(cls, model: nn.Module) -> Self:

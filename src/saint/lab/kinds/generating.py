@@ -5,12 +5,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...extras import require
 from ...samples import Sample
 from ...upstream.names import IDS
 from ...vlm.prompts import answered, placeholders
-from .subject import ANSWER_KL, KL, Subject
+from ..loading.failures import explained
+from .subject import ANSWER_KL, KL, Subject, Wanted
 
 ANSWER = 16  # tokens of the unpruned model's answer that are compared
 
@@ -64,3 +66,54 @@ def _grows(sample: Sample, ids: Tensor) -> bool:
     length = ids.shape[1]
     others = (value for value in sample.tensors if value.shape != ids.shape and not value.is_floating_point())
     return not any(length in value.shape[1:] for value in others)
+
+
+# -- from the hub -----------------------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
+def config_of(spec: str) -> Any:
+    """Return the config of ``hf:NAME_OR_PATH``; None of another name.
+
+    Raises:
+        DownloadError: it cannot be fetched.
+    """
+    library, _, name = spec.partition(":")
+    if library != "hf" or not name:
+        return None
+    with explained(spec):
+        return require("transformers", "transformers").AutoConfig.from_pretrained(name)
+
+
+def on_hub(spec: str, expected: str) -> str:
+    """Return the name behind ``hf:``.
+
+    Raises:
+        ValueError: another name; ``expected`` says what is.
+    """
+    library, _, name = spec.partition(":")
+    if library != "hf" or not name:
+        raise ValueError(f"{expected}; got {spec!r}")
+    return name
+
+
+def check_weights(wanted: Wanted) -> None:
+    """Refuse a demo model with other weights than its own.
+
+    Raises:
+        ValueError: others are wanted.
+    """
+    if not wanted.pretrained:
+        raise ValueError("a demo model is its weights: leave --no-pretrained out")
+
+
+def built(auto: Any, name: str, config: Any, wanted: Wanted) -> nn.Module:
+    """Return the model that a class of transformers makes of a name, or of its config with random weights."""
+    if wanted.pretrained:
+        model: nn.Module = auto.from_pretrained(name, dtype=wanted.dtype or "auto")
+        return model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made: nn.Module = auto.from_config(config, dtype=wanted.dtype or torch.float32)
+    return made

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
@@ -16,6 +16,7 @@ from ...plans import Plan
 from ...samples import Sample
 from ...testing import Result
 from ...tokens import LayerTrace
+from ..loading.models import resolve_device
 from ..sources.items import Item
 from ..sources.listing import Left
 from .tiles import Tile
@@ -46,6 +47,14 @@ class Answered(NamedTuple):
     text: str | None
     output: Any
     times: Any = None
+
+
+class Wanted(NamedTuple):
+    """How a model is to be loaded; see :meth:`Subject.load`."""
+
+    pretrained: bool = True
+    size: int | None = None
+    dtype: torch.dtype | None = None
 
 
 class Checked(NamedTuple):
@@ -99,7 +108,6 @@ class Subject(ABC):
         """Tell whether ``spec`` names a model of this kind; reads its config, no weights."""
 
     @classmethod
-    @abstractmethod
     def load(
         cls,
         spec: str,
@@ -125,6 +133,14 @@ class Subject(ABC):
             DownloadError: the weights cannot be fetched.
             UnsafeCheckpointError: the weights are a pickle of more than tensors.
         """
+        place = resolve_device(device)
+        made = cls._loaded(spec, Wanted(pretrained, size, dtype))
+        return replace(made, model=made.model.eval().to(place), device=place)
+
+    @classmethod
+    @abstractmethod
+    def _loaded(cls, spec: str, wanted: "Wanted") -> Self:
+        """Load it, anywhere; :meth:`load` puts it in its place."""
 
     @classmethod
     @abstractmethod

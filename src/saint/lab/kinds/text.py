@@ -20,11 +20,10 @@ from ...upstream.names import LAYERS
 from ..bench.generation import timed_answer
 from ..demo import smollm2
 from ..loading.failures import explained
-from ..loading.models import resolve_device
 from ..sources.items import Item, evenly
 from ..sources.listing import Left, printable
-from .generating import Generating
-from .subject import Answered, Bad, Checked, Given, Inputs
+from .generating import CPU, Generating, built, check_weights, config_of, on_hub
+from .subject import Answered, Bad, Checked, Given, Inputs, Wanted
 from .tiles import Tile
 
 DEMO = f"demo:{smollm2.NAME}"
@@ -49,52 +48,30 @@ class Text(Generating):
     @classmethod
     def named(cls, spec: str) -> bool:
         """Tell whether ``spec`` names one, by its architecture."""
-        library, _, name = spec.partition(":")
         if spec == DEMO:
             return True
-        if library != "hf" or not name:
-            return False
-        with explained(spec):
-            config = require("transformers", "transformers").AutoConfig.from_pretrained(name)
-        return next(iter(config.architectures or []), "").endswith(("ForCausalLM", "LMHeadModel"))
+        config = config_of(spec)
+        return next(iter(getattr(config, "architectures", None) or []), "").endswith(("ForCausalLM", "LMHeadModel"))
 
     @classmethod
-    def load(
-        cls,
-        spec: str,
-        device: str | torch.device = "cpu",
-        pretrained: bool = True,
-        *,
-        size: int | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Self:
-        """See :meth:`Subject.load`; without weights, config and tokenizer are downloaded."""
-        place = resolve_device(device)
-        library, _, name = spec.partition(":")
+    def _loaded(cls, spec: str, wanted: Wanted) -> Self:
+        """Load it; without weights, config and tokenizer are downloaded."""
         if spec == DEMO:
-            if not pretrained:
-                raise ValueError("a demo model is its weights: leave --no-pretrained out")
-            model, tokenizer = smollm2.load(dtype or torch.float32)
-            return cls(model.to(place), place, spec, smollm2.TITLE, smollm2.LICENCE, tokenizer)
-        if library != "hf" or not name:
-            raise ValueError(f"a language model is hf:NAME_OR_PATH or {DEMO}; got {spec!r}")
+            check_weights(wanted)
+            demo, tokenizer = smollm2.load(wanted.dtype or torch.float32)
+            return cls(demo, CPU, spec, smollm2.TITLE, smollm2.LICENCE, tokenizer)
+        name = on_hub(spec, f"a language model is hf:NAME_OR_PATH or {DEMO}")
         transformers = require("transformers", "vlm")
-        auto = transformers.AutoModelForCausalLM
         with explained(spec):
-            if pretrained:
-                network: nn.Module = auto.from_pretrained(name, dtype=dtype or "auto")
-            else:
-                config = transformers.AutoConfig.from_pretrained(name)
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(0)
-                    network = auto.from_config(config, dtype=dtype or torch.float32)
+            config = transformers.AutoConfig.from_pretrained(name)
+            model = built(transformers.AutoModelForCausalLM, name, config, wanted)
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        if find(network) is None:
+        if find(model) is None:
             raise UnsupportedModelError(
-                f"{spec} is a {type(network).__name__}, whose layers are not known; known language models without images: "
+                f"{spec} is a {type(model).__name__}, whose layers are not known; known language models without images: "
                 f"{', '.join(TEXT.values())}"
             )
-        return cls(network.eval().to(place), place, spec, spec, None, tokenizer)
+        return cls(model, CPU, spec, spec, None, tokenizer)
 
     @classmethod
     def around(cls, model: nn.Module) -> Self | None:

@@ -27,15 +27,14 @@ from ..bench.generation import GenerationBench, bench_generation, timed_answer
 from ..demo import small_llava
 from ..images import data_uri
 from ..loading.failures import explained
-from ..loading.models import resolve_device
 from ..sources.items import Item, evenly
 from ..sources.listing import Left
 from ..sources.questions import default_prompt, read_questions
 from ..sources.samples import find_samples
 from .facts import steps_of
-from .generating import Generating
+from .generating import CPU, Generating, built, check_weights, config_of, on_hub
 from .modes import modes
-from .subject import Answered, Bad, Checked, Given, Inputs, dtype_and_place
+from .subject import Answered, Bad, Checked, Given, Inputs, Wanted, dtype_and_place
 from .tiles import Tile, tiles, visual_tokens
 
 DEMO = f"demo:{small_llava.NAME}"
@@ -61,59 +60,39 @@ class VLM(Generating):
     @classmethod
     def named(cls, spec: str) -> bool:
         """Tell whether ``spec`` names one of a known family."""
-        library, _, name = spec.partition(":")
         if spec == DEMO:
             return True
-        if library != "hf" or not name:
+        if (config := config_of(spec)) is None:
             return False
-        with explained(spec):
-            config = require("transformers", "transformers").AutoConfig.from_pretrained(name)
         kind = next(iter(config.architectures or []), "")
         packages = {_package(model) for model in registry.families()}
         here = _package(f"{type(config).__module__}.{type(config).__qualname__}")
         return here in packages and kind.endswith("ForConditionalGeneration")
 
     @classmethod
-    def load(
-        cls,
-        spec: str,
-        device: str | torch.device = "cpu",
-        pretrained: bool = True,
-        *,
-        size: int | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Self:
-        """See :meth:`Subject.load`; without weights, config and processor are downloaded."""
-        if size is not None:
+    def _loaded(cls, spec: str, wanted: Wanted) -> Self:
+        """Load it; without weights, config and processor are downloaded."""
+        if wanted.size is not None:
             raise ValueError(f"size is for encoders: {cls.refuses['--size']}")
-        place = resolve_device(device)
         if spec == DEMO:
-            if not pretrained:
-                raise ValueError("a demo model is its weights: leave --no-pretrained out")
-            model: nn.Module = small_llava.load().to(place, dtype or torch.float32)
-            return cls(model, place, spec, spec, small_llava.LICENCE, small_llava.processor())
-        library, colon, name = spec.partition(":")
-        if not colon or library != "hf" or not name:
-            raise ValueError(f"a vision-language model is hf:NAME_OR_PATH or {DEMO}; got {spec!r}")
+            check_weights(wanted)
+            demo = small_llava.load().to(wanted.dtype or torch.float32)
+            return cls(demo, CPU, spec, spec, small_llava.LICENCE, small_llava.processor())
+        name = on_hub(spec, f"a vision-language model is hf:NAME_OR_PATH or {DEMO}")
         transformers = require("transformers", "vlm")
         auto = transformers.AutoModelForImageTextToText
         with explained(spec):
             config = transformers.AutoConfig.from_pretrained(name)
             if type(config) not in auto._model_mapping:
                 raise ValueError(f"{spec} is a {config.model_type} model, which does not answer questions about images")
-            if pretrained:
-                model = auto.from_pretrained(name, dtype=dtype or "auto")
-            else:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(0)
-                    model = auto.from_config(config, dtype=dtype or torch.float32)
+            model = built(auto, name, config, wanted)
             processor = transformers.AutoProcessor.from_pretrained(name)
         if find(model) is None:
             known = ", ".join(family.title for family in registry.families().values())
             raise UnsupportedModelError(f"{spec} is a {type(model).__name__}, which cannot be pruned; known: {known}")
         if getattr(processor, "tokenizer", None) is not None:
             processor.tokenizer.padding_side = "left"
-        return cls(model.eval().to(place), place, spec, spec, None, processor)
+        return cls(model, CPU, spec, spec, None, processor)
 
     @classmethod
     def around(cls, model: nn.Module) -> Self | None:

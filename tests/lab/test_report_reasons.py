@@ -16,7 +16,7 @@ from saint.lab.report.charts import cividis
 from support import records as report_records
 from support.records import read
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def of_class(seen, name: str) -> list[dict]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import zoo  # noqa: E402
 

@@ -18,7 +18,7 @@ from support.models import build
 from support.oracles import relative_error
 from support.plans import CONNECTOR, LANGUAGE, VISION, threshold_at
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LLAVA = FAMILIES["llava-llama"]
 PLAN = saint.Plan(vision=VISION, connector=CONNECTOR, language=LANGUAGE)
 NOTHING = saint.Plan(

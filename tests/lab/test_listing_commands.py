@@ -64,7 +64,7 @@ def vlm(tmp_path_factory) -> str:
     """The folder of a tiny checkpoint."""
     folder = tmp_path_factory.mktemp("checkpoint")
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parent / "engines")
+        patch.syspath_prepend(Path(__file__).parents[1] / "engines")
         import checkpoints
 
         checkpoints.llava(folder)

@@ -30,7 +30,7 @@ from support.models import build
 from support.pictures import movie
 
 UsageError = typer.BadParameter.__base__  # click's, or that of the copy of click that newer releases of typer bring
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 

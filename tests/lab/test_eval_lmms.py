@@ -18,7 +18,7 @@ from saint.lab.kinds import VLM
 from saint.plans import Plan
 from support.checkpoints import PLAN, TEMPLATE, save
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 TASK = """
 dataset_path: json

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-EVIDENCE = str(Path(__file__).parents[1] / "evidence")
+EVIDENCE = str(Path(__file__).parents[2] / "evidence")
 
 
 @pytest.fixture

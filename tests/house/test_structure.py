@@ -414,7 +414,7 @@ def test_no_machine_or_session_leaks_into_the_tree():
 
 def test_no_test_imports_a_test():
     """What tests share lives in ``tests/support``: a file of tests can be moved, split or run alone."""
-    tests = Path(__file__).parent
+    tests = Path(__file__).parents[1]
     for path in tests.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []

@@ -329,7 +329,7 @@ def test_a_release_that_was_not_tested_is_said_once(monkeypatch):
 
 
 def test_the_tested_ranges_are_those_of_the_package_and_of_the_lock():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     floors = {
@@ -494,7 +494,7 @@ def test_outputs_of_a_tower_do_not_replace_those_of_the_model(llava):
 
 @pytest.mark.parametrize("name", ["gemma3", "paligemma"])
 def test_the_readme_says_who_refuses_flash_attention(name):
-    path = Path(__file__).parents[1] / "docs" / "make_tables.py"
+    path = Path(__file__).parents[2] / "docs" / "make_tables.py"
     spec = importlib.util.spec_from_file_location("make_tables", path)
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)

@@ -447,7 +447,7 @@ def test_the_command(run, folder, tmp_path):
 
 
 def test_the_command_asks(run, folder, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent / "engines")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "engines")
     import checkpoints
 
     checkpoints.llava(tmp_path / "model")

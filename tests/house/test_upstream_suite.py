@@ -12,7 +12,7 @@ from saint.upstream.tiny import make, text_config
 from support.families import FAMILIES
 from support.models import build
 
-TOOL = Path(__file__).parents[1] / "tools" / "upstream_suite.py"
+TOOL = Path(__file__).parents[2] / "tools" / "upstream_suite.py"
 # a class of tests as transformers writes them; each assertion about a plan says where the plan is
 FAKE = """
 import pytest

@@ -1,4 +1,4 @@
-"""The page of `saint report`: what it says, what it escapes, what it refuses. In a browser: tests/test_browser.py."""
+"""The page of `saint report`: what it says, what it escapes, what it refuses. In a browser: tests/lab/test_browser.py."""
 
 import copy
 import io

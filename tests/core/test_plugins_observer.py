@@ -18,7 +18,7 @@ from saint import testing
 from support.families import FAMILIES, IMAGE, prompts
 from support.models import build
 
-PAGE = Path(__file__).parents[1] / "docs" / "adding.md"
+PAGE = Path(__file__).parents[2] / "docs" / "adding.md"
 
 
 @pytest.fixture
