@@ -12,7 +12,7 @@ ENGINES := .engines
 WORKERS ?= 2
 SAMPLE ?= 60
 SEED ?= 1
-.PHONY: help setup demo test golden engines map mutants names matrix check fix bench results analysis tables docs lock clean
+.PHONY: help setup demo test nightly golden engines map mutants names matrix check fix bench results analysis tables docs lock clean
 help:            ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -29,6 +29,8 @@ demo: $(STAMP)   ## prune a real CLIP on real photographs, with pictures in demo
 	$(RUN)/saint demo $(ARGS)
 test: $(STAMP)   ## the whole suite, in two processes (WORKERS=0: in one)
 	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=25 $(ARGS)
+nightly: $(STAMP) ## what make test leaves out: more draws of the same, every library and plan through torch.export
+	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile -m nightly $(ARGS)
 golden: $(STAMP) ## write tests/golden anew: what commands write and print, outputs of plans; read the diff
 	$(RUN)/python -m pytest tests/house/test_golden.py --write-golden $(ARGS)
 engines: $(STAMP) $(ENGINES)/.installed ## engines of other projects: Ray, ONNX Runtime, OpenVINO, and vLLM in .engines (several GB)

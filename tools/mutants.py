@@ -1,6 +1,6 @@
 """Mutation testing: small errors are put into the source, one at a time, and the tests that run that line must notice.
 
-    python tools/mutants.py map [tests/core/test_graph.py ...]     which tests run which line: once, and again for tests that are new
+    python tools/mutants.py map [tests/core/test_graph.py ...]     which tests run which line: once, then for new tests
     python tools/mutants.py run vision --sample 60 --seed 1   a fair sample over the mutants of a package
     python tools/mutants.py run vision --deep 300             its survivors again, with more of the tests that run the line
     python tools/mutants.py run vision --again                its survivors again, behind new tests (map those first)

@@ -34,6 +34,11 @@ PLANS = {
 }
 
 
+def often(names, *daily):
+    """Those of ``daily`` every day, the others at night."""
+    return [name if name in daily else pytest.param(name, marks=pytest.mark.nightly) for name in names]
+
+
 def exported(model, inputs):
     rows = torch.export.Dim("rows", min=1, max=64)
     shapes = {name: {0: rows} for name in inputs}
@@ -52,11 +57,11 @@ def agree(model, graph, inputs):
             assert torch.allclose(got[name], want[name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("plan", often(PLANS, "several stages", "merging"))
 def test_batches_of_any_size(plan):
     model, _, inputs = prepared("timm/vit-augreg")
     unpruned = testing.run(model, inputs)
-    with saint.pruned(model, plan):
+    with saint.pruned(model, PLANS[plan]):
         graph = exported(model, inputs)
         agree(model, graph, inputs)
     got = dict(testing.tensors(graph(**inputs)))  # the graph keeps the plan, the model does not
@@ -64,7 +69,7 @@ def test_batches_of_any_size(plan):
     assert torch.equal(testing.run(model, inputs)["output"], unpruned["output"])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", often(MODELS, "timm/vit-augreg", "transformers/clip", "open_clip/vit"))
 def test_encoders_of_every_library(name):
     model = build(name)
     inputs = testing.example_inputs(model)

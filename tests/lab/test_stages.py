@@ -8,7 +8,7 @@ import pytest
 
 from saint.lab.analysis import bootstrap, stages
 
-SEEDS = 100
+SEEDS = pytest.mark.parametrize("seeds", [10, pytest.param(100, marks=pytest.mark.nightly)])  # draws of each series
 ENOUGH = 95  # of them
 IMAGES = 24
 NAMES = ("key_similarity", "token_entropy", "cls_entropy", "received_entropy", "effective_rank", "residual_update")
@@ -135,13 +135,14 @@ def test_the_sieve_knows_how_autocorrelated_the_noise_is():
         (32, 6, (16,), 0.3),
     ],
 )
-def test_planted_stages_are_found(layers, count, edges, noise):
+@SEEDS
+def test_planted_stages_are_found(layers, count, edges, noise, seeds):
     right = 0
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         rng = np.random.default_rng(seed)
         found = verdict(rng, planted(rng, layers, count, edges), noise, 0.0, seed)
         right += found.shown and [b["layer"] for b in found.boundaries] == list(edges)
-    assert right >= ENOUGH
+    assert right >= ENOUGH * seeds // 100
 
 
 def line(t, rng):
@@ -166,24 +167,26 @@ def wave(t, rng):
 
 @pytest.mark.parametrize(("layers", "noise", "rho"), [(12, 0.05, 0.0), (12, 0.2, 0.0), (12, 0.2, 0.6), (24, 0.2, 0.6)])
 @pytest.mark.parametrize("shape", [line, quadratic, logistic, exponential, wave])
-def test_a_smooth_trend_is_not_a_stage(shape, layers, noise, rho):
+@SEEDS
+def test_a_smooth_trend_is_not_a_stage(shape, layers, noise, rho, seeds):
     t = np.linspace(0, 1, layers)
     shown = 0
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         rng = np.random.default_rng(seed)
         curves = np.stack([shape(t, rng) * rng.uniform(1, 2) * rng.choice([-1, 1]) for _ in range(6)], 1)
         shown += verdict(rng, curves, noise, rho, seed).shown
-    assert shown <= SEEDS - ENOUGH
+    assert shown <= seeds - ENOUGH * seeds // 100
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.5, 0.8, 0.95])
 @pytest.mark.parametrize(("layers", "count"), [(12, 6), (24, 6), (12, 2)])
-def test_noise_has_no_stages(layers, count, rho):
+@SEEDS
+def test_noise_has_no_stages(layers, count, rho, seeds):
     shown = 0
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         rng = np.random.default_rng(seed)
         shown += verdict(rng, np.zeros((layers, count)), 1.0, rho, seed).shown
-    assert shown <= SEEDS - ENOUGH
+    assert shown <= seeds - ENOUGH * seeds // 100
 
 
 def test_a_verdict_says_what_it_found():
