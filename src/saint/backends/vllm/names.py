@@ -222,7 +222,7 @@ def prunes_videos(config: Any) -> bool:
 
 
 def features_leave(config: Any) -> str | None:
-    """Say why features may meet positions outside the model, where nothing of ours can add to these; None: never."""
+    """Say why features may meet positions in another module than the model, where nothing of ours can add to these, or None."""
     if config.parallel_config.pipeline_parallel_size > 1:
         return "pipeline parallelism is on, and later stages lay out positions without having seen the features"
     if config.parallel_config.use_ubatching:

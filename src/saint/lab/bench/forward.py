@@ -15,7 +15,7 @@ from ...session import as_plan
 from ...tokens import LayerTrace
 from ..variants import BASE, copy_sharing_weights, variants
 from .cost import Cost, cost
-from .timing import Line, Spread, conditions, interleave, load_average, ratios
+from .timing import Line, Spread, check_rounds, conditions, interleave, load_average, ratios
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +147,7 @@ def bench_forward(
         >>> result.bound >= 1
         True
     """
-    if repeats < 1 or warmup < 0:
-        raise ValueError(f"repeats must be >= 1 and warmup >= 0, got {repeats} and {warmup}")
+    check_rounds(repeats, warmup)
     load = load_average()
     plan = as_plan(plan)
     plans = {"pruned": plan}
@@ -174,17 +173,6 @@ def bench_forward(
 
     bound = costs["base"].flops / costs["pruned"].flops
     speedup = Spread.of(ratios(times["base"], times["pruned"]))
-    overhead = None
-    if extras:
-        scoring, gathering = meter.scoring[-repeats:], meter.gathering[-repeats:]
-        both = [s + g for s, g in zip(scoring, gathering, strict=True)]
-        idle_times = times.get("keep_all")
-        overhead = Overhead(
-            Spread.of(scoring),
-            Spread.of(gathering),
-            Spread.of(ratios(both, times["base"])),
-            Spread.of([r - 1 for r in ratios(idle_times, times["base"])]) if idle_times else None,
-        )
     told = conditions(model, inputs, device, repeats, warmup, load, list(runs))
     return ForwardBench(
         plan=plan,
@@ -196,7 +184,7 @@ def bench_forward(
         bound=bound,
         efficiency=speedup.median / bound,
         uncounted=sorted({*costs["base"].uncounted, *costs["pruned"].uncounted}),
-        overhead=overhead,
+        overhead=_overhead(meter, times, repeats) if extras else None,
         eager=Spread.of(times["eager"]) if "eager" in times else None,
         conditions={
             **told,
@@ -283,3 +271,11 @@ class _Meter:
             return run()
 
         return metered
+
+
+def _overhead(meter: _Meter, times: Mapping[str, list[float]], repeats: int) -> Overhead:
+    scoring, gathering = meter.scoring[-repeats:], meter.gathering[-repeats:]
+    both = [s + g for s, g in zip(scoring, gathering, strict=True)]
+    idle = [r - 1 for r in ratios(times["keep_all"], times["base"])] if "keep_all" in times else []
+    share = Spread.of(ratios(both, times["base"]))
+    return Overhead(Spread.of(scoring), Spread.of(gathering), share, Spread.of(idle) if idle else None)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...plans import Plan
 from ..variants import BASE, check_plans, variants
 from .cost import Cost, cost
-from .timing import Line, Spread, conditions, interleave, load_average, ratios, synchronize
+from .timing import Line, Spread, check_rounds, conditions, interleave, load_average, ratios, synchronize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,10 +184,9 @@ def bench_generation(
             :func:`saint.apply` raises.
         AlreadyAppliedError: the model carries a plan.
     """
-    if new_tokens < 1 or repeats < 1 or warmup < 0:
-        raise ValueError(
-            f"new_tokens and repeats must be >= 1 and warmup >= 0, got {new_tokens}, {repeats} and {warmup}"
-        )
+    if new_tokens < 1:
+        raise ValueError(f"new_tokens must be >= 1, got {new_tokens}")
+    check_rounds(repeats, warmup)
     check_plans(plans)
     if not hasattr(model, "generate"):
         raise ValueError(f"{type(model).__name__} has no generate(): give the model with its language head")
@@ -222,39 +221,11 @@ def bench_generation(
         raise ValueError(f"no images were pruned under {', '.join(empty)}: inputs need an image (or video) to measure")
 
     laps = {name: made[-repeats:] for name, made in stamps.items()}
-    first = {name: [lap[0] for lap in made] for name, made in laps.items()}
-    total = {name: [lap[-1] for lap in made] for name, made in laps.items()}
-    step = {
-        name: [(lap[-1] - lap[0]) / (new_tokens - 1) for lap in made] if new_tokens > 1 else []
-        for name, made in laps.items()
-    }
     memory = {name: found for name, found in memories.items() if found is not None}
     kept = {BASE: next(iter(memory.values())).unpruned, **{name: found.kept for name, found in memory.items()}}
     batch, prompt = inputs["input_ids"].shape
-    times = {
-        name: GenerationTimes(
-            first=Spread.of(first[name]),
-            per_token=Spread.of(step[name]) if step[name] else None,
-            total=Spread.of(total[name]),
-            tokens_per_second=Spread.of([1e3 * batch * new_tokens / t for t in total[name]]),
-            prefill=costs[name],
-            kv_bytes=kept[name],
-        )
-        for name in laps
-    }
-    gains = {}
-    for name in plans:
-        ratio = Spread.of(ratios(first[BASE], first[name]))
-        bound = costs[BASE].flops / costs[name].flops
-        gains[name] = GenerationGain(
-            first=ratio,
-            total=Spread.of(ratios(total[BASE], total[name])),
-            decode=Spread.of(ratios(step[name], step[BASE])) if step[name] else None,
-            bound=bound,
-            efficiency=ratio.median / bound,
-            uncounted=sorted({*costs[BASE].uncounted, *costs[name].uncounted}),
-            kv=kept[name] / kept[BASE],
-        )
+    times = {name: _times(laps[name], batch, costs[name], kept[name]) for name in laps}
+    gains = {name: _gain(laps[BASE], laps[name], costs[BASE], costs[name], kept[name] / kept[BASE]) for name in plans}
     return GenerationBench(
         plans=dict(plans),
         times=times,
@@ -269,4 +240,37 @@ def bench_generation(
             "stamped by a stopping criterion that synchronises",
             "steps_ms": {name: [[round(t, 4) for t in lap] for lap in made] for name, made in laps.items()},
         },
+    )
+
+
+def _steps(laps: Sequence[Sequence[float]]) -> list[float]:
+    """Return ms per token behind the first of each round; nothing where there is one token."""
+    return [(lap[-1] - lap[0]) / (len(lap) - 1) for lap in laps if len(lap) > 1]
+
+
+def _times(laps: Sequence[Sequence[float]], batch: int, prefill: Cost, kv_bytes: int) -> GenerationTimes:
+    total, steps = [lap[-1] for lap in laps], _steps(laps)
+    return GenerationTimes(
+        first=Spread.of([lap[0] for lap in laps]),
+        per_token=Spread.of(steps) if steps else None,
+        total=Spread.of(total),
+        tokens_per_second=Spread.of([1e3 * batch * len(lap) / t for lap, t in zip(laps, total, strict=True)]),
+        prefill=prefill,
+        kv_bytes=kv_bytes,
+    )
+
+
+def _gain(
+    base: Sequence[Sequence[float]], laps: Sequence[Sequence[float]], unpruned: Cost, pruned: Cost, kv: float
+) -> GenerationGain:
+    first = Spread.of(ratios([lap[0] for lap in base], [lap[0] for lap in laps]))
+    bound, steps = unpruned.flops / pruned.flops, _steps(laps)
+    return GenerationGain(
+        first=first,
+        total=Spread.of(ratios([lap[-1] for lap in base], [lap[-1] for lap in laps])),
+        decode=Spread.of(ratios(steps, _steps(base))) if steps else None,
+        bound=bound,
+        efficiency=first.median / bound,
+        uncounted=sorted({*unpruned.uncounted, *pruned.uncounted}),
+        kv=kv,
     )

@@ -129,6 +129,16 @@ def interleave(
     return times
 
 
+def check_rounds(repeats: int, warmup: int) -> None:
+    """Refuse numbers of rounds that time nothing.
+
+    Raises:
+        ValueError: too few.
+    """
+    if repeats < 1 or warmup < 0:
+        raise ValueError(f"repeats must be >= 1 and warmup >= 0, got {repeats} and {warmup}")
+
+
 def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
     """Return a quotient per round."""
     return [a / b for a, b in zip(over, under, strict=True)]

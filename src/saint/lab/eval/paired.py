@@ -1,7 +1,7 @@
 """One evaluation, whatever is scored: base and plans on the same items, compared in pairs."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -9,7 +9,8 @@ from torch import nn
 
 from ...plans import Plan
 from ..sources.items import Failure, Item
-from ..variants import BASE, check_plans, variants
+from ..variants import BASE, Variant, check_plans, variants
+from .compare import Paired
 from .loop import MARK, Loop, Processes
 from .report import BySample, Report, between, by_sample, fingerprint, kept, summaries
 
@@ -100,24 +101,8 @@ def evaluate(
     }
     processes = Processes.here(parameter.device.type == "cpu")
     with variants(model, plans) as made:
-        watched = {name: judge.watch(variant.model) for name, variant in made.items()}
-
-        def score(some: Sequence[Item], images: Sequence[Any]) -> list[Entry]:
-            inputs = judge.inputs(some, images)
-            entries: list[Entry] = [{} for _ in some]
-            seen: dict[str, Any] = {}
-            for name, variant in made.items():
-                seen[name] = judge.look(watched[name], inputs, name)
-                left = None if variant.session is None else kept(variant.session, len(some))
-                for sample, (entry, own) in enumerate(zip(entries, judge.own(seen[name], some), strict=True)):
-                    entry[name] = own if left is None else {**own, "kept": left[sample]}
-            for name in plans:
-                for entry, same in zip(entries, judge.against(seen[BASE], seen[name]), strict=True):
-                    entry[name] |= same
-            return entries
-
         loop = Loop(
-            score,
+            _scorer(judge, made),
             journal=journal,
             key={"kind": judge.kind, **known, "plans": {name: plan.to_dict() for name, plan in plans.items()}},
             batch=batch,
@@ -127,10 +112,6 @@ def evaluate(
         outcome = loop.run(items)
     entries = list(outcome.entries.values())
     by_variant = judge.scored(entries, by_sample(entries, (BASE, *plans), judge.scores))
-    members: dict[str, set[str]] = {}
-    for entry in entries if groups else ():
-        members.setdefault(groups[entry["id"]], set()).add(entry["id"])
-    named = len(members) > 1 or (bool(members) and "" not in members)
     return Report(
         given=len(items) + len(unusable),
         evaluated=len(entries),
@@ -138,12 +119,7 @@ def evaluate(
         plans=dict(plans),
         scores={plan: between(by_variant, BASE, plan) for plan in plans},
         agreement={plan: summaries(entries, plan, judge.agreement) for plan in plans},
-        categories={
-            group or "(none)": {plan: between(by_variant, BASE, plan, ids) for plan in plans}
-            for group, ids in sorted(members.items())
-        }
-        if named
-        else {},
+        categories=_by_category(entries, groups, by_variant, plans),
         conditions={
             **known,
             "batch": batch,
@@ -153,3 +129,39 @@ def evaluate(
         },
         samples=by_variant,
     )
+
+
+def _scorer(judge: Judge, made: Mapping[str, Variant]) -> Callable[[Sequence[Item], Sequence[Any]], list[Entry]]:
+    """Return what scores a batch: every variant on the same inputs, then each plan against the unpruned model."""
+    watched = {name: judge.watch(variant.model) for name, variant in made.items()}
+
+    def score(items: Sequence[Item], images: Sequence[Any]) -> list[Entry]:
+        inputs = judge.inputs(items, images)
+        entries: list[Entry] = [{} for _ in items]
+        seen: dict[str, Any] = {}
+        for name, variant in made.items():
+            seen[name] = judge.look(watched[name], inputs, name)
+            left = None if variant.session is None else kept(variant.session, len(items))
+            for sample, (entry, own) in enumerate(zip(entries, judge.own(seen[name], items), strict=True)):
+                entry[name] = own if left is None else {**own, "kept": left[sample]}
+        for name in (name for name in made if name != BASE):
+            for entry, same in zip(entries, judge.against(seen[BASE], seen[name]), strict=True):
+                entry[name] |= same
+        return entries
+
+    return score
+
+
+def _by_category(
+    entries: Sequence[Mapping[str, Any]], groups: Mapping[str, str], found: BySample, plans: Iterable[str]
+) -> dict[str, dict[str, dict[str, Paired]]]:
+    """Return scores within each category; nothing where items have none."""
+    members: dict[str, set[str]] = {}
+    for entry in entries if groups else ():
+        members.setdefault(groups[entry["id"]], set()).add(entry["id"])
+    if not members or (len(members) == 1 and "" in members):
+        return {}
+    return {
+        group or "(none)": {plan: between(found, BASE, plan, ids) for plan in plans}
+        for group, ids in sorted(members.items())
+    }
