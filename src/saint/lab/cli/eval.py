@@ -60,7 +60,10 @@ def images(
     plan: Plans = None,
     score: Annotated[
         list[str] | None,
-        typer.Option("--score", help="top1, top5, zeroshot, knn or linear, several times [default: what fits best]"),
+        typer.Option(
+            "--score",
+            help="top1, knn, zeroshot, ... (a wrong name lists all); repeatable [default: what fits best]",
+        ),
     ] = None,
     classes: Annotated[
         Path | None,

@@ -4,8 +4,10 @@ import base64
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import compress
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -20,9 +22,34 @@ from . import scores as score_
 from .paired import Entry, evaluate
 from .report import BySample, Report, digest
 
-SCORES = ("top1", "top5", "zeroshot", "knn", "linear")
 AGREEMENT = ("cosine", "same_top1", "kept")
 NEIGHBORS = 5
+Of = Literal["classifier", "text", "features"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score of images against their labels.
+
+    Attributes:
+        of: what it looks at: outputs of a classifier, nearness to class names, or features of all samples together.
+        hits: from outputs [B, classes] or features [N, C], and labels, 0 or 1 of each sample; or of those that ``among`` says.
+        among: which of all samples are scored; None: every one.
+    """
+
+    of: Of
+    hits: Callable[[Tensor, Tensor], Tensor]
+    among: Callable[[Tensor], Tensor] | None = None
+
+
+# a new one is a line here
+SCORES = {
+    "top1": Score("classifier", partial(score_.in_top, k=1)),
+    "top5": Score("classifier", partial(score_.in_top, k=5)),
+    "zeroshot": Score("text", partial(score_.in_top, k=1)),
+    "knn": Score("features", partial(score_.knn, k=NEIGHBORS)),
+    "linear": Score("features", lambda x, labels: score_.linear_probe(x, labels, score_.split(labels)), score_.split),
+}
 
 
 def evaluate_images(
@@ -69,8 +96,9 @@ def evaluate_images(
     classes = _class_count(samples)
     outputs = _outputs(model)
     chosen = _choose(scores, samples, classes, outputs, text)
-    if "linear" in chosen:
-        score_.split(torch.tensor([sample.label for sample in samples.items]))  # impossible splits show before the work
+    for among in (SCORES[name].among for name in chosen):
+        if among is not None:  # impossible splits show before the work
+            among(torch.tensor([sample.label for sample in samples.items]))
     conditions = {
         "scores": list(chosen),
         "classes": classes,
@@ -100,8 +128,12 @@ class _Pictures:
     labels: Mapping[str, int | None]
 
     kind: ClassVar[str] = "eval/images"
-    scores: ClassVar[Sequence[str]] = SCORES
+    scores: ClassVar[Sequence[str]] = tuple(SCORES)
     agreement: ClassVar[Sequence[str]] = AGREEMENT
+
+    def of(self, *what: Of) -> dict[str, Score]:
+        """Return the chosen scores that look at one of ``what``."""
+        return {name: SCORES[name] for name in self.chosen if SCORES[name].of in what}
 
     def watch(self, model: nn.Module) -> Features:
         return Features(model)
@@ -121,9 +153,12 @@ class _Pictures:
 
     def own(self, seen: Looked, items: Sequence[Item]) -> list[Entry]:
         features, logits = seen
-        hits = _hits(logits, items, self.chosen)
+        hits = {}
+        if logits is not None and (direct := self.of("classifier", "text")):
+            labels = torch.tensor([item.label for item in items])
+            hits = {name: score.hits(logits, labels) for name, score in direct.items()}
         entries: list[Entry] = [{name: float(hit[i]) for name, hit in hits.items()} for i in range(len(items))]
-        if {"knn", "linear"} & set(self.chosen):
+        if self.of("features"):
             for entry, row in zip(entries, features, strict=True):
                 entry["features"] = _packed(row)
         return entries
@@ -137,13 +172,15 @@ class _Pictures:
         return entries
 
     def scored(self, entries: Sequence[Mapping[str, Any]], found: BySample) -> BySample:
-        if not {"knn", "linear"} & set(self.chosen):
+        if not (wanted := self.of("features")):
             return found
         known = torch.tensor([self.labels[entry["id"]] for entry in entries])
         names = [entry["id"] for entry in entries]
         for variant in found:
             features = torch.stack([_unpacked(entry[variant]["features"]) for entry in entries])
-            found[variant] |= _on_features(features, known, names, self.chosen)
+            for name, score in wanted.items():
+                which = names if score.among is None else list(compress(names, score.among(known)))
+                found[variant][name] = dict(zip(which, score.hits(features, known).double().tolist(), strict=True))
         return found
 
 
@@ -177,15 +214,16 @@ def _choose(
         raise ValueError(f"no such score: {', '.join(unknown)}; there are {', '.join(SCORES)}")
     if wanted and classes is None:
         raise ValueError(f"{', '.join(wanted)} need(s) labels, and not every image has one")
-    if {"top1", "top5"} & set(wanted) and text is not None:
+    of = {SCORES[name].of for name in wanted}
+    if "classifier" in of and text is not None:
         raise ValueError("top1 and top5 are of a classifier; with class names as text the score is zeroshot")
-    if {"top1", "top5"} & set(wanted) and not fits:
+    if "classifier" in of and not fits:
         head = "no classifier" if outputs is None else f"a classifier with {outputs} outputs"
         raise ValueError(
             f"the model has {head} and the data {classes} classes, so top1 would compare unlike labels: "
             "name the model's classes in their order (--classes FILE), or score knn or linear"
         )
-    if "zeroshot" in wanted and text is None:
+    if "text" in of and text is None:
         raise ValueError("zeroshot needs text embeddings of the class names")
     return tuple(name for name in SCORES if name in wanted)
 
@@ -193,32 +231,6 @@ def _choose(
 def _outputs(model: nn.Module) -> int | None:
     head = classifier(model)
     return None if head is None else int(head.out_features)
-
-
-def _hits(logits: Tensor | None, items: Sequence[Item], chosen: Sequence[str]) -> dict[str, Tensor]:
-    if logits is None or not {"top1", "top5", "zeroshot"} & set(chosen):
-        return {}
-    labels = torch.tensor([item.label for item in items])
-    return {
-        name: score_.in_top(logits, labels, 5 if name == "top5" else 1)
-        for name in chosen
-        if name in ("top1", "top5", "zeroshot")
-    }
-
-
-def _on_features(
-    features: Tensor, labels: Tensor, names: Sequence[str], chosen: Sequence[str]
-) -> dict[str, dict[str, float]]:
-    """Scores by sample id; of a linear probe, those of the half that tests it."""
-    found = {}
-    if "knn" in chosen:
-        hits = score_.knn(features, labels, NEIGHBORS).double().tolist()
-        found["knn"] = dict(zip(names, hits, strict=True))
-    if "linear" in chosen:
-        test = score_.split(labels)
-        hits = score_.linear_probe(features, labels, test).double().tolist()
-        found["linear"] = dict(zip((name for name, use in zip(names, test, strict=True) if use), hits, strict=True))
-    return found
 
 
 def _packed(features: Tensor) -> str:
