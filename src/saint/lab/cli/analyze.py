@@ -5,27 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import (
-    MODEL_HELP,
-    Device,
-    DType,
-    Json,
-    Pretrained,
-    Prompt,
-    Prompts,
-    Questions,
-    Size,
-    Threads,
-    dtype_of,
-    err,
-    finish,
-    load,
-    out,
-    progress,
-    resumable,
-    save,
-    show,
-)
+from . import options
+from .common import err, finish, out, progress, resumable, save, show
 
 if TYPE_CHECKING:
     from ..analysis.run import Analysis
@@ -33,12 +14,15 @@ if TYPE_CHECKING:
     from ..sources.listing import Left
 
 
+@options.model_options()
 def analyze(
-    model: Annotated[str, typer.Argument(help=f"{MODEL_HELP}; also of a language model, with images or without")],
+    model: Annotated[
+        str, typer.Argument(help=f"{options.MODEL_HELP}; also of a language model, with images or without")
+    ],
     images: Annotated[Path | None, typer.Option("--images", help="an image, or a folder of them")] = None,
-    prompts: Prompts = None,
-    questions: Questions = None,
-    prompt: Prompt = None,
+    prompts: options.Prompts = None,
+    questions: options.Questions = None,
+    prompt: options.Prompt = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="at most so many images or prompts, evenly spaced [default: all]")
     ] = None,
@@ -58,16 +42,13 @@ def analyze(
         ),
     ] = "random,saint",
     seed: Annotated[int, typer.Option(min=0, help="of resamples and random choices")] = 0,
-    size: Size = None,
-    threads: Threads = None,
-    device: Device = "auto",
-    dtype: DType = "auto",
-    pretrained: Pretrained = True,
     journal: Annotated[
         Path | None,
         typer.Option("--journal", help="results per image; a killed run continues [default: beside --json]"),
     ] = None,
-    json: Json = None,
+    json: options.Json = None,
+    *,
+    how: options.How,
 ) -> None:
     """Measure what tokens do in each layer of MODEL: similarity, attention, rank, updates, what the output loses without them.
 
@@ -82,22 +63,21 @@ def analyze(
     from ..sources.listing import left_facts, printable
 
     settings = Settings(share=share, causal=causal, seed=seed, choices=tuple(choices.split(",")))
-    number = dtype_of(dtype)
     kind = kind_of(model, ("embeddings", "answers", "next tokens"))
     kind.check(
         model,
-        {"--images": images, "--questions": questions, "--prompt": prompt, "--prompts": prompts, "--size": size},
+        {"--images": images, "--questions": questions, "--prompt": prompt, "--prompts": prompts, "--size": how.size},
     )
     left: Left = {}
     items, bad = kind.items(Given(images, questions, prompt, prompts), limit, left)
     source = images or prompts
     assert source is not None, "one of them has items"
-    subject = load(kind, model, device, size=size, threads=threads, pretrained=pretrained, dtype=number)
+    subject = how.load(kind, model)
     facts = {
         "model": model,
-        "pretrained": pretrained,
-        "size": size,
-        "dtype": dtype,
+        "pretrained": how.pretrained,
+        "size": how.size,
+        "dtype": how.dtype,
         "prompt": prompt,
         "set": printable(source.name),
     }
@@ -111,7 +91,7 @@ def analyze(
     head = {
         "kind": "analyze",
         "model": model,
-        "pretrained": pretrained,
+        "pretrained": how.pretrained,
         "images": what if subject.sees else None,
         "prompts": None if subject.sees else what,
         "questions": None if questions is None else {"count": len(result.entries)},

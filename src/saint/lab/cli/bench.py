@@ -4,51 +4,30 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import (
-    MODEL_HELP,
-    Device,
-    Images,
-    Json,
-    Layers,
-    PlanText,
-    Pretrained,
-    Prompt,
-    Size,
-    Threads,
-    Threshold,
-    dtype_of,
-    finish,
-    load,
-    pictures,
-    progress,
-    save,
-    show,
-    warn_busy,
-)
+from . import options
+from .common import finish, pictures, progress, save, show, warn_busy
 
 if TYPE_CHECKING:
     from ..sources.listing import Left
 
 
+@options.model_options(dtype="float32")
 def bench(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    plan: PlanText = None,
-    threshold: Threshold = None,
-    layers: Layers = None,
+    model: Annotated[str, typer.Argument(help=options.MODEL_HELP)],
+    plan: options.PlanText = None,
+    threshold: options.Threshold = None,
+    layers: options.Layers = None,
     batch: Annotated[int, typer.Option(min=1, help="pictures per forward")] = 1,
-    size: Size = None,
     repeats: Annotated[int, typer.Option(min=1, help="timed rounds")] = 20,
     warmup: Annotated[int, typer.Option(min=0, help="rounds before them")] = 3,
-    threads: Threads = None,
-    device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
-    images: Images = None,
-    pretrained: Pretrained = True,
-    json: Json = None,
-    prompt: Prompt = None,
+    images: options.Images = None,
+    json: options.Json = None,
+    prompt: options.Prompt = None,
     new_tokens: Annotated[
         int | None, typer.Option(min=1, help="vision-language models: tokens generated [default: 32]")
     ] = None,
+    *,
+    how: options.How,
 ) -> None:
     """Time MODEL with and without a plan, interleaved, beside what the FLOPs promise.
 
@@ -61,10 +40,10 @@ def bench(
     from ..sources.listing import left_facts
 
     kind = kind_of(model)
-    kind.check(model, {"--size": size, "--prompt": prompt, "--new-tokens": new_tokens})
+    kind.check(model, {"--size": how.size, "--prompt": prompt, "--new-tokens": new_tokens})
     left: Left = {}
     photos, bad = pictures(images, batch, left)
-    subject = load(kind, model, device, size=size, threads=threads, pretrained=pretrained, dtype=dtype_of(dtype))
+    subject = how.load(kind, model)
     plans = subject.plans if plan is None else {plan if "{" not in plan else "plan": read_plan(plan)}
     plans = {name: changed_plan(one, threshold, layers) for name, one in plans.items()}
     used = [photos[i % len(photos)] for i in range(batch)]
@@ -76,7 +55,7 @@ def bench(
     record = {
         "kind": result.kind,
         "model": model,
-        "pretrained": pretrained,
+        "pretrained": how.pretrained,
         **subject.told(prompt),
         "images": [photo.name for photo in used],
         "skipped": [list(entry) for entry in bad],

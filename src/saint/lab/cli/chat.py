@@ -7,36 +7,23 @@ import typer
 from rich.table import Table
 
 from ..describe import describe
-from .common import (
-    Device,
-    DType,
-    Json,
-    PlanText,
-    Pretrained,
-    Threads,
-    dtype_of,
-    err,
-    load,
-    make_plan,
-    out,
-    save,
-)
+from . import options
+from .common import err, make_plan, out, save
 
 if TYPE_CHECKING:
     from ..kinds import Subject
 
 
+@options.model_options("size")
 def chat(
     model: Annotated[str, typer.Argument(help="hf:NAME_OR_PATH of a vision-language model, or demo:small-llava")],
     images: Annotated[Path, typer.Option("--images", help="the picture")],
     prompt: Annotated[str, typer.Option("--prompt", help="the question")] = "Describe the image.",
-    plan: PlanText = None,
+    plan: options.PlanText = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="length of the answer at most")] = 128,
-    threads: Threads = None,
-    device: Device = "auto",
-    dtype: DType = "auto",
-    pretrained: Pretrained = True,
-    json: Json = None,
+    json: options.Json = None,
+    *,
+    how: options.How,
 ) -> None:
     """Answer one question about an image, unpruned and pruned, greedily, with times and tokens."""
     from ...session import pruned
@@ -52,8 +39,7 @@ def chat(
     photos, bad = load_images(images, 1)
     if bad:
         raise ValueError(f"{bad[0].name}: {bad[0].reason}")
-    number = dtype_of(dtype)
-    subject = load(kind_of(model, "answers"), model, device, threads=threads, pretrained=pretrained, dtype=number)
+    subject = how.load(kind_of(model, "answers"), model)
     inputs = subject.inputs([Item.photo(photos[0].name, photos[0].image, prompt)], [photos[0].image])
     chosen = make_plan(subject.plans["connector"], plan, None, None)
     with err.status("answering"):
@@ -83,7 +69,7 @@ def chat(
         facts = {
             "kind": "chat",
             "model": model,
-            "pretrained": pretrained,
+            "pretrained": how.pretrained,
             "image": photos[0].name,
             "prompt": prompt,
             "plan": chosen.to_dict(),

@@ -5,15 +5,16 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .common import MODEL_HELP, Device, Json, Pretrained, Threads, err, load, out, save
+from . import options
+from .common import err, out, save
 
 
+@options.model_options("size", "dtype", device="cpu")
 def check(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    device: Device = "cpu",
-    threads: Threads = None,
-    pretrained: Pretrained = True,
-    json: Json = None,
+    model: Annotated[str, typer.Argument(help=options.MODEL_HELP)],
+    json: options.Json = None,
+    *,
+    how: options.How,
 ) -> None:
     """Prove that pruning MODEL is correct: identity, exact undo, masked oracle, batch independence, FLOPs, bad input.
 
@@ -22,7 +23,7 @@ def check(
     from ..kinds import kind_of
     from ..records import environment
 
-    subject = load(kind_of(model), model, device, threads=threads, pretrained=pretrained)
+    subject = how.load(kind_of(model), model)
     with err.status("checking"):
         checked = subject.contracts()
     out.print(f"{model}: {checked.about}", highlight=False)
@@ -35,7 +36,7 @@ def check(
         record = {
             "kind": "check",
             "model": model,
-            "pretrained": pretrained,
+            "pretrained": how.pretrained,
             "plan": checked.plan.to_dict(),
             "results": [vars(result) for result in checked.results],
             "environment": environment(subject.device),

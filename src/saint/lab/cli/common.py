@@ -1,9 +1,9 @@
-"""Options and habits that several commands share."""
+"""Habits that several commands share."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -12,47 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 if TYPE_CHECKING:
     from ...plans import Plan
     from ..bench import Spread
-    from ..kinds import Subject
     from ..sources.listing import Left
     from ..sources.photos import Photo, Unreadable
 
-S = TypeVar("S", bound="Subject")
-
 out = Console()
 err = Console(stderr=True)
-
-DEFAULT_MODEL = "demo:clip-b16"
-MODEL_HELP = "timm:NAME, hf:NAME_OR_PATH, open_clip:NAME/TAG or demo:NAME"
-Images = Annotated[Path | None, typer.Option("--images", help="an image, or a folder of them [default: photographs]")]
-PlanText = Annotated[str | None, typer.Option("--plan", help="a recipe's name, JSON, or a .json file")]
-Threshold = Annotated[float | None, typer.Option(help="cosine from which two tokens count as similar, in (-1, 1]")]
-Layers = Annotated[str | None, typer.Option(help='drop points: "first_half", "0-5" or "0,2,4"')]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")]
-Size = Annotated[int | None, typer.Option(help="side of the pictures in pixels [default: the model's]")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads [default: torch's choice]")]
-Pretrained = Annotated[bool, typer.Option(help="--no-pretrained: random weights, nothing is downloaded")]
-DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
-Limit = Annotated[int, typer.Option(min=1, help="use at most so many images")]
-Questions = Annotated[
-    Path | None,
-    typer.Option(
-        "--questions",
-        help='vision-language models, JSON lines: {"image": "file", "question": "..."} [default: --prompt of every image]',
-    ),
-]
-Prompt = Annotated[
-    str | None, typer.Option(help="vision-language models, without --questions [default: Describe the image.]")
-]
-
-
-Prompts = Annotated[
-    Path | None,
-    typer.Option(
-        "--prompts",
-        help='language models without images, instead of --images: a prompt per line, or .jsonl {"prompt": "..."}',
-    ),
-]
-Json = Annotated[Path | None, typer.Option("--json", help="also write the results to this file")]
 
 
 def warn_busy(load: float | None, spreads: "Mapping[str, Spread]") -> None:
@@ -72,38 +36,6 @@ def make_plan(default: "Plan", plan: str | None, threshold: float | None, layers
     from ..loading.plans import changed_plan, read_plan
 
     return changed_plan(default if plan is None else read_plan(plan), threshold, layers)
-
-
-def dtype_of(name: str) -> Any:
-    """The torch dtype called ``name``; None for "auto"."""
-    import torch
-
-    if name == "auto":
-        return None
-
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in dtypes:
-        raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {name!r}")
-    return dtypes[name]
-
-
-def load(
-    kind: "type[S]",
-    model: str,
-    device: str,
-    *,
-    size: int | None = None,
-    threads: int | None = None,
-    pretrained: bool = True,
-    dtype: Any = None,
-) -> "S":
-    """Set the threads, load the model, say what is loaded; ``dtype`` None is the checkpoint's."""
-    import torch
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    with err.status(f"loading {model}"):
-        return kind.load(model, device, pretrained, size=size, dtype=dtype)
 
 
 def show(record: dict[str, Any]) -> None:

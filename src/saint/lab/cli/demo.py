@@ -8,28 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import (
-    DEFAULT_MODEL,
-    MODEL_HELP,
-    Device,
-    Images,
-    Json,
-    Layers,
-    Limit,
-    PlanText,
-    Pretrained,
-    Size,
-    Threads,
-    Threshold,
-    finish,
-    load,
-    make_plan,
-    out,
-    pictures,
-    progress,
-    show,
-    warn_busy,
-)
+from . import options
+from .common import finish, make_plan, out, pictures, progress, show, warn_busy
 
 if TYPE_CHECKING:
     from ...plans import Plan
@@ -84,22 +64,21 @@ class Run:
         }  # fmt: skip
 
 
+@options.model_options("dtype")
 def demo(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)] = DEFAULT_MODEL,
-    images: Images = None,
-    plan: PlanText = None,
-    threshold: Threshold = None,
-    layers: Layers = None,
-    size: Size = None,
-    device: Device = "auto",
-    threads: Threads = None,
-    pretrained: Pretrained = True,
+    model: Annotated[str, typer.Argument(help=options.MODEL_HELP)] = options.DEFAULT_MODEL,
+    images: options.Images = None,
+    plan: options.PlanText = None,
+    threshold: options.Threshold = None,
+    layers: options.Layers = None,
     repeats: Annotated[int, typer.Option(min=1, help="timed rounds per photograph")] = 3,
-    limit: Limit = 12,
+    limit: options.Limit = 12,
     folder: Annotated[Path, typer.Option("--output", "-o", help="folder for the pictures and the record")] = Path(
         "demo_out"
     ),
-    json: Json = None,
+    json: options.Json = None,
+    *,
+    how: options.How,
 ) -> None:
     """Run a model unpruned and pruned on photographs: tokens, time, agreement, pictures of what was kept.
 
@@ -113,7 +92,7 @@ def demo(
 
     left: Left = {}
     photos, bad = pictures(images, limit, left)
-    subject = load(kind_of(model, "embeddings"), model, device, size=size, threads=threads, pretrained=pretrained)
+    subject = how.load(kind_of(model, "embeddings"), model)
     own = subject.plan or Plan()
     runs = {"this plan": Run(make_plan(own, plan, threshold, layers))}
     if plan is None:
@@ -139,7 +118,7 @@ def demo(
     record = {
         "kind": "demo",
         "model": model,
-        "pretrained": pretrained,
+        "pretrained": how.pretrained,
         "title": subject.title,
         "licence": subject.licence,
         **subject.told(None),

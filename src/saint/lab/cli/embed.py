@@ -6,22 +6,11 @@ from typing import Annotated
 import typer
 
 from ..describe import describe
-from .common import (
-    MODEL_HELP,
-    Device,
-    DType,
-    Json,
-    Pretrained,
-    Size,
-    Threads,
-    err,
-    out,
-    progress,
-    resumable,
-    save,
-)
+from . import options
+from .common import err, out, progress, resumable, save
 
 
+@options.model_options()
 def embed(
     source: Annotated[
         Path,
@@ -30,7 +19,7 @@ def embed(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for the parts; a killed run continues there")],
-    model: Annotated[str, typer.Option("--model", help=MODEL_HELP)],
+    model: Annotated[str, typer.Option("--model", help=options.MODEL_HELP)],
     plan: Annotated[str, typer.Option("--plan", help="a recipe's name, JSON, or a .json file")],
     question: Annotated[
         str | None, typer.Option(help="ask a vision-language model about every image, in place of embeddings")
@@ -45,12 +34,9 @@ def embed(
     workers: Annotated[
         int | None, typer.Option(min=1, help="with --ray, models [default: one per GPU, or per CPU]")
     ] = None,
-    size: Size = None,
-    threads: Threads = None,
-    device: Device = "auto",
-    dtype: DType = "auto",
-    pretrained: Pretrained = True,
-    json: Json = None,
+    json: options.Json = None,
+    *,
+    how: options.How,
 ) -> None:
     """Embed every image of DIR under a plan, or ask about it: a row each, with the tokens kept, or why it could not be read.
 
@@ -66,10 +52,10 @@ def embed(
 
     if workers is not None and not ray:
         raise ValueError("--workers is for --ray")
-    if ray and (device != "auto" or threads is not None):
+    if ray and (how.device != "auto" or how.threads is not None):
         raise ValueError("--device and --threads are not for --ray, which gives each model a GPU, or else a CPU")
     chosen = read_plan(plan)
-    job = Job(model, chosen, question, max_new_tokens, pretrained, size, dtype)
+    job = Job(model, chosen, question, max_new_tokens, how.pretrained, how.size, how.dtype)
     batch = batch or job.batch
     left: Left = {}
     with err.status(f"listing {source}"):
@@ -82,11 +68,8 @@ def embed(
             with local_cluster():
                 made = run_on_ray(items, source, job, output, batch=batch, rows=rows, workers=workers, tick=tick)
         else:
-            if threads is not None:
-                import torch
-
-                torch.set_num_threads(threads)
-            made = run(items, source, job, output, batch=batch, device=device, rows=rows, tick=tick)
+            how.set_threads()
+            made = run(items, source, job, output, batch=batch, device=how.device, rows=rows, tick=tick)
     out.print(f"[bold]{model}[/]  {describe(chosen)}", highlight=False, soft_wrap=True)
     resumed = f", {made.resumed} of them from an earlier run" if made.resumed else ""
     out.print(f"{made.count} rows in {output}{resumed}", highlight=False, soft_wrap=True)

@@ -3,28 +3,15 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .common import (
-    MODEL_HELP,
-    Device,
-    DType,
-    Json,
-    Pretrained,
-    Size,
-    Threads,
-    dtype_of,
-    err,
-    load,
-    out,
-    resumable,
-    save,
-    show,
-)
+from . import options
+from .common import err, out, resumable, save, show
 
 if TYPE_CHECKING:
     from ...plans import Plan
@@ -45,12 +32,12 @@ JournalFile = Annotated[
     ),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="at most so many samples, evenly spaced [default: all]")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
 
 
 @eval.command("images")
+@options.model_options(dtype="float32")
 def images(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    model: Annotated[str, typer.Argument(help=options.MODEL_HELP)],
     data: Annotated[
         str,
         typer.Argument(
@@ -76,20 +63,17 @@ def images(
     split: Annotated[str | None, typer.Option(help="of a Hugging Face data set")] = None,
     limit: Limit = None,
     batch: Annotated[int, typer.Option(min=1, help="images per forward")] = 32,
-    size: Size = None,
-    threads: Threads = None,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    pretrained: Pretrained = True,
     journal: JournalFile = None,
-    json: Json = None,
+    json: options.Json = None,
+    *,
+    how: options.How,
 ) -> None:
     """Accuracy of an encoder on DATA, and its agreement with the unpruned model (the only score without labels)."""
     from ..eval import evaluate_images, find_samples
     from ..kinds import kind_of
     from ..sources.listing import left_facts
 
-    number = dtype_of(dtype)
+    how = replace(how, device=_device(how.device))
     names = None if classes is None else _lines(classes)
     samples = find_samples(data, split=split, classes=names, limit=limit)
     text = None
@@ -99,20 +83,17 @@ def images(
         if samples.classes is None:
             raise ValueError("zeroshot needs class names, and this data has none: give --classes FILE")
         with err.status(f"loading {model}"):
-            subject, embed = load_both_towers(model, _device(device), pretrained, size=size)
+            how.set_threads()
+            subject, embed = load_both_towers(model, how.device, how.pretrained, size=how.size)
             text = class_embeddings(embed, samples.classes, template or TEMPLATES)
     elif template:
         raise ValueError("--template is for --score zeroshot")
     else:
-        kind = kind_of(model, "embeddings")
-        subject = load(kind, model, _device(device), size=size, threads=threads, pretrained=pretrained)
-    if text is not None and threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-    subject.model.to(number)
+        subject = how.load(kind_of(model, "embeddings"), model)
+    if how.number is not None:
+        subject.model.to(how.number)
     plans = _plans(plan, subject.plans)
-    facts = {"model": model, "pretrained": pretrained, "image_size": list(subject.image_size), "limit": limit}
+    facts = {"model": model, "pretrained": how.pretrained, "image_size": list(subject.image_size), "limit": limit}
     with _shown(len(samples.items), journal := _journal(journal, json)) as tick:
         report = evaluate_images(
             subject.model, samples, plans, inputs=subject.pixels, scores=score, text=text, batch=batch, facts=facts,
@@ -135,6 +116,7 @@ def images(
 
 
 @eval.command("vqa")
+@options.model_options("size")
 def vqa(
     model: Annotated[str, typer.Argument(help="hf:NAME_OR_PATH of a vision-language model, or demo:small-llava")],
     questions: Annotated[
@@ -149,12 +131,10 @@ def vqa(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="length of an answer at most")] = 16,
     limit: Limit = None,
     batch: Annotated[int, typer.Option(min=1, help="questions per forward")] = 1,
-    threads: Threads = None,
-    device: Device = "auto",
-    dtype: DType = "auto",
-    pretrained: Pretrained = True,
     journal: JournalFile = None,
-    json: Json = None,
+    json: options.Json = None,
+    *,
+    how: options.How,
 ) -> None:
     """Answers of a vision-language model to QUESTIONS: right or wrong, and the same as without pruning."""
     from ..eval import evaluate_vqa, read_questions
@@ -166,15 +146,15 @@ def vqa(
     asked = evenly(asked, limit)
     if prompt is not None:
         fill(prompt, asked[0])  # a bad template shows before the model is loaded
-    number = dtype_of(dtype)
+    how = replace(how, device=_device(how.device))
     kind = kind_of(model, "answers")
-    subject = load(kind, model, _device(device), threads=threads, pretrained=pretrained, dtype=number)
+    subject = how.load(kind, model)
     plans = _plans(plan, {name: one for name, one in subject.plans.items() if name == "connector"})
     with _shown(len(asked), journal := _journal(journal, json)) as tick:
         report = evaluate_vqa(
             subject.model, subject.processor, asked, plans,
             prompt=default_prompt if prompt is None else lambda question: fill(prompt, question), batch=batch,
-            max_new_tokens=max_new_tokens, facts={"model": model, "pretrained": pretrained, "limit": limit},
+            max_new_tokens=max_new_tokens, facts={"model": model, "pretrained": how.pretrained, "limit": limit},
             unreadable=unreadable, journal=journal, tick=tick,
         )  # fmt: skip
     _finish("eval/vqa", report, model, subject.device, json, journal)

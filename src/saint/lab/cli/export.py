@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..describe import describe
-from .common import MODEL_HELP, Json, PlanText, Pretrained, Size, Threads, err, finish, load, out, progress, save
+from . import options
+from .common import err, finish, out, progress, save
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -14,18 +15,18 @@ if TYPE_CHECKING:
     from ..sources.listing import Left
 
 
+@options.model_options("device", "dtype", device="cpu")
 def export(
-    model: Annotated[str, typer.Argument(help=f"{MODEL_HELP}; of a vision-language model its tower")],
+    model: Annotated[str, typer.Argument(help=f"{options.MODEL_HELP}; of a vision-language model its tower")],
     output: Annotated[Path, typer.Option("--output", "-o", help="FILE.onnx, FILE.pt2, or a folder for OpenVINO")],
-    plan: PlanText = None,
+    plan: options.PlanText = None,
     images: Annotated[
         Path | None, typer.Option("--images", help="a folder of images, on which a plan by votes is frozen first")
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="at most so many images, evenly spaced")] = 96,
-    size: Size = None,
-    threads: Threads = None,
-    pretrained: Pretrained = True,
-    json: Json = None,
+    json: options.Json = None,
+    *,
+    how: options.How,
 ) -> None:
     """Write MODEL under a plan as ONNX, as a program of torch.export, or for OpenVINO: one file for batches of any size.
 
@@ -44,10 +45,10 @@ def export(
 
     format_of(output)
     kind = kind_of(model)
-    kind.check(model, {"--size": size})
+    kind.check(model, {"--size": how.size})
     left: Left = {}
     items, bad = ([], []) if images is None else kind.items(Given(images), limit, left)
-    subject = load(kind, model, "cpu", size=size, threads=threads, pretrained=pretrained)
+    subject = how.load(kind, model)
     chosen = subject.exported if plan is None else read_plan(plan)
     data: list[dict[str, Any]] = []
     for item in items:
@@ -75,8 +76,8 @@ def export(
     if json is not None:
         facts = {
             "model": model,
-            "pretrained": pretrained,
-            "size": size,
+            "pretrained": how.pretrained,
+            "size": how.size,
             "plan": chosen.to_dict(),
             "counted_on": counted,
             "skipped": [list(entry) for entry in bad],

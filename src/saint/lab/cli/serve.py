@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from .common import PlanText
+from . import options
 
 
 def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="NAME_OR_PATH of a vision-language model, with hf: in front or without")],
-    plan: PlanText = None,
+    plan: options.PlanText = None,
 ) -> None:
     """Start vLLM's OpenAI-compatible server; pictures enter the language model with fewer tokens.
 

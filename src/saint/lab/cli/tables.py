@@ -4,10 +4,11 @@ from typing import Any
 
 from rich.table import Table
 
-from .common import Json, out
+from . import options
+from .common import out
 
 
-def list_(json: Json = None) -> None:
+def list_(json: options.Json = None) -> None:
     """List what is supported: encoders, language models with images and without, methods, recipes, demo models, plug-ins."""
     from ... import methods
     from ...presets import recipes
@@ -104,7 +105,7 @@ def _first_line(method: Any) -> str:
     return (method.__doc__ or "").strip().partition("\n")[0]
 
 
-def env(json: Json = None) -> None:
+def env(json: options.Json = None) -> None:
     """Versions, device and threads: what a bug report needs; and the releases that saint was tested on."""
     from ... import __version__
     from ...upstream.versions import TESTED, VLM_FLOOR

@@ -5,37 +5,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import (
-    MODEL_HELP,
-    Device,
-    DType,
-    Json,
-    PlanText,
-    Pretrained,
-    Prompt,
-    Questions,
-    Size,
-    Threads,
-    dtype_of,
-    err,
-    finish,
-    load,
-    out,
-    progress,
-    resumable,
-    save,
-    show,
-)
+from . import options
+from .common import err, finish, out, progress, resumable, save, show
 
 if TYPE_CHECKING:
     from ..sources.listing import Left
 
 
+@options.model_options()
 def tune(
-    model: Annotated[str, typer.Argument(help=f"{MODEL_HELP}; also of a vision-language model")],
+    model: Annotated[str, typer.Argument(help=f"{options.MODEL_HELP}; also of a vision-language model")],
     images: Annotated[Path, typer.Option("--images", help="a folder of images, 12 or more")],
-    questions: Questions = None,
-    prompt: Prompt = None,
+    questions: options.Questions = None,
+    prompt: options.Prompt = None,
     target_flops: Annotated[
         float | None,
         typer.Option(help="share of the FLOPs that is left, in (0, 1): of the encoder, or of the language model"),
@@ -48,20 +30,17 @@ def tune(
     methods: Annotated[
         str | None, typer.Option(help="to choose from, e.g. saint,tome [default: those that usually win]")
     ] = None,
-    plan: PlanText = None,
+    plan: options.PlanText = None,
     limit: Annotated[int, typer.Option(min=12, help="at most so many images, evenly spaced")] = 96,
     held_out: Annotated[float, typer.Option(help="share of the images that are held back for the check")] = 1 / 3,
     frontier: Annotated[Path | None, typer.Option("--frontier", help="also write plans for other budgets here")] = None,
     seed: Annotated[int, typer.Option(min=0, help="of the split and the resamples")] = 0,
-    size: Size = None,
-    threads: Threads = None,
-    device: Device = "auto",
-    dtype: DType = "auto",
-    pretrained: Pretrained = True,
     journal: Annotated[
         Path | None, typer.Option("--journal", help="results of trials; a killed run continues [default: beside -o]")
     ] = None,
-    json: Json = None,
+    json: options.Json = None,
+    *,
+    how: options.How,
 ) -> None:
     """Find a plan for MODEL: where tokens leave, by which method, and how many stay. No labels, minutes.
 
@@ -80,13 +59,12 @@ def tune(
     for file, option in ((output, "-o"), (frontier, "--frontier")):
         if file is not None and file.is_dir():
             raise IsADirectoryError(f"{option} needs a file name, {file} is a directory")
-    number = dtype_of(dtype)
     kind = kind_of(model)
-    kind.check(model, {"--size": size, "--questions": questions, "--prompt": prompt})
+    kind.check(model, {"--size": how.size, "--questions": questions, "--prompt": prompt})
     left: Left = {}
     items, bad = kind.items(Given(images, questions, prompt), limit, left)
     chosen = DEFAULT_METHODS if methods is None else tuple(name.strip() for name in methods.split(","))
-    subject = load(kind, model, device, size=size, threads=threads, pretrained=pretrained, dtype=number)
+    subject = how.load(kind, model)
     suits = subject.plan if plan is None else read_plan(plan)
     data = []
     for item in items:
@@ -96,9 +74,9 @@ def tune(
             bad.append((item.where, reason(error)))
     facts = {
         "model": model,
-        "pretrained": pretrained,
-        "size": size,
-        "dtype": dtype,
+        "pretrained": how.pretrained,
+        "size": how.size,
+        "dtype": how.dtype,
         "set": printable(images.resolve().name),
     }
     file = output.with_suffix(".journal.sqlite") if journal is None else journal
@@ -112,7 +90,7 @@ def tune(
     record = {
         "kind": "tune",
         **found.record,
-        "pretrained": pretrained,
+        "pretrained": how.pretrained,
         "plan": found.plan.to_dict(),
         "skipped": [list(entry) for entry in bad],
         "left_out": left_facts(left),

@@ -5,21 +5,22 @@ from typing import Annotated
 
 import typer
 
-from .common import MODEL_HELP, Device, Pretrained, Threads, err, out
+from . import options
+from .common import err, out
 
 
 def ui(
     model: Annotated[
-        list[str] | None, typer.Option("--model", help=f"offer this model too: {MODEL_HELP}; several times")
+        list[str] | None, typer.Option("--model", help=f"offer this model too: {options.MODEL_HELP}; several times")
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8765,
     host: Annotated[
         str, typer.Option(help="the address to listen at; anybody who reaches it can use the models")
     ] = "127.0.0.1",
     repeats: Annotated[int, typer.Option(min=1, help="timed pairs per picture")] = 5,
-    device: Device = "auto",
-    threads: Threads = None,
-    pretrained: Pretrained = True,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    pretrained: options.Pretrained = True,
 ) -> None:
     """A local page: drop a picture, choose model and plan, see at once what stays, both outputs, times and the plan to paste.
 

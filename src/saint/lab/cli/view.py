@@ -5,53 +5,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import (
-    DEFAULT_MODEL,
-    MODEL_HELP,
-    Device,
-    Images,
-    Json,
-    Layers,
-    Limit,
-    PlanText,
-    Pretrained,
-    Prompt,
-    Size,
-    Threads,
-    Threshold,
-    finish,
-    load,
-    make_plan,
-    out,
-    pictures,
-    progress,
-    save,
-)
+from . import options
+from .common import finish, make_plan, out, pictures, progress, save
 
 if TYPE_CHECKING:
     from ..sources.listing import Left
 
 
+@options.model_options("dtype")
 def view(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)] = DEFAULT_MODEL,
-    images: Images = None,
-    prompt: Prompt = None,
-    plan: PlanText = None,
-    threshold: Threshold = None,
-    layers: Layers = None,
-    size: Size = None,
-    device: Device = "auto",
-    threads: Threads = None,
-    pretrained: Pretrained = True,
-    limit: Limit = 24,
+    model: Annotated[str, typer.Argument(help=options.MODEL_HELP)] = options.DEFAULT_MODEL,
+    images: options.Images = None,
+    prompt: options.Prompt = None,
+    plan: options.PlanText = None,
+    threshold: options.Threshold = None,
+    layers: options.Layers = None,
+    limit: options.Limit = 24,
     folder: Annotated[Path, typer.Option("--output", "-o", help="folder for the pictures")] = Path("view_out"),
-    json: Json = None,
+    json: options.Json = None,
     why: Annotated[
         bool, typer.Option("--why", help="encoders: also draw when patches left, what stands for them, and the votes")
     ] = False,
     patch: Annotated[
         str | None, typer.Option(help="with --why: the similarity graph around patch ROW,COLUMN (from 0)")
     ] = None,
+    *,
+    how: options.How,
 ) -> None:
     """Draw which patches of --images each layer of MODEL keeps.
 
@@ -75,10 +54,10 @@ def view(
     if around is not None and not why:
         raise ValueError("--patch draws on the pictures of --why: give both")
     kind = kind_of(model)
-    kind.check(model, {"--size": size, "--why": why, "--prompt": prompt})
+    kind.check(model, {"--size": how.size, "--why": why, "--prompt": prompt})
     left: Left = {}
     photos, bad = pictures(images, limit, left)
-    subject = load(kind, model, device, size=size, threads=threads, pretrained=pretrained)
+    subject = how.load(kind, model)
     chosen = make_plan(subject.plan or Plan(), plan, threshold, layers)
     witness, reasons = Witness(), Reasons(chosen)
     files: list[Path] = []
@@ -110,7 +89,7 @@ def view(
         record = {
             "kind": "view",
             "model": model,
-            "pretrained": pretrained,
+            "pretrained": how.pretrained,
             **subject.told(prompt),
             "plan": chosen.to_dict(),
             "photos": facts,
