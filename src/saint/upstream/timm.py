@@ -1,5 +1,6 @@
 """timm's encoders: their facts, and tiny models of them."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -91,6 +92,17 @@ def _tiny(name: str, img_size: int | None = 96, **settings: Any) -> Callable[[],
     return build
 
 
+_usual = functools.partial(
+    EncoderSpec,
+    library="timm",
+    blocks="blocks",
+    prefix=lambda m: m.num_prefix_tokens,
+    patch="patch_embed.proj",
+    candidates=_candidates,
+    final="norm",
+    dense_calls=("forward_intermediates",),
+)
+
 SPECS = [
     EncoderSpec(
         title="ViT (AugReg, DeiT/DeiT-3, MAE, CLIP, SigLIP/SigLIP 2, DINOv2 with and without registers, AIMv2, hybrids, "
@@ -128,18 +140,11 @@ SPECS = [
             "vit-diff-parallel": _tiny("vit_dpwee_patch16_reg1_gap_256", num_heads=2),
         },
     ),
-    EncoderSpec(
+    _usual(
         title="EVA, EVA-02, DINOv3, Perception Encoder",
-        library="timm",
         encoder="timm.models.eva.Eva",
-        blocks="blocks",
         block_specs={"EvaBlock": _EVA, "EvaBlockPostNorm": _EVA_POST},
-        prefix=lambda m: m.num_prefix_tokens,
-        patch="patch_embed.proj",
-        candidates=_candidates,
-        final="norm",
         pools=("attn_pool",),
-        dense_calls=("forward_intermediates",),
         refuse=_refuse,
         tiny={
             "eva": _tiny("eva_giant_patch14_224", img_size=84),
@@ -150,33 +155,19 @@ SPECS = [
             "vit-rope-mixed": _tiny("vit_small_patch16_rope_mixed_224"),
         },
     ),
-    EncoderSpec(
+    _usual(
         title="BEiT, BEiT-2",
-        library="timm",
         encoder="timm.models.beit.Beit",
-        blocks="blocks",
         block_specs={"Block": _BEIT},
-        prefix=lambda m: m.num_prefix_tokens,
-        patch="patch_embed.proj",
-        candidates=_candidates,
-        final="norm",
-        dense_calls=("forward_intermediates",),
         tiny={
             "beit": _tiny("beit_base_patch16_224"),
             "beit-shared": _tiny("beit_base_patch16_224", use_shared_rel_pos_bias=True, use_rel_pos_bias=False),
         },
     ),
-    EncoderSpec(
+    _usual(
         title="ViT with relative position bias (own or shared)",
-        library="timm",
         encoder="timm.models.vision_transformer_relpos.VisionTransformerRelPos",
-        blocks="blocks",
         block_specs={"RelPosBlock": _RELPOS, "ResPostRelPosBlock": _RELPOS_POST},
-        prefix=lambda m: m.num_prefix_tokens,
-        patch="patch_embed.proj",
-        candidates=_candidates,
-        final="norm",
-        dense_calls=("forward_intermediates",),
         tiny={
             "relpos": _tiny("vit_relpos_small_patch16_224"),
             "relpos-cls": _tiny("vit_relpos_base_patch16_clsgap_224"),

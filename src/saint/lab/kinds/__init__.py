@@ -44,7 +44,7 @@ def kind_of(spec: str, gives: str | Sequence[str] = SEEING) -> type[Subject]:
 
 def around(model: nn.Module) -> Subject:
     """Return a subject around a model that is there; what is of no other kind is taken for an encoder."""
-    return next(subject for kind in _KINDS if (subject := kind.around(model)) is not None)
+    return next(kind.around(model) for kind in _KINDS if kind.holds(model))
 
 
 def answering(model: nn.Module, processor: Any) -> VLM:

@@ -80,9 +80,9 @@ class Encoder(Subject):
         return cls(source.model, torch.device("cpu"), spec, source.title or spec, source.licence, usual, source)
 
     @classmethod
-    def around(cls, model: nn.Module) -> Self:
-        """Return a subject around any model: what is no encoder is refused by what needs one."""
-        return cls(model, next(model.parameters()).device, title=type(model).__name__)
+    def holds(cls, model: nn.Module) -> bool:
+        """Tell whether ``model`` can be one: whatever is of no other kind; what is none is refused by what needs one."""
+        return True
 
     # -- what goes in -------------------------------------------------------------------------------------------------
 

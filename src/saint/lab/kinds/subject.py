@@ -144,8 +144,13 @@ class Subject(ABC):
 
     @classmethod
     @abstractmethod
-    def around(cls, model: nn.Module) -> Self | None:
-        """Return a subject around a model that is there, without what prepares inputs; None where it is of another kind."""
+    def holds(cls, model: nn.Module) -> bool:
+        """Tell whether ``model`` is of this kind."""
+
+    @classmethod
+    def around(cls, model: nn.Module) -> Self:
+        """Return a subject around a model that is there, without what prepares inputs."""
+        return cls(model, next(model.parameters()).device, title=type(model).__name__)
 
     @classmethod
     def check(cls, spec: str, given: Mapping[str, Any]) -> None:

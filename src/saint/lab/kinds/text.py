@@ -74,11 +74,9 @@ class Text(Generating):
         return cls(model, CPU, spec, spec, None, tokenizer)
 
     @classmethod
-    def around(cls, model: nn.Module) -> Self | None:
-        """Return a subject around a model whose layers are known."""
-        if find(model) is None:
-            return None
-        return cls(model, next(model.parameters()).device, title=type(model).__name__)
+    def holds(cls, model: nn.Module) -> bool:
+        """Tell whether ``model`` is one whose layers are known."""
+        return find(model) is not None
 
     # -- what goes in -------------------------------------------------------------------------------------------------
 

@@ -95,11 +95,9 @@ class VLM(Generating):
         return cls(model, CPU, spec, spec, None, processor)
 
     @classmethod
-    def around(cls, model: nn.Module) -> Self | None:
-        """Return a subject around a model of a known family."""
-        if find(model) is None:
-            return None
-        return cls(model, next(model.parameters()).device, title=type(model).__name__)
+    def holds(cls, model: nn.Module) -> bool:
+        """Tell whether ``model`` is one of a known family."""
+        return find(model) is not None
 
     # -- what goes in -------------------------------------------------------------------------------------------------
 
