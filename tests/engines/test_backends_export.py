@@ -35,6 +35,7 @@ PLANS = {
         vision=[Stage(saint.SaintFullGraph(keep=0.7), placement="input"), Stage(methods.Grid(keep=0.5), layers=[1])]
     ),
 }
+DAILY = ("votes to a budget", "merged")
 LIBRARIES = ("transformers/clip", "transformers/dinov2", "open_clip/vit", "timm/dinov3")
 
 
@@ -71,7 +72,10 @@ def agree(model, graph, inputs):
             assert torch.allclose(torch.as_tensor(value), expected, rtol=1e-4, atol=1e-4), name
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize(
+    "plan",
+    [pytest.param(plan, id=n, marks=() if n in DAILY else pytest.mark.nightly) for n, plan in PLANS.items()],
+)
 def test_one_file_for_batches_of_any_size_in_both_runtimes(plan, tmp_path):
     needed("onnxscript", *RUNTIMES)
     model = build("timm/vit-augreg")
@@ -86,7 +90,7 @@ def test_one_file_for_batches_of_any_size_in_both_runtimes(plan, tmp_path):
         agree(model, by_openvino(written.path), inputs)
 
 
-@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("name", [LIBRARIES[0], *(pytest.param(n, marks=pytest.mark.nightly) for n in LIBRARIES[1:])])
 def test_every_library(name, tmp_path):
     needed("onnxscript", *RUNTIMES)
     model = build(name)

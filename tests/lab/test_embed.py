@@ -148,11 +148,11 @@ def test_answers(tmp_path):
     for i in range(3):
         (tmp_path / "in" / f"{i}.png").write_bytes(BROKEN if i == 1 else encoded(i))
     plan = saint.Plan(connector=saint.SaintFullGraph(keep=0.5))
-    loaded = TinyVLM(FAMILY.build(), None, torch.device("cpu"))
+    loaded = TinyVLM(FAMILY.build(), torch.device("cpu"))
     rows = embed(tmp_path / "in", loaded, plan, question="What color?", max_new_tokens=3, batch=3)
     good, broken, other = rows
     with saint.pruned(loaded.model, plan), torch.no_grad():
-        inputs = loaded.pixels(["What color?"], [image(0)])
+        inputs = loaded.prompted(["What color?"], [image(0)])
         tokens = loaded.model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert good["answer"] == other["answer"] == loaded.decode(tokens)
     assert good["question"] == broken["question"] == "What color?"

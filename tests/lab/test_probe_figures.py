@@ -36,7 +36,7 @@ class Heard:
 
 
 def listened(model, inputs, text=False):
-    heard, probe = Heard(), Probe(THRESHOLDS, neighbors=2, text=text)
+    heard, probe = Heard(), Probe(THRESHOLDS, neighbors=2, visual=not text)
     with saint.pruned(model, saint.Plan(), observers=[heard, probe]), torch.no_grad():
         model(**inputs)
     return heard, probe.take()
