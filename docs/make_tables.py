@@ -13,6 +13,7 @@ from typing import Any
 
 from saint import methods
 from saint.flops import left_out
+from saint.lab.report.markdown import table
 from saint.upstream.decoders import TEXT
 from saint.upstream.names import VIDEOS
 from saint.upstream.registry import ENCODERS, FAMILIES
@@ -63,7 +64,7 @@ def counts() -> str:
 
 def methods_table() -> str:
     """Every method of the package: where it works, what it does, its paper."""
-    lines = ["| method | where | what it does | paper |", "|---|---|---|---|"]
+    rows = []
     for method in builtin_methods():
         where = ", ".join(slot for slot in SLOTS if slot in method.stages)
         about = " ".join((method.__doc__ or "").split("\n\n")[0].split())
@@ -74,8 +75,8 @@ def methods_table() -> str:
             else f"saint.methods.{method.__name__}"
         )
         paper = f"[{method.paper.rpartition('/')[2]}]({method.paper})"
-        lines.append(f"| [`{full}`](reference.md#{full}) | {where} | {about} | {paper} |")
-    return "\n".join(lines)
+        rows.append([f"[`{full}`](reference.md#{full})", where, about, paper])
+    return table(["method", "where", "what it does", "paper"], rows)
 
 
 def _row(record: dict[str, Any], name: str, share: float) -> dict[str, Any]:
@@ -84,10 +85,7 @@ def _row(record: dict[str, Any], name: str, share: float) -> dict[str, Any]:
 
 def headline_table() -> str:
     """Four rows for the README, each from one record; speed at batch 8."""
-    lines = [
-        "| model | plan | FLOPs left | speed-up (bound) | what the answer keeps | more |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     share = 0.505
     for record_name, model, name, plan, measure in (
         ("matching-clip-b16", "CLIP ViT-B/16", "Saint, layers 0-5", "`Saint`, layers 0-5", "cosine"),
@@ -96,55 +94,49 @@ def headline_table() -> str:
     ):
         row = _row(json.loads((EVIDENCE / f"{record_name}.json").read_text()), name, share)
         speed, (low, high) = row["speedup"]["8"], row["interval"]
-        lines.append(
-            f"| {model} | {plan} | {row['reached']:.2f} | x{speed['median']:.2f} [{speed['p20']:.2f}, {speed['p80']:.2f}] "
-            f"(x{1 / row['reached']:.2f}) | {measure} {row['mean']:.3f} [{low:.3f}, {high:.3f}] "
-            "| [matching](docs/matching.md#at-equal-flops) |"
-        )
+        faster = f"x{speed['median']:.2f} [{speed['p20']:.2f}, {speed['p80']:.2f}] (x{1 / row['reached']:.2f})"
+        kept = f"{measure} {row['mean']:.3f} [{low:.3f}, {high:.3f}]"
+        more = "[matching](docs/matching.md#at-equal-flops)"
+        rows.append([model, plan, f"{row['reached']:.2f}", faster, kept, more])
     modes = json.loads((EVIDENCE / "modes.json").read_text())
     row = next(row for row in modes["rows"] if row["plan"] == "hybrid, voting and full graph")
     paired = row["paired"]
-    lines.append(
-        f"| small LLaVA, questions | hybrid | {row['left']:.0f} of 196 tokens | not timed "
-        f"| {paired['pruned']:.1%} right (unpruned {paired['base']:.1%}): {100 * paired['difference']:+.1f} "
-        f"[{100 * paired['low']:+.1f}, {100 * paired['high']:+.1f}] points "
-        "| [results](docs/results.md#the-order-of-the-modes-on-more-pictures) |"
+    kept = (
+        f"{paired['pruned']:.1%} right (unpruned {paired['base']:.1%}): {100 * paired['difference']:+.1f} "
+        f"[{100 * paired['low']:+.1f}, {100 * paired['high']:+.1f}] points"
     )
-    return "\n".join(lines)
+    more = "[results](docs/results.md#the-order-of-the-modes-on-more-pictures)"
+    rows.append(["small LLaVA, questions", "hybrid", f"{row['left']:.0f} of 196 tokens", "not timed", kept, more])
+    return table(["model", "plan", "FLOPs left", "speed-up (bound)", "what the answer keeps", "more"], rows)
 
 
 def support_table() -> str:
-    lines = ["| library | encoders | class |", "|---|---|---|"]
     seen = {}
     for spec in ENCODERS:
         seen.setdefault((spec.library, spec.title), []).append(f"`{spec.encoder.rpartition('.')[2]}`")
-    lines += [f"| {library} | {title} | {', '.join(classes)} |" for (library, title), classes in seen.items()]
-    return "\n".join(lines)
+    rows = [[library, title, ", ".join(classes)] for (library, title), classes in seen.items()]
+    return table(["library", "encoders", "class"], rows)
 
 
 def zoo_table() -> str:
     """How many names of each module hold, from the record of the sweep."""
     rows = zoo_rows()
-    lines = ["| library | names of | hold | refused | not tried |", "|---|---|---|---|---|"]
+    lines: list[list[str]] = []
     groups: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         groups.setdefault((row["library"], row["module"]), []).append(row["outcome"])
     for (library, module), outcomes in groups.items():
-        counts = " | ".join(str(outcomes.count(outcome) or "") for outcome in ("refused", "not tried"))
-        lines.append(f"| {library} | {module} | {outcomes.count('holds')} of {len(outcomes)} | {counts} |")
+        counts = [str(outcomes.count(outcome) or "") for outcome in ("refused", "not tried")]
+        lines.append([library, module, f"{outcomes.count('holds')} of {len(outcomes)}", *counts])
     held = sum(row["outcome"] == "holds" for row in rows)
     versions = "; ".join(sorted({row["versions"] for row in rows}))
-    lines += ["", f"{held} of {len(rows)} names hold ({versions})."]
-    return "\n".join(lines)
+    made = table(["library", "names of", "hold", "refused", "not tried"], lines)
+    return f"{made}\n\n{held} of {len(rows)} names hold ({versions})."
 
 
 def vlm_table() -> str:
     """What works in which family; flash attention by what the installed transformers says of its class."""
-    lines = [
-        "| family | in the encoder (`vision`) | between (`connector`) | in the language model (`language`) | inputs "
-        "| flash attention |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     every_patch = next(field.default for field in dataclasses.fields(FamilySpec) if field.name == "merge_size")
     for spec in FAMILIES:
         if spec.no_vision is not None:
@@ -154,49 +146,48 @@ def vlm_table() -> str:
         else:
             sides = ", ".join(sorted({f"{tiny.merge_size} x {tiny.merge_size}" for tiny in spec.tiny}))
             vision = f"yes, by groups of patches (tested: {sides})"
-        others = " | ".join("yes" if stage in spec.stages else "no" for stage in ("connector", "language"))
+        others = ["yes" if stage in spec.stages else "no" for stage in ("connector", "language")]
         inputs = "images, videos" if VIDEOS in spec.pixels else "images"
         module, _, name = spec.model.rpartition(".")
         flash = getattr(importlib.import_module(module), name)._supports_flash_attn
-        lines.append(
-            f"| {spec.title} | {vision} | {others} | {inputs} | {'yes' if flash else 'refused by transformers'} |"
-        )
-    return "\n".join(lines)
+        rows.append([spec.title, vision, *others, inputs, "yes" if flash else "refused by transformers"])
+    where = ["in the encoder (`vision`)", "between (`connector`)", "in the language model (`language`)"]
+    return table(["family", *where, "inputs", "flash attention"], rows)
 
 
 def speed_table() -> str:
     record = json.loads(RECORD.read_text())
-    lines = [
-        "| model | pixels | batch | plan | FLOPs left | bound | measured speed-up [p20, p80] | of the bound "
-        "| scoring + gathering |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for row in record["rows"]:
         speed, share = row["speedup"], row["overhead"]["share"]["median"]
-        lines.append(
-            f"| {row['model']} | {row['pixels']} | {row['batch']} | {row['plan_name']} | {1 / row['bound']:.2f} "
-            f"| x{row['bound']:.2f} | x{speed['median']:.2f} [{speed['p20']:.2f}, {speed['p80']:.2f}] "
-            f"| {row['efficiency']:.2f} | {share:.1%} |"
+        faster = f"x{speed['median']:.2f} [{speed['p20']:.2f}, {speed['p80']:.2f}]"
+        what = [row["model"], str(row["pixels"]), str(row["batch"]), row["plan_name"]]
+        rows.append(
+            [
+                *what,
+                f"{1 / row['bound']:.2f}",
+                f"x{row['bound']:.2f}",
+                faster,
+                f"{row['efficiency']:.2f}",
+                f"{share:.1%}",
+            ]
         )
     missing = left_out(*(row["costs"][name]["uncounted"] for row in record["rows"] for name in ("base", "pruned")))
     where = record["environment"]
     conditions = record["rows"][0]["conditions"]
-    lines += [
-        "",
+    said = (
         f"{where['cpu']}, {conditions['threads']} threads, float32, torch {where['torch']}, "
         f"transformers {where['transformers']}, {conditions['repeats']} interleaved rounds after "
         f"{conditions['warmup']} of warm-up, {record['date'][:10]}."
-        + (f" FLOPs and bound{missing}." if missing else ""),
-    ]
-    return "\n".join(lines)
+        + (f" FLOPs and bound{missing}." if missing else "")
+    )
+    faster = ["FLOPs left", "bound", "measured speed-up [p20, p80]", "of the bound", "scoring + gathering"]
+    return f"{table(['model', 'pixels', 'batch', 'plan', *faster], rows)}\n\n{said}"
 
 
 def serving_table() -> str:
     """Load on vLLM, unpruned and pruned."""
-    lines = [
-        "| model | load | requests/s | ratio | time to first token | latency | KV blocks |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for file in SERVING:
         record = json.loads(file.read_text())
         size = f"{sum(record['parameters'].values()) / 1e6:.0f} M"
@@ -207,17 +198,18 @@ def serving_table() -> str:
             for name in ("throughput", "ttft", "latency", "kv"):
                 ratio = row[f"{name}_ratio"]
                 cells.append(f"x{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]")
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append(cells)
+    head = ["model", "load", "requests/s", "ratio", "time to first token", "latency", "KV blocks"]
+    return table(head, rows)
 
 
-def replace(text: str, name: str, table: str) -> str:
+def replace(text: str, name: str, made: str) -> str:
     begin, end = f"<!-- {name}: generated by make tables -->", f"<!-- end {name} -->"
     head, _, rest = text.partition(begin)
     _, found, tail = rest.partition(end)
     if not found:
         raise SystemExit(f"the page has no {begin} ... {end}")
-    return f"{head}{begin}\n{table}\n{end}{tail}"
+    return f"{head}{begin}\n{made}\n{end}{tail}"
 
 
 # every generated part, by its page and name

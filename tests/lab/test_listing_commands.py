@@ -21,7 +21,10 @@ CONNECTOR = json.dumps(saint.Plan(connector=saint.methods.DivPrune(keep=0.25)).t
 # arguments by command; VLM, PHOTOS, ONE, QUESTIONS, OUT and JSON are put in
 COMMANDS = {
     "view": ["view", *TINY, "--images", "PHOTOS", "--output", "OUT", "--json", "JSON"],
-    "demo": ["demo", *TINY, "--images", "PHOTOS", "--plan", "vit/published", "--repeats", 1, "--limit", 20, "--output", "OUT", "--json", "JSON"],
+    "demo": [
+        "demo", *TINY, "--images", "PHOTOS", "--plan", "vit/published", "--repeats", 1, "--limit", 20, "--output", "OUT",
+        "--json", "JSON",
+    ],
     "bench": ["bench", *TINY, "--images", "PHOTOS", "--batch", 20, "--repeats", 1, "--warmup", 0, "--json", "JSON"],
     "eval images": ["eval", "images", *TINY, "PHOTOS", "--plan", PLAN, "--json", "JSON"],
     "analyze": ["analyze", *TINY, "--images", "PHOTOS", "--causal", 0, "--json", "JSON"],

@@ -1,5 +1,6 @@
 """Sheets as Markdown, for pages of documentation and for issues."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from .blocks import (
 )
 from .words import interval, number, plan_text
 
+_NUMBER = re.compile(r"[x+-]?\d|-?$")  # what a cell of a column of numbers begins with; or it is empty, or a dash
+
 
 def sheet(made: Sheet) -> str:
     """Title, verdict, conditions and all that is no picture; ends with a line break."""
@@ -30,9 +33,13 @@ def sheet(made: Sheet) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table: text, numbers or cells; the first column is text, the others are aligned to the right."""
-    lines = [_row(head), _row(["---", *["---:"] * (len(head) - 1)])]
-    return "\n".join([*lines, *(_row([_text(value) for value in row]) for row in rows)])
+    """A table of text, numbers or cells; columns of numbers are aligned to the right."""
+    texts = [[_text(value) for value in row] for row in rows]
+    numeric = [all(_NUMBER.match(text) for text in column) for column in zip(*texts, strict=True)] or [False] * len(
+        head
+    )
+    rule = ["---:" if right else "---" for right in numeric]
+    return "\n".join(map(_row, [head, rule, *texts]))
 
 
 def _all(blocks: Iterable[Block | None]) -> Iterator[str]:
