@@ -26,6 +26,15 @@ def compiled(model, **options):
     return torch.compile(model, fullgraph=True, **options)  # a graph break is an error
 
 
+def skip_without_masks(model, plan):
+    """Older releases of a library have blocks that take no mask, which a plan that weighs is told at once."""
+    try:
+        saint.apply(model, plan).remove()
+    except saint.UnsupportedModelError as error:
+        assert "takes no dense attention mask" in str(error)
+        pytest.skip(str(error))
+
+
 CASES = [("timm/vit-augreg", name) for name in PLANS]
 CASES += [(library, name) for library in MODELS[1:] for name in ("votes", "weighed")]
 
@@ -35,6 +44,8 @@ def test_one_graph_and_the_outputs_of_eager_mode(name, plan):
     model = build(name)
     for batch in (1, 8):
         inputs = testing.example_inputs(model, batch)
+        if plan == "weighed":
+            skip_without_masks(model, PLANS[plan])
         with saint.pruned(model, PLANS[plan]) as session:
             want = testing.run(model, inputs)
             kept = [row.tolist() for row in session.trace[-1].kept]
