@@ -82,7 +82,8 @@ def _speeds(record: Record) -> Iterator[tuple[str, str, Mapping[str, Any], _Spee
                 _Speed(s["median"], s["p20"], s["p80"], f"first token, batch {given['batch']}, {given['dtype']}"),
             )
     elif record.kind == "demo":
-        yield data["model"], "", data["plan"], _Speed(data["speedup"], None, None, "demo, batch 1")
+        for name, run in _demoed(data):
+            yield data["model"], name, run["plan"], _Speed(run["speedup"], None, None, "demo, batch 1")
     elif record.kind == "tune":
         for name, plan, reached in _tuned(data):
             if "speed" in reached:
@@ -103,15 +104,22 @@ def _qualities(record: Record) -> Iterator[tuple[str, str, Mapping[str, Any], _Q
                 if measure not in ("kl", "kept"):  # 1 is the best of the others
                     yield model, name, plan, _Quality(f"{measure} with the unpruned model", s["mean"], None, None, 1.0)
     elif record.kind == "demo":
-        agreement = data["agreement"]
-        measure = f"{agreement['measure']} with the unpruned model (demo)"
-        yield data["model"], "", data["plan"], _Quality(measure, agreement["mean"], None, None, 1.0)
-
+        for name, run in _demoed(data):
+            agreement = run["agreement"]
+            measure = f"{agreement['measure']} with the unpruned model (demo)"
+            yield data["model"], name, run["plan"], _Quality(measure, agreement["mean"], None, None, 1.0)
     elif record.kind == "tune":
         for name, plan, reached in _tuned(data):
             if (a := reached.get("agreement")) is not None:
                 measure = "agreement with the unpruned model (tune, held-out images)"
                 yield data["model"], name, plan, _Quality(measure, a["mean"], a["low"], a["high"], 1.0)
+
+
+def _demoed(data: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the plan of a demo, and the one at half of the FLOPs where that was shown too."""
+    yield "", data
+    if data.get("half") is not None:
+        yield "half of the FLOPs", data["half"]
 
 
 def _tuned(data: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
