@@ -31,7 +31,8 @@ def skip_without_masks(model, plan):
     try:
         saint.apply(model, plan).remove()
     except saint.UnsupportedModelError as error:
-        assert "takes no dense attention mask" in str(error)
+        if "takes no dense attention mask" not in str(error):
+            raise
         pytest.skip(str(error))
 
 
