@@ -44,7 +44,7 @@ def main() -> None:
     record["best plan of all photographs"] = summary(best, best)
     record["best plan of each photograph"] = summary(known.max(0), best)
 
-    subject = Subject(options.model, pictures(options.photos, options.limit)[0])
+    subject = Subject(options.model, pictures(options.photos, options.limit, {})[0])
     fitted = subject.fitted("Random, layers 0, 1", SHARE)
     keep = fitted.vision[0].method.keep
     drawn = []

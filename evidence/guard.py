@@ -32,7 +32,7 @@ def mix(folder: Path) -> dict[str, list[Any]]:
     """60 photographs, 40 pages and 30 scenes, by kind."""
     drawn = (scenes.scene(scenes.HELD_OUT + 70_000 + i).image() for i in range(30))
     return {
-        "photographs": pictures(folder, 60)[0],
+        "photographs": pictures(folder, 60, {})[0],
         "pages": [SimpleNamespace(image=page) for page in documents(40)],
         "scenes": [SimpleNamespace(image=scene) for scene in drawn],
     }

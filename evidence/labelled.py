@@ -60,7 +60,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=FOLDER.parent / "cache")
     options = parser.parse_args()
-    fits = Subject("demo:clip-b16", pictures(options.photos, 8)[0])
+    fits = Subject("demo:clip-b16", pictures(options.photos, 8, {})[0])
     tuned = Plan.load(options.tuned)
     share = fits.flops(tuned) / fits.full
     plans = {"the tuned plan": tuned, **{name: fits.fitted(row, share) for name, row in RIVALS.items()}}

@@ -15,7 +15,8 @@ import torch
 
 import saint
 from saint.flops import count_flops, left_out
-from saint.lab.cli.common import load, pictures
+from saint.lab.cli.common import pictures
+from saint.lab.kinds import Encoder
 from saint.lab.kinds.agreement import agreement
 from saint.lab.records import environment, write_json
 from saint.methods import Grid, Match, PiToMe, Random, ToMe
@@ -51,7 +52,7 @@ class Subject:
     """A demo model, its photographs and its answers to them, unpruned."""
 
     def __init__(self, name: str, photos: list[Any]) -> None:
-        self.loaded, self.photos = load(name, "cpu", size=None, threads=None), photos
+        self.loaded, self.photos = Encoder.load(name), photos
         self.dense = name == "demo:dinov2-s"
         self.patch, self.side = 14 if self.dense else 16, self.loaded.image_size[0]
         self.full = self.flops()
@@ -120,7 +121,7 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="the file [default: in evidence/results, by the model's name]")
     options = parser.parse_args()
     file = options.record or FOLDER / f"matching-{options.model.partition(':')[2]}.json"
-    photos, _ = pictures(options.photos, options.limit)
+    photos, _ = pictures(options.photos, options.limit, {})
     names = " ".join(photo.name for photo in photos)
     rows, environments = stored(file, options.model, names) if options.only else ({}, [])
     here = environment("cpu")

@@ -39,7 +39,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     file = FOLDER / f"matching-{options.model.partition(':')[2]}.json"
     record = json.loads(file.read_text())
-    subject = Subject(options.model, pictures(options.photos, 8)[0])
+    subject = Subject(options.model, pictures(options.photos, 8, {})[0])
     for share in options.shares:
         rows = [r for r in record["results"] if r["share"] == share and r["name"] in (*TIMED, SMALLER)]
         for batch in (1, 8):
