@@ -36,8 +36,8 @@ def main() -> None:
         "--limit", type=int, default=150, help="photographs of the check, evenly spaced among the others"
     )
     options = parser.parse_args()
-    used = {photo.name for photo in pictures(options.photos, options.tuned_on)[0]}
-    others = [photo for photo in pictures(options.photos, 10**6)[0] if photo.name not in used]
+    used = {photo.name for photo in pictures(options.photos, options.tuned_on, {})[0]}
+    others = [photo for photo in pictures(options.photos, 10**6, {})[0] if photo.name not in used]
     photos = [others[i * len(others) // options.limit] for i in range(min(options.limit, len(others)))]
     plans = [Plan.load(file) for file in options.plans]
     (model,) = {plan.tuned["model"] for plan in plans}

@@ -12,6 +12,7 @@ import pytest
 import saint
 
 SOURCE = Path(saint.__file__).parent
+ROOT = Path(__file__).parents[2]
 
 # the core: what a module may import from the project, by the first part of its path; none of the lab
 CORE = {
@@ -410,6 +411,22 @@ def test_no_machine_or_session_leaks_into_the_tree():
     assert sum(file.stat().st_size for file in weights) < 8_000_000
     large = {str(file): size for file in files if file not in weights and (size := file.stat().st_size) > 200_000}
     assert not large, "datasets and generated reports do not belong here"
+
+
+SCRIPTS = [
+    path for folder in ("evidence", "benchmarks", "docs", "tools") for path in sorted((ROOT / folder).rglob("*.py"))
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_import_what_there_is(script):
+    """No test runs most of them, so what they import is looked up."""
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "saint":
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                there = hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}")
+                assert there, f"{script.name}:{node.lineno}: {node.module} has no {alias.name}"
 
 
 def test_no_test_imports_a_test():
