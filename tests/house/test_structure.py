@@ -134,7 +134,7 @@ ROOMS = {
         "lab/sources/shards",
     },  # lists and reads; loads no model
     "lab/embed/parts": {"errors", "files", "extras", "lab/records", "lab/embed/sources"},
-    "lab/report/blocks": set(),  # what sheets are made of
+    "lab/report/blocks": {"lab/report/words"},  # what sheets are made of
     "lab/report/charts": {"lab/report/blocks", "lab/report/markup", "lab/report/words"},  # from numbers to pictures
     "lab/report/markup": {"lab/report/blocks", "lab/report/words"},
     "lab/report/words": set(),

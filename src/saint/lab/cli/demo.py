@@ -94,14 +94,13 @@ def demo(
     photos, bad = pictures(images, limit, left)
     subject = how.load(kind_of(model, "embeddings"), model)
     own = subject.plan or Plan()
-    runs = {"this plan": Run(make_plan(own, plan, threshold, layers))}
-    if plan is None:
-        runs["half the FLOPs"] = Run(_half(own))
+    shown = Run(make_plan(own, plan, threshold, layers))
+    half = Run(_half(own)) if plan is None else None
+    runs = {"this plan": shown} | ({} if half is None else {"half the FLOPs": half})
     with progress("running", len(runs) * len(photos) * (repeats + WARMUP)) as tick:
         for photo in photos:
             for run in runs.values():
                 _look(subject, run, photo, repeats, tick)
-    shown = runs["this plan"]
     spreads = {
         f"{photo.name}, {name}, {what}": spread
         for name, run in runs.items()
@@ -123,7 +122,7 @@ def demo(
         "licence": subject.licence,
         **subject.told(None),
         **shown.to_dict(),
-        "half": runs["half the FLOPs"].to_dict() if "half the FLOPs" in runs else None,
+        "half": None if half is None else half.to_dict(),
         "photos": [
             {
                 "name": photo.name,

@@ -1,6 +1,7 @@
 """The only rooms that know which kind of model a command works on; all others ask its :class:`Subject`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 from torch import nn
@@ -49,5 +50,4 @@ def around(model: nn.Module) -> Subject:
 
 def answering(model: nn.Module, processor: Any) -> VLM:
     """Return the subject of a model that is there, with its processor: it answers questions."""
-    place = next(p.device for p in model.parameters() if p.is_floating_point())
-    return VLM(model, place, title=type(model).__name__, processor=processor)
+    return replace(VLM.around(model), processor=processor)

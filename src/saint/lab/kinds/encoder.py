@@ -22,9 +22,8 @@ from ..bench.forward import ForwardBench, bench_forward
 from ..images import data_uri
 from ..loading.models import find_source
 from ..loading.source import Source
-from ..sources.items import Item, evenly
+from ..sources.items import Item
 from ..sources.listing import Left
-from ..sources.samples import find_samples
 from .agreement import agreement, answer
 from .facts import layer_facts
 from .features import Features
@@ -89,11 +88,7 @@ class Encoder(Subject):
     @classmethod
     def items(cls, given: Given, limit: int | None, left: Left) -> tuple[list[Item], Bad]:
         """List the images; see :meth:`Subject.items`."""
-        if given.images is None:
-            raise ValueError(f"{cls.called} needs --images, an image or a folder of them")
-        found = find_samples(str(given.images), labels=False)
-        left.update(found.left_out)
-        return evenly(found.items, limit), []
+        return cls.pictures(given, limit, left), []
 
     def inputs(self, items: Sequence[Item], images: Sequence[Image.Image]) -> Inputs:
         """Make B images [B, 3, height, width], or what the model takes in their place."""

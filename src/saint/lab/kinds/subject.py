@@ -19,6 +19,7 @@ from ...tokens import LayerTrace
 from ..loading.models import resolve_device
 from ..sources.items import Item
 from ..sources.listing import Left
+from ..sources.samples import find_samples
 from .tiles import Tile
 
 COSINE, KL, ANSWER_KL = "1 - cosine", "KL of the next token", "KL of the answer's tokens"  # measures of a loss
@@ -187,6 +188,15 @@ class Subject(ABC):
             ValueError: nothing there, or options that exclude each other.
             OSError: a file cannot be read.
         """
+
+    @classmethod
+    def pictures(cls, given: Given, limit: int | None, left: Left) -> list[Item]:
+        """List the images of ``given``; see :meth:`items`."""
+        if given.images is None:
+            raise ValueError(f"{cls.called} needs --images, an image or a folder of them")
+        found = find_samples(str(given.images), labels=False, limit=limit)
+        left.update(found.left_out)
+        return found.items
 
     @abstractmethod
     def inputs(self, items: Sequence[Item], images: Sequence[Any]) -> Inputs:

@@ -30,7 +30,6 @@ from ..loading.failures import explained
 from ..sources.items import Item, evenly
 from ..sources.listing import Left
 from ..sources.questions import default_prompt, read_questions
-from ..sources.samples import find_samples
 from .facts import steps_of
 from .generating import CPU, Generating, built, check_weights, config_of, on_hub
 from .modes import modes
@@ -106,16 +105,12 @@ class VLM(Generating):
         """List the questions, or the images with the prompt; see :meth:`Subject.items`."""
         if given.questions is not None and given.prompt is not None:
             raise ValueError("give --questions or --prompt, not both")
-        if given.images is None:
-            raise ValueError(f"{cls.called} needs --images, an image or a folder of them")
-        if given.questions is not None:
+        if given.questions is not None and given.images is not None:
             asked, unreadable = read_questions(given.questions, given.images)
             some = [question.item(default_prompt(question)) for question in evenly(asked, limit)]
             return some, [(failure.where, failure.reason) for failure in unreadable]
-        found = find_samples(str(given.images), labels=False)
-        left.update(found.left_out)
         prompt = DESCRIBE if given.prompt is None else given.prompt
-        return [replace(item, prompt=prompt) for item in evenly(found.items, limit)], []
+        return [replace(item, prompt=prompt) for item in cls.pictures(given, limit, left)], []
 
     def inputs(self, items: Sequence[Item], images: Sequence[Image.Image]) -> Inputs:
         """Make the keyword arguments of ``generate``: one image in front of each prompt."""
@@ -179,9 +174,8 @@ class VLM(Generating):
         if spec.no_vision is None:
             _, tower, tower_spec = locate_tower(model.get_submodule(spec.tower))
             depth = len(part(tower, tower_spec.blocks))
-            used = spec.feature_layer(
-                model, depth
-            )  # None: features of several layers, which would hold different tokens
+            # None: features of several layers, which would hold different tokens
+            used = spec.feature_layer(model, depth)
             if used is not None:
                 layers["vision"] = list(range(min(depth, used)))
         decoder = model.get_submodule(spec.decoder)

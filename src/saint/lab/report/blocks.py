@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .words import number
+
 Values = Sequence[float | None]
 
 
@@ -144,6 +146,14 @@ class Line:
     def places(self) -> list[float]:
         """x of each point."""
         return [float(x) for x in self.x] or [float(i) for i in range(len(self.mean))]
+
+    def at(self, place: float) -> "tuple[float | None, float | None, float | None]":
+        """Return mean, low and high at a place; None where the curve has none."""
+        where = self.places()
+        if place not in where:
+            return None, None, None
+        i = where.index(place)
+        return self.mean[i], self.low[i] if self.low else None, self.high[i] if self.high else None
 
 
 @dataclass(frozen=True)
@@ -293,6 +303,13 @@ class Group:
 
 
 Block = Table | Heading | Text | Listing | Quotes | PlanBox | Code | More | Curves | Charts | Gallery | Group
+
+
+def text_of(value: Any) -> str:
+    """Return what a cell shows: text as it is, a number as people read it."""
+    value = value.text if isinstance(value, Cell) else value
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number(value) if plain else str(value)
 
 
 def front(points: Sequence[Point], *, least: bool = False) -> list[Point]:

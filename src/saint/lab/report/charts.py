@@ -160,14 +160,7 @@ def mark(axis: str, place: float, text: str) -> str:
 
 def _numbers(title: str, lines: Sequence[Line], x: str) -> Markup:
     at = sorted({place for line in lines for place in line.places()})
-    found = [dict(zip(line.places(), range(len(line.mean)), strict=True)) for line in lines]
-    rows = []
-    for place in at:
-        row: list[object] = [mark(x, place, number(place))]
-        for line, index in zip(lines, found, strict=True):
-            i = index.get(place)
-            row.append("-" if i is None else interval(line.mean[i], _at(line.low, i), _at(line.high, i)))
-        rows.append(row)
+    rows = [[mark(x, place, number(place)), *(interval(*line.at(place)) for line in lines)] for place in at]
     return details("numbers", table(Table([x, *(line.name for line in lines)], rows, title, sortable=False)))
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from .blocks import (
     Block,
-    Cell,
     Charts,
     Code,
     Curves,
@@ -19,6 +18,7 @@ from .blocks import (
     Sheet,
     Table,
     Text,
+    text_of,
 )
 from .words import interval, number, plan_text
 
@@ -34,7 +34,7 @@ def sheet(made: Sheet) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table of text, numbers or cells; columns of numbers are aligned to the right."""
-    texts = [[_text(value) for value in row] for row in rows]
+    texts = [[text_of(value) for value in row] for row in rows]
     numeric = [all(_NUMBER.match(text) for text in column) for column in zip(*texts, strict=True)] or [False] * len(
         head
     )
@@ -82,28 +82,10 @@ def _block(block: Block) -> Iterator[str]:
 
 def _curves(curves: Curves) -> Iterator[str]:
     places = sorted({place for line in curves.lines for place in line.places()})
-    rows = []
-    for place in places:
-        row: list[Any] = [number(place)]
-        for line in curves.lines:
-            where = line.places()
-            i = where.index(place) if place in where else None
-            ends = (
-                (line.low[i] if line.low else None, line.high[i] if line.high else None)
-                if i is not None
-                else (None,) * 2
-            )
-            row.append("-" if i is None else interval(line.mean[i], *ends))
-        rows.append(row)
+    rows = [[number(place), *(interval(*line.at(place)) for line in curves.lines)] for place in places]
     yield f"{curves.title}:"
     yield table([curves.x, *(line.name for line in curves.lines)], rows)
 
 
 def _row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-
-
-def _text(value: Any) -> str:
-    value = value.text if isinstance(value, Cell) else value
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number(value) if plain else str(value)

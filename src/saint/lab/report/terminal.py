@@ -1,7 +1,6 @@
 """Sheets on a terminal."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -10,7 +9,6 @@ from rich.table import Table as Printed
 
 from .blocks import (
     Block,
-    Cell,
     Charts,
     Code,
     Curves,
@@ -25,6 +23,7 @@ from .blocks import (
     Sheet,
     Table,
     Text,
+    text_of,
 )
 from .charts import mark
 from .words import interval, number, plan_text
@@ -58,7 +57,7 @@ def _all(console: Console, blocks: Iterable[Block | None]) -> None:
 def _block(console: Console, block: Block) -> None:
     match block:
         case Table():
-            _print(console, block.caption, block.head, [[_text(value) for value in row] for row in block.rows])
+            _print(console, block.caption, block.head, [[text_of(value) for value in row] for row in block.rows])
         case Heading():
             console.print(f"[bold]{escape(block.text)}[/]", highlight=False)
         case Text():
@@ -107,18 +106,12 @@ def _curves(console: Console, curves: Sequence[Curves], legend: str) -> None:
 
 
 def _value(line: Line, place: float, few: bool) -> str:
-    where = line.places()
-    if place not in where or (value := line.mean[i := where.index(place)]) is None:
+    value, low, high = line.at(place)
+    if value is None:
         return "-"
-    if few and line.low and line.high:
-        return interval(value, line.low[i], line.high[i])
+    if few and low is not None and high is not None:
+        return interval(value, low, high)
     return f"{value:.{line.digits}f}" if line.short else number(value)
-
-
-def _text(value: Any) -> str:
-    value = value.text if isinstance(value, Cell) else value
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number(value) if plain else str(value)
 
 
 def _print(
