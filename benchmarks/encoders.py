@@ -22,8 +22,8 @@ from saint.plans import Plan, Stage
 from saint.session import as_plan
 
 HALF = {
-    "clip-b16": Plan(vision=saint.Saint(threshold=0.75, budget=0.35)),
-    "dinov2-s": Plan(vision=Stage(saint.Saint(center=True, budget=0.36), layers=[0, 2, 4], output="similar")),
+    "clip-b16": Plan(vision=saint.Saint(threshold=0.75, keep=0.35)),
+    "dinov2-s": Plan(vision=Stage(saint.Saint(center=True, keep=0.36), layers=[0, 2, 4], output="similar")),
 }
 # model, pixels, batch
 CASES = [("clip-b16", 224, 1), ("clip-b16", 224, 8), ("dinov2-s", 224, 1), ("dinov2-s", 224, 8), ("dinov2-s", 518, 1)]

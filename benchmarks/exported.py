@@ -30,9 +30,9 @@ from saint.upstream.versions import installed
 MODEL = "clip-b16"
 PLANS = {
     "base": Plan(),
-    "saint, 2 layers": Plan(vision=Stage(saint.Saint(budget=0.42), layers=[1, 2])),
+    "saint, 2 layers": Plan(vision=Stage(saint.Saint(keep=0.42), layers=[1, 2])),
     "grid, 2 layers": Plan(vision=Stage(methods.Grid(keep=0.42), layers=[1, 2])),  # the same shapes, and nothing scored
-    "match weigh": Plan(vision=Stage(methods.Match(budget=0.34, fate="weigh"), layers=[1, 3, 5])),
+    "match weigh": Plan(vision=Stage(methods.Match(keep=0.34, fate="weigh"), layers=[1, 3, 5])),
 }
 ENGINES = ("eager", "torch.compile", "onnxruntime", "openvino")
 

@@ -83,7 +83,7 @@ def built(make: Any, device: str, dtype: torch.dtype) -> Any:
 def encoder(shapes: dict[str, Any], device: str, dtype: torch.dtype, batches: list[int], repeats: int) -> list[Any]:
     config = tower(shapes["vit-h"], 224)
     model = built(lambda: hf.CLIPVisionModelWithProjection(config), device, dtype)
-    plan = Plan(vision=Stage(saint.Saint(threshold=0.75, budget=0.28), layers="first_half"))
+    plan = Plan(vision=Stage(saint.Saint(threshold=0.75, keep=0.28), layers="first_half"))
     rows = []
     for batch in batches:
         inputs = {"pixel_values": torch.randn(batch, 3, 224, 224, device=device, dtype=dtype)}
@@ -112,7 +112,7 @@ def language(shapes: dict[str, Any], device: str, dtype: torch.dtype, lengths: t
         "vision": Plan(vision=Stage(saint.SaintFullGraph(keep=144, step=16), layers=[19])),
         "hybrid": Plan(
             vision=Stage(saint.SaintFullGraph(keep=216, step=16), layers=[19]),
-            language=Stage(saint.Saint(threshold=0.83, budget=110), layers=range(7, 17)),
+            language=Stage(saint.Saint(threshold=0.83, keep=110), layers=range(7, 17)),
         ),
     }
     rows = []

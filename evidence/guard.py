@@ -39,7 +39,7 @@ def mix(folder: Path) -> dict[str, list[Any]]:
 
 
 def plan(keep: float, guard: float) -> saint.Plan:
-    return saint.Plan(vision=saint.Stage(Match(budget=keep, fate="weigh"), layers=ODD, guard=guard))
+    return saint.Plan(vision=saint.Stage(Match(keep=keep, fate="weigh"), layers=ODD, guard=guard))
 
 
 def work(subject: Subject, candidate: saint.Plan) -> float:

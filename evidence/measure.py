@@ -96,14 +96,14 @@ def encoder_plans() -> dict[str, Plan]:
         plans |= {
             f"saint at {share}": at(saint.Saint(budget=keep)),
             f"saint's choice, merged, at {share}": at(SaintMerged(budget=keep)),
-            f"tome at {share}": at(ToMe(budget=keep)),
+            f"tome at {share}": at(ToMe(keep=keep)),
             f"tome's choice, dropped, at {share}": at(ToMeDropped(budget=keep)),
             f"grid at {share}": at(Grid(keep=keep)),
             f"random at {share}": at(Random(keep=keep)),
         }
     plans["full graph at 0.5"] = at(saint.SaintFullGraph(keep=0.375))
-    plans["saint, gamma 0, at 0.5"] = at(saint.Saint(budget=0.375, gamma=0.0))
-    plans["saint, layers 6..11, at 0.7"] = at(saint.Saint(budget=0.14), range(6, 12))
+    plans["saint, gamma 0, at 0.5"] = at(saint.Saint(keep=0.375, gamma=0.0))
+    plans["saint, layers 6..11, at 0.7"] = at(saint.Saint(keep=0.14), range(6, 12))
     return plans
 
 
@@ -245,8 +245,8 @@ def saliency(options: argparse.Namespace) -> None:
             f"saint's choice, merged, at {share}": at(SaintMerged(budget=keep, threshold=0.85)),
             f"full graph, centred, at {share}": at(saint.SaintFullGraph(keep=keep, center=True)),
             f"full graph, not centred, at {share}": at(saint.SaintFullGraph(keep=keep)),
-            f"tome at {share}": at(ToMe(budget=keep)),
-            f"tome, beta 0, at {share}": at(ToMe(budget=keep, beta=0.0)),
+            f"tome at {share}": at(ToMe(keep=keep)),
+            f"tome, beta 0, at {share}": at(ToMe(keep=keep, beta=0.0)),
             f"tome's choice, dropped, at {share}": at(ToMeDropped(budget=keep)),
             f"grid at {share}": at(Grid(keep=keep)),
             f"random at {share}": at(Random(keep=keep)),

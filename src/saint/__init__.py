@@ -2,7 +2,7 @@
 
     >>> import saint, timm, torch
     >>> vit = timm.create_model("test_vit").eval()  # any model of timm, transformers or open_clip
-    >>> with saint.pruned(vit, saint.Saint(budget=0.5)) as session:
+    >>> with saint.pruned(vit, saint.Saint(keep=0.5)) as session:
     ...     logits = vit(torch.randn(1, 3, 160, 160))  # the same call, on fewer tokens
     >>> print(session.summary())
     VisionTransformer: candidates per sample, mean (least..most)

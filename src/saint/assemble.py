@@ -8,7 +8,6 @@ from torch import nn
 
 from .errors import UnsupportedModelError
 from .language.locate import find as find_text
-from .methods.base import counts_by_votes
 from .plans import Plan, Stage
 from .runtime.observe import Observers
 from .runtime.points import DropPoint
@@ -46,7 +45,7 @@ def assemble(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM |
         verify_encoder(encoder, spec)
         reader, stages = find_reader(model, path), plan.vision
         if stages:
-            ragged = any(counts_by_votes(stage.method) or stage.guard for stage in stages)
+            ragged = any(stage.method.votes or stage.guard for stage in stages)
             check_readers(model, path, spec, reader, stages[0].output, ragged)
         return _encoder(plan, path, encoder, spec, observers, reader=reader)
     return _vlm(model, plan, observers)

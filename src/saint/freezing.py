@@ -1,19 +1,18 @@
 """`saint.freeze`: numbers of tokens in place of decisions per image."""
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .methods.base import Method, counts_by_votes, step_possible, with_budget
+from .methods.base import Method, step_possible
 from .plans import Plan, Stage
 from .samples import Sample, read_samples
 from .session import PlanLike, as_plan, pruned
 from .tokens import LayerTrace
-
-_FIXED = {"budget", "keep", "r"}  # settings that say how many tokens go, whatever the picture
 
 
 def freeze(plan: PlanLike, model: nn.Module, images: Any) -> Plan:
@@ -42,7 +41,7 @@ def freeze(plan: PlanLike, model: nn.Module, images: Any) -> Plan:
         >>> import timm, torch, saint
         >>> vit = timm.create_model("test_vit").eval()
         >>> plan = saint.freeze(saint.Saint(threshold=0.5), vit, torch.randn(4, 3, 160, 160))
-        >>> [type(stage.method.budget).__name__ for stage in plan.slots["vision"]][:1]
+        >>> [type(stage.method.keep).__name__ for stage in plan.slots["vision"]][:1]
         ['float']
     """
     plan, samples = as_plan(plan), read_samples(images)
@@ -72,13 +71,13 @@ def freeze(plan: PlanLike, model: nn.Module, images: Any) -> Plan:
 
 def _varies(stage: Stage) -> bool:
     """Tell whether images keep their own numbers of tokens."""
-    return counts_by_votes(stage.method) or stage.guard > 0
+    return stage.method.votes or stage.guard > 0
 
 
 def _check(slot: str, method: Method) -> None:
-    if not _FIXED & {field.name for field in dataclasses.fields(method)}:
+    if not {"keep", "r"} & inspect.signature(type(method)).parameters.keys():
         raise ValueError(
-            f"{type(method).__name__} of the {slot} stage has no setting that says how many tokens it keeps (budget, keep or r), "
+            f"{type(method).__name__} of the {slot} stage has no setting that says how many tokens it keeps (keep or r), "
             "so it cannot be frozen"
         )
 
@@ -122,6 +121,6 @@ def _frozen(slot: str, stage: Stage, layers: Sequence[int], counts: _Counts) -> 
         if left >= came:
             continue
         at = None if entry else [layer]
-        out.append(dataclasses.replace(stage, method=with_budget(stage.method, left / came), layers=at, guard=0.0))
+        out.append(dataclasses.replace(stage, method=stage.method.keeping(left / came), layers=at, guard=0.0))
         came = left
     return out

@@ -26,8 +26,8 @@ def _tower(keep: int) -> Stage:
     return Stage(SaintFullGraph(keep=keep, step=16), layers=[19])
 
 
-def _decoder(budget: int, first: int = 7) -> Stage:
-    return Stage(Saint(threshold=0.83, budget=budget), layers=range(first, first + 10))
+def _decoder(keep: int, first: int = 7) -> Stage:
+    return Stage(Saint(threshold=0.83, keep=keep), layers=range(first, first + 10))
 
 
 # Equivalent tokens: mean over the 32 layers of the 7B model of the visual tokens a layer sees, of 576. A test measures them.
@@ -45,7 +45,7 @@ _RECIPES = {
         "for DINO-like encoders of 12 layers under a dense head: centred keys, three drop points, full-length output",
     ),
     "vit/match": Recipe(
-        Plan(vision=Match(budget=0.25, fate="weigh")),
+        Plan(vision=Match(keep=0.25, fate="weigh")),
         "about half of the FLOPs of any ViT, without a threshold: matching at every other block, who stays counts for who left",
     ),
     "vit/tome": Recipe(
@@ -54,7 +54,7 @@ _RECIPES = {
     ),
     "small-llava/hybrid": Recipe(
         Plan(
-            vision=Stage(Saint(budget=147), layers=[10]),
+            vision=Stage(Saint(keep=147), layers=[10]),
             language=Stage(SaintFullGraph(keep=29), layers=[0]),
         ),
         "for demo:small-llava: 147 of 196 tokens behind the tower (votes), 29 in the decoder (full graph): a quarter in the mean",

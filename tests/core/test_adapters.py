@@ -12,7 +12,7 @@ from saint import Stage
 from saint.errors import HookNeverFiredError
 from support.models import build
 
-STAGE = Stage(saint.Saint(budget=0.6), layers=[0, 1])
+STAGE = Stage(saint.Saint(keep=0.6), layers=[0, 1])
 # name -> the projections that bring forth its keys, by a regular expression of PEFT
 TARGETS = {
     "timm/vit-augreg": r".*\.qkv",

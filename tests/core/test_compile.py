@@ -9,15 +9,15 @@ from support.models import build
 
 MODELS = ("timm/vit-augreg", "transformers/clip", "transformers/dinov2")
 PLANS = {
-    "votes": Stage(saint.Saint(budget=0.5), layers=[0, 1]),
-    "pairs": Stage(methods.Match(budget=0.5), layers=[0, 1]),
-    "weighed": Stage(methods.Match(budget=0.5, fate="weigh"), layers=[0, 1]),
-    "merged": Stage(methods.Match(budget=0.5, fate="merge"), layers=[0, 1]),
-    "ToMe": Stage(methods.ToMe(budget=0.5), layers=[0, 1]),
-    "PiToMe": Stage(methods.PiToMe(budget=0.5), layers=[0, 1]),
+    "votes": Stage(saint.Saint(keep=0.5), layers=[0, 1]),
+    "pairs": Stage(methods.Match(keep=0.5), layers=[0, 1]),
+    "weighed": Stage(methods.Match(keep=0.5, fate="weigh"), layers=[0, 1]),
+    "merged": Stage(methods.Match(keep=0.5, fate="merge"), layers=[0, 1]),
+    "ToMe": Stage(methods.ToMe(keep=0.5), layers=[0, 1]),
+    "PiToMe": Stage(methods.PiToMe(keep=0.5), layers=[0, 1]),
     "random": Stage(methods.Random(keep=0.5), layers=[0, 1]),
     "full graph": Stage(saint.SaintFullGraph(keep=0.5), layers=[1]),
-    "carried": Stage(methods.Match(budget=0.5), layers=[0, 1], output="carried"),
+    "carried": Stage(methods.Match(keep=0.5), layers=[0, 1], output="carried"),
 }
 
 

@@ -88,7 +88,7 @@ def test_calls_of_an_encoder_do_not_stick(name, output):
 @pytest.mark.parametrize("pool", ["avg", "map"])
 def test_calls_of_an_encoder_of_patches_do_not_stick(pool):
     for output in ("survivors", "similar"):  # the former has no grid to find stand-ins on, and refuses
-        plan = Plan(vision=Stage(saint.Saint(budget=0.6), layers=[0, 2], output=output))
+        plan = Plan(vision=Stage(saint.Saint(keep=0.6), layers=[0, 2], output=output))
         had = check_unchanged(naflex(pool), plan, patches())
         assert ("forward_intermediates of tokens" in had) == (output == "similar")
 
@@ -110,7 +110,7 @@ def test_maps_of_a_backbone_do_not_stick():
         hook = encoder.get_submodule(spec.blocks)[1].register_forward_hook(
             lambda _m, _a, y, to=rows: to.append((y[0] if isinstance(y, tuple) else y).shape)
         )
-        with saint.pruned(model, Stage(saint.Saint(budget=0.5), layers=[0], output="similar")), torch.no_grad():
+        with saint.pruned(model, Stage(saint.Saint(keep=0.5), layers=[0], output="similar")), torch.no_grad():
             first = testing.run(model, inputs)
             again = testing.run(model, inputs)
         hook.remove()
@@ -158,8 +158,8 @@ def check_asked(model, plan, inputs) -> None:
 
 PLANS = {
     "hybrid": Plan(vision=VISION, connector=CONNECTOR, language=LANGUAGE),
-    "evict": Plan(language=Stage(saint.Saint(threshold=0.9, budget=0.4), layers=[1, 2], evict=True)),
-    "merge": Plan(language=Stage(ToMe(budget=0.5), layers=[0, 2])),
+    "evict": Plan(language=Stage(saint.Saint(threshold=0.9, keep=0.4), layers=[1, 2], evict=True)),
+    "merge": Plan(language=Stage(ToMe(keep=0.5), layers=[0, 2])),
     "row": Plan(language=Stage(FastV(keep=0.5), layers=[1])),
 }
 
@@ -178,7 +178,7 @@ def test_arguments_of_a_vision_language_model_do_not_stick(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_arguments_of_a_language_model_do_not_stick(name):
     model, inputs = tiny(name), batch([14, 9])
-    check_asked(model, Plan(language=Stage(saint.Saint(budget=0.5), layers=[1, 3])), inputs)
+    check_asked(model, Plan(language=Stage(saint.Saint(keep=0.5), layers=[1, 3])), inputs)
 
 
 @pytest.mark.parametrize("output", ["similar", "nearest", "carried"])

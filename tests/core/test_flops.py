@@ -293,4 +293,4 @@ def test_nothing_is_said_when_all_was_counted(run, folder, tmp_path):
     assert "without" not in run("demo", *TINY, "--images", folder, "--output", tmp_path / "out", "--repeats", 1)[1]
     vit = build("timm/vit-augreg")
     inputs = example_inputs(vit)
-    assert "without" not in check_on(vit, Plan(vision=saint.Saint(budget=0.5)), inputs)
+    assert "without" not in check_on(vit, Plan(vision=saint.Saint(keep=0.5)), inputs)

@@ -136,7 +136,7 @@ def test_halves_of_a_block_are_checkpointed_too():
     calls = []
     inputs, _ = views(model)
     layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))  # a recomputation stops inside
-    with saint.pruned(model, Stage(saint.Saint(budget=20), layers=[0, 1])):
+    with saint.pruned(model, Stage(saint.Saint(keep=20), layers=[0, 1])):
         calls.clear()
         output_of(model, inputs).sum().backward()
         assert len(calls) == 1
@@ -221,7 +221,7 @@ def test_threads_share_a_patched_language_model(plan):
 def test_the_trace_of_a_worker_can_be_read_outside():
     model = build("timm/vit-augreg")
     inputs, _ = views(model)
-    with saint.pruned(model, saint.Saint(budget=20)) as session:
+    with saint.pruned(model, saint.Saint(keep=20)) as session:
         with ThreadPoolExecutor(1) as pool:
             pool.submit(model, *inputs.values()).result()
         assert session.trace[-1].tokens_out.tolist() == [20] * 3
@@ -229,7 +229,7 @@ def test_the_trace_of_a_worker_can_be_read_outside():
 
 def test_half_a_forward_on_another_thread_is_refused():
     model = build("timm/vit-augreg")
-    with saint.pruned(model, saint.Saint(budget=20)):
+    with saint.pruned(model, saint.Saint(keep=20)):
         x = torch.randn(2, 37, 48)
         with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="layers before it did not"):
             pool.submit(model.blocks[1], x).result()
@@ -238,7 +238,7 @@ def test_half_a_forward_on_another_thread_is_refused():
 def test_replicas_are_refused():
     model = build("timm/vit-augreg")
     before = testing.snapshot(model)
-    with saint.pruned(model, saint.Saint(budget=20)):
+    with saint.pruned(model, saint.Saint(keep=20)):
         for module in (model, model.blocks[0]):
             with pytest.raises(RuntimeError, match="DataParallel.*DistributedDataParallel"):
                 module._replicate_for_data_parallel()
@@ -256,7 +256,7 @@ def test_tracing_is_refused():
 # -- freed models -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("plan", [saint.Saint(budget=20), Plan()], ids=["pruned", "empty"])
+@pytest.mark.parametrize("plan", [saint.Saint(keep=20), Plan()], ids=["pruned", "empty"])
 @pytest.mark.parametrize("ran", [False, True])
 def test_a_forgotten_encoder_is_freed(plan, ran):
     model = build("timm/vit-augreg")

@@ -76,7 +76,7 @@ def test_every_image_keeps_the_mean_number_of_each_layer(vit, images, plan):
 
 
 def test_a_fixed_plan_stays_as_it_is(vit, images):
-    plan = Plan(vision=[Stage(saint.Saint(budget=0.6), layers=[0]), Stage(saint.SaintFullGraph(keep=9), layers=[2])])
+    plan = Plan(vision=[Stage(saint.Saint(keep=0.6), layers=[0]), Stage(saint.SaintFullGraph(keep=9), layers=[2])])
     assert saint.freeze(plan, vit, images) == plan
 
 

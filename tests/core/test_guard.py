@@ -16,15 +16,15 @@ from support.models import build
 
 GUARD = 0.7
 METHODS = [
-    saint.Saint(budget=0.3),
+    saint.Saint(keep=0.3),
     saint.Saint(threshold=0.01, neighbors=1, floor=0.0),
     saint.Saint(threshold=0.01, neighbors=1, floor=0.0, budget="batch"),
     saint.SaintFullGraph(keep=0.3),
-    Match(budget=0.3),
+    Match(keep=0.3),
     Match(threshold=-0.9, fate="weigh", floor=0.0),
-    Match(budget=0.3, fate="merge", beta=1.0),
+    Match(keep=0.3, fate="merge", beta=1.0),
     ToMe(r=40),
-    ToMe(budget=0.3),
+    ToMe(keep=0.3),
     Random(keep=0.3),
     Grid(keep=0.3),
 ]
@@ -64,7 +64,7 @@ def test_detail_keeps_its_share_and_plain_pictures_follow_the_budget(vit, method
 
 
 def test_several_stages_count_from_the_first_candidates(vit):
-    stages = [saint.Stage(Match(budget=0.6), layers=[layer], guard=0.5) for layer in (0, 1, 2)]
+    stages = [saint.Stage(Match(keep=0.6), layers=[layer], guard=0.5) for layer in (0, 1, 2)]
     with saint.pruned(vit, saint.Plan(vision=stages)) as session:
         vit(pictures(160)[1:2])
         assert [int(entry.tokens_out) for entry in session.trace] == [60, 50, 50]
@@ -72,7 +72,7 @@ def test_several_stages_count_from_the_first_candidates(vit):
 
 @pytest.mark.parametrize("fate", ["drop", "weigh", "merge"])
 def test_a_guarded_forward_equals_its_oracle_alone_and_in_a_batch(vit, fate):
-    plan = saint.Plan(vision=Match(budget=0.4, fate=fate)).guarded(GUARD)
+    plan = saint.Plan(vision=Match(keep=0.4, fate=fate)).guarded(GUARD)
     inputs = {"x": pictures(160)}
     testing.check_oracle(vit, plan, inputs)
     testing.check_batch(vit, plan, inputs)

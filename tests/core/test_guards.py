@@ -97,7 +97,7 @@ def test_a_merger_that_gives_nan_is_no_dropped_group(name):
 
 
 @pytest.mark.parametrize("value", NOT_FINITE)
-@pytest.mark.parametrize("method", [saint.Saint(budget=0.5), Random(0.5)], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [saint.Saint(keep=0.5), Random(0.5)], ids=lambda m: m.name)
 def test_keys_of_the_language_model_that_are_not_finite(value, method):
     model, inputs = build("llava-llama")
     poison(model.model.language_model.layers[1].self_attn.v_proj, 0.0)
@@ -120,7 +120,7 @@ def test_what_the_unpruned_model_would_cache(window, held):
     model.config.text_config.sliding_window = window
     inputs = prompts(family, model, [[4, "0", 7]])
     per_token = 2 * 2 * 12 * 4  # keys and values of 2 heads of 12 numbers
-    plan = Plan(language=Stage(saint.Saint(budget=0.5), layers=[1]))
+    plan = Plan(language=Stage(saint.Saint(keep=0.5), layers=[1]))
     with saint.pruned(model, plan) as session, torch.no_grad():
         model(**inputs)
         memory = session.kv_memory

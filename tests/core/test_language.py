@@ -163,5 +163,5 @@ def test_positions_beyond_five_thousand():
     )  # fmt: skip
     model = hf.LlavaForConditionalGeneration(config).eval()
     inputs = prompts(LLAVA, model, [[5000, "0", 3]])
-    with saint.pruned(model, saint.Plan(language=saint.Stage(saint.Saint(budget=20), layers=[0]))), torch.no_grad():
+    with saint.pruned(model, saint.Plan(language=saint.Stage(saint.Saint(keep=20), layers=[0]))), torch.no_grad():
         assert model.generate(**inputs, max_new_tokens=3, **GREEDY).shape == (1, 5042)

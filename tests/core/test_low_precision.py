@@ -99,7 +99,7 @@ def test_keys_of_a_language_model_are_means_in_float32(name, dtype):
         visual = inputs["input_ids"] == IMAGE
     model = model.to(dtype)
     ear = Ear([0, 1])
-    stage = Stage(saint.Saint(budget=1.0), layers=[0, 1])
+    stage = Stage(saint.Saint(keep=1.0), layers=[0, 1])
     with saint.pruned(model, Plan(language=stage), observers=[ear]), torch.no_grad():
         cache = cache_of(model(**lowered(inputs, dtype)))
     for layer in (0, 1):

@@ -129,7 +129,7 @@ def test_a_token_leaves_only_beside_a_partner_that_stays():
 
 
 def test_equal_tokens_leave_in_order():
-    chosen = Match(budget=0.5).select(shown(torch.ones(1, 12, 4), [12]))
+    chosen = Match(keep=0.5).select(shown(torch.ones(1, 12, 4), [12]))
     assert chosen.slots[0].tolist() == [1, 3, 5, 7, 9, 11]
 
 
@@ -137,12 +137,12 @@ def test_equal_tokens_leave_in_order():
     ("make", "words"),
     [
         (lambda: Match(threshold=2), "threshold must be a cosine"),
-        (lambda: Match(budget="batch"), "budget must be"),
+        (lambda: Match(keep="batch"), "keep must be"),
         (lambda: Match(center=1), "center must be True or False"),
         (lambda: Match(floor=-1), "floor must be a number"),
         (lambda: Match(fate="keep"), "fate must be one of drop, weigh, merge"),
         (lambda: Match(beta=-1), "beta must be a number"),
-        (lambda: Match(budget=0.4).validate(100, 1), "can drop at most half"),
+        (lambda: Match(keep=0.4).validate(100, 1), "can drop at most half"),
     ],
 )
 def test_bad_settings(make, words):
@@ -156,9 +156,9 @@ def vit():
     return timm.create_model("vit_tiny_patch16_224", depth=4, embed_dim=48, num_heads=4).eval()
 
 
-@pytest.mark.parametrize("budget", ["sample", 0.4])
-def test_a_pruned_encoder_equals_its_oracle(vit, budget):
-    plan = saint.Plan(vision=saint.Stage(Match(threshold=0.5, budget=budget), layers=[0, 2]))
+@pytest.mark.parametrize("keep", [None, 0.4])
+def test_a_pruned_encoder_equals_its_oracle(vit, keep):
+    plan = saint.Plan(vision=saint.Stage(Match(threshold=0.5, keep=keep), layers=[0, 2]))
     x = torch.randn(3, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected, trace = testing.masked_oracle(vit, plan, {"x": x})
@@ -198,7 +198,7 @@ def test_columns_of_every_encoder(name, placement):
     spec = locate(model)[2]
     look = Places()
     layers = None if placement == "input" else [0, 2]
-    plan = saint.Stage(Match(budget=0.6), layers=layers, placement=placement)
+    plan = saint.Stage(Match(keep=0.6), layers=layers, placement=placement)
     with torch.no_grad(), saint.pruned(model, plan, observers=[look]):
         testing.run(model, inputs)
     assert len(look.seen) >= 1
@@ -221,7 +221,7 @@ def test_columns_of_every_family(name):
     model = family.build()
     inputs = prompts(family, model, [[4, "0", 7]])
     look = Places()
-    method = Match(budget=0.6)
+    method = Match(keep=0.6)
     plan = saint.Plan(vision=saint.Stage(method, layers=[0]), language=saint.Stage(method, layers=[1]))
     with torch.no_grad(), saint.pruned(model, plan, observers=[look]) as session:
         model(**inputs)
@@ -244,7 +244,7 @@ def test_columns_of_every_family(name):
 def test_who_stays_counts_for_who_left(name, fate, beta):
     model = build(name)
     inputs = testing.example_inputs(model)
-    plan = saint.Plan(vision=saint.Stage(Match(budget=0.4, fate=fate, beta=beta), layers=[0, 2]))
+    plan = saint.Plan(vision=saint.Stage(Match(keep=0.4, fate=fate, beta=beta), layers=[0, 2]))
     assert "merged oracle" in testing.check_oracle(model, plan, inputs)
     for contract in ("exact undo", "batch independence", "really on"):
         testing.CONTRACTS[contract](model, plan, inputs)
@@ -261,7 +261,7 @@ def test_a_weighed_token_keeps_its_features():
 
     rows = {}
     for fate in ("drop", "weigh", "merge"):
-        plan = saint.Plan(vision=saint.Stage(Match(budget=0.6, fate=fate), layers=[1], placement="post"))
+        plan = saint.Plan(vision=saint.Stage(Match(keep=0.6, fate=fate), layers=[1], placement="post"))
         with torch.no_grad(), saint.apply(model, plan, observers=[Look()]) as session:
             testing.run(model, inputs)
             rows[fate] = seen[1].after
@@ -271,7 +271,7 @@ def test_a_weighed_token_keeps_its_features():
     assert not torch.equal(rows["drop"], rows["merge"])
 
 
-@pytest.mark.parametrize("method", [Match(budget=0.4), Match(budget=0.4, fate="merge"), ToMe(budget=0.4)], ids=repr)
+@pytest.mark.parametrize("method", [Match(keep=0.4), Match(keep=0.4, fate="merge"), ToMe(keep=0.4)], ids=repr)
 @pytest.mark.parametrize("placement", ["mid", "post"])
 def test_a_dropped_token_is_carried_by_what_stands_for_it(method, placement):
     """Its row when it left, plus what the row that stands for it has changed by since: one token at a time."""
@@ -343,7 +343,7 @@ def test_gradients_reach_what_a_carried_token_was(stages):
 def test_gradients_of_carried_tokens_in_checkpointed_blocks():
     model = build("timm/vit-augreg")
     x = testing.example_inputs(model)["x"]
-    stage = saint.Stage(Match(budget=0.5), layers=[0, 2], output="carried")
+    stage = saint.Stage(Match(keep=0.5), layers=[0, 2], output="carried")
     found = []
     for again in (False, True):
         model.set_grad_checkpointing(again)
@@ -362,7 +362,7 @@ def mean(rows, before, after, b, now):
 
 
 @pytest.mark.parametrize(
-    "method", [Match(budget=0.6, fate="weigh"), Match(budget=0.6, fate="merge"), ToMe(budget=0.6)], ids=repr
+    "method", [Match(keep=0.6, fate="weigh"), Match(keep=0.6, fate="merge"), ToMe(keep=0.6)], ids=repr
 )
 @pytest.mark.parametrize(
     ("name", "output"),
@@ -384,7 +384,7 @@ def test_tokens_that_become_one_in_front_of_the_layers(name, method, output):
         testing.CONTRACTS[contract](model, plan, inputs)
 
 
-@pytest.mark.parametrize("method", [Match(budget=0.5), Match(budget=0.5, fate="merge"), ToMe(budget=0.5)], ids=repr)
+@pytest.mark.parametrize("method", [Match(keep=0.5), Match(keep=0.5, fate="merge"), ToMe(keep=0.5)], ids=repr)
 def test_maps_of_intermediate_layers_change_nothing_behind_them(method):
     """Each layer's map is expanded to full length, and the next layer goes on with what was there before."""
     model = build("timm/dinov2-reg")
@@ -400,7 +400,7 @@ def test_maps_of_intermediate_layers_change_nothing_behind_them(method):
 @given(seed=st.integers(0, 10**6))
 def test_what_leaves_beside_a_token_that_leaves_goes_where_that_goes(seed):
     keys = torch.randn(1, 24, 3, generator=torch.Generator().manual_seed(seed))
-    chosen = Match(budget=0.5, fate="merge").select(shown(keys, [24], 4))
+    chosen = Match(keep=0.5, fate="merge").select(shown(keys, [24], 4))
     pairs = graph.pair(keys, torch.arange(24)[None], 4)
     partner = dict(zip(pairs.leaves[0].tolist(), pairs.stays[0].tolist(), strict=True))  # half leave: all of them
     for slot in range(24):

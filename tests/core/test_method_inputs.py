@@ -12,13 +12,13 @@ from saint.tokens import Candidates, Facts, TokenMap
 
 COUNT, COLUMNS = 24, 6
 LOOKS = {  # method: the parts of the candidates that its choice depends on
-    saint.Saint(budget=0.6): {"keys"},
+    saint.Saint(keep=0.6): {"keys"},
     saint.Saint(threshold=0.4, neighbors=3): {"keys"},
     saint.SaintFullGraph(keep=0.6): {"keys"},
-    Match(budget=0.6): {"keys", "columns"},
-    Match(budget=0.6, fate="merge"): {"keys", "columns"},
-    ToMe(budget=0.6): {"keys"},
-    PiToMe(budget=0.6): {"keys"},
+    Match(keep=0.6): {"keys", "columns"},
+    Match(keep=0.6, fate="merge"): {"keys", "columns"},
+    ToMe(keep=0.6): {"keys"},
+    PiToMe(keep=0.6): {"keys"},
     DivPrune(keep=0.6): {"features"},
     FastV(keep=0.6): {"attention"},
     Grid(keep=0.6): set(),

@@ -67,7 +67,7 @@ def test_the_batch_rule_is_the_published_one(vit, images):
 def test_too_large_a_budget_is_refused_before_anything_is_touched(vit):
     before = testing.snapshot(vit)
     with pytest.raises(ValueError, match=r"budget=500 .*36 candidates"):
-        saint.apply(vit, saint.Saint(budget=500))
+        saint.apply(vit, saint.Saint(keep=500))
     assert testing.snapshot(vit) == before
 
 
@@ -231,7 +231,7 @@ def test_votes_in_low_precision(vit, images, dtype):
 
 def test_compiled_fixed_budget_breaks_no_graph(vit, images):
     torch._dynamo.reset()
-    with saint.pruned(vit, saint.Saint(budget=14)) as session:
+    with saint.pruned(vit, saint.Saint(keep=14)) as session:
         want = vit(images)
         explained = torch._dynamo.explain(vit)(images)
         assert explained.graph_break_count == 0, explained.break_reasons
@@ -418,12 +418,12 @@ def as_on_cuda(monkeypatch):
 
 
 METHODS = {
-    "saint": saint.Saint(budget=0.5),
+    "saint": saint.Saint(keep=0.5),
     "full-graph": saint.SaintFullGraph(keep=0.5),
     "random": saint.methods.Random(keep=0.5),
     "grid": saint.methods.Grid(keep=0.5),
-    "tome": saint.methods.ToMe(budget=0.5),
-    "pitome": saint.methods.PiToMe(budget=0.5),
+    "tome": saint.methods.ToMe(keep=0.5),
+    "pitome": saint.methods.PiToMe(keep=0.5),
 }
 
 
@@ -450,7 +450,7 @@ def test_a_prompt_reads_its_numbers_of_visual_tokens_once(as_on_cuda):
     model = family.build()
     inputs = prompts(family, model, [[4, "0", 7], [3, "0", 2]])
     keep = saint.SaintFullGraph(keep=0.5)
-    plan = Plan(vision=Stage(keep, layers=[1]), connector=keep, language=Stage(saint.Saint(budget=0.5), layers=[1, 2]))
+    plan = Plan(vision=Stage(keep, layers=[1]), connector=keep, language=Stage(saint.Saint(keep=0.5), layers=[1, 2]))
 
     def reads():
         as_on_cuda.clear()
@@ -472,7 +472,7 @@ def test_a_prompt_reads_its_numbers_of_visual_tokens_once(as_on_cuda):
 def test_the_input_decides_whether_a_budget_fits():
     """A position table says nothing where pictures of any size may come."""
     model = build("transformers/dinov2")  # 6 x 6 patches by its config, interpolated for other pictures
-    with saint.pruned(model, Stage(saint.Saint(budget=60), layers=[0, 1])) as session:
+    with saint.pruned(model, Stage(saint.Saint(keep=60), layers=[0, 1])) as session:
         with torch.no_grad():
             model(torch.randn(1, 3, 160, 160))
         assert session.trace[-1].tokens_out.tolist() == [60]
@@ -484,7 +484,7 @@ def test_a_dynamic_vit_takes_the_budget_of_its_input():
     import timm
 
     vit = timm.create_model("vit_tiny_patch16_224", embed_dim=48, depth=2, num_heads=3, dynamic_img_size=True).eval()
-    with saint.pruned(vit, Stage(saint.Saint(budget=9), layers=[0, 1])) as session, torch.no_grad():
+    with saint.pruned(vit, Stage(saint.Saint(keep=9), layers=[0, 1])) as session, torch.no_grad():
         vit(torch.randn(1, 3, 64, 128))
         assert session.trace[0].tokens_in.tolist() == [32]
         assert session.trace[-1].tokens_out.tolist() == [9]

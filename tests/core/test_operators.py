@@ -56,7 +56,7 @@ def path(request, monkeypatch):
 
 
 def test_a_fixed_budget(vit, path):
-    assert added(vit, saint.Saint(budget=0.6), same_lengths=True) <= {"cpu": 27, "device": 26}[path]
+    assert added(vit, saint.Saint(keep=0.6), same_lengths=True) <= {"cpu": 27, "device": 26}[path]
 
 
 def test_votes_in_a_ragged_batch(vit, path):

@@ -11,7 +11,7 @@ from saint.testing import snapshot
 from support.families import FAMILIES, prompts
 from support.models import build
 
-STAGE = Stage(saint.Saint(budget=0.6), layers=[0, 1])
+STAGE = Stage(saint.Saint(keep=0.6), layers=[0, 1])
 
 
 def encoder(name):

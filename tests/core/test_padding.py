@@ -13,15 +13,15 @@ from support.padded import alone, naflex, padded_models, patches, with_padding
 
 METHODS = {
     "votes": saint.Saint(threshold=0.5, neighbors=2, center=True),
-    "share": saint.Saint(budget=0.6),
+    "share": saint.Saint(keep=0.6),
     "full-graph": saint.SaintFullGraph(keep=0.6),
     "divprune": DivPrune(0.6),
     "random": Random(0.6, seed=1),
-    "match": Match(budget=0.6),
-    "weigh": Match(budget=0.6, fate="weigh"),
-    "merge": Match(budget=0.6, fate="merge"),
-    "tome": ToMe(budget=0.6),
-    "pitome": PiToMe(budget=0.6),
+    "match": Match(keep=0.6),
+    "weigh": Match(keep=0.6, fate="weigh"),
+    "merge": Match(keep=0.6, fate="merge"),
+    "tome": ToMe(keep=0.6),
+    "pitome": PiToMe(keep=0.6),
 }
 LAYERS = {"input": None, "mid": [0, 2], "post": [0, 2]}
 

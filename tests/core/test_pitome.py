@@ -135,7 +135,7 @@ def test_samples_and_padding_do_not_meet(lengths, seed, same, budget):
     keys = torch.randn(len(lengths), 3, max(lengths), 8, generator=generator) * 1e-4 + 1
     if same:  # each token is one of three
         keys = keys[:, :, torch.randint(3, (max(lengths),), generator=generator) % max(lengths)]
-    method = PiToMe(budget=0.7) if budget else PiToMe(r=9)
+    method = PiToMe(keep=0.7) if budget else PiToMe(r=9)
     together = shown(keys, lengths)
     got = method.select(together)
     for b, n in enumerate(lengths):
@@ -167,7 +167,7 @@ def test_contracts(name):
     for contract in ("exact undo", "batch independence", "really on"):
         testing.CONTRACTS[contract](model, plan, inputs)
     for stage in ({"layers": [0, 2], "placement": "post"}, {"layers": [1], "output": "similar"}):
-        testing.check_oracle(model, Plan(vision=Stage(PiToMe(budget=0.6, beta=0.5), **stage)), inputs)
+        testing.check_oracle(model, Plan(vision=Stage(PiToMe(keep=0.6, beta=0.5), **stage)), inputs)
 
 
 @pytest.mark.parametrize("name", ["timm/vit-augreg", "transformers/siglip2"])
@@ -175,7 +175,7 @@ def test_budgets_are_kept_by_every_sample(name):
     model = build(name)
     inputs = testing.example_inputs(model)
     for budget in (0.4, 7):
-        with saint.pruned(model, Stage(PiToMe(budget=budget), layers=[0, 1, 2])) as session:
+        with saint.pruned(model, Stage(PiToMe(keep=budget), layers=[0, 1, 2])) as session:
             testing.run(model, inputs)
             trace = session.trace
         total = trace[0].tokens_in.tolist()
@@ -187,7 +187,7 @@ def test_budgets_are_kept_by_every_sample(name):
 def test_compiles_without_a_break_and_agrees():
     model = build("timm/vit-augreg")
     images = testing.example_inputs(model)["x"]
-    with saint.pruned(model, Stage(PiToMe(budget=0.5), layers=[0, 1])), torch.no_grad():
+    with saint.pruned(model, Stage(PiToMe(keep=0.5), layers=[0, 1])), torch.no_grad():
         eager = model(images)
         breaks = torch._dynamo.explain(model)(images).graph_break_count
         assert torch.allclose(torch.compile(model, backend="eager")(images), eager, atol=1e-5)
@@ -217,10 +217,10 @@ def test_in_half_precision_and_with_gradients():
         (lambda: PiToMe(margin=-0.1), "margin.*-0.1"),
         (lambda: PiToMe(margin=float("nan")), "margin.*nan"),
         (lambda: PiToMe(r=0), "r must be an integer >= 1.*0"),
-        (lambda: PiToMe(r=4, budget=9), "give r .*r=4.*9"),
+        (lambda: PiToMe(r=4, keep=9), "give r .*r=4.*9"),
         (lambda: PiToMe(beta=-1), "beta.*-1"),
         (lambda: Plan(language=PiToMe()), "PiToMe is not defined for the language.*vision"),
-        (lambda: PiToMe(budget=9).validate(37, 2), "merge at most half.*at least 10"),
+        (lambda: PiToMe(keep=9).validate(37, 2), "merge at most half.*at least 10"),
     ],
 )
 def test_bad_settings_name_the_value(make, words):
@@ -232,7 +232,7 @@ def test_settings():
     PiToMe(margin=0), PiToMe(margin=1)
     assert (PiToMe().margin, PiToMe().r, PiToMe().size_bias(), PiToMe.name) == (0.9, 8, 1.0, "pitome")
     assert PiToMe().layers("vision", 3) == [0, 1, 2]
-    plan = Plan(vision=PiToMe(budget=0.5, margin=0.3, beta=0))
+    plan = Plan(vision=PiToMe(keep=0.5, margin=0.3, beta=0))
     assert Plan.from_dict(plan.to_dict()) == plan
     assert plan.to_dict()["vision"][0]["method"]["method"] == "pitome"
 
@@ -240,4 +240,4 @@ def test_settings():
 def test_nothing_merges_where_nothing_must():
     candidates = shown(torch.randn(2, 9, 4), [1, 1])
     assert PiToMe(r=3).select(candidates) is None
-    assert PiToMe(budget=1.0).select(candidates) is None
+    assert PiToMe(keep=1.0).select(candidates) is None

@@ -103,7 +103,7 @@ def test_in_front_of_a_tower(name):
         with pytest.raises(saint.UnsupportedModelError, match="vision stage"):
             saint.apply(model, Plan(vision=INPUT))
         return
-    language = Stage(saint.Saint(threshold=0.9, budget=0.5), layers=[1])
+    language = Stage(saint.Saint(threshold=0.9, keep=0.5), layers=[1])
     plan = Plan(vision=[INPUT, Stage(GRAPH(keep=0.8), layers=[1])], language=language)
     make = maker(family, model)
     vlm_contracts.check_oracle(model, plan, make)
@@ -119,7 +119,7 @@ def test_each_stage_counts_from_where_it_begins(name):
     model, plan, inputs = prepared(name) if name in NAMES else pytest.skip("not in the table")
     several = [
         Stage(Random(0.9), placement="input"),
-        Stage(saint.Saint(budget=20), layers=[0, 1], placement="mid"),
+        Stage(saint.Saint(keep=20), layers=[0, 1], placement="mid"),
         Stage(GRAPH(keep=0.5), layers=[2], placement="post"),
     ]
     plan = Plan(vision=several)
@@ -144,7 +144,7 @@ def test_several_stages_of_the_language_model():
         connector=GRAPH(keep=30),
         language=[
             Stage(GRAPH(keep=0.5), layers=[0], placement="mid"),
-            Stage(saint.Saint(threshold=0.9, budget=8), layers=[1]),
+            Stage(saint.Saint(threshold=0.9, keep=8), layers=[1]),
         ],
     )
     make = maker(family, model)
@@ -178,7 +178,7 @@ def test_between_attention_and_mlp_of_a_decoder(name):
             return prompts(family, model, [SAMPLES[0]] * len(which))
 
     plans = [
-        Plan(language=Stage(saint.Saint(threshold=0.9, budget=0.4), layers=[0, 2], placement=placement))
+        Plan(language=Stage(saint.Saint(threshold=0.9, keep=0.4), layers=[0, 2], placement=placement))
         for placement in ("mid", "post")
     ]
     vlm_contracts.check_oracle(model, plans[0], make)
@@ -204,10 +204,10 @@ def test_a_layer_of_unknown_parts_has_no_middle():
         forward = type(layer).forward
 
     layer.__class__ = Other
-    plan = Plan(language=Stage(saint.Saint(budget=0.5), layers=[1], placement="mid"))
+    plan = Plan(language=Stage(saint.Saint(keep=0.5), layers=[1], placement="mid"))
     with pytest.raises(saint.UnsupportedModelError, match=r'language_model\.1 is a Other.*placement="post"'):
         saint.apply(model, plan)
-    saint.apply(model, Plan(language=Stage(saint.Saint(budget=0.5), layers=[1]))).remove()
+    saint.apply(model, Plan(language=Stage(saint.Saint(keep=0.5), layers=[1]))).remove()
 
 
 # -- merging inside a language model ------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def test_merging_in_a_language_model(name, beta, evict, placement):
     inputs = prompts(family, model, [[4, "0", 7], [9], [3, "0", 2, "0", 12]])
     if evict and (placement == "mid" and name not in ("llava-llama", "gemma3")):
         pytest.skip("what is evicted does not ask where tokens went")
-    plan = Plan(language=Stage(ToMe(budget=0.4, beta=beta), layers=[0, 2], placement=placement, evict=evict))
+    plan = Plan(language=Stage(ToMe(keep=0.4, beta=beta), layers=[0, 2], placement=placement, evict=evict))
     with saint.pruned(model, plan) as session, torch.no_grad():
         logits = model(**inputs).logits
         prompted = session.trace
@@ -314,7 +314,7 @@ def test_merged_tokens_weigh_in_a_second_turn():
     model = family.build()
     twin = oracle_model(model)
     inputs = prompts(family, model, [[4, "0", 7], [3, "0", 12]])
-    plan = Plan(language=Stage(ToMe(budget=0.4), layers=[0, 2]))
+    plan = Plan(language=Stage(ToMe(keep=0.4), layers=[0, 2]))
     more = torch.randint(2, 99, (2, 5), generator=torch.Generator().manual_seed(3))
     length = inputs["input_ids"].shape[1]
     with saint.pruned(model, plan) as session, torch.no_grad():

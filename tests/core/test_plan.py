@@ -34,9 +34,7 @@ def at(*layers, **settings):
     [
         Plan(),
         Plan(vision=saint.Saint()),
-        Plan(
-            vision=Stage(saint.Saint(threshold=0.6, budget=64), layers=range(2, 5), placement="post", output="nearest")
-        ),
+        Plan(vision=Stage(saint.Saint(threshold=0.6, keep=64), layers=range(2, 5), placement="post", output="nearest")),
         Plan(vision=Stage(saint.SaintFullGraph(keep=0.5), layers=[3]), language=saint.Saint(threshold=0.83)),
         Plan(vision=Stage(saint.Saint(), layers="first_half")),
     ],
@@ -222,8 +220,8 @@ def test_an_unknown_recipe_gets_the_closest_names_only():
         (lambda: saint.Saint(gamma=257), r"gamma.*\(1 - threshold\)\) must not overflow"),
         (lambda: saint.Saint(neighbors=10**30), f"neighbors must be an integer >= 1 and <= {2**31}, got 10{{30}}"),
         (lambda: saint.Saint(budget="sampel"), "budget.*sampel"),
-        (lambda: saint.Saint(budget=0), "budget.*0"),
-        (lambda: saint.Saint(budget=1.2), r"budget.*1\.2"),
+        (lambda: saint.Saint(keep=0), "keep.*0"),
+        (lambda: saint.Saint(keep=1.2), r"keep.*1\.2"),
         (lambda: saint.Saint(budget=True), "budget.*True"),
         (lambda: saint.SaintFullGraph(keep=0), "keep.*0"),
         (lambda: saint.SaintFullGraph(step=0), "step.*0"),
@@ -293,21 +291,19 @@ def test_fixed_budgets_meet_their_number_and_share_the_work():
     assert max(shares) - min(shares) < 0.02
     assert base.final_keep(0.5, 197) == 99
     assert base.final_keep(0.0001, 196) == 1
-    with pytest.raises(ValueError, match="budget=200.*196"):
+    with pytest.raises(ValueError, match="keep=200.*196"):
         base.final_keep(200, 196)
 
 
 def test_a_budget_no_voting_layer_can_meet_is_refused():
     with pytest.raises(ValueError, match="at least 98"):
-        saint.Saint(budget=50).validate(196, 1)
-    saint.Saint(budget=98).validate(196, 1)
+        saint.Saint(keep=50).validate(196, 1)
+    saint.Saint(keep=98).validate(196, 1)
 
 
 def budgeted(name, value):
-    """A method with ``value`` as what it keeps, and the name of that setting; None where it has no such setting."""
-    cls = methods.get(name)
-    setting = next((n for n in ("keep", "budget") if n in cls.__dataclass_fields__), None)
-    return setting and (cls(**{setting: value}), setting)
+    """A method with ``value`` as what it keeps."""
+    return methods.get(name)(keep=value)
 
 
 def resolve(slot, method, steps):
@@ -322,7 +318,7 @@ def resolve(slot, method, steps):
 def test_a_share_that_no_number_of_tokens_allows_is_refused_before_the_first_forward(name, steps):
     """And one that some numbers allow is not. Literally: the check of the forward, on many numbers of tokens."""
     for share in (0.01, 0.05, 0.1, 0.12, 0.125, 0.2, 0.24, 0.25, 0.26, 0.4, 0.49, 0.5, 0.7, 1.0):
-        method, setting = budgeted(name, share)
+        method = budgeted(name, share)
 
         def works(total, method=method):
             try:
@@ -336,11 +332,7 @@ def test_a_share_that_no_number_of_tokens_allows_is_refused_before_the_first_for
                 4 if slot == "connector" else 16
             )  # fewer tokens may come to the connector: a stage may lie in front of it
             possible = any(works(total) for total in range(least, 800))
-            told = (
-                contextlib.nullcontext()
-                if possible
-                else pytest.raises(ValueError, match=f"{setting}={share}.*give more")
-            )
+            told = contextlib.nullcontext() if possible else pytest.raises(ValueError, match=f"keep={share}.*give more")
             with told:
                 resolve(slot, method, steps)
 
@@ -348,7 +340,7 @@ def test_a_share_that_no_number_of_tokens_allows_is_refused_before_the_first_for
 @pytest.mark.parametrize("name", methods.names())
 def test_numbers_of_tokens_are_left_to_the_forward(name):
     for keep in (1, 5, 15, 375, 2**31):
-        method, _ = budgeted(name, keep)
+        method = budgeted(name, keep)
         for slot in method.stages:
             resolve(slot, method, 1)
 
@@ -358,8 +350,8 @@ def test_numbers_of_tokens_are_left_to_the_forward(name):
 def test_an_impossible_share_leaves_the_model_alone(name, placement):
     vit = build("timm/vit-augreg")
     before = snapshot(vit)
-    stage = Stage(budgeted(name, 0.25)[0], None if placement == "input" else [1], placement)
-    with pytest.raises(ValueError, match=r"budget=0\.25 keeps.*at least 32 \(a share of 0\.5\)"):
+    stage = Stage(budgeted(name, 0.25), None if placement == "input" else [1], placement)
+    with pytest.raises(ValueError, match=r"keep=0\.25 keeps.*at least 32 \(a share of 0\.5\)"):
         saint.apply(vit, stage)
     assert snapshot(vit) == before
 
@@ -374,11 +366,11 @@ def test_a_later_stage_cannot_keep_more_than_an_earlier_one_leaves(first, second
     vit = build("timm/vit-augreg")
     before = snapshot(vit)
     for value, left in ((19, 19), (0.53, 19), (20, 20), (0.55, 20)):
-        one, (other, setting) = budgeted(first, value)[0], budgeted(second, 20)
+        one, other = budgeted(first, value), budgeted(second, 20)
         if one.merges != other.merges:
             continue
         stages = [Stage(one, layers=[0]), Stage(other, layers=[2])]
-        told = pytest.raises(ValueError, match=f"^{setting}=20 tokens to keep, but there are only {left} candidates")
+        told = pytest.raises(ValueError, match=f"^keep=20 tokens to keep, but there are only {left} candidates")
         with told if left < 20 else contextlib.nullcontext():
             saint.apply(vit, Plan(vision=stages)).remove()
         assert snapshot(vit) == before
@@ -386,7 +378,7 @@ def test_a_later_stage_cannot_keep_more_than_an_earlier_one_leaves(first, second
 
 def test_a_language_stage_cannot_keep_more_than_the_connector_leaves():
     model = FAMILIES["llava-llama"].build()
-    for keep, language in ((12, methods.Grid(keep=13)), (12, saint.Saint(budget=13)), (12, saint.Saint(budget=5))):
+    for keep, language in ((12, methods.Grid(keep=13)), (12, saint.Saint(keep=13)), (12, saint.Saint(keep=5))):
         stage = Stage(language, layers=[1])
         with pytest.raises(ValueError, match="only 12 candidates|keeps 5 of 12"):
             saint.apply(model, Plan(connector=methods.Random(keep=keep), language=stage))
@@ -408,19 +400,18 @@ def test_a_language_stage_cannot_keep_more_than_the_connector_leaves():
 @pytest.mark.parametrize("name", methods.names())
 @pytest.mark.parametrize("value", [0, -1, 1.5, 0.0, True, float("nan"), "all", None, [3]])
 def test_a_wrong_budget_is_named_as_it_was_given(name, value):
-    setting = budgeted(name, 0.5)[1]
-    if (name, value) in (("tome", None), ("pitome", None)):
-        return  # means r
-    with pytest.raises(ValueError, match=f"^{setting} must be"):
-        methods.get(name)(**{setting: value})
+    if value is None and name in ("tome", "pitome", "match", "saint", "saint_video"):
+        return  # means r, pairs or votes
+    with pytest.raises(ValueError, match="^keep must be"):
+        budgeted(name, value)
 
 
 @pytest.mark.parametrize("name", methods.names())
 def test_a_number_of_tokens_that_are_not_there_is_named_as_it_was_given(name):
-    method, setting = budgeted(name, 999)
+    method = budgeted(name, 999)
     if name == "evs":
         return  # counts the tokens of videos, which only a forward knows
-    with pytest.raises(ValueError, match=f"^{setting}=999 .*only 36"):
+    with pytest.raises(ValueError, match="^keep=999 .*only 36"):
         method.validate(36, 1)
 
 
@@ -509,7 +500,7 @@ def test_a_setting_that_says_no_in_words_is_refused_from_json():
 def test_the_largest_settings_still_choose(recwarn):
     keys = torch.randn(2, 12, 4)
     keys[:, 1::2] = keys[:, 0::2]  # cosine 1: the largest exponent there is
-    largest = saint.Saint(gamma=256, threshold=0.75, neighbors=1, budget=0.5)
+    largest = saint.Saint(gamma=256, threshold=0.75, neighbors=1, keep=0.5)
     ballot = graph.vote(keys, largest.threshold, largest.neighbors, largest.gamma)
     assert torch.isfinite(ballot.score).all()
     assert int(graph.vote(keys, 0.75, 2**31).votes.sum()) == 0
@@ -517,11 +508,11 @@ def test_the_largest_settings_still_choose(recwarn):
 
 def test_what_is_possible_of_the_few_tokens_behind_other_stages_is_allowed_there():
     """2 of 5 tokens can stay at one drop point: a share of 0.4, which pictures of many tokens do not allow."""
-    late = Stage(saint.Saint(budget=0.4), layers=[2])
+    late = Stage(saint.Saint(keep=0.4), layers=[2])
     Plan(vision=saint.Saint(), language=late).resolve_layers("language", 4)
     Plan(vision=[Stage(saint.Saint(), layers=[0]), late]).resolve_layers("vision", 4)
     with pytest.raises(ValueError, match=r"a share of 0\.5"):
         Plan(language=late).resolve_layers("language", 4)
-    quarter = Stage(saint.Saint(budget=0.25), layers=[2])
+    quarter = Stage(saint.Saint(keep=0.25), layers=[2])
     with pytest.raises(ValueError, match=r"a share of 0\.5"):
         Plan(vision=saint.Saint(), language=quarter).resolve_layers("language", 4)

@@ -213,7 +213,7 @@ def test_an_encoder_comes_by_entry_point(install, run, tmp_path):
     install("homevit", {"homevit.py": home_file()}, encoders="home = homevit:SPEC")
     assert "homevit" not in sys.modules
     model = importlib.import_module("homevit").HomeViT().eval()
-    with saint.pruned(model, saint.Saint(budget=0.5)) as session:
+    with saint.pruned(model, saint.Saint(keep=0.5)) as session:
         testing.run(model, testing.example_inputs(model))
         assert session.trace[-1].tokens_out.tolist() == [18] * 3
     code, out, _ = run("list", "--json", tmp_path / "list.json")

@@ -493,14 +493,14 @@ def test_the_batch_budget_is_the_mean_rounded_down_and_capped_by_sources():
 
 def test_a_fixed_budget_of_saint_ignores_the_votes():
     current = whole(20, 9)
-    got = methods.Saint(budget=0.6).select(shown(current))
+    got = methods.Saint(keep=0.6).select(shown(current))
     assert got.lengths == (12, 5)
     ballot = graph.vote(shown(current).keys, 0.75, 5, 10.0, valid=current.valid)
     for b, (n, k) in enumerate(zip((20, 9), (12, 5), strict=True)):
         gone = set(graph.drop_order(ballot)[b, : n - k].tolist())
         assert rows_of(got)[b] == [s for s in range(n) if s not in gone]
-    assert methods.Saint(budget=1.0).select(shown(current)) is None
-    uneven = methods.Saint(budget=0.6).select(shown(whole(20, 1)))
+    assert methods.Saint(keep=1.0).select(shown(current)) is None
+    uneven = methods.Saint(keep=0.6).select(shown(whole(20, 1)))
     assert uneven.lengths == (12, 1)  # the one token of a sample stays
 
 
@@ -712,7 +712,7 @@ def test_published_settings():
     )  # fmt: skip
     full = methods.SaintFullGraph()
     assert (final_keep(full.keep, 576), full.step, full.center) == (375, 16, False)
-    assert (methods.ToMe().r, methods.ToMe().beta, methods.ToMe(budget=0.5).r) == (8, 1.0, None)
+    assert (methods.ToMe().r, methods.ToMe().beta, methods.ToMe(keep=0.5).r) == (8, 1.0, None)
     assert methods.DivPrune().keep == 0.25
     assert methods.Grid().keep == methods.Random().keep == methods.FastV().keep == 0.5
     assert (methods.ToMe(beta=2).size_bias(), saint.size_bias()) == (2, 0)
@@ -720,7 +720,7 @@ def test_published_settings():
 
 def test_the_least_settings():
     methods.SaintFullGraph(keep=1, step=1)
-    methods.Saint(neighbors=1, gamma=0, floor=0, budget=1)
+    methods.Saint(neighbors=1, gamma=0, floor=0, keep=1)
     methods.ToMe(r=1, beta=0)
     methods.Random(keep=1, seed=0)
     graph.eliminate(noise(1, 3, 2, seed=0), 1, step=1)

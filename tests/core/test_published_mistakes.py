@@ -23,7 +23,7 @@ LLAVA = FAMILIES["llava-llama"]
 PLAN = saint.Plan(vision=VISION, connector=CONNECTOR, language=LANGUAGE)
 NOTHING = saint.Plan(
     connector=saint.SaintFullGraph(keep=1.0),
-    language=saint.Stage(saint.Saint(threshold=1.0, budget=1.0), layers=[0, 2]),
+    language=saint.Stage(saint.Saint(threshold=1.0, keep=1.0), layers=[0, 2]),
 )
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 
@@ -182,7 +182,7 @@ def test_usable_as_soon_as_it_is_applied(images):
 
 def test_forward_features_runs(images):
     vit = build("timm/vit-augreg")
-    with saint.pruned(vit, saint.Saint(budget=0.6)) as session, torch.no_grad():
+    with saint.pruned(vit, saint.Saint(keep=0.6)) as session, torch.no_grad():
         assert vit.forward_features(images).shape[1] == 1 + int(session.trace[-1].tokens_out[0]) < 37
 
 
@@ -197,11 +197,11 @@ def test_attention_stays_the_models_own(images, name, monkeypatch):
     )
     with torch.no_grad():
         expected, unpruned = vit(images), calls.copy()
-        with saint.pruned(vit, saint.Saint(threshold=1.0, budget=1.0)):
+        with saint.pruned(vit, saint.Saint(threshold=1.0, keep=1.0)):
             calls.clear()  # applying calls the blocks, to prove that they are what the table says
             assert torch.allclose(vit(images), expected, atol=1e-5, rtol=1e-5)
             assert calls == unpruned == [37] * len(vit.blocks)
-        with saint.pruned(vit, saint.Saint(budget=0.6)):
+        with saint.pruned(vit, saint.Saint(keep=0.6)):
             calls.clear()
             vit(images)
             assert len(calls) == len(vit.blocks)
@@ -214,7 +214,7 @@ def test_registers_are_never_dropped(name, protected):
     side = vit.patch_embed.img_size[0]
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     patches = vit.patch_embed.num_patches
-    with saint.pruned(vit, saint.Saint(budget=0.5)) as session, torch.no_grad():
+    with saint.pruned(vit, saint.Saint(keep=0.5)) as session, torch.no_grad():
         rows = vit.forward_features(images).shape[1]
         entry, last = session.trace[0], session.trace[-1]
     assert entry.tokens_in.tolist() == [patches] * 2  # only patches are candidates

@@ -186,7 +186,7 @@ def test_results_have_the_unpruned_shape_or_the_plan_is_refused(kind, name):
     output = "survivors"
     if name in REFUSED:
         with pytest.raises(UnsupportedModelError, match='output="similar"'):
-            saint.apply(model, Stage(saint.Saint(budget=25), layers=[0, 1]))
+            saint.apply(model, Stage(saint.Saint(keep=25), layers=[0, 1]))
         assert testing.snapshot(model) == before
         output = "similar"
     for budget in (25, 24, "sample"):
@@ -218,7 +218,7 @@ def test_the_sweep_is_not_empty():
 def test_heads_on_the_grid_take_every_output(name, output):
     model = make({"ViT": "vit", "Bei": "beit"}[name[:3]], name)
     base = run(model, inputs_of(model, name))
-    with saint.pruned(model, Stage(saint.Saint(budget=24), layers=[0, 1], output=output)):
+    with saint.pruned(model, Stage(saint.Saint(keep=24), layers=[0, 1], output=output)):
         assert shapes(run(model, inputs_of(model, name))) == shapes(base)
 
 
@@ -272,13 +272,13 @@ def test_other_decoders_are_refused_where_rows_may_be_padding():
     torch.manual_seed(0)
     model = enliven(Captions().eval())
     before = testing.snapshot(model)
-    for stage in (RAGGED, Stage(saint.Saint(budget=0.5), layers=[1], guard=0.9)):
+    for stage in (RAGGED, Stage(saint.Saint(keep=0.5), layers=[1], guard=0.9)):
         with pytest.raises(UnsupportedModelError, match=r'a fraction as budget .* or output="similar".*model.vit'):
             saint.apply(model, stage)
     assert testing.snapshot(model) == before
     ids = torch.arange(2, 17).view(3, 5)
     for stage in (
-        Stage(saint.Saint(budget=0.5), layers=[1]),
+        Stage(saint.Saint(keep=0.5), layers=[1]),
         Stage(saint.Saint(threshold=0.3), layers=[1], output="similar"),
     ):
         with torch.no_grad(), saint.pruned(model, stage):

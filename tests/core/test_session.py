@@ -166,7 +166,7 @@ def test_the_last_forward_can_be_read_when_the_session_is_over(vit, images, leav
         session, inside = leave(vit, forward)
         assert saint.status(vit) is None
         assert same(told(session, features), inside)
-        with saint.apply(vit, Stage(saint.Saint(budget=0.8), layers=[0])) as later:
+        with saint.apply(vit, Stage(saint.Saint(keep=0.8), layers=[0])) as later:
             vit(images[:1])  # leaves the first session's alone
         assert same(told(session, features), inside)
     assert len(later.trace) == 1
@@ -453,7 +453,7 @@ def test_flops_left_are_those_that_run(name, pixels, scoring, placement):
     if placement == "input":
         stage = Stage(Random(keep=0.4), placement=placement)  # nothing is scored
     else:
-        stage = Stage(saint.Saint(budget=0.4), layers=[0, 1], placement=placement)
+        stage = Stage(saint.Saint(keep=0.4), layers=[0, 1], placement=placement)
     with saint.apply(model, stage) as session:
         left = counted() / whole
         estimate = session.summary().flops_left
@@ -488,7 +488,7 @@ def test_flops_left_of_a_tower_that_joins_patches(name):
 @pytest.mark.parametrize("name", ["timm/beit", "timm/vit-parallel-scaling", "timm/relpos"])
 def test_flops_that_are_not_known_are_said_to_be_unknown(name, images):
     model = build(name)
-    with saint.apply(model, Stage(saint.Saint(budget=0.5), layers=[0])) as session, torch.no_grad():
+    with saint.apply(model, Stage(saint.Saint(keep=0.5), layers=[0])) as session, torch.no_grad():
         model(images)
         assert session.summary().flops_left is None
         assert str(session.summary()).endswith("blocks of the encoder: unknown")
@@ -500,7 +500,7 @@ def test_flops_that_are_not_known_are_said_to_be_unknown(name, images):
 def test_flops_of_a_matrix_that_no_linear_layer_holds_are_not_known(vit, images, shape, known):
     """A vector scales or shifts; a matrix may be multiplied with the tokens."""
     vit.blocks[1].mlp.register_parameter("extra", torch.nn.Parameter(torch.zeros(shape)))
-    with saint.apply(vit, Stage(saint.Saint(budget=0.5), layers=[0])) as session, torch.no_grad():
+    with saint.apply(vit, Stage(saint.Saint(keep=0.5), layers=[0])) as session, torch.no_grad():
         vit(images)
         assert (session.summary().flops_left is not None) == known
 

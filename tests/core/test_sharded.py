@@ -81,9 +81,9 @@ def test_parameters_that_a_module_around_the_blocks_shards(mesh):
     with pytest.raises(
         UnsupportedModelError, match=r'blocks.0 are sharded .* before the model is sharded, .* or use placement="post"'
     ):
-        saint.apply(model, Stage(saint.Saint(budget=0.6), layers=[0, 1]))
+        saint.apply(model, Stage(saint.Saint(keep=0.6), layers=[0, 1]))
     assert saint.status(model) is None
-    with saint.apply(model, Stage(saint.Saint(budget=0.6), layers=[0, 1], placement="post")) as session:
+    with saint.apply(model, Stage(saint.Saint(keep=0.6), layers=[0, 1], placement="post")) as session:
         model(torch.randn(2, 3, 96, 96))
         assert session.trace[-1].tokens_out.tolist() == [22, 22]
 
@@ -92,7 +92,7 @@ def test_a_language_model_that_is_sharded_already(mesh):
     family = FAMILIES["llava-llama"]
     model = family.build()
     inputs = prompts(family, model, [[3, "0", 4], [2, "0", 6]])
-    plan = Plan(language=Stage(saint.Saint(budget=0.6), layers=[1], placement="mid"))
+    plan = Plan(language=Stage(saint.Saint(keep=0.6), layers=[1], placement="mid"))
     with torch.no_grad():
         with saint.apply(model, plan):
             expected = model(**inputs).logits

@@ -20,10 +20,10 @@ from support.families import cache_of, cached
 from support.oracles import hide, missing
 from support.text import MODELS, batch, tiny
 
-SAINT = saint.Stage(saint.Saint(threshold=0.9, budget=0.4), layers=[1, 2])
+SAINT = saint.Stage(saint.Saint(threshold=0.9, keep=0.4), layers=[1, 2])
 PLANS = {
     "post": saint.Plan(language=SAINT),
-    "mid": saint.Plan(language=saint.Stage(saint.Saint(threshold=0.9, budget=0.5), layers=[0, 3], placement="mid")),
+    "mid": saint.Plan(language=saint.Stage(saint.Saint(threshold=0.9, keep=0.5), layers=[0, 3], placement="mid")),
     "attention": saint.Plan(language=saint.Stage(saint.methods.FastV(keep=0.3), layers=[1])),
     "evict": saint.Plan(language=saint.Stage(saint.methods.Random(keep=0.5), layers=[2], evict=True)),
 }
@@ -109,7 +109,7 @@ def test_greedy_tokens_are_those_of_the_oracle(name, mode):
 def test_a_plan_that_keeps_everything_changes_nothing(name):
     model, inputs = tiny(name), batch([19, 9, 24])
     real = inputs["attention_mask"].bool()
-    keep = saint.Plan(language=saint.Stage(saint.Saint(threshold=1.0, budget=1.0), layers=[0, 2]))
+    keep = saint.Plan(language=saint.Stage(saint.Saint(threshold=1.0, keep=1.0), layers=[0, 2]))
     before = snapshot(model)
     with torch.no_grad():
         base = model(**inputs).logits

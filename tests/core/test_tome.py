@@ -114,7 +114,7 @@ def test_contracts(name):
 def test_sizes_and_budgets(name):
     model = build(name)
     inputs = testing.example_inputs(model)
-    plan = Plan(vision=Stage(ToMe(budget=0.4), layers=[0, 1, 2]))
+    plan = Plan(vision=Stage(ToMe(keep=0.4), layers=[0, 1, 2]))
     testing.check_oracle(model, plan, inputs)
     with saint.pruned(model, plan) as session:
         testing.run(model, inputs)
@@ -159,7 +159,7 @@ def test_merging_nothing_changes_nothing():
     model = build("timm/dinov2-reg")
     inputs = testing.example_inputs(model)
     base = testing.run(model, inputs)["output"]
-    with saint.pruned(model, ToMe(budget=1.0)):
+    with saint.pruned(model, ToMe(keep=1.0)):
         assert torch.allclose(testing.run(model, inputs)["output"], base, atol=1e-6)
 
 
@@ -233,7 +233,7 @@ def test_gradient_checkpointing_does_the_same():
 def test_compiles_without_a_break_and_agrees():
     model = build("timm/vit-augreg")
     images = testing.example_inputs(model)["x"]
-    with saint.pruned(model, Stage(ToMe(budget=0.5), layers=[0, 1])), torch.no_grad():
+    with saint.pruned(model, Stage(ToMe(keep=0.5), layers=[0, 1])), torch.no_grad():
         eager = model(images)
         breaks = torch._dynamo.explain(model)(images).graph_break_count
         assert torch.allclose(torch.compile(model, backend="eager")(images), eager, atol=1e-5)
@@ -319,12 +319,12 @@ def test_r_is_at_most_half_of_a_sample():
     [
         (lambda: ToMe(r=0), "r must be an integer >= 1.*0"),
         (lambda: ToMe(r=2.5), r"r must be an integer.*2\.5"),
-        (lambda: ToMe(r=4, budget=9), "give r .*r=4.*9"),
-        (lambda: ToMe(budget=1.5), r"budget.*1\.5"),
+        (lambda: ToMe(r=4, keep=9), "give r .*r=4.*9"),
+        (lambda: ToMe(keep=1.5), r"keep.*1\.5"),
         (lambda: ToMe(beta=-1), "beta.*-1"),
         (lambda: ToMe(beta=float("nan")), "beta.*nan"),
         (lambda: Plan(connector=ToMe()), "ToMe is not defined for the connector.*language, vision"),
-        (lambda: ToMe(budget=9).validate(37, 2), "at least 10"),
+        (lambda: ToMe(keep=9).validate(37, 2), "at least 10"),
     ],
 )
 def test_bad_settings_name_the_value(make, words):
@@ -334,7 +334,7 @@ def test_bad_settings_name_the_value(make, words):
 
 def test_settings_survive_a_round_trip():
     assert ToMe() == ToMe(r=8)
-    for method in (ToMe(), ToMe(r=3, beta=0), ToMe(budget=0.5)):
+    for method in (ToMe(), ToMe(r=3, beta=0), ToMe(keep=0.5)):
         assert Plan.from_dict(Plan(vision=method).to_dict()) == Plan(vision=method)
 
 

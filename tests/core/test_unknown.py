@@ -21,8 +21,8 @@ from support.families import FAMILIES, prompts
 
 hf = pytest.importorskip("transformers")
 
-STAGE = Stage(saint.Saint(budget=0.7), layers=[0, 1])
-LANGUAGE = Plan(language=Stage(saint.Saint(budget=0.6), layers=[1]))
+STAGE = Stage(saint.Saint(keep=0.7), layers=[0, 1])
+LANGUAGE = Plan(language=Stage(saint.Saint(keep=0.6), layers=[1]))
 PLANS = {
     "vision": Plan(vision=STAGE),
     "connector": Plan(connector=Stage(DivPrune(keep=0.5))),

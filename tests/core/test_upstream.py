@@ -453,7 +453,7 @@ def test_a_checkpointed_encoder_keeps_its_trace_through_the_backward_pass():
     vit = BUILDERS["timm/vit-augreg"]().train()
     vit.set_grad_checkpointing()
     images = torch.randn(2, 3, 96, 96)
-    with saint.pruned(vit, saint.Saint(budget=20)) as session:
+    with saint.pruned(vit, saint.Saint(keep=20)) as session:
         loss = vit(images).square().sum()
         before = [(entry.layer, entry.tokens_out.tolist()) for entry in session.trace]
         loss.backward()

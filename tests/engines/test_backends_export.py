@@ -21,15 +21,15 @@ from support.families import FAMILIES, prompts
 from support.models import build
 
 RUNTIMES = ("onnxruntime", "openvino")
-WEIGH = Plan(vision=Stage(methods.Match(budget=0.6, fate="weigh"), layers=[0, 1]))
+WEIGH = Plan(vision=Stage(methods.Match(keep=0.6, fate="weigh"), layers=[0, 1]))
 PLANS = {
     "nothing": Plan(),
-    "votes to a budget": Plan(vision=Stage(saint.Saint(budget=20), layers=[0, 1])),
-    "pairs": Plan(vision=Stage(methods.Match(budget=0.6, center=True), layers=[0, 1], output="carried")),
+    "votes to a budget": Plan(vision=Stage(saint.Saint(keep=20), layers=[0, 1])),
+    "pairs": Plan(vision=Stage(methods.Match(keep=0.6, center=True), layers=[0, 1], output="carried")),
     "weighed": WEIGH,
-    "merged": Plan(vision=Stage(methods.Match(budget=0.6, fate="merge"), layers=[0, 1], placement="post")),
-    "ToMe": Plan(vision=Stage(methods.ToMe(budget=0.6), layers=[0, 1])),
-    "PiToMe": Plan(vision=Stage(methods.PiToMe(budget=0.6), layers=[0, 1])),
+    "merged": Plan(vision=Stage(methods.Match(keep=0.6, fate="merge"), layers=[0, 1], placement="post")),
+    "ToMe": Plan(vision=Stage(methods.ToMe(keep=0.6), layers=[0, 1])),
+    "PiToMe": Plan(vision=Stage(methods.PiToMe(keep=0.6), layers=[0, 1])),
     "random": Plan(vision=Stage(methods.Random(keep=0.6), layers=[0, 1])),
     "full graph, then grid": Plan(
         vision=[Stage(saint.SaintFullGraph(keep=0.7), placement="input"), Stage(methods.Grid(keep=0.5), layers=[1])]
@@ -141,7 +141,7 @@ def test_the_tower_of_a_vision_language_model(tmp_path):
     family = FAMILIES["llava-llama"]
     model = family.build()
     inputs = prompts(family, model, [["0", 3, "1", 2]])
-    plan = Plan(vision=Stage(saint.Saint(budget=0.5), layers=[0, 1]))
+    plan = Plan(vision=Stage(saint.Saint(keep=0.5), layers=[0, 1]))
     written = export(model, plan, tmp_path / "tower.onnx", inputs["pixel_values"])
     assert written.outputs == ("features", "kept")
     features, kept = by_onnxruntime(written.path)({"pixel_values": inputs["pixel_values"]})
@@ -222,7 +222,7 @@ REFUSED = {
     "an operator": (Stage(Bessel(), layers=[0]), "m.onnx", saint.UnsupportedModelError, "bessel_j0.*pt2 file can"),
     "a look": (Stage(Looks(), layers=[0]), "m.pt2", saint.UnsupportedModelError, "torch.export cannot"),
     "an ending": (WEIGH, "m.trt", ValueError, "must end in .onnx or .pt2"),
-    "no layer": (Stage(saint.Saint(budget=9), layers=[77]), "m.pt2", ValueError, "layer 77 is out of range"),
+    "no layer": (Stage(saint.Saint(keep=9), layers=[77]), "m.pt2", ValueError, "layer 77 is out of range"),
 }
 
 

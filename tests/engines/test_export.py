@@ -19,16 +19,16 @@ MODELS = [
     "open_clip/vit",
 ]
 PLANS = {
-    "votes to a budget": Plan(vision=Stage(saint.Saint(budget=20), layers=[0, 1])),
+    "votes to a budget": Plan(vision=Stage(saint.Saint(keep=20), layers=[0, 1])),
     "full graph": Plan(vision=Stage(saint.SaintFullGraph(keep=0.5), layers=[1], placement="post")),
     "several stages": Plan(
         vision=[
             Stage(saint.SaintFullGraph(keep=30), placement="input"),
-            Stage(saint.Saint(budget=0.7), layers=[1, 2], output="survivors"),
+            Stage(saint.Saint(keep=0.7), layers=[1, 2], output="survivors"),
         ]
     ),
-    "merging": Plan(vision=Stage(methods.ToMe(budget=0.6), layers=[0, 1])),
-    "merging by energy": Plan(vision=Stage(methods.PiToMe(budget=0.6), layers=[0, 1])),
+    "merging": Plan(vision=Stage(methods.ToMe(keep=0.6), layers=[0, 1])),
+    "merging by energy": Plan(vision=Stage(methods.PiToMe(keep=0.6), layers=[0, 1])),
     "full length": Plan(vision=Stage(methods.Grid(keep=0.5), layers=[1], output="similar")),
     "random": Plan(vision=Stage(methods.Random(keep=0.5), layers=[1])),
 }

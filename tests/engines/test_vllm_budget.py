@@ -23,10 +23,10 @@ DIVPRUNE = saint.methods.DivPrune
         (saint.plan("llava-1.5/hybrid"), "language stage of a plan: in paged attention"),
         (saint.Plan(saint.Saint()), "Saint in the vision stage of a plan: each picture would keep its own number"),
         (saint.Plan(saint.methods.ToMe()), "ToMe in the vision stage of a plan: it joins tokens"),
-        (saint.Plan(saint.Stage(saint.Saint(budget=9), output="nearest")), "is of full length"),
+        (saint.Plan(saint.Stage(saint.Saint(keep=9), output="nearest")), "is of full length"),
         (saint.Plan(saint.methods.SaintVideo(budget=9)), "it needs frames, which the tower does not show"),
         (saint.Plan(connector=saint.methods.EVS(0.5)), "EVS needs frames, which pictures do not have"),
-        (saint.Plan(saint.Stage(saint.Saint(budget=9), guard=0.5)), "each picture would keep its own number"),
+        (saint.Plan(saint.Stage(saint.Saint(keep=9), guard=0.5)), "each picture would keep its own number"),
         (saint.plan("llava-1.5/llm"), "language stage of a plan: in paged attention"),
     ],
 )
@@ -41,15 +41,15 @@ def test_the_tower_leaves_what_each_stage_leaves():
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
-    method = saint.Saint(budget=0.5)
-    plan = tower.resolved((saint.Stage(method), saint.Stage(saint.Saint(budget=0.5), layers=[20])), config)
+    method = saint.Saint(keep=0.5)
+    plan = tower.resolved((saint.Stage(method), saint.Stage(saint.Saint(keep=0.5), layers=[20])), config)
     assert [stage.layers for stage in plan.slots["vision"]] == [
         tuple(range(12)),
         (20,),
     ]  # half of 24, though 23 are loaded
     assert tower.left(plan, 577) == 145  # 289, then 144.5, rounded half up
     with pytest.raises(ValueError, match="can drop at most half"):
-        tower.left(tower.resolved((saint.Stage(saint.Saint(budget=0.25), layers=[3]),), config), 576)
+        tower.left(tower.resolved((saint.Stage(saint.Saint(keep=0.25), layers=[3]),), config), 576)
     with pytest.raises(ValueError, match=r"layer 23 .* lies behind the features"):
         tower.resolved((saint.Stage(method, layers=[23]),), config)
     config.vision_feature_layer = [3, -2]

@@ -11,12 +11,12 @@ import saint
 pytestmark = needs_vllm
 
 VISION = {
-    "layers": saint.Plan(saint.Saint(budget=0.5)),
+    "layers": saint.Plan(saint.Saint(keep=0.5)),
     "two stages": saint.Plan(
-        [saint.Stage(saint.Saint(budget=0.75), layers=[0]), saint.Stage(saint.SaintFullGraph(keep=12), layers=[2])]
+        [saint.Stage(saint.Saint(keep=0.75), layers=[0]), saint.Stage(saint.SaintFullGraph(keep=12), layers=[2])]
     ),
     "in front": saint.Plan(saint.Stage(saint.methods.Random(keep=0.5), placement="input")),
-    "hybrid": saint.Plan(saint.Saint(budget=0.5), saint.methods.DivPrune(keep=0.5)),
+    "hybrid": saint.Plan(saint.Saint(keep=0.5), saint.methods.DivPrune(keep=0.5)),
 }
 
 

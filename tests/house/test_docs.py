@@ -119,7 +119,7 @@ def test_python_blocks_run(file, tmp_path, monkeypatch):
         LlavaForConditionalGeneration, "from_pretrained", lambda *_, **__: FAMILIES["llava-llama"].build()
     )
     if file.name == "evaluation.md":
-        scope["plan"] = saint.Plan(vision=saint.Saint(budget=0.5))
+        scope["plan"] = saint.Plan(vision=saint.Saint(keep=0.5))
     for number, code in enumerate(blocks(file, "python"), 1):
         if "evaluate_vqa" in code:
             scope |= {"model": scope["vlm"], "plan": saint.Plan(connector=saint.SaintFullGraph(keep=0.5))}

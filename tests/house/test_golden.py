@@ -29,12 +29,12 @@ from support.text import WORDS, save_text
 TINY = ["timm:test_vit", "--no-pretrained", "--threads", "1", "--device", "cpu"]
 HERE = ["--threads", "1", "--device", "cpu"]
 SAINT = json.dumps(saint.Plan(vision=saint.Stage(saint.Saint(threshold=0.7), layers=[0, 2])).to_dict())
-HALF = json.dumps(saint.Plan(vision=saint.Stage(saint.methods.Match(budget=0.5), layers=[1])).to_dict())
+HALF = json.dumps(saint.Plan(vision=saint.Stage(saint.methods.Match(keep=0.5), layers=[1])).to_dict())
 HYBRID = json.dumps(
     saint.Plan(
         vision=saint.Stage(saint.methods.Grid(keep=0.7), layers=[1]),
         connector=saint.methods.DivPrune(keep=0.6),
-        language=saint.Stage(saint.Saint(budget=0.5), layers=[2]),
+        language=saint.Stage(saint.Saint(keep=0.5), layers=[2]),
     ).to_dict()
 )
 

@@ -391,7 +391,7 @@ def test_causal_losses_are_those_of_plans_of_one_layer(loaded):
     with torch.no_grad():
         got = causal.losses(lambda: model(**inputs), base, "a", {"vision": 6})["vision"]
         for layer in range(6):
-            method = saint.Saint(budget=0.75)
+            method = saint.Saint(keep=0.75)
             with saint.pruned(model, saint.Plan(vision=saint.Stage(method, layers=[layer]))) as session:
                 other = model(**inputs)
                 left = int(session.trace[0].tokens_out[0])
@@ -419,7 +419,7 @@ def test_every_choice_of_the_causal_column_is_the_plan_it_names(loaded):
                 assert session.trace[0].kept[0].tolist() == sorted(row.topk(75).indices.tolist())
             assert got["attention"][layer] == pytest.approx(causal.loss(base, found), abs=1e-9)
             for name, beta in (("tome", 1), ("tome_plain", 0)):
-                method = saint.methods.ToMe(budget=0.75, beta=beta)
+                method = saint.methods.ToMe(keep=0.75, beta=beta)
                 with saint.pruned(model, saint.Plan(vision=saint.Stage(method, layers=[layer]))) as session:
                     found = model(**inputs)
                     assert int(session.trace[0].tokens_out[0]) == 75

@@ -87,9 +87,9 @@ def test_losses_are_those_of_plans_of_one_layer():
         base = model(**inputs).logits
         for layer in range(5):
             for name, method in {
-                "saint": saint.Saint(threshold=0.83, budget=0.75),
+                "saint": saint.Saint(threshold=0.83, keep=0.75),
                 "attention": saint.methods.FastV(keep=0.75),
-                "tome": saint.methods.ToMe(budget=0.75, beta=1.0),
+                "tome": saint.methods.ToMe(keep=0.75, beta=1.0),
             }.items():
                 with saint.pruned(model, saint.Plan(language=saint.Stage(method, layers=[layer]))) as session:
                     other = model(**inputs).logits

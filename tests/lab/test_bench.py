@@ -19,7 +19,7 @@ from saint.plans import Plan, Stage
 from saint.testing import snapshot
 from support.models import build
 
-PLAN = Plan(vision=saint.Saint(budget=0.5))
+PLAN = Plan(vision=saint.Saint(keep=0.5))
 
 
 @pytest.fixture

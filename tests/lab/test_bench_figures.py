@@ -105,7 +105,7 @@ def test_collections_wait(monkeypatch):
 
 # -- encoders -----------------------------------------------------------------------------------------------------------
 
-PLAN = Plan(vision=saint.Saint(budget=0.5))
+PLAN = Plan(vision=saint.Saint(keep=0.5))
 # seconds per round: two of warm-up, then five
 TIMES = {
     "base": [9.0, 9.0, 0.100, 0.120, 0.400, 0.110, 0.130],
@@ -322,7 +322,7 @@ def test_every_printed_figure_of_the_demo(tmp_path, capsys):
 FAMILY = FAMILIES["llava-llama"]
 PLANS = {
     "vision": Plan(vision=Stage(saint.SaintFullGraph(keep=18, step=6), layers=[1])),
-    "language": Plan(language=Stage(saint.Saint(budget=0.25), layers=[1, 2])),
+    "language": Plan(language=Stage(saint.Saint(keep=0.25), layers=[1, 2])),
 }
 STEPS = 4
 # seconds: (first token, each further) of one round of warm-up and three rounds

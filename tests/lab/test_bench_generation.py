@@ -12,7 +12,7 @@ from support.families import FAMILIES, prompts
 FAMILY = FAMILIES["llava-llama"]
 PLANS = {
     "vision": Plan(vision=Stage(saint.SaintFullGraph(keep=18, step=6), layers=[1])),
-    "language": Plan(language=Stage(saint.Saint(budget=0.25), layers=[1, 2])),
+    "language": Plan(language=Stage(saint.Saint(keep=0.25), layers=[1, 2])),
 }
 
 

@@ -309,7 +309,7 @@ def test_a_picture_gets_an_answer_and_the_slider_works(shown, server, picture, w
     page = ready(shown(server, width, dark))
     page.find_element(By.ID, "file").send_keys(str(picture))
     Select(page.find_element(By.ID, "method")).select_by_value("random")
-    page.find_element(By.ID, "budget").send_keys("0.5")
+    page.find_element(By.ID, "keep").send_keys("0.5")
     page.find_element(By.ID, "layers").send_keys("0,1")
     assert prune(page) == ""
     answer = page.find_element(By.ID, "answer")

@@ -47,7 +47,7 @@ def test_help_is_fast_and_loads_no_torch():
 
 def test_demo_writes_pictures_and_a_record(run, folder, tmp_path):
     out = tmp_path / "out"
-    plan = saint.Plan(vision=saint.Saint(budget=0.5))
+    plan = saint.Plan(vision=saint.Saint(keep=0.5))
     code, said, _ = run(
         "demo", *TINY, "--images", folder, "--output", out, "--repeats", 1, "--plan", json.dumps(plan.to_dict()),
         "--json", tmp_path / "copy.json",

@@ -187,7 +187,7 @@ def test_images_of_similar_budgets_share_a_batch(tmp_path, monkeypatch):
     embed(tmp_path / "in", plan=PLAN, batch=4, **MODEL)
     assert [sorted(keys) for keys in seen] == [list("0246"), list("1357")]  # the flat ones come last
     seen.clear()
-    embed(tmp_path / "in", plan=saint.Saint(budget=0.5), batch=4, **MODEL)
+    embed(tmp_path / "in", plan=saint.Saint(keep=0.5), batch=4, **MODEL)
     assert seen == [list("0123"), list("4567")]  # nothing is padded, so nothing is sorted
 
 

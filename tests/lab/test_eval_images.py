@@ -25,7 +25,7 @@ from saint.session import status
 from support.command_line import one_line
 
 TINY = ["timm:test_vit", "--no-pretrained", "--threads", 1, "--device", "cpu"]
-HALF = Plan(vision=saint.Saint(budget=0.5))
+HALF = Plan(vision=saint.Saint(keep=0.5))
 PLAN = json.dumps(HALF.to_dict())
 
 

@@ -284,7 +284,7 @@ def test_the_table_is_what_a_counter_says_of_other_plans(vit, images):
 
 
 def test_proposals_prefer_the_place_that_costs_nothing():
-    space, saint_ = Space("vision", True, True, 6, 64), saint.Saint(budget=0.5)
+    space, saint_ = Space("vision", True, True, 6, 64), saint.Saint(keep=0.5)
     costs = {(place, 0): Cost(0.001 if place == 3 else 1.0, 1.0) for place in range(5)}
     best = proposals(space, costs, [saint_], flat_table(6, 64), 0.75)
     assert len(best[0]) == 1
@@ -300,7 +300,7 @@ def test_the_power_law_goes_through_two_points():
 
 def test_fitting_uses_up_the_budget_and_keeps_to_steps_that_are_possible():
     space, table = Space("vision", True, True, 6, 64), flat_table(6, 64)
-    layout = space.even(ToMe(budget=0.5), [1, 2])
+    layout = space.even(ToMe(keep=0.5), [1, 2])
     fit = space.fitted(layout, table, 0.6)
     assert space.possible(fit)
     assert 0.6 - 0.02 < space.work(fit, table) <= 0.6
@@ -309,7 +309,7 @@ def test_fitting_uses_up_the_budget_and_keeps_to_steps_that_are_possible():
 
 def test_neighbours_of_a_layout_are_layouts():
     space = Space("vision", True, True, 6, 64)
-    layout = space.even(saint.Saint(budget=0.5), [1, 3])
+    layout = space.even(saint.Saint(keep=0.5), [1, 3])
     moved = list(space.moves(layout, 4))
     assert len(moved) > 5
     assert layout not in moved
@@ -333,7 +333,7 @@ def test_thresholds_meet_the_mean_and_every_image_keeps_its_own(vit, images):
         tokens = int(session.trace[0].tokens_in[0])
     table = Meter(around(vit), trials.once(0), "vision", depth, tokens).table("flops", grid(tokens))
     space = Space("vision", True, True, depth, tokens)
-    method = saint.Saint(neighbors=2, budget=0.5)
+    method = saint.Saint(neighbors=2, keep=0.5)
     layout = space.fitted(space.even(method, [1, 2]), table, 0.8)
     found = calibrated(trials, space, layout, table, numbers, 0.8)
     assert found is not None
@@ -341,7 +341,7 @@ def test_thresholds_meet_the_mean_and_every_image_keeps_its_own(vit, images):
     assert len(set(left[-1].tolist())) > 1, "every image has the same number"
     assert abs(left[0].mean() - layout[0].left) < 1.5
     assert np.mean(space.work(layout, table, list(left))) == pytest.approx(0.8, rel=0.01)
-    assert calibrated(trials, space, space.even(ToMe(budget=0.5), [1]), table, numbers, 0.8) is None
+    assert calibrated(trials, space, space.even(ToMe(keep=0.5), [1]), table, numbers, 0.8) is None
 
 
 # -- bad input ------------------------------------------------------------------------------------------------------------
@@ -474,22 +474,22 @@ def test_the_methods_that_are_tried_are_these():
     from saint.lab.tuning.run import _kinds
     from saint.methods import Match, ToMe
 
-    votes = saint.Saint(budget=0.5)
+    votes = saint.Saint(keep=0.5)
     dropping, averaging = _kinds(["saint", "tome"], None, "vision")
     assert dropping == [votes, dataclasses.replace(votes, center=True)]
-    assert averaging == [ToMe(budget=0.5, beta=1.0, r=None), ToMe(budget=0.5, beta=0.0, r=None)]
-    match = Match(budget=0.5)
+    assert averaging == [ToMe(keep=0.5, beta=1.0, r=None), ToMe(keep=0.5, beta=0.0, r=None)]
+    match = Match(keep=0.5)
     kinds = _kinds(["match"], None, "vision")
     assert [kind for kind in kinds if not kind[0].merges] == [
         [match, dataclasses.replace(match, center=not match.center)]
     ]
     merging = [method for kind in kinds for method in kind if method.merges]
     assert merging == [
-        Match(budget=0.5, fate="weigh"),
-        *(Match(budget=0.5, fate="merge", beta=beta) for beta in (1.0, 0.0)),
+        Match(keep=0.5, fate="weigh"),
+        *(Match(keep=0.5, fate="merge", beta=beta) for beta in (1.0, 0.0)),
     ]
     own = saint.Plan(vision=saint.Saint(threshold=0.6, neighbors=3))
-    assert _kinds(["saint"], own, "vision")[0][0] == saint.Saint(threshold=0.6, neighbors=3, budget=0.5)
+    assert _kinds(["saint"], own, "vision")[0][0] == saint.Saint(threshold=0.6, neighbors=3, keep=0.5)
 
 
 def test_a_method_that_needs_all_that_a_stage_shows_is_usable():

@@ -77,7 +77,7 @@ def refused(response, status: int, *words: str) -> None:
 
 
 def test_a_picture_gets_survivors_outputs_times_and_a_plan(client):
-    response = post(client, method="saint", stage="vision", budget="0.5", layers="0-2", name="cat.png")
+    response = post(client, method="saint", stage="vision", keep="0.5", layers="0-2", name="cat.png")
     assert response.status_code == 200, response.text
     html = response.json()["html"]
     assert "50 of 100 tokens are left (50%)" in html
@@ -103,7 +103,7 @@ def test_an_empty_plan_field_means_the_models_own_and_a_recipe_or_json_is_taken(
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
 def test_four_formats_are_decoded(client, kind):
-    assert post(client, image=encoded(kind=kind), method="random", budget="0.5", layers="1").status_code == 200
+    assert post(client, image=encoded(kind=kind), method="random", keep="0.5", layers="1").status_code == 200
 
 
 def test_one_model_is_held_and_requests_wait_for_each_other(client, desk, monkeypatch):
@@ -400,7 +400,7 @@ def test_what_decompresses_to_much_more_than_it_is_stays_small(client):
     tracemalloc.start()
     text = png(8, 8, zlib.compress(bytes(8 * 25)), (b"zTXt", b"note\0\0" + bomb))
     refused(post(client, image=text), 400, "PNG")
-    pixels = post(client, image=png(8, 8, bomb), method="random", budget="0.5", layers="1")
+    pixels = post(client, image=png(8, 8, bomb), method="random", keep="0.5", layers="1")
     assert pixels.status_code in (200, 400)  # the decoder stops behind the last line
     assert tracemalloc.get_traced_memory()[1] < 60_000_000
     tracemalloc.stop()
@@ -449,7 +449,7 @@ def test_a_plan_is_never_read_from_a_file(client, tmp_path):
         ({"method": "saint", "layers": "0-99"}, ["99"]),
         ({"method": "saint", "layers": "9" * 1900}, ["layers"]),
         ({"method": "saint", "stage": "attic"}, ["vision, connector, language"]),
-        ({"method": "divprune", "stage": "connector", "budget": "0.5"}, ["connector"]),
+        ({"method": "divprune", "stage": "connector", "keep": "0.5"}, ["connector"]),
         ({"plan": "{oops"}, ["JSON"]),
         ({"plan": "x" * 30_001}, ["30000"]),
         ({"question": ["a"]}, ["must be text"]),
@@ -539,7 +539,7 @@ def test_the_demo_models_are_offered_and_those_of_the_command_line():
 
 def test_a_question_gets_both_answers(vlm):
     client, spec = vlm
-    response = post(client, model=spec, question="what <b>", method="saint_full_graph", stage="connector", budget="9")
+    response = post(client, model=spec, question="what <b>", method="saint_full_graph", stage="connector", keep="9")
     assert response.status_code == 200, response.text
     html = response.json()["html"]
     assert "9 of 36 tokens are left (25%)" in html

@@ -11,12 +11,12 @@ PADDED = [[4, "0", 7], [3, "1", 2], [6, "0", 12]]  # and images of two sizes
 SPECIAL = list(range(100, 104))  # a random model would write image placeholders
 GREEDY = {"do_sample": False, "suppress_tokens": SPECIAL}
 
-LANGUAGE = Stage(saint.Saint(threshold=0.9, budget=0.4), layers=[1, 2])
+LANGUAGE = Stage(saint.Saint(threshold=0.9, keep=0.4), layers=[1, 2])
 CONNECTOR = Stage(saint.SaintFullGraph(keep=0.6, step=4))
 VISION = Stage(saint.SaintFullGraph(keep=0.7, step=8), layers=[1])
 HYBRID = Plan(vision=VISION, connector=CONNECTOR, language=LANGUAGE)
 PLANS = {"language": Plan(language=LANGUAGE), "vision": Plan(vision=VISION), "hybrid": HYBRID}
-HALF = Stage(saint.Saint(budget=0.5), layers=[0, 1])  # of an encoder
+HALF = Stage(saint.Saint(keep=0.5), layers=[0, 1])  # of an encoder
 
 
 def threshold_at(model, inputs, layer, quantile):

@@ -264,7 +264,7 @@ def test_under_a_language_stage_a_prompt_runs_in_one_piece(llava, method):
         assert torch.equal(generated(llava, plan, inputs, 4, prefill_chunk_size=16)[0], want)
 
 
-LANGUAGE = saint.Stage(saint.Saint(threshold=0.9, budget=0.6), layers=[1, 2])
+LANGUAGE = saint.Stage(saint.Saint(threshold=0.9, keep=0.6), layers=[1, 2])
 
 
 @pytest.mark.parametrize("plan", [*PLANS, "language", "hybrid"])

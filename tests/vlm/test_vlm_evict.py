@@ -193,7 +193,7 @@ def test_beams_and_prompt_lookup():
 def test_a_plan_that_keeps_everything_evicts_nothing():
     model = LLAVA.build()
     inputs = prompts(LLAVA, model, BATCH)
-    plan = saint.Plan(language=saint.Stage(saint.Saint(threshold=1.0, budget=1.0), layers=[1], evict=True))
+    plan = saint.Plan(language=saint.Stage(saint.Saint(threshold=1.0, keep=1.0), layers=[1], evict=True))
     with torch.no_grad():
         expected = model.generate(**inputs, max_new_tokens=8, **GREEDY)
         with saint.pruned(model, plan) as session:

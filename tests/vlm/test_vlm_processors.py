@@ -119,7 +119,7 @@ def test_nothing_dropped_gives_the_same_text(name):
     inputs = processor(
         images=[picture(48, 32, 0)], text=[f"{place} how many cats ?"], padding=True, return_tensors="pt"
     )
-    keep = saint.Stage(saint.Saint(threshold=1.0, budget=1.0), layers=[0, 2])
+    keep = saint.Stage(saint.Saint(threshold=1.0, keep=1.0), layers=[0, 2])
 
     def answer():
         return processor.batch_decode(model.generate(**inputs, max_new_tokens=8, do_sample=False))

@@ -61,7 +61,7 @@ def test_keeping_everything_changes_nothing(name):
     family = FAMILIES[name]
     model = family.build()
     inputs = prompts(family, model, BATCH)
-    keep = saint.Saint(threshold=1.0, budget=1.0)
+    keep = saint.Saint(threshold=1.0, keep=1.0)
     plan = saint.Plan(connector=saint.SaintFullGraph(keep=1.0), language=saint.Stage(keep, layers=[0, 2]))
     with torch.no_grad():
         base, tokens = model(**inputs).logits, model.generate(**inputs, max_new_tokens=4, do_sample=False)
@@ -167,7 +167,7 @@ def test_more_placeholders_than_features(llava):
 
 def test_budget_larger_than_the_prompt(llava):
     inputs = prompts(LLAVA, llava, BATCH)
-    plan = saint.Plan(language=saint.Stage(saint.Saint(budget=99), layers=[1]))
+    plan = saint.Plan(language=saint.Stage(saint.Saint(keep=99), layers=[1]))
     with saint.pruned(llava, plan), pytest.raises(ValueError, match="only 36 candidates"):
         llava(**inputs)
 

@@ -93,7 +93,7 @@ def test_ragged_images(models, name):
     """Prompt and generation when every image keeps its own number, with more drops behind."""
     family, model, twin = models(name)
     inputs = prompts(family, model, SAMPLES)
-    language = saint.Stage(saint.Saint(threshold=0.9, budget=0.5), layers=[1])
+    language = saint.Stage(saint.Saint(threshold=0.9, keep=0.5), layers=[1])
     plan = saint.Plan(vision=voting(model, inputs).vision, language=language)
     with saint.pruned(model, plan) as session, torch.no_grad():
         logits = model(**inputs).logits

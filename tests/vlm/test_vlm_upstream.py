@@ -14,7 +14,7 @@ from support.plans import SPECIAL
 
 BATCH = [[4, "0", 7], [3, "1", 2], [6, "0", 12]]
 ONE = [[5, "0", 9]]
-KEEP = saint.Stage(saint.Saint(threshold=1.0, budget=1.0), layers=[0, 2])
+KEEP = saint.Stage(saint.Saint(threshold=1.0, keep=1.0), layers=[0, 2])
 ALL = saint.SaintFullGraph(keep=1.0)
 WAYS = {
     "greedy": {},
@@ -170,7 +170,7 @@ def test_gradients_of_a_pruned_model(models, checkpointing):
     family, model = models("llava-llama")
     inputs = prompts(family, model, BATCH)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    plan = saint.Plan(language=saint.Stage(saint.Saint(threshold=0.9, budget=0.4), layers=[1, 2], evict=True))
+    plan = saint.Plan(language=saint.Stage(saint.Saint(threshold=0.9, keep=0.4), layers=[1, 2], evict=True))
     gradients = []
     for again in (False, checkpointing):
         twin = copy.deepcopy(model).train()

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from ..errors import ParityError, SaintError, UnsupportedModelError
 from ..extras import require
-from ..methods.base import counts_by_votes
 from ..plans import Plan
 from ..session import PlanLike, as_plan, pruned
 from ..vlm.locate import find as find_vlm
@@ -88,7 +87,7 @@ def export(
         >>> import timm, torch, saint
         >>> from saint.backends.export import export
         >>> vit = timm.create_model("test_vit").eval()
-        >>> plan = saint.Plan(vision=saint.Saint(budget=0.5))
+        >>> plan = saint.Plan(vision=saint.Saint(keep=0.5))
         >>> written = export(vit, plan, "vit.pt2", torch.randn(1, 3, 160, 160))  # doctest: +SKIP
     """
     plan, path = as_plan(plan), Path(path)
@@ -148,11 +147,11 @@ def _check_plan(plan: Plan) -> None:
                 f"guard={stage.guard:g} gives every picture its own number of tokens, which no exported graph can have: freeze "
                 "the plan to images of yours (saint.freeze; saint export --images)"
             )
-        if counts_by_votes(stage.method):
-            method = f"{type(stage.method).__name__}(budget={stage.method.to_dict()['budget']!r})"
+        if stage.method.votes:
             raise ValueError(
-                f"{method} lets every image keep its own number of tokens, which no exported graph can have: give a number or a "
-                "fraction as budget, or freeze the plan to images of yours (saint.freeze; saint export --images)"
+                f"{type(stage.method).__name__} without a fixed budget lets every image keep its own number of tokens, which no "
+                "exported graph can have: give a number or a fraction as keep, or freeze the plan to images of yours "
+                "(saint.freeze; saint export --images)"
             )
 
 

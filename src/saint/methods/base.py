@@ -5,18 +5,28 @@ A method is a frozen dataclass: its fields are its settings, ``select`` its only
 """
 
 import dataclasses
+import inspect
 import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from ..errors import UnknownSettingError
 from ..tokens import Candidates, Selection
 
 Budget = str | int | float
+
+
+class _Settings:
+    """The signature of a method's class: that of its ``__init__``, which ``__new__`` would hide from help() and editors."""
+
+    def __get__(self, _: object, cls: type) -> inspect.Signature:
+        own = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return own.replace(parameters=list(own.parameters.values())[1:], return_annotation=inspect.Signature.empty)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +42,15 @@ class Method(ABC):
     # of methods that merge: a survivor becomes the mean of what it stands for, or stays as it is
     averages: ClassVar[bool] = True
 
+    __signature__: ClassVar[inspect.Signature] = _Settings()  # type: ignore[assignment]
+
+    def __new__(cls, *_: Any, **settings: Any) -> Self:
+        """Refuse settings that there are not, and say which there are."""
+        known = cls.__signature__.parameters
+        if unknown := [name for name in settings if name not in known]:
+            raise UnknownSettingError(cls.__name__, unknown[0], list(known))
+        return super().__new__(cls)
+
     @abstractmethod
     def select(self, candidates: Candidates) -> Selection | None:
         """Choose the survivors of one drop point; None when everything stays."""
@@ -41,10 +60,42 @@ class Method(ABC):
         raise ValueError(f"{type(self).__name__} has no default layers for {stage}; give Stage(..., layers=[...])")
 
     @property
+    def fixed(self) -> int | float | None:
+        """Return what it keeps whatever the picture, a number or a share of the tokens; None where pictures or layers decide."""
+        return getattr(self, "keep", None)
+
+    def keeping(self, keep: int | float) -> Self:
+        """The same method with another fixed budget.
+
+        Raises:
+            ValueError: a wrong number, or a method that takes none.
+        """
+        if "keep" not in {field.name for field in dataclasses.fields(self)}:
+            raise ValueError(f"{type(self).__name__} takes no number of tokens to keep")
+        return dataclasses.replace(self, **{"keep": keep})
+
+    def voting(self, threshold: float) -> Self:
+        """The same method with a number of tokens for each picture, by a threshold.
+
+        Raises:
+            ValueError: a method that has none.
+        """
+        raise ValueError(f"{type(self).__name__} has no threshold by which pictures decide")
+
+    @property
     def keeps_everything(self) -> bool:
         """Tell whether its budget says that nothing may leave."""
-        budget = _budget(self)
-        return isinstance(budget, float) and budget == 1.0
+        return isinstance(self.fixed, float) and self.fixed == 1.0
+
+    @property
+    def votes(self) -> bool:
+        """Tell whether the picture decides how many tokens it keeps."""
+        return False
+
+    @property
+    def shared(self) -> bool:
+        """Tell whether the samples of a batch decide that together, so that all keep the same number."""
+        return False
 
     def size_bias(self) -> float:
         """Of merging methods: beta, where later attention adds beta * log(size) to the logits of a token's key."""
@@ -64,10 +115,10 @@ class FixedBudget(Method):
     keep: int | float = 0.5  # survivors of the stage: a number (int) or a fraction of the candidates (float)
 
     def __post_init__(self) -> None:
-        check_budget(self.keep, name="keep")
+        check_budget(self.keep)
 
     def validate(self, total: int, steps: int) -> None:
-        final_keep(self.keep, total, "keep")
+        final_keep(self.keep, total)
 
     def select(self, candidates: Candidates) -> Selection | None:
         goal = goals(self.keep, candidates)
@@ -90,17 +141,12 @@ class Scorer(FixedBudget):
         return Selection.from_scores(self.score(candidates), goal, candidates.tokens)
 
 
-def counts_by_votes(method: Method) -> bool:
-    """Tell whether the picture decides how many tokens ``method`` keeps: its budget is a word, not a number."""
-    return isinstance(getattr(method, "budget", None), str)
-
-
 def host_counts(counts: Tensor) -> tuple[int, ...]:
     """Votes [B] as Python ints; under ``torch.compile`` the graph breaks here."""
     if torch.compiler.is_exporting():
         raise RuntimeError(
             "a budget by votes gives every batch other lengths, which an exported graph cannot have: give a number or a fraction "
-            "as budget, or freeze the plan (saint.freeze)"
+            "as keep, or freeze the plan (saint.freeze)"
         )
     if torch.compiler.is_compiling():
         _warn_of_recompiling()
@@ -114,7 +160,7 @@ def _warn_of_recompiling() -> None:
         _warned_of_recompiling = True
         warnings.warn(
             "a budget by votes gives every batch other lengths: under torch.compile each is compiled anew until the recompile "
-            "limit, then runs eagerly; give a number or a fraction as budget for one graph",
+            "limit, then runs eagerly; give a number or a fraction as keep for one graph",
             stacklevel=2,
         )
 
@@ -151,7 +197,7 @@ def check_number(name: str, value: Any, low: float, high: float, hint: str = "")
         raise ValueError(f"{name} must be a number in [{low:g}, {high:g}], got {_shown(value)}{hint and f'; {hint}'}")
 
 
-def check_budget(budget: Budget, dynamic: tuple[str, ...] = (), name: str = "budget") -> None:
+def check_budget(budget: Budget, dynamic: tuple[str, ...] = (), name: str = "keep") -> None:
     """Raise ``ValueError`` unless ``budget`` is one of ``dynamic``, an int >= 1 or a fraction in (0, 1]."""
     if isinstance(budget, str):
         ok = budget in dynamic
@@ -181,12 +227,12 @@ def _shown(value: Any) -> str:
 # -- budgets over drop points -----------------------------------------------------------------------------------------
 
 
-def final_keep(budget: int | float, total: int, name: str = "budget") -> int:
+def final_keep(budget: int | float, total: int) -> int:
     """Tokens that a complete stage leaves: the int itself, or the fraction of ``total`` rounded half up, at least 1."""
     if isinstance(budget, int):
         if budget > total:
             raise ValueError(
-                f"{name}={budget} tokens to keep, but there are only {total} candidates; "
+                f"keep={budget} tokens to keep, but there are only {total} candidates; "
                 f"use an int <= {total} or a fraction in (0, 1]"
             )
         return budget
@@ -203,10 +249,10 @@ def scheduled_keep(keep: int, total: int, step: int, steps: int) -> int:
     return math.ceil(total * (keep / total) ** ((step + 1) / steps))
 
 
-def goals(keep: int | float, candidates: Candidates, name: str = "keep") -> tuple[int, ...]:
+def goals(keep: int | float, candidates: Candidates) -> tuple[int, ...]:
     """Survivors of each sample after this drop point when the stage keeps ``keep`` (int: tokens, float: fraction)."""
     kept = (
-        scheduled_keep(final_keep(keep, total, name), total, candidates.step, candidates.steps)
+        scheduled_keep(final_keep(keep, total), total, candidates.step, candidates.steps)
         for total in candidates.tokens.total
     )
     if candidates.facts.min_keep is None:
@@ -216,9 +262,9 @@ def goals(keep: int | float, candidates: Candidates, name: str = "keep") -> tupl
     return tuple(min(max(k, least), n) for k, least, n in bounds)
 
 
-def to_drop(budget: int | float, candidates: Candidates, name: str = "budget") -> tuple[int, ...]:
+def to_drop(budget: int | float, candidates: Candidates) -> tuple[int, ...]:
     """Tokens of each sample that go at this drop point when the stage keeps ``budget`` (int: tokens, float: fraction)."""
-    left = goals(budget, candidates, name)
+    left = goals(budget, candidates)
     return tuple(n - k for n, k in zip(candidates.tokens.lengths, left, strict=True))
 
 
@@ -237,7 +283,7 @@ def check_steps(budget: int | float, total: int, steps: int, most: Callable[[int
         after = scheduled_keep(keep, total, step, steps)
         if before - after > most(before):
             raise ValueError(
-                f"budget={budget!r} keeps {keep} of {total} tokens, but each of the {steps} drop point(s) can {verb} at most "
+                f"keep={budget!r} keeps {keep} of {total} tokens, but each of the {steps} drop point(s) can {verb} at most "
                 f"half: give more layers, or keep at least {math.ceil(total / 2**steps)} (a share of {0.5**steps:.3g})"
             )
         before = after
@@ -251,7 +297,7 @@ def check_possible(method: Method, steps: int, fewest: int) -> None:
         steps: its drop points.
         fewest: candidates that come to it at least; of very few, rounding lets any share through.
     """
-    if not isinstance(_budget(method), float):
+    if not isinstance(method.fixed, float):
         return
     for total in (*range(fewest, 64), *(2**power for power in range(31, 5, -1))):
         try:
@@ -261,13 +307,9 @@ def check_possible(method: Method, steps: int, fewest: int) -> None:
     raise ValueError(f"{told}; it is the same for any other number of tokens")
 
 
-def _budget(method: Method) -> Any:
-    return method.keep if isinstance(method, FixedBudget) else getattr(method, "budget", None)
-
-
 def survivors(method: Method, total: int | None) -> int | None:
     """Tokens that a stage leaves of ``total`` (None: any number), where that is one number, whatever the picture."""
-    budget = _budget(method)
+    budget = method.fixed
     if not isinstance(budget, int | float):
         return None
     if total is None:
@@ -289,17 +331,10 @@ def floored(drop: tuple[int, ...], candidates: Candidates, floor: float) -> tupl
     return spared(capped, candidates)
 
 
-def with_budget(method: Method, budget: Any) -> Method:
-    """``method`` with another budget, whatever its field is called."""
-    name = "budget" if any(field.name == "budget" for field in dataclasses.fields(method)) else "keep"
-    changed: dict[str, Any] = {name: budget}
-    return dataclasses.replace(method, **({"r": None} if hasattr(method, "r") else {}), **changed)
-
-
 def step_possible(method: Method, came: int, left: int) -> bool:
     """Tell whether ``method`` can leave ``left`` of ``came`` tokens at one drop point."""
     try:
-        with_budget(method, left / came).validate(came, 1)
+        method.keeping(left / came).validate(came, 1)
     except ValueError:
         return False
     return True

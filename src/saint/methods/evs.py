@@ -27,7 +27,11 @@ class EVS(Method):
     keep: int | float = 0.25  # survivors among the tokens of videos: a number (int) or a fraction (float)
 
     def __post_init__(self) -> None:
-        check_budget(self.keep, name="keep")
+        check_budget(self.keep)
+
+    @property
+    def fixed(self) -> None:
+        return None  # of videos alone: what stays of a prompt depends on its pictures
 
     def select(self, candidates: Candidates) -> Selection | None:
         tokens, cells = candidates.tokens, candidates.facts.cells
@@ -42,7 +46,7 @@ class EVS(Method):
         first = moving & (before == frames.NONE)
         counts = torch.stack([moving.sum(1), first.sum(1)]).tolist()
         goal = tuple(
-            n - shown + max(begin, final_keep(self.keep, shown, "keep")) if shown else n
+            n - shown + max(begin, final_keep(self.keep, shown)) if shown else n
             for n, shown, begin in zip(tokens.lengths, *counts, strict=True)
         )
         if goal == tokens.lengths:

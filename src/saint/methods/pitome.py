@@ -26,10 +26,10 @@ class PiToMe(ToMe):
     To merge k tokens, the 2 k of highest energy go in turns into A (first, third, ...) and B, and every token of A merges into
     the most similar token of B. Equal energies are ordered by index; of equally similar tokens of B the first in that order is
     taken. What a merge does to tokens, sizes and later attention is as for :class:`ToMe`, with the same settings ``r``,
-    ``budget`` and ``beta``.
+    ``keep`` and ``beta``.
 
     Deviations: the authors lower the margin with the layer's depth; here it falls over the drop points of the stage, which is
-    the same where tokens merge in every layer. They keep a share of the tokens in every layer, which is what ``budget`` does;
+    the same where tokens merge in every layer. They keep a share of the tokens in every layer, which is what ``keep`` does;
     ``r`` = 8 is taken from ToMe. The class token takes no part, and survivors stay in their order. The paper's variant for text
     encoders, with another energy, is not here.
     """

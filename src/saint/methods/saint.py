@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from torch import Tensor
 
@@ -30,7 +30,8 @@ class Saint(Method):
 
     With ``budget="sample"`` each sample drops as many tokens as it has votes (our default), with ``"batch"`` every
     sample drops the batch mean, rounded down (the published rule: results then depend on the batch mates). With a number,
-    the votes are ignored and the complete stage keeps that many tokens, the same share at every drop point.
+    which may also be given as ``keep`` as in other methods, the votes are ignored and the complete stage keeps that many tokens,
+    the same share at every drop point.
     """
 
     name: ClassVar[str] = "saint"
@@ -43,8 +44,12 @@ class Saint(Method):
     budget: Budget = "sample"  # "sample" | "batch" | tokens kept (int) | fraction of the candidates kept (float)
     center: bool = False  # subtract the mean key first; for encoders whose keys share a large common component
     floor: float = 0.1  # fraction of the stage's original candidates that always survives, in [0, 1]
+    keep: dataclasses.InitVar[int | float | None] = None  # in place of a number as budget
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, keep: int | float | None) -> None:
+        if keep is not None:
+            check_budget(keep)
+            object.__setattr__(self, "budget", keep)
         graph.check_threshold(self.threshold)
         check_integer("neighbors", self.neighbors, 1, hint="the published value is 5")
         # with c <= 2^31 edges the score c * exp(gamma * (s - threshold)) stays a finite float32
@@ -57,8 +62,26 @@ class Saint(Method):
             "the published value is 10, and exp(gamma * (1 - threshold)) must not overflow",
         )
         check_number("floor", self.floor, 0, 1, "a fraction of the stage's original candidates")
-        check_budget(self.budget, ("sample", "batch"))
+        check_budget(self.budget, ("sample", "batch"), "budget")
         check_flag("center", self.center)
+
+    @property
+    def fixed(self) -> int | float | None:
+        return None if isinstance(self.budget, str) else self.budget
+
+    def keeping(self, keep: int | float) -> Self:
+        return dataclasses.replace(self, budget=keep)
+
+    def voting(self, threshold: float) -> Self:
+        return dataclasses.replace(self, threshold=threshold, budget="sample")
+
+    @property
+    def votes(self) -> bool:
+        return isinstance(self.budget, str)
+
+    @property
+    def shared(self) -> bool:
+        return self.budget == "batch"
 
     def layers(self, stage: str, depth: int) -> list[int]:
         # ViT: the authors' scripts use the first half; LLM: their layers 7..16 of 32 and of 40, cut at the depth

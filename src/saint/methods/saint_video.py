@@ -30,9 +30,9 @@ class SaintVideo(Saint):
 
     across: int = 5  # edges within a frame that one across frames counts as, >= 1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_budget(self.budget, ("sample",))  # one number for all frames is what this is not
+    def __post_init__(self, keep: int | float | None) -> None:
+        super().__post_init__(keep)
+        check_budget(self.budget, ("sample",), "budget")  # one number for all frames is what this is not
         check_integer("across", self.across, 1, hint="with as many as neighbors one edge across frames is enough")
 
     def select(self, candidates: Candidates) -> Selection | None:

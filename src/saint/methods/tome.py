@@ -1,7 +1,7 @@
 """ToMe: merge the most similar tokens into one. arXiv 2210.09461."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from .. import graph
 from ..tokens import Candidates, Selection
@@ -18,7 +18,7 @@ class ToMe(Method):
     token stands for, and later attention is proportional: softmax(q k^T / sqrt(d) + beta log s). Protected tokens take no part.
     The merged token keeps the place (and rotary position) of its B.
 
-    Give ``r`` or ``budget``, neither means r = 8. A merge is no drop, so masked-oracle equality does not apply; what holds, and
+    Give ``r`` or ``keep``, neither means r = 8. A merge is no drop, so masked-oracle equality does not apply; what holds, and
     is checked, is equality with the full-length forward in which all tokens merged into one share their mean (with beta = 1
     this *is* proportional attention). An average pool behind the encoder averages the survivors; ``Stage(output="similar")``
     weights each by its size, as the authors do for such models.
@@ -34,22 +34,25 @@ class ToMe(Method):
     merges: ClassVar[bool] = True
 
     r: int | None = None  # tokens merged at every layer, >= 1; at most half of what is there
-    budget: int | float | None = None  # tokens (int) or fraction of the candidates (float) left behind the stage
+    keep: int | float | None = None  # tokens (int) or fraction of the candidates (float) left behind the stage
     beta: float = 1.0  # weight of log(size) in later attention, in [0, 1000]; 0 switches proportional attention off
 
     def __post_init__(self) -> None:
-        if self.r is not None and self.budget is not None:
+        if self.r is not None and self.keep is not None:
             raise ValueError(
-                f"give r (merged per layer) or budget (left in the end), got r={self.r!r} and {self.budget=}"
+                f"give r (merged per layer) or keep (left in the end), got r={self.r!r} and keep={self.keep!r}"
             )
-        if self.budget is not None:
-            check_budget(self.budget)
+        if self.keep is not None:
+            check_budget(self.keep)
         elif self.r is None:
             object.__setattr__(self, "r", _PUBLISHED_R)
         else:
             check_integer("r", self.r, 1, hint="tokens merged per layer; 8 to 16 are published")
         # at 1000, beta * log(size) of 10^6 patches in one token is 14,000: a logit that float16 still holds
         check_number("beta", self.beta, 0, 1000, "the published value is 1")
+
+    def keeping(self, keep: int | float) -> Self:
+        return dataclasses.replace(self, r=None, keep=keep)
 
     def layers(self, stage: str, depth: int) -> list[int]:
         return list(range(depth))  # every block
@@ -58,14 +61,14 @@ class ToMe(Method):
         return self.beta
 
     def validate(self, total: int, steps: int) -> None:
-        if self.budget is None:
+        if self.keep is None:
             return
-        check_steps(self.budget, total, steps, lambda n: n // 2, "merge")
+        check_steps(self.keep, total, steps, lambda n: n // 2, "merge")
 
     def merged(self, candidates: Candidates) -> tuple[int, ...]:
         """Tokens of each sample that merge into another at this drop point."""
-        if self.budget is not None:
-            return to_drop(self.budget, candidates)
+        if self.keep is not None:
+            return to_drop(self.keep, candidates)
         assert self.r is not None
         return spared(tuple(min(self.r, n // 2) for n in candidates.tokens.lengths), candidates)
 

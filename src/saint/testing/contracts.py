@@ -247,7 +247,7 @@ def check_bad_input(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
         ("threshold", lambda: apply(model, Saint(threshold=1.5))),
         ("neighbors", lambda: apply(model, Saint(neighbors=0))),
         ("empty", lambda: _run_pruned(model, plan, {n: v[:0] for n, v in inputs.items()})),
-        ("budget", lambda: _run_pruned(model, Plan(vision=Saint(budget=10**6)), inputs)),
+        ("keep", lambda: _run_pruned(model, Plan(vision=Saint(keep=10**6)), inputs)),
         ("NaN", lambda: _run_pruned(model, plan, {n: poisoned(v) for n, v in inputs.items()})),
     ]
     for word, action in bad:

@@ -32,7 +32,7 @@ def hybrid_plan(model: nn.Module) -> Plan:
     _, vlm, spec = locate(model, "language")
     depth = len(list(LAYERS.get(vlm.get_submodule(spec.decoder)).children()))
     vision = None if spec.no_vision is not None else Stage(SaintFullGraph(keep=0.8), layers=[1])
-    language = Stage(Saint(threshold=0.9, budget=0.6), layers=sorted({min(1, depth - 1), depth // 2}))
+    language = Stage(Saint(threshold=0.9, keep=0.6), layers=sorted({min(1, depth - 1), depth // 2}))
     return Plan(vision=vision, connector=SaintFullGraph(keep=0.8), language=language)
 
 
@@ -55,7 +55,7 @@ def _with(method: Method, stages: Sequence[Stage]) -> list[Stage] | None:
 def check_identity(model: nn.Module, plan: Plan, make: Make) -> str:
     """A plan that keeps everything changes nothing (float32: 1e-5 of the size of the logits)."""
     inputs = make([0, 1])
-    keep = Saint(threshold=1.0, budget=1.0)
+    keep = Saint(threshold=1.0, keep=1.0)
     everything = SaintFullGraph(keep=1.0)
     nothing = Plan(
         vision=_with(everything, plan.vision),
@@ -209,7 +209,7 @@ def check_bad_input(model: nn.Module, plan: Plan, make: Make) -> str:
     pixels = {n: poisoned(v) if n.startswith("pixel_values") else v for n, v in inputs.items()}
     bad = {
         "keep": (Plan(connector=SaintFullGraph(keep=10**6)), inputs),
-        "budget": (Plan(language=Stage(Saint(budget=10**6), layers=[0])), inputs),
+        "keep": (Plan(language=Stage(Saint(keep=10**6), layers=[0])), inputs),
         "NaN": (plan, pixels),
     }
     for word, (wrong, given) in bad.items():

@@ -79,7 +79,7 @@ def check_readers(
     if ragged and (found := _attends(model, path)):
         raise UnsupportedModelError(
             f"{found} attends to tokens of another sequence, and no mask would hide padding from it where samples keep "
-            'different numbers of tokens: give a number or a fraction as budget (and no guard), or output="similar". If it does '
+            'different numbers of tokens: give a number or a fraction as keep (and no guard), or output="similar". If it does '
             f"not read this encoder, pass the encoder alone (model.{path})"
         )
 

@@ -136,9 +136,9 @@ def shares(keep: int | float, runs: Sequence[int]) -> list[int]:
         ValueError: more to keep than there is, or less than one per run.
     """
     if isinstance(keep, float):
-        return [final_keep(keep, run, "keep") for run in runs]
+        return [final_keep(keep, run) for run in runs]
     total = sum(runs)
-    final_keep(keep, total, "keep")
+    final_keep(keep, total)
     if keep < len(runs):
         raise ValueError(
             f"keep={keep} tokens of a picture of {len(runs)} tiles: keep at least one of each, or a fraction"

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...methods.base import HUGE, counts_by_votes, survivors
+from ...methods.base import HUGE, survivors
 from ...plans import Plan, Stage
 from ...session import Session, apply
 from ...upstream import register
@@ -23,10 +23,10 @@ def checked(plan: Plan) -> tuple[Stage, ...]:
     for stage in stages:
         name = type(stage.method).__name__
         why = None
-        if stage.guard or counts_by_votes(stage.method):
+        if stage.guard or stage.method.votes:
             why = (
                 "each picture would keep its own number of tokens, and vLLM reserves the places of a picture before its encoder "
-                "runs: give a number or a fraction as budget, or freeze the plan (saint.freeze)"
+                "runs: give a number or a fraction as keep, or freeze the plan (saint.freeze)"
             )
         elif stage.method.needs:
             why = f"it needs {', '.join(sorted(stage.method.needs))}, which the tower does not show: use another, e.g. saint"
@@ -37,7 +37,7 @@ def checked(plan: Plan) -> tuple[Stage, ...]:
                 f'output="{stage.output}" is of full length, and no place in a prompt would be saved: leave output out'
             )
         elif survivors(stage.method, HUGE) is None:
-            why = "it does not say how many tokens it keeps: use a method with keep or budget, e.g. saint"
+            why = "it does not say how many tokens it keeps: use a method with keep, e.g. saint"
         if why is not None:
             raise ValueError(f"vLLM cannot follow {name} in the vision stage of a plan: {why}")
     return stages

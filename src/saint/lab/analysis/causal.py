@@ -137,7 +137,7 @@ class Causal:
         elif method == "random":
             chosen = Random(keep=keep, seed=zlib.crc32(f"{self.seed} {image}".encode()))
         elif method != "attention":
-            chosen = ToMe(budget=keep, beta=1.0 if method == "tome" else 0.0)
+            chosen = ToMe(keep=keep, beta=1.0 if method == "tome" else 0.0)
         elif slot == "language":
             chosen = FastV(keep=keep)
         else:

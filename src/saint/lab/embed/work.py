@@ -81,7 +81,7 @@ class Job:
     def ragged(self) -> bool:
         """Tell whether images of a batch keep different numbers of tokens, and are padded to the longest."""
         stages = self.plan.vision
-        return self.question is None and any(getattr(stage.method, "budget", None) == "sample" for stage in stages)
+        return self.question is None and any(stage.method.votes and not stage.method.shared for stage in stages)
 
     def units(self, items: Sequence[Item], batch: int) -> list[list[Item]]:
         """The items in units that are made together: batches, or windows of batches where images are sorted.

@@ -247,7 +247,7 @@ class Encoder(Subject):
         target = self.model
         inputs = testing.example_inputs(target)
         try:
-            with pruned(target, Saint(budget=0.75)):
+            with pruned(target, Saint(keep=0.75)):
                 testing.run(target, inputs)
         except ValueError as error:  # a head that needs the full grid
             if target is encoder:

@@ -17,7 +17,7 @@ def modes(model: Any) -> dict[str, Plan]:
     _, vlm, spec = locate(model, "language")
     depth = len(list(vlm.get_submodule(spec.decoder).get_submodule("layers").children()))
     layers = range(depth // 5, min(depth, depth // 5 + max(3, depth * 3 // 10)))  # each can drop at most half
-    language = Stage(Saint(threshold=0.83, budget=0.15), layers=layers)
+    language = Stage(Saint(threshold=0.83, keep=0.15), layers=layers)
     made = {
         "connector": Plan(connector=SaintFullGraph(keep=0.33)),
         "language": Plan(language=language),
@@ -29,6 +29,6 @@ def modes(model: Any) -> dict[str, Plan]:
         if used is not None:
             at = [max(0, min(blocks * 4 // 5, used - 1))]
             made["vision"] = Plan(vision=Stage(SaintFullGraph(keep=0.33), layers=at))
-            half = Stage(Saint(threshold=0.83, budget=0.5), layers=layers)
+            half = Stage(Saint(threshold=0.83, keep=0.5), layers=layers)
             made["hybrid"] = Plan(vision=Stage(SaintFullGraph(keep=0.5), layers=at), language=half)
     return made

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...methods.base import Method, step_possible, with_budget
+from ...methods.base import Method, step_possible
 from ...plans import PROVIDES, Output, Plan, Stage
 from .work import Table
 
@@ -76,7 +76,7 @@ class Space:
         slots: dict[str, list[Stage]] = {}
         came = self.tokens
         for number, drop in enumerate(layout):
-            method = with_budget(drop.method, drop.left / came) if methods is None else methods[number]
+            method = drop.method.keeping(drop.left / came) if methods is None else methods[number]
             came = drop.left
             layers = None if not drop.place else [drop.place - 1]
             if self.slot == "vision":

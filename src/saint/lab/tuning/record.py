@@ -92,7 +92,7 @@ def against(found: Search, layout: Layout, held: Sequence[int], seed: int) -> li
     saint = next((m for kind in found.kinds for m in kind if isinstance(m, Saint)), Saint())
     rivals = {"published saint": found.published(saint), "random": found.published(Random())}
     if space.slot == "vision":
-        rivals["tome"] = space.even(ToMe(budget=0.5, beta=0.0), range(1, space.depth + 1))
+        rivals["tome"] = space.even(ToMe(keep=0.5, beta=0.0), range(1, space.depth + 1))
     out = []
     own = found.trials.run(space.plan(layout), held).losses
     for name, rival in rivals.items():

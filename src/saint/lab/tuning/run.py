@@ -11,7 +11,7 @@ from torch import nn
 
 from ... import methods
 from ...errors import AlreadyAppliedError, SaintError
-from ...methods.base import Method, with_budget
+from ...methods.base import Method
 from ...methods.match import Match
 from ...methods.random import Random
 from ...methods.saint import Saint
@@ -241,12 +241,12 @@ def _kinds(chosen: Sequence[str | Method], plan: Plan | None, slot: str) -> list
         if isinstance(one, Method):
             found.append(one)
         elif one == "tome":
-            found += [ToMe(budget=0.5, beta=beta) for beta in (1.0, 0.0)]
+            found += [ToMe(keep=0.5, beta=beta) for beta in (1.0, 0.0)]
         elif one == "match":
             found += [*_centred(Match()), Match(fate="weigh"), *(Match(fate="merge", beta=beta) for beta in (1.0, 0.0))]
         else:
             found += _centred(saint if one == "saint" else methods.get(one)())
-    found = [with_budget(method, 0.5) for method in found]
+    found = [method.keeping(0.5) for method in found]
     groups: dict[tuple[bool, bool], list[Method]] = {}
     for method in found:
         groups.setdefault((method.merges, method.merges and method.averages), []).append(method)

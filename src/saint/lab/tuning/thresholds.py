@@ -6,7 +6,7 @@ Letters: n images, P drop points.
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NoReturn
+from typing import ClassVar, NoReturn
 
 import numpy as np
 
@@ -21,8 +21,7 @@ _STEPS = 18  # of a bisection: thresholds to about 1e-5
 
 def dynamic(method: Method) -> bool:
     """Tell whether ``method`` can let every image keep its own number, by a threshold."""
-    names = {field.name for field in dataclasses.fields(method)}
-    return {"threshold", "budget"} <= names
+    return "threshold" in {field.name for field in dataclasses.fields(method)}
 
 
 class _EnoughSeen(Exception):  # noqa: N818  (no error)
@@ -76,7 +75,7 @@ def calibrated(
         trials.show(space.plan(layout[: number + 1], [*methods, watched]), which, _EnoughSeen)
 
         def left(threshold: float, seen: list[Candidates] = watched.seen, method: Method = drop.method) -> np.ndarray:
-            chosen = dataclasses.replace(method, **_settings(threshold))
+            chosen = method.voting(round(threshold, 6))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a floor that binds at a threshold nobody is going to use
                 return np.concatenate([_lengths(chosen.select(one), one) for one in seen]).astype(float)
@@ -85,14 +84,10 @@ def calibrated(
             value = bisect(lambda t: float(left(t).mean()), drop.left, -0.99, 1.0)
         else:
             value = bisect(lambda t: float(np.mean(space.work(layout, table, [*behind, left(t)]))), budget, -0.99, 1.0)
-        methods.append(dataclasses.replace(drop.method, **_settings(value)))
+        methods.append(drop.method.voting(round(value, 6)))
         behind.append(left(value))
     reached = float(np.mean(space.work(layout, table, behind)))
     return methods if 0.99 * budget <= reached <= budget else None
-
-
-def _settings(threshold: float) -> dict[str, Any]:
-    return {"budget": "sample", "threshold": round(threshold, 6)}
 
 
 def _lengths(selection: Selection | None, candidates: Candidates) -> np.ndarray:

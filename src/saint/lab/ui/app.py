@@ -1,5 +1,6 @@
 """The application: a page, its scripts, and one address that prunes."""
 
+import inspect
 import logging
 from importlib import resources
 
@@ -53,7 +54,7 @@ def make_app(desk: Desk, hosts: set[str]) -> Starlette:
                 "name": name,
                 "stages": [stage for stage in STAGES if stage in method.stages],
                 "threshold": "threshold" in method.__dataclass_fields__,
-                "budget": bool({"keep", "budget"} & method.__dataclass_fields__.keys()),
+                "keep": "keep" in inspect.signature(method).parameters,
             }
             for name, method in known.items()
         ]

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import dataclasses
+import inspect
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from ..loading.plans import parse_layers
 from .guard import LARGEST
 
 STAGES = ("vision", "connector", "language")
-_FIELDS = {"image", "name", "model", "question", "plan", "stage", "method", "threshold", "budget", "layers"}
+_FIELDS = {"image", "name", "model", "question", "plan", "stage", "method", "threshold", "keep", "layers"}
 _LONGEST = {"plan": 30_000}  # characters of a text: a tuned plan has a stage per layer
 _LONGEST_OTHER = 2000
 
@@ -42,7 +43,7 @@ class Asked:
 
 def read(body: bytes, models: Collection[str]) -> Asked:
     """The request in ``body``, JSON: "image" in base64, "model", and optionally "name", "question", and either "plan" (a recipe's
-    name or JSON) or "method" with "stage", "threshold" or "budget", and "layers".
+    name or JSON) or "method" with "stage", "threshold" or "keep", and "layers".
 
     Args:
         body: of the request.
@@ -111,13 +112,12 @@ def _plan(data: dict[str, str]) -> Plan | None:
     settings: dict[str, Any] = {}
     if threshold := data.get("threshold", "").strip():
         if "threshold" not in fields:
-            raise ValueError(f"the method {name} has no threshold: give a budget")
+            raise ValueError(f"the method {name} has no threshold: give what it keeps")
         settings["threshold"] = _number("threshold", threshold)
-    if budget := data.get("budget", "").strip():
-        field = next((f for f in ("keep", "budget") if f in fields), None)
-        if field is None:
-            raise ValueError(f"the method {name} takes no budget")
-        settings[field] = _number("budget", budget)
+    if keep := data.get("keep", "").strip():
+        if "keep" not in inspect.signature(method).parameters:
+            raise ValueError(f"the method {name} takes no number of tokens to keep")
+        settings["keep"] = _number("keep", keep)
     layers = data.get("layers", "").strip()
     if where == "connector":
         if layers:
@@ -129,6 +129,6 @@ def _plan(data: dict[str, str]) -> Plan | None:
 def _number(name: str, text: str) -> int | float:
     """A whole number is a count of tokens, one with a point a share."""
     try:
-        return int(text) if text.lstrip("+-").isdigit() and name == "budget" else float(text)
+        return int(text) if text.lstrip("+-").isdigit() and name == "keep" else float(text)
     except ValueError as error:
         raise ValueError(f"{name} must be a number, got {text!r:.40}") from error

@@ -25,7 +25,7 @@ function fit() {
   document.querySelectorAll(".set").forEach((field) => (field.hidden = !chosen));
   if (chosen) {
     at("by-threshold").hidden = !chosen.threshold;
-    at("by-budget").hidden = !chosen.budget;
+    at("by-keep").hidden = !chosen.keep;
     at("by-layers").hidden = at("stage").value === "connector";
   }
 }
@@ -63,7 +63,7 @@ async function run(event) {
     return;
   }
   const asked = { image: await base64(file), name: file.name };
-  for (const field of ["model", "question", "plan", "method", "stage", "threshold", "budget", "layers"]) {
+  for (const field of ["model", "question", "plan", "method", "stage", "threshold", "keep", "layers"]) {
     const input = at(field);
     const value = input.value.trim();
     if (value && !input.closest("[hidden]")) asked[field] = value;
