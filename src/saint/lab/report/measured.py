@@ -3,12 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .blocks import Block, Cell, Charts, Curves, Group, Heading, Line, Listing, PlanBox, Sheet, Table, Text
+from .blocks import Block, Cell, Charts, Curves, Group, Heading, Highlight, Line, Listing, PlanBox, Sheet, Table, Text
 from .reading import Record, place
 from .told import conditions, load_note, skipped
-from .words import interval, names, number, plan_text
+from .words import interval, names, number, plan_line
 
-_YES_OR_NO = ("same_top1", "same_answer", "same_first_token")  # agreement of zeros and ones: the mean says all
+# agreement of zeros and ones, of which the mean says all, and what it is about
+_YES_OR_NO = {
+    "same_answer": "the answer",
+    "same_top1": "the top class",
+    "same_first_token": "the first word of the answer",
+}
 
 
 def forward_sheet(record: Record) -> Sheet:
@@ -37,7 +42,9 @@ def forward_sheet(record: Record) -> Sheet:
     ]
     if any(e["slots"] > e["tokens_out"] for e in layers):  # a ragged batch costs what its longest sample does
         shown.append(Line("padded to", [float(e["slots"]) for e in layers], x=places))
-    curves = [Curves("Tokens around each drop point", shown, y="tokens", note="batch mean")] if layers else []
+    whole = ("unpruned", layers[0]["tokens_in"]) if layers else None
+    around = Curves("Tokens around each drop point", shown, y="tokens", note="batch mean", zero=True, whole=whole)
+    curves = [around] if layers else []
     given = data["conditions"]
     blocks: list[Block | None] = [
         load_note(record, given),
@@ -56,7 +63,23 @@ def forward_sheet(record: Record) -> Sheet:
         "rounds": f"{given['repeats']} interleaved after {given['warmup']} of warm-up",
     }
     asked = f"How much faster is {data['model']} with this plan?"
-    return Sheet(f"Speed: {data['model']}", asked, verdict, conditions(record, **more), blocks)
+    highlights = _fast(data, given)
+    return Sheet(f"Speed: {data['model']}", asked, verdict, conditions(record, **more), blocks, highlights)
+
+
+def _fast(data: Mapping[str, Any], given: Mapping[str, Any]) -> list[Highlight]:
+    """Tokens and speed of a forward."""
+    layers, pictures = data["layers"], names(data["images"])
+    made = []
+    if layers:
+        share = layers[-1]["tokens_out"] / layers[0]["tokens_in"]
+        made.append(Highlight("kept", f"{share:.0%}", "of the tokens, behind the last layer that drops"))
+    ratio = _spread(data["speedup"], 2)
+    made.append(
+        Highlight("faster", f"{number(data['speedup']['median'], 2)}x", f"measured, {ratio}, batch {given['batch']}")
+    )
+    made.append(Highlight("bound", f"{number(data['bound'], 2)}x", f"what the FLOPs would allow; pictures: {pictures}"))
+    return made
 
 
 def _overhead(own: Mapping[str, Any] | None) -> Text | None:
@@ -125,7 +148,7 @@ def generation_sheet(record: Record) -> Sheet:
         "prefill GFLOPs",
     ]
     than = ["", "first token", "FLOPs bound", "efficiency", "end to end", "time of a further token", "KV"]
-    plans = [(name, plan_text(plan)) for name, plan in data["plans"].items()]
+    plans = [(name, plan_line(plan)) for name, plan in data["plans"].items()]
     given = data["conditions"]
     blocks: list[Block | None] = [
         load_note(record, given),
@@ -150,17 +173,23 @@ def scores_sheet(record: Record) -> Sheet:
     """`saint eval images` and `saint eval vqa`."""
     data = record.data
     given = data["conditions"]
-    said = []
+    said = [
+        _same(plan, measures) for plan, measures in data["agreement"].items() if _YES_OR_NO.keys() & measures.keys()
+    ]
     for plan, scores in data["scores"].items():
         for score, found in list(scores.items())[:1]:
             said.append(f"“{plan}”: {_difference(score, found)}")
-        if not scores and (best := next(iter(data["agreement"][plan].items()), None)) is not None:
+        if (
+            not scores
+            and not _YES_OR_NO.keys() & data["agreement"][plan].keys()
+            and (best := next(iter(data["agreement"][plan].items()), None)) is not None
+        ):
             name, summary = best
             said.append(
                 f"“{plan}”: {name} with the unpruned model {_agreement(name, summary)} (no labels, so no accuracy)"
             )
     verdict = "; ".join(said) + "." if said else "Nothing was scored."
-    blocks: list[Block | None] = [Listing([(name, plan_text(plan)) for name, plan in data["plans"].items()])]
+    blocks: list[Block | None] = [Listing([(name, plan_line(plan)) for name, plan in data["plans"].items()])]
     rows = [row for plan, scores in data["scores"].items() for row in _rows(plan, "all", scores)]
     rows += [
         row
@@ -215,6 +244,14 @@ def scores_sheet(record: Record) -> Sheet:
     model = given.get("model", "the model")
     asked = f"What does pruning cost {model} in {'right answers' if record.kind == 'eval/vqa' else 'accuracy and agreement'}?"
     return Sheet(f"Accuracy: {model}", asked, verdict, conditions(record, **more), blocks)
+
+
+def _same(plan: str, measures: Mapping[str, Any]) -> str:
+    """On how many pictures a plan gives what the unpruned model does."""
+    name = next(name for name in _YES_OR_NO if name in measures)
+    found, kept = measures[name], measures.get("kept")
+    with_ = "" if kept is None else f" with {number(100 * kept['mean'], 1)} % of the tokens"
+    return f"“{plan}” keeps {_YES_OR_NO[name]} on {round(found['mean'] * found['n'])} of {found['n']}{with_}"
 
 
 def _difference(score: str, found: Mapping[str, Any]) -> str:
