@@ -1,4 +1,4 @@
-"""Pictures of a report that say why patches were dropped: when, what stands for them, how they voted; and the page of `saint tune`."""
+"""Pictures of a report that say when and why patches were dropped, and how they voted; and the page of `saint tune`."""
 
 import copy
 import json

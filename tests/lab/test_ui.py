@@ -103,21 +103,16 @@ def test_an_empty_plan_field_means_the_models_own_and_a_recipe_or_json_is_taken(
     assert "25 of 100 tokens are kept to the end" in post(client, plan=text).json()["html"]
 
 
-def test_the_slider_asks_for_a_share_of_the_work(client, monkeypatch):
-    """The plan is made for the model and for the inputs at hand; all of the work is no plan at all."""
-    asked = []
-
-    def plan_for(model, keep=0.5, inputs=None):
-        asked.append((type(model).__name__, keep, {name: tuple(given.shape) for name, given in inputs.items()}))
-        return saint.Plan(vision=saint.Stage(saint.methods.Grid(keep=0.25), layers=[1]))
-
-    monkeypatch.setattr(saint, "plan_for", plan_for, raising=False)
-    told = post(client, keep="0.4").json()
-    assert asked == [("VisionTransformer", 0.4, {"x": (1, 3, 160, 160)})]
-    assert "25 of 100 tokens are kept to the end" in told["html"]
-    assert "saint.apply(model, keep=0.4)" in told["html"]
-    assert told["name"] == "keep 0.4"
-    assert saint.Plan.from_dict(told["plan"]) == plan_for(None, inputs={})
+def test_the_slider_asks_for_a_share_of_the_work(client, desk):
+    """The plan is the one that saint makes of the model and its inputs; all of the work is no plan at all."""
+    told = post(client, keep="0.6").json()
+    subject = desk._held[1]
+    plan = saint.plan_for(subject.model, 0.6, subject.pixels([Image.new("RGB", (8, 8))]))
+    assert saint.Plan.from_dict(told["plan"]) == plan
+    assert plan.vision
+    assert "60 % of the FLOPs are used" in told["html"]
+    assert "saint.apply(model, keep=0.6)" in told["html"]
+    assert told["name"] == "keep 0.6"
     whole = post(client, keep="1").json()
     assert "every token is kept" in whole["html"]
     assert whole["plan"] == saint.Plan().to_dict()

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import saint
-
+from ...planning import plan_for
 from ...plans import Plan
 from ...session import pruned
 from ..demo import MODELS, photos
@@ -115,7 +114,9 @@ class Desk:
 
     def _ran(self, wanted: Wanted, asked: Asked, subject: Subject, inputs: Inputs) -> pages.Run:
         """Run one plan."""
-        plan = wanted.plan or (subject.plan or Plan() if wanted.keep is None else _made(subject, wanted.keep, inputs))
+        plan = wanted.plan or (
+            subject.plan or Plan() if wanted.keep is None else plan_for(subject.model, wanted.keep, inputs)
+        )
         with pruned(subject.model, plan, observers=[reasons := Reasons(plan)]) as session:
             with torch.inference_mode():
                 subject.model(**inputs)
@@ -140,11 +141,6 @@ class Desk:
                 given = subject.inputs([Item.photo(name, image)], [image])
                 self._photos[name] = subject.compared(subject.answer(given, 1).output)[0].float().cpu()
         return self._photos
-
-
-def _made(subject: Subject, keep: float, inputs: Inputs) -> Plan:
-    """The plan for a share of the work; that for all of it drops nothing."""
-    return Plan() if keep == 1 else saint.plan_for(subject.model, keep, inputs)
 
 
 def _classifies(model: Any) -> bool:

@@ -173,7 +173,8 @@ function pin(plan) {
 
 function listen() {
   at("model").addEventListener("change", () => offer().then(fit));
-  for (const id of ["method", "stage", "plan"]) at(id).addEventListener("input", fit);
+  for (const id of ["method", "stage"]) at(id).addEventListener("change", fit);
+  at("plan").addEventListener("input", fit);
   at("keep").addEventListener("input", fit);
   at("keep").addEventListener("change", () => answered && run());
   at("recipe").addEventListener("change", () => {
