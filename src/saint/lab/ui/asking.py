@@ -27,6 +27,7 @@ _FIELDS = {
     "keep",
     "plan",
     "against",
+    "against_name",
     "stage",
     "method",
     "threshold",
@@ -74,8 +75,8 @@ class Asked:
 
 
 def read(body: bytes, models: Collection[str]) -> Asked:
-    """Read the request in ``body``, JSON: "image" in base64, "model", and optionally "name", "question", "against" (a plan), and
-    one of "plan" (a recipe's name or JSON), "method" with "stage", "threshold" or "tokens", and "layers", or "keep".
+    """Read the request in ``body``, JSON: "image" in base64, "model", and optionally "name", "question", "against" (a plan) with
+    "against_name", and one of "plan" (a recipe's name or JSON), "method" with "stage", "threshold" or "tokens", and "layers", or "keep".
 
     Args:
         body: of the request.
@@ -105,7 +106,7 @@ def read(body: bytes, models: Collection[str]) -> Asked:
             f"the model must be one of {', '.join(models)}, got {data['model']!r:.80}: saint ui --model NAME offers more"
         )
     wanted = _wanted(data)  # before the image: it is cheaper to refuse
-    against = _given(text) if (text := data.get("against", "").strip()) else None
+    against = _given(text, data.get("against_name", "")) if (text := data.get("against", "").strip()) else None
     return Asked(_image(data["image"]), data["model"], data.get("question", "").strip(), wanted, against)
 
 
@@ -142,11 +143,11 @@ def _wanted(data: dict[str, str]) -> Wanted:
     return Wanted(f"keep {share:g}", keep=share)
 
 
-def _given(text: str) -> Wanted:
+def _given(text: str, called: str = "") -> Wanted:
     """Read a plan: JSON, or a recipe's name; never the path of a file, as what is on this disk is not the page's business."""
     if text.startswith("{"):
         plan = Plan.from_json(text)
-        named = next((name for name in recipes() if recipe(name) == plan), "the plan given")
+        named = called or next((name for name in recipes() if recipe(name) == plan), "the plan given")
         return Wanted(named, plan)
     if text.endswith(".json"):
         raise ValueError(

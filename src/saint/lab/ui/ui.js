@@ -109,7 +109,7 @@ async function wanted() {
   const plan = compact(at("plan").value.trim());
   if (plan.length > facts.longest) throw new Error(`a plan has at most ${facts.longest} characters, this one ${plan.length}`);
   if (plan) asked.plan = plan;
-  if (against) asked.against = JSON.stringify(against.plan);
+  if (against) Object.assign(asked, { against: JSON.stringify(against.plan), against_name: against.name });
   return asked;
 }
 
