@@ -6,14 +6,7 @@ from typing import Any
 from .blocks import Block, Cell, Charts, Curves, Group, Heading, Highlight, Line, Listing, PlanBox, Sheet, Table, Text
 from .reading import Record, place
 from .told import conditions, load_note, skipped
-from .words import interval, names, number, plan_line
-
-# agreement of zeros and ones, of which the mean says all, and what it is about
-_YES_OR_NO = {
-    "same_answer": "the answer",
-    "same_top1": "the top class",
-    "same_first_token": "the first word of the answer",
-}
+from .words import YES_OR_NO, interval, names, number, plan_line
 
 
 def forward_sheet(record: Record) -> Sheet:
@@ -173,15 +166,13 @@ def scores_sheet(record: Record) -> Sheet:
     """`saint eval images` and `saint eval vqa`."""
     data = record.data
     given = data["conditions"]
-    said = [
-        _same(plan, measures) for plan, measures in data["agreement"].items() if _YES_OR_NO.keys() & measures.keys()
-    ]
+    said = [_same(plan, measures) for plan, measures in data["agreement"].items() if YES_OR_NO.keys() & measures.keys()]
     for plan, scores in data["scores"].items():
         for score, found in list(scores.items())[:1]:
             said.append(f"“{plan}”: {_difference(score, found)}")
         if (
             not scores
-            and not _YES_OR_NO.keys() & data["agreement"][plan].keys()
+            and not YES_OR_NO.keys() & data["agreement"][plan].keys()
             and (best := next(iter(data["agreement"][plan].items()), None)) is not None
         ):
             name, summary = best
@@ -248,10 +239,10 @@ def scores_sheet(record: Record) -> Sheet:
 
 def _same(plan: str, measures: Mapping[str, Any]) -> str:
     """On how many pictures a plan gives what the unpruned model does."""
-    name = next(name for name in _YES_OR_NO if name in measures)
+    name = next(name for name in YES_OR_NO if name in measures)
     found, kept = measures[name], measures.get("kept")
     with_ = "" if kept is None else f" with {number(100 * kept['mean'], 1)} % of the tokens"
-    return f"“{plan}” keeps {_YES_OR_NO[name]} on {round(found['mean'] * found['n'])} of {found['n']}{with_}"
+    return f"“{plan}” keeps {YES_OR_NO[name]} on {round(found['mean'] * found['n'])} of {found['n']}{with_}"
 
 
 def _difference(score: str, found: Mapping[str, Any]) -> str:
@@ -272,7 +263,7 @@ def _difference(score: str, found: Mapping[str, Any]) -> str:
 
 def _rows(plan: str, group: str, scores: Mapping[str, Any]) -> list[list[Any]]:
     rows = []
-    for score, p in scores.items():
+    for score, p in _distinct(scores):
         ends = "" if p["low"] is None or p["high"] is None else f" [{100 * p['low']:+.2f}, {100 * p['high']:+.2f}]"
         could = "-" if p["detectable"] is None else Cell(f"{100 * p['detectable']:.2f}", p["detectable"])
         rows.append(
@@ -292,8 +283,20 @@ def _rows(plan: str, group: str, scores: Mapping[str, Any]) -> list[list[Any]]:
     return rows
 
 
+def _distinct(scores: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Scores that are equal in everything as one, by all their names: two rows of the same figures say nothing new."""
+    found: list[tuple[list[str], Any]] = []
+    for name, score in scores.items():
+        same = next((names_ for names_, other in found if other == score), None)
+        if same is None:
+            found.append(([name], score))
+        else:
+            same.append(name)
+    return [(" = ".join(names_), score) for names_, score in found]
+
+
 def _agreement(name: str, summary: Mapping[str, Any], *, spread: bool = False) -> str:
-    if name in _YES_OR_NO:
+    if name in YES_OR_NO:
         return f"{100 * summary['mean']:.1f} %"
     ends = (summary["p20"], summary["p80"]) if spread else (None, None)
     return interval(summary["mean"], ends[0], ends[1], 4)

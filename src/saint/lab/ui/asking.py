@@ -47,7 +47,7 @@ class Wanted:
     Attributes:
         name: for people.
         plan: as it was given.
-        keep: share of the FLOPs that the plan is to leave.
+        keep: share of the FLOPs that the plan is to keep.
     """
 
     name: str
@@ -75,8 +75,9 @@ class Asked:
 
 
 def read(body: bytes, models: Collection[str]) -> Asked:
-    """Read the request in ``body``, JSON: "image" in base64, "model", and optionally "name", "question", "against" (a plan) with
-    "against_name", and one of "plan" (a recipe's name or JSON), "method" with "stage", "threshold" or "tokens", and "layers", or "keep".
+    """Read the request in ``body``, JSON: "image" in base64, "model", and optionally "name", "question", "against" (a plan)
+    with "against_name", and one of "plan" (a recipe's name or JSON), "keep", or "method" with "stage", "threshold", "tokens" and
+    "layers".
 
     Args:
         body: of the request.
@@ -139,7 +140,7 @@ def _wanted(data: dict[str, str]) -> Wanted:
         return Wanted("the model's own plan")
     share = float(_number("keep", keep))
     if not LEAST <= share <= 1:
-        raise ValueError(f"keep is the share of the work that is left, from {LEAST:g} to 1; got {keep!r:.40}")
+        raise ValueError(f"keep is the share of the work that is kept, from {LEAST:g} to 1; got {keep!r:.40}")
     return Wanted(f"keep {share:g}", keep=share)
 
 

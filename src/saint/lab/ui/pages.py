@@ -118,7 +118,7 @@ def _kept(run: Run) -> tuple[int, int]:
 
 
 def _found(run: Run, shown: Shown) -> Agreement | None:
-    """How much the outputs agree; None of a model that writes."""
+    """Compare the outputs; None of a model that writes."""
     return agreement(shown.base.output, run.short.output) if shown.base.text is None else None
 
 
@@ -198,7 +198,7 @@ def _figures(run: Run, grid: Sequence[int] | None) -> list[Figure]:
 
 
 def _answers(shown: Shown) -> list[Block]:
-    """What the model says unpruned and pruned."""
+    """Show what the model says unpruned and pruned."""
     named = [(run.name if len(shown.runs) > 1 else "pruned", run.short) for run in shown.runs]
     both = [("unpruned", shown.base), *named]
     if shown.base.text is not None:

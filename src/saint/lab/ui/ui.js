@@ -51,7 +51,7 @@ function fit() {
   const elsewhere = at("plan").value.trim() ? "the plan below decides" : at("method").value ? "the method below decides" : "";
   at("keep").disabled = Boolean(elsewhere);
   at("share").textContent = elsewhere ? "" : `${Math.round(100 * at("keep").value)} %`;
-  at("decides").textContent = elsewhere || "share of the work that is left; the rest is dropped where it costs least";
+  at("decides").textContent = elsewhere || "share of the work that is kept; the rest is dropped where it costs least";
 }
 
 function take(blob, name, sample) {
