@@ -341,7 +341,10 @@ def test_figures_of_an_evaluation(written, kind):
         ["less", "kl", "0.1155 [0.1077, 0.1288]", "63"],
     ]
     text = words(page)
-    assert "“half”: top1 80.0 % unpruned, 70.0 % pruned, difference -10.0 points [-20.0, -5.0]" in text
+    assert (
+        "“half” keeps the top class on 39 of 62: top1 80.0 % unpruned, 70.0 % pruned, difference -10.0 points [-20.0, -5.0]"
+        in text
+    )
     named = conditions(page)
     assert named["questions" if kind == "eval/vqa" else "images"] == "117 of 123 evaluated"
     assert "Not evaluated: 1" in text
@@ -395,7 +398,7 @@ def test_the_verdict_of_an_evaluation_says_what_is_kept_first(written, measure, 
     share = {"mean": 0.25, "median": 0.25, "p20": 0.25, "p80": 0.25, "n": 100}
     record["agreement"] = {"half": {measure: same, "kept": share}}
     said = words_of_verdict(make_report(written(record)))
-    assert said.startswith(f"“half” keeps {words} on 97 of 100 with 25 % of the tokens; ")
+    assert said.startswith(f"“half” keeps {words} on 97 of 100 with 25 % of the tokens: top1 ")
 
 
 def words_of_verdict(page: str) -> str:

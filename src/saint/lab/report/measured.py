@@ -166,19 +166,8 @@ def scores_sheet(record: Record) -> Sheet:
     """`saint eval images` and `saint eval vqa`."""
     data = record.data
     given = data["conditions"]
-    said = [_same(plan, measures) for plan, measures in data["agreement"].items() if YES_OR_NO.keys() & measures.keys()]
-    for plan, scores in data["scores"].items():
-        for score, found in list(scores.items())[:1]:
-            said.append(f"“{plan}”: {_difference(score, found)}")
-        if (
-            not scores
-            and not YES_OR_NO.keys() & data["agreement"][plan].keys()
-            and (best := next(iter(data["agreement"][plan].items()), None)) is not None
-        ):
-            name, summary = best
-            said.append(
-                f"“{plan}”: {name} with the unpruned model {_agreement(name, summary)} (no labels, so no accuracy)"
-            )
+    said = [_outcome(plan, scores, data["agreement"].get(plan, {})) for plan, scores in data["scores"].items()]
+    said = [part for part in said if part]
     verdict = "; ".join(said) + "." if said else "Nothing was scored."
     blocks: list[Block | None] = [Listing([(name, plan_line(plan)) for name, plan in data["plans"].items()])]
     rows = [row for plan, scores in data["scores"].items() for row in _rows(plan, "all", scores)]
@@ -237,12 +226,21 @@ def scores_sheet(record: Record) -> Sheet:
     return Sheet(f"Accuracy: {model}", asked, verdict, conditions(record, **more), blocks)
 
 
-def _same(plan: str, measures: Mapping[str, Any]) -> str:
-    """On how many pictures a plan gives what the unpruned model does."""
-    name = next(name for name in YES_OR_NO if name in measures)
-    found, kept = measures[name], measures.get("kept")
-    with_ = "" if kept is None else f" with {number(100 * kept['mean'], 1)} % of the tokens"
-    return f"“{plan}” keeps {YES_OR_NO[name]} on {round(found['mean'] * found['n'])} of {found['n']}{with_}"
+def _outcome(plan: str, scores: Mapping[str, Any], measures: Mapping[str, Any]) -> str:
+    """Say on how many samples a plan gives what the unpruned model does, and how its first score differs; "" of neither."""
+    same = next((name for name in YES_OR_NO if name in measures), None)
+    kept, named = "", f"“{plan}”"
+    if same is not None:
+        found, tokens = measures[same], measures.get("kept")
+        share = "" if tokens is None else f" with {number(100 * tokens['mean'], 1)} % of the tokens"
+        kept = f"{named} keeps {YES_OR_NO[same]} on {round(found['mean'] * found['n'])} of {found['n']}{share}"
+    for score, found in scores.items():
+        return f"{kept or named}: {_difference(score, found)}"
+    if kept:
+        return f"{kept} (no labels, so no accuracy)"
+    for name, summary in measures.items():
+        return f"{named}: {name} with the unpruned model {_agreement(name, summary)} (no labels, so no accuracy)"
+    return ""
 
 
 def _difference(score: str, found: Mapping[str, Any]) -> str:
