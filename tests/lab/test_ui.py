@@ -596,6 +596,7 @@ def test_wildcards_busy_ports_and_missing_extras_are_told(capsys, monkeypatch):
         return " ".join(capsys.readouterr().err.split())
 
     assert "one address" in fails("--host", "0.0.0.0")
+    assert "has no model 'nope'" in fails("--model", "timm:nope", "--port", "0")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -22,9 +22,10 @@ def ui(
     threads: options.Threads = None,
     pretrained: options.Pretrained = True,
 ) -> None:
-    """A local page: a picture, one slider, and at once what is kept, how much faster it is, how well the outputs agree, the plan.
+    """A local page: a picture, one slider, and at once what is kept, how much faster it is, how well outputs agree, the plan.
 
-    Opens with a sample. Offers each --model and the demo models, which work offline. Nothing leaves this machine and nothing is written to disk.
+    Opens with a sample. Offers each --model, and the demo models, which work offline. Nothing leaves this machine and nothing is
+    written to disk.
     """
     from ...extras import require
 
