@@ -175,7 +175,10 @@ def _nearest(work: Work, families: Iterator[tuple[Family, float]], keep: float) 
 
 
 def _closest(work: Work, family: Family, keep: float, fewest: float) -> Iterator[tuple[float, Plan]]:
-    """How far the plans of a family are from ``keep`` that lie around it; shares that a method cannot do count as too low."""
+    """Yield how far the plans of a family are from ``keep`` that lie around it.
+
+    Shares that a method cannot do count as too low.
+    """
     low, high = fewest, 1.0
     for _ in range(24):
         share = (low + high) / 2
