@@ -174,6 +174,12 @@ def test_the_architecture_is_short_and_names_what_there_is():
         assert [name for name in named if not (folder / name).exists()] == []
 
 
+def test_hints_install_from_a_checkout():
+    """There is no release in the index, and whoever takes the name there would be installed."""
+    texts = [*FILES, *(ROOT / "src").rglob("*.py")]
+    assert [file for file in texts if re.search(r"pip install[^\n]*saint-vlm", file.read_text())] == []
+
+
 # -- help(saint) ------------------------------------------------------------------------------------------------------
 
 

@@ -207,12 +207,12 @@ def check_bad_input(model: nn.Module, plan: Plan, make: Make) -> str:
     """Bad budgets and bad pixels raise a clear error and leave the model alone."""
     inputs, before = make([0, 1]), snapshot(model)
     pixels = {n: poisoned(v) if n.startswith("pixel_values") else v for n, v in inputs.items()}
-    bad = {
-        "keep": (Plan(connector=SaintFullGraph(keep=10**6)), inputs),
-        "keep": (Plan(language=Stage(Saint(keep=10**6), layers=[0])), inputs),
-        "NaN": (plan, pixels),
-    }
-    for word, (wrong, given) in bad.items():
+    bad = [
+        ("keep", Plan(connector=SaintFullGraph(keep=10**6)), inputs),
+        ("keep", Plan(language=Stage(Saint(keep=10**6), layers=[0])), inputs),
+        ("NaN", plan, pixels),
+    ]
+    for word, wrong, given in bad:
         try:
             with pruned(model, wrong):
                 run(model, given)
