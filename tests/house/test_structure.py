@@ -397,7 +397,7 @@ def test_docstrings_of_functions_begin_with_a_verb():
 
 
 def test_no_module_shadows_a_public_name():
-    lazy = {name for name, module in saint._LAZY.items() if module is not None}
+    lazy = saint._LAZY.keys() - {"graph", "methods", "testing"}  # these are the modules of their names
     modules = {path.stem for path in SOURCE.glob("*.py")} | {path.name for path in SOURCE.iterdir() if path.is_dir()}
     assert not lazy & modules  # importing the module would put it in the function's place
 
