@@ -2,7 +2,7 @@
 
     >>> import saint, timm, torch
     >>> vit = timm.create_model("test_vit").eval()  # any model of timm, transformers or open_clip
-    >>> with saint.pruned(vit, saint.Saint(keep=0.5)) as session:
+    >>> with saint.pruned(vit, keep=0.5) as session:
     ...     logits = vit(torch.randn(1, 3, 160, 160))  # the same call, on fewer tokens
     >>> print(session.summary())
     VisionTransformer: candidates per sample, mean (least..most)
@@ -12,6 +12,7 @@ A *session* owns every change to a model, a *plan* says where tokens may go, a *
 
     apply, pruned, remove, status     put a plan on a model, take it off, ask what is on
     Session, LayerTrace               what was applied, what the last forward dropped
+    plan_for                          a plan that leaves a share of the work
     Plan, Stage, plan, recipes        where tokens may go; ready-made plans
     Saint, SaintFullGraph, methods    which ones go: the paper's two methods, all methods
     tune, freeze, evaluate_images     find a plan, fix its numbers, measure it
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from .lab.tuning.run import tune as tune
     from .methods.saint import Saint as Saint
     from .methods.saint_full_graph import SaintFullGraph as SaintFullGraph
+    from .planning import plan_for as plan_for
     from .plans import Plan as Plan
     from .plans import Stage as Stage
     from .plans import plan as plan
@@ -80,6 +82,7 @@ _LAZY = {
     "graph": "graph",
     "methods": "methods",
     "plan": "plans",
+    "plan_for": "planning",
     "pruned": "session",
     "recipes": "presets",
     "register": "upstream.registry",
@@ -98,6 +101,7 @@ __all__ = [
     "evaluate_images",
     "freeze",
     "plan",
+    "plan_for",
     "pruned",
     "recipes",
     "register",

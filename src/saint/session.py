@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from .assemble import assemble
 from .errors import AlreadyAppliedError, UnsupportedModelError
 from .methods.base import Method
+from .models import ModelLike, module_of
 from .patch import Before, Uncopyable
+from .planning import plan_for
 from .plans import STAGES, Plan, Stage
 from .runtime.deciding import Decider
 from .runtime.observe import Observers
@@ -32,13 +34,6 @@ if TYPE_CHECKING:  # imports transformers
     from .language.cache import KVMemory
 
 
-class HoldsModel(Protocol):
-    """Something that is no module and keeps one in ``.model``, such as a pipeline of transformers."""
-
-    model: Any
-
-
-ModelLike = nn.Module | HoldsModel
 PlanLike = Plan | Stage | Method | str | os.PathLike[str]
 
 # where a patched module keeps its session, in its `__dict__`: they are freed together
@@ -301,26 +296,18 @@ def as_plan(plan: PlanLike) -> Plan:
     )
 
 
-def _module(model: ModelLike) -> nn.Module:
-    """The model itself, or what it keeps in ``.model``."""
-    found = model if isinstance(model, nn.Module) else getattr(model, "model", None)
-    if isinstance(found, nn.Module):
-        return found
-    held = "" if found is None else f", whose .model is of type {type(found).__name__}"
-    raise TypeError(
-        f"a torch.nn.Module is expected, or an object that keeps one in .model (a pipeline), got {type(model).__name__}{held}"
-    )
-
-
-def apply(model: ModelLike, plan: PlanLike, *, observers: Sequence[Any] = ()) -> Session:
-    """Prune ``model`` in place, according to ``plan``.
+def apply(
+    model: ModelLike, plan: PlanLike | None = None, *, keep: float | None = None, observers: Sequence[Any] = ()
+) -> Session:
+    """Prune ``model`` in place, so that a share of its work is left or according to ``plan``.
 
     Args:
         model: a model of the support table (``saint list``), one that contains exactly one, or an object that is no module and
             keeps one in ``.model`` (a pipeline of transformers, say). Of a language model without images (Llama, Mistral, Qwen
             and Gemma of transformers) the ``language`` stage drops tokens of a prompt: all but its first and last are candidates.
         plan: a plan; a bare method means ``Plan(vision=method)``; a string names a recipe, or is looked up like
-            :meth:`Plan.load` does.
+            :meth:`Plan.load` does. None: that of :func:`saint.plan_for`.
+        keep: without a plan, the share of the FLOPs that is left, in (0, 1]; None: 0.5.
         observers: objects with some of the methods of :class:`saint.Observer`, which are told of candidates, selections and
             times. An empty plan observes and drops nothing.
 
@@ -331,16 +318,19 @@ def apply(model: ModelLike, plan: PlanLike, *, observers: Sequence[Any] = ()) ->
         AlreadyAppliedError: the model carries a session.
         UnsupportedModelError: no supported encoder, or it cannot do what the plan asks. The model is untouched.
         ParityError: the blocks are not what the support table says. The model is untouched.
-        ValueError: a bad plan.
+        ValueError: a bad plan, or both a plan and ``keep``.
         TypeError: neither model nor plan.
 
     Example:
         >>> import timm, torch, saint
         >>> vit = timm.create_model("test_vit", pretrained=False).eval()
-        >>> with saint.pruned(vit, saint.Saint(threshold=0.75)) as session:
+        >>> with saint.apply(vit, keep=0.5) as session:
         ...     logits = vit(torch.randn(1, 3, 160, 160))
     """
-    model, plan = _module(model), as_plan(plan)
+    model = module_of(model)
+    if plan is not None and keep is not None:
+        raise ValueError(f"give a plan, or keep={keep!r} for one that leaves this share of the work, not both")
+    plan = plan_for(model, 0.5 if keep is None else keep) if plan is None else as_plan(plan)
     if hasattr(model, "_orig_mod"):
         raise UnsupportedModelError(
             "the model is compiled: apply the plan to the original model, then torch.compile it"
@@ -375,7 +365,7 @@ def remove(model: ModelLike) -> None:
         ValueError: nothing is applied.
         TypeError: no model.
     """
-    module = _module(model)
+    module = module_of(model)
     session = _session(module)
     if session is None:
         raise ValueError(f"no plan is applied to this {type(module).__name__}")
@@ -384,7 +374,7 @@ def remove(model: ModelLike) -> None:
 
 def status(model: ModelLike) -> Status | None:
     """Say what is applied to ``model`` or inside it; None when clean."""
-    session = _session(_module(model))
+    session = _session(module_of(model))
     return None if session is None else session.status
 
 
@@ -397,9 +387,11 @@ def _session(model: nn.Module) -> Session | None:
 
 
 @contextmanager
-def pruned(model: ModelLike, plan: PlanLike, *, observers: Sequence[Any] = ()) -> Iterator[Session]:
+def pruned(
+    model: ModelLike, plan: PlanLike | None = None, *, keep: float | None = None, observers: Sequence[Any] = ()
+) -> Iterator[Session]:
     """:func:`apply` for the length of a ``with`` block; undone also after an exception."""
-    session = apply(model, plan, observers=observers)
+    session = apply(model, plan, keep=keep, observers=observers)
     try:
         yield session
     finally:

@@ -97,6 +97,10 @@ class Method(ABC):
         """Tell whether the samples of a batch decide that together, so that all keep the same number."""
         return False
 
+    def flops(self, before: int, after: int, dim: int) -> float:
+        """FLOPs of choosing ``after`` of ``before`` tokens of one sample by keys of ``dim`` channels; 0 where they are few."""
+        return 0.0
+
     def size_bias(self) -> float:
         """Of merging methods: beta, where later attention adds beta * log(size) to the logits of a token's key."""
         return 0.0

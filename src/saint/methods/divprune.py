@@ -29,6 +29,9 @@ class DivPrune(FixedBudget):
     def layers(self, stage: str, depth: int) -> list[int]:
         return SaintFullGraph().layers(stage, depth)  # late, where the other one-time choice among all tokens is
 
+    def flops(self, before: int, after: int, dim: int) -> float:
+        return 2 * before**2 * dim
+
     def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
         tokens = candidates.tokens
         return Selection.from_mask(graph.farthest(candidates.features, goal, valid=tokens.valid), goal)

@@ -68,6 +68,9 @@ class Match(Method):
     def votes(self) -> bool:
         return self.keep is None
 
+    def flops(self, before: int, after: int, dim: int) -> float:
+        return before**2 * dim / 2  # cosines of one half with the other
+
     def size_bias(self) -> float:
         return self.beta if self.merges else 0.0
 

@@ -65,6 +65,9 @@ class Saint(Method):
         check_budget(self.budget, ("sample", "batch"), "budget")
         check_flag("center", self.center)
 
+    def flops(self, before: int, after: int, dim: int) -> float:
+        return before**2 * dim / 2  # cosines of one half with the other
+
     @property
     def fixed(self) -> int | float | None:
         return None if isinstance(self.budget, str) else self.budget

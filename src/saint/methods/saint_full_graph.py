@@ -1,6 +1,7 @@
 """SAINT's full graph with a fixed budget: the variant used inside the CLIP tower of a VLM. arXiv 2503.11549."""
 
 import dataclasses
+import math
 from typing import ClassVar
 
 from .. import graph
@@ -28,6 +29,10 @@ class SaintFullGraph(FixedBudget):
 
     def layers(self, stage: str, depth: int) -> list[int]:
         return [depth * 4 // 5]  # layer 19 of CLIP ViT-L's 24, as published
+
+    def flops(self, before: int, after: int, dim: int) -> float:
+        rounds = max(1.0, self.step * math.log(before / after)) if after < before else 0.0
+        return rounds * 4 * before * dim
 
     def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
         tokens = candidates.tokens

@@ -57,6 +57,9 @@ class ToMe(Method):
     def layers(self, stage: str, depth: int) -> list[int]:
         return list(range(depth))  # every block
 
+    def flops(self, before: int, after: int, dim: int) -> float:
+        return before**2 * dim / 2  # cosines of one half with the other
+
     def size_bias(self) -> float:
         return self.beta
 
