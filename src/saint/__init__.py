@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .errors import SaintError as SaintError
     from .errors import UnsupportedModelError as UnsupportedModelError
     from .freezing import freeze as freeze
-    from .lab.demo import door as demo
+    from .lab.demo import demo as demo
     from .lab.eval.images import evaluate_images as evaluate_images
     from .lab.tuning.run import tune as tune
     from .methods.saint import Saint as Saint
@@ -60,7 +60,6 @@ if TYPE_CHECKING:
     from .tokens import LayerTrace as LayerTrace
     from .upstream.registry import register as register
 
-
 _MODULES = {"demo", "graph", "methods", "testing"}  # public names that are modules, and not in one
 _LAZY = {
     "AlreadyAppliedError": "errors",
@@ -76,7 +75,7 @@ _LAZY = {
     "Stage": "plans",
     "UnsupportedModelError": "errors",
     "apply": "session",
-    "demo": "lab.demo.door",
+    "demo": "lab.demo.demo",
     "evaluate_images": "lab.eval.images",
     "freeze": "freezing",
     "graph": "graph",
@@ -123,6 +122,4 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """List the public names. Where the lab is not installed its own are left out: help() asks for all that is listed."""
     lab = all(find_spec(package) for package in ("PIL", "rich", "typer"))
-    return sorted(
-        ["__version__", *(name for name, home in _LAZY.items() if lab or not home.startswith("lab."))]
-    )
+    return sorted(["__version__", *(name for name, home in _LAZY.items() if lab or not home.startswith("lab."))])

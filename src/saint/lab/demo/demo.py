@@ -6,7 +6,7 @@
     >>> model(**inputs).image_embeds.shape
     torch.Size([2, 512])
 
-    clip-b16      OpenAI CLIP ViT-B/16, image tower of transformers; its answer is ``image_embeds`` [B, 512]
+    clip-b16      OpenAI CLIP ViT-B/16, image tower of transformers; its answer is image_embeds [B, 512]
     dinov2-s      DINOv2 ViT-S/14 with a saliency head; its answer is a map [B, 1, 224, 224]
     small-llava   a LlavaForConditionalGeneration that answers questions about generated scenes
 
@@ -43,11 +43,11 @@ def model(name: str) -> nn.Module:
     return loaded
 
 
-def processor(name: str = small_llava.NAME) -> Any:
+def processor(name: str = "small-llava") -> Any:
     """Make the processor of a demo model that answers questions: what ``AutoProcessor.from_pretrained`` gives for others.
 
     Args:
-        name: "small-llava". Prompts are in lower case, with "<image>" where the picture goes.
+        name: "small-llava". Prompts are in lower case, with ``<image>`` where the picture goes.
 
     Raises:
         ValueError: there is no such demo model, or it takes pictures alone.
