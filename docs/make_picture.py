@@ -9,16 +9,19 @@ fixed budget, by the cosine of its pruned with its unpruned embedding. Every sec
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import saint
 from saint.lab import demo
 from saint.lab.kinds import Encoder
 from saint.lab.kinds.agreement import agreement
 from saint.lab.sources.items import Item
+from saint.lab.view.overlay import save_png
 from saint.lab.view.strips import draw, title
 
 MODEL, KEEP = "demo:clip-b16", 0.5
 OTHERS = {"hubble_deep_field", "ihc"}  # of a telescope and of a microscope
+LIMIT = 200_000  # bytes of a file of this repository
 OUT = Path(__file__).parent / "images" / "kept.png"
 
 
@@ -41,6 +44,7 @@ def main() -> None:
     kept, cosine, name, image, inputs, trace = seen[len(seen) // 2]
     about = f"saint.apply(model, keep={KEEP:g})  \u00b7  hatched patches were dropped  \u00b7  cosine {cosine:.2f}"
     draw(subject.title, about, title(name), subject.tiles(image, inputs), subject.total(inputs), trace[1::2], OUT)
+    save_png(Image.open(OUT).convert("RGB"), OUT, LIMIT)
     print(f"wrote {OUT}: {name}, the median of {len(seen)}")
 
 
