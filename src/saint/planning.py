@@ -33,7 +33,7 @@ from .vlm.locate import find as find_vlm
 from .vlm.locate import refuse_unknown
 from .work import Stack, bias_table, entering, read_block, read_decoder, read_pool
 
-NEAR = 0.005  # what a plan found may miss the share by before others are tried
+NEAR = 0.01  # what a plan found may miss the share by before others are tried
 _FAR = 0.02  # what it may miss it by at all
 _MOST, _PER_CHANNEL = 1024, 3  # patches that are thought of where a model takes any size: fewer of a narrow model
 _TILES = 3  # pictures that are thought of where a model cuts one: the whole, and two halves

@@ -18,6 +18,7 @@ from saint.lab.analysis import geometry, propose, record, run, similarity
 from saint.lab.analysis.attention import received_entropy
 from saint.lab.analysis.causal import METHODS, Causal, Looks
 from saint.lab.analysis.probe import Probe
+from saint.lab.describe import as_python
 from saint.lab.eval.journal import JournalError
 from saint.lab.kinds.generating import next_token_kl
 from saint.lab.report import make_report, read_records
@@ -519,7 +520,7 @@ def test_a_proposed_plan_begins_at_the_first_harmless_redundant_layer():
     losses = [0.5, 0.01, 0.01, 0.01, 0.0]
     plan = propose.propose([part(losses, [[0.3, 0.3, 0.9, 0.4, 0.4], [0.0, 0.0, 0.3, 0.3, 0.4]])], causal, {})
     assert plan == saint.Plan(vision=saint.Stage(saint.Saint(threshold=0.7), layers=[1, 3]))
-    assert eval(propose.plan_line(plan), {"saint": saint}) == plan
+    assert eval(as_python(plan), {"saint": saint}) == plan
     assert propose.propose([part([0.5] * 4, [[0.3] * 4, [0.3] * 4])], causal, {}) is None
     assert propose.propose([part(losses, [[0.01] * 5, [0.01] * 5])], causal, {}) is None
     centred = propose.propose([part(losses, [[0.3] * 5, [0.0] * 5])], causal, {"vision": True})
@@ -583,7 +584,7 @@ def test_the_command_writes_a_record(command, folder, tmp_path):
             assert set(step["why"]["into"]) <= set(step["kept"])
             assert len(step["why"]["degree"]) == (len(left) + 1) // 2
             left = set(step["kept"])
-    assert "What stays" in make_report(read_records([file]))
+    assert "What was kept" in make_report(read_records([file]))
     again, said, _ = command("analyze", *TINY, "--images", folder, "--causal", "3", "--json", file)
     assert again == 0
     assert "9 of them from the journal" in said
@@ -621,7 +622,7 @@ def test_questions_to_a_vision_language_model(command, spec, folder, tmp_path):
     assert {"last_entropy", "text_share", "visual_share", "text_similarity"} <= {
         quantity["name"] for quantity in made["parts"][1]["quantities"]
     }
-    assert "5 layers, 36 tokens that may go" in " ".join(said.split())
+    assert "5 layers, 36 tokens that may be dropped" in " ".join(said.split())
     assert made["plan"] is None or made["survivors_of"]["plan"] == made["plan"]
     assert [photo["name"] for photo in made["survivors"]] == list(dict.fromkeys(p["name"] for p in made["survivors"]))
     for photo in made["survivors"]:
@@ -629,7 +630,7 @@ def test_questions_to_a_vision_language_model(command, spec, folder, tmp_path):
         assert sum(rows * columns for rows, columns in photo["tiles"]) == photo["visual_tokens"] == 36
         assert all("gone" in step["why"] for step in photo["layers"])
     assert len(made["survivors"]) == 3
-    assert "What stays" in make_report(read_records([file]))
+    assert "What was kept" in make_report(read_records([file]))
     code, _, err = command(*args[:-2], "--prompt", "what", "--limit", "2")
     assert code == 0, err
     assert command(*args[:-2], "--prompt", "what", "--questions", tmp_path / "q.jsonl")[0] == 2

@@ -199,7 +199,7 @@ def test_the_command_writes_a_record(command, folder, prompts, tmp_path):
     code, said, err = command(*args, "--json", file)
     assert code == 0, err
     assert "9 prompt(s)" in said
-    assert "5 layers, 10 tokens that may go, 2 protected" in " ".join(said.split())
+    assert "5 layers, 10 tokens that may be dropped, 2 protected" in " ".join(said.split())
     assert "visual" not in said
     assert "CLS" in said
     made = json.loads(file.read_text())

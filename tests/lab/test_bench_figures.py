@@ -313,7 +313,7 @@ def test_every_printed_figure_of_the_demo(tmp_path, capsys):
             measured["bound"],
         ]
         assert got == pytest.approx([photo["layers"][-1]["tokens_out"], 100, *want, photo["agreement"]], rel=8e-3)
-    rows = [numbers(row) for row in text.partition("Tokens left, vision")[2].splitlines()]
+    rows = [numbers(row) for row in text.partition("Tokens kept, vision")[2].splitlines()]
     assert statistics.fmean(left) == pytest.approx([row for row in rows if len(row) == 4][-1][1], rel=1e-2)
 
 

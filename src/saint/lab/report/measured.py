@@ -3,12 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .blocks import Block, Cell, Charts, Curves, Group, Heading, Line, Listing, PlanBox, Sheet, Table, Text
+from .blocks import Block, Cell, Charts, Curves, Group, Heading, Highlight, Line, Listing, PlanBox, Sheet, Table, Text
 from .reading import Record, place
 from .told import conditions, load_note, skipped
-from .words import interval, names, number, plan_text
-
-_YES_OR_NO = ("same_top1", "same_answer", "same_first_token")  # agreement of zeros and ones: the mean says all
+from .words import YES_OR_NO, interval, names, number, plan_line
 
 
 def forward_sheet(record: Record) -> Sheet:
@@ -37,7 +35,9 @@ def forward_sheet(record: Record) -> Sheet:
     ]
     if any(e["slots"] > e["tokens_out"] for e in layers):  # a ragged batch costs what its longest sample does
         shown.append(Line("padded to", [float(e["slots"]) for e in layers], x=places))
-    curves = [Curves("Tokens around each drop point", shown, y="tokens", note="batch mean")] if layers else []
+    whole = ("unpruned", layers[0]["tokens_in"]) if layers else None
+    around = Curves("Tokens around each drop point", shown, y="tokens", note="batch mean", zero=True, whole=whole)
+    curves = [around] if layers else []
     given = data["conditions"]
     blocks: list[Block | None] = [
         load_note(record, given),
@@ -56,7 +56,23 @@ def forward_sheet(record: Record) -> Sheet:
         "rounds": f"{given['repeats']} interleaved after {given['warmup']} of warm-up",
     }
     asked = f"How much faster is {data['model']} with this plan?"
-    return Sheet(f"Speed: {data['model']}", asked, verdict, conditions(record, **more), blocks)
+    highlights = _fast(data, given)
+    return Sheet(f"Speed: {data['model']}", asked, verdict, conditions(record, **more), blocks, highlights)
+
+
+def _fast(data: Mapping[str, Any], given: Mapping[str, Any]) -> list[Highlight]:
+    """Tokens and speed of a forward."""
+    layers, pictures = data["layers"], names(data["images"])
+    made = []
+    if layers:
+        share = layers[-1]["tokens_out"] / layers[0]["tokens_in"]
+        made.append(Highlight("kept", f"{share:.0%}", "of the tokens, behind the last layer that drops"))
+    ratio = _spread(data["speedup"], 2)
+    made.append(
+        Highlight("faster", f"{number(data['speedup']['median'], 2)}x", f"measured, {ratio}, batch {given['batch']}")
+    )
+    made.append(Highlight("bound", f"{number(data['bound'], 2)}x", f"what the FLOPs would allow; pictures: {pictures}"))
+    return made
 
 
 def _overhead(own: Mapping[str, Any] | None) -> Text | None:
@@ -125,7 +141,7 @@ def generation_sheet(record: Record) -> Sheet:
         "prefill GFLOPs",
     ]
     than = ["", "first token", "FLOPs bound", "efficiency", "end to end", "time of a further token", "KV"]
-    plans = [(name, plan_text(plan)) for name, plan in data["plans"].items()]
+    plans = [(name, plan_line(plan)) for name, plan in data["plans"].items()]
     given = data["conditions"]
     blocks: list[Block | None] = [
         load_note(record, given),
@@ -150,17 +166,10 @@ def scores_sheet(record: Record) -> Sheet:
     """`saint eval images` and `saint eval vqa`."""
     data = record.data
     given = data["conditions"]
-    said = []
-    for plan, scores in data["scores"].items():
-        for score, found in list(scores.items())[:1]:
-            said.append(f"“{plan}”: {_difference(score, found)}")
-        if not scores and (best := next(iter(data["agreement"][plan].items()), None)) is not None:
-            name, summary = best
-            said.append(
-                f"“{plan}”: {name} with the unpruned model {_agreement(name, summary)} (no labels, so no accuracy)"
-            )
+    said = [_outcome(plan, scores, data["agreement"].get(plan, {})) for plan, scores in data["scores"].items()]
+    said = [part for part in said if part]
     verdict = "; ".join(said) + "." if said else "Nothing was scored."
-    blocks: list[Block | None] = [Listing([(name, plan_text(plan)) for name, plan in data["plans"].items()])]
+    blocks: list[Block | None] = [Listing([(name, plan_line(plan)) for name, plan in data["plans"].items()])]
     rows = [row for plan, scores in data["scores"].items() for row in _rows(plan, "all", scores)]
     rows += [
         row
@@ -217,6 +226,23 @@ def scores_sheet(record: Record) -> Sheet:
     return Sheet(f"Accuracy: {model}", asked, verdict, conditions(record, **more), blocks)
 
 
+def _outcome(plan: str, scores: Mapping[str, Any], measures: Mapping[str, Any]) -> str:
+    """Say on how many samples a plan gives what the unpruned model does, and how its first score differs; "" of neither."""
+    same = next((name for name in YES_OR_NO if name in measures), None)
+    kept, named = "", f"“{plan}”"
+    if same is not None:
+        found, tokens = measures[same], measures.get("kept")
+        share = "" if tokens is None else f" with {number(100 * tokens['mean'], 1)} % of the tokens"
+        kept = f"{named} keeps {YES_OR_NO[same]} on {round(found['mean'] * found['n'])} of {found['n']}{share}"
+    for score, found in scores.items():
+        return f"{kept or named}: {_difference(score, found)}"
+    if kept:
+        return f"{kept} (no labels, so no accuracy)"
+    for name, summary in measures.items():
+        return f"{named}: {name} with the unpruned model {_agreement(name, summary)} (no labels, so no accuracy)"
+    return ""
+
+
 def _difference(score: str, found: Mapping[str, Any]) -> str:
     change = f"{score} {number(100 * found['base'], 1)} % unpruned, {number(100 * found['pruned'], 1)} % pruned"
     low, high = found["low"], found["high"]
@@ -235,7 +261,7 @@ def _difference(score: str, found: Mapping[str, Any]) -> str:
 
 def _rows(plan: str, group: str, scores: Mapping[str, Any]) -> list[list[Any]]:
     rows = []
-    for score, p in scores.items():
+    for score, p in _distinct(scores):
         ends = "" if p["low"] is None or p["high"] is None else f" [{100 * p['low']:+.2f}, {100 * p['high']:+.2f}]"
         could = "-" if p["detectable"] is None else Cell(f"{100 * p['detectable']:.2f}", p["detectable"])
         rows.append(
@@ -255,8 +281,20 @@ def _rows(plan: str, group: str, scores: Mapping[str, Any]) -> list[list[Any]]:
     return rows
 
 
+def _distinct(scores: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Scores that are equal in everything as one, by all their names: two rows of the same figures say nothing new."""
+    found: list[tuple[list[str], Any]] = []
+    for name, score in scores.items():
+        same = next((names_ for names_, other in found if other == score), None)
+        if same is None:
+            found.append(([name], score))
+        else:
+            same.append(name)
+    return [(" = ".join(names_), score) for names_, score in found]
+
+
 def _agreement(name: str, summary: Mapping[str, Any], *, spread: bool = False) -> str:
-    if name in _YES_OR_NO:
+    if name in YES_OR_NO:
         return f"{100 * summary['mean']:.1f} %"
     ends = (summary["p20"], summary["p80"]) if spread else (None, None)
     return interval(summary["mean"], ends[0], ends[1], 4)

@@ -26,7 +26,7 @@ from .blocks import (
     text_of,
 )
 from .charts import mark
-from .words import interval, number, plan_text
+from .words import interval, number, plan_line
 
 _ELSEWHERE = {"model", "record", "versions", "date"}  # conditions that the command's own line, or its record, says
 _SHORT = 9  # letters of a heading, whose column is not broken
@@ -72,7 +72,7 @@ def _block(console: Console, block: Block) -> None:
             for name, text in block.answers:
                 console.print(f"[bold]{escape(name)}[/]\n{escape(text)}\n", highlight=False)
         case PlanBox():
-            console.print(escape(plan_text(block.plan)), highlight=False)
+            console.print(escape(plan_line(block.plan)), highlight=False)
             if block.python is not None:
                 console.print(escape(block.python), highlight=False, soft_wrap=True)
         case Code():

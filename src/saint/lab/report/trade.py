@@ -7,7 +7,7 @@ from typing import Any
 
 from .blocks import Block, Cell, Charts, Plot, Point, Table, front
 from .reading import Record
-from .words import interval, plan_method, plan_text
+from .words import YES_OR_NO, interval, number, plan_line, plan_method
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def trades(records: Sequence[Record]) -> list[Trade]:
     made = []
     for key, name, plan, quality in found:
         for timed_as, speed in speeds.get(key, []):
-            named = name if name not in ("", "default", "plan1") else timed_as or plan_text(plan)
+            named = name if name not in ("", "default", "plan1") else timed_as or plan_line(plan)
             label = f"{named} ({speed.what})"
             point = Point(
                 label, plan_method(plan), speed.median, quality.value, speed.low, speed.high, quality.low, quality.high
@@ -102,7 +102,9 @@ def _qualities(record: Record) -> Iterator[tuple[str, str, Mapping[str, Any], _Q
                 yield model, name, plan, _Quality(f"{score}, 0 to 1", p["pruned"], low, high, p["base"])
             for measure, s in data["agreement"][name].items():
                 if measure not in ("kl", "kept"):  # 1 is the best of the others
-                    yield model, name, plan, _Quality(f"{measure} with the unpruned model", s["mean"], None, None, 1.0)
+                    said = f"{measure} with the unpruned model"
+                    said = f"share that keeps {YES_OR_NO[measure]}" if measure in YES_OR_NO else said
+                    yield model, name, plan, _Quality(said, s["mean"], None, None, 1.0)
     elif record.kind == "demo":
         for name, run in _demoed(data):
             agreement = run["agreement"]
@@ -150,6 +152,7 @@ def trade_blocks(records: Sequence[Record]) -> tuple[str, list[Block]] | None:
                 y=measure,
                 axis=measure.partition(" with ")[0][:30],
                 note=note,
+                wide=True,
             )
         )
         rows = [
@@ -163,6 +166,14 @@ def trade_blocks(records: Sequence[Record]) -> tuple[str, list[Block]] | None:
             for i, p in enumerate(points, 1)
         ]
         tables.append(Table(["plan", "method", "speed-up", measure, "unbeaten"], rows, f"{model}: {measure}"))
-        said.append(f"{model}, {measure}: {len(best)} of {len(points)} unbeaten in both, the unpruned model counted")
-    sentence = f"Of plans with both a measured speed and a quality: {'; '.join(said)}."
-    return sentence, [Charts(figures), *tables]
+        said.append(_said(model, measure, best, points[0]))
+    return " ".join(said), [Charts(figures), *tables]
+
+
+def _said(model: str, measure: str, best: Sequence[Point], base: Point) -> str:
+    """Say what the fastest plan that none beats gives, and what the unpruned model does."""
+    if len(best) == 1 and best[0] is base:
+        return f"{model}: no plan is faster than the unpruned model without a lower {measure}."
+    fastest = max(best, key=lambda point: point.x)
+    own = f"{number(fastest.x, 2)} times as fast with a {measure.removesuffix(', 0 to 1')} of {number(fastest.y, 4)}"
+    return f"{model}: {fastest.name} is {own} (unpruned: {number(base.y, 4)})."

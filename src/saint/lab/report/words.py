@@ -3,6 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# agreement of zeros and ones, of which the mean says all, and what it is about
+YES_OR_NO = {
+    "same_answer": "the answer",
+    "same_top1": "the top class",
+    "same_first_token": "the first word of the answer",
+}
+SLOTS = ("vision", "connector", "language")
 _METHOD, _SHOWN = "method", ("layers", "placement", "output")
 _PLAIN = {"output": "survivors"}  # values that say nothing new
 
@@ -36,24 +43,49 @@ def names(values: Sequence[str], most: int = 6) -> str:
 
 
 def plan_text(plan: Mapping[str, Any]) -> str:
-    """A plan's dict in a line, e.g. "vision: saint (threshold 0.75, neighbors 5), first-half layers"."""
-    slots = []
-    for slot in ("vision", "connector", "language"):
-        for stage in _stages(plan, slot):
-            method = dict(stage["method"])
-            name = method.pop(_METHOD)
-            settings = ", ".join(
-                f"{key} {value:g}" if _is_number(value) else f"{key} {value}" for key, value in method.items()
-            )
-            more = [f"{key} {stage[key]}" for key in _SHOWN if stage.get(key) not in (None, _PLAIN.get(key))]
-            slots.append(f"{slot}: {name} ({settings})" + "".join(f", {text}" for text in more))
+    """A plan's dict in full, e.g. "vision: saint (threshold 0.75, neighbors 5), layers first_half"."""
+    slots = [_stage_text(slot, stage) for slot in SLOTS for stage in _stages(plan, slot)]
     return "; ".join(slots) or "nothing is dropped"
+
+
+def plan_line(plan: Mapping[str, Any]) -> str:
+    """A plan's dict in one short line: a slot of several stages says its methods and where they are, without settings."""
+    slots = []
+    for slot in SLOTS:
+        stages = _stages(plan, slot)
+        slots += [_stage_text(slot, stages[0])] if len(stages) == 1 else []
+        slots += [stages_line(slot, stages)] if len(stages) > 1 else []
+    return "; ".join(slots) or "nothing is dropped"
+
+
+def stages_line(slot: str, stages: Sequence[Mapping[str, Any]]) -> str:
+    """Several stages of a slot in one line, e.g. "vision: match at the input and layers 0, 2, 3"."""
+    places: dict[str, list[str]] = {}
+    for stage in stages:
+        layers = stage.get("layers")
+        listed = list(map(str, layers)) if isinstance(layers, (list, tuple)) else [str(layers or "its own")]
+        where = ["the input"] if stage.get("placement") == "input" else listed
+        places.setdefault(str(stage[_METHOD][_METHOD]), []).extend(where)
+    said = []
+    for name, found in places.items():
+        layers = ", ".join(place for place in found if place != "the input")
+        parts = [*(["the input"] if "the input" in found else []), *([f"layers {layers}"] if layers else [])]
+        said.append(f"{name} at {' and '.join(parts)}")
+    return f"{slot}: {'; '.join(said)}"
+
+
+def _stage_text(slot: str, stage: Mapping[str, Any]) -> str:
+    method = dict(stage[_METHOD])
+    name = method.pop(_METHOD)
+    settings = ", ".join(f"{key} {value:g}" if _is_number(value) else f"{key} {value}" for key, value in method.items())
+    more = [f"{key} {stage[key]}" for key in _SHOWN if stage.get(key) not in (None, _PLAIN.get(key))]
+    return f"{slot}: {name} ({settings})" + "".join(f", {text}" for text in more)
 
 
 def plan_method(plan: Mapping[str, Any]) -> str:
     """Names of the methods of a plan, e.g. "saint + fastv"."""
     found = []
-    for slot in ("vision", "connector", "language"):
+    for slot in SLOTS:
         found += [str(stage["method"][_METHOD]) for stage in _stages(plan, slot)]
     return " + ".join(dict.fromkeys(found)) or "none"
 
