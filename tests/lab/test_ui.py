@@ -606,7 +606,7 @@ def test_wildcards_busy_ports_and_missing_extras_are_told(capsys, monkeypatch):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(extras, "import_module", missing)
-    assert 'pip install "saint-vlm[ui]"' in fails()
+    assert 'pip install ".[ui]"' in fails()
 
 
 def test_the_demo_models_are_offered_and_those_of_the_command_line():

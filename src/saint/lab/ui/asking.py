@@ -15,7 +15,6 @@ from ...methods import get
 from ...plans import Plan, Stage
 from ...presets import recipe, recipes
 from ..images import read_untrusted
-from ..loading.plans import parse_layers
 from .guard import LARGEST
 
 STAGES = ("vision", "connector", "language")
@@ -178,7 +177,7 @@ def _of_method(name: str, data: dict[str, str]) -> Plan:
         if layers:
             raise ValueError("the connector stage has no layers: leave them empty")
         return Plan(connector=Stage(method(**settings)))
-    return Plan(**{where: Stage(method(**settings), layers=parse_layers(layers) if layers else None)})
+    return Plan(**{where: Stage(method(**settings), layers=layers or None)})
 
 
 def _number(name: str, text: str) -> int | float:
