@@ -61,7 +61,7 @@ LAB = {
     "images": set(),
     "records": set(),
     "answers": set(),  # in words, against references
-    "describe": set(),
+    "describe": {"report"},
     "variants": set(),
     "bench": {"records", "variants"},
     "demo": {"images", "records"},
@@ -90,6 +90,7 @@ LAB = {
         "sources",
         "tuning",
         "ui",
+        "variants",
         "view",
     },
 }

@@ -60,7 +60,7 @@ def test_bench_per_mode(run, spec, tmp_path):
     assert code == 0, err
     record = json.loads(file.read_text())
     assert record["kind"] == "bench/generation"
-    assert list(record["plans"]) == ["connector", "language", "vision", "hybrid"]
+    assert list(record["plans"]) == ["keep 0.5", "connector", "language", "vision", "hybrid"]
     assert all(name in out for name in ("unpruned", *record["plans"], "efficiency"))
     assert record["conditions"]["batch"] == 2
     assert record["conditions"]["new_tokens"] == 2
@@ -89,7 +89,7 @@ def test_errors(run, spec, picture, tmp_path):
     one_line(run("view", spec, "--images", picture, "--size", 64)[2], "--size does not fit")
     one_line(run("view", "demo:small-llava", "--images", picture, "--no-pretrained")[2], "a demo model is its weights")
     one_line(run("demo", "demo:small-llava", "--images", picture)[2], "vision-language model", "saint chat, view")
-    one_line(run("bench", spec, "--threshold", 0.5)[2], "the one vision stage", "--plan")
+    one_line(run("bench", spec, "--threshold", 0.5)[2], "--threshold does not fit")
     hf.CLIPConfig(architectures=["CLIPModel"]).save_pretrained(tmp_path / "clip")
     one_line(run(*ask, f"hf:{tmp_path / 'clip'}")[2], "does not answer")
 

@@ -15,10 +15,9 @@ from PIL import Image
 import saint
 from saint import extras
 from saint.lab.cli import COMMANDS, app, main
-from saint.lab.cli.common import make_plan
 from saint.lab.kinds import Encoder
 from saint.lab.loading import DownloadError
-from saint.lab.loading.plans import parse_layers
+from saint.lab.loading.plans import changed_plan, parse_layers
 from saint.lab.sources.photos import load_images, names_of
 from saint.plans import Plan
 from support.command_line import TINY, one_line
@@ -260,7 +259,7 @@ def test_debug_shows_the_traceback(monkeypatch):
 def test_threshold_needs_a_method_that_has_one():
     plan = Plan(vision=saint.SaintFullGraph(keep=0.5))
     with pytest.raises(ValueError, match="saint_full_graph"):
-        make_plan(plan, None, 0.5, None)
+        changed_plan(plan, 0.5, None)
 
 
 def test_layers_are_parsed():

@@ -2,18 +2,30 @@
 
 from typing import TYPE_CHECKING
 
+from .report.words import plan_text
+
 if TYPE_CHECKING:
+    from ..methods.base import Method
     from ..plans import Plan
+
+_ALWAYS = ("threshold",)  # shown also where it is the usual one
 
 
 def describe(plan: "Plan") -> str:
-    """A plan in a line."""
-    parts = []
-    for name, stage in ((name, stage) for name, stages in plan.slots.items() for stage in stages):
-        settings = {k: v for k, v in stage.method.to_dict().items() if k != "method"}
-        shown = ", ".join(f"{k}={v}" for k, v in settings.items() if v != getattr(type(stage.method), k, None))
-        lead = f"threshold={settings['threshold']}" if "threshold" in settings else ""
-        text = ", ".join(part for part in (lead, shown.replace(lead, "").strip(", ")) if part)
-        tail = "" if stage.output == "survivors" else f', output="{stage.output}"'
-        parts.append(f"{name}: {stage.method.name}({text}){tail}")
-    return "; ".join(parts) or "nothing"
+    """A plan in a short line, without settings that are the usual ones; see :func:`saint.lab.report.words.plan_text`."""
+    return plan_text(
+        {
+            slot: [{**stage.to_dict(), "method": _told(stage.method)} for stage in stages]
+            for slot, stages in plan.slots.items()
+        }
+    )
+
+
+def _told(method: "Method") -> dict[str, object]:
+    usual = type(method)
+    settings = method.to_dict()
+    return {
+        key: value
+        for key, value in settings.items()
+        if key == "method" or key in _ALWAYS or value != getattr(usual, key, None)
+    }

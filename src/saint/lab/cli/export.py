@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
-from ..describe import describe
 from . import options
-from .common import err, finish, out, progress, save
+from .common import doing, err, finish, out, progress, save
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,6 +20,7 @@ def export(
     model: Annotated[str, typer.Argument(help=f"{options.MODEL_HELP}; of a vision-language model its tower")],
     output: Annotated[Path, typer.Option("--output", "-o", help="FILE.onnx, FILE.pt2, or a folder for OpenVINO")],
     plan: options.PlanText = None,
+    keep: options.Keep = None,
     images: Annotated[
         Path | None, typer.Option("--images", help="a folder of images, on which a plan by votes is frozen first")
     ] = None,
@@ -36,20 +37,22 @@ def export(
     from ...backends.export import export as write
     from ...backends.export import format_of
     from ...freezing import freeze
+    from ..describe import describe
     from ..images import reason
     from ..kinds import Given, kind_of
-    from ..loading.plans import read_plan
+    from ..loading.plans import HALF, choose
     from ..records import environment
     from ..sources.items import Item
     from ..sources.listing import left_facts
 
     format_of(output)
+    choice = choose(plan, keep) or HALF
     kind = kind_of(model)
     kind.check(model, {"--size": how.size})
     left: Left = {}
     items, bad = ([], []) if images is None else kind.items(Given(images), limit, left)
     subject = how.load(kind, model)
-    chosen = subject.exported if plan is None else read_plan(plan)
+    chosen = subject.exported(choice)
     data: list[dict[str, Any]] = []
     for item in items:
         try:
@@ -63,9 +66,9 @@ def export(
     else:
         noise = _noise()
         data = [subject.inputs([Item.photo("noise", noise, "?")], [noise])]
-    with err.status(f"exporting {model}"):
+    with doing(f"exporting {model}"):
         written = write(subject.model, chosen, output, subject.seen(data[0]))
-    out.print(f"[bold]{model}[/]  {describe(chosen)}", highlight=False, soft_wrap=True)
+    out.print(f"[bold]{model}[/]  {escape(choice.name)}: {escape(describe(chosen))}", highlight=False, soft_wrap=True)
     out.print(
         f"{written.format}, {written.size / 2**20:.1f} MiB; {', '.join(written.inputs)} -> {', '.join(written.outputs)}; "
         f"largest difference from the patched model {written.error:.1g}",
@@ -79,6 +82,7 @@ def export(
             "pretrained": how.pretrained,
             "size": how.size,
             "plan": chosen.to_dict(),
+            "plan_name": choice.name,
             "counted_on": counted,
             "skipped": [list(entry) for entry in bad],
             "left_out": left_facts(left),

@@ -100,11 +100,15 @@ class Quotes:
 
 @dataclass(frozen=True)
 class PlanBox:
-    """A plan: in words, as the text that ``--plan`` takes, and as the line of Python or of a shell that makes it."""
+    """A plan: in words, as the text that ``--plan`` takes, and as the line of Python or of a shell that makes it.
+
+    ``name`` is what people call it: the recipe's, the file's, or the share of the work it was made for.
+    """
 
     plan: dict[str, Any]
     python: str | None = None
     shell: str | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True)

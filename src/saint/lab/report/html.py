@@ -129,7 +129,7 @@ def _chart(chart: Curves | Matrix | Plot) -> Markup:
 
 
 def _plan(box: PlanBox) -> Markup:
-    said = tag("p", plan_text(box.plan))
+    said = tag("p", f"{box.name}: {plan_text(box.plan)}" if box.name else plan_text(box.plan))
     if box.shell is not None:
         return join([said, tag("pre", box.shell, tabindex="0", class_="line")])
     text = json.dumps(box.plan, separators=(",", ":"))

@@ -50,7 +50,7 @@ def tune_sheet(record: Record) -> Sheet:
         None if curve is None else curve[1],
         _missing(data),
         Heading("Plan"),
-        PlanBox(data["plan"]),
+        PlanBox(data["plan"], name=data.get("plan_name")),
         skipped(record),
     ]
     more = {

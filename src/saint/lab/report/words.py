@@ -5,6 +5,9 @@ from typing import Any
 
 _METHOD, _SHOWN = "method", ("layers", "placement", "output")
 _PLAIN = {"output": "survivors"}  # values that say nothing new
+_BUDGET = "budget"
+_AIMS = ("keep", _BUDGET, "r", "threshold")  # settings that say how much goes, the first that a method has
+_LINE = 120  # letters of a plan in full
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -36,18 +39,42 @@ def names(values: Sequence[str], most: int = 6) -> str:
 
 
 def plan_text(plan: Mapping[str, Any]) -> str:
-    """A plan's dict in a line, e.g. "vision: saint (threshold 0.75, neighbors 5), first-half layers"."""
-    slots = []
-    for slot in ("vision", "connector", "language"):
-        for stage in _stages(plan, slot):
-            method = dict(stage["method"])
-            name = method.pop(_METHOD)
-            settings = ", ".join(
-                f"{key} {value:g}" if _is_number(value) else f"{key} {value}" for key, value in method.items()
-            )
-            more = [f"{key} {stage[key]}" for key in _SHOWN if stage.get(key) not in (None, _PLAIN.get(key))]
-            slots.append(f"{slot}: {name} ({settings})" + "".join(f", {text}" for text in more))
-    return "; ".join(slots) or "nothing is dropped"
+    """A plan's dict in a short line, e.g. "vision: saint (threshold 0.75, neighbors 5), first-half layers".
+
+    Of a plan with more settings than fit, methods and numbers of stages, e.g. "vision: match in 9 stages, keep 0.86 to 0.4".
+    """
+    slots = {slot: stages for slot in ("vision", "connector", "language") if (stages := _stages(plan, slot))}
+    whole = "; ".join(f"{slot}: {_stage_text(stage)}" for slot, stages in slots.items() for stage in stages)
+    if len(whole) <= _LINE:
+        return whole or "nothing is dropped"
+    return "; ".join(f"{slot}: {_brief(stages)}" for slot, stages in slots.items())
+
+
+def _stage_text(stage: Mapping[str, Any]) -> str:
+    method = dict(stage["method"])
+    name = method.pop(_METHOD)
+    settings = ", ".join(_setting(key, value) for key, value in method.items())
+    more = [f"{key} {stage[key]}" for key in _SHOWN if stage.get(key) not in (None, _PLAIN.get(key))]
+    return ", ".join([f"{name} ({settings})" if settings else name, *more])
+
+
+def _setting(key: str, value: Any) -> str:
+    if not _is_number(value):
+        return f"{key} {value}"
+    return f"{'keep' if key == _BUDGET else key} {value:g}"  # a budget that is a number is what stays
+
+
+def _brief(stages: Sequence[Mapping[str, Any]]) -> str:
+    """Methods of a slot, how many stages, and what the first and the last of them aim at."""
+    methods = [stage["method"] for stage in stages]
+    text = " and ".join(dict.fromkeys(str(method[_METHOD]) for method in methods))
+    text += f" in {len(stages)} stages" if len(stages) > 1 else ""
+    for key in _AIMS:
+        values = [method[key] for method in methods if _is_number(method.get(key))]
+        if values:
+            ends = f"{values[0]:.3g}" if values[0] == values[-1] else f"{values[0]:.3g} to {values[-1]:.3g}"
+            return f"{text}, {'keep' if key == _BUDGET else key} {ends}"
+    return text
 
 
 def plan_method(plan: Mapping[str, Any]) -> str:
