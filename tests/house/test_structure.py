@@ -70,11 +70,11 @@ LAB = {
     "kinds": {"bench", "demo", "images", "loading", "sources"},  # the only rooms that know which kind of model it is
     "view": {"describe", "images", "kinds", "records", "report", "sources"},
     "eval": {"answers", "images", "kinds", "loading", "records", "sources", "variants"},
-    "analysis": {"bench", "eval", "images", "kinds", "records", "sources"},
+    "analysis": {"bench", "describe", "eval", "images", "kinds", "records", "sources"},
     "tuning": {"analysis", "bench", "eval", "kinds", "records", "variants"},
     "embed": {"eval", "images", "kinds", "records", "sources"},
     "report": {"images", "records"},  # reads records; loads no model
-    "ui": {"bench", "demo", "images", "kinds", "loading", "records", "report", "sources", "view"},
+    "ui": {"bench", "demo", "describe", "images", "kinds", "loading", "records", "report", "sources", "view"},
     "cli": {
         "analysis",
         "bench",

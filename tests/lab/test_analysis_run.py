@@ -18,6 +18,7 @@ from saint.lab.analysis import geometry, propose, record, run, similarity
 from saint.lab.analysis.attention import received_entropy
 from saint.lab.analysis.causal import METHODS, Causal, Looks
 from saint.lab.analysis.probe import Probe
+from saint.lab.describe import as_python
 from saint.lab.eval.journal import JournalError
 from saint.lab.kinds.generating import next_token_kl
 from saint.lab.report import make_report, read_records
@@ -519,7 +520,7 @@ def test_a_proposed_plan_begins_at_the_first_harmless_redundant_layer():
     losses = [0.5, 0.01, 0.01, 0.01, 0.0]
     plan = propose.propose([part(losses, [[0.3, 0.3, 0.9, 0.4, 0.4], [0.0, 0.0, 0.3, 0.3, 0.4]])], causal, {})
     assert plan == saint.Plan(vision=saint.Stage(saint.Saint(threshold=0.7), layers=[1, 3]))
-    assert eval(propose.plan_line(plan), {"saint": saint}) == plan
+    assert eval(as_python(plan), {"saint": saint}) == plan
     assert propose.propose([part([0.5] * 4, [[0.3] * 4, [0.3] * 4])], causal, {}) is None
     assert propose.propose([part(losses, [[0.01] * 5, [0.01] * 5])], causal, {}) is None
     centred = propose.propose([part(losses, [[0.3] * 5, [0.0] * 5])], causal, {"vision": True})

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import saint
 from saint.lab.report import make_report, read_records
 from support import records as report_records
 from support.pictures import png
@@ -171,6 +172,7 @@ def test_sliders_change_what_is_shown(shown, report):
 def test_the_slider_changes_the_heat_map_and_who_stands_for_whom(shown, report):
     page = shown(report)
     figure = page.find_element(By.CSS_SELECTOR, "figure.why")
+    opened(figure.find_element(By.TAG_NAME, "details"))
     slider, counted = figure.find_element(By.TAG_NAME, "input"), figure.find_element(By.CLASS_NAME, "counted")
 
     def heat() -> list[str]:
@@ -200,6 +202,7 @@ def test_the_slider_changes_the_heat_map_and_who_stands_for_whom(shown, report):
 def test_patches_are_walked_by_keyboard_and_pinned_by_a_click(shown, report):
     page = shown(report)
     figure = page.find_element(By.CSS_SELECTOR, "figure.why")
+    opened(figure.find_element(By.TAG_NAME, "details"))
     slider, said = figure.find_element(By.TAG_NAME, "input"), figure.find_element(By.CSS_SELECTOR, "output.patch")
 
     def lines() -> list[str]:
@@ -208,18 +211,19 @@ def test_patches_are_walked_by_keyboard_and_pinned_by_a_click(shown, report):
         return [line.get_attribute("d") for line in cursors]
 
     assert said.text.startswith("Point at a patch")
-    slider.send_keys(Keys.ARROW_LEFT)  # behind layer 0, where patches 2 and 4 have left for 1
+    slider.send_keys(Keys.ARROW_LEFT)  # behind layer 0, where patches 2 and 4 were dropped, and 1 stands for them
     slider.send_keys(Keys.TAB)
+    page.switch_to.active_element.send_keys(Keys.TAB)  # behind the words that open the details
     assert page.switch_to.active_element.get_attribute("class") == "map"
     assert said.text == (
-        "row 1, column 3; left after layer 0; its most similar survivor: row 1, column 2; 3 neighbours: votes to go"
+        "row 1, column 3; dropped after layer 0; its most similar survivor: row 1, column 2; 3 neighbours: votes to go"
     )
     assert lines() == ["M25 5L15 5", "M20 0h10v10h-10z"]
     page.switch_to.active_element.send_keys(Keys.ARROW_LEFT)
-    assert said.text == "row 1, column 2; stays here, leaves after layer 3"
+    assert said.text == "row 1, column 2; kept here, dropped after layer 3"
     assert lines() == ["M10 0h10v10h-10z"]
     page.switch_to.active_element.send_keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT, Keys.ARROW_UP)  # the edge
-    assert said.text == "row 1, column 1; stays; 1 neighbour: no vote"
+    assert said.text == "row 1, column 1; kept; 1 neighbour: no vote"
     page.switch_to.active_element.send_keys(Keys.ESCAPE)
     assert said.text.startswith("Point at a patch")
     assert lines() == []
@@ -228,12 +232,12 @@ def test_patches_are_walked_by_keyboard_and_pinned_by_a_click(shown, report):
     wide, high = picture.size["width"], picture.size["height"]
     hand = ActionChains(page)
     hand.move_to_element_with_offset(picture, round(wide / 3), round(-high / 4)).perform()  # from the middle: patch 2
-    assert said.text.startswith("row 1, column 3; left after layer 0")
+    assert said.text.startswith("row 1, column 3; dropped after layer 0")
     hand.click().move_to_element(slider).perform()
-    assert said.text.startswith("row 1, column 3; left after layer 0")  # stays
+    assert said.text.startswith("row 1, column 3; dropped after layer 0")  # stays
     slider.send_keys(Keys.END)
-    through = "its most similar survivor: row 2, column 3 (through 1 that left since)"
-    assert said.text == f"row 1, column 3; left after layer 0; {through}"
+    through = "its most similar survivor: row 2, column 3 (through 1 dropped since)"
+    assert said.text == f"row 1, column 3; dropped after layer 0; {through}"
     assert lines() == ["M25 5L15 5L25 15", "M20 0h10v10h-10z"]
 
 
@@ -291,17 +295,115 @@ def picture(tmp_path) -> Path:
 
 
 def ready(page):
+    """The page with the answer that it opens with, and all that it holds."""
     WebDriverWait(page, 20).until(lambda p: p.execute_script("return document.body.dataset.ready"))
+    assert answered(page) == ""
+    opened(page.find_element(By.ID, "more"))
     return page
+
+
+def opened(details):
+    details.parent.execute_script("arguments[0].open = true", details)
+    return details
+
+
+def answered(page) -> str:
+    """What the status says in the end, empty for an answer."""
+    status, go = page.find_element(By.ID, "status"), page.find_element(By.ID, "go")
+    WebDriverWait(page, 120).until(lambda _: go.is_enabled() and not status.text.startswith("running"))
+    return status.text
 
 
 def prune(page) -> str:
     """Presses the button; what the status says in the end, empty for an answer."""
     page.find_element(By.ID, "go").send_keys(Keys.ENTER)
-    status = page.find_element(By.ID, "status")
-    go = page.find_element(By.ID, "go")
-    WebDriverWait(page, 120).until(lambda _: go.is_enabled() and not status.text.startswith("running"))
-    return status.text
+    return answered(page)
+
+
+def set_keep(page, share: str) -> None:
+    """Moves the slider as a hand does: it tells the page while it moves, and when it is let go."""
+    page.execute_script(
+        "const s = document.getElementById('keep'); s.value = arguments[0];"
+        "s.dispatchEvent(new Event('input')); s.dispatchEvent(new Event('change'))",
+        share,
+    )
+
+
+@pytest.mark.parametrize(("width", "dark"), [(420, True), (1280, False)])
+def test_the_page_opens_with_a_sample_and_its_result(shown, server, width, dark):
+    page = ready(shown(server, width, dark))
+    fits(page)
+    answer = page.find_element(By.ID, "answer")
+    kept, faster, agreement = answer.find_elements(By.CSS_SELECTOR, ".highlights .large")
+    assert kept.text.endswith("%")
+    assert faster.text.endswith("x")
+    assert 0 < float(agreement.text) <= 1
+    before = answer.find_element(By.CSS_SELECTOR, ".gallery img")
+    after = answer.find_element(By.CSS_SELECTOR, "figure.kept svg.seen")
+    beside = abs(before.location["y"] - after.location["y"]) < 40
+    assert beside == (width == 1280)  # side by side, or one column
+    assert answer.find_elements(By.CSS_SELECTOR, "svg.map")[0].is_displayed() is False  # reasons on demand
+    assert "chelsea" in page.find_element(By.ID, "hint").text
+    if width == 1280:
+        right = page.execute_script("return document.querySelector('#answer').getBoundingClientRect().right")
+        assert right > 1240  # the whole width
+
+
+def test_the_slider_prunes_again_and_two_plans_stand_beside_each_other(shown, server):
+    page = ready(shown(server))
+    answer = page.find_element(By.ID, "answer")
+    assert "saint.apply(model, keep=0.5)" in answer.text
+    page.find_element(By.ID, "pin").send_keys(Keys.ENTER)
+    assert "keep 0.5" in page.find_element(By.ID, "pinned").text
+    set_keep(page, "0.8")
+    assert page.find_element(By.ID, "share").text == "80 %"
+    assert answered(page) == ""
+    assert "saint.apply(model, keep=0.8)" in answer.text
+    rows = answer.find_elements(By.CSS_SELECTOR, "table tbody tr")[:2]
+    assert [row.text.startswith(name) for row, name in zip(rows, ("keep 0.8", "the plan given"), strict=True)] == [
+        True
+    ] * 2
+    assert len(answer.find_elements(By.CSS_SELECTOR, "figure.kept")) == 2
+    page.find_element(By.ID, "unpin").send_keys(Keys.ENTER)
+    assert prune(page) == ""
+    assert len(answer.find_elements(By.CSS_SELECTOR, "figure.kept")) == 1
+
+
+def test_a_long_plan_is_pasted_chosen_as_a_file_or_named(shown, server, tmp_path):
+    page = ready(shown(server))
+    stages = [saint.Stage(saint.methods.Match(keep=0.95, fate="weigh"), layers=[layer]) for layer in range(6)]
+    text = json.dumps(saint.Plan(vision=stages).to_dict(), indent=4).replace(": ", ":" + " " * 300)
+    assert len(text) > 20_000
+    plan = page.find_element(By.ID, "plan")
+    page.execute_script("arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))", plan, text)
+    assert not page.find_element(By.ID, "keep").is_enabled()
+    assert "the plan below decides" in page.find_element(By.ID, "decides").text
+    assert prune(page) == ""
+    assert "match at layers 0, 1, 2, 3, 4, 5" in page.find_element(By.ID, "answer").text
+    assert page.find_element(By.CSS_SELECTOR, "a.file").get_attribute("download") == "plan.json"
+    (tmp_path / "mine.json").write_text(json.dumps(saint.plan("vit/tome").to_dict()))
+    page.find_element(By.ID, "planfile").send_keys(str(tmp_path / "mine.json"))
+    WebDriverWait(page, 5).until(lambda _: '"tome"' in plan.get_attribute("value"))
+    assert prune(page) == ""
+    assert "vit/tome" in page.find_element(By.ID, "answer").text
+    Select(page.find_element(By.ID, "recipe")).select_by_value("vit/match")
+    assert plan.get_attribute("value") == "vit/match"
+    plan.clear()
+    plan.send_keys(" ")
+    assert page.find_element(By.ID, "keep").is_enabled()
+
+
+def test_only_methods_that_the_model_takes_are_offered(shown, server):
+    page = ready(shown(server))
+    offered = [option.get_attribute("value") for option in Select(page.find_element(By.ID, "method")).options]
+    assert "saint" in offered
+    assert not {"evs", "fastv"} & set(offered)
+    for name in offered[2:]:
+        Select(page.find_element(By.ID, "method")).select_by_value(name)
+        assert page.find_element(By.ID, "stage").get_attribute("value") == "vision"
+    named = [option.get_attribute("value") for option in Select(page.find_element(By.ID, "recipe")).options]
+    assert "vit/match" in named
+    assert "llava-1.5/hybrid" not in named
 
 
 @pytest.mark.parametrize(("width", "dark"), [(420, True), (1280, False)])
@@ -309,18 +411,18 @@ def test_a_picture_gets_an_answer_and_the_slider_works(shown, server, picture, w
     page = ready(shown(server, width, dark))
     page.find_element(By.ID, "file").send_keys(str(picture))
     Select(page.find_element(By.ID, "method")).select_by_value("random")
-    page.find_element(By.ID, "keep").send_keys("0.5")
+    page.find_element(By.ID, "tokens").send_keys("0.5")
     page.find_element(By.ID, "layers").send_keys("0,1")
     assert prune(page) == ""
     answer = page.find_element(By.ID, "answer")
-    assert "50 of 100 tokens are left (50%)" in answer.text
+    assert "50 of 100 tokens are kept to the end (50%)" in answer.text
     fits(page)
     said = answer.find_element(By.CSS_SELECTOR, "figure.kept output")
     before = said.text
     answer.find_element(By.CSS_SELECTOR, "figure.kept input").send_keys(Keys.HOME)
     assert before == "after layer 1: 50 of 100 kept (50%)"
     assert said.text == "before the first drop point: 100 of 100 kept (100%)"
-    assert "saint demo timm:test_vit --plan" in answer.find_element(By.CSS_SELECTOR, "pre.line").text
+    assert "saint demo timm:test_vit --plan" in answer.find_elements(By.CSS_SELECTOR, "pre.line")[1].text
 
 
 def test_a_dropped_file_is_taken(shown, server):
@@ -338,7 +440,6 @@ def test_hostile_files_are_refused_in_the_page(shown, browser, server, tmp_path,
     import zlib
 
     page = ready(shown(server))
-    assert prune(page) == "choose an image first"
     (tmp_path / "text.png").write_text("no picture at all")
     (tmp_path / "huge.png").write_bytes(base64.b64decode(png(50_000, 50_000, zlib.compress(bytes(1000)))))
     (tmp_path / ".hidden.png").write_bytes(picture.read_bytes())

@@ -76,8 +76,10 @@ def test_verdicts_say_what_the_numbers_say(written):
 
     analyze = report_records.analyze()
     text = read(make_report(written(analyze))).text
-    assert "Vision encoder: three stages, boundaries in front of layers 2 and 4." in text
-    assert "Language model: stages: not shown (20 images are too few)." in text
+    assert "Three stages, boundaries in front of layers 2 and 4" in text
+    assert "Stages: not shown (20 images are too few)" in text
+    assert "no stages of layers show" in text
+    assert text.index("Proposed plan") < text.index("Three stages")
     assert "saint.Plan(vision=saint.Saint(threshold=0.7))" in text
     assert json.dumps(analyze["plan"], separators=(",", ":")) in text
 
@@ -195,7 +197,7 @@ def test_tokens_of_a_prompt_are_laid_on_their_tiles(written):
     labels = [entry["data-label"] for _, entry in seen.found if (entry.get("class") or "").startswith("step")]
     assert labels[1:3] == ["vision, after layer 3: 3 of 4 kept (75%)", "language, after layer 1: 1 of 4 kept (25%)"]
     assert labels[4:] == ["vision, after layer 3: 1 of 2 kept (50%)", "language, after layer 1: 1 of 2 kept (50%)"]
-    assert "33.3 % of the tokens are left" in seen.text
+    assert "33.3 % of the tokens are kept" in seen.text
 
 
 def test_sheets_beside_an_older_record_are_shown_and_nothing_elsewhere(written, tmp_path):
@@ -362,10 +364,10 @@ def test_the_input_and_the_first_layer_are_two_points_of_one_picture(run, tmp_pa
     assert code == 0, err
     text = read((tmp_path / "r.html").read_text()).text
     words = " ".join(text.split())
-    assert "in front of the layers: 20 left" in words
-    assert "after layer 0: 23 left" in words
+    assert "in front of the layers: 20 dropped" in words
+    assert "after layer 0: 23 dropped" in words
     tables = read_tables((tmp_path / "r.html").read_text())
-    assert tables["Tokens left, vision"] == [["input", "80"], ["0", "57"], ["2", "40"]]
+    assert tables["Tokens kept, vision"] == [["input", "80"], ["0", "57"], ["2", "40"]]
     assert tables["Tokens around each drop point"] == [["input", "100", "80"], ["0", "80", "57"], ["2", "57", "40"]]
     assert "band: lowest" not in words
 

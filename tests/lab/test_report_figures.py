@@ -423,7 +423,7 @@ def test_figures_of_a_tuning(written):
         },
     ]
     page = make_report(written(record))
-    head = ("plan", "share of the FLOPs left", "1 - cosine", "this plan less that one (below 0: it loses less)")
+    head = ("plan", "share of the FLOPs used", "1 - cosine", "this plan less that one (below 0: it loses less)")
     expected = [
         ("this plan", "0.591", "0.0411 [0.0322, 0.0533]", "-"),
         ("published saint", "0.592", "0.0844 [0.0755, 0.0966]", "-0.0433 [-0.0522, -0.0311]"),
@@ -435,14 +435,14 @@ def test_figures_of_a_tuning(written):
     assert found["On 41 images held back, mean [95 % interval]"] == [
         dict(zip(head, row, strict=True)) for row in expected
     ]
-    assert [list(row.values()) for row in found["Where tokens leave"]] == [
+    assert [list(row.values()) for row in found["Where tokens are dropped"]] == [
         ["in front of the layers", "saint", "8 of 10", "80%"],
         ["layer 2", "match", "5 of 10", "50%"],
     ]
-    assert list(found["Where tokens leave"][0]) == ["where", "method", "tokens left", "share left"]
+    assert list(found["Where tokens are dropped"][0]) == ["where", "method", "tokens kept", "share kept"]
     text = words(page)
     assert (
-        "Met: 59.1 % of the FLOPs are left (60 % of the FLOPs asked for); "
+        "Met: 59.1 % of the FLOPs are used (60 % of the FLOPs asked for); "
         "agreement 0.9589 [0.9467, 0.9678] with the unpruned model on 41 images held back." in text
     )
     same = "it loses less than published saint, and it loses more than random, and no difference to tome is shown."
@@ -451,7 +451,7 @@ def test_figures_of_a_tuning(written):
     assert conditions(page)["images"] == "83 to tune on, 41 held back (photos)"
     assert "0.20 of the FLOPs: 0.25 is the least" in text.replace("0.200", "0.20")
     record["reached"]["flops"]["mean"] = 0.601
-    assert "Missed: 60.1 % of the FLOPs are left" in words(make_report(written(record)))
+    assert "Missed: 60.1 % of the FLOPs are used" in words(make_report(written(record)))
 
 
 def test_figures_of_a_demo(written):
@@ -481,7 +481,7 @@ def test_figures_of_an_analysis(written):
     part["tokens"] = {"candidates": 187.0, "protected": 3}
     page = make_report(written(record))
     text = words(page)
-    assert "6 layers, 187 tokens that may go, 3 protected." in text
+    assert "6 layers, 187 tokens that may be dropped, 3 protected." in text
     shown = re.findall(r"<table.*?</table>", page, re.S)
     plain = [
         [re.sub("<[^>]+>", "", cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", table, re.S)]

@@ -1,4 +1,4 @@
-"""Pictures of a report that say why patches left: when, what stands for them, how they voted; and the page of `saint tune`."""
+"""Pictures of a report that say when and why patches were dropped, and how they voted; and the page of `saint tune`."""
 
 import copy
 import json
@@ -34,8 +34,8 @@ def test_patches_are_drawn_with_their_layer_and_what_stands_for_them(written):
     assert lines == ["M25 5L15 5M15 15L15 5", "M15 5L25 15"]  # 2 and 4 to 1; then 1 to 5
     marks = [re.findall(r">(\w+)</text>", part.partition("</g>")[0]) for part in page.split('class="marks ')[1:]]
     assert marks == [["0", "0"], ["3"]]
-    assert "after layer 0: 2 left" in seen.text
-    assert "after layer 3: 1 left" in seen.text
+    assert "after layer 0: 2 dropped" in seen.text
+    assert "after layer 3: 1 dropped" in seen.text
     assert "Of the proposed plan: vision: saint (threshold 0.7)" in seen.text
     assert "Not shown: c.png: is gone." in seen.text
 
@@ -77,7 +77,7 @@ def test_a_record_without_reasons_still_says_the_layer(written):
     ("change", "words"),
     [
         ({"gone": [2, 3]}, "other patches"),
-        ({"into": [1]}, "2 tokens left, and 1 stand"),
+        ({"into": [1]}, "2 tokens were dropped, and 1 stand"),
         ({"degree": [1, 2]}, "3 sources have 2 degrees"),
         ({"into": [1, "x"]}, "record0.json"),
     ],
@@ -135,7 +135,7 @@ def verdict_of(written, record: dict) -> str:
 def test_the_verdict_of_a_tuned_plan_says_target_reach_and_rivals(written):
     record = report_records.tune()
     said = verdict_of(written, record)
-    assert "Met: 59 % of the FLOPs are left (60 % of the FLOPs asked for)" in said
+    assert "Met: 59 % of the FLOPs are used (60 % of the FLOPs asked for)" in said
     assert "agreement 0.9600 [0.9500, 0.9700] with the unpruned model on 4 images held back" in said
     assert "it loses less than published saint, and no difference to random is shown" in said
     record["against"][1]["work"] = 0.7
@@ -175,8 +175,8 @@ def test_the_page_of_a_tuned_plan_holds_layers_costs_and_other_budgets(written):
     seen = read(make_report(written(record)))
     assert "in front of the layers" in seen.text
     assert "5 of 10" in seen.text
-    assert "Loss when 20% of the tokens leave at one layer alone" in seen.text
-    assert "saint, centred, -1: 0.050 [0.040, 0.060]" in seen.text
+    assert "Loss when 20% of the tokens are dropped at one layer alone" in seen.text
+    assert "saint, input: 0.050 [0.040, 0.060]" in seen.text
     assert "0.20 of the FLOPs: 0.25 is the least" in " ".join(seen.text.split())
     points = [entry["aria-label"] for entry in of_class(seen, "point")]
     assert [p.partition(";")[0] for p in points] == [

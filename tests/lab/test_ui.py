@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import threading
 import time
 import tracemalloc
@@ -24,7 +25,7 @@ from starlette.testclient import TestClient
 
 from saint.lab.kinds import Encoder
 from saint.lab.ui import Desk, make_app, offered
-from saint.lab.ui.desk import Offer
+from saint.lab.ui.desk import Offer, Told
 from saint.lab.ui.guard import LARGEST, hosts_of
 
 HOST = "127.0.0.1:8765"
@@ -77,10 +78,11 @@ def refused(response, status: int, *words: str) -> None:
 
 
 def test_a_picture_gets_survivors_outputs_times_and_a_plan(client):
-    response = post(client, method="saint", stage="vision", keep="0.5", layers="0-2", name="cat.png")
+    response = post(client, method="saint", stage="vision", tokens="0.5", layers="0-2", name="cat.png")
     assert response.status_code == 200, response.text
     html = response.json()["html"]
-    assert "50 of 100 tokens are left (50%)" in html
+    assert "50 of 100 tokens are kept to the end (50%)" in html
+    assert "measured on this machine" in html
     assert "after layer 2: 50 of 100 kept (50%)" in html
     assert "before the first drop point: 100 of 100 kept" in html
     assert "1 interleaved pairs" in html
@@ -98,12 +100,80 @@ def test_an_empty_plan_field_means_the_models_own_and_a_recipe_or_json_is_taken(
     named = post(client, plan="vit/tome")
     assert "tome" in named.json()["html"]
     text = json.dumps({"version": 1, "vision": {"method": {"method": "grid", "keep": 0.25}, "layers": [1]}})
-    assert "25 of 100 tokens are left" in post(client, plan=text).json()["html"]
+    assert "25 of 100 tokens are kept to the end" in post(client, plan=text).json()["html"]
+
+
+def test_the_slider_asks_for_a_share_of_the_work(client, desk):
+    """The plan is the one that saint makes of the model and its inputs; all of the work is no plan at all."""
+    told = post(client, keep="0.6").json()
+    subject = desk._held[1]
+    plan = saint.plan_for(subject.model, 0.6, subject.pixels([Image.new("RGB", (8, 8))]))
+    assert saint.Plan.from_dict(told["plan"]) == plan
+    assert plan.vision
+    assert "60 % of the FLOPs are used" in told["html"]
+    assert "saint.apply(model, keep=0.6)" in told["html"]
+    assert told["name"] == "keep 0.6"
+    whole = post(client, keep="1").json()
+    assert "every token is kept" in whole["html"]
+    assert whole["plan"] == saint.Plan().to_dict()
+    for wrong in ("0.1", "1.01", "nan", "some"):
+        refused(post(client, keep=wrong), 400, "keep", wrong)
+
+
+def test_two_plans_are_compared_on_one_picture(client):
+    first = {"version": 1, "vision": {"method": {"method": "grid", "keep": 0.25}, "layers": [1]}}
+    other = {"version": 1, "vision": {"method": {"method": "random", "keep": 0.5}, "layers": [1]}}
+    html = post(client, plan=json.dumps(first), against=json.dumps(other)).json()["html"]
+    rows = re.findall(r"<tr><th[^>]*>the plan given</th><td[^>]*>(.*?)</td>", html)
+    assert rows == ["25 of 100", "50 of 100"]
+    assert html.count('class="seen"') == 2
+    assert "after layer 1: 25 of 100 kept (25%)" in html
+    assert "after layer 1: 50 of 100 kept (50%)" in html
+    assert html.count('class="highlights"') == 1
+
+
+def test_a_plan_has_a_line_of_python_a_command_and_a_file(client):
+    told = post(client, plan="vit/tome").json()
+    assert "saint.apply(model, &quot;vit/tome&quot;)" in told["html"]
+    assert "saint demo timm:test_vit --plan vit/tome" in told["html"]
+    spelled = post(client, method="random", tokens="0.25", layers="1").json()["html"]
+    assert "saint.apply(model, saint.Plan(vision=saint.Stage(saint.methods.Random(keep=0.25), layers=[1])))" in spelled
+    stages = [saint.Stage(saint.methods.Match(keep=0.9, fate="weigh"), layers=[layer]) for layer in range(6)]
+    long = saint.Plan(vision=stages)
+    html = post(client, plan=json.dumps(long.to_dict())).json()["html"]
+    assert "saint.apply(model, &quot;plan.json&quot;)" in html
+    assert "--plan plan.json" in html
+    assert "vision: match at layers 0, 1, 2, 3, 4, 5" in html
+    (file,) = re.findall(r'href="data:application/json;base64,([^"]*)" download="plan.json"', html)
+    assert saint.Plan.from_dict(json.loads(base64.b64decode(file))) == long
+
+
+def test_what_is_offered_fits_one_picture(client):
+    told = client.get("/facts").json()
+    where = {method["name"]: method["stages"] for method in told["methods"]}
+    assert where["fastv"] == ["language"]
+    assert where["tome"] == ["vision", "language"]  # it merges, which the connector stage does not
+    assert not {"evs", "saint_video"} & where.keys()  # of videos
+    assert all(where.values())
+    assert told["models"][0]["stages"] == ["vision"]
+    stages = {recipe["name"]: recipe["stages"] for recipe in told["recipes"]}
+    assert stages["llava-1.5/hybrid"] == ["vision", "language"]
+
+
+def test_samples_are_pictures_by_name_and_nothing_else(client):
+    named = [sample["name"] for sample in client.get("/facts").json()["samples"]]
+    assert "scene" in named
+    for name in named:
+        response = client.get(f"/sample/{name}")
+        assert response.headers["content-type"] == "image/jpeg"
+        assert max(Image.open(io.BytesIO(response.content)).size) <= 640
+    for name in ("nothing", "..%2f..%2fguard.py", "%2fetc%2fpasswd", "chelsea.png"):
+        assert client.get(f"/sample/{name}").status_code == 404
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
 def test_four_formats_are_decoded(client, kind):
-    assert post(client, image=encoded(kind=kind), method="random", keep="0.5", layers="1").status_code == 200
+    assert post(client, image=encoded(kind=kind), method="random", tokens="0.5", layers="1").status_code == 200
 
 
 def test_one_model_is_held_and_requests_wait_for_each_other(client, desk, monkeypatch):
@@ -145,7 +215,7 @@ def test_too_many_waiting_requests_are_sent_away(client, desk, monkeypatch):
     def run(self, asked):
         begun.release()
         release.wait(20)
-        return "<p>done</p>"
+        return Told("<p>done</p>", "", {})
 
     monkeypatch.setattr(Desk, "run", run)
     with client:  # one event loop for all
@@ -228,7 +298,7 @@ HEADERS = {
 
 def test_every_answer_has_every_header_once(client, monkeypatch):
     """Pages, answers, refusals of the guard and of what is behind it: the whole policy, nothing more, nothing twice."""
-    monkeypatch.setattr(Desk, "run", lambda self, asked: "<p>done</p>")
+    monkeypatch.setattr(Desk, "run", lambda self, asked: Told("<p>done</p>", "", {}))
     foreign = {"Origin": "http://evil.example"}
     answers = {
         200: [client.get(path) for path in ("/", "/ui.css", "/ui.js", "/report.css", "/report.js", "/facts")]
@@ -400,7 +470,7 @@ def test_what_decompresses_to_much_more_than_it_is_stays_small(client):
     tracemalloc.start()
     text = png(8, 8, zlib.compress(bytes(8 * 25)), (b"zTXt", b"note\0\0" + bomb))
     refused(post(client, image=text), 400, "PNG")
-    pixels = post(client, image=png(8, 8, bomb), method="random", keep="0.5", layers="1")
+    pixels = post(client, image=png(8, 8, bomb), method="random", tokens="0.5", layers="1")
     assert pixels.status_code in (200, 400)  # the decoder stops behind the last line
     assert tracemalloc.get_traced_memory()[1] < 60_000_000
     tracemalloc.stop()
@@ -434,7 +504,12 @@ def test_paths_as_names_are_refused(client, name):
 
 def test_a_plan_is_never_read_from_a_file(client, tmp_path):
     saint.Plan(vision=saint.Saint()).save(tmp_path / "mine.json")
-    refused(post(client, plan=str(tmp_path / "mine.json")), 400, "unknown recipe")
+    refused(
+        post(client, plan=str(tmp_path / "mine.json")),
+        400,
+        "files of this machine are not read",
+        "choose the file in the page",
+    )
     refused(post(client, plan="/etc/passwd"), 400, "unknown recipe")
 
 
@@ -449,7 +524,7 @@ def test_a_plan_is_never_read_from_a_file(client, tmp_path):
         ({"method": "saint", "layers": "0-99"}, ["99"]),
         ({"method": "saint", "layers": "9" * 1900}, ["layers"]),
         ({"method": "saint", "stage": "attic"}, ["vision, connector, language"]),
-        ({"method": "divprune", "stage": "connector", "keep": "0.5"}, ["connector"]),
+        ({"method": "divprune", "stage": "connector", "tokens": "0.5"}, ["connector"]),
         ({"plan": "{oops"}, ["JSON"]),
         ({"plan": "x" * 30_001}, ["30000"]),
         ({"question": ["a"]}, ["must be text"]),
@@ -485,21 +560,25 @@ def test_text_of_a_question_is_text():
     from saint.lab.bench.timing import Line, Spread
     from saint.lab.kinds.subject import Answered
     from saint.lab.report.html import Renderer
-    from saint.lab.ui.pages import Shown, page
+    from saint.lab.ui.pages import Run, Shown, page
 
     spread = Spread(1.0, 0.9, 1.1, 3)
-    conditions = {"device": "cpu", "threads": 1, "dtype": "x"}
+    conditions = {"device": "cpu", "threads": 1, "dtype": "x", "load_average": 99.0}
     bench = SimpleNamespace(
         gain=spread, flops_bound=1.0, lines=[Line("unpruned", spread, 1.0, 1)], heads=("a", "b", "c"), caption="t",
-        conditions=conditions,
+        conditions=conditions, spreads={"unpruned": spread},
     )  # fmt: skip
     plan = saint.Plan(connector=saint.SaintFullGraph(keep=0.5))
     facts = {"name": "p", "visual_tokens": 4, "tiles": [], "layers": []}
-    said = [Answered(text, None) for text in ("<b>", "<i>")]
-    made = Renderer("ui", 100).alone(page(Shown("m", "m", "<script>1</script>", plan, facts, None, *said, bench)))
+    said = [Answered(text, None) for text in ("<em>", "<i>")]
+    run = Run("<u>", plan, facts, said[1], bench)
+    made = Renderer("ui", 100).alone(page(Shown("m", "m", "<script>1</script>", None, said[0], [run, run])))
     assert "<script" not in made
-    assert "<b>" not in made
+    assert "<em>" not in made
+    assert "&lt;em&gt;" in made
+    assert "<u>" not in made
     assert "another answer" in made
+    assert "load average 99.0" in made  # times of a busy machine
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -529,9 +608,20 @@ def test_wildcards_busy_ports_and_missing_extras_are_told(capsys, monkeypatch):
 
 def test_the_demo_models_are_offered_and_those_of_the_command_line():
     made = offered(["timm:test_vit", "demo:clip-b16"], pretrained=False)
-    assert list(made) == ["demo:clip-b16", "demo:dinov2-s", "demo:small-llava", "timm:test_vit"]
-    assert [offer.asked for offer in made.values()] == [False, False, True, False]
-    assert [offer.pretrained for offer in made.values()] == [True, True, True, False]
+    assert list(made) == [
+        "timm:test_vit",
+        "demo:clip-b16",
+        "demo:dinov2-s",
+        "demo:small-llava",
+    ]  # what was asked for first
+    assert [offer.asked for offer in made.values()] == [False, False, False, True]
+    assert [offer.pretrained for offer in made.values()] == [False, True, True, True]
+
+
+@pytest.mark.parametrize("spec", ["timm:nope", "open_clip:nope/none", "demo:nope", "nope:x", "nope"])
+def test_a_model_that_there_is_none_of_is_refused_at_the_start(spec):
+    with pytest.raises(ValueError, match="nope"):
+        offered([spec])
 
 
 # -- vision-language models -------------------------------------------------------------------------------------------
@@ -539,10 +629,10 @@ def test_the_demo_models_are_offered_and_those_of_the_command_line():
 
 def test_a_question_gets_both_answers(vlm):
     client, spec = vlm
-    response = post(client, model=spec, question="what <b>", method="saint_full_graph", stage="connector", keep="9")
+    response = post(client, model=spec, question="what <b>", method="saint_full_graph", stage="connector", tokens="9")
     assert response.status_code == 200, response.text
     html = response.json()["html"]
-    assert "9 of 36 tokens are left (25%)" in html
+    assert "9 of 36 tokens are kept to the end (25%)" in html
     assert html.count("<blockquote>") == 2
     assert "connector: 9 of 36 kept (25%)" in html
     assert "First token of one question" in html

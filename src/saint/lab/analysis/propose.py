@@ -61,14 +61,3 @@ def _harmless(measured: Mapping[str, Any]) -> list[int]:
         if math.isfinite(mean) and mean <= limit and not high > 2 * limit:
             out.append(layer)
     return out
-
-
-def plan_line(plan: Plan) -> str:
-    """The plan as a line of python."""
-    slots = []
-    for slot, (stage,) in plan.slots.items():
-        settings = {k: v for k, v in stage.method.to_dict().items() if k != "method"}
-        shown = ", ".join(f"{k}={v!r}" for k, v in settings.items() if v != getattr(type(stage.method), k))
-        output = "" if stage.output == "survivors" else f', output="{stage.output}"'
-        slots.append(f"{slot}=saint.Stage(saint.Saint({shown}), layers={list(stage.layers or ())}{output})")
-    return f"saint.Plan({', '.join(slots)})"

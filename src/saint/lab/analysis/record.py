@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..describe import as_python
 from ..kinds import KL
 from . import bootstrap
 from .causal import Causal
 from .geometry import cka
 from .probe import QUANTITIES
-from .propose import plan_line, propose
+from .propose import propose
 from .run import Analysis
 from .stages import find_stages
 
@@ -58,7 +59,7 @@ def make_record(analysis: Analysis) -> dict[str, Any]:
         "candidates": analysis.subject.candidates,
         "parts": parts,
         "plan": None if plan is None else plan.to_dict(),
-        "plan_line": None if plan is None else plan_line(plan),
+        "plan_line": None if plan is None else as_python(plan),
         "skipped": [[failure.where, failure.reason] for failure in analysis.outcome.failures],
         "resumed": analysis.outcome.resumed,
     }

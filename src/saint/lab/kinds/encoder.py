@@ -20,7 +20,7 @@ from ...upstream.specs import part
 from ...vision.locate import locate
 from ..bench.forward import ForwardBench, OverPictures, bench_forward, count_pictures, representative
 from ..images import data_uri
-from ..loading.models import find_source
+from ..loading.models import check_source, find_source
 from ..loading.source import Source
 from ..sources.items import Item
 from ..sources.listing import Left
@@ -71,6 +71,11 @@ class Encoder(Subject):
     def named(cls, spec: str) -> bool:
         """Tell whether ``spec`` can be one: whatever is of no other kind."""
         return True
+
+    @classmethod
+    def known(cls, spec: str) -> None:
+        """Ask the library; see :meth:`Subject.known`."""
+        check_source(spec)
 
     @classmethod
     def _loaded(cls, spec: str, wanted: Wanted) -> Self:

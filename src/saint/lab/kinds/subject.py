@@ -17,7 +17,7 @@ from ...plans import Plan
 from ...samples import Sample
 from ...testing import Result
 from ...tokens import LayerTrace
-from ..loading.models import resolve_device
+from ..loading.models import FORMS, resolve_device
 from ..loading.plans import Choice
 from ..sources.items import Item
 from ..sources.listing import Left
@@ -111,6 +111,16 @@ class Subject(ABC):
     @abstractmethod
     def named(cls, spec: str) -> bool:
         """Tell whether ``spec`` names a model of this kind; reads its config, no weights."""
+
+    @classmethod
+    def known(cls, spec: str) -> None:
+        """Refuse a ``spec`` of which it can be told without loading anything that there is no such model.
+
+        Raises:
+            ValueError: there is none; or no such name.
+        """
+        if ":" not in spec:
+            raise ValueError(f"a model is {FORMS}; got {spec!r}")
 
     @classmethod
     def load(

@@ -17,13 +17,18 @@ from ..demo import smollm2
 from .source import Source
 
 
-def _timm(name: str, pretrained: bool, size: int | None) -> Source:
+def _check_timm(name: str) -> None:
     timm = require("timm", "timm")
     if not (":" in name or Path(name).is_dir() or timm.is_model(name)):
         stem = name.partition(".")[0]
         close = difflib.get_close_matches(stem, timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         raise ValueError(f"timm {timm.__version__} has no model {name!r}{hint}")
+
+
+def _timm(name: str, pretrained: bool, size: int | None) -> Source:
+    timm = require("timm", "timm")
+    _check_timm(name)
     options = {} if size is None else {"img_size": size}
     try:
         model = timm.create_model(name, pretrained=pretrained, **options)
@@ -41,7 +46,7 @@ def _timm(name: str, pretrained: bool, size: int | None) -> Source:
     return Source(model, (height, width), pixels, lambda: (config["mean"], config["std"]), "x", licence=licence)
 
 
-def _open_clip(name: str, pretrained: bool, size: int | None) -> Source:
+def _check_open_clip(name: str) -> None:
     open_clip = require("open_clip", "open-clip")
     architecture, _, tag = name.partition("/")
     known = open_clip.list_models()
@@ -55,6 +60,12 @@ def _open_clip(name: str, pretrained: bool, size: int | None) -> Source:
             f"open_clip:{architecture} needs a tag: {', '.join(tags)}, or none for random weights; "
             f"got {tag!r}, e.g. open_clip:{architecture}/{tags[0] if tags else 'none'}"
         )
+
+
+def _open_clip(name: str, pretrained: bool, size: int | None) -> Source:
+    open_clip = require("open_clip", "open-clip")
+    _check_open_clip(name)
+    architecture, _, tag = name.partition("/")
     options = {} if size is None else {"force_image_size": size}
     both, _, transform = open_clip.create_model_and_transforms(
         architecture, pretrained=tag if pretrained and tag != "none" else None, **options
@@ -130,7 +141,7 @@ def _hf(name: str, pretrained: bool, size: int | None) -> Source:
     )
 
 
-def _demo(name: str, pretrained: bool, size: int | None) -> Source:
+def _check_demo(name: str) -> None:
     from .. import demo
 
     if f"demo:{name}" == _DEMO_VLM:
@@ -143,6 +154,12 @@ def _demo(name: str, pretrained: bool, size: int | None) -> Source:
         )
     if name not in demo.MODELS:
         raise ValueError(f"there is no demo:{name}; there are {', '.join(f'demo:{known}' for known in demo.MODELS)}")
+
+
+def _demo(name: str, pretrained: bool, size: int | None) -> Source:
+    from .. import demo
+
+    _check_demo(name)
     facts = demo.MODELS[name]
     if not pretrained:
         raise ValueError("a demo model is its weights: leave --no-pretrained out")
@@ -173,3 +190,6 @@ SOURCES: dict[str, Callable[[str, bool, int | None], Source]] = {
     "open_clip": _open_clip,
     "demo": _demo,
 }
+
+# by library, what refuses a name that it does not have, without loading anything; of "hf" the hub alone knows
+CHECKS: dict[str, Callable[[str], None]] = {"timm": _check_timm, "open_clip": _check_open_clip, "demo": _check_demo}

@@ -6,7 +6,7 @@ import os
 import torch
 
 from .failures import explained
-from .libraries import SOURCES
+from .libraries import CHECKS, SOURCES
 from .source import Source
 
 FORMS = "timm:NAME, hf:NAME_OR_PATH, open_clip:NAME/TAG (NAME/none: random weights) or demo:NAME"
@@ -26,17 +26,35 @@ def find_source(spec: str, pretrained: bool = True, size: int | None = None) -> 
         DownloadError: the weights cannot be fetched.
         UnsafeCheckpointError: the weights are a pickle of more than tensors.
     """
+    library, name = _parted(spec)
+    if size is not None and size < 1:
+        raise ValueError(f"size must be a number of pixels >= 1, got {size}")
+    with explained(spec), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return SOURCES[library](name, pretrained, size)
+
+
+def check_source(spec: str) -> None:
+    """Refuse a name that the installed library does not have; loads nothing, and asks no hub.
+
+    Raises:
+        ValueError: not such a name.
+        MissingExtraError: the library is not installed.
+    """
+    library, name = _parted(spec)
+    if library in CHECKS:
+        CHECKS[library](name)
+
+
+def _parted(spec: str) -> tuple[str, str]:
+    """Library and name."""
     library, colon, name = spec.partition(":")
     if not colon or library not in SOURCES or not name:
         close = difflib.get_close_matches(library, SOURCES) if colon else []
         hint = f" (did you mean {close[0]}:{name}?)" if close else ""
         hint = " (a picture comes with --images)" if os.path.isfile(spec) else hint
         raise ValueError(f"a model is {FORMS}; got {spec!r}{hint}")
-    if size is not None and size < 1:
-        raise ValueError(f"size must be a number of pixels >= 1, got {size}")
-    with explained(spec), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return SOURCES[library](name, pretrained, size)
+    return library, name
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

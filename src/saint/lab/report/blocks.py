@@ -22,6 +22,7 @@ class Sheet:
         verdict: the answer, in a sentence.
         conditions: what the numbers depend on: names and values; a value that is None is left out.
         blocks: tables, charts, pictures; None is nothing.
+        highlights: the few numbers that the verdict is about; a page shows them large, a terminal has the verdict.
     """
 
     title: str
@@ -29,6 +30,24 @@ class Sheet:
     verdict: str
     conditions: Sequence[tuple[str, Any]]
     blocks: "Sequence[Block | None]"
+    highlights: "Sequence[Highlight]" = ()
+
+
+@dataclass(frozen=True)
+class Highlight:
+    """A number that is shown large.
+
+    Attributes:
+        name: of it, one word.
+        value: as people read it, with its unit.
+        note: what it is a number of, and what it depends on.
+        warning: what may spoil it.
+    """
+
+    name: str
+    value: str
+    note: str = ""
+    warning: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,15 +119,21 @@ class Quotes:
 
 @dataclass(frozen=True)
 class PlanBox:
-    """A plan: in words, as the text that ``--plan`` takes, and as the line of Python or of a shell that makes it.
+    """A plan: in a line, as lines of Python and of a shell that use it, and as the text that ``--plan`` takes.
 
-    ``name`` is what people call it: the recipe's, the file's, or the share of the work it was made for.
+    Attributes:
+        plan: as :meth:`saint.Plan.to_dict` writes it.
+        python: what applies it.
+        shell: what uses it on the command line.
+        name: of the plan, where it has one.
+        file: name under which a page hands the plan out as a file; "" where it does not.
     """
 
     plan: dict[str, Any]
     python: str | None = None
     shell: str | None = None
-    name: str | None = None
+    name: str = ""
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -179,6 +204,8 @@ class Curves:
         x, y: names of the axes, y with its unit.
         boundaries: vertical lines.
         note: below the title.
+        zero: the y axis begins at 0: of counts and shares, whose height is read as a part of the whole.
+        whole: y of the unpruned model, with its name, drawn as a level; None where there is none.
     """
 
     title: str
@@ -187,6 +214,8 @@ class Curves:
     y: str = ""
     boundaries: Sequence[Boundary] = ()
     note: str = ""
+    zero: bool = False
+    whole: tuple[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -224,6 +253,7 @@ class Plot:
         axis: the short one beside the axis.
         note: below the title.
         least: a smaller y is better.
+        wide: it is what its sheet is about, and gets the room of two.
     """
 
     title: str
@@ -233,6 +263,7 @@ class Plot:
     axis: str
     note: str = ""
     least: bool = False
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -252,7 +283,7 @@ class Charts:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture with the patches that left, under a slider over drop points.
+    """A picture with the patches that were dropped, under a slider over drop points.
 
     Attributes:
         name: of the picture.

@@ -72,8 +72,14 @@ def line_chart(curves: Curves) -> Markup:
     if not finite:
         return tag("figure", tag("figcaption", tag("b", title)), tag("p", "no value at any layer"), class_="chart")
     whole = all(place.is_integer() for place in places)
-    axes = _Axes(_spread(places), _padded(finite))
+    axes = _Axes(_spread(places), _heights(curves, finite))
     parts = [axes.frame(x, y, whole=whole)]
+    if curves.whole is not None:
+        name, level = curves.whole
+        at = _n(axes.up(level))
+        parts.append(tag("line", x1=_LEFT, x2=_WIDE - _RIGHT, y1=at, y2=at, class_="front"))
+        parts.append(tag("text", f"{name} {number(level)}", x=_WIDE - _RIGHT - 2, y=_n(axes.up(level) - 4),
+                         text_anchor="end", class_="name"))  # fmt: skip
     for edge in curves.boundaries:
         left, right = axes.across(edge.low - 0.5), axes.across(edge.high - 0.5)
         parts.append(_rect(left, _TOP, right - left, _HIGH - _TOP - _BOTTOM, "edges"))
@@ -86,7 +92,7 @@ def line_chart(curves: Curves) -> Markup:
                 tag("title", f"in front of layer {number(edge.at)}, {number(edge.low)} to {number(edge.high)}"),
             )
         )
-    parts += [_curve(axes, line, i) for i, line in enumerate(drawn)]
+    parts += [_curve(axes, line, i, x) for i, line in enumerate(drawn)]
     picture = tag("svg", *parts, viewBox=f"0 0 {_WIDE} {_HIGH}", role="img", aria_label=_spoken(title, drawn, x))
     left_out = f" ({len(lines) - STYLES} more in the table)" if len(lines) > STYLES else ""
     caption = tag(
@@ -95,7 +101,7 @@ def line_chart(curves: Curves) -> Markup:
     return tag("figure", caption, picture, _legend(drawn, curves.boundaries), _numbers(title, lines, x), class_="chart")
 
 
-def _curve(axes: _Axes, line: Line, style: int) -> Markup:
+def _curve(axes: _Axes, line: Line, style: int, axis: str) -> Markup:
     points = [
         (axes.across(x), None if y is None else axes.up(float(y)))
         for x, y in zip(line.places(), line.mean, strict=True)
@@ -118,7 +124,7 @@ def _curve(axes: _Axes, line: Line, style: int) -> Markup:
     for i, (at, y) in enumerate(points):
         if y is not None:
             value = interval(line.mean[i], _at(line.low, i), _at(line.high, i))
-            said = f"{line.name}, {number(line.places()[i])}: {value}"
+            said = f"{line.name}, {mark(axis, line.places()[i], number(line.places()[i]))}: {value}"
             parts.append(tag("g", marker(style, at, y), tag("title", said), data_tip=said))
     return join(parts)
 
@@ -154,7 +160,7 @@ def _legend(lines: Sequence[Line], boundaries: Sequence[Boundary]) -> Markup:
 
 
 def mark(axis: str, place: float, text: str) -> str:
-    """Name a place of an axis: tokens that leave in front of the first layer leave at the input."""
+    """Name a place of an axis: tokens that are dropped in front of the first layer are dropped at the input."""
     return "input" if axis == "layer" and place == -1 else text
 
 
@@ -251,7 +257,8 @@ def scatter(plot: Plot) -> Markup:
         sample = tag("svg", marker(i % STYLES, 7, 7, 5), viewBox="0 0 14 14", class_="dot", aria_hidden="true")
         items.append(tag("li", sample, group))
     caption = tag("figcaption", tag("b", title), tag("span", f" {note}") if note else None)
-    return tag("figure", caption, picture, tag("ul", *items, class_="legend"), class_="chart")
+    legend = tag("ul", *items, class_="legend")
+    return tag("figure", caption, picture, legend, class_="chart wide" if plot.wide else "chart")
 
 
 def _free(x: float, y: float, taken: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
@@ -304,6 +311,15 @@ def _at(values: Values, i: int) -> float | None:
 def _spread(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _heights(curves: Curves, drawn: Sequence[float]) -> tuple[float, float]:
+    """Ends of the y axis."""
+    level = [] if curves.whole is None else [curves.whole[1]]
+    low, high = _padded([*drawn, *level])
+    # a level at the top needs room for its name above it
+    high = max(high, 1.12 * level[0]) if level and level[0] > 0 else high
+    return (min(0.0, low) if curves.zero and min(drawn) < 0 else 0.0 if curves.zero else low), high
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:

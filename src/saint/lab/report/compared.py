@@ -7,7 +7,7 @@ from .blocks import Block, Charts, Listing, Plot, Point, Sheet, Text, front
 from .measured import plan_table
 from .reading import Record
 from .told import conditions, load_note, skipped
-from .words import interval, names, plan_method, plan_text
+from .words import interval, names, plan_line, plan_method
 
 _MEASURES = ("cosine", "same_answer", "same_top1")  # of agreement, the first that there is
 
@@ -36,7 +36,7 @@ def compare_sheet(record: Record) -> Sheet:
     most = max(timed, key=len)
     blocks: list[Block | None] = [
         load_note(record, timing),
-        Listing([(name, plan_text(plan)) for name, plan in data["plans"].items()]),
+        Listing([(name, plan_line(plan)) for name, plan in data["plans"].items()]),
         plan_table(data, speeds),
         Text(
             f"Tokens and FLOPs are means over pictures. Timed: {names(most)}, in turn with the unpruned model, batch "

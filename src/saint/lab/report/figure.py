@@ -1,4 +1,4 @@
-"""One picture with the patches that left, and when and why, under a slider over layers."""
+"""One picture with the patches that were dropped under a slider over layers; when and why, on demand."""
 
 import base64
 import binascii
@@ -8,9 +8,9 @@ from typing import Any
 
 from ..images import data_uri, read_untrusted
 from .blocks import Figure
-from .markup import Markup, tag
+from .markup import Markup, details, tag
 from .reading import behind, mark_of
-from .reasons import UNIT, Leaving, Why, left, legend, told, votes
+from .reasons import UNIT, Leaving, Why, dropped, legend, told, votes
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Step:
         name: of the drop point.
         kept: indices into the grid.
         tokens_in: what came in.
-        mark: short name of the drop point, for the patches that left there.
+        mark: short name of the drop point, for the patches that were dropped there.
         why: what stands for them, and how they voted; None where it is not known.
     """
 
@@ -53,10 +53,10 @@ def embedded(uri: str, side: int = 320) -> str:
 
 
 def figure(drawn: Figure, number_: str, side: int) -> Markup:
-    """One picture with the patches that left darkened, hatched, and with colour and number of the layer where they did.
+    """One picture with the patches that were dropped darkened and hatched. The last layer shows without JavaScript.
 
-    Where reasons are known, lines go from what leaves at a layer to what stands for it, and a heat map beside the picture shows
-    the votes. The last layer shows without JavaScript.
+    On demand it is shown again, with the colour and number of the layer that dropped each patch. Where reasons are known, lines
+    go from what a layer drops to what stands for it, and a heat map beside the picture shows the votes.
 
     Args:
         drawn: the picture.
@@ -91,9 +91,9 @@ def figure(drawn: Figure, number_: str, side: int) -> Markup:
     shown = [Step("before the first drop point", range(total), total), *steps]
     gone_before, leaving, labels = [False] * total, [], []
     for i, step in enumerate(shown):
-        dropped = _dropped(step.kept, total)
-        labels.append(f"{step.name}: {total - sum(dropped)} of {total} kept ({(total - sum(dropped)) / total:.0%})")
-        area, edge = _outline(dropped, rows, columns)
+        hidden = _dropped(step.kept, total)
+        labels.append(f"{step.name}: {total - sum(hidden)} of {total} kept ({(total - sum(hidden)) / total:.0%})")
+        area, edge = _outline(hidden, rows, columns)
         layer = [
             tag("path", d=area, class_="dark"),
             tag("path", d=area, fill=f"url(#{hatch})"),
@@ -101,15 +101,16 @@ def figure(drawn: Figure, number_: str, side: int) -> Markup:
         ]
         last = i == len(shown) - 1
         parts.append(tag("g", *(layer if area else []), class_="step" if last else "step off", data_label=labels[-1]))
-        gone = [n for n in range(total) if dropped[n] and not gone_before[n]]
+        gone = [n for n in range(total) if hidden[n] and not gone_before[n]]
         if gone:
             leaving.append(Leaving(i, step.mark, step.name, gone, step.why))
-        gone_before = dropped
+        gone_before = hidden
     reasons = [step.why for step in shown]
     _check_reasons(leaving, reasons, total)
-    parts.append(left(leaving, columns))
-    about = f"{name}; hatched patches were dropped, and the number on one is that of the layer where it was"
-    picture = tag("svg", *parts, viewBox=f"0 0 {wide} {high}", role="img", aria_label=about, class_="map")
+    box = f"0 0 {wide} {high}"
+    picture = tag(
+        "svg", *parts, viewBox=box, role="img", aria_label=f"{name}; hatched patches were dropped", class_="seen"
+    )
     said = tag("output", labels[-1], id=f"said{number_}", aria_live="polite")
     slider = tag(
         "label",
@@ -126,24 +127,28 @@ def figure(drawn: Figure, number_: str, side: int) -> Markup:
         class_="slider",
         hidden=True,
     )
-    heat = votes(reasons, [step.name for step in shown], rows, columns, photo)
-    head = tag("figcaption", tag("b", name))
-    under = [slider, said, legend(leaving) if leaving else None]
-    if all(why is None for why in reasons):
-        return tag("figure", head, picture, *under, class_="kept")
-    patch = tag("output", class_="patch", aria_live="polite", hidden=True)
+    shows = [tag("figcaption", tag("b", name)), picture, slider, said]
+    explained = any(why is not None for why in reasons)
+    if not leaving or not (explained or len(leaving) > 1):
+        return tag("figure", *shows, class_="kept")
+    about = f"{name}; the number on a patch is that of the layer that dropped it"
+    when = tag("svg", tag("use", href=f"#{photo}"), dropped(leaving, columns), viewBox=box, role="img", aria_label=about,
+               class_="map")  # fmt: skip
+    if not explained:
+        return tag("figure", *shows, details("when each patch was dropped", when, legend(leaving)), class_="kept")
     merged = any(why is not None and why.merged for why in reasons)
-    title = tag("p", tag("b", "What left"), f" (lines: {'became part of' if merged else 'most similar survivor'})")
-    panel = tag("div", title, picture, under[-1], patch, class_="panel")
-    data = told(leaving, reasons, rows, columns)
-    both = tag("div", panel, heat, class_="panels")
-    return tag("figure", head, slider, said, both, class_="kept why", data_why=data)
+    lines = f" (lines: {'became part of' if merged else 'most similar survivor'})"
+    patch = tag("output", class_="patch", aria_live="polite", hidden=True)
+    panel = tag("div", tag("p", tag("b", "What was dropped"), lines), when, legend(leaving), patch, class_="panel")
+    heat = votes(reasons, [step.name for step in shown], rows, columns, photo)
+    why = details("when and why each patch was dropped", tag("div", panel, heat, class_="panels"))
+    return tag("figure", *shows, why, class_="kept why", data_why=told(leaving, reasons, rows, columns))
 
 
 def _check_reasons(leaving: Sequence[Leaving], reasons: Sequence[Why | None], total: int) -> None:
     for step in leaving:
         if step.why is not None and sorted(step.why.gone) != list(step.gone):
-            raise ValueError(f"{step.name}: the reasons are of other patches than those that left")
+            raise ValueError(f"{step.name}: the reasons are of other patches than those that were dropped")
     for why in reasons:
         for n in () if why is None else (*(to for to in why.into if to is not None), *why.degree):
             if not 0 <= n < total:

@@ -1,7 +1,8 @@
 """Sheets as HTML."""
 
+import base64
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from ..images import data_uri, read_untrusted
 from .blocks import (
@@ -13,6 +14,7 @@ from .blocks import (
     Gallery,
     Group,
     Heading,
+    Highlight,
     Listing,
     Matrix,
     More,
@@ -27,7 +29,7 @@ from .blocks import (
 from .charts import heat_map, line_chart, scatter
 from .figure import figure
 from .markup import Markup, details, facts, join, table, tag
-from .words import plan_text
+from .words import plan_line, plan_text
 
 _SIDE, _SHEET = 320, 900  # pixels of a picture, and of a sheet that another command drew beside it
 
@@ -57,6 +59,7 @@ class Renderer:
             tag("h2", sheet.title, id=f"{self.prefix}-title"),
             tag("p", sheet.asked, class_="asked"),
             tag("p", sheet.verdict, class_="verdict") if verdict else None,
+            highlights(sheet.highlights),
             facts(sheet.conditions),
             self.all(sheet.blocks),
             id=self.prefix,
@@ -64,9 +67,9 @@ class Renderer:
         )
 
     def alone(self, sheet: Sheet) -> Markup:
-        """The same where a page shows it alone: verdict and blocks."""
+        """The same where a page shows it alone: verdict, highlights and blocks."""
         verdict = tag("p", sheet.verdict, class_="verdict")
-        return tag("div", tag("h2", sheet.title), verdict, self.all(sheet.blocks))
+        return tag("div", tag("h2", sheet.title), verdict, highlights(sheet.highlights), self.all(sheet.blocks))
 
     def all(self, blocks: Iterable[Block | None]) -> Markup:
         """Blocks one below the other."""
@@ -128,12 +131,39 @@ def _chart(chart: Curves | Matrix | Plot) -> Markup:
             return scatter(chart)
 
 
+def highlights(found: Sequence[Highlight]) -> Markup | None:
+    """Numbers that are shown large, side by side; None where there are none."""
+    if not found:
+        return None
+    boxes = []
+    for one in found:
+        warned = tag("span", one.warning, class_="warn") if one.warning else None
+        note = tag("span", one.note, class_="note") if one.note else None
+        boxes.append(
+            tag("li", tag("span", one.name, class_="note"), tag("strong", one.value, class_="large"), note, warned)
+        )
+    return tag("ul", *boxes, class_="highlights")
+
+
 def _plan(box: PlanBox) -> Markup:
-    said = tag("p", f"{box.name}: {plan_text(box.plan)}" if box.name else plan_text(box.plan))
-    if box.shell is not None:
-        return join([said, tag("pre", box.shell, tabindex="0", class_="line")])
+    short, full = plan_line(box.plan), plan_text(box.plan)
     text = json.dumps(box.plan, separators=(",", ":"))
-    pasted = [details("the plan, to paste behind --plan", tag("pre", text, tabindex="0"))]
-    if box.python is not None:
-        pasted.append(details("the plan in Python", tag("pre", box.python, tabindex="0")))
-    return tag("div", said, *pasted)
+    lines = (("Python", box.python), ("command line", box.shell))
+    shown = [
+        join([tag("p", name, class_="asked"), tag("pre", line, tabindex="0", class_="line")])
+        for name, line in lines
+        if line
+    ]
+    file = None
+    if box.file:
+        uri = f"data:application/json;base64,{base64.b64encode(json.dumps(box.plan, indent=2).encode()).decode()}"
+        file = tag("p", tag("a", f"Download {box.file}", href=uri, download=box.file, class_="file"))
+    whole = [tag("p", full)] if full != short else []
+    return tag(
+        "div",
+        tag("p", tag("b", f"{box.name}: ") if box.name else None, short),
+        *shown,
+        file,
+        details("the plan in full, to paste behind --plan", *whole, tag("pre", text, tabindex="0")),
+        class_="plan",
+    )

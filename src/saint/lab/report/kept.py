@@ -1,4 +1,4 @@
-"""Survivors over the picture, with a slider over layers: of `saint view`, `saint demo` and `saint analyze`."""
+"""What was kept of pictures, with a slider over layers: of `saint view`, `saint demo` and `saint analyze`."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
@@ -13,6 +13,7 @@ from .blocks import (
     Gallery,
     Group,
     Heading,
+    Highlight,
     Line,
     More,
     Picture,
@@ -26,7 +27,7 @@ from .measured import uncounted
 from .reading import Record, behind, mark_of, place
 from .reasons import Why
 from .told import conditions, load_note, skipped
-from .words import names, number, plan_text
+from .words import names, number, plan_line
 
 MOST = 12  # pictures of a record that are drawn
 
@@ -46,14 +47,11 @@ def gallery(record: Record) -> Group | None:
         left_out = ""
     if not made:
         note = _of(record)
-        return Group([Heading("What stays"), *note], page_only=True) if note else None
+        return Group([Heading("What was kept"), *note], page_only=True) if note else None
     keys = ""
     if not record.data.get("files") or left_out or _own(photos):
-        keys = "Hatched patches were dropped, in the colour and with the number of the layer where they left; "
-        keys += "the slider goes through the drop points. "
-    if any(step.get("why") is not None for photo in photos for step in photo["layers"]):
-        keys += "From what leaves at a layer a line goes to the patch that stands for it, or that it became part of. "
-    return Group([Heading("What stays"), *_of(record), Text(keys + left_out), Gallery(made)], page_only=True)
+        keys = "Hatched patches were dropped; the slider goes through the drop points. "
+    return Group([Heading("What was kept"), *_of(record), Text(keys + left_out), Gallery(made)], page_only=True)
 
 
 def _of(record: Record) -> list[Block]:
@@ -62,7 +60,7 @@ def _of(record: Record) -> list[Block]:
     if of is None:
         return []
     bad = "; ".join(f"{where}: {why}" for where, why in of.get("left_out") or [])
-    said: list[Block] = [Text(f"Of {of['why']}: {plan_text(of['plan'])}.")]
+    said: list[Block] = [Text(f"Of {of['why']}: {plan_line(of['plan'])}.")]
     return [*said, Text(f"Not shown: {bad}.")] if bad else said
 
 
@@ -116,7 +114,7 @@ def _sheets(record: Record) -> list[Picture]:
 
 
 def token_curves(record: Record) -> Charts | None:
-    """Share of the tokens left behind each drop point, mean and range over photographs, and the table of it."""
+    """Tokens kept behind each drop point, mean and range over photographs, and the table of it."""
     photos = record.data["photos"]
     by_step: dict[tuple[str, str, int], list[tuple[int, int]]] = {}
     for photo in photos:
@@ -128,13 +126,16 @@ def token_curves(record: Record) -> Charts | None:
         own = {(layer, where): found for (name, where, layer), found in by_step.items() if name == stage}
         if len(own) < 2:
             continue  # one drop point is no curve, and the pictures say its number
-        left = {layer: [out for _, out in found] for layer, found in own.items()}
+        kept = {layer: [out for _, out in found] for layer, found in own.items()}
         several = len(photos) > 1
-        lowest, highest = ([float(f(v)) for v in left.values()] if several else [] for f in (min, max))
-        means = [fmean(v) for v in left.values()]
-        line = Line(f"tokens left ({stage})", means, lowest, highest, [layer for layer, _ in left])
+        lowest, highest = ([float(f(v)) for v in kept.values()] if several else [] for f in (min, max))
+        means = [fmean(v) for v in kept.values()]
+        line = Line(f"tokens kept ({stage})", means, lowest, highest, [layer for layer, _ in kept])
         note = "mean; band: lowest to highest picture" if several else "one picture"
-        figures.append(Curves(f"Tokens left, {stage}", [line], y="tokens", note=note))
+        whole = fmean(came for came, _ in next(iter(own.values())))
+        figures.append(
+            Curves(f"Tokens kept, {stage}", [line], y="tokens", note=note, zero=True, whole=("unpruned", whole))
+        )
     return Charts(figures) if figures else None
 
 
@@ -143,26 +144,32 @@ def view_sheet(record: Record) -> Sheet:
     data = record.data
     photos = data["photos"]
     shares = [share for photo in photos if (share := _share(photo)) is not None]
-    verdict = "The plan has no drop point, so every token stays."
+    verdict, highlights = "The plan has no drop point: every token is kept.", []
     if shares:
         among = f"mean of {len(shares)} pictures; {number(100 * min(shares), 1)} to {number(100 * max(shares), 1)} %"
         among = "one picture" if len(shares) == 1 else among
-        verdict = f"{number(100 * fmean(shares), 1)} % of the tokens are left behind the last drop point ({among})."
+        verdict = f"{number(100 * fmean(shares), 1)} % of the tokens are kept behind the last drop point ({among})."
+        highlights = [
+            Highlight(
+                "kept", f"{100 * fmean(shares):.0f} %", f"of the tokens, behind the last layer that drops ({among})"
+            )
+        ]
     asked = f"Which patches does each layer of {data['model']} keep?"
     if data.get("prompt") is not None:
         asked = f"Asked “{data['prompt']}”, which visual tokens does {data['model']} keep?"
     blocks: list[Block | None] = [
-        PlanBox(data["plan"], name=data.get("plan_name")),
+        PlanBox(data["plan"], name=data.get("plan_name", "")),
         gallery(record),
         token_curves(record) if shares else None,
         skipped(record),
     ]
     return Sheet(
-        f"What stays: {data['model']}",
+        f"What is kept: {data['model']}",
         asked,
         verdict,
         conditions(record, pictures=names([p["name"] for p in photos])),
         blocks,
+        highlights,
     )
 
 
@@ -188,22 +195,34 @@ def _share(photo: Mapping[str, Any]) -> float | None:
         return None
     total = photo.get("visual_tokens")
     last = (steps[-1].get("stage"), steps[-1]["layer"])
-    left = sum(int(s["tokens_out"]) for s in steps if (s.get("stage"), s["layer"]) == last)
+    kept = sum(int(s["tokens_out"]) for s in steps if (s.get("stage"), s["layer"]) == last)
     if total is None:
         total = int(steps[0]["tokens_in"])
-    return left / int(total)
+    return kept / int(total)
 
 
 def demo_sheet(record: Record) -> Sheet:
     """`saint demo`."""
     data = record.data
     photos, agreement = data["photos"], data["agreement"]
+    pictures = f"{len(photos)} picture{'s' if len(photos) != 1 else ''}"
     faster = f"{number(data['speedup'], 2)} times as fast (FLOPs bound {number(data['flops_bound'], 2)})"
     same = f"{agreement['measure']} of {number(agreement['mean'], 4)} (lowest {number(agreement['min'], 4)})"
     verdict = (
         f"With the plan the model runs {faster}, and its {agreement['of']} agrees with the unpruned one to a {same} on "
-        f"{len(photos)} picture{'s' if len(photos) != 1 else ''}."
+        f"{pictures}."
     )
+    shares = [share for photo in photos if (share := _share(photo)) is not None]
+    first = photos[0]["bench"]["conditions"] if photos else {}
+    busy = load_note(record, first)
+    highlights = [
+        *([Highlight("kept", f"{100 * fmean(shares):.0f} %", f"of the tokens, mean of {pictures}")] if shares else []),
+        Highlight(
+            "faster", f"{number(data['flops_bound'], 2)}x", f"by FLOPs; measured {number(data['speedup'], 2)}x on this machine",
+            "the machine was busy" if busy else "",
+        ),
+        Highlight("agreement", number(agreement["mean"], 3), f"{agreement['measure']} with the unpruned output"),
+    ]  # fmt: skip
     rows = []
     for photo in photos:
         bench, steps = photo["bench"], photo["layers"]
@@ -211,11 +230,10 @@ def demo_sheet(record: Record) -> Sheet:
         rows.append([photo["name"], kept, bench["base"]["median"], bench["pruned"]["median"], bench["speedup"]["median"],
                      bench["bound"], photo["agreement"]])  # fmt: skip
     head = ["picture", "tokens kept", "ms unpruned", "ms pruned", "speed-up", "FLOPs bound", agreement["measure"]]
-    first = photos[0]["bench"]["conditions"] if photos else {}
     timed = f"{first.get('repeats')} interleaved rounds per picture, batch {first.get('batch')}."
     blocks: list[Block | None] = [
-        load_note(record, first),
-        PlanBox(data["plan"], name=data.get("plan_name")),
+        busy,
+        PlanBox(data["plan"], name=data.get("plan_name", "")),
         _plans(data),
         gallery(record),
         Table(head, rows, "Per picture"),
@@ -235,6 +253,7 @@ def demo_sheet(record: Record) -> Sheet:
         verdict,
         conditions(record, **more),
         blocks,
+        highlights,
     )
 
 
@@ -247,7 +266,7 @@ def _plans(data: Mapping[str, Any]) -> Group | None:
         agreement = run["agreement"]
         rows.append([run["plan_name"], run["speedup"], run["flops_bound"], agreement["mean"], agreement["min"]])
     head = ["plan", "speed-up", "FLOPs bound", f"{data['agreement']['measure']}, mean", "lowest"]
-    other = Text(f"{beside['plan_name']}: {plan_text(beside['plan'])}")
+    other = Text(f"{beside['plan_name']}: {plan_line(beside['plan'])}")
     return Group([other, Table(head, rows, "Against the unpruned model")])
 
 

@@ -53,12 +53,12 @@ def analyze_sheet(record: Record) -> Sheet:
     """`saint analyze`."""
     data = record.data
     parts = data["parts"]
-    verdict = " ".join(f"{_title(part)}: {_verdict(part['stages'])}." for part in parts) or "No layer was analysed."
-    blocks: list[Block | None] = [_part(part, data["candidates"]) for part in parts]
-    blocks.append(gallery(record))
+    verdict = " ".join(f"{_title(part)}: {_lead(part)}." for part in parts) or "No layer was analysed."
+    blocks: list[Block | None] = []
     if data.get("plan") is not None:
-        blocks += [Heading("Proposed plan"), PlanBox(data["plan"], data.get("plan_line"))]
-    blocks.append(skipped(record))
+        blocks += [Heading("Proposed plan"), PlanBox(data["plan"], data.get("plan_line"), file="plan.json")]
+    blocks += [_part(part, data["candidates"]) for part in parts]
+    blocks += [gallery(record), skipped(record)]
     if data.get("settings"):
         blocks.append(More("all settings", [Code(json.dumps(data["settings"], indent=1))]))
     read, questions = data["images"] or data["prompts"], data.get("questions")
@@ -76,6 +76,24 @@ def analyze_sheet(record: Record) -> Sheet:
 def _title(part: Mapping[str, Any]) -> str:
     stage = str(part["stage"])
     return _STAGES.get(stage, stage).capitalize()
+
+
+def _lead(part: Mapping[str, Any]) -> str:
+    """Say of a part what a reader can do with it: how many tokens could be dropped, and whether its layers differ in kind."""
+    said = []
+    drop = part.get("droppable")
+    row = None if drop is None else drop["mean"][list(drop["thresholds"]).index(_middle(drop))]
+    if (
+        drop is not None
+        and row is not None
+        and (known := [(share, i) for i, share in enumerate(row) if share is not None])
+    ):
+        (most, best), (least, worst) = max(known), min(known)
+        ends = f"{number(100 * most, 1)} % of the tokens at layer {best}, {number(100 * least, 1)} % at layer {worst}"
+        said.append(f"at a similarity of {_middle(drop):g} it could drop {ends}")
+    stages = part["stages"]
+    said.append(_verdict(stages) if stages is None or stages["shown"] else "no stages of layers show")
+    return "; ".join(said)
 
 
 def _verdict(stages: Mapping[str, Any] | None) -> str:
@@ -118,7 +136,8 @@ def _part(part: Mapping[str, Any], candidates: str) -> Group:
             Line(f"threshold {threshold:g}", mean, low, high, short="drop" * (threshold == _middle(drop)), digits=2)
             for threshold, mean, low, high in zip(drop["thresholds"], drop["mean"], lows, highs, strict=True)
         ]
-        figures.append(Curves("Share of tokens that could be dropped", lines, y="share", boundaries=edges))
+        title = "Share of tokens that could be dropped"
+        figures.append(Curves(title, lines, y="share", boundaries=edges, zero=True))
     if (causal := part.get("causal")) is not None:
         lines = [
             Line(str(name), c["mean"], c.get("low") or (), c.get("high") or (), short=f"-{name}")
@@ -131,7 +150,7 @@ def _part(part: Mapping[str, Any], candidates: str) -> Group:
     tokens = part.get("tokens") or {}
     about = f"{part['layers']} layers"
     if tokens:
-        about += f", {number(tokens['candidates'], 1)} tokens that may go"
+        about += f", {number(tokens['candidates'], 1)} tokens that may be dropped"
         about += f", {number(tokens['protected'])} protected" if tokens.get("protected") is not None else ""
     return Group(
         [
@@ -155,7 +174,7 @@ def _legend(part: Mapping[str, Any], candidates: str) -> str:
     said = ""
     if (causal := part.get("causal")) is not None:
         names = ", ".join(f"-{method}" for method in causal["methods"])
-        share = f"{causal['share']:.0%} of the tokens leave at that layer alone"
+        share = f"{causal['share']:.0%} of the tokens are dropped at that layer alone"
         said = f"; {names}: {_measured(causal)}, when {share}, by that choice"
     return _LEGEND.format(tokens=candidates, shares=shares, threshold=_middle(part["droppable"]), causal=said)
 

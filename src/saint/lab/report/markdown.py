@@ -20,7 +20,7 @@ from .blocks import (
     Text,
     text_of,
 )
-from .words import interval, number, plan_text
+from .words import interval, number, plan_line
 
 _NUMBER = re.compile(r"[x+-]?\d|-?$")  # what a cell of a column of numbers begins with; or it is empty, or a dash
 
@@ -65,7 +65,7 @@ def _block(block: Block) -> Iterator[str]:
         case Quotes():
             yield from (f"{name}:\n\n> {text}" for name, text in block.answers)
         case PlanBox():
-            yield f"**{block.name}**: {plan_text(block.plan)}" if block.name else plan_text(block.plan)
+            yield f"**{block.name}**: {plan_line(block.plan)}" if block.name else plan_line(block.plan)
         case Code():
             yield f"```\n{block.text}\n```"
         case Curves():

@@ -3,12 +3,32 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .blocks import Block, Cell, Charts, Curves, Group, Heading, Line, Listing, More, PlanBox, Sheet, Table, Text
+from .blocks import (
+    Block,
+    Cell,
+    Charts,
+    Curves,
+    Group,
+    Heading,
+    Highlight,
+    Line,
+    Listing,
+    More,
+    PlanBox,
+    Sheet,
+    Table,
+    Text,
+)
 from .reading import Record, place
 from .told import conditions, load_note, skipped
-from .words import interval, names, number, plan_text
+from .words import interval, names, number, plan_line
 
-_YES_OR_NO = ("same_top1", "same_answer", "same_first_token")  # agreement of zeros and ones: the mean says all
+# agreement of zeros and ones, of which the mean says all, and what it is about
+_YES_OR_NO = {
+    "same_answer": "the answer",
+    "same_top1": "the top class",
+    "same_first_token": "the first word of the answer",
+}
 
 
 def forward_sheet(record: Record) -> Sheet:
@@ -38,11 +58,13 @@ def forward_sheet(record: Record) -> Sheet:
     ]
     if any(e["slots"] > e["tokens_out"] for e in layers):  # a ragged batch costs what its longest sample does
         shown.append(Line("padded to", [float(e["slots"]) for e in layers], x=places))
-    curves = [Curves("Tokens around each drop point", shown, y="tokens", note="batch mean")] if layers else []
+    whole = ("unpruned", layers[0]["tokens_in"]) if layers else None
+    around = Curves("Tokens around each drop point", shown, y="tokens", note="batch mean", zero=True, whole=whole)
+    curves = [around] if layers else []
     given = data["conditions"]
     blocks: list[Block | None] = [
         load_note(record, given),
-        PlanBox(data["plan"], name=data.get("plan_name")),
+        PlanBox(data["plan"], name=data.get("plan_name", "")),
         *_over_pictures(data),
         Table(
             ["variant", "ms per forward: median [p20, p80]", "GFLOPs", "activations MiB"], rows, _forward_caption(given)
@@ -60,7 +82,23 @@ def forward_sheet(record: Record) -> Sheet:
         "rounds": f"{given['repeats']} interleaved after {given['warmup']} of warm-up",
     }
     asked = f"How much faster is {data['model']} with this plan?"
-    return Sheet(f"Speed: {data['model']}", asked, verdict, conditions(record, **more), blocks)
+    highlights = _fast(data, given)
+    return Sheet(f"Speed: {data['model']}", asked, verdict, conditions(record, **more), blocks, highlights)
+
+
+def _fast(data: Mapping[str, Any], given: Mapping[str, Any]) -> list[Highlight]:
+    """Tokens and speed of a forward."""
+    layers, pictures = data["layers"], names(data["images"])
+    made = []
+    if layers:
+        share = layers[-1]["tokens_out"] / layers[0]["tokens_in"]
+        made.append(Highlight("kept", f"{share:.0%}", "of the tokens, behind the last layer that drops"))
+    ratio = _spread(data["speedup"], 2)
+    made.append(
+        Highlight("faster", f"{number(data['speedup']['median'], 2)}x", f"measured, {ratio}, batch {given['batch']}")
+    )
+    made.append(Highlight("bound", f"{number(data['bound'], 2)}x", f"what the FLOPs would allow; pictures: {pictures}"))
+    return made
 
 
 def _rate(data: Mapping[str, Any]) -> str:
@@ -222,25 +260,31 @@ def generation_sheet(record: Record) -> Sheet:
 def _told(plan: Mapping[str, Any], tokens: Sequence[Mapping[str, Any]] | None) -> str:
     """A plan in a line, and the visual tokens that its stages keep."""
     kept = [f"{one['stage']} {number(one['tokens_out'], 1)} of {number(one['tokens_in'], 1)}" for one in tokens or ()]
-    return plan_text(plan) + (f"; tokens kept: {', '.join(kept)}" if kept else "")
+    return plan_line(plan) + (f"; tokens kept: {', '.join(kept)}" if kept else "")
 
 
 def scores_sheet(record: Record) -> Sheet:
     """`saint eval images` and `saint eval vqa`."""
     data = record.data
     given = data["conditions"]
-    said = []
+    said = [
+        _same(plan, measures) for plan, measures in data["agreement"].items() if _YES_OR_NO.keys() & measures.keys()
+    ]
     for plan, scores in data["scores"].items():
         for score, found in list(scores.items())[:1]:
             said.append(f"“{plan}”: {_difference(score, found)}")
-        if not scores and (best := next(iter(data["agreement"][plan].items()), None)) is not None:
+        if (
+            not scores
+            and not _YES_OR_NO.keys() & data["agreement"][plan].keys()
+            and (best := next(iter(data["agreement"][plan].items()), None)) is not None
+        ):
             name, summary = best
             said.append(
                 f"“{plan}”: {name} with the unpruned model {_agreement(name, summary)} (no labels, so no accuracy)"
             )
     verdict = "; ".join(said) + "." if said else "Nothing was scored."
     blocks: list[Block | None] = [
-        Listing([(name, plan_text(plan)) for name, plan in data["plans"].items()]),
+        Listing([(name, plan_line(plan)) for name, plan in data["plans"].items()]),
         plan_table(data),
         Text("one class only: every neighbour has the right label, so knn says nothing", warning=True)
         if given.get("classes") == 1 and "knn" in (given.get("scores") or ())
@@ -387,6 +431,14 @@ def _details(data: Mapping[str, Any]) -> More | None:
         ]
         tables.append(Table(head, rows, f"Against the first plan, {first}"))
     return More("counts, categories and what could be shown", tables) if tables else None
+
+
+def _same(plan: str, measures: Mapping[str, Any]) -> str:
+    """On how many pictures a plan gives what the unpruned model does."""
+    name = next(name for name in _YES_OR_NO if name in measures)
+    found, kept = measures[name], measures.get("kept")
+    with_ = "" if kept is None else f" with {number(100 * kept['mean'], 1)} % of the tokens"
+    return f"“{plan}” keeps {_YES_OR_NO[name]} on {round(found['mean'] * found['n'])} of {found['n']}{with_}"
 
 
 def _difference(score: str, found: Mapping[str, Any]) -> str:

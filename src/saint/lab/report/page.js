@@ -62,7 +62,7 @@ function explain(figure, layer) {
   const place = (n) => `row ${Math.floor(n / columns) + 1}, column ${(n % columns) + 1}`;
   const middle = (n) => `${(n % columns) * 10 + 5} ${Math.floor(n / columns) * 10 + 5}`;
   const box = (n) => `M${(n % columns) * 10} ${Math.floor(n / columns) * 10}h10v10h-10z`;
-  // what stands for a patch at the layer shown: itself, or the end of a chain whose members have left by then
+  // what stands for a patch at the layer shown: itself, or the end of a chain whose members were dropped by then
   const chain = (n) => {
     const found = [n];
     while (n !== null && gone[n] && gone[n][0] <= layer()) found.push((n = gone[n][1]));
@@ -73,12 +73,12 @@ function explain(figure, layer) {
     const seen = degrees[layer()];
     const source = seen ? seen[0].indexOf(n) : -1;
     const parts = [place(n)];
-    if (found.length === 1) parts.push(gone[n] ? `stays here, leaves ${names[gone[n][0]]}` : "stays");
+    if (found.length === 1) parts.push(gone[n] ? `kept here, dropped ${names[gone[n][0]]}` : "kept");
     else {
       const end = found[found.length - 1];
-      const through = found.length > 2 ? ` (through ${found.length - 2} that left since)` : "";
+      const through = found.length > 2 ? ` (through ${found.length - 2} dropped since)` : "";
       const verb = gone[n][2] ? "became part of" : "its most similar survivor:";
-      parts.push(`left ${names[gone[n][0]]}`, end === null ? "what stands for it is not on this picture" : `${verb} ${place(end)}${through}`);
+      parts.push(`dropped ${names[gone[n][0]]}`, end === null ? "what stands for it is not on this picture" : `${verb} ${place(end)}${through}`);
     }
     if (source >= 0) parts.push(`${seen[1][source]} neighbour${seen[1][source] === 1 ? "" : "s"}: ${seen[1][source] >= seen[2] ? "votes to go" : "no vote"}`);
     return parts.join("; ");

@@ -1,4 +1,4 @@
-"""Why patches left, drawn over a picture: the layer where each did, what stands for it, and the votes."""
+"""Why patches were dropped, drawn over a picture: the layer that did, what stands for each, and the votes."""
 
 import json
 import math
@@ -21,10 +21,10 @@ _LAYERS = [(86, 180, 233), (0, 158, 115), (240, 228, 66), (230, 159, 0), (213, 9
 
 @dataclass(frozen=True)
 class Why:
-    """Why tokens left at a drop point.
+    """Why tokens were dropped at a drop point.
 
     Attributes:
-        gone: indices into the grid of what left.
+        gone: indices into the grid of what was dropped.
         into: of each the index of what it is part of, or what stands for it; None: on another picture.
         merged: whether it became part of it.
         degree: neighbours by index of each source of a voting graph; empty where nothing votes.
@@ -56,7 +56,7 @@ class Why:
             return None
         gone, into = [int(n) for n in why["gone"]], [int(n) for n in why["into"]]
         if len(gone) != len(into):
-            raise ValueError(f"{len(gone)} tokens left, and {len(into)} stand for them")
+            raise ValueError(f"{len(gone)} tokens were dropped, and {len(into)} stand for them")
         here = range(first, first + count)
         pairs = [(n - first, to - first if to in here else None) for n, to in zip(gone, into, strict=True) if n in here]
         degree = [int(n) for n in why.get("degree") or []]
@@ -70,7 +70,7 @@ class Why:
 
 @dataclass(frozen=True)
 class Leaving:
-    """Patches that left at one drop point.
+    """Patches that were dropped at one drop point.
 
     Attributes:
         place: of the drop point among those of the slider, from 1.
@@ -88,7 +88,7 @@ class Leaving:
 
 
 def colours(count: int) -> list[tuple[int, int, int]]:
-    """One for each of the layers at which patches leave, first to last."""
+    """One for each of the layers that drop patches, first to last."""
     made = []
     for i in range(count):
         at = i * (len(_LAYERS) - 1) / max(1, count - 1)
@@ -99,7 +99,7 @@ def colours(count: int) -> list[tuple[int, int, int]]:
     return made
 
 
-def left(leaving: Sequence[Leaving], columns: int) -> Markup:
+def dropped(leaving: Sequence[Leaving], columns: int) -> Markup:
     """A group per drop point: patches in its colour with its number, and lines to what stands for them."""
     made = []
     last = len(leaving) - 1
@@ -132,12 +132,12 @@ def _middle(cell: tuple[int, int]) -> str:
 
 
 def legend(leaving: Sequence[Leaving]) -> Markup:
-    """Colour, number and count of each layer at which patches left."""
+    """Colour, number and count of each layer that dropped patches."""
     items = []
     for step, colour in zip(leaving, colours(len(leaving)), strict=True):
         box = tag("rect", width=14, height=14, fill=f"rgb{colour}")
         chip = tag("svg", box, viewBox="0 0 14 14", class_="dot", aria_hidden="true")
-        items.append(tag("li", chip, f"{step.name}: {len(step.gone)} left"))
+        items.append(tag("li", chip, f"{step.name}: {len(step.gone)} dropped"))
     return tag("ul", *items, class_="legend")
 
 
@@ -224,7 +224,7 @@ def _scale(top: int, voting: Sequence[Why]) -> Markup:
 
 
 def told(leaving: Sequence[Leaving], shown: Sequence[Why | None], rows: int, columns: int) -> str:
-    """Say what the page's script tells of a patch, as JSON: ``rows``, ``columns``; ``gone`` (by patch: the place where it left,
+    """Say what the page's script tells of a patch, as JSON: ``rows``, ``columns``; ``gone`` (by patch: the place that dropped it,
     what stands for it, whether it became part of it); ``degrees`` (by place: sources, degrees, neighbours of a vote); ``names``.
     """
     gone: dict[int, list[Any]] = {}

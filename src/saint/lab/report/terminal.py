@@ -27,7 +27,7 @@ from .blocks import (
     text_of,
 )
 from .charts import mark
-from .words import interval, number, plan_text
+from .words import interval, number, plan_line
 
 _ELSEWHERE = {"model", "record", "versions", "date"}  # conditions that the command's own line, or its record, says
 _UNBROKEN = 24  # letters of a cell up to which it stays in one line
@@ -74,7 +74,7 @@ def _block(console: Console, block: Block) -> None:
                 console.print(f"[bold]{escape(name)}[/]\n{escape(text)}\n", highlight=False)
         case PlanBox():
             lead = f"[bold]{escape(block.name)}[/]: " if block.name else ""
-            console.print(f"{lead}{escape(plan_text(block.plan))}", highlight=False)
+            console.print(f"{lead}{escape(plan_line(block.plan))}", highlight=False)
             if block.python is not None:
                 console.print(escape(block.python), highlight=False, soft_wrap=True)
         case Code():

@@ -7,7 +7,7 @@ from typing import Any
 
 from .blocks import Block, Cell, Charts, Plot, Point, Table, front
 from .reading import Record
-from .words import interval, plan_method, plan_text
+from .words import interval, number, plan_line, plan_method
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def trades(records: Sequence[Record]) -> list[Trade]:
     made = []
     for key, name, plan, quality in found:
         for timed_as, speed in speeds.get(key, []):
-            named = name if name not in ("", "default", "plan1") else timed_as or plan_text(plan)
+            named = name if name not in ("", "default", "plan1") else timed_as or plan_line(plan)
             label = f"{named} ({speed.what})"
             point = Point(
                 label, plan_method(plan), speed.median, quality.value, speed.low, speed.high, quality.low, quality.high
@@ -150,6 +150,7 @@ def trade_blocks(records: Sequence[Record]) -> tuple[str, list[Block]] | None:
                 y=measure,
                 axis=measure.partition(" with ")[0][:30],
                 note=note,
+                wide=True,
             )
         )
         rows = [
@@ -163,6 +164,14 @@ def trade_blocks(records: Sequence[Record]) -> tuple[str, list[Block]] | None:
             for i, p in enumerate(points, 1)
         ]
         tables.append(Table(["plan", "method", "speed-up", measure, "unbeaten"], rows, f"{model}: {measure}"))
-        said.append(f"{model}, {measure}: {len(best)} of {len(points)} unbeaten in both, the unpruned model counted")
-    sentence = f"Of plans with both a measured speed and a quality: {'; '.join(said)}."
-    return sentence, [Charts(figures), *tables]
+        said.append(_said(model, measure, best, points[0]))
+    return " ".join(said), [Charts(figures), *tables]
+
+
+def _said(model: str, measure: str, best: Sequence[Point], base: Point) -> str:
+    """Say what the fastest plan that none beats gives, and what the unpruned model does."""
+    if len(best) == 1 and best[0] is base:
+        return f"{model}: no plan is faster than the unpruned model without a lower {measure}."
+    fastest = max(best, key=lambda point: point.x)
+    own = f"{number(fastest.x, 2)} times as fast with a {measure} of {number(fastest.y, 4)}"
+    return f"{model}: {fastest.name} is {own} (unpruned: {number(base.y, 4)})."

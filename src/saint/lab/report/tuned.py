@@ -1,4 +1,4 @@
-"""Section of `saint tune`: what was asked for and reached, where tokens leave, what leaving costs, other budgets."""
+"""Section of `saint tune`: what was asked for and reached, where tokens are dropped, what that costs, other budgets."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from .blocks import (
     Charts,
     Curves,
     Group,
-    Heading,
+    Highlight,
     Line,
     Listing,
     PlanBox,
@@ -20,6 +20,7 @@ from .blocks import (
     Text,
     front,
 )
+from .charts import mark
 from .reading import Record
 from .told import conditions, skipped
 from .words import interval, number
@@ -39,18 +40,17 @@ def tune_sheet(record: Record) -> Sheet:
         for row in layers
     ]  # fmt: skip
     per_image = "Every image keeps its own number; these are means." if data.get("per_image") else None
-    figures: list[Curves | Plot] = [_left(data), *_costs(data)]
-    if (curve := _frontier(data)) is not None:
-        figures.append(curve[0])
+    figures: list[Curves | Plot] = [_behind(data), *_costs(data)]
+    curve = _frontier(data)
     blocks: list[Block | None] = [
-        Table(["where", "method", "tokens left", "share left"], rows, "Where tokens leave"),
+        PlanBox(data["plan"], name=data.get("plan_name", ""), file="plan.json"),
+        None if curve is None else Charts([curve[0]], page_only=True),
+        None if curve is None else curve[1],
+        Table(["where", "method", "tokens kept", "share kept"], rows, "Where tokens are dropped"),
         Text(per_image) if per_image else None,
         _held_out(data),
         Charts(figures, page_only=True),
-        None if curve is None else curve[1],
         _missing(data),
-        Heading("Plan"),
-        PlanBox(data["plan"], name=data.get("plan_name")),
         skipped(record),
     ]
     more = {
@@ -59,23 +59,39 @@ def tune_sheet(record: Record) -> Sheet:
         + (f" ({images['set']})" if images.get("set") else ""),
         "measure": _measure(data),
     }
-    asked = f"Where can tokens of {data['model']} leave for {_asked(data['target'])}, and what does that lose?"
-    return Sheet(f"Tuned plan: {data['model']}", asked, verdict, conditions(record, **more), blocks)
+    asked = f"Where can {data['model']} drop tokens for {_asked(data['target'])}, and what does that lose?"
+    return Sheet(f"Tuned plan: {data['model']}", asked, verdict, conditions(record, **more), blocks, _highlights(data))
 
 
-def _left(data: Mapping[str, Any]) -> Curves:
+def _highlights(data: Mapping[str, Any]) -> list[Highlight]:
+    """Tokens, work and agreement of the plan."""
+    reached, tokens, last = (
+        data["reached"],
+        data["tokens"],
+        data["layers"][-1]["left"] if data["layers"] else data["tokens"],
+    )
+    on = f"mean of {data['images']['held_out']} images held back"
+    measured = f"; {number(reached['speed'], 2)}x measured at batch 1" if "speed" in reached else ""
+    kept = reached.get("agreement")
+    lost = Highlight("loss", number(reached["loss"]["mean"], 3), f"{reached['measure']}, {on}")
+    return [
+        Highlight("kept", f"{last / tokens:.0%}", f"of {tokens} tokens, behind the last layer that drops"),
+        Highlight("faster", f"{number(1 / reached['flops']['mean'], 2)}x", f"by FLOPs{measured}"),
+        lost if kept is None else Highlight("agreement", number(kept["mean"], 3), f"with the unpruned output, {on}"),
+    ]
+
+
+def _behind(data: Mapping[str, Any]) -> Curves:
     """Tokens behind every layer."""
     (depth,) = data["depth"].values()
-    left = {_number(row["place"]): float(row["left"]) for row in data["layers"]}
+    kept = {_number(row["place"]): float(row["left"]) for row in data["layers"]}
     behind, now = [], float(data["tokens"])
     for place in range(-1, int(depth)):
-        now = left.get(float(place), now)
+        now = kept.get(float(place), now)
         behind.append(now)
-    line = Line("tokens left", behind, x=[float(place) for place in range(-1, int(depth))])
-    return Curves("Tokens behind each layer", [line], y="tokens", x=_AXIS)
-
-
-_AXIS = "layer; -1: in front of all"
+    line = Line("tokens kept", behind, x=[float(place) for place in range(-1, int(depth))])
+    whole = ("unpruned", float(data["tokens"]))
+    return Curves("Tokens kept behind each layer", [line], y="tokens", zero=True, whole=whole)
 
 
 def _place(place: Any) -> str:
@@ -111,7 +127,7 @@ def _target(data: Mapping[str, Any]) -> str:
     agree = "" if kept is None else f"agreement {_interval(kept)} with the unpruned model"
     agree = agree or f"{reached['measure']} {_interval(reached['loss'])} nat"
     on = f"on {count} images held back"
-    flops = f"{number(100 * reached['flops']['mean'], 1)} % of the FLOPs are left"
+    flops = f"{number(100 * reached['flops']['mean'], 1)} % of the FLOPs are used"
     if name == "flops":
         met = "Met" if reached["flops"]["mean"] <= wanted else "Missed"
         return f"{met}: {flops} ({_asked(data['target'])} asked for); {agree} {on}."
@@ -129,7 +145,7 @@ def _target(data: Mapping[str, Any]) -> str:
 def _compared(data: Mapping[str, Any]) -> str:
     """Return what rivals lose on the same images; those whose measured times turned out to be of other work are named."""
     said, apart = [], []
-    own = _left_of(data["reached"], data["target"])
+    own = _work_of(data["reached"], data["target"])
     for rival in data["against"]:
         d = rival["difference"]
         if abs(rival["work"] / own - 1) > _SAME_WORK:
@@ -145,8 +161,8 @@ def _compared(data: Mapping[str, Any]) -> str:
     return f"{same} Not at the same work, so not compared: {other}.".strip()
 
 
-def _left_of(reached: Mapping[str, Any], target: Mapping[str, float]) -> float:
-    """Share of the work that is left: of the time where a speed was asked for, else of the FLOPs."""
+def _work_of(reached: Mapping[str, Any], target: Mapping[str, float]) -> float:
+    """Share of the work that is used: of the time where a speed was asked for, else of the FLOPs."""
     return float(1 / reached["speed"] if "speed" in target else reached["flops"]["mean"])
 
 
@@ -160,12 +176,12 @@ def _work(data: Mapping[str, Any]) -> str:
 
 def _held_out(data: Mapping[str, Any]) -> Table:
     reached = data["reached"]
-    own = _left_of(reached, data["target"])
+    own = _work_of(reached, data["target"])
     rows = [["this plan", own, _cell(reached["loss"]), "-"]]
     rows += [[r["name"], r["work"], _cell(r["loss"]), _cell(r["difference"])] for r in data["against"]]
     head = [
         "plan",
-        f"share of the {_work(data)} left",
+        f"share of the {_work(data)} used",
         reached["measure"],
         "this plan less that one (below 0: it loses less)",
     ]
@@ -184,7 +200,7 @@ def _costs(data: Mapping[str, Any]) -> list[Curves]:
     for share in sorted({curve["share"] for curve in curves}):
         lines = [
             Line(
-                _method(curve["method"]),
+                _told(curve["method"], [other["method"] for other in curves]),
                 curve["mean"],
                 curve["low"],
                 curve["high"],
@@ -193,16 +209,20 @@ def _costs(data: Mapping[str, Any]) -> list[Curves]:
             for curve in curves
             if curve["share"] == share
         ]
-        title = f"Loss when {share:.0%} of the tokens leave at one layer alone"
-        note = f"band: 95 % interval; chosen: {', '.join(map(str, sorted(chosen)))}"
-        made.append(Curves(title, lines, y=data["reached"]["measure"], x=_AXIS, note=note))
+        title = f"Loss when {share:.0%} of the tokens are dropped at one layer alone"
+        note = f"band: 95 % interval; chosen: {', '.join(mark('layer', p, str(p)) for p in sorted(chosen))}"
+        made.append(Curves(title, lines, y=data["reached"]["measure"], note=note, zero=True))
     return made
 
 
-def _method(settings: Mapping[str, Any]) -> str:
-    more = [f"{key} {settings[key]:g}" for key in ("beta",) if settings.get(key) is not None]
-    more += ["centred"] if settings.get("center") else []
-    return ", ".join([str(settings["method"]), *more])
+def _told(settings: Mapping[str, Any], among: Sequence[Mapping[str, Any]]) -> str:
+    """Name a method by what tells it from the others of its name: two curves of one name would be one to the reader."""
+    rivals = [other for other in among if other["method"] == settings["method"]]
+    keys = [key for key in settings if any(other.get(key) != settings[key] for other in rivals)]
+    apart = [
+        f"{key} {settings[key]:g}" if isinstance(settings[key], float) else f"{key} {settings[key]}" for key in keys
+    ]
+    return ", ".join([str(settings["method"]), *apart])
 
 
 def _frontier(data: Mapping[str, Any]) -> tuple[Plot, Table] | None:
@@ -219,12 +239,12 @@ def _frontier(data: Mapping[str, Any]) -> tuple[Plot, Table] | None:
         return Point(name, group, x, y["mean"], y_low=y["low"], y_high=y["high"])
 
     points = [Point("unpruned", "unpruned", 1.0, 0.0 if least else 1.0)]
-    points.append(at("this plan", "this plan", 1 / _left_of(data["reached"], data["target"]), data["reached"]))
+    points.append(at("this plan", "this plan", 1 / _work_of(data["reached"], data["target"]), data["reached"]))
     points += [
         at(
             f"tuned for {number(p['work'], 2)} of the {_work(data)}",
             "tuned",
-            1 / _left_of(p["reached"], data["target"]),
+            1 / _work_of(p["reached"], data["target"]),
             p["reached"],
         )
         for p in found
@@ -234,7 +254,7 @@ def _frontier(data: Mapping[str, Any]) -> tuple[Plot, Table] | None:
     x = "measured speed-up, batch 1" if timed else "times fewer FLOPs"
     note = "whiskers: 95 % interval on images held back; the line joins plans that none beats in both"
     axis = measure.partition(" with ")[0]
-    plot = Plot("Other budgets", points, x=x, y=measure, axis=axis, note=note, least=least)
+    plot = Plot("Other budgets", points, x=x, y=measure, axis=axis, note=note, least=least, wide=True)
     best = front(points, least=least)
     rows = [
         [

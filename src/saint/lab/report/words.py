@@ -3,11 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+SLOTS = ("vision", "connector", "language")
 _METHOD, _SHOWN = "method", ("layers", "placement", "output")
 _PLAIN = {"output": "survivors"}  # values that say nothing new
-_BUDGET = "budget"
-_AIMS = ("keep", _BUDGET, "r", "threshold")  # settings that say how much goes, the first that a method has
-_LINE = 120  # letters of a plan in full
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -39,48 +37,49 @@ def names(values: Sequence[str], most: int = 6) -> str:
 
 
 def plan_text(plan: Mapping[str, Any]) -> str:
-    """A plan's dict in a short line, e.g. "vision: saint (threshold 0.75, neighbors 5), first-half layers".
-
-    Of a plan with more settings than fit, methods and numbers of stages, e.g. "vision: match in 9 stages, keep 0.86 to 0.4".
-    """
-    slots = {slot: stages for slot in ("vision", "connector", "language") if (stages := _stages(plan, slot))}
-    whole = "; ".join(f"{slot}: {_stage_text(stage)}" for slot, stages in slots.items() for stage in stages)
-    if len(whole) <= _LINE:
-        return whole or "nothing is dropped"
-    return "; ".join(f"{slot}: {_brief(stages)}" for slot, stages in slots.items())
+    """A plan's dict in full, e.g. "vision: saint (threshold 0.75, neighbors 5), layers first_half"."""
+    slots = [_stage_text(slot, stage) for slot in SLOTS for stage in _stages(plan, slot)]
+    return "; ".join(slots) or "nothing is dropped"
 
 
-def _stage_text(stage: Mapping[str, Any]) -> str:
-    method = dict(stage["method"])
+def plan_line(plan: Mapping[str, Any]) -> str:
+    """A plan's dict in one short line: a slot of several stages says its methods and where they are, without settings."""
+    slots = []
+    for slot in SLOTS:
+        stages = _stages(plan, slot)
+        slots += [_stage_text(slot, stages[0])] if len(stages) == 1 else []
+        slots += [stages_line(slot, stages)] if len(stages) > 1 else []
+    return "; ".join(slots) or "nothing is dropped"
+
+
+def stages_line(slot: str, stages: Sequence[Mapping[str, Any]]) -> str:
+    """Several stages of a slot in one line, e.g. "vision: match at the input and layers 0, 2, 3"."""
+    places: dict[str, list[str]] = {}
+    for stage in stages:
+        layers = stage.get("layers")
+        listed = list(map(str, layers)) if isinstance(layers, (list, tuple)) else [str(layers or "its own")]
+        where = ["the input"] if stage.get("placement") == "input" else listed
+        places.setdefault(str(stage[_METHOD][_METHOD]), []).extend(where)
+    said = []
+    for name, found in places.items():
+        layers = ", ".join(place for place in found if place != "the input")
+        parts = [*(["the input"] if "the input" in found else []), *([f"layers {layers}"] if layers else [])]
+        said.append(f"{name} at {' and '.join(parts)}")
+    return f"{slot}: {'; '.join(said)}"
+
+
+def _stage_text(slot: str, stage: Mapping[str, Any]) -> str:
+    method = dict(stage[_METHOD])
     name = method.pop(_METHOD)
-    settings = ", ".join(_setting(key, value) for key, value in method.items())
+    settings = ", ".join(f"{key} {value:g}" if _is_number(value) else f"{key} {value}" for key, value in method.items())
     more = [f"{key} {stage[key]}" for key in _SHOWN if stage.get(key) not in (None, _PLAIN.get(key))]
-    return ", ".join([f"{name} ({settings})" if settings else name, *more])
-
-
-def _setting(key: str, value: Any) -> str:
-    if not _is_number(value):
-        return f"{key} {value}"
-    return f"{'keep' if key == _BUDGET else key} {value:g}"  # a budget that is a number is what stays
-
-
-def _brief(stages: Sequence[Mapping[str, Any]]) -> str:
-    """Methods of a slot, how many stages, and what the first and the last of them aim at."""
-    methods = [stage["method"] for stage in stages]
-    text = " and ".join(dict.fromkeys(str(method[_METHOD]) for method in methods))
-    text += f" in {len(stages)} stages" if len(stages) > 1 else ""
-    for key in _AIMS:
-        values = [method[key] for method in methods if _is_number(method.get(key))]
-        if values:
-            ends = f"{values[0]:.3g}" if values[0] == values[-1] else f"{values[0]:.3g} to {values[-1]:.3g}"
-            return f"{text}, {'keep' if key == _BUDGET else key} {ends}"
-    return text
+    return f"{slot}: {name} ({settings})" + "".join(f", {text}" for text in more)
 
 
 def plan_method(plan: Mapping[str, Any]) -> str:
     """Names of the methods of a plan, e.g. "saint + fastv"."""
     found = []
-    for slot in ("vision", "connector", "language"):
+    for slot in SLOTS:
         found += [str(stage["method"][_METHOD]) for stage in _stages(plan, slot)]
     return " + ".join(dict.fromkeys(found)) or "none"
 

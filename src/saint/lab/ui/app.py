@@ -3,6 +3,7 @@
 import inspect
 import logging
 from importlib import resources
+from typing import Any
 
 from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
@@ -13,9 +14,10 @@ from starlette.routing import Route
 
 from ... import methods, presets
 from ...errors import SaintError
-from .asking import STAGES, read
+from .asking import LONGEST_PLAN, STAGES, read
 from .desk import Desk
 from .guard import LARGEST, Guard, plain
+from .samples import samples
 
 WAITING = 4  # requests that run or wait for the model; more are sent away
 _LOG = logging.getLogger(__name__)
@@ -47,18 +49,18 @@ def make_app(desk: Desk, hosts: set[str]) -> Starlette:
         )
 
     def facts(_: Request) -> Response:
-        known = {name: methods.get(name) for name in methods.names()}
-        offers = [{"spec": offer.spec, "asked": offer.asked} for offer in desk.offers.values()]
-        described = [
-            {
-                "name": name,
-                "stages": [stage for stage in STAGES if stage in method.stages],
-                "threshold": "threshold" in method.__dataclass_fields__,
-                "keep": "keep" in inspect.signature(method).parameters,
-            }
-            for name, method in known.items()
+        offers = [{"spec": offer.spec, "asked": offer.asked, "stages": offer.stages} for offer in desk.offers.values()]
+        shown = [{"name": sample.name, "question": sample.question} for sample in samples().values()]
+        named = [
+            {"name": name, "about": about, "stages": [*presets.recipe(name).slots]}
+            for name, about in presets.recipes().items()
         ]
-        return JSONResponse({"models": offers, "methods": described, "recipes": presets.recipes(), "largest": LARGEST})
+        facts = {"models": offers, "methods": _methods(), "recipes": named, "samples": shown}
+        return JSONResponse({**facts, "largest": LARGEST, "longest": LONGEST_PLAN})
+
+    def sample(request: Request) -> Response:
+        found = samples().get(request.path_params["name"])
+        return _error(404, "no such sample") if found is None else Response(found.jpeg(), media_type="image/jpeg")
 
     async def run(request: Request) -> Response:
         nonlocal busy
@@ -70,7 +72,7 @@ def make_app(desk: Desk, hosts: set[str]) -> Starlette:
         try:
             body = await request.body()
             asked = await to_thread.run_sync(read, body, desk.offers, limiter=decoding)
-            html = await to_thread.run_sync(desk.run, asked, limiter=limiter)
+            told = await to_thread.run_sync(desk.run, asked, limiter=limiter)
         except OSError as error:
             return _error(503, plain(error))
         except (SaintError, ValueError, TypeError) as error:
@@ -80,11 +82,25 @@ def make_app(desk: Desk, hosts: set[str]) -> Starlette:
             return _error(500, f"{type(error).__name__}: {plain(error)} (the terminal shows where)")
         finally:
             busy -= 1
-        return JSONResponse({"html": html})
+        return JSONResponse(told._asdict())
 
     routes = [Route(path, page, methods=["GET"]) for path in _PAGES]
-    routes += [Route("/facts", facts, methods=["GET"]), Route("/run", run, methods=["POST"])]
+    routes += [Route("/facts", facts, methods=["GET"]), Route("/sample/{name}", sample, methods=["GET"])]
+    routes += [Route("/run", run, methods=["POST"])]
     return Starlette(routes=routes, middleware=[Middleware(Guard, hosts=hosts)])
+
+
+def _methods() -> list[dict[str, Any]]:
+    """Methods that a single picture can be pruned with, and where."""
+    made = []
+    for name in methods.names():
+        method = methods.get(name)
+        if "frames" in method.needs:
+            continue  # of videos
+        where = [stage for stage in STAGES if stage in method.stages and not (stage == "connector" and method.merges)]
+        threshold, keep = "threshold" in method.__dataclass_fields__, "keep" in inspect.signature(method).parameters
+        made.append({"name": name, "stages": where, "threshold": threshold, "tokens": keep})
+    return made
 
 
 def _error(status: int, why: str) -> JSONResponse:

@@ -13,15 +13,45 @@ from PIL import Image
 
 from ...methods import get
 from ...plans import Plan, Stage
-from ...presets import recipe
+from ...presets import recipe, recipes
 from ..images import read_untrusted
 from ..loading.plans import parse_layers
 from .guard import LARGEST
 
 STAGES = ("vision", "connector", "language")
-_FIELDS = {"image", "name", "model", "question", "plan", "stage", "method", "threshold", "keep", "layers"}
-_LONGEST = {"plan": 30_000}  # characters of a text: a tuned plan has a stage per layer
+_FIELDS = {
+    "image",
+    "name",
+    "model",
+    "question",
+    "keep",
+    "plan",
+    "against",
+    "stage",
+    "method",
+    "threshold",
+    "tokens",
+    "layers",
+}
+LONGEST_PLAN = 30_000  # characters: a tuned plan has a stage per layer
+_LONGEST = {"plan": LONGEST_PLAN, "against": LONGEST_PLAN}
 _LONGEST_OTHER = 2000
+LEAST = 0.2  # share of the work that a page asks for: with less, most models answer something else
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which plan is asked for: one that is there, one for a share of the work, or, with neither, the model's own.
+
+    Attributes:
+        name: for people.
+        plan: as it was given.
+        keep: share of the FLOPs that the plan is to leave.
+    """
+
+    name: str
+    plan: Plan | None = None
+    keep: float | None = None
 
 
 @dataclass(frozen=True)
@@ -32,18 +62,20 @@ class Asked:
         image: upright, opaque, 8-bit RGB.
         model: one of those that are offered.
         question: for vision-language models.
-        plan: None means the model's own.
+        wanted: the plan.
+        against: a plan that it is compared with.
     """
 
     image: Image.Image
     model: str
     question: str
-    plan: Plan | None
+    wanted: Wanted
+    against: Wanted | None = None
 
 
 def read(body: bytes, models: Collection[str]) -> Asked:
-    """The request in ``body``, JSON: "image" in base64, "model", and optionally "name", "question", and either "plan" (a recipe's
-    name or JSON) or "method" with "stage", "threshold" or "keep", and "layers".
+    """Read the request in ``body``, JSON: "image" in base64, "model", and optionally "name", "question", "against" (a plan), and
+    one of "plan" (a recipe's name or JSON), "method" with "stage", "threshold" or "tokens", and "layers", or "keep".
 
     Args:
         body: of the request.
@@ -72,8 +104,9 @@ def read(body: bytes, models: Collection[str]) -> Asked:
         raise ValueError(
             f"the model must be one of {', '.join(models)}, got {data['model']!r:.80}: saint ui --model NAME offers more"
         )
-    plan = _plan(data)  # before the image: it is cheaper to refuse
-    return Asked(_image(data["image"]), data["model"], data.get("question", "").strip(), plan)
+    wanted = _wanted(data)  # before the image: it is cheaper to refuse
+    against = _given(text) if (text := data.get("against", "").strip()) else None
+    return Asked(_image(data["image"]), data["model"], data.get("question", "").strip(), wanted, against)
 
 
 def _check_name(name: str) -> None:
@@ -96,14 +129,34 @@ def _image(text: str) -> Image.Image:
     return read_untrusted(data)
 
 
-def _plan(data: dict[str, str]) -> Plan | None:
-    text = data.get("plan", "").strip()
-    if text:
-        # never the path of a file: what is on this disk is not the page's business
-        return Plan.from_json(text) if text.startswith("{") else recipe(text)
-    name = data.get("method", "").strip()
-    if not name:
-        return None
+def _wanted(data: dict[str, str]) -> Wanted:
+    if text := data.get("plan", "").strip():
+        return _given(text)
+    if name := data.get("method", "").strip():
+        return Wanted(name, _of_method(name, data))
+    if not (keep := data.get("keep", "").strip()):
+        return Wanted("the model's own plan")
+    share = float(_number("keep", keep))
+    if not LEAST <= share <= 1:
+        raise ValueError(f"keep is the share of the work that is left, from {LEAST:g} to 1; got {keep!r:.40}")
+    return Wanted(f"keep {share:g}", keep=share)
+
+
+def _given(text: str) -> Wanted:
+    """Read a plan: JSON, or a recipe's name; never the path of a file, as what is on this disk is not the page's business."""
+    if text.startswith("{"):
+        plan = Plan.from_json(text)
+        named = next((name for name in recipes() if recipe(name) == plan), "the plan given")
+        return Wanted(named, plan)
+    if text.endswith(".json"):
+        raise ValueError(
+            f"files of this machine are not read for a page, got the path {text!r:.80}: choose the file in the page, or paste "
+            "what it holds"
+        )
+    return Wanted(text, recipe(text))
+
+
+def _of_method(name: str, data: dict[str, str]) -> Plan:
     where = data.get("stage", "") or "vision"
     if where not in STAGES:
         raise ValueError(f"the stage must be one of {', '.join(STAGES)}, got {where!r:.40}")
@@ -114,10 +167,10 @@ def _plan(data: dict[str, str]) -> Plan | None:
         if "threshold" not in fields:
             raise ValueError(f"the method {name} has no threshold: give what it keeps")
         settings["threshold"] = _number("threshold", threshold)
-    if keep := data.get("keep", "").strip():
+    if tokens := data.get("tokens", "").strip():
         if "keep" not in inspect.signature(method).parameters:
             raise ValueError(f"the method {name} takes no number of tokens to keep")
-        settings["keep"] = _number("keep", keep)
+        settings["keep"] = _number("tokens", tokens)
     layers = data.get("layers", "").strip()
     if where == "connector":
         if layers:
@@ -129,6 +182,6 @@ def _plan(data: dict[str, str]) -> Plan | None:
 def _number(name: str, text: str) -> int | float:
     """A whole number is a count of tokens, one with a point a share."""
     try:
-        return int(text) if text.lstrip("+-").isdigit() and name == "keep" else float(text)
+        return int(text) if text.lstrip("+-").isdigit() and name == "tokens" else float(text)
     except ValueError as error:
         raise ValueError(f"{name} must be a number, got {text!r:.40}") from error

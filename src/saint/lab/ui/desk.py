@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...planning import plan_for
 from ...plans import Plan
 from ...session import pruned
 from ..demo import MODELS, photos
-from ..kinds import DEMO, Subject, kind_of
+from ..kinds import DEMO, Inputs, Subject, kind_of
 from ..report.html import Renderer
 from ..sources.items import Item
 from ..view.reasons import Reasons
 from . import pages
-from .asking import Asked
+from .asking import STAGES, Asked, Wanted
 
 _ANSWER = 64  # new tokens at most
 
@@ -32,16 +33,31 @@ class Offer(NamedTuple):
         """Tell whether it is asked a question."""
         return "--prompt" not in self.kind.refuses
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that a plan for it can have."""
+        return STAGES if self.asked else STAGES[:1]
+
+
+class Told(NamedTuple):
+    """An answer: HTML, and the plan it is of, which the page may ask for again."""
+
+    html: str
+    name: str
+    plan: dict[str, Any]
+
 
 def offered(given: Sequence[str], pretrained: bool = True) -> dict[str, Offer]:
-    """The demo models and those of the command line, by what the user types for them.
+    """The models of the command line, then the demo models, by what the user types for them.
 
     Raises:
+        ValueError: there is no such model.
         DownloadError: what kind a model of the hub is cannot be read.
     """
-    found = {spec: Offer(spec, kind_of(spec), True) for spec in (*(f"demo:{name}" for name in MODELS), DEMO)}
+    demos = [*(f"demo:{name}" for name in MODELS), DEMO]
+    found = {spec: Offer(spec, kind_of(spec), pretrained or spec in demos) for spec in dict.fromkeys([*given, *demos])}
     for spec in given:
-        found.setdefault(spec, Offer(spec, kind_of(spec), pretrained))
+        found[spec].kind.known(spec)
     return found
 
 
@@ -60,8 +76,8 @@ class Desk:
         self._held: tuple[str, Subject] | None = None
         self._photos: dict[str, Tensor] | None = None  # embeddings of the held model
 
-    def run(self, asked: Asked) -> str:
-        """The answer as HTML. Waits for the requests before it.
+    def run(self, asked: Asked) -> Told:
+        """The answer. Waits for the requests before it.
 
         Raises:
             ValueError: the plan or the picture does not fit the model.
@@ -71,7 +87,9 @@ class Desk:
             subject = self._loaded(self.offers[asked.model])
             if self.offers[asked.model].asked and not asked.question:
                 raise ValueError(f"{asked.model} answers questions: type one")
-            return Renderer("ui", pages.SIDE).alone(pages.page(self._shown(asked, subject)))
+            shown = self._shown(asked, subject)
+            html = Renderer("ui", pages.SIDE).alone(pages.page(shown))
+            return Told(html, shown.runs[0].name, shown.runs[0].plan.to_dict())
 
     def _loaded(self, offer: Offer) -> Subject:
         if self._held is None or self._held[0] != offer.spec:
@@ -80,9 +98,25 @@ class Desk:
         return self._held[1]
 
     def _shown(self, asked: Asked, subject: Subject) -> pages.Shown:
-        plan = asked.plan or subject.plan or Plan()
         inputs = subject.inputs([Item.photo("", asked.image, asked.question)], [asked.image])
         base = subject.answer(inputs, _ANSWER)
+        wanted = [asked.wanted, *([] if asked.against is None else [asked.against])]
+        return pages.Shown(
+            spec=asked.model,
+            title=subject.title,
+            question=asked.question if self.offers[asked.model].asked else "",
+            grid=subject.grid,
+            base=base,
+            runs=[self._ran(one, asked, subject, inputs) for one in wanted],
+            classes=_classes(subject.model),
+            known=self._known(subject, base.output),
+        )
+
+    def _ran(self, wanted: Wanted, asked: Asked, subject: Subject, inputs: Inputs) -> pages.Run:
+        """Run one plan."""
+        plan = wanted.plan or (
+            subject.plan or Plan() if wanted.keep is None else plan_for(subject.model, wanted.keep, inputs)
+        )
         with pruned(subject.model, plan, observers=[reasons := Reasons(plan)]) as session:
             with torch.inference_mode():
                 subject.model(**inputs)
@@ -93,19 +127,7 @@ class Desk:
             extras=False,
         )  # fmt: skip
         facts = subject.facts(asked.image, inputs, trace, why, pages.SIDE, 90_000)
-        return pages.Shown(
-            spec=asked.model,
-            title=subject.title,
-            question=asked.question if self.offers[asked.model].asked else "",
-            plan=plan,
-            facts={"name": "the picture as the model sees it", **facts},
-            grid=subject.grid,
-            base=base,
-            short=short,
-            bench=bench,
-            classes=_classes(subject.model),
-            known=self._known(subject, base.output),
-        )
+        return pages.Run(wanted.name, plan, {"name": f"pruned, {wanted.name}", **facts}, short, bench, keep=wanted.keep)
 
     def _known(self, subject: Subject, output: Any) -> dict[str, Tensor]:
         """Unpruned embeddings [C] of the photographs that are there anyway, where the model gives embeddings."""
