@@ -12,6 +12,8 @@ from .common import doing, err, finish, out, progress, save
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ...plans import Plan
+    from ..kinds import Subject
     from ..sources.listing import Left
 
 
@@ -75,6 +77,8 @@ def export(
         highlight=False,
         soft_wrap=True,
     )
+    kept = _kept(subject, chosen, data[0])
+    out.print(kept["words"], highlight=False, soft_wrap=True)
     err.print(f"wrote {output}", highlight=False)
     if json is not None:
         facts = {
@@ -84,6 +88,8 @@ def export(
             "plan": chosen.to_dict(),
             "plan_name": choice.name,
             "counted_on": counted,
+            "kept": kept["kept"],
+            "flops_left": kept["flops_left"],
             "skipped": [list(entry) for entry in bad],
             "left_out": left_facts(left),
         }
@@ -91,6 +97,27 @@ def export(
         record = {"kind": "export", **facts, **file, "error": written.error, "environment": environment("cpu")}
         save(json, record)
     finish(bad, "used")
+
+
+def _kept(subject: "Subject", plan: "Plan", inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the share of the tokens that is kept, of an encoder also that of its FLOPs which is left, and both in words."""
+    import torch
+
+    from ...session import pruned
+    from ..bench import count_pictures
+
+    if subject.counts:
+        (count,) = count_pictures(subject.model, plan, [inputs])
+        total, kept, flops = count.tokens, count.kept, count.share
+    else:
+        with pruned(subject.model, plan) as session, torch.inference_mode():
+            subject.model(**inputs)
+            trace = session.trace
+        ends = (trace[0].tokens_in, trace[-1].tokens_out) if trace else (torch.zeros(1), torch.zeros(1))
+        total, kept, flops = int(ends[0].sum()), int(ends[1].sum()), None
+    words = f"{kept} of {total} tokens kept" if total else "every token kept"
+    words += "" if flops is None else f", {flops:.0%} of the work (FLOPs) left"
+    return {"kept": kept / total if total else 1.0, "flops_left": flops, "words": words}
 
 
 def _noise() -> "Image":

@@ -43,7 +43,7 @@ def draw_reasons(
             Cell(seen, name.replace("_", " "), f"{grid[0]} x {grid[1]} patches"),
             Cell(
                 explain.left(seen, grid, dropping),
-                f"{gone} patches left, by layer",
+                f"{gone} patches dropped, by layer",
                 "lines: became part of" if merges else "lines: most similar survivor",
             ),
         ]
