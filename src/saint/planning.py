@@ -290,6 +290,8 @@ def _patches(encoder: nn.Module, spec: EncoderSpec) -> int:
         grid = getattr(getattr(encoder, "embeds", None), "pos_embed_grid_size", None)
         return math.prod(grid) if grid is not None else min(_MOST, _PER_CHANNEL * _channels(encoder, spec))
     height, width = (size, size) if isinstance(size, int) else size
+    most = max(height, width) if spec.usual is None else spec.usual
+    height, width = min(height, most), min(width, most)
     return (height // stride[0]) * (width // stride[1])
 
 

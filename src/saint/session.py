@@ -25,7 +25,18 @@ from .plans import STAGES, Plan, Stage
 from .runtime.deciding import Decider
 from .runtime.observe import Observers
 from .runtime.state import Forward
-from .summary import Costs, Drops, StageStatus, Status, Summary, describe, flops_left, tokens_per_layer
+from .summary import (
+    Costs,
+    Drops,
+    StageStatus,
+    Status,
+    Summary,
+    describe,
+    encoder_left,
+    encoder_work,
+    prefill_left,
+    tokens_per_layer,
+)
 from .tokens import LayerTrace
 from .vision.encoder import PrunedEncoder
 from .vision.inputs import EncoderForward
@@ -68,7 +79,7 @@ class _Over:
     """What a removed session still tells: of its last forward which tokens stayed. Holds no module and no activations."""
 
     forwards: dict[str, Forward]  # by slot
-    costs: Costs | None
+    costs: Costs
 
 
 class Session(Uncopyable):
@@ -134,11 +145,13 @@ class Session(Uncopyable):
         return next((stack.forward for stack in self._stacks if stack.slot == slot), None)
 
     @property
-    def _costs(self) -> Costs | None:
-        """Of the blocks of the encoder, where they are known."""
+    def _costs(self) -> Costs:
+        """What the FLOPs of the last forward follow from."""
         if self._over is not None:
             return self._over.costs
-        return next((Costs.of(stack) for stack in self._stacks if isinstance(stack, PrunedEncoder)), None)
+        encoder = next((encoder_work(stack) for stack in self._stacks if isinstance(stack, PrunedEncoder)), None)
+        door = next((stack for stack in self._stacks if stack.slot == "connector"), None)
+        return Costs(encoder, getattr(door, "work", None), getattr(self._forward("connector"), "counts", None))
 
     @property
     def status(self) -> Status:
@@ -176,7 +189,10 @@ class Session(Uncopyable):
             model=self._model,
             drops=tuple(Drops.of(entry) for entry in trace),
             layers={stage: counts for stage, counts in layers.items() if counts},
-            flops_left=None if costs is None else flops_left(costs, trace),
+            flops_left=None if costs.encoder is None else encoder_left(costs.encoder, trace),
+            prefill_left=None
+            if costs.decoder is None or costs.prompt is None
+            else prefill_left(costs.decoder, costs.prompt, trace),
             kv_kept=None if memory is None else memory.kept,
             kv_unpruned=None if memory is None else memory.unpruned,
         )

@@ -4,14 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .methods.base import Method
 from .plans import Plan
-from .runtime.blocks import Block
 from .tokens import LayerTrace
-from .upstream.specs import part
 from .vision.encoder import PrunedEncoder
+from .work import Stack, read_block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +81,7 @@ class Summary:
         flops_left: share left of the FLOPs (products of matrices) of the encoder's blocks, in 0..1, computed from the numbers
             of tokens: of what the samples' own tokens need, without the padding of a ragged batch and without scoring. None
             where it is not known: no encoder stage, packed encoders, and blocks whose matrices are not plain linear layers.
+        prefill_left: the same of the layers of the language model for the last prompt, text and all; None without one.
         kv_kept: bytes of keys and values that the last prompt left in the cache; None without a cache.
         kv_unpruned: what the unpruned model would hold.
     """
@@ -90,6 +90,7 @@ class Summary:
     drops: tuple[Drops, ...]
     layers: dict[str, tuple[float, ...]]
     flops_left: float | None
+    prefill_left: float | None
     kv_kept: int | None
     kv_unpruned: int | None
 
@@ -104,8 +105,11 @@ class Summary:
             f"entering each {stage} layer: {' '.join(f'{n:.0f}' for n in counts)}"
             for stage, counts in self.layers.items()
         ]
-        left = "unknown" if self.flops_left is None else f"{self.flops_left:.2f}"
-        lines.append(f"FLOPs left in the blocks of the encoder: {left}")
+        if self.flops_left is not None or self.prefill_left is None:
+            left = "unknown" if self.flops_left is None else f"{self.flops_left:.2f}"
+            lines.append(f"FLOPs left in the blocks of the encoder: {left}")
+        if self.prefill_left is not None:
+            lines.append(f"FLOPs left in the language model, of the prompt: {self.prefill_left:.2f}")
         if self.kv_kept is not None and self.kv_unpruned:
             share = self.kv_kept / self.kv_unpruned
             lines.append(f"KV cache: {self.kv_kept:,} of {self.kv_unpruned:,} bytes ({share:.2f})")
@@ -164,77 +168,46 @@ def tokens_per_layer(trace: Sequence[LayerTrace], stage: str, depth: int) -> tup
 
 
 class Costs(NamedTuple):
-    """What FLOPs in the blocks of an encoder follow from.
+    """What FLOPs of the last forward follow from.
 
     Attributes:
-        blocks: of each, see :func:`_matrices`.
-        group: patches that a candidate consists of.
-        prefix: protected tokens.
+        encoder: its blocks; None where these do not say it all, or nothing leaves in it.
+        decoder: the layers of the language model; likewise.
+        prompt: visual tokens of each sample of the last prompt, of the unpruned model, and the others, int64 [B] each; None
+            before one, and of packed rows.
     """
 
-    blocks: list[tuple[int, int, int]]
-    group: int
-    prefix: int
-
-    @classmethod
-    def of(cls, encoder: PrunedEncoder) -> "Costs | None":
-        """None where they are not known."""
-        found = [None if block is None else _matrices(block) for block in encoder.blocks]
-        blocks = [one for one in found if one is not None]
-        whole = not encoder.spec.packed and len(blocks) == len(found)
-        return cls(blocks, (encoder.merge_size or 1) ** 2, encoder.prefix) if whole else None
+    encoder: Stack | None = None
+    decoder: Stack | None = None
+    prompt: tuple[Tensor, Tensor] | None = None
 
 
-def flops_left(costs: Costs, trace: Sequence[LayerTrace]) -> float | None:
-    """See :attr:`Summary.flops_left`.
+def encoder_work(encoder: PrunedEncoder) -> Stack | None:
+    """The blocks of an encoder; None where their weights do not say what FLOPs they take."""
+    found = [None if block is None else read_block(block) for block in encoder.blocks]
+    layers = tuple(one[0] for one in found if one is not None)
+    whole = not encoder.packed and len(layers) == len(found) and all(one is not None and one[1] for one in found)
+    return Stack(layers, encoder.prefix, (encoder.merge_size or 1) ** 2) if whole else None
 
-    A block of N tokens takes 2 W N FLOPs for the W weights of its linear layers, and 4 A N² for QK^T and AV of its attention,
-    A channels wide.
-    """
+
+def encoder_left(stack: Stack, trace: Sequence[LayerTrace]) -> float | None:
+    """See :attr:`Summary.flops_left`."""
     entries = [entry for entry in trace if entry.stage == "vision"]
-    split = {entry.layer for entry in entries if entry.placement == "mid"}
     if not entries:
         return None
-    first = entries[0].tokens_in
-    counts = [(c * costs.group + costs.prefix).double() for c in _entering(entries, first, len(costs.blocks))]
-    total = (first * costs.group + costs.prefix).double()
-    left = unpruned = 0.0
-    for layer, (attention, rest, width) in enumerate(costs.blocks):
-        inside, behind = counts[layer], counts[layer + 1 if layer in split else layer]
-        left += float((2 * attention * inside + 4 * width * inside**2 + 2 * rest * behind).sum())
-        unpruned += float((2 * (attention + rest) * total + 4 * width * total**2).sum())
-    return left / unpruned
+    mid = [entry.layer for entry in entries if entry.placement == "mid"]
+    depth, first = len(stack.layers), entries[0].tokens_in
+    left = stack.flops([c.double() for c in _entering(entries, first, depth)], mid)
+    return float(left.sum() / stack.flops([first.double()] * (depth + 1)).sum())
 
 
-def _matrices(block: Block) -> tuple[int, int, int] | None:
-    """Weights in the attention and in the rest of a block, and the attention's width; None where these do not say it all."""
-    spec = block.spec
-    named = [part(unit, spec.attn) for unit in block.units[0]] if spec.attn else []
-    # an attention that is a method of its block calls the module that is told of padding
-    attention = [one if isinstance(one, nn.Module) else part(block.module, spec.padding or "") for one in named]
-    if not attention or None in attention or spec.bias:  # what makes a bias over pairs may be linear layers of its own
-        return None
-    counted = {id(p): p.numel() for m in block.module.modules() for p in _weights(m)}
-    if any(p.ndim > 1 and p.numel() > p.shape[-1] and id(p) not in counted for p in block.module.parameters()):
-        return None  # convolutions, tables of biases, quantised layers
-    own = {id(p) for one in attention for m in one.modules() for p in _weights(m)}
-    widths = [_width(one) for one in attention]
-    if None in widths:
-        return None
-    total = sum(counted.values())
-    mine = sum(n for key, n in counted.items() if key in own)
-    return mine, total - mine, sum(w for w in widths if w is not None)
-
-
-def _weights(module: nn.Module) -> list[Tensor]:
-    if isinstance(module, nn.Linear):
-        return [module.weight]
-    if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
-        return [module.in_proj_weight]
-    return []
-
-
-def _width(attention: nn.Module) -> int | None:
-    """Heads times head dim: what the output projection, the last linear layer, takes."""
-    linear = [module for module in attention.modules() if isinstance(module, nn.Linear)]
-    return linear[-1].in_features if linear else None
+def prefill_left(stack: Stack, prompt: tuple[Tensor, Tensor], trace: Sequence[LayerTrace]) -> float:
+    """See :attr:`Summary.prefill_left`."""
+    visual, others = (counts.double() for counts in prompt)
+    entries = [entry for entry in trace if entry.stage == "language"]
+    connector = [entry.tokens_out for entry in trace if entry.stage == "connector"]
+    mid = [entry.layer for entry in entries if entry.placement == "mid"]
+    depth = len(stack.layers)
+    first = connector[-1] if connector else entries[0].tokens_in if entries else visual
+    left = stack.flops([c.double() + others for c in _entering(entries, first, depth)], mid)
+    return float(left.sum() / stack.flops([visual + others] * (depth + 1)).sum())

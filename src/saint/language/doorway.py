@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from ..runtime.points import DropPoint
 from ..runtime.state import Forward, LayerState, packed_tokens, some_tokens
 from ..tokens import Facts, Selection, TokenMap
 from ..upstream.names import CACHE, EMBEDDINGS, IDS, IMPLEMENTATION, LAYERS, MASK, POSITIONS, Parameters
+from ..work import Stack, read_decoder
 from .cache import CachePositions, KVMemory, SessionToken, filled, memory
 from .decoder import PrunedDecoder
 from .logical import Held, held_by, hold, inside
@@ -132,9 +134,20 @@ class DoorForward(Forward):
 
     Attributes:
         memory: bytes of the cache behind the prompt.
+        real: which tokens of the prompt are no padding, bool [B, L], or their number; None of packed rows.
     """
 
     memory: KVMemory | None = None
+    real: Tensor | int | None = None
+
+    @property
+    def counts(self) -> tuple[Tensor, Tensor] | None:
+        """Visual tokens of each sample of the prompt, with those that left, and all others, int64 [B] each."""
+        if self.origin is None or self.real is None:
+            return None
+        visual = torch.tensor(self.origin.candidates.total)
+        real = torch.full_like(visual, self.real) if isinstance(self.real, int) else self.real.sum(1).cpu()
+        return visual, real - visual
 
 
 @dataclass
@@ -201,6 +214,12 @@ class Doorway(Decider[DoorForward]):
                 f"sequences; load the model with one of {', '.join(sorted(DENSE | FLASH))}"
             )
 
+    @cached_property
+    def work(self) -> Stack | None:
+        """What the FLOPs of the layers follow from; None where their weights do not say."""
+        layers, exact = read_decoder(list(LAYERS.get(self.module).children()), self.module.config)
+        return Stack(layers) if exact else None
+
     @property
     def stacks(self) -> tuple[Decider[Any], ...]:
         """The door, and the language stage behind it."""
@@ -263,6 +282,9 @@ class Doorway(Decider[DoorForward]):
         if self.starts_short and x is not None:
             real = _real(note, given, cache, x)
         state, counts = self.entering(visual, x, note, packed, real)
+        if packed is None:
+            shown = note.mask if real is None and note.mask is not None else real
+            self.forward.real = visual.shape[1] if shown is None else shown[:, -visual.shape[1] :].bool()
         if state.tokens.nothing_dropped:
             passage = Passage(given, cache) if held is None else self._step(note, given, cache, held)
         else:
@@ -493,7 +515,7 @@ def _seen(note: Note, given: Mapping[str, Any]) -> Any:
 
 
 def _real(note: Note, given: Mapping[str, Any], cache: Any, x: Tensor) -> Tensor | None:
-    """Mark the tokens of a sequence [B, L, C] that are no padding of the caller, bool [B, L]; None: all."""
+    """Mark the tokens of a sequence [B, L, ...] that are no padding of the caller, bool [B, L]; None: all."""
     return real_tokens(_seen(note, given), x.shape[0], x.shape[1], 0 if cache is None else cache.get_seq_length())
 
 

@@ -95,6 +95,8 @@ class EncoderSpec:
         packed: samples lie one behind the other in one sequence without batch axis, told by an argument with their grids.
         order: of a packed encoder: method that reorders groups of tokens and is given their order, or None.
         candidates: how many the instance always has, or None where the size of the pictures decides.
+        usual: side in pixels of the pictures that its preprocessing makes at most, where the config tells the size of the
+            position table instead; None where the config tells it.
         refuse: reason why this instance cannot be pruned, or None.
         tiny: builders of small random models that hold such an encoder, by a short name. A builder imports its library when
             it is called.
@@ -115,6 +117,7 @@ class EncoderSpec:
     packed: bool = False
     order: Role | None = None
     candidates: Callable[[Any], int | None] = lambda _: None
+    usual: int | None = None
     refuse: Callable[[Any], str | None] = field(default=lambda _: None)
     tiny: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
 

@@ -211,6 +211,7 @@ SPECS = [
             prefix=lambda m: 1,
             final="layernorm",
             dense_calls=_dense(cls),
+            usual=224,
             tiny=tiny,
         )
         for cls, tiny in (
@@ -235,6 +236,7 @@ SPECS = [
             prefix=_registers,
             final="layernorm",
             dense_calls=_dense(cls),
+            usual=224,
             tiny={name: _tiny("Dinov2WithRegistersConfig", cls, **_PIXELS, mlp_ratio=2, **more)},
         )
         for cls, name, more in (
