@@ -64,7 +64,11 @@ def chat(
         kv = "-" if answer["kv_bytes"] is None else f"{answer['kv_bytes'] / 2**20:.2f}"
         rows.append([who, _range(answer["first_ms"]), _range(answer["total_ms"]), str(answer["new_tokens"]), kv])
     table(["", "first token ms", "total ms", "new tokens", "KV MiB"], rows)
-    out.print(f"median [lowest, highest] of {RUNS} runs in turn: saint bench times more of them", highlight=False)
+    out.print(
+        f"median [lowest, highest] of {RUNS} runs in turn: saint bench times more of them",
+        highlight=False,
+        markup=False,
+    )
     if json is not None:
         facts = {
             "kind": "chat",

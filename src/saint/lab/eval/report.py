@@ -130,8 +130,14 @@ def kept(session: Session, batch: int) -> list[float] | None:
 
 
 def work_left(session: Session) -> float | None:
-    """Share of the FLOPs that is left of the last forward, mean of its samples without padding; None where it is unknown."""
-    return session.summary().flops_left if session.trace else None
+    """Share of the FLOPs that is left of the last forward, mean of its samples without padding; None where it is unknown.
+
+    Of a vision-language model those of the language model's layers for the prompt, of an encoder those of its blocks.
+    """
+    if not session.trace:
+        return None
+    found = session.summary()
+    return found.flops_left if found.prefill_left is None else found.prefill_left
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -43,7 +43,6 @@ def forward_sheet(record: Record) -> Sheet:
         verdict = f"With the plan the model is slower: {ratio} times the speed of the unpruned one; FLOPs would allow {bound}."
     else:
         verdict = f"No speed-up shows: {ratio} times the unpruned speed, within the spread of rounds; FLOPs would allow {bound}."
-    verdict += _rate(data)
     rows = []
     variants = {"base": "unpruned", "pruned": "pruned", "eager": "pruned, eager attention"}
     for key, name in variants.items():
@@ -69,6 +68,7 @@ def forward_sheet(record: Record) -> Sheet:
         Table(
             ["variant", "ms per forward: median [p20, p80]", "GFLOPs", "activations MiB"], rows, _forward_caption(given)
         ),
+        _rate(data),
         Text(f"Efficiency (speed-up / FLOPs bound): {efficiency(data['efficiency'])}."),
         _overhead(data.get("overhead")),
         uncounted(data.get("uncounted")),
@@ -101,11 +101,11 @@ def _fast(data: Mapping[str, Any], given: Mapping[str, Any]) -> list[Highlight]:
     return made
 
 
-def _rate(data: Mapping[str, Any]) -> str:
-    """Say how many images a second that is; "" of a record without."""
+def _rate(data: Mapping[str, Any]) -> Text | None:
+    """Say how many images a second that is; None of a record without."""
     if (rate := data.get("images_per_second")) is None:
-        return ""
-    return f" Images per second: {number(rate['base'], 2)} unpruned, {number(rate['pruned'], 2)} with it."
+        return None
+    return Text(f"Images per second: {number(rate['base'], 2)} unpruned, {number(rate['pruned'], 2)} pruned.")
 
 
 def _forward_caption(given: Mapping[str, Any]) -> str:
@@ -115,11 +115,13 @@ def _forward_caption(given: Mapping[str, Any]) -> str:
 
 def efficiency(value: float) -> str:
     """Speed-up / FLOPs bound; more than 1 is said to be what it is."""
-    return number(value, 2) if value <= 1 else f"{number(value, 2)}, above 1 by noise of the timing"
+    return (
+        number(value, 2) if value <= 1 else f"{number(value, 2)} (more than the work went down by: noise of the timing)"
+    )
 
 
 def _efficiency(value: float) -> Cell:
-    return Cell(number(value, 2) + (" (noise)" if value > 1 else ""), value)
+    return Cell(number(value) + (" (noise)" if value > 1 else ""), value)
 
 
 _EATEN = 0.05  # of the work: what padding may cost before it is worth a word
@@ -232,7 +234,7 @@ def generation_sheet(record: Record) -> Sheet:
         "KV MiB",
         "prefill GFLOPs",
     ]
-    than = ["", "first token", "FLOPs bound", "efficiency", "end to end", "further token, time", "KV"]
+    than = ["", "first token", "FLOPs bound", "efficiency", "end to end", "time of a further token", "KV"]
     plans = [(name, _told(plan, (data.get("tokens") or {}).get(name))) for name, plan in data["plans"].items()]
     given = data["conditions"]
     blocks: list[Block | None] = [
@@ -339,8 +341,9 @@ def plan_table(data: Mapping[str, Any], speeds: Mapping[str, Any] | None = None)
     head += ["tokens kept", "FLOPs left", "speed-up [p20, p80]", "FLOPs bound"] if speeds is not None else []
     head += [_NAMES.get(name, name.replace("_", " ")) + ("" if name in _NAMES else " [95 %]") for name in measures]
     for score in scores:
-        head += [f"{score} %", "difference [95 %]"]
-    return Table(head, [unpruned, *rows], f"Plans, on {data['evaluated']} samples")
+        head += [f"{score} %", f"{score} difference [95 %]"]
+    of = "; FLOPs of the language model's layers for the prompt" if "same_answer" in measures and speeds is None else ""
+    return Table(head, [unpruned, *rows], f"Plans, on {data['evaluated']} samples{of}")
 
 
 def _share(value: float | None) -> Any:
