@@ -48,6 +48,10 @@ RUNS = {
         "bench", "VLM", *HERE, "--images", "PHOTOS", "--plan", HYBRID, "--batch", 2, "--repeats", 3, "--warmup", 1,
         "--new-tokens", 3,
     ],
+    "compare": [
+        "compare", *TINY, "--images", "CLASSES", "--labels", "--plans", "vit/published,vit/match,0.7", "--limit", 6,
+        "--repeats", 2, "--warmup", 1,
+    ],
     "chat": ["chat", "VLM", *HERE, "--images", "PHOTO", "--prompt", "what w5", "--plan", HYBRID, "--max-new-tokens", 4],
     "view": ["view", *TINY, "--images", "PHOTOS", "--plan", SAINT, "--output", "OUT"],
     "view-why": ["view", *TINY, "--images", "PHOTO", "--plan", SAINT, "--why", "--patch", "3,4", "--output", "OUT"],

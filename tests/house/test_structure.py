@@ -107,6 +107,7 @@ LAB = {
         "sources",
         "tuning",
         "ui",
+        "variants",
         "view",
     },
 }

@@ -227,6 +227,8 @@ def test_every_printed_figure_of_an_encoder(measured):
     ratios = spread([a / b for a, b in zip(ms("base"), ms("pruned"), strict=True)])
     assert row("the model runs") == pytest.approx([*ratios[:3], measured.bound], rel=6e-3)
     assert row("Efficiency (speed-up / FLOPs bound):") == pytest.approx([ratios[0] / measured.bound], abs=6e-3)
+    rates = [1e3 * 2 / spread(ms(name))[0] for name in ("base", "pruned")]  # 2 images per forward
+    assert row("Images per second:") == pytest.approx(rates, rel=6e-3)
     scoring, gathering = [2e3 * t for t in SCORE[2:]], [2e3 * t for t in GATHER[2:]]
     share = spread([100 * (s + g) / b for s, g, b in zip(scoring, gathering, ms("base"), strict=True)])
     idle = spread([100 * (k / b - 1) for k, b in zip(ms("keep_all"), ms("base"), strict=True)])

@@ -60,7 +60,7 @@ def test_bench_per_mode(run, spec, tmp_path):
     assert code == 0, err
     record = json.loads(file.read_text())
     assert record["kind"] == "bench/generation"
-    assert list(record["plans"]) == ["connector", "language", "vision", "hybrid"]
+    assert list(record["plans"]) == ["keep 0.5", "connector", "language", "vision", "hybrid"]
     assert all(name in out for name in ("unpruned", *record["plans"], "efficiency"))
     assert record["conditions"]["batch"] == 2
     assert record["conditions"]["new_tokens"] == 2
@@ -89,7 +89,7 @@ def test_errors(run, spec, picture, tmp_path):
     one_line(run("view", spec, "--images", picture, "--size", 64)[2], "--size does not fit")
     one_line(run("view", "demo:small-llava", "--images", picture, "--no-pretrained")[2], "a demo model is its weights")
     one_line(run("demo", "demo:small-llava", "--images", picture)[2], "vision-language model", "saint chat, view")
-    one_line(run("bench", spec, "--threshold", 0.5)[2], "the one vision stage", "--plan")
+    one_line(run("bench", spec, "--threshold", 0.5)[2], "--threshold does not fit")
     hf.CLIPConfig(architectures=["CLIPModel"]).save_pretrained(tmp_path / "clip")
     one_line(run(*ask, f"hf:{tmp_path / 'clip'}")[2], "does not answer")
 
@@ -131,7 +131,7 @@ def test_view_of_a_model_with_a_default_plan(run, spec, picture, tmp_path):
     code, _, err = run("view", spec, "--images", picture, "--output", tmp_path, "--json", tmp_path / "v.json")
     assert code == 0, err
     stages = {step["stage"] for step in json.loads((tmp_path / "v.json").read_text())["photos"][0]["layers"]}
-    assert stages == {"vision", "language"}
+    assert stages == set(saint.plan_for(VLM.load(spec).model, 0.5).slots)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "llava-onevision"])

@@ -15,9 +15,9 @@ from PIL import Image
 import saint
 from saint import extras
 from saint.lab.cli import COMMANDS, app, main
-from saint.lab.cli.common import make_plan
 from saint.lab.kinds import Encoder
 from saint.lab.loading import DownloadError
+from saint.lab.loading.plans import changed_plan
 from saint.lab.sources.photos import load_images, names_of
 from saint.plans import Plan
 from support.command_line import TINY, one_line
@@ -259,14 +259,14 @@ def test_debug_shows_the_traceback(monkeypatch):
 def test_threshold_needs_a_method_that_has_one():
     plan = Plan(vision=saint.SaintFullGraph(keep=0.5))
     with pytest.raises(ValueError, match="saint_full_graph"):
-        make_plan(plan, None, 0.5, None)
+        changed_plan(plan, 0.5, None)
 
 
 def test_layers_are_text_as_stages_take_it():
     plan = Plan(vision=saint.Saint())
-    assert make_plan(plan, None, None, "0-2, 5").vision[0].layers == (0, 1, 2, 5)
+    assert changed_plan(plan, None, "0-2, 5").vision[0].layers == (0, 1, 2, 5)
     with pytest.raises(ValueError, match=r'"0-5" or "0,2,4".*0-99999999999'):
-        make_plan(plan, None, None, "0-99999999999")
+        changed_plan(plan, None, "0-99999999999")
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------

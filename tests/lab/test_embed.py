@@ -17,7 +17,7 @@ from PIL import Image
 
 import saint
 from saint.lab.embed import OutputError, Rows, embed, find_items, work
-from saint.lab.embed.parts import Parts, files
+from saint.lab.embed.parts import Parts, files, in_words
 from saint.lab.embed.sources import Reader, located
 from saint.lab.embed.work import Job
 from saint.lab.kinds import VLM, Encoder
@@ -559,3 +559,11 @@ def test_patches_for_sameness_are_squares_of_the_shorter_side(height, width, mon
     assert patches.shape == (1, (height // side) * (width // side), 3 * side * side)
     assert at == 0.95
     assert torch.equal(patches[0, 1], pixels[:, :side, side : 2 * side].flatten())
+
+
+def test_a_plan_that_differs_in_many_settings_is_named_and_not_dumped():
+    facts = {"batch": 4, "plan": saint.plan("vit/published").to_dict(), "size": None}
+    other = facts | {"plan": saint.plan("vit/match").to_dict()}
+    assert in_words(facts, facts) == ""
+    assert in_words(facts, other) == "another plan"
+    assert in_words(facts, other | {"batch": 8}) == "batch: 4 there, 8 now; another plan"

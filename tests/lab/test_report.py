@@ -102,7 +102,7 @@ def test_text_of_records_is_text(written):
 
     for kind, make in report_records.MAKERS.items():
         record = {**poison(make()), "files": []}
-        for name in ("plans", "gains", "scores", "agreement", "categories", "against_first", "times"):
+        for name in ("plans", "gains", "scores", "agreement", "categories", "against_first", "times", "speeds"):
             if name in record:
                 record[name] = make()[name]
         page = make_report(written(record))

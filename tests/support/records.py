@@ -150,7 +150,7 @@ FIELDS = frozenset(  # names of a record, which a test of hostile text leaves as
         "pretrained",
         *("why", "gone", "into", "merged", "degree", "neighbors", "survivors_of", "left_out"),
         *("depth", "tuned", "held_out", "target", "place", "left", "reached", "loss", "per_image", "against", "work"),
-        *("costs", "places", "center", "frontier", "missing"),
+        *("costs", "places", "center", "frontier", "missing", "speeds", "timing", "timed"),
     ]
 )
 
@@ -389,10 +389,34 @@ def eval_vqa() -> dict[str, Any]:
     }
 
 
+def compared() -> dict[str, Any]:
+    """Of two plans for an encoder, one of which is the faster and the other the closer."""
+    found = eval_images()
+    speeds = {
+        name: {"flops": flops, "kept": kept, "speedup": _spread(speed), "bound": 1 / flops, "timed": ["a", "b"]}
+        for name, flops, kept, speed in (("half", 0.5, 0.25, 1.8), ("most", 0.9, 0.8, 1.1))
+    }
+    summary = {"mean": 0.995, "median": 0.99, "p20": 0.99, "p80": 1.0, "n": 100, "low": 0.99, "high": 1.0}
+    return {
+        **found,
+        "kind": "compare",
+        "model": "timm:x",
+        "plans": {"half": PLAN, "most": PLAN},
+        "scores": {"half": {"top1": _paired()}, "most": {"top1": _paired()}},
+        "agreement": {
+            "half": {"cosine": {**summary, "mean": 0.97, "low": 0.96, "high": 0.98}},
+            "most": {"cosine": summary},
+        },
+        "speeds": speeds,
+        "timing": {"batch": 1, "repeats": 5, "warmup": 1, "load_average": 9.0},
+    }
+
+
 MAKERS = {
     "analyze": analyze,
     "bench/encoder": bench,
     "bench/generation": generation,
+    "compare": compared,
     "demo": demo,
     "eval/images": eval_images,
     "eval/vqa": eval_vqa,

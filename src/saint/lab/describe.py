@@ -21,12 +21,18 @@ def describe(plan: "Plan") -> str:
             continue
         (stage,) = stages
         settings = {k: v for k, v in stage.method.to_dict().items() if k != "method"}
-        shown = ", ".join(f"{k}={v}" for k, v in settings.items() if v != getattr(type(stage.method), k, None))
+        shown = ", ".join(
+            f"{k}={_rounded(v)}" for k, v in settings.items() if v != getattr(type(stage.method), k, None)
+        )
         lead = f"threshold={settings['threshold']}" if "threshold" in settings else ""
         text = ", ".join(part for part in (lead, shown.replace(lead, "").strip(", ")) if part)
         tail = "" if stage.output == "survivors" else f', output="{stage.output}"'
         parts.append(f"{name}: {stage.method.name}({text}){tail}")
     return "; ".join(parts) or "nothing"
+
+
+def _rounded(value: Any) -> Any:
+    return f"{value:g}" if isinstance(value, float) else value
 
 
 def as_python(plan: "Plan") -> str:

@@ -295,8 +295,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def outcomes(contracts: Mapping[str, Callable[..., str]], *given: Any) -> list[Result]:
-    """One result per contract: what each says of ``given``."""
+def outcomes(
+    contracts: Mapping[str, Callable[..., str]], *given: Any, tick: Callable[[], None] = lambda: None
+) -> list[Result]:
+    """One result per contract: what each says of ``given``; ``tick`` is called behind each."""
     results = []
     for name, contract in contracts.items():
         try:
@@ -305,16 +307,20 @@ def outcomes(contracts: Mapping[str, Callable[..., str]], *given: Any) -> list[R
             results.append(Result(name, "failed", str(error)))
         except HookNeverFiredError as error:
             results.append(Result(name, "skipped", str(error)))
+        tick()
     return results
 
 
-def check_model(model: nn.Module, plan: Plan | None = None, inputs: Inputs | None = None) -> list[Result]:
+def check_model(
+    model: nn.Module, plan: Plan | None = None, inputs: Inputs | None = None, *, tick: Callable[[], None] = lambda: None
+) -> list[Result]:
     """Run every contract.
 
     Args:
         model: holds one supported encoder; in eval mode during the checks.
         plan: with a vision stage; None searches one that drops different numbers of tokens from the example inputs.
         inputs: keyword inputs with at least two samples; None makes random pictures.
+        tick: called behind each contract, for a progress bar.
 
     Returns:
         One result per contract.
@@ -326,4 +332,4 @@ def check_model(model: nn.Module, plan: Plan | None = None, inputs: Inputs | Non
     with evaluating(model):
         inputs = example_inputs(model) if inputs is None else inputs
         plan = example_plan(model, inputs) if plan is None else plan
-        return outcomes(CONTRACTS, model, plan, inputs)
+        return outcomes(CONTRACTS, model, plan, inputs, tick=tick)

@@ -237,7 +237,9 @@ CONTRACTS: dict[str, Callable[[Any, Plan, Make], str]] = {
 }
 
 
-def check_vlm(model: nn.Module, make: Make, plan: Plan | None = None) -> list[Result]:
+def check_vlm(
+    model: nn.Module, make: Make, plan: Plan | None = None, *, tick: Callable[[], None] = lambda: None
+) -> list[Result]:
     """Run every contract on a vision-language model.
 
     Args:
@@ -245,6 +247,7 @@ def check_vlm(model: nn.Module, make: Make, plan: Plan | None = None) -> list[Re
         make: keyword inputs of the model for these samples, of two (0 and 1) with one image each and prompts of different
             length.
         plan: with a language stage; None takes :func:`hybrid_plan`.
+        tick: called behind each contract, for a progress bar.
 
     Returns:
         One result per contract.
@@ -254,4 +257,4 @@ def check_vlm(model: nn.Module, make: Make, plan: Plan | None = None) -> list[Re
     """
     plan = hybrid_plan(model) if plan is None else plan
     with evaluating(model):
-        return outcomes(CONTRACTS, model, plan, make)
+        return outcomes(CONTRACTS, model, plan, make, tick=tick)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,10 +58,23 @@ class Cost:
             workspace is not seen).
     """
 
-    flops: int
-    by_operator: dict[str, int]
+    flops: float
+    by_operator: Mapping[str, float]
     uncounted: list[str]
     memory: float
+
+    @classmethod
+    def mean(cls, costs: "Sequence[Cost]") -> "Cost":
+        """Return the mean of several forwards; the memory is that of the largest."""
+        if len(costs) == 1:
+            return costs[0]
+        operators = {name for one in costs for name in one.by_operator}
+        return cls(
+            sum(one.flops for one in costs) / len(costs),
+            {name: sum(one.by_operator.get(name, 0) for one in costs) / len(costs) for name in sorted(operators)},
+            sorted({name for one in costs for name in one.uncounted}),
+            max(one.memory for one in costs),
+        )
 
 
 def cost(run: Callable[[], Any], device: torch.device) -> Cost:

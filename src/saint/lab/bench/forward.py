@@ -1,13 +1,15 @@
 """Benchmark of a forward: base and pruned, interleaved in one process, on the same weights."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from ...flops import count_flops
 from ...methods.base import Method
 from ...methods.saint import Saint
 from ...plans import Plan, Stage
@@ -25,8 +27,74 @@ class LayerTokens:
     layer: int
     tokens_in: float
     tokens_out: float
-    slots: int  # tokens a sample costs: the longest survivor of the batch
+    slots: float  # tokens a sample costs: the longest survivor of the batch
     placement: str = "post"  # "input": in front of the layer
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureCount:
+    """What one picture alone has left; counted, not timed.
+
+    Attributes:
+        tokens: candidates in front of the first drop point.
+        kept: of them, those behind the last one.
+        base, pruned: FLOPs of the forward.
+    """
+
+    tokens: int
+    kept: int
+    base: int
+    pruned: int
+
+    @property
+    def share(self) -> float:
+        """FLOPs left."""
+        return self.pruned / self.base
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Mean, lowest and highest of ``n`` values."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Range":
+        """Of at least one value."""
+        return cls(math.fsum(values) / len(values), min(values), max(values), len(values))
+
+
+@dataclasses.dataclass(frozen=True)
+class OverPictures:
+    """What a plan leaves of many pictures, each alone.
+
+    Attributes:
+        counts: an entry per picture, in the order given.
+        kept: share of the tokens behind the last drop point.
+        flops: share of the FLOPs of the forward.
+        fixed: every picture keeps the same number of tokens.
+        timed: the pictures that were timed, by their place in ``counts``.
+    """
+
+    counts: list[PictureCount]
+    kept: Range
+    flops: Range
+    fixed: bool
+    timed: list[int]
+
+    @classmethod
+    def of(cls, counts: Sequence[PictureCount], timed: Sequence[int]) -> "OverPictures":
+        """Of at least one picture."""
+        return cls(
+            list(counts),
+            Range.of([one.kept / one.tokens if one.tokens else 1.0 for one in counts]),
+            Range.of([one.share for one in counts]),
+            len({(one.tokens, one.kept, one.pruned) for one in counts}) == 1,
+            list(timed),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +130,8 @@ class ForwardBench:
         uncounted: operators that the bound, and so the efficiency, leaves out.
         overhead: see :class:`Overhead`; None when not measured.
         eager: time of the same plan with the model's attention forced to eager; None when the model has no such switch.
+        images_per_second: by variant, "base" and "pruned": of the medians of the times.
+        pictures: what the plan leaves of many pictures; None where they were not counted.
         conditions: all else that the numbers depend on.
     """
 
@@ -76,6 +146,8 @@ class ForwardBench:
     uncounted: list[str]
     overhead: Overhead | None
     eager: Spread | None
+    images_per_second: dict[str, float]
+    pictures: OverPictures | None
     conditions: dict[str, Any]
 
     kind: ClassVar[str] = "bench/encoder"  # of its record
@@ -91,6 +163,20 @@ class ForwardBench:
     def flops_bound(self) -> float:
         """Speed-up if time were proportional to FLOPs."""
         return self.bound
+
+    @property
+    def kept(self) -> float | None:
+        """Share of the tokens that is kept, mean over pictures; None where they were not counted."""
+        return None if self.pictures is None else self.pictures.kept.mean
+
+    @property
+    def flops_left(self) -> float:
+        """Share of the FLOPs that is left: of every picture alone where they were counted, else of the forward."""
+        return 1 / self.bound if self.pictures is None else self.pictures.flops.mean
+
+    def timed_of(self, count: int) -> list[int]:
+        """Return which of ``count`` pictures were timed."""
+        return list(range(count)) if self.pictures is None else self.pictures.timed
 
     @property
     def lines(self) -> list[Line]:
@@ -113,11 +199,12 @@ class ForwardBench:
 def bench_forward(
     model: nn.Module,
     plan: Plan | Stage | Method | str,
-    inputs: Mapping[str, Any],
+    inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     repeats: int = 20,
     warmup: int = 3,
     *,
     extras: bool = True,
+    pictures: OverPictures | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> ForwardBench:
     """Measure ``model`` with and without ``plan`` on the same inputs.
@@ -127,10 +214,12 @@ def bench_forward(
     Args:
         model: a supported encoder, in eval mode, without a plan.
         plan: see :func:`saint.apply`.
-        inputs: keyword arguments of ``model.forward``, on the model's device, made beforehand.
+        inputs: keyword arguments of ``model.forward``, on the model's device, made beforehand; of several forwards a round runs
+            each variant through all, and times, FLOPs and tokens are those of one forward in the mean.
         repeats: timed rounds.
         warmup: rounds before them.
         extras: also measure overhead and the eager comparison.
+        pictures: see :func:`count_pictures`; kept in the result.
         tick: called after each round (``repeats + warmup`` times), for a progress bar.
 
     Returns:
@@ -150,6 +239,9 @@ def bench_forward(
     check_rounds(repeats, warmup)
     load = load_average()
     plan = as_plan(plan)
+    forwards = [inputs] if isinstance(inputs, Mapping) else list(inputs)
+    if not forwards:
+        raise ValueError("inputs are the arguments of one forward, or of several: got none")
     plans = {"pruned": plan}
     meter = _Meter()
     if extras:
@@ -160,40 +252,124 @@ def bench_forward(
     switched = {"eager": plan} if extras and _force_eager(eager) else {}
     with variants(model, plans, {"metered": [meter]}) as made, variants(eager, switched) as written_out:
         made |= {name: written_out[name] for name in switched}
-        runs: dict[str, Callable[[], Any]] = {name: partial(variant.model, **inputs) for name, variant in made.items()}
+        runs: dict[str, Callable[[], Any]] = {
+            name: partial(_each, variant.model, forwards) for name, variant in made.items()
+        }
         if "metered" in runs:
             runs["metered"] = meter.around(runs["metered"])
         device = next(p.device for p in model.parameters() if p.is_floating_point())
         with torch.inference_mode():
-            times = interleave(runs, device, repeats, warmup, tick)
-        costs: dict[str, Cost] = {name: cost(runs[name], device) for name in (BASE, "pruned", "eager") if name in runs}
+            rounds = interleave(runs, device, repeats, warmup, tick)
+        times = {name: [lap / len(forwards) for lap in laps] for name, laps in rounds.items()}
+        counted = {name: [cost(partial(made[name].model, **one), device) for one in forwards]
+                   for name in (BASE, "pruned", "eager") if name in runs}  # fmt: skip
+        costs = {name: Cost.mean(found) for name, found in counted.items()}
         session = made["pruned"].session
         assert session is not None, "of a plan"
-        trace = session.trace
+        traces = []
+        for one in forwards:
+            with torch.inference_mode():
+                made["pruned"].model(**one)
+            traces.append(session.trace)
 
     bound = costs["base"].flops / costs["pruned"].flops
     speedup = Spread.of(ratios(times["base"], times["pruned"]))
-    told = conditions(model, inputs, device, repeats, warmup, load, list(runs))
+    told = conditions(model, forwards[0], device, repeats, warmup, load, list(runs))
+    batch = next(iter(told["inputs"].values()))[0]
+    base, pruned = Spread.of(times["base"]), Spread.of(times["pruned"])
     return ForwardBench(
         plan=plan,
-        layers=layer_tokens(trace),
-        base=Spread.of(times["base"]),
-        pruned=Spread.of(times["pruned"]),
+        layers=mean_tokens([layer_tokens(trace) for trace in traces]),
+        base=base,
+        pruned=pruned,
         speedup=speedup,
         costs=costs,
         bound=bound,
         efficiency=speedup.median / bound,
         uncounted=sorted({*costs["base"].uncounted, *costs["pruned"].uncounted}),
-        overhead=_overhead(meter, times, repeats) if extras else None,
+        overhead=_overhead(meter, times, repeats, len(forwards)) if extras else None,
         eager=Spread.of(times["eager"]) if "eager" in times else None,
+        images_per_second={"base": 1e3 * batch / base.median, "pruned": 1e3 * batch / pruned.median},
+        pictures=pictures,
         conditions={
             **told,
-            "batch": next(iter(told["inputs"].values()))[0],
+            "batch": batch,
+            "forwards": len(forwards),
             "attention": _attention(model),
             "mode": "torch.inference_mode, data already on the device",
             "times_ms": {name: [round(t, 4) for t in values] for name, values in times.items()},
         },
     )
+
+
+def _each(model: Callable[..., Any], forwards: Sequence[Mapping[str, Any]]) -> None:
+    for one in forwards:
+        model(**one)
+
+
+def count_pictures(
+    model: nn.Module,
+    plan: Plan | Stage | Method | str,
+    pictures: Iterable[Mapping[str, Any]],
+    tick: Callable[[], None] = lambda: None,
+) -> list[PictureCount]:
+    """Count what ``plan`` leaves of each picture alone: tokens and FLOPs, a forward per picture.
+
+    The user's model is not touched.
+
+    Args:
+        model: a supported encoder, in eval mode, without a plan.
+        plan: see :func:`saint.apply`.
+        pictures: keyword arguments of ``model.forward`` of one picture each.
+        tick: called after each.
+
+    Raises:
+        ValueError: what :func:`saint.apply` and the forward raise.
+        AlreadyAppliedError: the model carries a plan.
+    """
+    unpruned: dict[Any, int] = {}  # by shapes, which are all that its FLOPs depend on
+    counts = []
+    with variants(model, {"pruned": as_plan(plan)}) as made, torch.no_grad():
+        session = made["pruned"].session
+        assert session is not None, "of a plan"
+        for inputs in pictures:
+            shapes = tuple((name, tuple(value.shape)) for name, value in inputs.items() if hasattr(value, "shape"))
+            if shapes not in unpruned:
+                unpruned[shapes] = count_flops(partial(made[BASE].model, **inputs))[1].total
+            pruned = count_flops(partial(made["pruned"].model, **inputs))[1].total
+            trace = session.trace
+            ends = (int(trace[0].tokens_in.sum()), int(trace[-1].tokens_out.sum())) if trace else (0, 0)
+            counts.append(PictureCount(*ends, unpruned[shapes], pruned))
+            tick()
+    return counts
+
+
+_TIMED = 8  # pictures that are timed where each keeps its own number of tokens
+
+
+def representative(counts: Sequence[PictureCount], most: int = _TIMED) -> list[int]:
+    """Choose the pictures to time, by place: the first where all have the same work, else some spread evenly over it."""
+    order = sorted(range(len(counts)), key=lambda i: counts[i].pruned)
+    if counts[order[0]].pruned == counts[order[-1]].pruned:
+        return [0]
+    if len(order) <= most:
+        return sorted(order)
+    return sorted(
+        order[(2 * i + 1) * len(order) // (2 * most)] for i in range(most)
+    )  # the middle of each of ``most`` parts
+
+
+def mean_tokens(forwards: Sequence[Sequence[LayerTokens]]) -> list[LayerTokens]:
+    """Means over forwards of the same drop points."""
+    return [
+        dataclasses.replace(
+            points[0],
+            tokens_in=math.fsum(one.tokens_in for one in points) / len(points),
+            tokens_out=math.fsum(one.tokens_out for one in points) / len(points),
+            slots=math.fsum(one.slots for one in points) / len(points) if len(points) > 1 else points[0].slots,
+        )
+        for points in zip(*forwards, strict=True)
+    ]
 
 
 def layer_tokens(trace: list[LayerTrace]) -> list[LayerTokens]:
@@ -273,8 +449,8 @@ class _Meter:
         return metered
 
 
-def _overhead(meter: _Meter, times: Mapping[str, list[float]], repeats: int) -> Overhead:
-    scoring, gathering = meter.scoring[-repeats:], meter.gathering[-repeats:]
+def _overhead(meter: _Meter, times: Mapping[str, list[float]], repeats: int, forwards: int) -> Overhead:
+    scoring, gathering = ([ms / forwards for ms in found[-repeats:]] for found in (meter.scoring, meter.gathering))
     both = [s + g for s, g in zip(scoring, gathering, strict=True)]
     idle = [r - 1 for r in ratios(times["keep_all"], times["base"])] if "keep_all" in times else []
     share = Spread.of(ratios(both, times["base"]))

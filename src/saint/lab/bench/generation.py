@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...plans import Plan
+from ...tokens import LayerTrace
 from ..variants import BASE, check_plans, variants
 from .cost import Cost, cost
 from .timing import Line, Spread, check_rounds, conditions, interleave, load_average, ratios, synchronize
@@ -59,6 +60,15 @@ class GenerationGain:
 
 
 @dataclasses.dataclass(frozen=True)
+class StageTokens:
+    """Visual tokens around a stage of a plan, mean over the batch."""
+
+    stage: str
+    tokens_in: float
+    tokens_out: float
+
+
+@dataclasses.dataclass(frozen=True)
 class GenerationBench:
     """Outcome of :func:`bench_generation`.
 
@@ -66,12 +76,14 @@ class GenerationBench:
         plans: what was applied, by name.
         times: by name, "base" first.
         gains: by name of the plan.
+        tokens: by name of the plan: what its stages keep of the prompt's images.
         conditions: all else that the numbers depend on, and every single time.
     """
 
     plans: dict[str, Plan]
     times: dict[str, GenerationTimes]
     gains: dict[str, GenerationGain]
+    tokens: dict[str, list[StageTokens]]
     conditions: dict[str, Any]
 
     kind: ClassVar[str] = "bench/generation"  # of its record
@@ -89,6 +101,21 @@ class GenerationBench:
         """The same if time were proportional to FLOPs."""
         (gain,) = self.gains.values()
         return gain.bound
+
+    @property
+    def kept(self) -> float | None:
+        """Share of the visual tokens that the only plan keeps behind its last stage."""
+        (stages,) = self.tokens.values()
+        return stages[-1].tokens_out / stages[0].tokens_in if stages else None
+
+    @property
+    def flops_left(self) -> float:
+        """Share of the FLOPs of the prefill that is left."""
+        return 1 / self.flops_bound
+
+    def timed_of(self, count: int) -> list[int]:
+        """Return which of ``count`` pictures were timed: the first ones, repeated up to the batch."""
+        return [i % count for i in range(self.conditions["batch"])]
 
     @property
     def lines(self) -> list[Line]:
@@ -211,6 +238,7 @@ def bench_generation(
 
     with variants(model, plans) as made:
         costs = {name: cost(generation(name, variant.model, 1), device) for name, variant in made.items()}
+        tokens = {name: _tokens(v.session.trace) for name, v in made.items() if v.session is not None}
         memories = {name: v.session.kv_memory for name, v in made.items() if v.session is not None}
         for taken in stamps.values():
             taken.clear()
@@ -230,6 +258,7 @@ def bench_generation(
         plans=dict(plans),
         times=times,
         gains=gains,
+        tokens=tokens,
         conditions={
             **conditions(model, inputs, device, repeats, warmup, load, list(laps)),
             "batch": batch,
@@ -241,6 +270,17 @@ def bench_generation(
             "steps_ms": {name: [[round(t, 4) for t in lap] for lap in made] for name, made in laps.items()},
         },
     )
+
+
+def _tokens(trace: Sequence[LayerTrace]) -> list[StageTokens]:
+    """Return what each stage was given and kept, in the order in which tokens pass them."""
+    stages: dict[str, list[LayerTrace]] = {}
+    for step in trace:
+        stages.setdefault(step.stage, []).append(step)
+    return [
+        StageTokens(stage, steps[0].tokens_in.float().mean().item(), steps[-1].tokens_out.float().mean().item())
+        for stage, steps in stages.items()
+    ]
 
 
 def _steps(laps: Sequence[Sequence[float]]) -> list[float]:

@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 from typer.models import OptionInfo
 
+from ... import __version__
 from ...errors import SaintError
 
 COMMANDS = {  # name -> module, in the order in which a person needs them; the function (or group) carries the name
@@ -22,6 +23,7 @@ COMMANDS = {  # name -> module, in the order in which a person needs them; the f
     "view": "view",
     "chat": "chat",
     "bench": "bench",
+    "compare": "compare",
     "check": "check",
     "tune": "tune",
     "eval": "eval",
@@ -35,12 +37,13 @@ COMMANDS = {  # name -> module, in the order in which a person needs them; the f
 }
 PANELS = {  # of the help: which parameters; all others are what a command alone has
     "Model": {"model", "device", "dtype", "pretrained", "size", "threads"},
-    "Plan": {"layers", "plan", "threshold"},
+    "Plan": {"keep", "layers", "plan", "plans", "threshold"},
     "Data": {
         "batch",
         "classes",
         "column",
         "image",
+        "labels",
         "images",
         "limit",
         "prompt",
@@ -67,6 +70,7 @@ app = typer.Typer(
     help="SAINT: drop redundant visual tokens, without training, in unmodified models.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -76,9 +80,16 @@ def _flag(name: str) -> bool:
     return os.environ.get(name, "").strip().lower() not in ("", "0", "false", "no", "off")
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"saint {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: bool = typer.Option(False, "--debug", help="show the traceback of an error (or set SAINT_DEBUG=1)"),
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="print the version"),
 ) -> None:
     if debug:
         os.environ["SAINT_DEBUG"] = "1"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options
-from .common import err, finish, out, progress, resumable, save, show
+from .common import doing, finish, out, progress, resumable, save, show
 
 if TYPE_CHECKING:
     from ..analysis.run import Analysis
@@ -84,7 +84,7 @@ def analyze(
     file = journal if journal is not None or json is None else json.with_suffix(".journal.sqlite")
     with resumable(file), progress("measuring", len(items)) as tick:
         result = measure(subject, items, settings=settings, facts=facts, journal=file, tick=tick)
-    with err.status("resampling"):
+    with doing("resampling"):
         record = make_record(result)
     record["skipped"] += [list(entry) for entry in bad]
     what = {"count": len(result.entries), "set": printable(source.resolve().name)}
@@ -102,7 +102,7 @@ def analyze(
     resumed = f", {result.outcome.resumed} of them from the journal" if result.outcome.resumed else ""
     out.print(f"{len(result.entries)} {subject.things}{resumed}", highlight=False)
     if json is not None:
-        with err.status("drawing"):
+        with doing("drawing"):
             shown = _survivors(subject, record, result, items) if subject.sees else {}
         save(json, {**record, **shown})
     finish(record["skipped"], "measured", subject.things)

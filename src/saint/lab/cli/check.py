@@ -1,12 +1,27 @@
 """`saint check MODEL`: run the contracts on a user's model."""
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from . import options
-from .common import err, out, save
+from .common import out, progress, save, table
+
+if TYPE_CHECKING:
+    from ...testing import Result
+
+ABOUT = {  # what each contract holds a pruned model to
+    "identity": "a plan that keeps everything changes nothing",
+    "exact undo": "removed, the model is what it was",
+    "masked oracle": "dropped tokens might as well have been hidden from attention",
+    "generation": "greedy tokens are those of the masked oracle",
+    "removal oracle": "what goes in front of the language model might as well not have been there",
+    "static cache": "a cache of fixed length gives the same tokens",
+    "batch independence": "a picture's result does not depend on the others",
+    "really on": "tokens go, and the work shrinks with them",
+    "bad input": "what cannot work is refused, and nothing is left behind",
+}
 
 
 @options.model_options("size", "dtype", device="cpu")
@@ -23,15 +38,14 @@ def check(
     from ..kinds import kind_of
     from ..records import environment
 
-    subject = how.load(kind_of(model), model)
-    with err.status("checking"):
-        checked = subject.contracts()
-    out.print(f"{model}: {checked.about}", highlight=False)
-    table = Table("contract", "outcome", "detail")
-    for result in checked.results:
-        style = {"passed": "green", "failed": "bold red"}.get(result.outcome, "yellow")
-        table.add_row(result.contract, f"[{style}]{result.outcome}[/]", result.detail)
-    out.print(table)
+    kind = kind_of(model)
+    subject = how.load(kind, model)
+    with progress("checking", len(kind.checks)) as tick:
+        checked = subject.contracts(tick)
+    out.print(f"{model}: {checked.about}", highlight=False, markup=False)
+    rows = [[r.contract, r.outcome, r.detail, ABOUT.get(r.contract, "")] for r in checked.results]
+    table(["contract", "outcome", "detail", "what it means"], rows, numbers=False)
+    out.print(_verdict(checked.results), highlight=False)
     if json is not None:
         record = {
             "kind": "check",
@@ -44,3 +58,17 @@ def check(
         save(json, record)
     if any(result.outcome == "failed" for result in checked.results):
         raise typer.Exit(1)
+
+
+def _verdict(results: "Sequence[Result]") -> str:
+    """Say in a sentence what came of it."""
+    failed = [r.contract for r in results if r.outcome == "failed"]
+    skipped = [r.contract for r in results if r.outcome == "skipped"]
+    if failed:
+        return f"[bold red]{', '.join(failed)} failed: do not trust pruning on this model[/]"
+    held = len(results) - len(skipped)
+    if skipped:
+        return (
+            f"[yellow]{held} of {len(results)} hold, and {', '.join(skipped)} could not be looked at on this model[/]"
+        )
+    return f"[green]all {held} hold: pruning is right on this model[/]"

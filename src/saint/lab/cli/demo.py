@@ -2,14 +2,14 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import options
-from .common import finish, make_plan, out, pictures, progress, show, warn_busy
+from .common import USUAL, Asked, finish, out, pictures, progress, show, warn_busy
 
 if TYPE_CHECKING:
     from ...plans import Plan
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from ..sources.photos import Photo
 
 WARMUP = 1
-_HALF = "vit/match"  # the recipe that is shown beside a model's own: half of the FLOPs of any encoder
 
 
 @dataclass
 class Run:
     """A plan on all photographs; lists have an entry per photograph."""
 
+    name: str
     plan: "Plan"
     traces: "list[list[LayerTrace]]" = field(default_factory=list)
     facts: list[dict[str, Any]] = field(default_factory=list)
@@ -56,6 +56,7 @@ class Run:
         first, values = self.agreements[0], self.values
         return {
             "plan": self.plan.to_dict(),
+            "plan_name": self.name,
             "speedup": self.speedup,
             "flops_bound": self.bound,
             "agreement": {
@@ -69,6 +70,7 @@ def demo(
     model: Annotated[str, typer.Argument(help=options.MODEL_HELP)] = options.DEFAULT_MODEL,
     images: options.Images = None,
     plan: options.PlanText = None,
+    keep: options.Keep = None,
     threshold: options.Threshold = None,
     layers: options.Layers = None,
     repeats: Annotated[int, typer.Option(min=1, help="timed rounds per photograph")] = 3,
@@ -82,21 +84,20 @@ def demo(
 ) -> None:
     """Run a model unpruned and pruned on photographs: tokens, time, agreement, pictures of what was kept.
 
-    Without --plan two are shown: the one that suits the model, and one at half of the FLOPs. Works offline with the demo
-    models; --images FILE|DIR takes your own pictures.
+    Without --plan and --keep two plans are shown: one made for half of the work, and the one that suits the model as published.
+    Works offline with the demo models; --images FILE|DIR takes your own pictures.
     """
-    from ...plans import Plan
     from ..kinds import kind_of
     from ..records import environment, write_json
     from ..sources.listing import left_facts
 
+    asked = Asked.read(plan, keep, threshold, layers)
     left: Left = {}
     photos, bad = pictures(images, limit, left)
     subject = how.load(kind_of(model, "embeddings"), model)
-    own = subject.plan or Plan()
-    shown = Run(make_plan(own, plan, threshold, layers))
-    half = Run(_half(own)) if plan is None else None
-    runs = {"this plan": shown} | ({} if half is None else {"half the FLOPs": half})
+    shown = Run(*asked.of(subject))
+    usual = Run(USUAL, subject.plan) if asked.open and subject.plan is not None else None
+    runs = {run.name: run for run in (shown, usual) if run is not None}
     with progress("running", len(runs) * len(photos) * (repeats + WARMUP)) as tick:
         for photo in photos:
             for run in runs.values():
@@ -122,7 +123,7 @@ def demo(
         "licence": subject.licence,
         **subject.told(None),
         **shown.to_dict(),
-        "half": None if half is None else half.to_dict(),
+        "beside": None if usual is None else usual.to_dict(),
         "photos": [
             {
                 "name": photo.name,
@@ -146,15 +147,6 @@ def demo(
     hint = f": see {files[0].name} first" if files else ""
     out.print(f"\nwrote {len(files)} pictures and record.json to {folder}{hint}", highlight=False)
     finish(bad)
-
-
-def _half(own: "Plan") -> "Plan":
-    """The recipe at half of the FLOPs, with the output that the model's own plan has: a dense head needs full length."""
-    from ...presets import recipe
-
-    plan = recipe(_HALF)
-    output = own.vision[0].output if own.vision else "survivors"
-    return replace(plan, vision=tuple(replace(stage, output=output) for stage in plan.vision))
 
 
 def _look(subject: "Subject", run: Run, photo: "Photo", repeats: int, tick: Any) -> None:

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
-from ..describe import describe
 from . import options
-from .common import err, out, progress, resumable, save
+from .common import doing, err, out, progress, resumable, save
 
 
 @options.model_options()
@@ -20,7 +20,8 @@ def embed(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for the parts; a killed run continues there")],
     model: Annotated[str, typer.Option("--model", help=options.MODEL_HELP)],
-    plan: Annotated[str, typer.Option("--plan", help="a recipe's name, JSON, or a .json file")],
+    plan: options.PlanText = None,
+    keep: options.Keep = None,
     question: Annotated[
         str | None, typer.Option(help="ask a vision-language model about every image, in place of embeddings")
     ] = None,
@@ -43,10 +44,12 @@ def embed(
     The folder of -o holds parquet parts and a manifest. The same command continues a run that was stopped; every row is there
     once. Another model, plan or source is refused.
     """
+    from ..describe import describe
     from ..embed.run import run
     from ..embed.sources import find_items
     from ..embed.work import Job
-    from ..loading import read_plan
+    from ..kinds import Subject, kind_of
+    from ..loading.plans import HALF, choose
     from ..records import environment
     from ..sources.listing import Left, left_facts
 
@@ -54,11 +57,18 @@ def embed(
         raise ValueError("--workers is for --ray")
     if ray and (how.device != "auto" or how.threads is not None):
         raise ValueError("--device and --threads are not for --ray, which gives each model a GPU, or else a CPU")
-    chosen = read_plan(plan)
-    job = Job(model, chosen, question, max_new_tokens, how.pretrained, how.size, how.dtype)
+    choice = choose(plan, keep) or HALF
+    gives = "embeddings" if question is None else "answers"
+    loaded: str | Subject = model
+    if choice.plan is None:  # a plan for a share of the work is made for the model
+        subject = how.load(kind_of(model, gives), model)
+        chosen, loaded = subject.planned(choice), model if ray else subject
+    else:
+        chosen = choice.plan
+    job = Job(loaded, chosen, question, max_new_tokens, how.pretrained, how.size, how.dtype)
     batch = batch or job.batch
     left: Left = {}
-    with err.status(f"listing {source}"):
+    with doing(f"listing {source}"):
         items = find_items(source, column=column, left=left)
     with resumable(output), progress("embedding" if question is None else "asking", len(items)) as tick:
         if ray:
@@ -70,13 +80,14 @@ def embed(
         else:
             how.set_threads()
             made = run(items, source, job, output, batch=batch, device=how.device, rows=rows, tick=tick)
-    out.print(f"[bold]{model}[/]  {describe(chosen)}", highlight=False, soft_wrap=True)
+    out.print(f"[bold]{model}[/]  {escape(choice.name)}: {escape(describe(chosen))}", highlight=False, soft_wrap=True)
     resumed = f", {made.resumed} of them from an earlier run" if made.resumed else ""
     out.print(f"{made.count} rows in {output}{resumed}", highlight=False, soft_wrap=True)
     if json is not None:
         record = {
             "model": model,
             "plan": chosen.to_dict(),
+            "plan_name": choice.name,
             "images": made.count,
             "errors": made.errors,
             "left_out": left_facts(left),

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import options
-from .common import err, out, resumable, save, show
+from .common import doing, err, out, progress, resumable, save, show
 
 if TYPE_CHECKING:
     from ...plans import Plan
     from ..eval import Report
+    from ..kinds import Subject
+    from ..loading.plans import Choice
 
 eval = typer.Typer(
     help="Score MODEL with and without a plan on the same samples, compared in pairs.", no_args_is_help=True
@@ -23,7 +24,7 @@ eval = typer.Typer(
 
 Plans = Annotated[
     list[str] | None,
-    typer.Option("--plan", help="a recipe's name, JSON, or a .json file; give it again to compare several"),
+    typer.Option("--plan", help=f"{options.PLAN_HELP}; give it again to compare several"),
 ]
 JournalFile = Annotated[
     Path | None,
@@ -45,6 +46,7 @@ def images(
         ),
     ],
     plan: Plans = None,
+    keep: options.Keep = None,
     score: Annotated[
         list[str] | None,
         typer.Option(
@@ -74,6 +76,7 @@ def images(
     from ..sources.listing import left_facts
 
     how = replace(how, device=_device(how.device))
+    choices = _choices(plan, keep)
     names = None if classes is None else _lines(classes)
     samples = find_samples(data, split=split, classes=names, limit=limit)
     text = None
@@ -82,7 +85,7 @@ def images(
 
         if samples.classes is None:
             raise ValueError("zeroshot needs class names, and this data has none: give --classes FILE")
-        with err.status(f"loading {model}"):
+        with doing(f"loading {model}"):
             how.set_threads()
             subject, embed = load_both_towers(model, how.device, how.pretrained, size=how.size)
             text = class_embeddings(embed, samples.classes, template or TEMPLATES)
@@ -92,7 +95,7 @@ def images(
         subject = how.load(kind_of(model, "embeddings"), model)
     if how.number is not None:
         subject.model.to(how.number)
-    plans = _plans(plan, subject.plans)
+    plans = _plans(choices, subject, subject.plans)
     facts = {"model": model, "pretrained": how.pretrained, "image_size": list(subject.image_size), "limit": limit}
     with _shown(len(samples.items), journal := _journal(journal, json)) as tick:
         report = evaluate_images(
@@ -124,6 +127,7 @@ def vqa(
     ],
     images: Annotated[Path, typer.Option("--images", help="folder of the images")],
     plan: Plans = None,
+    keep: options.Keep = None,
     prompt: Annotated[
         str | None,
         typer.Option(help='template with {question} and {choices} [default: asks for "a single word or phrase"]'),
@@ -142,6 +146,7 @@ def vqa(
     from ..sources.items import evenly
     from ..sources.questions import default_prompt, fill
 
+    choices = _choices(plan, keep)
     asked, unreadable = read_questions(questions, images)
     asked = evenly(asked, limit)
     if prompt is not None:
@@ -149,7 +154,7 @@ def vqa(
     how = replace(how, device=_device(how.device))
     kind = kind_of(model, "answers")
     subject = how.load(kind, model)
-    plans = _plans(plan, {name: one for name, one in subject.plans.items() if name == "connector"})
+    plans = _plans(choices, subject, {name: one for name, one in subject.plans.items() if name == "connector"})
     with _shown(len(asked), journal := _journal(journal, json)) as tick:
         report = evaluate_vqa(
             subject.model, subject.processor, asked, plans,
@@ -160,18 +165,18 @@ def vqa(
     _finish("eval/vqa", report, model, subject.device, json, journal)
 
 
-def _plans(texts: list[str] | None, default: dict[str, "Plan"]) -> dict[str, "Plan"]:
-    from ..loading import read_plan
+def _plans(choices: "Sequence[Choice]", subject: "Subject", default: dict[str, "Plan"]) -> dict[str, "Plan"]:
+    """Return the plans that were asked for, by name."""
+    return {choice.name: subject.planned(choice) for choice in choices} or default
 
-    if not texts:
-        return default
-    made: dict[str, Plan] = {}
-    for text in texts:
-        name = f"plan{len(made) + 1}" if "{" in text else Path(text).stem if text.endswith(".json") else text
-        if name in made:
-            raise ValueError(f"the plan {name} is given twice")
-        made[name] = read_plan(text)
-    return made
+
+def _choices(texts: list[str] | None, keep: float | None) -> "list[Choice]":
+    """Read ``--plan`` and ``--keep``, before a model is loaded."""
+    from ..loading.plans import choose, choose_several
+
+    if texts and keep is not None:
+        choose(texts[0], keep)  # both: refused
+    return [choice] if (choice := choose(None, keep)) is not None else choose_several(texts or [])
 
 
 def _lines(path: Path) -> list[str]:
@@ -203,16 +208,10 @@ def _journal(journal: Path | None, json: Path | None) -> Path | None:
 
 @contextmanager
 def _shown(total: int, journal: Path | None) -> Iterator[Callable[[int], None]]:
-    """A bar with the time left on stderr; an interruption ends with status 130 and says how to go on."""
+    """Progress on stderr; an interruption ends with status 130 and says how to go on."""
     share = -(-total // int(os.environ.get("WORLD_SIZE", "1")))
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    hidden = not _main_process()
-    with resumable(journal), Progress(*columns, console=err, transient=True, disable=hidden) as bar:
-        task = bar.add_task("evaluating", total=share)
-        yield lambda n: bar.advance(task, n)
+    with resumable(journal), progress("evaluating", share, hidden=not _main_process()) as tick:
+        yield tick
 
 
 def _finish(

@@ -4,14 +4,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
-from ..describe import describe
 from . import options
-from .common import err, finish, out, progress, save
+from .common import doing, err, finish, out, progress, save
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ...plans import Plan
+    from ..kinds import Subject
     from ..sources.listing import Left
 
 
@@ -20,6 +22,7 @@ def export(
     model: Annotated[str, typer.Argument(help=f"{options.MODEL_HELP}; of a vision-language model its tower")],
     output: Annotated[Path, typer.Option("--output", "-o", help="FILE.onnx, FILE.pt2, or a folder for OpenVINO")],
     plan: options.PlanText = None,
+    keep: options.Keep = None,
     images: Annotated[
         Path | None, typer.Option("--images", help="a folder of images, on which a plan by votes is frozen first")
     ] = None,
@@ -36,20 +39,22 @@ def export(
     from ...backends.export import export as write
     from ...backends.export import format_of
     from ...freezing import freeze
+    from ..describe import describe
     from ..images import reason
     from ..kinds import Given, kind_of
-    from ..loading.plans import read_plan
+    from ..loading.plans import HALF, choose
     from ..records import environment
     from ..sources.items import Item
     from ..sources.listing import left_facts
 
     format_of(output)
+    choice = choose(plan, keep) or HALF
     kind = kind_of(model)
     kind.check(model, {"--size": how.size})
     left: Left = {}
     items, bad = ([], []) if images is None else kind.items(Given(images), limit, left)
     subject = how.load(kind, model)
-    chosen = subject.exported if plan is None else read_plan(plan)
+    chosen = subject.exported(choice)
     data: list[dict[str, Any]] = []
     for item in items:
         try:
@@ -63,15 +68,17 @@ def export(
     else:
         noise = _noise()
         data = [subject.inputs([Item.photo("noise", noise, "?")], [noise])]
-    with err.status(f"exporting {model}"):
+    with doing(f"exporting {model}"):
         written = write(subject.model, chosen, output, subject.seen(data[0]))
-    out.print(f"[bold]{model}[/]  {describe(chosen)}", highlight=False, soft_wrap=True)
+    out.print(f"[bold]{model}[/]  {escape(choice.name)}: {escape(describe(chosen))}", highlight=False, soft_wrap=True)
     out.print(
         f"{written.format}, {written.size / 2**20:.1f} MiB; {', '.join(written.inputs)} -> {', '.join(written.outputs)}; "
         f"largest difference from the patched model {written.error:.1g}",
         highlight=False,
         soft_wrap=True,
     )
+    kept = _kept(subject, chosen, data[0])
+    out.print(kept["words"], highlight=False, soft_wrap=True)
     err.print(f"wrote {output}", highlight=False)
     if json is not None:
         facts = {
@@ -79,7 +86,10 @@ def export(
             "pretrained": how.pretrained,
             "size": how.size,
             "plan": chosen.to_dict(),
+            "plan_name": choice.name,
             "counted_on": counted,
+            "kept": kept["kept"],
+            "flops_left": kept["flops_left"],
             "skipped": [list(entry) for entry in bad],
             "left_out": left_facts(left),
         }
@@ -87,6 +97,27 @@ def export(
         record = {"kind": "export", **facts, **file, "error": written.error, "environment": environment("cpu")}
         save(json, record)
     finish(bad, "used")
+
+
+def _kept(subject: "Subject", plan: "Plan", inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the share of the tokens that is kept, of an encoder also that of its FLOPs which is left, and both in words."""
+    import torch
+
+    from ...session import pruned
+    from ..bench import count_pictures
+
+    if subject.counts:
+        (count,) = count_pictures(subject.model, plan, [inputs])
+        total, kept, flops = count.tokens, count.kept, count.share
+    else:
+        with pruned(subject.model, plan) as session, torch.inference_mode():
+            subject.model(**inputs)
+            trace = session.trace
+        ends = (trace[0].tokens_in, trace[-1].tokens_out) if trace else (torch.zeros(1), torch.zeros(1))
+        total, kept, flops = int(ends[0].sum()), int(ends[1].sum()), None
+    words = f"{kept} of {total} tokens kept" if total else "every token kept"
+    words += "" if flops is None else f", {flops:.0%} of the work (FLOPs) left"
+    return {"kept": kept / total if total else 1.0, "flops_left": flops, "words": words}
 
 
 def _noise() -> "Image":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from .common import err
+from .common import doing
 
 if TYPE_CHECKING:
     from ..kinds import Subject
@@ -19,7 +19,14 @@ S = TypeVar("S", bound="Subject")
 DEFAULT_MODEL = "demo:clip-b16"
 MODEL_HELP = "timm:NAME, hf:NAME_OR_PATH, open_clip:NAME/TAG or demo:NAME"
 Images = Annotated[Path | None, typer.Option("--images", help="an image, or a folder of them [default: photographs]")]
-PlanText = Annotated[str | None, typer.Option("--plan", help="a recipe's name, JSON, or a .json file")]
+PLAN_HELP = "a recipe's name, JSON, a .json file, or a share of the work such as 0.5"
+PlanText = Annotated[str | None, typer.Option("--plan", help=PLAN_HELP)]
+Keep = Annotated[
+    float | None,
+    typer.Option(
+        "--keep", help="in place of --plan: the share of the work that a plan made for the model leaves, e.g. 0.5"
+    ),
+]
 Threshold = Annotated[float | None, typer.Option(help="cosine from which two tokens count as similar, in (-1, 1]")]
 Layers = Annotated[str | None, typer.Option(help='drop points: "first_half", "all", "0-5" or "0,2,4"')]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")]
@@ -81,7 +88,7 @@ class How:
         """Set the threads and load the model, and say meanwhile what is loaded."""
         number = self.number
         self.set_threads()
-        with err.status(f"loading {model}"):
+        with doing(f"loading {model}"):
             return kind.load(model, self.device, self.pretrained, size=self.size, dtype=number)
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .common import err, out
+from .common import doing, out
 
 
 def report(
@@ -28,7 +28,7 @@ def report(
         raise IsADirectoryError(f"-o needs a file name, {output} is a directory")
     if output.resolve() in {file.resolve() for file in records}:
         raise ValueError(f"-o {output} is one of the records: the page would take its place; name another file")
-    with err.status("reading"):
+    with doing("reading"):
         read = read_records(records)
         page = make_markdown(read) if output.suffix.lower() == ".md" else make_report(read)
     write_whole(output, page.encode())

@@ -7,13 +7,11 @@ from typing import Annotated
 
 import typer
 
-from . import options
-
 
 def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="NAME_OR_PATH of a vision-language model, with hf: in front or without")],
-    plan: options.PlanText = None,
+    plan: Annotated[str | None, typer.Option("--plan", help="a recipe's name, JSON, or a .json file")] = None,
 ) -> None:
     """Start vLLM's OpenAI-compatible server; pictures enter the language model with fewer tokens.
 

@@ -1,11 +1,10 @@
 """`saint list` and `saint env`."""
 
+import re
 from typing import Any
 
-from rich.table import Table
-
 from . import options
-from .common import out
+from .common import out, table
 
 
 def list_(json: options.Json = None) -> None:
@@ -20,40 +19,28 @@ def list_(json: options.Json = None) -> None:
     encoders: dict[tuple[str, str], list[str]] = {}
     for spec in registry.encoders().values():
         encoders.setdefault((spec.library, spec.title), []).append(spec.encoder.rpartition(".")[2])
-    table = Table("library", "models", "class that is pruned", title="vision encoders", title_justify="left")
-    for (library, title), classes in encoders.items():
-        table.add_row(library, title, ", ".join(classes))
-    out.print(table)
+    rows = [[library, title, ", ".join(classes)] for (library, title), classes in encoders.items()]
+    table(["library", "models", "class that is pruned"], rows, "vision encoders", numbers=False)
 
     families = registry.families().values()
-    table = Table("library", "models", "stages", title="vision-language models", title_justify="left")
-    for family in families:
-        table.add_row(family.library, family.title, ", ".join(family.stages))
-    out.print(table)
-
-    table = Table("library", "models", "stages", title="language models without images", title_justify="left")
-    for title in TEXT.values():
-        table.add_row("transformers", title, "language")
-    out.print(table)
+    head = ["library", "models", "stages"]
+    rows = [[family.library, family.title, ", ".join(family.stages)] for family in families]
+    table(head, rows, "vision-language models", numbers=False)
+    rows = [["transformers", title, "language"] for title in TEXT.values()]
+    table(head, rows, "language models without images", numbers=False)
 
     refused = registry.refused()
-    table = Table("class", "why not", title="refused by name", title_justify="left")
-    for name, why in refused.items():
-        table.add_row(name.rpartition(".")[2], why)
-    out.print(table)
+    rows = [[name.rpartition(".")[2], why] for name, why in refused.items()]
+    table(["class", "why not"], rows, "refused by name", numbers=False)
 
     known = {name: methods.get(name) for name in methods.names()}
-    table = Table("method", "stages", "what it does", title="methods (paper)", title_justify="left")
-    for name, method in known.items():
-        table.add_row(name, "\n".join(sorted(method.stages)), f"{_first_line(method)}\n[dim]{method.paper}[/]")
-    out.print(table)
-
-    table = Table("recipe", "what it is", title="recipes (--plan NAME)", title_justify="left")
-    for name, about in recipes().items():
-        table.add_row(name, about)
-    out.print(table)
-
-    table = Table("model", "what it is", "pixels", "recipe", "licence", title="demo models", title_justify="left")
+    rows = [
+        [name, ", ".join(sorted(method.stages)), f"{_first_line(method)} ({method.paper})"]
+        for name, method in known.items()
+    ]
+    table(["method", "stages", "what it does (paper)"], rows, "methods", numbers=False)
+    rows = [[name, about] for name, about in recipes().items()]
+    table(["recipe", "what it is"], rows, "recipes (--plan NAME; --keep 0.5 makes a plan for any model)", numbers=False)
     models: dict[str, dict[str, Any]] = {
         name: {"title": m.title, "image_sizes": m.image_sizes, "recipe": m.recipe, "licence": m.licence}
         for name, m in demo.MODELS.items()
@@ -70,10 +57,11 @@ def list_(json: options.Json = None) -> None:
         "recipe": "",
         "licence": smollm2.LICENCE,
     }
-    for name, facts in models.items():
-        sizes = " to ".join(map(str, facts["image_sizes"]))
-        table.add_row(f"demo:{name}", facts["title"], sizes, facts["recipe"], facts["licence"])
-    out.print(table)
+    rows = [
+        [f"demo:{name}", facts["title"], " to ".join(map(str, facts["image_sizes"])), facts["recipe"], facts["licence"]]
+        for name, facts in models.items()
+    ]
+    table(["model", "what it is", "pixels", "recipe", "licence"], rows, "demo models", numbers=False)
 
     if json is not None:
         from ..records import write_json
@@ -102,7 +90,9 @@ def list_(json: options.Json = None) -> None:
 
 
 def _first_line(method: Any) -> str:
-    return (method.__doc__ or "").strip().partition("\n")[0]
+    """Return what the docstring says first, without its markup."""
+    line = (method.__doc__ or "").strip().partition("\n")[0]
+    return re.sub(r":\w+:`~?([^`]*)`", r"\1", line).replace("`", "")
 
 
 def env(json: options.Json = None) -> None:
@@ -115,15 +105,10 @@ def env(json: options.Json = None) -> None:
     ranges = {name: f"{oldest} to {newest}" for name, (oldest, newest) in TESTED.items()}
     for name, oldest in VLM_FLOOR.items():
         ranges[f"{name}, vision-language models"] = f"{oldest} to {TESTED[name][1]}"
-    table = Table(show_header=False, box=None)
-    table.add_row("saint", __version__)
+    out.print(f"saint {__version__}", highlight=False)
     for name, value in facts.items():
         shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-        table.add_row(name, "not installed" if shown is None else str(shown))
-    out.print(table)
-    table = Table("library", "releases", title="tested on", title_justify="left")
-    for name, releases in ranges.items():
-        table.add_row(name, releases)
-    out.print(table)
+        out.print(f"{name}  {'not installed' if shown is None else shown}", highlight=False, markup=False)
+    table(["library", "releases"], [[name, releases] for name, releases in ranges.items()], "tested on", numbers=False)
     if json is not None:
         write_json(json, {"kind": "env", "environment": facts, "tested": ranges})

@@ -20,7 +20,11 @@ def tune(
     prompt: options.Prompt = None,
     target_flops: Annotated[
         float | None,
-        typer.Option(help="share of the FLOPs that is left, in (0, 1): of the encoder, or of the language model"),
+        typer.Option(
+            "--target-flops",
+            "--keep",
+            help="share of the FLOPs that is left, in (0, 1): of the encoder, or of the language model",
+        ),
     ] = None,
     target_speed: Annotated[float | None, typer.Option(help="times faster, as measured here at batch 1, > 1")] = None,
     target_agreement: Annotated[
@@ -55,6 +59,11 @@ def tune(
     from ..tuning import Target, forwards
     from ..tuning.run import DEFAULT_METHODS, search
 
+    if sum(value is not None for value in (target_flops, target_speed, target_agreement)) != 1:
+        raise ValueError(
+            "give one target: --target-flops 0.5 (the share of the FLOPs that is left), --target-speed 1.5 (times faster, as "
+            "measured here) or --target-agreement 0.99 (with the unpruned output)"
+        )
     target = Target(target_flops, target_speed, target_agreement)
     for file, option in ((output, "-o"), (frontier, "--frontier")):
         if file is not None and file.is_dir():
@@ -92,6 +101,7 @@ def tune(
         **found.record,
         "pretrained": how.pretrained,
         "plan": found.plan.to_dict(),
+        "plan_name": output.name,
         "skipped": [list(entry) for entry in bad],
         "left_out": left_facts(left),
         "environment": environment(subject.device),
@@ -101,6 +111,7 @@ def tune(
     resumed = f", {found.resumed} trials from the journal" if found.resumed else ""
     out.print(f"{counts['tuned']} images, {counts['held_out']} held back{resumed}", highlight=False)
     err.print(f"wrote {output}", highlight=False)
+    out.print(f"next: saint bench {model} --plan {output}", highlight=False, markup=False, soft_wrap=True)
     if json is not None:
         save(json, {**record, "frontier": found.frontier or None})
     if frontier is not None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .common import err, out
+from .common import doing, out
 
 
 def ui(
@@ -34,7 +34,7 @@ def ui(
     from ..ui.guard import hosts_of  # starlette is there
 
     hosts_of(host, port)  # a wildcard is refused before anything is loaded
-    with err.status("starting"):
+    with doing("starting"):
         import torch
 
         from ..loading.models import resolve_device

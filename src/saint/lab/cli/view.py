@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from . import options
-from .common import finish, make_plan, out, pictures, progress, save
+from .common import Asked, finish, out, pictures, progress, save
 
 if TYPE_CHECKING:
     from ..sources.listing import Left
@@ -18,6 +19,7 @@ def view(
     images: options.Images = None,
     prompt: options.Prompt = None,
     plan: options.PlanText = None,
+    keep: options.Keep = None,
     threshold: options.Threshold = None,
     layers: options.Layers = None,
     limit: options.Limit = 24,
@@ -42,8 +44,8 @@ def view(
     """
     import torch
 
-    from ...plans import Plan
     from ...session import pruned
+    from ..describe import describe
     from ..kinds import kind_of
     from ..records import environment
     from ..sources.items import Item
@@ -56,17 +58,18 @@ def view(
     around = read_patch(patch)
     if around is not None and not why:
         raise ValueError("--patch draws on the pictures of --why: give both")
+    asked = Asked.read(plan, keep, threshold, layers)
     kind = kind_of(model)
     kind.check(model, {"--size": how.size, "--why": why, "--prompt": prompt})
     left: Left = {}
     photos, bad = pictures(images, limit, left)
     subject = how.load(kind, model)
-    chosen = make_plan(subject.plan or Plan(), plan, threshold, layers)
+    name, chosen = asked.of(subject)
     witness, reasons = Witness(), Reasons(chosen)
     files: list[Path] = []
     drawn: list[Path] = []
     facts: list[dict[str, Any]] = []
-    asked = f"{prompt!r}  \u00b7  " if prompt is not None else ""
+    lead = f"{prompt!r}  \u00b7  " if prompt is not None else ""
     with (
         progress("drawing", len(photos)) as tick,
         pruned(subject.model, chosen, observers=[reasons, witness] if why else [reasons]) as session,
@@ -78,7 +81,7 @@ def view(
             trace, seen = session.trace, subject.tiles(photo.image, inputs)
             path = folder / f"kept_{photo.name}.png"
             files.append(
-                draw(subject.title, asked + legend(chosen), title(photo.name), seen, subject.total(inputs), trace, path)
+                draw(subject.title, lead + legend(chosen), title(photo.name), seen, subject.total(inputs), trace, path)
             )
             facts.append({"name": photo.name, **subject.facts(photo.image, inputs, trace, reasons.take())})
             if why:
@@ -86,8 +89,10 @@ def view(
                 drawn.append(draw_reasons(subject.title, chosen, photo.name, seen[0], steps, around, folder))
             tick()
     files += drawn
-    for file in files:
-        out.print(str(file), highlight=False, soft_wrap=True)  # a path in one piece
+    out.print(f"[bold]{escape(model)}[/]  {escape(name)}: {escape(describe(chosen))}", highlight=False)
+    for number, file in enumerate(files):
+        kept = f"  {_kept(facts[number])}" if number < len(facts) else ""
+        out.print(f"{file}{kept}", highlight=False, soft_wrap=True, markup=False)  # a path in one piece
     if json is not None:
         record = {
             "kind": "view",
@@ -95,6 +100,7 @@ def view(
             "pretrained": how.pretrained,
             **subject.told(prompt),
             "plan": chosen.to_dict(),
+            "plan_name": name,
             "photos": facts,
             "skipped": [list(entry) for entry in bad],
             "left_out": left_facts(left),
@@ -103,3 +109,13 @@ def view(
         }
         save(json, record)
     finish(bad)
+
+
+def _kept(facts: dict[str, Any]) -> str:
+    """Say how many tokens of a picture are kept behind the last drop point of each stage."""
+    from ..report.kept import kept_of
+
+    return "; ".join(
+        f"{stage + ': ' if stage else ''}kept {kept} of {total}, {kept / total:.0%}"
+        for stage, kept, total in kept_of(facts)
+    )

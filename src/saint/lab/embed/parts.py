@@ -18,6 +18,19 @@ MANIFEST = "manifest.json"
 _LOCK = ".lock"
 
 
+_FEW = 2  # settings of one fact that are said one by one
+
+
+def in_words(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Tell what differs between the facts of two runs, e.g. "batch: 32 there, 8 now; another plan"; "" where nothing does."""
+    said = []
+    for name in dict.fromkeys([*there, *now]):
+        shown = differences({name: there.get(name)}, {name: now.get(name)})
+        if shown:
+            said.append(shown if shown.count(" there, ") <= _FEW else f"another {name}")
+    return "; ".join(said)
+
+
 class OutputError(SaintError, ValueError):
     """The output folder belongs to another run, is in use, or is damaged."""
 
@@ -76,7 +89,7 @@ class Parts:
             self.facts["weights"] = held.get("weights")
         if held.get("weights") is None:
             held["weights"] = self.facts.get("weights")
-        if shown := differences(held, self.facts):
+        if shown := in_words(held, self.facts):
             raise OutputError(
                 f"{self.folder} holds the rows of another run ({shown}): delete it or give another folder"
             )

@@ -112,6 +112,30 @@ def compare(
     )  # fmt: skip
 
 
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float | None, float | None]:
+    """Confidence interval of a mean: Wilson's of a share, where every value is 0 or 1, else the bootstrap of :func:`compare`.
+
+    Args:
+        values: one per sample.
+        confidence: in (0, 1).
+
+    Returns:
+        Its ends; None of fewer than two values, and where all are equal and no share.
+
+    Example:
+        >>> [round(end, 3) for end in mean_interval([1, 1, 1, 0])]
+        [0.301, 0.954]
+    """
+    if len(values) < 2:
+        return None, None
+    if set(values) <= {0, 1}:
+        found = require("scipy.stats", "eval").binomtest(int(sum(values)), len(values))
+        ends = found.proportion_ci(confidence, method="wilson")
+        return float(ends.low), float(ends.high)
+    apart = compare([0.0] * len(values), values, confidence)
+    return (None, None) if apart.method == "tango" else (apart.low, apart.high)
+
+
 def tango_interval(better: int, worse: int, n: int, z: float) -> tuple[float, float]:
     """Tango's score interval of a difference of paired proportions.
 

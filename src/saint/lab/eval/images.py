@@ -22,7 +22,7 @@ from . import scores as score_
 from .paired import Entry, evaluate
 from .report import BySample, Report, digest
 
-AGREEMENT = ("cosine", "same_top1", "kept")
+AGREEMENT = ("cosine", "same_top1", "kept", "flops")
 NEIGHBORS = 5
 Of = Literal["classifier", "text", "features"]
 
@@ -86,7 +86,8 @@ def evaluate_images(
         ``top1``, ``top5``: of the classifier. ``zeroshot``: nearest class name. ``knn``: leave-one-out, 5 neighbours,
         cosine, among features of the same model. ``linear``: logistic regression on every second image of each class,
         scored on the others. Agreement: ``cosine`` of the features, ``same_top1`` and ``kept`` (share of patch tokens behind
-        the last drop point). Features are what goes into the classifier, or the model's answer where there is none.
+        the last drop point), ``flops`` (share of the FLOPs left in the blocks, of a batch in the mean). Features are what goes
+        into the classifier, or the model's answer where there is none.
 
     Raises:
         ValueError: no plan, a score that is not there or does not fit model and data, or nothing could be evaluated.

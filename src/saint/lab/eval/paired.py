@@ -12,7 +12,7 @@ from ..sources.items import Failure, Item
 from ..variants import BASE, Variant, check_plans, variants
 from .compare import Paired
 from .loop import MARK, Loop, Processes
-from .report import BySample, Report, between, by_sample, fingerprint, kept, summaries
+from .report import BySample, Report, between, by_sample, fingerprint, kept, summaries, work_left
 
 Entry = dict[str, Any]  # plain data of an item and a variant
 
@@ -142,8 +142,11 @@ def _scorer(judge: Judge, made: Mapping[str, Variant]) -> Callable[[Sequence[Ite
         for name, variant in made.items():
             seen[name] = judge.look(watched[name], inputs, name)
             left = None if variant.session is None else kept(variant.session, len(items))
+            work = None if variant.session is None else work_left(variant.session)
             for sample, (entry, own) in enumerate(zip(entries, judge.own(seen[name], items), strict=True)):
                 entry[name] = own if left is None else {**own, "kept": left[sample]}
+                if work is not None:
+                    entry[name] |= {"flops": work}
         for name in (name for name in made if name != BASE):
             for entry, same in zip(entries, judge.against(seen[BASE], seen[name]), strict=True):
                 entry[name] |= same

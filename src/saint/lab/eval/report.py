@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...plans import Plan
 from ...session import Session
 from ..sources.items import Failure
-from .compare import Paired, compare
+from .compare import Paired, compare, mean_interval
 
 YES_OR_NO = ("same_top1", "same_answer", "same_first_token")  # agreement that a sample has or has not
 BySample = dict[str, dict[str, dict[str, float]]]  # by "base" or plan, by score, by sample id
@@ -28,13 +28,16 @@ class Summary:
     p20: float
     p80: float
     n: int
+    low: float | None = None  # ends of the 95 % interval of the mean; None of a single sample
+    high: float | None = None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Summary":
         """Of at least one value."""
         t = torch.tensor(values, dtype=torch.float64)
         p20, median, p80 = torch.quantile(t, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-        return cls(float(t.mean()), median, p20, p80, len(values))
+        low, high = mean_interval(values)
+        return cls(float(t.mean()), median, p20, p80, len(values), low, high)
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,17 @@ def kept(session: Session, batch: int) -> list[float] | None:
     if not trace or any(len(step.tokens_in) != batch for step in (trace[0], trace[-1])):
         return None
     return [float(x) for x in trace[-1].tokens_out.double().cpu() / trace[0].tokens_in.double().cpu()]
+
+
+def work_left(session: Session) -> float | None:
+    """Share of the FLOPs that is left of the last forward, mean of its samples without padding; None where it is unknown.
+
+    Of a vision-language model those of the language model's layers for the prompt, of an encoder those of its blocks.
+    """
+    if not session.trace:
+        return None
+    found = session.summary()
+    return found.flops_left if found.prefill_left is None else found.prefill_left
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -22,7 +22,7 @@ from .paired import Entry, evaluate
 from .report import BySample, Report, digest
 
 SCORES = ("exact", "anls", "choice")
-AGREEMENT = ("same_answer", "same_first_token", "kl", "kept")
+AGREEMENT = ("same_answer", "same_first_token", "kl", "kept", "flops")
 
 
 def evaluate_vqa(
@@ -62,7 +62,8 @@ def evaluate_vqa(
     Returns:
         Scores ``exact`` and ``anls``, or ``choice`` for questions with choices; agreement ``same_answer`` (normalised
         texts), ``same_first_token``, ``kl`` (KL(base || pruned) in nats of the next-token distribution in front of the first
-        answer token) and ``kept`` (share of visual tokens behind the last drop point).
+        answer token), ``kept`` (share of visual tokens behind the last drop point) and ``flops`` (share
+        of the FLOPs left of the language model's layers, for the prompt).
 
     Raises:
         ValueError: no question, ids used twice, no plan, no ``generate``, or nothing could be evaluated.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
@@ -18,7 +18,7 @@ from ...session import pruned
 from ...tokens import LayerTrace
 from ...upstream.specs import part
 from ...vision.locate import locate
-from ..bench.forward import ForwardBench, bench_forward
+from ..bench.forward import ForwardBench, OverPictures, bench_forward, count_pictures, representative
 from ..images import data_uri
 from ..loading.models import check_source, find_source
 from ..loading.source import Source
@@ -30,6 +30,7 @@ from .features import Features
 from .subject import COSINE, Answered, Bad, Checked, Given, Inputs, Subject, Wanted, dtype_and_place
 from .tiles import Tile
 
+ROUNDS, ROUNDS_OF_SEVERAL = 20, 5  # timed, of one forward and of several, which are that many more already
 _NOT_ASKED = "it is asked nothing, as vision-language models are"
 
 
@@ -62,6 +63,8 @@ class Encoder(Subject):
     measure: ClassVar[str] = COSINE
     tuned_by: ClassVar[str] = COSINE
     slot: ClassVar[str] = "vision"
+    counts: ClassVar[bool] = True
+    checks: ClassVar[Sequence[str]] = tuple(testing.CONTRACTS)
     together: ClassVar[int] = 8
 
     @classmethod
@@ -178,6 +181,15 @@ class Encoder(Subject):
         """The recipe that the loader knows."""
         return self.usual
 
+    def plan_for(self, keep: float) -> Plan:
+        """Make a plan that leaves the share ``keep`` of the work, with the output of the usual plan: a dense head needs full
+        length."""
+        made, usual = super().plan_for(keep), self.usual
+        output = usual.vision[0].output if usual is not None and usual.vision else "survivors"
+        if output == "survivors":
+            return made
+        return replace(made, vision=tuple(replace(stage, output=output) for stage in made.vision))
+
     @property
     def counted(self) -> str:
         """Path of the encoder, without a head that is no part of it."""
@@ -236,16 +248,31 @@ class Encoder(Subject):
 
     def bench(
         self, plans: Mapping[str, Plan], photos: Sequence[Image.Image], *, prompt: str | None = None,
-        new_tokens: int | None = None, repeats: int = 20, warmup: int = 3, extras: bool = True,
-        tick: Callable[[], None] = lambda: None,
+        new_tokens: int | None = None, repeats: int | None = None, warmup: int = 3, extras: bool = True,
+        batch: int | None = None, tick: Callable[[], None] = lambda: None,
     ) -> ForwardBench:  # fmt: skip
-        """Time a forward; see :meth:`Subject.bench`."""
+        """Time a forward; see :meth:`Subject.bench`. With ``batch`` what is left of each photograph alone is counted first."""
         (plan,) = plans.values()
-        return bench_forward(self.model, plan, self.pixels(photos), repeats, warmup, extras=extras, tick=tick)
+        if batch is None:
+            return bench_forward(
+                self.model, plan, self.pixels(photos), repeats or ROUNDS, warmup, extras=extras, tick=tick
+            )
+        counts = count_pictures(self.model, plan, (self.pixels([photo]) for photo in photos), tick)
+        if batch == 1:
+            timed = representative(counts)
+            forwards = [self.pixels([photos[i]]) for i in timed]
+        else:
+            timed = [i % len(photos) for i in range(batch)]
+            forwards = [self.pixels([photos[i] for i in timed])]
+        usual = ROUNDS if len(forwards) == 1 else ROUNDS_OF_SEVERAL
+        over = OverPictures.of(counts, timed)
+        return bench_forward(
+            self.model, plan, forwards, repeats or usual, warmup, extras=extras, pictures=over, tick=tick
+        )  # fmt: skip
 
     # -- proof --------------------------------------------------------------------------------------------------------
 
-    def contracts(self) -> Checked:
+    def contracts(self, tick: Callable[[], None] = lambda: None) -> Checked:
         """Run them on the model, or on its encoder where a head needs the full grid."""
         path, encoder, spec = locate(self.model)
         about = f"{type(encoder).__name__} ({spec.library}: {spec.title})" + (f" at {path}" if path else "")
@@ -261,4 +288,4 @@ class Encoder(Subject):
             target = encoder
             inputs = testing.example_inputs(target)
         plan = testing.example_plan(target, inputs)
-        return Checked(about, plan, testing.check_model(target, plan, inputs))
+        return Checked(about, plan, testing.check_model(target, plan, inputs, tick=tick))

@@ -12,11 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ...planning import plan_for
 from ...plans import Plan
 from ...samples import Sample
 from ...testing import Result
 from ...tokens import LayerTrace
 from ..loading.models import FORMS, resolve_device
+from ..loading.plans import Choice
 from ..sources.items import Item
 from ..sources.listing import Left
 from ..sources.samples import find_samples
@@ -99,6 +101,8 @@ class Subject(ABC):
     measure: ClassVar[str]  # of a loss
     tuned_by: ClassVar[str]  # the same where a plan is tuned, which looks at what :meth:`asked` shows
     slot: ClassVar[str]  # of the layers that a plan is tuned for
+    counts: ClassVar[bool] = False  # what stays of each picture is counted before some are timed
+    checks: ClassVar[Sequence[str]] = ()  # names of its contracts
     together: ClassVar[int] = 1  # items of one shape per forward; more where results do not depend on it
 
     # -- by name ------------------------------------------------------------------------------------------------------
@@ -274,6 +278,22 @@ class Subject(ABC):
         """Return what a comparison holds against the unpruned model where nobody names a plan, by name."""
         return {"default": self.plan or Plan()}
 
+    def plan_for(self, keep: float) -> Plan:
+        """Make a plan that leaves the share ``keep`` of the model's work; see :func:`saint.plan_for`."""
+        return plan_for(self.model, keep)
+
+    def planned(self, choice: Choice) -> Plan:
+        """Return the plan that was asked for; of a share, one that is made for the model."""
+        if choice.plan is not None:
+            return choice.plan
+        assert choice.keep is not None, "a choice is a plan or a share"
+        return self.plan_for(choice.keep)
+
+    @property
+    def modes(self) -> dict[str, Plan]:
+        """Return what is timed beside a plan where nobody names one, by name."""
+        return {}
+
     @property
     @abstractmethod
     def counted(self) -> str:
@@ -326,20 +346,21 @@ class Subject(ABC):
 
     def bench(
         self, plans: Mapping[str, Plan], photos: Sequence[Image.Image], *, prompt: str | None = None,
-        new_tokens: int | None = None, repeats: int = 20, warmup: int = 3, extras: bool = True,
-        tick: Callable[[], None] = lambda: None,
+        new_tokens: int | None = None, repeats: int | None = None, warmup: int = 3, extras: bool = True,
+        batch: int | None = None, tick: Callable[[], None] = lambda: None,
     ) -> Any:  # fmt: skip
         """Measure the model with and without ``plans`` on a batch of photographs.
 
         Args:
             plans: by name; of an encoder one.
-            photos: the batch.
+            photos: the batch, unless ``batch`` says otherwise.
             prompt: what is asked about each; None: to describe it.
             new_tokens: length of the answers; None: 32.
-            repeats: timed rounds.
+            repeats: timed rounds; None: 20, fewer where a round is several forwards.
             warmup: rounds before them.
+            batch: pictures per forward, taken from ``photos``; with it what an encoder has left of each of them is counted too.
             extras: also measure what pruning itself costs, where that can be told.
-            tick: called after each round.
+            tick: called after each round, and after each picture that is counted.
 
         Returns:
             A :class:`saint.lab.bench.ForwardBench`, or a :class:`saint.lab.bench.GenerationBench` of a model that writes.
@@ -351,16 +372,13 @@ class Subject(ABC):
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    @property
-    def exported(self) -> Plan:
-        """The plan of what is exported where nobody names one.
+    def exported(self, choice: Choice) -> Plan:
+        """Return the plan of what is exported.
 
         Raises:
-            ValueError: there is none.
+            ValueError: what is exported has no plan of its own, and none was given.
         """
-        if self.plan is None:
-            raise ValueError(f"{self.spec or self.title} is {self.called}, which has no plan of its own: give --plan")
-        return self.plan
+        return self.planned(choice)
 
     def seen(self, inputs: Inputs) -> Inputs:
         """Return those of ``inputs`` that what is exported takes."""
@@ -369,8 +387,8 @@ class Subject(ABC):
     # -- proof --------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def contracts(self) -> Checked:
-        """Run the contracts of :mod:`saint.testing` on the model."""
+    def contracts(self, tick: Callable[[], None] = lambda: None) -> Checked:
+        """Run the contracts of :mod:`saint.testing` on the model; ``tick`` is called behind each."""
 
 
 def dtype_and_place(model: nn.Module, device: torch.device, tensors: Mapping[str, Tensor]) -> Inputs:

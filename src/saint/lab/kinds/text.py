@@ -1,7 +1,7 @@
 """Language models without images: a prompt in, the next token out."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, NoReturn, Self
@@ -165,7 +165,7 @@ class Text(Generating):
         """Refuse: there is no image."""
         self._unseen()
 
-    def contracts(self) -> Checked:
+    def contracts(self, tick: Callable[[], None] = lambda: None) -> Checked:
         """Refuse: those of encoders and of vision-language models need images."""
         self._unseen()
 

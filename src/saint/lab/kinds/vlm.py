@@ -16,7 +16,7 @@ from ...errors import UnsupportedModelError
 from ...extras import require
 from ...plans import Plan
 from ...presets import recipe
-from ...testing.vlm import check_vlm, hybrid_plan
+from ...testing.vlm import CONTRACTS, check_vlm, hybrid_plan
 from ...tokens import LayerTrace
 from ...upstream import registry
 from ...upstream.names import LAYERS
@@ -27,6 +27,7 @@ from ..bench.generation import GenerationBench, bench_generation, timed_answer
 from ..demo import small_llava
 from ..images import data_uri
 from ..loading.failures import explained
+from ..loading.plans import Choice
 from ..sources.items import Item, evenly
 from ..sources.listing import Left
 from ..sources.questions import default_prompt, read_questions
@@ -48,9 +49,11 @@ class VLM(Generating):
 
     called: ClassVar[str] = "a vision-language model"
     gives: ClassVar[str] = "answers"
+    checks: ClassVar[Sequence[str]] = tuple(CONTRACTS)
     refuses: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
             "--size": "its processor chooses the size of pictures",
+            "--labels": "give --questions with answers",
             "--why": "its tiles and its question are drawn without",
             "--prompts": "give --images, and --questions or --prompt",
         }
@@ -196,6 +199,11 @@ class VLM(Generating):
         return modes(self.model)
 
     @property
+    def modes(self) -> dict[str, Plan]:
+        """A plan per mode."""
+        return self.plans
+
+    @property
     def counted(self) -> str:
         """Path of the language model: the tower is left as it is."""
         path, _, spec = locate(self.model, "language")
@@ -237,20 +245,24 @@ class VLM(Generating):
 
     def bench(
         self, plans: Mapping[str, Plan], photos: Sequence[Image.Image], *, prompt: str | None = None,
-        new_tokens: int | None = None, repeats: int = 20, warmup: int = 3, extras: bool = True,
-        tick: Callable[[], None] = lambda: None,
+        new_tokens: int | None = None, repeats: int | None = None, warmup: int = 3, extras: bool = True,
+        batch: int | None = None, tick: Callable[[], None] = lambda: None,
     ) -> GenerationBench:  # fmt: skip
         """Time answers; see :meth:`Subject.bench`."""
-        inputs = self.prompted([prompt or DESCRIBE] * len(photos), photos)
+        asked = [photos[i % len(photos)] for i in range(batch or len(photos))]
+        inputs = self.prompted([prompt or DESCRIBE] * len(asked), asked)
         length = 32 if new_tokens is None else new_tokens
-        return bench_generation(self.model, plans, inputs, length, repeats, warmup, tick=tick)
+        return bench_generation(self.model, plans, inputs, length, repeats or 20, warmup, tick=tick)
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    @property
-    def exported(self) -> Plan:
-        """Refuse: the tower is what is exported, and it has no plan of its own."""
-        raise ValueError(f"{self.called} has no plan of its own for its tower: give --plan")
+    def exported(self, choice: Choice) -> Plan:
+        """Return the plan that was given: the tower is what is exported, and a share of the work is of the whole model."""
+        if choice.plan is None:
+            raise ValueError(
+                f"the tower of {self.called} is what is exported, which has no plan of its own: give --plan"
+            )
+        return choice.plan
 
     def seen(self, inputs: Inputs) -> Inputs:
         """Return what the tower takes."""
@@ -258,12 +270,12 @@ class VLM(Generating):
 
     # -- proof --------------------------------------------------------------------------------------------------------
 
-    def contracts(self) -> Checked:
+    def contracts(self, tick: Callable[[], None] = lambda: None) -> Checked:
         """Run them over all stages, and generation."""
         _, module, family = locate(self.model, "language")
         plan = hybrid_plan(self.model)
         about = f"{type(module).__name__} (transformers: {family.title})"
-        return Checked(about, plan, check_vlm(self.model, partial(_samples, self), plan))
+        return Checked(about, plan, check_vlm(self.model, partial(_samples, self), plan, tick=tick))
 
 
 def _package(cls: str) -> str:

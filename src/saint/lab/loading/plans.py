@@ -1,8 +1,82 @@
 """Plans as users give them: as text, and changed by options."""
 
 import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
 
 from ...plans import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A plan as it was asked for, before a model is there.
+
+    Attributes:
+        name: for people: the recipe's, the file's, "plan" of JSON text, "keep 0.5" of a share.
+        plan: None where a share is asked for.
+        keep: share of the model's work that a plan made for it leaves; None where there is a plan.
+    """
+
+    name: str
+    plan: Plan | None = None
+    keep: float | None = None
+
+    @classmethod
+    def share(cls, keep: float) -> "Choice":
+        """A share of the work.
+
+        Raises:
+            ValueError: not in (0, 1].
+        """
+        if not 0 < keep <= 1:
+            raise ValueError(f"a share of the work is in (0, 1], e.g. --keep 0.5 for half of it; got {keep:g}")
+        return cls(f"keep {keep:g}", keep=keep)
+
+    @classmethod
+    def read(cls, text: str) -> "Choice":
+        """What ``text`` asks for: a share ("0.5"), or what :func:`read_plan` reads."""
+        try:
+            share = float(text)
+        except ValueError:
+            named = (
+                "plan" if text.lstrip().startswith(("{", "[")) else Path(text).name if text.endswith(".json") else text
+            )
+            return cls(named, read_plan(text))
+        return cls.share(share)
+
+
+HALF = Choice.share(0.5)  # what a command runs where nobody names a plan
+
+
+def choose(plan: str | None, keep: float | None) -> Choice | None:
+    """What the options ``--plan`` and ``--keep`` ask for; None where neither is given.
+
+    Raises:
+        ValueError: both, no plan, or no share.
+    """
+    if plan is not None and keep is not None:
+        raise ValueError(f"--keep {keep:g} makes a plan for the model, and --plan gives one: give one of them")
+    if keep is not None:
+        return Choice.share(keep)
+    return None if plan is None else Choice.read(plan)
+
+
+def choose_several(texts: Sequence[str]) -> list[Choice]:
+    """What each of ``texts`` asks for, no two under one name: several plans in JSON are "plan1", "plan2" and so on.
+
+    Raises:
+        ValueError: one is no plan, or given twice.
+    """
+    read = [Choice.read(text) for text in texts]
+    bare = [choice for choice in read if choice.name == "plan"]
+    names = {id(choice): f"plan{number}" for number, choice in enumerate(bare, 1)}
+    read = [dataclasses.replace(choice, name=names.get(id(choice), choice.name)) for choice in read]
+    twice = [
+        choice.name for number, choice in enumerate(read) if choice.name in {other.name for other in read[:number]}
+    ]
+    if twice:
+        raise ValueError(f"the plan {twice[0]} is given twice")
+    return read
 
 
 def read_plan(text: str) -> Plan:

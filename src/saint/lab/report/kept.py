@@ -158,7 +158,7 @@ def view_sheet(record: Record) -> Sheet:
     if data.get("prompt") is not None:
         asked = f"Asked “{data['prompt']}”, which visual tokens does {data['model']} keep?"
     blocks: list[Block | None] = [
-        PlanBox(data["plan"]),
+        PlanBox(data["plan"], name=data.get("plan_name", "")),
         gallery(record),
         token_curves(record) if shares else None,
         skipped(record),
@@ -171,6 +171,21 @@ def view_sheet(record: Record) -> Sheet:
         blocks,
         highlights,
     )
+
+
+def kept_of(photo: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """Return, for each stage of a plan, its name ("" where it is alone), the tokens kept behind it, and those in front of it."""
+    stages: dict[str, list[Mapping[str, Any]]] = {}
+    for step in photo["layers"]:
+        stages.setdefault(str(step.get("stage", "vision")), []).append(step)
+    found = []
+    for stage, steps in stages.items():
+        total, kept = (
+            sum(int(s[key]) for s in steps if place(s) == place(end))
+            for key, end in (("tokens_in", steps[0]), ("tokens_out", steps[-1]))
+        )
+        found.append((stage if len(stages) > 1 else "", kept, total))
+    return found
 
 
 def _share(photo: Mapping[str, Any]) -> float | None:
@@ -218,7 +233,7 @@ def demo_sheet(record: Record) -> Sheet:
     timed = f"{first.get('repeats')} interleaved rounds per picture, batch {first.get('batch')}."
     blocks: list[Block | None] = [
         busy,
-        PlanBox(data["plan"]),
+        PlanBox(data["plan"], name=data.get("plan_name", "")),
         _plans(data),
         gallery(record),
         Table(head, rows, "Per picture"),
@@ -243,15 +258,15 @@ def demo_sheet(record: Record) -> Sheet:
 
 
 def _plans(data: Mapping[str, Any]) -> Group | None:
-    """The plan beside the one at half of the FLOPs, where that was shown too."""
-    if (half := data.get("half")) is None:
+    """The plan and another one, where two were shown."""
+    if (beside := data.get("beside")) is None:
         return None
     rows = []
-    for name, run in (("this plan", data), ("half of the FLOPs", half)):
+    for run in (data, beside):
         agreement = run["agreement"]
-        rows.append([name, run["speedup"], run["flops_bound"], agreement["mean"], agreement["min"]])
-    head = ["", "speed-up", "FLOPs bound", f"{data['agreement']['measure']}, mean", "lowest"]
-    other = Text(f"half of the FLOPs: {plan_line(half['plan'])}")
+        rows.append([run["plan_name"], run["speedup"], run["flops_bound"], agreement["mean"], agreement["min"]])
+    head = ["plan", "speed-up", "FLOPs bound", f"{data['agreement']['measure']}, mean", "lowest"]
+    other = Text(f"{beside['plan_name']}: {plan_line(beside['plan'])}")
     return Group([other, Table(head, rows, "Against the unpruned model")])
 
 

@@ -65,7 +65,7 @@ def _block(block: Block) -> Iterator[str]:
         case Quotes():
             yield from (f"{name}:\n\n> {text}" for name, text in block.answers)
         case PlanBox():
-            yield plan_line(block.plan)
+            yield f"**{block.name}**: {plan_line(block.plan)}" if block.name else plan_line(block.plan)
         case Code():
             yield f"```\n{block.text}\n```"
         case Curves():

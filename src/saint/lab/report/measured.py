@@ -1,9 +1,24 @@
 """Sections of `saint bench` and `saint eval`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .blocks import Block, Cell, Charts, Curves, Group, Heading, Highlight, Line, Listing, PlanBox, Sheet, Table, Text
+from .blocks import (
+    Block,
+    Cell,
+    Charts,
+    Curves,
+    Group,
+    Heading,
+    Highlight,
+    Line,
+    Listing,
+    More,
+    PlanBox,
+    Sheet,
+    Table,
+    Text,
+)
 from .reading import Record, place
 from .told import conditions, load_note, skipped
 from .words import YES_OR_NO, interval, names, number, plan_line
@@ -41,9 +56,13 @@ def forward_sheet(record: Record) -> Sheet:
     given = data["conditions"]
     blocks: list[Block | None] = [
         load_note(record, given),
-        PlanBox(data["plan"]),
-        Table(["variant", "ms per forward: median [p20, p80]", "GFLOPs", "activations MiB"], rows, "Forward"),
-        Text(f"Efficiency (speed-up / FLOPs bound): {number(data['efficiency'], 2)}."),
+        PlanBox(data["plan"], name=data.get("plan_name", "")),
+        *_over_pictures(data),
+        Table(
+            ["variant", "ms per forward: median [p20, p80]", "GFLOPs", "activations MiB"], rows, _forward_caption(given)
+        ),
+        _rate(data),
+        Text(f"Efficiency (speed-up / FLOPs bound): {efficiency(data['efficiency'])}."),
         _overhead(data.get("overhead")),
         uncounted(data.get("uncounted")),
         Charts(curves),
@@ -75,6 +94,71 @@ def _fast(data: Mapping[str, Any], given: Mapping[str, Any]) -> list[Highlight]:
     return made
 
 
+def _rate(data: Mapping[str, Any]) -> Text | None:
+    """Say how many images a second that is; None of a record without."""
+    if (rate := data.get("images_per_second")) is None:
+        return None
+    return Text(f"Images per second: {number(rate['base'], 2)} unpruned, {number(rate['pruned'], 2)} pruned.")
+
+
+def _forward_caption(given: Mapping[str, Any]) -> str:
+    several = given.get("forwards", 1)
+    return f"Forward, mean of {several} pictures" if several > 1 else "Forward"
+
+
+def efficiency(value: float) -> str:
+    """Speed-up / FLOPs bound; more than 1 is said to be what it is."""
+    return (
+        number(value, 2) if value <= 1 else f"{number(value, 2)} (more than the work went down by: noise of the timing)"
+    )
+
+
+def _efficiency(value: float) -> Cell:
+    return Cell(number(value) + (" (noise)" if value > 1 else ""), value)
+
+
+_EATEN = 0.05  # of the work: what padding may cost before it is worth a word
+
+
+def _over_pictures(data: Mapping[str, Any]) -> list[Block]:
+    """Say what the plan leaves of many pictures, which of them were timed, and whether padding eats the gain."""
+    if (over := data.get("pictures")) is None:
+        return []
+    kept, flops, counted = over["kept"], over["flops"], len(over["counts"])
+    several, one = counted > 1, data["images"][0]
+    spread = {
+        name: "" if r["low"] == r["high"] else f" ({_percent(r['low'])} to {_percent(r['high'])})"
+        for name, r in (("kept", kept), ("flops", flops))
+    }
+    text = f"{counted} picture{'s' if several else ''}, each alone: "
+    text += (
+        f"{_percent(kept['mean'])} % of the tokens are kept{spread['kept']}, "
+        f"and {_percent(flops['mean'])} % of the work (FLOPs) is left{spread['flops']}."
+    )
+    batch, timed = data["conditions"]["batch"], len(over["timed"])
+    if batch == 1 and several:
+        text += f" Every picture keeps the same number, so one was timed ({one})." if over["fixed"] else ""
+        text += "" if over["fixed"] else f" Timed: {names(data['images'], timed)}, which stand for all of them."
+    blocks: list[Block] = [Text(text)]
+    alone = [over["counts"][i] for i in over["timed"]]
+    mean = sum(one["pruned"] for one in alone) / sum(one["base"] for one in alone)
+    padded = data["costs"]["pruned"]["flops"] / data["costs"]["base"]["flops"]
+    if batch > 1 and padded - mean > _EATEN:
+        blocks.append(
+            Text(
+                f"Padding eats the gain: a batch is as long as its longest picture, so {_percent(padded)} % of the work is left, "
+                f"where its pictures alone would have {_percent(mean)} %. A plan that keeps the same number of every picture "
+                'pads nothing: --keep 0.5, budget="batch" in the plan, saint.freeze, or a plan of saint tune.',
+                warning=True,
+            )
+        )
+    return blocks
+
+
+def _percent(share: float) -> str:
+    return number(100 * share, 1) if share < 0.995 else number(100 * share, 0)
+
+
 def _overhead(own: Mapping[str, Any] | None) -> Text | None:
     if own is None:
         return None
@@ -86,7 +170,10 @@ def _overhead(own: Mapping[str, Any] | None) -> Text | None:
     )
     if (idle := own.get("keep_all")) is not None:
         ends = f"[{number(100 * idle['p20'], 2)}, {number(100 * idle['p80'], 2)}]"
-        text += f" The same plan when nothing goes takes {number(100 * idle['median'], 2)} % more time {ends}."
+        if idle["p20"] <= 0:
+            text += f" The same plan when nothing goes takes no more time that shows {ends} %."
+        else:
+            text += f" The same plan when nothing goes takes {number(100 * idle['median'], 2)} % more time {ends}."
     return Text(text)
 
 
@@ -124,7 +211,7 @@ def generation_sheet(record: Record) -> Sheet:
             name,
             _cell(gain["first"]),
             gain["bound"],
-            gain["efficiency"],
+            _efficiency(gain["efficiency"]),
             _cell(gain["total"]),
             _cell(gain["decode"]),
             Cell(f"{gain['kv']:.0%}", gain["kv"]),
@@ -141,12 +228,15 @@ def generation_sheet(record: Record) -> Sheet:
         "prefill GFLOPs",
     ]
     than = ["", "first token", "FLOPs bound", "efficiency", "end to end", "time of a further token", "KV"]
-    plans = [(name, plan_line(plan)) for name, plan in data["plans"].items()]
+    plans = [(name, _told(plan, (data.get("tokens") or {}).get(name))) for name, plan in data["plans"].items()]
     given = data["conditions"]
     blocks: list[Block | None] = [
         load_note(record, given),
         Table(head, rows, "Generation, median [p20, p80]"),
-        Table(than, gained, "Against the unpruned model: times as fast; time and memory as a share of its"),
+        Table(than, gained, "Against the unpruned model: times as fast"),
+        Text(
+            "A further token's time and the KV cache are shares of the unpruned model's: below 1 is faster, or smaller."
+        ),
         uncounted(sorted({name for gain in gains.values() for name in gain.get("uncounted") or ()})),
         Heading("Plans"),
         Listing(plans),
@@ -162,6 +252,12 @@ def generation_sheet(record: Record) -> Sheet:
     return Sheet(f"Speed: {data['model']}", asked, verdict, conditions(record, **more), blocks)
 
 
+def _told(plan: Mapping[str, Any], tokens: Sequence[Mapping[str, Any]] | None) -> str:
+    """A plan in a line, and the visual tokens that its stages keep."""
+    kept = [f"{one['stage']} {number(one['tokens_out'], 1)} of {number(one['tokens_in'], 1)}" for one in tokens or ()]
+    return plan_line(plan) + (f"; tokens kept: {', '.join(kept)}" if kept else "")
+
+
 def scores_sheet(record: Record) -> Sheet:
     """`saint eval images` and `saint eval vqa`."""
     data = record.data
@@ -169,7 +265,108 @@ def scores_sheet(record: Record) -> Sheet:
     said = [_outcome(plan, scores, data["agreement"].get(plan, {})) for plan, scores in data["scores"].items()]
     said = [part for part in said if part]
     verdict = "; ".join(said) + "." if said else "Nothing was scored."
-    blocks: list[Block | None] = [Listing([(name, plan_line(plan)) for name, plan in data["plans"].items()])]
+    blocks: list[Block | None] = [
+        Listing([(name, plan_line(plan)) for name, plan in data["plans"].items()]),
+        plan_table(data),
+        Text("one class only: every neighbour has the right label, so knn says nothing", warning=True)
+        if given.get("classes") == 1 and "knn" in (given.get("scores") or ())
+        else None,
+        *_against_first(data),
+        _details(data),
+    ]
+    if data["failures"]:
+        items = [f"{failure['where']}: {failure['reason']}" for failure in data["failures"][:20]]
+        blocks.append(Group([Heading(f"Not evaluated: {len(data['failures'])}"), Listing(items)], page_only=True))
+    what = "questions" if record.kind == "eval/vqa" else "images"
+    more = {what: f"{data['evaluated']} of {data['given']} evaluated", "example_prompt": given.get("example_prompt")}
+    model = given.get("model", "the model")
+    asked = f"What does pruning cost {model} in {'right answers' if record.kind == 'eval/vqa' else 'accuracy and agreement'}?"
+    return Sheet(f"Accuracy: {model}", asked, verdict, conditions(record, **more), blocks)
+
+
+_NAMES = {"kept": "tokens kept", "flops": "FLOPs left"}  # of measures, where they have another name for people
+_SHARES = ("kept", "flops", *YES_OR_NO)  # measures in %
+
+
+def plan_table(data: Mapping[str, Any], speeds: Mapping[str, Any] | None = None) -> Table:
+    """A row per plan: tokens kept, FLOPs left, speed where it was measured, agreement, scores with their differences.
+
+    Args:
+        data: with ``agreement`` and ``scores``, as an evaluation has them.
+        speeds: by plan "flops", "kept" (shares), "speedup" (a spread) and "bound".
+    """
+    measures = list(dict.fromkeys(name for found in data["agreement"].values() for name in found))
+    measures = [*(name for name in _NAMES if name in measures), *(name for name in measures if name not in _NAMES)]
+    if speeds is not None:
+        measures = [name for name in measures if name not in _NAMES]
+    scores = list(dict.fromkeys(name for found in data["scores"].values() for name in found))
+    unpruned: list[Any] = ["unpruned", *("100 %" if name in _SHARES else "-" for name in measures)]
+    rows = []
+    for plan in data["plans"]:
+        found, scored = data["agreement"][plan], data["scores"][plan]
+        row: list[Any] = [plan]
+        if speeds is not None:
+            own = speeds[plan]
+            row += [_share(own["kept"]), _share(own["flops"]), _cell(own["speedup"]), own["bound"]]
+        row += [_measured(name, found.get(name)) for name in measures]
+        for score in scores:
+            row += _scored(scored.get(score))
+        rows.append(row)
+    for score in scores:
+        base = next(found[score]["base"] for found in data["scores"].values() if score in found)
+        unpruned += [Cell(f"{100 * base:.1f}", base), "-"]
+    if speeds is not None:
+        unpruned[1:1] = ["100 %", "100 %", "1", "1"]
+    head = ["plan"]
+    head += ["tokens kept", "FLOPs left", "speed-up [p20, p80]", "FLOPs bound"] if speeds is not None else []
+    head += [_NAMES.get(name, name.replace("_", " ")) + ("" if name in _NAMES else " [95 %]") for name in measures]
+    for score in scores:
+        head += [f"{score} %", f"{score} difference [95 %]"]
+    of = "; FLOPs of the language model's layers for the prompt" if "same_answer" in measures and speeds is None else ""
+    return Table(head, [unpruned, *rows], f"Plans, on {data['evaluated']} samples{of}")
+
+
+def _share(value: float | None) -> Any:
+    return "-" if value is None else Cell(f"{_percent(value)} %", value)
+
+
+def _measured(name: str, summary: Mapping[str, Any] | None) -> Any:
+    if summary is None:
+        return "-"
+    if name in _NAMES:
+        return _share(summary["mean"])
+    low, high = summary.get("low"), summary.get("high")
+    if name in _SHARES:
+        ends = "" if low is None or high is None else f" [{100 * low:.0f}, {100 * high:.0f}]"
+        return Cell(f"{100 * summary['mean']:.1f} %{ends}", summary["mean"])
+    return Cell(interval(summary["mean"], low, high, 4), summary["mean"])
+
+
+def _scored(p: Mapping[str, Any] | None) -> list[Any]:
+    """A score under a plan, and how far it is from that of the unpruned model, in points."""
+    if p is None:
+        return ["-", "-"]
+    return [Cell(f"{100 * p['pruned']:.1f}", p["pruned"]), Cell(_points(p), p["difference"])]
+
+
+def _points(p: Mapping[str, Any]) -> str:
+    ends = "" if p["low"] is None or p["high"] is None else f" [{100 * p['low']:+.1f}, {100 * p['high']:+.1f}]"
+    return f"{100 * p['difference']:+.1f}{ends}"
+
+
+def _against_first(data: Mapping[str, Any]) -> list[Block]:
+    """Say how further plans compare with the first: another question than what each loses."""
+    first = next(iter(data["plans"]), "")
+    said = {
+        plan: ", ".join(f"{score} {_points(p)}" for score, p in scores.items())
+        for plan, scores in (data.get("against_first") or {}).items()
+    }
+    return [Text(f"Against the first plan, {first}: {plan} {words} points.") for plan, words in said.items() if words]
+
+
+def _details(data: Mapping[str, Any]) -> More | None:
+    """Return the counts behind the scores, by category, and the spread of the agreement over samples."""
+    tables: list[Block] = []
     rows = [row for plan, scores in data["scores"].items() for row in _rows(plan, "all", scores)]
     rows += [
         row
@@ -190,7 +387,7 @@ def scores_sheet(record: Record) -> Sheet:
             "worse",
             "could show",
         ]
-        blocks.append(
+        tables.append(
             Table(head, rows, "Scores, in %; could show: smallest true difference seen with 80 % probability")
         )
     rows = [
@@ -199,7 +396,7 @@ def scores_sheet(record: Record) -> Sheet:
         for measure, s in measures.items()
     ]  # fmt: skip
     if rows:
-        blocks.append(Table(["plan", "measure", "mean [p20, p80]", "n"], rows, "Agreement with the unpruned model"))
+        tables.append(Table(["plan", "measure", "mean [p20, p80]", "n"], rows, "Agreement with the unpruned model"))
     rows = [row for plan, scores in (data.get("against_first") or {}).items() for row in _rows(plan, "all", scores)]
     if rows:
         first = next(iter(data["plans"]))
@@ -215,15 +412,8 @@ def scores_sheet(record: Record) -> Sheet:
             "worse",
             "could show",
         ]
-        blocks.append(Table(head, rows, f"Against the first plan, {first}"))
-    if data["failures"]:
-        items = [f"{failure['where']}: {failure['reason']}" for failure in data["failures"][:20]]
-        blocks.append(Group([Heading(f"Not evaluated: {len(data['failures'])}"), Listing(items)], page_only=True))
-    what = "questions" if record.kind == "eval/vqa" else "images"
-    more = {what: f"{data['evaluated']} of {data['given']} evaluated", "example_prompt": given.get("example_prompt")}
-    model = given.get("model", "the model")
-    asked = f"What does pruning cost {model} in {'right answers' if record.kind == 'eval/vqa' else 'accuracy and agreement'}?"
-    return Sheet(f"Accuracy: {model}", asked, verdict, conditions(record, **more), blocks)
+        tables.append(Table(head, rows, f"Against the first plan, {first}"))
+    return More("counts, categories and what could be shown", tables) if tables else None
 
 
 def _outcome(plan: str, scores: Mapping[str, Any], measures: Mapping[str, Any]) -> str:

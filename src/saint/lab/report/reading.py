@@ -12,6 +12,7 @@ KINDS = {  # of record -> the command that writes it
     "analyze": "saint analyze",
     "bench/encoder": "saint bench",
     "bench/generation": "saint bench",
+    "compare": "saint compare",
     "demo": "saint demo",
     "eval/images": "saint eval images",
     "eval/vqa": "saint eval vqa",

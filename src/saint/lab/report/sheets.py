@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from .blocks import Sheet
+from .compared import compare_sheet
 from .kept import demo_sheet, view_sheet
 from .layers import analyze_sheet
 from .measured import forward_sheet, generation_sheet, scores_sheet
@@ -14,6 +15,7 @@ _SHEETS: dict[str, Callable[[Record], Sheet]] = {
     "analyze": analyze_sheet,
     "bench/encoder": forward_sheet,
     "bench/generation": generation_sheet,
+    "compare": compare_sheet,
     "demo": demo_sheet,
     "eval/images": scores_sheet,
     "eval/vqa": scores_sheet,

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Printed
@@ -29,7 +30,7 @@ from .charts import mark
 from .words import interval, number, plan_line
 
 _ELSEWHERE = {"model", "record", "versions", "date"}  # conditions that the command's own line, or its record, says
-_SHORT = 9  # letters of a heading, whose column is not broken
+_UNBROKEN = 24  # letters of a cell up to which it stays in one line
 _MANY = 10  # columns from which there is less room between them
 _FEW = 3  # lines up to which intervals are shown beside their means
 
@@ -57,7 +58,7 @@ def _all(console: Console, blocks: Iterable[Block | None]) -> None:
 def _block(console: Console, block: Block) -> None:
     match block:
         case Table():
-            _print(console, block.caption, block.head, [[text_of(value) for value in row] for row in block.rows])
+            print_table(console, block.caption, block.head, [[text_of(value) for value in row] for row in block.rows])
         case Heading():
             console.print(f"[bold]{escape(block.text)}[/]", highlight=False)
         case Text():
@@ -72,7 +73,8 @@ def _block(console: Console, block: Block) -> None:
             for name, text in block.answers:
                 console.print(f"[bold]{escape(name)}[/]\n{escape(text)}\n", highlight=False)
         case PlanBox():
-            console.print(escape(plan_line(block.plan)), highlight=False)
+            lead = f"[bold]{escape(block.name)}[/]: " if block.name else ""
+            console.print(f"{lead}{escape(plan_line(block.plan))}", highlight=False)
             if block.python is not None:
                 console.print(escape(block.python), highlight=False, soft_wrap=True)
         case Code():
@@ -100,7 +102,7 @@ def _curves(console: Console, curves: Sequence[Curves], legend: str) -> None:
         rows = [[mark(x, place, number(place)), *(_value(line, place, few) for line in lines)] for place in places]
         title = "" if legend else "; ".join(curve.title for curve in own)
         breaks = {i for i, place in enumerate(places) if place in starts}
-        _print(console, title, [x, *(line.short or line.name for line in lines)], rows, breaks)
+        print_table(console, title, [x, *(line.short or line.name for line in lines)], rows, breaks)
     if legend:
         console.print(escape(legend), highlight=False, style="dim")
 
@@ -114,20 +116,72 @@ def _value(line: Line, place: float, few: bool) -> str:
     return f"{value:.{line.digits}f}" if line.short else number(value)
 
 
-def _print(
-    console: Console, caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], breaks: Iterable[int] = ()
+def print_table(
+    console: Console,
+    caption: str,
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    breaks: Iterable[int] = (),
+    *,
+    numbers: bool = True,
 ) -> None:
-    made = Printed(
-        box=SIMPLE_HEAD,
-        padding=(0, int(len(head) <= _MANY), 0, 0),
-        pad_edge=False,
-        title=escape(caption) or None,
-        title_justify="left",
-    )
-    for i, name in enumerate(head):
-        made.add_column(escape(name), justify="left" if i == 0 else "right", no_wrap=len(name) <= _SHORT)
-    for i, row in enumerate(rows):
-        if i in breaks:
-            made.add_section()
-        made.add_row(*map(escape, row))
-    console.print(made)
+    """Print a table whole: where it is wider than the console, long texts are broken, then columns follow in tables of their own.
+
+    Args:
+        console: to print on.
+        caption: what the table holds; "" for nothing.
+        head: names of the columns.
+        rows: a text per column.
+        breaks: rows in front of which a line is drawn.
+        numbers: columns behind the first are numbers, and stand at the right.
+    """
+    pad = int(len(head) <= _MANY)
+    for place, part in enumerate(_parts(head, rows, console.width, pad, numbers)):
+        title = f"{caption}, continued" if caption and place else caption
+        made = Printed(
+            box=SIMPLE_HEAD, padding=(0, pad, 0, 0), pad_edge=False, title=escape(title) or None, title_justify="left",
+        )  # fmt: skip
+        for column, width in part:
+            right = numbers and column > 0
+            made.add_column(escape(head[column]), justify="right" if right else "left", width=width, overflow="fold")
+        for i, row in enumerate(rows):
+            if i in breaks:
+                made.add_section()
+            made.add_row(*(escape(row[column]) for column, _ in part))
+        console.print(made)
+
+
+def _parts(
+    head: Sequence[str], rows: Sequence[Sequence[str]], room: int, pad: int, numbers: bool
+) -> Iterable[Sequence[tuple[int, int]]]:
+    """Columns and their widths of each table that is printed: all in one where there is room, else with the first repeated."""
+    columns = [[row[i] for row in rows] for i in range(len(head))]
+    whole = [max(map(cell_len, cells), default=0) for cells in columns]
+    most = _UNBROKEN if numbers else 0
+    least = [
+        max(
+            _word(name),
+            *(cell_len(text) if cell_len(text) <= most else min(_word(text), room // 2) for text in cells),
+            1,
+        )
+        for name, cells in zip(head, columns, strict=True)
+    ]
+    between = pad + 1
+    groups: list[list[int]] = [[]]
+    for column in range(len(head)):
+        if groups[-1] and sum(least[i] + between for i in [*groups[-1], column]) > room:
+            groups.append([0])
+        groups[-1].append(column)
+    for group in groups:
+        free = room - sum(least[i] + between for i in group)
+        widths = []
+        for i in sorted(group, key=lambda i: max(whole[i], cell_len(head[i])) - least[i]):  # short wishes first
+            more = min(max(whole[i], cell_len(head[i]) if free > room // 4 else 0) - least[i], max(0, free))
+            free -= max(0, more)
+            widths.append((i, least[i] + max(0, more)))
+        yield sorted(widths, key=lambda entry: group.index(entry[0]))
+
+
+def _word(text: str) -> int:
+    """Cells that the longest word of a text takes."""
+    return max(map(cell_len, text.split()), default=0)

@@ -101,7 +101,7 @@ def _qualities(record: Record) -> Iterator[tuple[str, str, Mapping[str, Any], _Q
                 high = None if p["high"] is None else p["base"] + p["high"]
                 yield model, name, plan, _Quality(f"{score}, 0 to 1", p["pruned"], low, high, p["base"])
             for measure, s in data["agreement"][name].items():
-                if measure not in ("kl", "kept"):  # 1 is the best of the others
+                if measure not in ("kl", "kept", "flops"):  # 1 is the best of the others
                     said = f"{measure} with the unpruned model"
                     said = f"share that keeps {YES_OR_NO[measure]}" if measure in YES_OR_NO else said
                     yield model, name, plan, _Quality(said, s["mean"], None, None, 1.0)
@@ -118,10 +118,10 @@ def _qualities(record: Record) -> Iterator[tuple[str, str, Mapping[str, Any], _Q
 
 
 def _demoed(data: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the plan of a demo, and the one at half of the FLOPs where that was shown too."""
-    yield "", data
-    if data.get("half") is not None:
-        yield "half of the FLOPs", data["half"]
+    """Yield the plan of a demo, and the other one where two were shown."""
+    yield data.get("plan_name", ""), data
+    if data.get("beside") is not None:
+        yield data["beside"]["plan_name"], data["beside"]
 
 
 def _tuned(data: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:

@@ -43,7 +43,7 @@ def tune_sheet(record: Record) -> Sheet:
     figures: list[Curves | Plot] = [_behind(data), *_costs(data)]
     curve = _frontier(data)
     blocks: list[Block | None] = [
-        PlanBox(data["plan"], file="plan.json"),
+        PlanBox(data["plan"], name=data.get("plan_name", ""), file="plan.json"),
         None if curve is None else Charts([curve[0]], page_only=True),
         None if curve is None else curve[1],
         Table(["where", "method", "tokens kept", "share kept"], rows, "Where tokens are dropped"),
