@@ -10,6 +10,7 @@ import numpy as np
 from ...extras import require
 
 _RESAMPLES = 9999
+_SAME = 1e-9  # relative spread of values that are equal but for rounding
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
         confidence: in (0, 1).
 
     Returns:
-        Its ends; None of fewer than two values, and where all are equal and no share.
+        Its ends; None of fewer than two values, and where all are equal (but for rounding) and no share.
 
     Example:
         >>> [round(end, 3) for end in mean_interval([1, 1, 1, 0])]
@@ -132,8 +133,10 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
         found = require("scipy.stats", "eval").binomtest(int(sum(values)), len(values))
         ends = found.proportion_ci(confidence, method="wilson")
         return float(ends.low), float(ends.high)
+    if np.ptp(np.asarray(values)) <= _SAME * max(map(abs, values)):
+        return None, None
     apart = compare([0.0] * len(values), values, confidence)
-    return (None, None) if apart.method == "tango" else (apart.low, apart.high)
+    return apart.low, apart.high
 
 
 def tango_interval(better: int, worse: int, n: int, z: float) -> tuple[float, float]:

@@ -156,7 +156,7 @@ def _over_pictures(data: Mapping[str, Any]) -> list[Block]:
 
 
 def _percent(share: float) -> str:
-    return number(100 * share, 1) if share < 0.995 else number(100 * share, 0)
+    return f"{100 * share:.1f}".removesuffix(".0")
 
 
 def _overhead(own: Mapping[str, Any] | None) -> Text | None:
