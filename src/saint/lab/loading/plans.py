@@ -34,7 +34,7 @@ class Choice:
 
     @classmethod
     def read(cls, text: str) -> "Choice":
-        """What ``text`` asks for: a share ("0.5"), or what :func:`read_plan` reads."""
+        """Read what ``text`` asks for: a share ("0.5"), or what :func:`read_plan` reads."""
         try:
             share = float(text)
         except ValueError:
@@ -49,7 +49,7 @@ HALF = Choice.share(0.5)  # what a command runs where nobody names a plan
 
 
 def choose(plan: str | None, keep: float | None) -> Choice | None:
-    """What the options ``--plan`` and ``--keep`` ask for; None where neither is given.
+    """Read what the options ``--plan`` and ``--keep`` ask for; None where neither is given.
 
     Raises:
         ValueError: both, no plan, or no share.
@@ -62,7 +62,7 @@ def choose(plan: str | None, keep: float | None) -> Choice | None:
 
 
 def choose_several(texts: Sequence[str]) -> list[Choice]:
-    """What each of ``texts`` asks for, no two under one name: several plans in JSON are "plan1", "plan2" and so on.
+    """Read what each of ``texts`` asks for, no two under one name: several plans in JSON are "plan1", "plan2" and so on.
 
     Raises:
         ValueError: one is no plan, or given twice.
