@@ -114,6 +114,15 @@ def recipes() -> dict[str, str]:
     return {name: recipe.about for name, recipe in _RECIPES.items()}
 
 
+# titles of the families that recipes are made for, by the first part of their names; the others suit any encoder
+_FAMILIES = {"llava-1.5": "LLaVA-1.5", "small-llava": "LLaVA-1.5"}
+
+
+def family(source: object) -> str | None:
+    """The title of the family that a recipe is made for; None of one for any, and of what is no recipe's name."""
+    return _FAMILIES.get(source.partition("/")[0]) if isinstance(source, str) and source in _RECIPES else None
+
+
 def recipe(name: str) -> Plan:
     """The plan called ``name``.
 

@@ -22,6 +22,7 @@ from .models import ModelLike, module_of
 from .patch import Before, Uncopyable
 from .planning import plan_for
 from .plans import STAGES, Plan, Stage
+from .presets import family
 from .runtime.deciding import Decider
 from .runtime.observe import Observers
 from .runtime.state import Forward
@@ -40,6 +41,7 @@ from .summary import (
 from .tokens import LayerTrace
 from .vision.encoder import PrunedEncoder
 from .vision.inputs import EncoderForward
+from .vlm.locate import find as find_family
 from .vlm.part import refuse_part
 
 if TYPE_CHECKING:  # imports transformers
@@ -354,7 +356,7 @@ def apply(
     model = module_of(model)
     if plan is not None and keep is not None:
         raise ValueError(f"give a plan, or keep={keep!r} for one that leaves this share of the work, not both")
-    plan = plan_for(model, 0.5 if keep is None else keep) if plan is None else as_plan(plan)
+    asked, plan = plan, plan_for(model, 0.5 if keep is None else keep) if plan is None else as_plan(plan)
     if hasattr(model, "_orig_mod"):
         raise UnsupportedModelError(
             "the model is compiled: apply the plan to the original model, then torch.compile it"
@@ -368,6 +370,13 @@ def apply(
     session._install(model)
     if plan.tuned is not None and (other := _not_tuned_on(model, session, plan.tuned)):
         warnings.warn(f"the plan was tuned on another model ({other}); saint.tune finds one for this", stacklevel=2)
+    wanted, found = family(asked), find_family(model)
+    if wanted is not None and found is not None and found[2].title != wanted:
+        warnings.warn(
+            f"the recipe {asked!r} is made for {wanted}, and this is {found[2].title}: its layers and numbers of tokens mean "
+            "something else here; saint.plan_for(model, keep=...) makes a plan for this model",
+            stacklevel=2,
+        )
     return session
 
 

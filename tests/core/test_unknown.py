@@ -347,6 +347,17 @@ def test_a_part_that_was_pruned_alone_is_refused_inside_the_whole_model(name, pa
     model.generate(**inputs, max_new_tokens=2)
 
 
+def test_a_recipe_of_another_family_says_so():
+    for name, said in (("qwen2-vl", True), ("llava-llama", False)):
+        model = FAMILIES[name].build()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            saint.apply(model, "llava-1.5/divprune-64").remove()
+            saint.apply(model, saint.plan("llava-1.5/divprune-64")).remove()  # a plan of one's own by now
+        told = [str(one.message) for one in seen if "is made for LLaVA-1.5, and this is Qwen2-VL" in str(one.message)]
+        assert len(told) == said
+
+
 def test_looking_for_the_whole_costs_one_forward():
     model = hf.CLIPVisionModel(hf.CLIPVisionConfig(**tower_config())).eval()
     with saint.pruned(model, Plan(vision=STAGE)), torch.no_grad():

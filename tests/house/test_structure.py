@@ -64,6 +64,7 @@ CORE = {
         "assemble",
         "models",
         "planning",
+        "presets",
         "runtime",
         "upstream",
     }
