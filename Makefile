@@ -12,7 +12,7 @@ ENGINES := .engines
 WORKERS ?= 2
 SAMPLE ?= 60
 SEED ?= 1
-.PHONY: help setup demo test nightly golden engines map mutants names matrix check fix bench results analysis tables docs lock clean
+.PHONY: help setup demo test nightly golden engines map mutants names matrix check fix bench keep results analysis tables docs lock clean
 help:            ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -64,6 +64,11 @@ fix: $(STAMP)    ## format and lint in place
 	$(RUN)/ruff check --fix .
 bench: $(STAMP)  ## re-measure benchmarks/results/ on this machine
 	$(RUN)/python benchmarks/encoders.py
+keep: $(STAMP)   ## re-measure what saint.apply(model, keep=...) gains and costs (PHOTOS=, a folder)
+	$(RUN)/python benchmarks/keep.py clip-b16 --photos '$(PHOTOS)'
+	$(RUN)/python benchmarks/keep.py dinov2-s --photos '$(PHOTOS)'
+	$(RUN)/python benchmarks/keep.py small-llava
+	$(RUN)/python docs/make_tables.py
 results: $(STAMP) ## re-measure docs/results.md (STAMPS=, FASHION=: folders, see evidence/measure.py)
 	$(RUN)/python evidence/measure.py encoders --stamps '$(STAMPS)'
 	$(RUN)/python evidence/measure.py fashion --fashion '$(FASHION)'

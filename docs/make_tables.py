@@ -7,7 +7,7 @@ import csv
 import dataclasses
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from saint.upstream.specs import FamilySpec
 ROOT = Path(__file__).parents[1]
 ZOO = ROOT / "docs" / "zoo.csv"
 RECORD = ROOT / "benchmarks" / "results" / "encoders-cpu.json"
-EVIDENCE = ROOT / "evidence" / "results"
+KEEP = ROOT / "benchmarks" / "results" / "keep-*.json"
 SLOTS = ("vision", "connector", "language")
 SERVING = [ROOT / "benchmarks" / "results" / f"serving-cpu{size}.json" for size in ("", "-200m")]
 
@@ -79,35 +79,65 @@ def methods_table() -> str:
     return table(["method", "where", "what it does", "paper"], rows)
 
 
-def _row(record: dict[str, Any], name: str, share: float) -> dict[str, Any]:
-    return next(row for row in record["results"] if row["name"] == name and row["share"] == share)
+TITLES = {"clip-b16": "CLIP ViT-B/16", "dinov2-s": "DINOv2 ViT-S/14, dense", "small-llava": "small LLaVA"}
+HEADLINE = (("clip-b16", 0.7), ("clip-b16", 0.5), ("dinov2-s", 0.5), ("small-llava", 0.5))
+
+
+def keep_records() -> list[dict[str, Any]]:
+    """What benchmarks/keep.py wrote, a record per model."""
+    return [json.loads(file.read_text()) for file in sorted(KEEP.parent.glob(KEEP.name))]
 
 
 def headline_table() -> str:
-    """Four rows for the README, each from one record; speed at batch 8."""
-    rows = []
-    share = 0.505
-    for record_name, model, name, plan, measure in (
-        ("matching-clip-b16", "CLIP ViT-B/16", "Saint, layers 0-5", "`Saint`, layers 0-5", "cosine"),
-        ("matching-clip-b16", "CLIP ViT-B/16", "Match weigh, odd layers", "`Match`, weighs", "cosine"),
-        ("matching-dinov2-s", "DINOv2 ViT-S/14, dense", "Match merge, all layers", "`Match`, merges", "correlation"),
-    ):
-        row = _row(json.loads((EVIDENCE / f"{record_name}.json").read_text()), name, share)
-        speed, (low, high) = row["speedup"]["8"], row["interval"]
-        faster = f"x{speed['median']:.2f} [{speed['p20']:.2f}, {speed['p80']:.2f}] (x{1 / row['reached']:.2f})"
-        kept = f"{measure} {row['mean']:.3f} [{low:.3f}, {high:.3f}]"
-        more = "[matching](docs/matching.md#at-equal-flops)"
-        rows.append([model, plan, f"{row['reached']:.2f}", faster, kept, more])
-    modes = json.loads((EVIDENCE / "modes.json").read_text())
-    row = next(row for row in modes["rows"] if row["plan"] == "hybrid, voting and full graph")
-    paired = row["paired"]
-    kept = (
-        f"{paired['pruned']:.1%} right (unpruned {paired['base']:.1%}): {100 * paired['difference']:+.1f} "
-        f"[{100 * paired['low']:+.1f}, {100 * paired['high']:+.1f}] points"
+    """Four rows for the first pages: what a share of the work gains, and what it costs."""
+    return keep_table(HEADLINE)
+
+
+def keep_table(among: Collection[tuple[str, float]] | None = None) -> str:
+    """Speed and agreement by model and share, with the conditions below.
+
+    Args:
+        among: models and shares; None: all that were measured.
+    """
+    records = keep_records()
+    rows = [
+        row for record in records for row in record["rows"] if among is None or (row["model"], row["keep"]) in among
+    ]
+    if not rows:
+        return "Not measured yet: `python benchmarks/keep.py MODEL` writes a record, `make tables` this table."
+    head = [
+        "model",
+        "`keep`",
+        "batch 1: speed-up (bound)",
+        "batch 8: speed-up (bound)",
+        "answers, against the unpruned model",
+    ]
+    lines = [
+        [TITLES[row["model"]], f"{row['keep']:g}", _faster(row["speed"]["1"]), _faster(row["speed"]["8"]), _agrees(row)]
+        for row in rows
+    ]
+    missing = left_out(*(speed["uncounted"] for row in rows for speed in row["speed"].values()))
+    where, conditions = records[0]["environment"], rows[0]["conditions"]["1"]
+    said = (
+        f"{where['cpu']}, {conditions['threads']} threads, float32, torch {where['torch']}, {records[0]['date'][:10]}; in square "
+        "brackets the 20 to 80 % range of interleaved rounds, and the 95 % interval over pictures or questions"
     )
-    more = "[results](docs/results.md#the-order-of-the-modes-on-more-pictures)"
-    rows.append(["small LLaVA, questions", "hybrid", f"{row['left']:.0f} of 196 tokens", "not timed", kept, more])
-    return table(["model", "plan", "FLOPs left", "speed-up (bound)", "what the answer keeps", "more"], rows)
+    return f"{table(head, lines)}\n\n{said}." + (f" Bounds{missing}." if missing else "")
+
+
+def _faster(speed: dict[str, Any]) -> str:
+    spread = speed["speedup"]
+    return f"x{spread['median']:.2f} [{spread['p20']:.2f}, {spread['p80']:.2f}] (x{speed['bound']:.2f})"
+
+
+def _agrees(row: dict[str, Any]) -> str:
+    found = row["agreement"]
+    if found["measure"] == "right answers":
+        return (
+            f"{found['pruned']:.1%} right of {found['n']} (unpruned {found['base']:.1%}): {100 * found['difference']:+.1f} "
+            f"[{100 * found['low']:+.1f}, {100 * found['high']:+.1f}] points"
+        )
+    return f"{found['measure']} {found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}], {found['n']} photographs"
 
 
 def support_table() -> str:
@@ -215,9 +245,10 @@ def replace(text: str, name: str, made: str) -> str:
 # every generated part, by its page and name
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"headline": headline_table, "counts": counts},
+    "docs/index.md": {"headline": headline_table},
     "docs/models.md": {"support": support_table, "zoo": zoo_table, "families": vlm_table},
     "docs/methods.md": {"methods": methods_table},
-    "docs/results.md": {"speed": speed_table},
+    "docs/results.md": {"keep": keep_table, "speed": speed_table},
     "docs/serving.md": {"serving": serving_table},
 }
 

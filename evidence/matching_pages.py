@@ -62,14 +62,16 @@ def guard(record: dict[str, Any]) -> list[str]:
 
 
 def labelled(record: dict[str, Any]) -> list[str]:
+    called = {"stamps": "clip-art stamps"}  # what they are, where they stand beside photographs
     rows = []
     for part in record["sets"]:
+        pictures = f"{part['pictures']} {called.get(part['set'], part['set'])}"
         for row in part["rows"]:
             knn = row["knn"]
             points = within(100 * knn["difference"], [100 * knn["low"], 100 * knn["high"]], 1)
             rows.append(
                 [
-                    f"{part['pictures']} {part['set']}", row["plan"], f"{row['flops']:.3f}", f"{100 * knn['base']:.1f}",
+                    pictures, row["plan"], f"{row['flops']:.3f}", f"{100 * knn['base']:.1f}",
                     f"{100 * knn['pruned']:.1f}", points, f"{row['cosine']['mean']:.4f}",
                 ]
             )  # fmt: skip

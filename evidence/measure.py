@@ -324,7 +324,7 @@ def _knn_table(of: str, record: dict[str, Any]) -> list[str]:
 def _saliency_table(record: dict[str, Any]) -> list[str]:
     lines = [
         f"Pearson correlation of the pruned with the unpruned saliency map, and IoU at 0.5, over {record['images']} pictures "
-        "(photographs, crops of them, stamps on them). Interval: 95 %, of the mean.",
+        "(photographs, crops of them, clip-art stamps on them). Interval: 95 %, of the mean.",
         "",
         "| plan | FLOPs | correlation | interval | lowest | IoU |",
         "|---|---|---|---|---|---|",
@@ -340,7 +340,7 @@ def _saliency_table(record: dict[str, Any]) -> list[str]:
 
 
 _TABLES = {
-    "encoders": partial(_knn_table, "Tux Paint stamps"), "fashion": partial(_knn_table, "pictures of Fashion-MNIST"),
+    "encoders": partial(_knn_table, "clip-art stamps (Tux Paint)"), "fashion": partial(_knn_table, "pictures of Fashion-MNIST"),
     "saliency": _saliency_table, "vlm": measure_vlm.table, "modes": measure_vlm.modes_table, "easy": measure_vlm.table,
 }  # fmt: skip
 

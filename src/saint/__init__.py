@@ -18,6 +18,7 @@ A *session* owns every change to a model, a *plan* says where tokens may go, a *
     tune, freeze, evaluate_images     find a plan, fix its numbers, measure it
     register, Observer                models from elsewhere, whatever looks on
     graph, testing                    the mathematics alone; proofs for a model and a plan
+    demo                              real models and pictures that need no hub
     SaintError                        of every error that is raised on purpose, see saint.errors
 
 ``help(saint.Plan)`` explains each of them, ``dir(saint)`` lists them.
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from .errors import SaintError as SaintError
     from .errors import UnsupportedModelError as UnsupportedModelError
     from .freezing import freeze as freeze
+    from .lab.demo import demo as demo
     from .lab.eval.images import evaluate_images as evaluate_images
     from .lab.tuning.run import tune as tune
     from .methods.saint import Saint as Saint
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
     from .tokens import LayerTrace as LayerTrace
     from .upstream.registry import register as register
 
-
+_MODULES = {"demo", "graph", "methods", "testing"}  # public names that are modules, and not in one
 _LAZY = {
     "AlreadyAppliedError": "errors",
     "HookNeverFiredError": "errors",
@@ -73,10 +75,11 @@ _LAZY = {
     "Stage": "plans",
     "UnsupportedModelError": "errors",
     "apply": "session",
+    "demo": "lab.demo.demo",
     "evaluate_images": "lab.eval.images",
     "freeze": "freezing",
-    "graph": None,
-    "methods": None,
+    "graph": "graph",
+    "methods": "methods",
     "plan": "plans",
     "plan_for": "planning",
     "pruned": "session",
@@ -85,7 +88,7 @@ _LAZY = {
     "remove": "session",
     "status": "session",
     "tune": "lab.tuning.run",
-    "testing": None,
+    "testing": "testing",
 }
 
 # what help(saint) tells in full; all other public names have a line in the text above it, and help(saint.NAME)
@@ -110,8 +113,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'saint' has no attribute {name!r}")
-    module = _LAZY[name]
-    value = import_module(f"saint.{name}") if module is None else getattr(import_module(f"saint.{module}"), name)
+    module = import_module(f"saint.{_LAZY[name]}")
+    value = module if name in _MODULES else getattr(module, name)
     globals()[name] = value
     return value
 
@@ -119,6 +122,4 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """List the public names. Where the lab is not installed its own are left out: help() asks for all that is listed."""
     lab = all(find_spec(package) for package in ("PIL", "rich", "typer"))
-    return sorted(
-        ["__version__", *(name for name, home in _LAZY.items() if lab or not (home or "").startswith("lab."))]
-    )
+    return sorted(["__version__", *(name for name, home in _LAZY.items() if lab or not home.startswith("lab."))])

@@ -6,6 +6,11 @@ from typing import Any
 from .errors import MissingExtraError
 
 
+def install_hint(extra: str) -> str:
+    """The command that installs ``extra``: from a checkout, for there is no release in the index."""
+    return f'pip install ".[{extra}]" in a checkout of saint'
+
+
 def require(module: str, extra: str) -> Any:
     """The optional module called ``module``.
 
@@ -23,4 +28,4 @@ def require(module: str, extra: str) -> Any:
         root = module.partition(".")[0]
         if error.name not in (None, root, module):
             raise  # its own message says more
-        raise MissingExtraError(f'{root} is not installed: pip install "saint-vlm[{extra}]"') from error
+        raise MissingExtraError(f"{root} is not installed: {install_hint(extra)}") from error

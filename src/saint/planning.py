@@ -33,7 +33,7 @@ from .vlm.locate import find as find_vlm
 from .vlm.locate import refuse_unknown
 from .work import Stack, bias_table, entering, read_block, read_decoder, read_pool
 
-NEAR = 0.005  # what a plan found may miss the share by before others are tried
+NEAR = 0.01  # what a plan found may miss the share by before others are tried
 _FAR = 0.02  # what it may miss it by at all
 _MOST, _PER_CHANNEL = 1024, 3  # patches that are thought of where a model takes any size: fewer of a narrow model
 _TILES = 3  # pictures that are thought of where a model cuts one: the whole, and two halves
@@ -175,7 +175,10 @@ def _nearest(work: Work, families: Iterator[tuple[Family, float]], keep: float) 
 
 
 def _closest(work: Work, family: Family, keep: float, fewest: float) -> Iterator[tuple[float, Plan]]:
-    """How far the plans of a family are from ``keep`` that lie around it; shares that a method cannot do count as too low."""
+    """Yield how far the plans of a family are from ``keep`` that lie around it.
+
+    Shares that a method cannot do count as too low.
+    """
     low, high = fewest, 1.0
     for _ in range(24):
         share = (low + high) / 2

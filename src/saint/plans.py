@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -12,7 +13,9 @@ from .methods.base import Method, check_number, check_possible, survivors
 VERSION = 1  # of the format in which plans are written
 STAGES = ("vision", "connector", "language")
 
-Layers = Literal["first_half"] | range | list[int] | tuple[int, ...] | None
+Layers = str | range | list[int] | tuple[int, ...] | None
+LAYERS = ("first_half", "all")  # words whose meaning depends on the depth of the model
+_DEEPEST = 10_000  # layers; a range beyond it is a slip, and would fill the memory before a model can say so
 Placement = Literal["input", "mid", "post"] | None
 PROVIDES = {
     "vision": frozenset({"frames"}),
@@ -31,8 +34,9 @@ class Stage:
 
     Attributes:
         method: what decides.
-        layers: 0-based drop points: "first_half", a range, a list, or None for the method's own default. None with
-            ``placement="input"`` and in the connector slot, which have no layers.
+        layers: 0-based drop points: "first_half", "all", text as the command line takes it ("0-5", both ends included; "0,2,4"),
+            a range, a list, or None for the method's own default. None with ``placement="input"`` and in the connector slot,
+            which have no layers.
         placement: "mid" drops between attention and MLP of the layer, "post" after the layer; None means "mid" for
             vision (as published; "post" where a block has no place between the two) and "post" for language. "input", in
             the vision slot only, drops in front of block 0.
@@ -62,22 +66,8 @@ class Stage:
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
             raise TypeError(f"Stage needs a method such as saint.Saint(), got {self.method!r}")
-        if isinstance(self.layers, str):
-            if self.layers != "first_half":
-                raise ValueError(f'layers must be "first_half", a range or a list of ints, got {self.layers!r}')
-        elif self.layers is not None:
-            if not isinstance(self.layers, Collection) or not all(
-                isinstance(i, int) and not isinstance(i, bool) for i in self.layers
-            ):
-                raise ValueError(f'layers must be "first_half", a range or a list of ints, got {self.layers!r}')
-            chosen = sorted(set(self.layers))
-            if not chosen:
-                raise ValueError("layers is empty: leave the stage out of the plan instead")
-            if len(chosen) != len(self.layers):
-                raise ValueError(f"layers names a layer twice: {list(self.layers)}")
-            if chosen[0] < 0:
-                raise ValueError(f"layers are 0-based and not negative, got {chosen[0]}")
-            object.__setattr__(self, "layers", tuple(chosen))
+        if self.layers is not None and self.layers not in LAYERS:
+            object.__setattr__(self, "layers", _read_layers(self.layers))
         if self.placement not in (None, "input", "mid", "post"):
             raise ValueError(f'placement must be "input", "mid" or "post", got {self.placement!r}')
         if self.placement == "input" and self.layers not in (None, (0,)):
@@ -95,7 +85,7 @@ class Stage:
     def resolve_layers(self, slot: str, depth: int, used_layers: int | None = None) -> list[int]:
         """The drop points in a model of ``depth`` layers, ascending; of ``placement="input"`` the layer it is in front of.
 
-        Where the method itself says which, those of the first ``used_layers`` layers: behind them nothing is used.
+        Where the method itself says which, and of "all", those of the first ``used_layers`` layers: behind them nothing is used.
 
         Raises:
             ValueError: a layer beyond the depth.
@@ -104,6 +94,8 @@ class Stage:
             return [0]
         if self.layers == "first_half":
             return list(range(depth // 2 or 1))
+        if self.layers == "all":
+            return list(range(depth if used_layers is None else used_layers))
         if self.layers is None:
             usual = self.method.layers(slot, depth)
             chosen = [layer for layer in usual if used_layers is None or layer < used_layers] or usual[:1]
@@ -136,6 +128,44 @@ class Stage:
             raise ValueError(f"a stage needs {error}, got {dict(data)!r}") from error
         except TypeError as error:
             raise ValueError(f"not a stage: {error}") from error
+
+
+def _read_layers(layers: Any) -> tuple[int, ...]:
+    """The numbers of layers, ascending, from text such as "0-5" or from a collection of ints.
+
+    Raises:
+        ValueError: neither, or no layers of any model.
+    """
+    chosen = _layers_of_text(layers) if isinstance(layers, str) else layers
+    if not isinstance(chosen, Collection) or not all(isinstance(i, int) and not isinstance(i, bool) for i in chosen):
+        raise ValueError(
+            f'layers must be "first_half", "all", numbers as text ("0-5" or "0,2,4"), a range or a list of ints, 0-based; '
+            f"got {layers!r}"
+        )
+    found = sorted(set(chosen))
+    if not found:
+        raise ValueError("layers is empty: leave the stage out of the plan instead")
+    if len(found) != len(chosen):
+        raise ValueError(f"layers names a layer twice: {list(chosen)}")
+    if found[0] < 0:
+        raise ValueError(
+            f"layers are counted from 0 at the input and are not negative, got {found[0]}: the last of a model of 12 is 11"
+        )
+    return tuple(found)
+
+
+def _layers_of_text(text: str) -> list[int] | None:
+    """The layers that ``text`` lists, as numbers and ranges of which both ends are included; None where it is no such list."""
+    chosen: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(-?\d+)(?:\s*-\s*(\d+))?\s*", part)
+        if (
+            found is None
+            or max(map(abs, (numbers := [int(number) for number in found.groups() if number]))) >= _DEEPEST
+        ):
+            return None
+        chosen += range(numbers[0], numbers[-1] + 1)
+    return chosen
 
 
 def _check_stage(name: str, stage: Stage) -> None:

@@ -40,6 +40,7 @@ from .summary import (
 from .tokens import LayerTrace
 from .vision.encoder import PrunedEncoder
 from .vision.inputs import EncoderForward
+from .vlm.part import refuse_part
 
 if TYPE_CHECKING:  # imports transformers
     from .language.cache import KVMemory
@@ -60,7 +61,11 @@ class Glue(Protocol):
         patched: holds all that is patched.
         marked: modules by which the session is found, besides the user's model.
         stacks: where tokens may leave, in the order in which they pass.
+        alone: may be a part of a vision-language model that knows nothing of what leaves in it; None where that cannot be.
     """
+
+    @property
+    def alone(self) -> nn.Module | None: ...
 
     @property
     def patched(self) -> nn.Module: ...
@@ -146,7 +151,7 @@ class Session(Uncopyable):
 
     @property
     def _costs(self) -> Costs:
-        """What the FLOPs of the last forward follow from."""
+        """Return what the FLOPs of the last forward follow from."""
         if self._over is not None:
             return self._over.costs
         encoder = next((encoder_work(stack) for stack in self._stacks if isinstance(stack, PrunedEncoder)), None)
@@ -290,6 +295,9 @@ class Session(Uncopyable):
         before = Before(self._glue.patched)
         with ExitStack() as stack:
             self._glue.install(stack)
+            if self._glue.alone is not None and self.plan.slots:
+                full_length = any(stage.output != "survivors" for stage in self.plan.vision)
+                refuse_part(stack, self._glue.alone, full_length)
             before.hide(stack)
             self._patches = stack.pop_all()
 

@@ -89,7 +89,7 @@ class Stack:
 
 
 def read_layer(module: nn.Module, attention: Sequence[nn.Module], window: int | None = None) -> tuple[Layer, bool]:
-    """What a layer's FLOPs follow from, and whether its weights say it all.
+    """Read what a layer's FLOPs follow from, and whether its weights say it all.
 
     Args:
         module: the layer.

@@ -228,7 +228,15 @@ def test_an_unknown_recipe_gets_the_closest_names_only():
         (lambda: Stage(saint.Saint(), layers="last_half"), "last_half"),
         (lambda: Stage(saint.Saint(), layers=[]), "empty"),
         (lambda: Stage(saint.Saint(), layers=[1, 1]), "twice"),
-        (lambda: Stage(saint.Saint(), layers=[-1]), "-1"),
+        (
+            lambda: Stage(saint.Saint(), layers=[-1]),
+            "counted from 0.*not negative, got -1: the last of a model of 12 is 11",
+        ),
+        (lambda: Stage(saint.Saint(), layers="-2"), "not negative, got -2"),
+        (lambda: Stage(saint.Saint(), layers="0-5,5"), "twice"),
+        (lambda: Stage(saint.Saint(), layers="5-3"), "empty"),
+        (lambda: Stage(saint.Saint(), layers="0-10000"), '"0-5" or "0,2,4".*0-10000'),
+        (lambda: Stage(saint.Saint(), layers="0;1"), '"first_half", "all".*0;1'),
         (lambda: Stage(saint.Saint(), layers=3), "3"),
         (lambda: Stage(saint.Saint(), placement="middle"), "middle"),
         (lambda: Stage(saint.Saint(), output="short"), "short"),
@@ -276,6 +284,11 @@ def test_layer_ranges():
     method = saint.Saint()
     assert Stage(method).resolve_layers("vision", 12) == [0, 1, 2, 3, 4, 5]
     assert Stage(method, layers="first_half").resolve_layers("vision", 5) == [0, 1]
+    assert Stage(method, layers="all").resolve_layers("vision", 5) == [0, 1, 2, 3, 4]
+    used = Stage(method, layers="all").resolve_layers("vision", 5, used_layers=4)
+    assert used == [0, 1, 2, 3]  # none whose output is not used
+    assert Stage(method, layers="0-5") == Stage(method, layers=range(6))
+    assert Stage(method, layers="4, 0,2").layers == (0, 2, 4)
     assert Stage(method, layers=range(3, 1, -1)).resolve_layers("vision", 12) == [2, 3]
     assert Stage(method).resolve_layers("language", 32) == list(range(7, 17))
     assert Stage(saint.SaintFullGraph()).resolve_layers("vision", 24) == [19]

@@ -580,10 +580,12 @@ grids, randoms = (
 )
 tomes = st.one_of(
     st.builds(methods.ToMe, r=st.integers(1, 99), beta=st.floats(0, 9)),
-    st.builds(methods.ToMe, budget=budgets),
-    st.builds(methods.PiToMe, budget=budgets, margin=st.floats(0, 1)),
+    st.builds(methods.ToMe, keep=budgets),
+    st.builds(methods.PiToMe, keep=budgets, margin=st.floats(0, 1)),
 )
-layers = st.one_of(st.none(), st.just("first_half"), st.lists(st.integers(0, 40), min_size=1, max_size=5, unique=True))
+layers = st.one_of(
+    st.none(), st.sampled_from(["first_half", "all"]), st.lists(st.integers(0, 40), min_size=1, max_size=5, unique=True)
+)
 vision = st.builds(
     Stage, st.one_of(saints, full_graphs, grids, randoms, tomes), layers=layers,
     placement=st.sampled_from([None, "mid", "post"]), output=st.sampled_from(["survivors", "nearest", "similar"]),
@@ -661,7 +663,7 @@ def refused_or_a_plan(read, given) -> str:
     assert Plan.from_dict(plan.to_dict()) == plan
     assert Plan.from_json(json.dumps(plan.to_dict())) == plan
     for (stage,) in plan.slots.values():
-        assert stage.layers in (None, "first_half") or {type(layer) for layer in stage.layers} == {int}
+        assert stage.layers in (None, "first_half", "all") or {type(layer) for layer in stage.layers} == {int}
     return ""
 
 

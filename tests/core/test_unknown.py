@@ -18,6 +18,7 @@ from saint.upstream.tiny import make, text_config, tower_config
 from saint.vision.locate import find as find_encoders
 from saint.vlm.locate import find as find_family
 from support.families import FAMILIES, prompts
+from support.models import snapshot
 
 hf = pytest.importorskip("transformers")
 
@@ -311,3 +312,44 @@ def test_a_vision_language_model_inside_wrappers(group):
         for outer in (Held(model), types.SimpleNamespace(model=model), DistributedDataParallel(model)):
             with saint.apply(outer, PLANS["hybrid"]):
                 assert torch.equal(getattr(outer, "model", outer)(**inputs).logits, expected)
+
+
+# -- parts of vision-language models ------------------------------------------------------------------------------------------
+
+PARTS = {
+    "tower": ("vision_tower", Plan(vision=STAGE)),
+    "tower of full length": (
+        "vision_tower",
+        Plan(vision=Stage(saint.Saint(keep=0.7), layers=[0, 1], output="similar")),
+    ),
+    "language model": ("language_model", LANGUAGE),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", ["llava-llama", "gemma3"])
+def test_a_part_that_was_pruned_alone_is_refused_inside_the_whole_model(name, part):
+    """Its model would end in an error of its own, or lose text without a word; alone the part runs."""
+    family = FAMILIES[name]
+    model = family.build()
+    inputs = prompts(family, model, [[4, "0", 7]])
+    path, plan = PARTS[part]
+    inner = getattr(model.model, path)
+    before = snapshot(model)
+    with saint.pruned(inner, plan):
+        with pytest.raises(
+            UnsupportedModelError, match=r"alone, and this forward runs it as a part of .*the whole model"
+        ):
+            model.generate(**inputs, max_new_tokens=2)
+        if path == "vision_tower":
+            inner(inputs["pixel_values"])
+    assert snapshot(model) == before
+    model.generate(**inputs, max_new_tokens=2)
+
+
+def test_looking_for_the_whole_costs_one_forward():
+    model = hf.CLIPVisionModel(hf.CLIPVisionConfig(**tower_config())).eval()
+    with saint.pruned(model, Plan(vision=STAGE)), torch.no_grad():
+        watching = sum(len(m._forward_pre_hooks) for m in model.modules())
+        model(torch.randn(1, 3, 24, 24))
+        assert sum(len(m._forward_pre_hooks) for m in model.modules()) == watching - 1

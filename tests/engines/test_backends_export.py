@@ -41,7 +41,7 @@ LIBRARIES = ("transformers/clip", "transformers/dinov2", "open_clip/vit", "timm/
 
 def needed(*modules):
     for module in modules:
-        pytest.importorskip(module, reason=f'{module} is not installed: pip install "saint-vlm[export]"')
+        pytest.importorskip(module, reason=f'{module} is not installed: pip install ".[export]"')
 
 
 def by_onnxruntime(path):
@@ -250,7 +250,7 @@ def test_a_graph_that_computes_something_else_is_not_kept(tmp_path, monkeypatch)
 def test_a_missing_dependency_names_the_extra(file, module, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     model = build("timm/vit-augreg")
-    with pytest.raises(ImportError, match=rf"{module} is not installed.*saint-vlm\[export\]"):
+    with pytest.raises(ImportError, match=rf"{module} is not installed.*\.\[export\]"):
         export(model, WEIGH, tmp_path / file, testing.example_inputs(model))
     assert not list(tmp_path.iterdir())
 

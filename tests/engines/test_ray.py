@@ -26,8 +26,8 @@ from saint.lab.embed.work import Job
 from saint.session import as_plan
 from support.records import by_key
 
-pytest.importorskip("ray", reason="ray is not installed: pip install 'saint-vlm[ray]'")
-pytest.importorskip("ray.data", reason="ray[data] is not installed: pip install 'saint-vlm[ray]'")
+pytest.importorskip("ray", reason="ray is not installed: pip install '.[ray]'")
+pytest.importorskip("ray.data", reason="ray[data] is not installed: pip install '.[ray]'")
 import psutil
 import ray
 import ray.data

@@ -186,7 +186,7 @@ def test_nothing_here_imports_vllm():
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        ("serve some/model --plan llava-1.5/divprune-128", r"vllm is not installed: pip install \"saint-vlm\[vllm\]\""),
+        ("serve some/model --plan llava-1.5/divprune-128", r"vllm is not installed: pip install \"\.\[vllm\]\""),
         ("serve some/model --plan llava-1.5/hybrid", "vLLM cannot follow the language stage"),
         ("serve timm:vit_tiny", "takes hf:NAME_OR_PATH"),
     ],

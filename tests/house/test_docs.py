@@ -1,10 +1,7 @@
-"""README and docs do what they say: every python block runs, every line of a shell is run or at least understood.
-
-Stand-ins take the place of what would be downloaded: tiny random models of the real classes. A file's python blocks share one
-namespace, as a reader would type them.
-"""
+"""README and docs do what they say: every python block runs, every line of a shell is run or at least understood."""
 
 import importlib.util
+import json
 import pydoc
 import re
 import shlex
@@ -15,19 +12,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 import typer
-from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration, ViTConfig, ViTModel
 
 import saint
-from saint import presets
 from saint.lab.cli import COMMANDS, app
-from saint.lab.demo import small_llava
-from saint.upstream import registry
-from support.families import FAMILIES, prompts
-from support.models import build
-from support.pictures import movie
+from support import pasted
 
 UsageError = typer.BadParameter.__base__  # click's, or that of the copy of click that newer releases of typer bring
 ROOT = Path(__file__).parents[2]
@@ -42,90 +31,22 @@ def blocks(file: Path, language: str) -> list[str]:
 PYTHON = [file for file in FILES if blocks(file, "python")]
 
 
-_VIT = {
-    "hidden_size": 48,  # real: 768
-    "intermediate_size": 96,
-    "num_hidden_layers": 6,  # real: 12
-    "num_attention_heads": 3,
-    "image_size": 96,
-    "patch_size": 16,
-}
-
-
-def noise() -> Image.Image:
-    return Image.effect_noise((60, 40), 80).convert("RGB")
-
-
-class Words:
-    """A processor of which only one prompt, and its decoding, are asked for."""
-
-    def __init__(self, inputs: dict[str, torch.Tensor]) -> None:
-        self.inputs = inputs
-
-    def __call__(self, images: Image.Image, text: str, return_tensors: str) -> dict[str, torch.Tensor]:
-        assert text.count("<image>") == 1
-        return self.inputs
-
-    def decode(self, tokens: torch.Tensor, skip_special_tokens: bool) -> str:
-        return " ".join(map(str, tokens.tolist()))
-
-
-def namespace() -> dict[str, object]:
-    """What a reader has before a block: a model, images, a plan."""
-    family = FAMILIES["llava-llama"]
-    vlm = family.build()
-    inputs = prompts(family, vlm, [[3, "0", 4]])
-    plan = saint.Plan(connector=saint.SaintFullGraph(keep=0.5))
-
-    def my_inputs(prompts: list[str], images: list[Image.Image]) -> dict[str, torch.Tensor]:
-        return {name: tensor[: len(prompts)] for name, tensor in inputs.items()}
-
-    return {
-        "vit": build("timm/vit-augreg"),
-        "model": ViTModel(ViTConfig(**_VIT)).eval(),
-        "images": torch.randn(2, 3, 96, 96),
-        "vlm": vlm,
-        "inputs": inputs,
-        "video_vlm": FAMILIES["qwen3-vl"].build(),
-        "video_inputs": movie("qwen3-vl", [(4, 8, 8)]),
-        "processor": Words(inputs),
-        "image": noise(),
-        "plan": plan,
-        "my_inputs": my_inputs,
-    }
-
-
 @pytest.mark.parametrize("file", PYTHON, ids=lambda file: file.name)
-def test_python_blocks_run(file, tmp_path, monkeypatch):
-    import timm
+def test_python_blocks_run(file, tmp_path):
+    """From the top of the page, in a fresh interpreter, offline: with nothing but what the page itself makes."""
+    named = [(f"{file.name}, python block {number}", code) for number, code in enumerate(blocks(file, "python"), 1)]
+    pasted.run(named, tmp_path)
 
-    (tmp_path / "photos").mkdir()
-    for i in range(3):
-        noise().save(tmp_path / "photos" / f"{i}.png")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "_tables", registry._Tables())  # what a block registers is gone behind it
-    real = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda *_, **__: real("test_vit"))
-    # the recipes of LLaVA-1.5 name layers of 24 and 32; the stand-in has a few
-    half = saint.SaintFullGraph(keep=0.5)
-    small = presets.Recipe(saint.Plan(vision=saint.Stage(half, layers=[1]), language=saint.Stage(half, layers=[1])), "")
-    recipes = {name: small if name.startswith("llava-1.5/") else recipe for name, recipe in presets._RECIPES.items()}
-    monkeypatch.setattr(presets, "_RECIPES", recipes)
-    monkeypatch.setattr(small_llava, "load", lambda: small_llava.blank().eval())  # the real one's tower is fetched
-    scope = namespace()
-    processor = Words(scope["inputs"])
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: processor)
-    monkeypatch.setattr(
-        LlavaForConditionalGeneration, "from_pretrained", lambda *_, **__: FAMILIES["llava-llama"].build()
-    )
-    if file.name == "evaluation.md":
-        scope["plan"] = saint.Plan(vision=saint.Saint(keep=0.5))
-    for number, code in enumerate(blocks(file, "python"), 1):
-        if "evaluate_vqa" in code:
-            scope |= {"model": scope["vlm"], "plan": saint.Plan(connector=saint.SaintFullGraph(keep=0.5))}
-        exec(compile(code, f"{file.name}, python block {number}", "exec"), scope)
-    for model in (scope["vit"], scope["model"]):
-        assert saint.status(model) is None, "a block leaves a plan applied"
+
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.name)
+def test_notebooks_run(file, tmp_path):
+    cells = [cell for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) > 3
+    assert not any(cell["outputs"] for cell in cells), "outputs age, and are not kept"
+    pasted.run([(f"{file.name}, cell {n}", "".join(cell["source"])) for n, cell in enumerate(cells, 1)], tmp_path)
 
 
 def make_tables() -> ModuleType:
@@ -172,6 +93,12 @@ def test_the_architecture_is_short_and_names_what_there_is():
         named = [word for line in part.splitlines()[1:] for word in re.findall(r"[a-z_]+(?:/|\.py)(?= |$)", line[:50])]
         assert len(named) > 10
         assert [name for name in named if not (folder / name).exists()] == []
+
+
+def test_hints_install_from_a_checkout():
+    """There is no release in the index, and whoever takes the name there would be installed."""
+    texts = [*FILES, *(ROOT / "src").rglob("*.py")]
+    assert [file for file in texts if re.search(r"pip install[^\n]*saint-vlm", file.read_text())] == []
 
 
 # -- help(saint) ------------------------------------------------------------------------------------------------------

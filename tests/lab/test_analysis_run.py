@@ -584,7 +584,7 @@ def test_the_command_writes_a_record(command, folder, tmp_path):
             assert set(step["why"]["into"]) <= set(step["kept"])
             assert len(step["why"]["degree"]) == (len(left) + 1) // 2
             left = set(step["kept"])
-    assert "What stays" in make_report(read_records([file]))
+    assert "What was kept" in make_report(read_records([file]))
     again, said, _ = command("analyze", *TINY, "--images", folder, "--causal", "3", "--json", file)
     assert again == 0
     assert "9 of them from the journal" in said
@@ -622,7 +622,7 @@ def test_questions_to_a_vision_language_model(command, spec, folder, tmp_path):
     assert {"last_entropy", "text_share", "visual_share", "text_similarity"} <= {
         quantity["name"] for quantity in made["parts"][1]["quantities"]
     }
-    assert "5 layers, 36 tokens that may go" in " ".join(said.split())
+    assert "5 layers, 36 tokens that may be dropped" in " ".join(said.split())
     assert made["plan"] is None or made["survivors_of"]["plan"] == made["plan"]
     assert [photo["name"] for photo in made["survivors"]] == list(dict.fromkeys(p["name"] for p in made["survivors"]))
     for photo in made["survivors"]:
@@ -630,7 +630,7 @@ def test_questions_to_a_vision_language_model(command, spec, folder, tmp_path):
         assert sum(rows * columns for rows, columns in photo["tiles"]) == photo["visual_tokens"] == 36
         assert all("gone" in step["why"] for step in photo["layers"])
     assert len(made["survivors"]) == 3
-    assert "What stays" in make_report(read_records([file]))
+    assert "What was kept" in make_report(read_records([file]))
     code, _, err = command(*args[:-2], "--prompt", "what", "--limit", "2")
     assert code == 0, err
     assert command(*args[:-2], "--prompt", "what", "--questions", tmp_path / "q.jsonl")[0] == 2

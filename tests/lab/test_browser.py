@@ -111,6 +111,9 @@ def test_report_loads_without_a_network_and_fits(shown, report, width, dark):
             name,
         )
         assert contrast(paper, colour) > (3 if name.startswith("--s") else 4.5), name  # WCAG: graphics, text
+    if width == 1280:  # the last column of no table of plans is cut
+        cut = "return [...document.querySelectorAll('#trade .scroll')].filter((t) => t.scrollWidth > t.clientWidth).length"
+        assert page.execute_script(cut) == 0
     requests = page.execute_script("return performance.getEntriesByType('resource').map((e) => e.name)")
     assert [name for name in requests if not name.startswith("data:")] == []
 
@@ -360,9 +363,7 @@ def test_the_slider_prunes_again_and_two_plans_stand_beside_each_other(shown, se
     assert answered(page) == ""
     assert "saint.apply(model, keep=0.8)" in answer.text
     rows = answer.find_elements(By.CSS_SELECTOR, "table tbody tr")[:2]
-    assert [row.text.startswith(name) for row, name in zip(rows, ("keep 0.8", "the plan given"), strict=True)] == [
-        True
-    ] * 2
+    assert [row.text.startswith(name) for row, name in zip(rows, ("keep 0.8", "keep 0.5"), strict=True)] == [True] * 2
     assert len(answer.find_elements(By.CSS_SELECTOR, "figure.kept")) == 2
     page.find_element(By.ID, "unpin").send_keys(Keys.ENTER)
     assert prune(page) == ""

@@ -17,7 +17,7 @@ from saint import extras
 from saint.lab.cli import COMMANDS, app, main
 from saint.lab.kinds import Encoder
 from saint.lab.loading import DownloadError
-from saint.lab.loading.plans import changed_plan, parse_layers
+from saint.lab.loading.plans import changed_plan
 from saint.lab.sources.photos import load_images, names_of
 from saint.plans import Plan
 from support.command_line import TINY, one_line
@@ -262,11 +262,11 @@ def test_threshold_needs_a_method_that_has_one():
         changed_plan(plan, 0.5, None)
 
 
-def test_layers_are_parsed():
-    with pytest.raises(ValueError, match="0-99999999999"):
-        parse_layers("0-99999999999")
-    assert parse_layers("first_half") == "first_half"
-    assert parse_layers("0-2, 5") == [0, 1, 2, 5]
+def test_layers_are_text_as_stages_take_it():
+    plan = Plan(vision=saint.Saint())
+    assert changed_plan(plan, None, "0-2, 5").vision[0].layers == (0, 1, 2, 5)
+    with pytest.raises(ValueError, match=r'"0-5" or "0,2,4".*0-99999999999'):
+        changed_plan(plan, None, "0-99999999999")
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def test_a_missing_library_names_the_extra(monkeypatch):
 
     monkeypatch.setattr(extras, "import_module", missing)
     for spec, extra in (("timm:x", "timm"), ("hf:x", "transformers"), ("open_clip:x/none", "open-clip")):
-        with pytest.raises(ImportError, match=rf'pip install "saint-vlm\[{extra}\]"'):
+        with pytest.raises(ImportError, match=rf'pip install "\.\[{extra}\]"'):
             Encoder.load(spec)
 
 

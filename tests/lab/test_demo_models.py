@@ -17,7 +17,7 @@ from saint.lab.demo import models, weights
 from saint.lab.images import as_rgb
 from saint.plans import Plan
 
-pytest.importorskip("onnx", reason="needs saint-vlm[demo]")
+pytest.importorskip("onnx", reason="needs .[demo]")
 
 
 @pytest.fixture(scope="module")
@@ -187,13 +187,13 @@ def test_a_missing_package_names_the_extra_before_any_download(absent, tmp_path,
     monkeypatch.delenv("SAINT_DEMO_WHEELS", raising=False)
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # with neither wheel nor network, only the early check can answer
     monkeypatch.setitem(sys.modules, absent, None)
-    with pytest.raises(ImportError, match=r"saint-vlm\[demo\]"):
+    with pytest.raises(ImportError, match=r"\.\[demo\]"):
         demo.load("clip-b16")
 
 
 def test_missing_onnx_names_the_extra(tiny_wheel, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ImportError, match=r"saint-vlm\[demo\]"):
+    with pytest.raises(ImportError, match=r"\.\[demo\]"):
         weights.state_dict(tiny_wheel, "tiny", models._clip_state)
 
 

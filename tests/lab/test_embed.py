@@ -26,7 +26,7 @@ from support.families import FAMILIES
 from support.families import prompts as prompts_of
 from support.records import by_key
 
-pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install 'saint-vlm[embed]'")
+pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install '.[embed]'")
 MODEL = {"model": "timm:test_vit", "pretrained": False, "device": "cpu"}
 FAMILY = FAMILIES["llava-llama"]
 PLAN = saint.Saint(threshold=0.5)

@@ -200,7 +200,7 @@ def test_what_the_model_cannot_do_raises(spec):
 
 
 def test_the_small_llava_answers_about_scenes(lmms_eval, registered, tmp_path):
-    pytest.importorskip("skimage", reason="needs saint-vlm[demo]")
+    pytest.importorskip("skimage", reason="needs .[demo]")
     try:
         VLM.load("demo:small-llava")
     except demo.DemoUnavailableError as error:

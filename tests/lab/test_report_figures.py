@@ -370,7 +370,10 @@ def test_figures_of_an_evaluation(written, kind):
         ["less", "kl", "0.1155 [0.1077, 0.1288]", "63"],
     ]
     text = words(page)
-    assert "“half”: top1 80.0 % unpruned, 70.0 % pruned, difference -10.0 points [-20.0, -5.0]" in text
+    assert (
+        "“half” keeps the top class on 39 of 62: top1 80.0 % unpruned, 70.0 % pruned, difference -10.0 points [-20.0, -5.0]"
+        in text
+    )
     named = conditions(page)
     assert named["questions" if kind == "eval/vqa" else "images"] == "117 of 123 evaluated"
     assert "Not evaluated: 1" in text
@@ -399,6 +402,36 @@ def test_the_verdict_of_an_evaluation(written, low, high, detectable, n, said):
     record = records.eval_images()
     record["scores"]["half"]["top1"] = paired(0, low=low, high=high, detectable=detectable, n=n)
     assert said in words(make_report(written(record)))
+
+
+def test_scores_that_are_equal_in_everything_are_one_row(written):
+    record = records.eval_vqa()
+    record["scores"] = {"half": {"exact": paired(1), "anls": paired(1), "top1": paired(2)}}
+    found = tables(make_report(written(record)))[
+        "Scores, in %; could show: smallest true difference seen with 80 % probability"
+    ]
+    assert [row["score"] for row in found if row["category"] == "all"] == ["exact = anls", "top1"]
+
+
+@pytest.mark.parametrize(
+    ("measure", "words"),
+    [
+        ("same_answer", "the answer"),
+        ("same_top1", "the top class"),
+        ("same_first_token", "the first word of the answer"),
+    ],
+)
+def test_the_verdict_of_an_evaluation_says_what_is_kept_first(written, measure, words):
+    record = records.eval_vqa()
+    same = {"mean": 0.97, "median": 1.0, "p20": 1.0, "p80": 1.0, "n": 100}
+    share = {"mean": 0.25, "median": 0.25, "p20": 0.25, "p80": 0.25, "n": 100}
+    record["agreement"] = {"half": {measure: same, "kept": share}}
+    said = words_of_verdict(make_report(written(record)))
+    assert said.startswith(f"“half” keeps {words} on 97 of 100 with 25 % of the tokens: top1 ")
+
+
+def words_of_verdict(page: str) -> str:
+    return html.unescape(re.search(r'<p class="verdict">(.*?)</p>', page, re.S)[1])
 
 
 def test_without_labels_the_verdict_is_agreement(written):
@@ -481,6 +514,54 @@ def test_figures_of_a_tuning(written):
     assert "0.20 of the FLOPs: 0.25 is the least" in text.replace("0.200", "0.20")
     record["reached"]["flops"]["mean"] = 0.601
     assert "Missed: 60.1 % of the FLOPs are used" in words(make_report(written(record)))
+
+
+def test_curves_of_one_method_are_told_apart_by_what_differs(written):
+    record = records.tune()
+    (curve, *_) = record["costs"]
+    method = {"method": "match", "threshold": 0.75, "beta": 0.3}
+    record["costs"] = [{**curve, "method": {**method, "fate": fate}} for fate in ("weigh", "drop")]
+    record["costs"].append({**curve, "method": {"method": "random", "seed": 0}})
+    page = make_report(written(record))
+    (head,) = [list(rows[0]) for caption, rows in tables(page).items() if caption.startswith("Loss when")]
+    assert head == ["layer", "match, fate weigh", "match, fate drop", "random"]
+
+
+def test_counts_of_tokens_begin_at_zero_and_show_the_unpruned_count(written):
+    """A drop of 5 % is not the whole height of a chart."""
+    record = records.tune()
+    page = make_report(written(record))
+    (chart,) = [part for part in page.split("<figure")[1:] if "Tokens kept behind each layer" in part]
+    assert "unpruned 10" in chart
+    ticks = re.findall(r'text-anchor="end">(\d+)<', chart)
+    assert ticks[0] == "0"
+    assert "input" in chart
+    assert "-1" not in re.sub(r"<[^>]*>", " ", chart)
+
+
+def test_a_tuned_plan_with_and_without_its_other_budgets_is_one_section(written):
+    record = records.tune()
+    alone = {**record, "frontier": None}
+    for both in ((record, alone), (alone, record)):
+        page = make_report(written(*both))
+        assert page.count("<section") == 1
+        assert "Other budgets" in page
+    other = {**alone, "tokens": record["tokens"] + 1}
+    assert make_report(written(record, other)).count("<section") == 2
+
+
+def test_a_plan_of_many_stages_is_said_in_a_line_and_in_full_on_demand(written):
+    record = records.tune()
+    stage = {"layers": [3], "placement": "mid", "output": "survivors"}
+    stages = [{**stage, "layers": [i], "method": {"method": "match", "keep": 0.9 + i / 100}} for i in range(4)]
+    stages[0] |= {"layers": None, "placement": "input"}
+    record["plan"] = {"version": 1, "vision": stages}
+    page = make_report(written(record))
+    box = page[page.index('class="plan"') :]
+    first, rest = box.split("<details>", 1)
+    assert "vision: match at the input and layers 1, 2, 3" in first
+    assert "keep 0.93" not in first
+    assert "keep 0.93" in rest
 
 
 def test_figures_of_a_demo(written):

@@ -176,7 +176,7 @@ def test_the_page_of_a_tuned_plan_holds_layers_costs_and_other_budgets(written):
     assert "in front of the layers" in seen.text
     assert "5 of 10" in seen.text
     assert "Loss when 20% of the tokens are dropped at one layer alone" in seen.text
-    assert "saint, input: 0.050 [0.040, 0.060]" in seen.text
+    assert "saint, centred, input: 0.050 [0.040, 0.060]" in seen.text
     assert "0.20 of the FLOPs: 0.25 is the least" in " ".join(seen.text.split())
     points = [entry["aria-label"] for entry in of_class(seen, "point")]
     assert [p.partition(";")[0] for p in points] == [

@@ -15,8 +15,8 @@ from saint.lab.eval import evaluate_vqa, read_questions
 from support.command_line import one_line
 
 SPEC = "demo:small-llava"
-pytest.importorskip("onnx", reason="needs saint-vlm[demo]")
-pytest.importorskip("skimage", reason="needs saint-vlm[demo]")
+pytest.importorskip("onnx", reason="needs .[demo]")
+pytest.importorskip("skimage", reason="needs .[demo]")
 
 
 def test_the_weights_are_small_and_all_that_was_trained(demo_llava):

@@ -413,7 +413,7 @@ def test_the_command_writes_a_plan_that_other_commands_take(command, folder, tmp
     assert "costs" not in loaded.tuned
     page = make_report(read_records([record, curve]))
     assert "Other budgets" in page
-    assert "Loss when 50% of the tokens leave at one layer alone" in page
+    assert "Loss when 50% of the tokens are dropped at one layer alone" in page
     with pytest.raises(ValueError, match=r"plan\.json: .*a plan, which is not a record"):
         read_records([plan])
     points = json.loads(curve.read_text())["frontier"]

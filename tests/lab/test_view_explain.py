@@ -1,4 +1,4 @@
-"""Pictures that say why patches left."""
+"""Pictures that say why patches were dropped."""
 
 import json
 from dataclasses import replace
@@ -40,7 +40,7 @@ def colour_at(image, row, column, grid=(2, 2)):
 
 
 def test_patches_that_left_have_the_colour_of_their_layer(two_steps):
-    picture = explain.left(flat(), (2, 2), two_steps, lines=False)
+    picture = explain.dropped(flat(), (2, 2), two_steps, lines=False)
 
     colours = explain.layer_colours([0, 3])
     for place, layer in (((0, 1), 0), ((0, 0), 3)):
@@ -51,8 +51,8 @@ def test_patches_that_left_have_the_colour_of_their_layer(two_steps):
 
 
 def test_lines_end_at_the_last_survivor_of_a_chain(two_steps):
-    picture = np.asarray(explain.left(flat(), (2, 2), two_steps))
-    plain = np.asarray(explain.left(flat(), (2, 2), two_steps, lines=False))
+    picture = np.asarray(explain.dropped(flat(), (2, 2), two_steps))
+    plain = np.asarray(explain.dropped(flat(), (2, 2), two_steps, lines=False))
     changed = (picture != plain).any(-1)
 
     half = picture.shape[0] // 2  # the line of 1 touches the middle
@@ -94,7 +94,7 @@ def test_the_graph_around_a_patch():
     assert picture.getpixel((middle, 2 * middle)) != (255, 255, 255)
     with pytest.raises(ValueError, match="not on the grid of 2 rows"):
         explain.around(flat(), (2, 2), seen, (2, 0), 0.9)
-    with pytest.raises(ValueError, match="has left in front of layer 2"):
+    with pytest.raises(ValueError, match="was dropped in front of layer 2"):
         explain.around(flat(), (2, 2), replace(seen, index=torch.tensor([1, 2, 3, 4])), (0, 0), 0.9)
 
 

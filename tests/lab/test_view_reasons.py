@@ -1,4 +1,4 @@
-"""Why tokens left, as plain data: what stands for them, and how they voted."""
+"""Why tokens were dropped, as plain data: what stands for them, and how they voted."""
 
 import numpy as np
 import pytest

@@ -51,7 +51,7 @@ def picture(tmp_path):
 @pytest.fixture(scope="module")
 def demo_llava():
     """The small LLaVA of the demo. Skips where the tower's wheel cannot be had."""
-    pytest.importorskip("onnx", reason="needs saint-vlm[demo]")
+    pytest.importorskip("onnx", reason="needs .[demo]")
     try:
         return VLM.load("demo:small-llava")
     except demo.DemoUnavailableError as error:

@@ -216,7 +216,7 @@ class Doorway(Decider[DoorForward]):
 
     @cached_property
     def work(self) -> Stack | None:
-        """What the FLOPs of the layers follow from; None where their weights do not say."""
+        """Return what the FLOPs of the layers follow from; None where their weights do not say."""
         layers, exact = read_decoder(list(LAYERS.get(self.module).children()), self.module.config)
         return Stack(layers) if exact else None
 

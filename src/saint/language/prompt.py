@@ -55,7 +55,7 @@ class PrunedText(Uncopyable):
     """
 
     def __init__(self, model: nn.Module, door: "Doorway", handover: "Handover", root: nn.Module) -> None:
-        self.model = model
+        self.model, self.alone = model, model
         self.patched, self.marked, self.stacks = root, (model,), door.stacks
         self.door, self.handover = door, handover
         self.parameters = Parameters(type(model).forward)

@@ -105,3 +105,8 @@ def __getattr__(name: str) -> Any:
         if registered.replace("_", "") == name.lower() and (cls := _builtin(registered)).__name__ == name:
             return cls
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the methods of this package by their classes, and what is done with names of methods."""
+    return sorted([*(_builtin(name).__name__ for name in _BUILTIN), "Method", "base", "from_dict", "get", "names"])

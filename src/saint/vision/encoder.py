@@ -87,6 +87,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
         self.outputs = Outputs(encoder, spec, self.depth, output, restored, self.forwards, reader)
         self.patched, self.marked = encoder if reader is None else reader.module, (encoder,)
         self.stacks = (self,)
+        self.alone = encoder
 
     # -- installation -------------------------------------------------------------------------------------------------
 

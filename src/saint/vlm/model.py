@@ -70,7 +70,7 @@ class PrunedVLM(Uncopyable):
     ) -> None:
         self.path, self.model, self.spec, self.door, self.encoder = path, model, spec, door, encoder
         self.mergers, self.handover = mergers, handover
-        self.patched = root
+        self.patched, self.alone = root, None
         self.marked = (model,) if encoder is None else (model, encoder.module)
         self.stacks = door.stacks if encoder is None else (encoder, *door.stacks)
         self.known = Known()

@@ -273,7 +273,8 @@ def check_allowed(environment: Mapping[str, str]) -> None:
     """
     if not any(point.name == PLUGIN for point in entry_points(group="vllm.general_plugins")):
         raise PluginError(
-            "vLLM does not find saint among its plug-ins: install saint-vlm (a folder on the path is no package)"
+            "vLLM does not find saint among its plug-ins: pip install . in a checkout of saint (a folder on the path is no "
+            "package)"
         )
     allowed = environment.get(ALLOWED)
     if allowed is not None and PLUGIN not in allowed.split(","):

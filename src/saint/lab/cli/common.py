@@ -56,7 +56,7 @@ class Asked:
     def read(
         cls, plan: str | None, keep: float | None, threshold: float | None = None, layers: str | None = None
     ) -> "Asked":
-        """What was typed.
+        """Read what was typed.
 
         Raises:
             ValueError: not a plan, no share, or both.
@@ -67,7 +67,7 @@ class Asked:
 
     @property
     def changes(self) -> str:
-        """What ``--threshold`` and ``--layers`` change, in words; "" for nothing."""
+        """Say what ``--threshold`` and ``--layers`` change; "" for nothing."""
         given = {"threshold": self.threshold, "layers": self.layers}
         return "".join(f", {name} {value}" for name, value in given.items() if value is not None)
 

@@ -177,7 +177,7 @@ def _look(subject: "Subject", run: Run, photo: "Photo", repeats: int, tick: Any)
 def _strips(
     subject: "Subject", run: Run, photos: "Sequence[Photo]", tiles: "Sequence[Tile]", folder: Path
 ) -> list[Path]:
-    """One PNG per photograph: what is left of it after each drop point."""
+    """One PNG per photograph: what is kept of it after each drop point."""
     from ..view.strips import draw, legend, title
 
     return [
@@ -198,7 +198,7 @@ def _by_kept(run: Run, most: int) -> list[int]:
 def _overview(
     subject: "Subject", runs: dict[str, Run], photos: "Sequence[Photo]", tiles: "Sequence[Tile]", folder: Path
 ) -> Path:
-    """Photographs above what each plan left of them."""
+    """Photographs above what each plan kept of them."""
     from ..view import Cell, save_png, sheet
     from ..view.strips import dimmed, legend, title
 
@@ -224,7 +224,7 @@ def _overview(
 
 
 def _maps(subject: "Subject", run: Run, photos: "Sequence[Photo]", tiles: "Sequence[Tile]", folder: Path) -> Path:
-    """Photograph, what is left of it, and the two maps."""
+    """Photograph, what is kept of it, and the two maps."""
     from ..view import Cell, heatmap, save_png, sheet
     from ..view.strips import dimmed, legend, title
 

@@ -28,7 +28,7 @@ Keep = Annotated[
     ),
 ]
 Threshold = Annotated[float | None, typer.Option(help="cosine from which two tokens count as similar, in (-1, 1]")]
-Layers = Annotated[str | None, typer.Option(help='drop points: "first_half", "0-5" or "0,2,4"')]
+Layers = Annotated[str | None, typer.Option(help='drop points: "first_half", "all", "0-5" or "0,2,4"')]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")]
 Size = Annotated[int | None, typer.Option(help="side of the pictures in pixels [default: the model's]")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads [default: torch's choice]")]

@@ -22,9 +22,10 @@ def ui(
     threads: options.Threads = None,
     pretrained: options.Pretrained = True,
 ) -> None:
-    """A local page: drop a picture, choose model and plan, see at once what stays, both outputs, times and the plan to paste.
+    """A local page: a picture, one slider, and at once what is kept, how much faster it is, how well outputs agree, the plan.
 
-    Offers the demo models, which work offline, and each --model. Nothing leaves this machine and nothing is written to disk.
+    Opens with a sample. Offers each --model, and the demo models, which work offline. Nothing leaves this machine and nothing is
+    written to disk.
     """
     from ...extras import require
 

@@ -26,7 +26,10 @@ def view(
     folder: Annotated[Path, typer.Option("--output", "-o", help="folder for the pictures")] = Path("view_out"),
     json: options.Json = None,
     why: Annotated[
-        bool, typer.Option("--why", help="encoders: also draw when patches left, what stands for them, and the votes")
+        bool,
+        typer.Option(
+            "--why", help="encoders: also draw when patches were dropped, what stands for them, and the votes"
+        ),
     ] = False,
     patch: Annotated[
         str | None, typer.Option(help="with --why: the similarity graph around patch ROW,COLUMN (from 0)")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...errors import MissingExtraError
+from ...extras import install_hint
 from ...plans import Plan
 from ...session import apply
 from ..kinds import kind_of
@@ -21,7 +22,7 @@ try:
     from lmms_eval.protocol import ChatMessages
     from tqdm import tqdm
 except ImportError as error:
-    raise MissingExtraError('this is a model for lmms-eval: pip install "saint-vlm[lmms]"') from error
+    raise MissingExtraError(f"this is a model for lmms-eval: {install_hint('lmms')}") from error
 
 
 class SaintHF(lmms):

@@ -3,11 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ...plans import Plan
-
-_DEEPEST = 10_000  # a range beyond it is a slip, and would fill the memory before the model can say so
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Choice:
 
     @classmethod
     def read(cls, text: str) -> "Choice":
-        """What ``text`` asks for: a share ("0.5"), or what :func:`read_plan` reads."""
+        """Read what ``text`` asks for: a share ("0.5"), or what :func:`read_plan` reads."""
         try:
             share = float(text)
         except ValueError:
@@ -52,7 +49,7 @@ HALF = Choice.share(0.5)  # what a command runs where nobody names a plan
 
 
 def choose(plan: str | None, keep: float | None) -> Choice | None:
-    """What the options ``--plan`` and ``--keep`` ask for; None where neither is given.
+    """Read what the options ``--plan`` and ``--keep`` ask for; None where neither is given.
 
     Raises:
         ValueError: both, no plan, or no share.
@@ -65,7 +62,7 @@ def choose(plan: str | None, keep: float | None) -> Choice | None:
 
 
 def choose_several(texts: Sequence[str]) -> list[Choice]:
-    """What each of ``texts`` asks for, no two under one name: several plans in JSON are "plan1", "plan2" and so on.
+    """Read what each of ``texts`` asks for, no two under one name: several plans in JSON are "plan1", "plan2" and so on.
 
     Raises:
         ValueError: one is no plan, or given twice.
@@ -107,21 +104,5 @@ def changed_plan(plan: Plan, threshold: float | None, layers: str | None) -> Pla
             raise ValueError(f"--threshold does not fit the method {stage.method.name}, which has none")
         stage = dataclasses.replace(stage, method=dataclasses.replace(stage.method, **{"threshold": threshold}))
     if layers is not None:
-        stage = dataclasses.replace(stage, layers=parse_layers(layers))
+        stage = dataclasses.replace(stage, layers=layers)
     return dataclasses.replace(plan, vision=(stage,))
-
-
-def parse_layers(text: str) -> Any:
-    """ "first_half", or numbers and ranges ("0-5", both ends included; "0,2,4")."""
-    if text == "first_half":
-        return text
-    chosen: list[int] = []
-    try:
-        for part in text.split(","):
-            first, dash, last = part.strip().partition("-")
-            if dash and int(last) >= _DEEPEST:
-                raise ValueError(f"no model has {_DEEPEST} layers")
-            chosen += range(int(first), int(last) + 1) if dash else [int(first)]
-    except ValueError as error:
-        raise ValueError(f'layers are "first_half", "0-5" or "0,2,4" (0-based), got {text!r}') from error
-    return chosen

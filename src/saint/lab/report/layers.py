@@ -89,7 +89,11 @@ def _lead(part: Mapping[str, Any]) -> str:
         and (known := [(share, i) for i, share in enumerate(row) if share is not None])
     ):
         (most, best), (least, worst) = max(known), min(known)
-        ends = f"{number(100 * most, 1)} % of the tokens at layer {best}, {number(100 * least, 1)} % at layer {worst}"
+        ends = (
+            "no token"
+            if not most
+            else f"{number(100 * most, 1)} % of the tokens at layer {best}, {number(100 * least, 1)} % at layer {worst}"
+        )
         said.append(f"at a similarity of {_middle(drop):g} it could drop {ends}")
     stages = part["stages"]
     said.append(_verdict(stages) if stages is None or stages["shown"] else "no stages of layers show")

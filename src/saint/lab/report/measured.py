@@ -21,14 +21,7 @@ from .blocks import (
 )
 from .reading import Record, place
 from .told import conditions, load_note, skipped
-from .words import interval, names, number, plan_line
-
-# agreement of zeros and ones, of which the mean says all, and what it is about
-_YES_OR_NO = {
-    "same_answer": "the answer",
-    "same_top1": "the top class",
-    "same_first_token": "the first word of the answer",
-}
+from .words import YES_OR_NO, interval, names, number, plan_line
 
 
 def forward_sheet(record: Record) -> Sheet:
@@ -269,21 +262,8 @@ def scores_sheet(record: Record) -> Sheet:
     """`saint eval images` and `saint eval vqa`."""
     data = record.data
     given = data["conditions"]
-    said = [
-        _same(plan, measures) for plan, measures in data["agreement"].items() if _YES_OR_NO.keys() & measures.keys()
-    ]
-    for plan, scores in data["scores"].items():
-        for score, found in list(scores.items())[:1]:
-            said.append(f"“{plan}”: {_difference(score, found)}")
-        if (
-            not scores
-            and not _YES_OR_NO.keys() & data["agreement"][plan].keys()
-            and (best := next(iter(data["agreement"][plan].items()), None)) is not None
-        ):
-            name, summary = best
-            said.append(
-                f"“{plan}”: {name} with the unpruned model {_agreement(name, summary)} (no labels, so no accuracy)"
-            )
+    said = [_outcome(plan, scores, data["agreement"].get(plan, {})) for plan, scores in data["scores"].items()]
+    said = [part for part in said if part]
     verdict = "; ".join(said) + "." if said else "Nothing was scored."
     blocks: list[Block | None] = [
         Listing([(name, plan_line(plan)) for name, plan in data["plans"].items()]),
@@ -305,7 +285,7 @@ def scores_sheet(record: Record) -> Sheet:
 
 
 _NAMES = {"kept": "tokens kept", "flops": "FLOPs left"}  # of measures, where they have another name for people
-_SHARES = ("kept", "flops", *_YES_OR_NO)  # measures in %
+_SHARES = ("kept", "flops", *YES_OR_NO)  # measures in %
 
 
 def plan_table(data: Mapping[str, Any], speeds: Mapping[str, Any] | None = None) -> Table:
@@ -436,12 +416,21 @@ def _details(data: Mapping[str, Any]) -> More | None:
     return More("counts, categories and what could be shown", tables) if tables else None
 
 
-def _same(plan: str, measures: Mapping[str, Any]) -> str:
-    """On how many pictures a plan gives what the unpruned model does."""
-    name = next(name for name in _YES_OR_NO if name in measures)
-    found, kept = measures[name], measures.get("kept")
-    with_ = "" if kept is None else f" with {number(100 * kept['mean'], 1)} % of the tokens"
-    return f"“{plan}” keeps {_YES_OR_NO[name]} on {round(found['mean'] * found['n'])} of {found['n']}{with_}"
+def _outcome(plan: str, scores: Mapping[str, Any], measures: Mapping[str, Any]) -> str:
+    """Say on how many samples a plan gives what the unpruned model does, and how its first score differs; "" of neither."""
+    same = next((name for name in YES_OR_NO if name in measures), None)
+    kept, named = "", f"“{plan}”"
+    if same is not None:
+        found, tokens = measures[same], measures.get("kept")
+        share = "" if tokens is None else f" with {number(100 * tokens['mean'], 1)} % of the tokens"
+        kept = f"{named} keeps {YES_OR_NO[same]} on {round(found['mean'] * found['n'])} of {found['n']}{share}"
+    for score, found in scores.items():
+        return f"{kept or named}: {_difference(score, found)}"
+    if kept:
+        return f"{kept} (no labels, so no accuracy)"
+    for name, summary in measures.items():
+        return f"{named}: {name} with the unpruned model {_agreement(name, summary)} (no labels, so no accuracy)"
+    return ""
 
 
 def _difference(score: str, found: Mapping[str, Any]) -> str:
@@ -462,7 +451,7 @@ def _difference(score: str, found: Mapping[str, Any]) -> str:
 
 def _rows(plan: str, group: str, scores: Mapping[str, Any]) -> list[list[Any]]:
     rows = []
-    for score, p in scores.items():
+    for score, p in _distinct(scores):
         ends = "" if p["low"] is None or p["high"] is None else f" [{100 * p['low']:+.2f}, {100 * p['high']:+.2f}]"
         could = "-" if p["detectable"] is None else Cell(f"{100 * p['detectable']:.2f}", p["detectable"])
         rows.append(
@@ -482,8 +471,20 @@ def _rows(plan: str, group: str, scores: Mapping[str, Any]) -> list[list[Any]]:
     return rows
 
 
+def _distinct(scores: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Scores that are equal in everything as one, by all their names: two rows of the same figures say nothing new."""
+    found: list[tuple[list[str], Any]] = []
+    for name, score in scores.items():
+        same = next((names_ for names_, other in found if other == score), None)
+        if same is None:
+            found.append(([name], score))
+        else:
+            same.append(name)
+    return [(" = ".join(names_), score) for names_, score in found]
+
+
 def _agreement(name: str, summary: Mapping[str, Any], *, spread: bool = False) -> str:
-    if name in _YES_OR_NO:
+    if name in YES_OR_NO:
         return f"{100 * summary['mean']:.1f} %"
     ends = (summary["p20"], summary["p80"]) if spread else (None, None)
     return interval(summary["mean"], ends[0], ends[1], 4)

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import resources
+from typing import Any
 
 from . import markdown
 from .blocks import Sheet
@@ -51,6 +52,7 @@ def make_markdown(records: Sequence[Record]) -> str:
     """
     if not records:
         raise ValueError("a report needs at least one record")
+    records = _distinct(records)
     with named(*records):
         trade = trade_blocks(records)
     parts = [markdown.sheet(sheet_of(record)) for record in records]
@@ -60,7 +62,26 @@ def make_markdown(records: Sequence[Record]) -> str:
     return "\n".join(parts)
 
 
+def _distinct(records: Sequence[Record]) -> list[Record]:
+    """Records without those that another one holds in full: `saint tune` writes one with --json and again with --frontier."""
+
+    def without(record: Record) -> dict[str, Any]:
+        return {name: value for name, value in record.data.items() if name not in ("frontier", "date")}
+
+    made: list[Record] = []
+    for record in records:
+        twin = next(
+            (i for i, other in enumerate(made) if record.kind == "tune" and without(other) == without(record)), None
+        )
+        if twin is None:
+            made.append(record)
+        elif record.data.get("frontier") and not made[twin].data.get("frontier"):
+            made[twin] = record
+    return made
+
+
 def _page(records: Sequence[Record], side: int) -> str:
+    records = _distinct(records)
     sheets = [sheet_of(record) for record in records]
     with named(*records):
         trade = trade_blocks(records)

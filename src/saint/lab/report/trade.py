@@ -7,7 +7,7 @@ from typing import Any
 
 from .blocks import Block, Cell, Charts, Plot, Point, Table, front
 from .reading import Record
-from .words import interval, number, plan_line, plan_method
+from .words import YES_OR_NO, interval, number, plan_line, plan_method
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ def _qualities(record: Record) -> Iterator[tuple[str, str, Mapping[str, Any], _Q
                 yield model, name, plan, _Quality(f"{score}, 0 to 1", p["pruned"], low, high, p["base"])
             for measure, s in data["agreement"][name].items():
                 if measure not in ("kl", "kept", "flops"):  # 1 is the best of the others
-                    yield model, name, plan, _Quality(f"{measure} with the unpruned model", s["mean"], None, None, 1.0)
+                    said = f"{measure} with the unpruned model"
+                    said = f"share that keeps {YES_OR_NO[measure]}" if measure in YES_OR_NO else said
+                    yield model, name, plan, _Quality(said, s["mean"], None, None, 1.0)
     elif record.kind == "demo":
         for name, run in _demoed(data):
             agreement = run["agreement"]
@@ -173,5 +175,5 @@ def _said(model: str, measure: str, best: Sequence[Point], base: Point) -> str:
     if len(best) == 1 and best[0] is base:
         return f"{model}: no plan is faster than the unpruned model without a lower {measure}."
     fastest = max(best, key=lambda point: point.x)
-    own = f"{number(fastest.x, 2)} times as fast with a {measure} of {number(fastest.y, 4)}"
+    own = f"{number(fastest.x, 2)} times as fast with a {measure.removesuffix(', 0 to 1')} of {number(fastest.y, 4)}"
     return f"{model}: {fastest.name} is {own} (unpruned: {number(base.y, 4)})."

@@ -222,7 +222,8 @@ def _told(settings: Mapping[str, Any], among: Sequence[Mapping[str, Any]]) -> st
     apart = [
         f"{key} {settings[key]:g}" if isinstance(settings[key], float) else f"{key} {settings[key]}" for key in keys
     ]
-    return ", ".join([str(settings["method"]), *apart])
+    centred = ["centred"] if settings.get("center") and "center" not in keys else []
+    return ", ".join([str(settings["method"]), *centred, *apart])
 
 
 def _frontier(data: Mapping[str, Any]) -> tuple[Plot, Table] | None:

@@ -3,6 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# agreement of zeros and ones, of which the mean says all, and what it is about
+YES_OR_NO = {
+    "same_answer": "the answer",
+    "same_top1": "the top class",
+    "same_first_token": "the first word of the answer",
+}
 SLOTS = ("vision", "connector", "language")
 _METHOD, _SHOWN = "method", ("layers", "placement", "output")
 _PLAIN = {"output": "survivors"}  # values that say nothing new

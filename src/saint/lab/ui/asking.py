@@ -15,7 +15,6 @@ from ...methods import get
 from ...plans import Plan, Stage
 from ...presets import recipe, recipes
 from ..images import read_untrusted
-from ..loading.plans import parse_layers
 from .guard import LARGEST
 
 STAGES = ("vision", "connector", "language")
@@ -27,6 +26,7 @@ _FIELDS = {
     "keep",
     "plan",
     "against",
+    "against_name",
     "stage",
     "method",
     "threshold",
@@ -46,7 +46,7 @@ class Wanted:
     Attributes:
         name: for people.
         plan: as it was given.
-        keep: share of the FLOPs that the plan is to leave.
+        keep: share of the FLOPs that the plan is to keep.
     """
 
     name: str
@@ -74,8 +74,9 @@ class Asked:
 
 
 def read(body: bytes, models: Collection[str]) -> Asked:
-    """Read the request in ``body``, JSON: "image" in base64, "model", and optionally "name", "question", "against" (a plan), and
-    one of "plan" (a recipe's name or JSON), "method" with "stage", "threshold" or "tokens", and "layers", or "keep".
+    """Read the request in ``body``, JSON: "image" in base64, "model", and optionally "name", "question", "against" (a plan)
+    with "against_name", and one of "plan" (a recipe's name or JSON), "keep", or "method" with "stage", "threshold", "tokens" and
+    "layers".
 
     Args:
         body: of the request.
@@ -105,7 +106,7 @@ def read(body: bytes, models: Collection[str]) -> Asked:
             f"the model must be one of {', '.join(models)}, got {data['model']!r:.80}: saint ui --model NAME offers more"
         )
     wanted = _wanted(data)  # before the image: it is cheaper to refuse
-    against = _given(text) if (text := data.get("against", "").strip()) else None
+    against = _given(text, data.get("against_name", "")) if (text := data.get("against", "").strip()) else None
     return Asked(_image(data["image"]), data["model"], data.get("question", "").strip(), wanted, against)
 
 
@@ -138,15 +139,15 @@ def _wanted(data: dict[str, str]) -> Wanted:
         return Wanted("the model's own plan")
     share = float(_number("keep", keep))
     if not LEAST <= share <= 1:
-        raise ValueError(f"keep is the share of the work that is left, from {LEAST:g} to 1; got {keep!r:.40}")
+        raise ValueError(f"keep is the share of the work that is kept, from {LEAST:g} to 1; got {keep!r:.40}")
     return Wanted(f"keep {share:g}", keep=share)
 
 
-def _given(text: str) -> Wanted:
+def _given(text: str, called: str = "") -> Wanted:
     """Read a plan: JSON, or a recipe's name; never the path of a file, as what is on this disk is not the page's business."""
     if text.startswith("{"):
         plan = Plan.from_json(text)
-        named = next((name for name in recipes() if recipe(name) == plan), "the plan given")
+        named = called or next((name for name in recipes() if recipe(name) == plan), "the plan given")
         return Wanted(named, plan)
     if text.endswith(".json"):
         raise ValueError(
@@ -176,7 +177,7 @@ def _of_method(name: str, data: dict[str, str]) -> Plan:
         if layers:
             raise ValueError("the connector stage has no layers: leave them empty")
         return Plan(connector=Stage(method(**settings)))
-    return Plan(**{where: Stage(method(**settings), layers=parse_layers(layers) if layers else None)})
+    return Plan(**{where: Stage(method(**settings), layers=layers or None)})
 
 
 def _number(name: str, text: str) -> int | float:

@@ -41,7 +41,7 @@ from ..view import heatmap
 
 SIDE = 448  # pixels of a picture at most
 _TOPS = 5
-_LONG = 300  # letters of a plan from which a line uses a file of it
+_LONG = 140  # letters of a plan from which a line uses a file of it
 _FILE = "plan.json"
 
 
@@ -118,7 +118,7 @@ def _kept(run: Run) -> tuple[int, int]:
 
 
 def _found(run: Run, shown: Shown) -> Agreement | None:
-    """How much the outputs agree; None of a model that writes."""
+    """Compare the outputs; None of a model that writes."""
     return agreement(shown.base.output, run.short.output) if shown.base.text is None else None
 
 
@@ -133,7 +133,7 @@ def _lead(run: Run, shown: Shown) -> str:
     work = f"{100 / run.bench.flops_bound:.0f} % of the FLOPs are used"
     found = _found(run, shown)
     if found is None:
-        same = "the answer is the same" if run.short.text == shown.base.text else "the answer is another"
+        same = "the answer is the same" if run.short.text == shown.base.text else "the answer changes"
     elif shown.classes is not None:
         tops = [int(answer(output)[1][0].argmax()) for output in (shown.base.output, run.short.output)]
         same = "the top class is the same" if tops[0] == tops[1] else "the top class is another"
@@ -153,9 +153,8 @@ def _highlights(run: Run, shown: Shown) -> list[Highlight]:
         else ("100%", "every token")
     )
     if found is None:
-        same = Highlight(
-            "agreement", "same" if run.short.text == shown.base.text else "other", "answer as the unpruned model's"
-        )
+        value, what = ("same", "as") if run.short.text == shown.base.text else ("changed", "not")
+        same = Highlight("answer", value, f"{what} the unpruned model's")
     else:
         same = Highlight(
             "agreement", number(found.values[0], 3), f"{found.measure} with the unpruned output; 1 is the same"
@@ -199,7 +198,7 @@ def _figures(run: Run, grid: Sequence[int] | None) -> list[Figure]:
 
 
 def _answers(shown: Shown) -> list[Block]:
-    """What the model says unpruned and pruned."""
+    """Show what the model says unpruned and pruned."""
     named = [(run.name if len(shown.runs) > 1 else "pruned", run.short) for run in shown.runs]
     both = [("unpruned", shown.base), *named]
     if shown.base.text is not None:

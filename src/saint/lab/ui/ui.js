@@ -51,7 +51,7 @@ function fit() {
   const elsewhere = at("plan").value.trim() ? "the plan below decides" : at("method").value ? "the method below decides" : "";
   at("keep").disabled = Boolean(elsewhere);
   at("share").textContent = elsewhere ? "" : `${Math.round(100 * at("keep").value)} %`;
-  at("decides").textContent = elsewhere || "share of the work that is left; the rest is dropped where it costs least";
+  at("decides").textContent = elsewhere || "share of the work that is kept; the rest is dropped where it costs least";
 }
 
 function take(blob, name, sample) {
@@ -109,7 +109,7 @@ async function wanted() {
   const plan = compact(at("plan").value.trim());
   if (plan.length > facts.longest) throw new Error(`a plan has at most ${facts.longest} characters, this one ${plan.length}`);
   if (plan) asked.plan = plan;
-  if (against) asked.against = JSON.stringify(against.plan);
+  if (against) Object.assign(asked, { against: JSON.stringify(against.plan), against_name: against.name });
   return asked;
 }
 

@@ -1,4 +1,4 @@
-"""Pictures that say why patches left: when, what stands for them, how many neighbours they had.
+"""Pictures that say why patches were dropped: when, what stands for them, how many neighbours they had.
 
 Letters: N candidates at a drop point, D head dim.
 """
@@ -21,7 +21,7 @@ from .overlay import font, heatmap
 
 # colours of Okabe and Ito, which colour-blind eyes tell apart; the number on a patch says the layer all the same
 _LAYERS = [(86, 180, 233), (0, 158, 115), (240, 228, 66), (230, 159, 0), (213, 94, 0), (204, 121, 167)]
-_TINT = 0.72  # share of a layer's colour over the patches that left there
+_TINT = 0.72  # share of a layer's colour over the patches that were dropped there
 _LINE = (255, 255, 255)
 _INK = (16, 16, 16)
 _SIDE = 560  # pixels of a picture's shorter side, at least
@@ -77,14 +77,14 @@ class Witness(Observer):
         return steps
 
 
-def left(photo: Image.Image, grid: tuple[int, int], steps: Sequence[Step], *, lines: bool = True) -> Image.Image:
-    """The photo with every patch that left in the colour of the layer where it left, and that layer's number on it.
+def dropped(photo: Image.Image, grid: tuple[int, int], steps: Sequence[Step], *, lines: bool = True) -> Image.Image:
+    """The photo with every dropped patch in the colour of the layer that dropped it, and that layer's number on it.
 
     Args:
         photo: RGB, the whole of it covered by the grid.
         grid: (rows, columns) of patches.
         steps: of one image, in the order of the layers.
-        lines: a thin line from each patch that left to the survivor it is part of, or that is most similar to it.
+        lines: a thin line from each dropped patch to the survivor it is part of, or that is most similar to it.
     """
     photo = _large(photo)
     colours = layer_colours([step.layer for step in steps])
@@ -100,7 +100,7 @@ def left(photo: Image.Image, grid: tuple[int, int], steps: Sequence[Step], *, li
     if lines:
         gone = {int(n): int(to) for step in steps for n, to in zip(step.index, step.into, strict=True) if n != to}
         for n, to in gone.items():
-            while to in gone:  # what stood for it left later
+            while to in gone:  # what stood for it was dropped later
                 to = gone[to]
             draw.line([_centre(photo, grid, n), _centre(photo, grid, to)], fill=_LINE, width=1)
             _dot(draw, _centre(photo, grid, to))
@@ -135,7 +135,7 @@ def around(
     """The similarity graph around one patch: cosine of its key with every other as a heat map, its edges as lines.
 
     Raises:
-        ValueError: the patch is not on the grid, or has left before this drop point.
+        ValueError: the patch is not on the grid, or was dropped before this drop point.
     """
     rows, columns = grid
     if not (0 <= patch[0] < rows and 0 <= patch[1] < columns):
@@ -146,7 +146,7 @@ def around(
     where = (step.index == number).nonzero().flatten()
     if not len(where):
         raise ValueError(
-            f"patch {patch[0]},{patch[1]} has left in front of layer {step.layer}: choose an earlier layer"
+            f"patch {patch[0]},{patch[1]} was dropped in front of layer {step.layer}: choose an earlier layer"
         )
     points = graph.metric(step.keys[None])[0]
     similarity = (points @ points[int(where)]).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""Why tokens left at a drop point, as plain data for records and pages: what stands for them, and the neighbours of sources.
+"""Why tokens were dropped, as plain data for records and pages: what stands for them, and the neighbours of sources.
 
 Letters: N candidates at a drop point, D head dim, S = ceil(N / 2) sources.
 """
@@ -39,7 +39,7 @@ class Reasons(Observer):
     def take(self) -> list[list[dict[str, Any]]]:
         """Of each drop point since they were taken last, in the order of the trace, and of each sample: ``why`` of a record.
 
-        ``gone`` and ``into``: original indices of what left, and of each what it is part of, or the survivor with the most
+        ``gone`` and ``into``: original indices of what was dropped, and of each what it is part of, or the survivor with the most
         similar key. ``merged``: which of the two. Where the method votes: ``degree`` of each source (the even positions of what
         came), ``neighbors`` and ``threshold``.
         """

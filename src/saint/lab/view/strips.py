@@ -1,4 +1,4 @@
-"""What stays of a photograph, as a picture: a row per tile that the model sees, a column per drop point."""
+"""What is kept of a photograph, as a picture: a row per tile that the model sees, a column per drop point."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ _WIDE = 4  # cells of a row, where there is one tile
 def draw(
     head: str, about: str, name: str, tiles: Sequence[Tile], total: int, trace: Sequence[LayerTrace], path: Path
 ) -> Path:
-    """Write one PNG of one photograph: what the model sees, and what is left of it after the drop points.
+    """Write one PNG of one photograph: what the model sees, and what is kept of it after the drop points.
 
     Args:
         head: title.
@@ -35,7 +35,7 @@ def draw(
     rows = [
         [Cell(tile.picture, label, f"{count} tokens")] for tile, label, count in zip(tiles, names, counts, strict=True)
     ]
-    # a drop point at which nothing left shows nothing new, except when it is the last
+    # a drop point that dropped nothing shows nothing new, except when it is the last
     shown = [t for t in trace if bool((t.tokens_out < t.tokens_in).any())] or list(trace[-1:])
     several = len({t.stage for t in trace}) > 1
     counted = []
@@ -43,11 +43,11 @@ def draw(
         where = _where(step, several)
         if step is shown[-1] and step is not trace[-1] and not several:
             where += f", to layer {trace[-1].layer}"  # the others dropped nothing
-        left = _of_tiles(step, tiles, total)
-        if left is None:
+        kept_of = _of_tiles(step, tiles, total)
+        if kept_of is None:
             counted.append(f"{where}: {int(step.tokens_out.sum())} of {total} tokens")
             continue
-        for row, tile, kept, count in zip(rows, tiles, left, counts, strict=True):
+        for row, tile, kept, count in zip(rows, tiles, kept_of, counts, strict=True):
             picture = overlay(tile.picture, kept, tile.grid)
             row.append(Cell(picture, where, f"{len(kept)} of {count} kept ({len(kept) / count:.0%})"))
     if len(rows) == 1:
@@ -58,10 +58,10 @@ def draw(
 
 
 def dimmed(tile: Tile, trace: LayerTrace) -> Image.Image:
-    """Return the first tile with what a drop point left of it."""
-    left = _of_tiles(trace, [tile], tile.grid[0] * tile.grid[1])
-    assert left is not None, "of one tile every token is on its grid"
-    return overlay(tile.picture, left[0], tile.grid)
+    """Return the first tile with what a drop point kept of it."""
+    kept_of = _of_tiles(trace, [tile], tile.grid[0] * tile.grid[1])
+    assert kept_of is not None, "of one tile every token is on its grid"
+    return overlay(tile.picture, kept_of[0], tile.grid)
 
 
 def title(name: str) -> str:
@@ -82,7 +82,7 @@ def spaced(items: list[Any], most: int) -> list[Any]:
 
 
 def _of_tiles(step: LayerTrace, tiles: Sequence[Tile], total: int) -> list[Any] | None:
-    """Return the tokens of each tile that are left, on the CPU; None where they cannot be told apart."""
+    """Return the tokens of each tile that are kept, on the CPU; None where they cannot be told apart."""
     found = step.kept if step.stage == "vision" else placed(list(tiles), step.kept[0].cpu(), total)
     return None if found is None or len(found) != len(tiles) else [kept.cpu() for kept in found]
 

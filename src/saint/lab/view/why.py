@@ -1,4 +1,4 @@
-"""`saint view --why`: when patches left, what stands for them, and what the voting graph saw."""
+"""`saint view --why`: when patches were dropped, what stands for them, and what the voting graph saw."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +42,7 @@ def draw_reasons(
         [
             Cell(seen, name.replace("_", " "), f"{grid[0]} x {grid[1]} patches"),
             Cell(
-                explain.left(seen, grid, dropping),
+                explain.dropped(seen, grid, dropping),
                 f"{gone} patches dropped, by layer",
                 "lines: became part of" if merges else "lines: most similar survivor",
             ),
@@ -60,14 +60,14 @@ def draw_reasons(
             note = f"white frame: {method.neighbors} or more, a vote"
             rows[-1].append(Cell(votes, f"neighbours, layer {step.layer}", note))
         if dropping and grid[1] % 2 == 0 and len(first.index) == grid[0] * grid[1]:
-            notes = ("even positions can leave: columns", "chessboard, for comparison only")
+            notes = ("even positions can be dropped: columns", "chessboard, for comparison only")
             rows.append([])
             for board, note in zip((False, True), notes, strict=True):
                 step = explain.split(first, grid, method, board=board)
                 label = f"layer {first.layer}: {'another' if board else 'the published'} split"
-                rows[-1].append(Cell(explain.left(seen, grid, [step], lines=False), label, note))
+                rows[-1].append(Cell(explain.dropped(seen, grid, [step], lines=False), label, note))
     path = folder / f"why_{name}.png"
-    save_png(sheet(rows, head, "why patches leave", cell=_CELL), path)
+    save_png(sheet(rows, head, "why patches are dropped", cell=_CELL), path)
     return path
 
 
