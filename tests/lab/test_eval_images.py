@@ -406,7 +406,7 @@ def test_record_resume_and_refusal(run, folder, tmp_path):
     code, out, err = run(*args[:3], folder, *args[3:])
     assert code == 0, err
     assert "10 of 10 evaluated" in out
-    (row,) = [line for line in out.splitlines() if line.startswith(" plan1 ")]
+    row = next(line for line in out.splitlines() if line.startswith(" plan1 "))
     assert re.match(r" plan1 +[\d.]+ % +[\d.]+ % ", row)  # tokens kept, FLOPs left
     record = json.loads(file.read_text())
     assert (record["kind"], record["given"], record["evaluated"]) == ("eval/images", 10, 10)
