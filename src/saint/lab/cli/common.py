@@ -67,7 +67,7 @@ class Asked:
 
     @property
     def changes(self) -> str:
-        """Say what ``--threshold`` and ``--layers`` change; "" for nothing."""
+        """Say what ``--threshold`` and ``--layers`` change, in words; "" for nothing."""
         given = {"threshold": self.threshold, "layers": self.layers}
         return "".join(f", {name} {value}" for name, value in given.items() if value is not None)
 
