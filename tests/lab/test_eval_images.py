@@ -278,7 +278,7 @@ def test_transformers_features_are_the_classifiers_input(tmp_path):
 def test_without_labels_there_is_agreement(folder, loaded):
     report = evaluate_images(loaded.model, find_samples(str(folder / "noise")), {"half": HALF}, inputs=loaded.pixels)
     assert report.scores == {"half": {}}
-    assert set(report.agreement["half"]) == {"cosine", "same_top1", "kept"}
+    assert set(report.agreement["half"]) == {"cosine", "same_top1", "kept", "flops"}
     with pytest.raises(ValueError, match="labels"):
         evaluate_images(
             loaded.model, find_samples(str(folder / "noise")), {"half": HALF}, inputs=loaded.pixels, scores=["knn"]
@@ -406,8 +406,8 @@ def test_record_resume_and_refusal(run, folder, tmp_path):
     code, out, err = run(*args[:3], folder, *args[3:])
     assert code == 0, err
     assert "10 of 10 evaluated" in out
-    (row,) = [line for line in out.splitlines() if "same_top1" in line]
-    assert re.fullmatch(r" plan1 +same_top1 +\d+0\.0 % +10", row.rstrip())  # a yes or no has no percentiles
+    row = next(line for line in out.splitlines() if line.startswith(" plan1 "))
+    assert re.match(r" plan1 +[\d.]+ % +[\d.]+ % ", row)  # tokens kept, FLOPs left
     record = json.loads(file.read_text())
     assert (record["kind"], record["given"], record["evaluated"]) == ("eval/images", 10, 10)
     assert record["environment"]["torch"]
