@@ -87,7 +87,7 @@ def main() -> None:
             row = {
                 "share": share,
                 "guard": guard,
-                "budget": round(found.vision[0].method.budget, 4),
+                "keep": round(found.vision[0].method.fixed, 4),
                 "reached": round(work(subject, found), 4),
                 "loss": {k: round(float(losses[kinds == k].mean()), 4) for k in shown},
                 "mean": round(float(losses.mean()), 4),

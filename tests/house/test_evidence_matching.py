@@ -18,7 +18,7 @@ def subject():
     found.side, found.patch, found.dense, found.full = 224, 16, False, 196_000
 
     def flops(plan=None, side=224):
-        keep = 1.0 if plan is None else plan.vision[0].method.budget
+        keep = 1.0 if plan is None else plan.vision[0].method.fixed
         return int(1000 * (side // 16) ** 2 * keep)
 
     found.flops = flops
@@ -34,7 +34,7 @@ def test_the_largest_side_that_costs_no_more(subject, share, side):
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.85])
 def test_the_largest_budget_that_costs_no_more(subject, share):
-    budget = subject.fitted("Match, layers 0, 1", share).vision[0].method.budget
+    budget = subject.fitted("Match, layers 0, 1", share).vision[0].method.fixed
     assert share - 0.001 < budget <= share
 
 
