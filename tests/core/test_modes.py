@@ -66,7 +66,7 @@ def test_the_batch_rule_is_the_published_one(vit, images):
 
 def test_too_large_a_budget_is_refused_before_anything_is_touched(vit):
     before = testing.snapshot(vit)
-    with pytest.raises(ValueError, match=r"budget=500 .*36 candidates"):
+    with pytest.raises(ValueError, match=r"keep=500 .*36 candidates"):
         saint.apply(vit, saint.Saint(keep=500))
     assert testing.snapshot(vit) == before
 
@@ -476,7 +476,7 @@ def test_the_input_decides_whether_a_budget_fits():
         with torch.no_grad():
             model(torch.randn(1, 3, 160, 160))
         assert session.trace[-1].tokens_out.tolist() == [60]
-        with pytest.raises(ValueError, match=r"budget=60 .*36 candidates"):
+        with pytest.raises(ValueError, match=r"keep=60 .*36 candidates"):
             model(torch.randn(1, 3, 96, 96))
 
 
@@ -494,6 +494,6 @@ def test_votes_under_compile_are_warned_of(vit, images, monkeypatch):
     from saint.methods import base
 
     monkeypatch.setattr(base, "_warned_of_recompiling", False)
-    told = pytest.warns(UserWarning, match="recompile limit.*fraction as budget")
+    told = pytest.warns(UserWarning, match="recompile limit.*fraction as keep")
     with saint.pruned(vit, Stage(loose(), layers=[1])), torch.no_grad(), told:
         torch.compile(vit, backend="eager")(images)

@@ -79,7 +79,7 @@ def test_a_method_comes_by_entry_point(install, run, tmp_path):
         assert session.trace[-1].tokens_out.tolist() == [9, 9, 9]
     code, out, _ = run("list", "--json", tmp_path / "list.json")
     assert code == 0
-    assert "longest keys" in out
+    assert "loud_keys" in out
 
 
 @pytest.mark.parametrize(

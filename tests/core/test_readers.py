@@ -273,7 +273,7 @@ def test_other_decoders_are_refused_where_rows_may_be_padding():
     model = enliven(Captions().eval())
     before = testing.snapshot(model)
     for stage in (RAGGED, Stage(saint.Saint(keep=0.5), layers=[1], guard=0.9)):
-        with pytest.raises(UnsupportedModelError, match=r'a fraction as budget .* or output="similar".*model.vit'):
+        with pytest.raises(UnsupportedModelError, match=r'a fraction as keep .* or output="similar".*model.vit'):
             saint.apply(model, stage)
     assert testing.snapshot(model) == before
     ids = torch.arange(2, 17).view(3, 5)

@@ -26,18 +26,18 @@ def refuse_part(stack: ExitStack, module: nn.Module, full_length: bool = False) 
         full_length: it hands on as much as ever, which a model of no known family may take.
     """
 
-    def look(_module: nn.Module, _args: Any) -> None:
+    def look(part: nn.Module, _args: Any) -> None:
         if torch.compiler.is_compiling():
             return
         hook.remove()
-        for caller in _callers(module):
+        for caller in _callers(part):
             known = find(caller)
             title = known[2].title if known is not None and known[0] == "" else ""
             places = PLACEHOLDER_MASK.of(caller) or MERGER.of(caller)
             sign = bool(places) and IMAGE_TOKEN.get(caller.config) is not None and not full_length
             if title or sign:
                 raise UnsupportedModelError(
-                    f"the plan was applied to a {type(module).__name__} alone, and this forward runs it as a part of "
+                    f"the plan was applied to a {type(part).__name__} alone, and this forward runs it as a part of "
                     f"{type(caller).__name__}{title and f' ({title})'}, which must know what leaves: call session.remove(), then "
                     "apply the plan to the whole model, saint.apply(model, ...)"
                 )
