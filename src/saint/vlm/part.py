@@ -51,8 +51,8 @@ def _callers(module: nn.Module) -> Iterator[nn.Module]:
     frame = sys._getframe(2)
     seen = {id(module)}
     while frame is not None:
-        # a look at the locals of a frame keeps them: of a module's own call alone, which ends with the forward
-        one = frame.f_locals.get("self") if frame.f_code.co_name == "_call_impl" else None
+        # a look at the locals of a frame keeps them while it runs: of methods alone, not of a function that holds the model
+        one = frame.f_locals.get("self") if frame.f_code.co_varnames[:1] == ("self",) else None
         if isinstance(one, nn.Module) and id(one) not in seen:
             seen.add(id(one))
             if any(inner is module for inner in one.modules()):
