@@ -26,7 +26,8 @@ from .plans import Plan, Stage
 from .tokens import Candidates
 from .upstream.names import IDS, LAYERS, MASK, PATCH, PINPOINTS, TIMM_PAIRS, WINDOW, WINDOWLESS
 from .upstream.specs import EncoderSpec, FamilySpec, part
-from .vision.checks import read_blocks, takes_dense_mask
+from .vision.checks import read_blocks, takes_dense_mask, takes_weights
+from .vision.inputs import own_size
 from .vision.locate import locate, locate_tower
 from .vision.readers import around, find_reader
 from .vlm.locate import find as find_vlm
@@ -117,7 +118,7 @@ def plan_for(model: ModelLike, keep: float = 0.5, inputs: Mapping[str, Any] | No
         model: what :func:`saint.apply` takes, without a plan.
         keep: the share, in (0, 1].
         inputs: keyword arguments of the model's forward, whose numbers of tokens are taken. None: a picture of the model's own
-            size, or where it takes any, one of 16 x 16 tokens; and a sixteenth as many tokens of text.
+            size, or where it takes any, of three patches per channel and 1,024 at most; and a sixteenth as many tokens of text.
 
     Returns:
         The plan; empty for 1.0.
@@ -205,7 +206,7 @@ def _encoder(model: nn.Module, inputs: Mapping[str, Any] | None) -> tuple[Work, 
 
 def _pruned_encoder(encoder: nn.Module, spec: EncoderSpec, depth: int, dense: bool) -> Iterator[tuple[Family, float]]:
     blocks = read_blocks(encoder, spec, list(part(encoder, spec.blocks)), 0)
-    weighs = all(b is not None and (b.spec.padding is not None or takes_dense_mask(encoder, b)) for b in blocks)
+    weighs = all(b is not None and takes_weights(b, takes_dense_mask(encoder, b)) for b in blocks)
     output: Any = "similar" if dense else "survivors"
 
     def family(layers: list[int], method: Method, early: bool = False) -> Family:
@@ -250,13 +251,10 @@ def _tower(encoder: nn.Module, spec: EncoderSpec, patches: int, group: int = 1) 
     config = getattr(encoder, "config", None)
     everywhere, side = WINDOWLESS.get(config), WINDOW.get(config)
     window = (side // PATCH.get(config)) ** 2 if everywhere is not None and side else None
-    layers, exact = zip(
-        *(
-            read_block(block, None if everywhere is None or index in everywhere else window)
-            for index, block in enumerate(blocks)
-            if block is not None
-        ),
-        strict=True,
+    layers = tuple(
+        read_block(block, None if everywhere is None or index in everywhere else window)[0]
+        for index, block in enumerate(blocks)
+        if block is not None
     )
     own = {id(one) for module in modules for one in module.modules()}
     fixed = 0.0
@@ -273,11 +271,11 @@ def _tower(encoder: nn.Module, spec: EncoderSpec, patches: int, group: int = 1) 
         fixed += 2 * sides * sum(m.weight.numel() for m in table.modules() if isinstance(m, nn.Linear))
     pool = sum(read_pool(found) for path in spec.pools if (found := part(encoder, path)) is not None)
     seam = all(block is not None and block.spec.seam for block in blocks)
-    return Stack(tuple(layers), spec.prefix(encoder), group, fixed, all(exact), layers[0].width, pool), seam
+    return Stack(layers, spec.prefix(encoder), group, fixed, layers[0].width, pool), seam
 
 
 def _patches(encoder: nn.Module, spec: EncoderSpec) -> int:
-    """Patches of a picture of the encoder's own size; 16 x 16 where it has none."""
+    """Patches of a picture of the encoder's own size; by its width where it has none."""
     if spec.packed:
         return min(_MOST, _PER_CHANNEL * _channels(encoder, spec))
     known = spec.candidates(encoder)
@@ -286,13 +284,11 @@ def _patches(encoder: nn.Module, spec: EncoderSpec) -> int:
     config = getattr(encoder, "config", None)
     if (count := getattr(config, "num_patches", None)) is not None:
         return int(count)
-    size = getattr(config, "image_size", None) or getattr(getattr(encoder, "patch_embed", None), "img_size", None)
-    size = size or getattr(encoder, "image_size", None)
-    stride = getattr(part(encoder, spec.patch), "stride", None) if spec.patch else None
+    size, embedding = own_size(encoder), part(encoder, spec.patch) if spec.patch else None
+    stride = getattr(embedding, "stride", None) or getattr(embedding, "patch_size", None)
     if size is None or stride is None:
-        grid = getattr(getattr(encoder, "embeds", None), "pos_embed_grid_size", None)
-        return math.prod(grid) if grid is not None else min(_MOST, _PER_CHANNEL * _channels(encoder, spec))
-    height, width = (size, size) if isinstance(size, int) else size
+        return min(_MOST, _PER_CHANNEL * _channels(encoder, spec))
+    height, width = size
     most = max(height, width) if spec.usual is None else spec.usual
     height, width = min(height, most), min(width, most)
     return (height // stride[0]) * (width // stride[1])
@@ -310,7 +306,7 @@ def _vlm(
     model: nn.Module, vlm: nn.Module, spec: FamilySpec, inputs: Mapping[str, Any] | None
 ) -> tuple[Work, Iterator[tuple[Family, float]]]:
     text = vlm.get_submodule(spec.decoder)
-    layers, exact = read_decoder(list(LAYERS.get(text).children()), text.config)
+    layers, _ = read_decoder(list(LAYERS.get(text).children()), text.config)
     group = (spec.merge_size(vlm) or 1) ** 2
     _, tower, tower_spec = locate_tower(vlm.get_submodule(spec.tower))
     used = 0
@@ -318,7 +314,7 @@ def _vlm(
         used = spec.feature_layer(vlm, len(part(tower, tower_spec.blocks))) or 0
     shape = _prompt(model, vlm, tower, tower_spec, group, inputs)
     stack, seam = _tower(tower, tower_spec, shape.patches, group) if used else (None, False)
-    work = Work(shape, stack, used, seam, Stack(layers, shape.text, exact=exact))
+    work = Work(shape, stack, used, seam, Stack(layers, shape.text))
     return work, _pruned_vlm(used)
 
 

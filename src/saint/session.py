@@ -370,8 +370,8 @@ def apply(
     session._install(model)
     if plan.tuned is not None and (other := _not_tuned_on(model, session, plan.tuned)):
         warnings.warn(f"the plan was tuned on another model ({other}); saint.tune finds one for this", stacklevel=2)
-    wanted, found = family(asked), find_family(model)
-    if wanted is not None and found is not None and found[2].title != wanted:
+    wanted = family(asked)
+    if wanted is not None and (found := find_family(model)) is not None and found[2].title != wanted:
         warnings.warn(
             f"the recipe {asked!r} is made for {wanted}, and this is {found[2].title}: its layers and numbers of tokens mean "
             "something else here; saint.plan_for(model, keep=...) makes a plan for this model",

@@ -57,7 +57,6 @@ class Stack:
         others: P.
         group: tokens that a candidate consists of.
         fixed: FLOPs of what runs in front of the layers, whatever leaves.
-        exact: whether the layers' weights say it all: no convolutions, tables or quantised layers in them.
         channels: C of the tokens, which a method in front of the layers compares.
         pool: W of what reads every token behind the layers.
     """
@@ -66,7 +65,6 @@ class Stack:
     others: int = 0
     group: int = 1
     fixed: float = 0.0
-    exact: bool = True
     channels: int = 0
     pool: float = 0.0
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..methods.saint import Saint
 from ..plans import Plan, Stage
 from ..session import pruned
+from ..vision.inputs import own_size
 from ..vision.locate import locate
 from .outputs import Inputs, run
 
@@ -30,13 +31,7 @@ def example_inputs(model: nn.Module, batch: int = 3, seed: int = 0) -> dict[str,
     config = getattr(encoder, "config", None)
     if spec.patch is None:  # patches arrive flattened and padded (SigLIP 2 NaFlex)
         return _flattened_inputs(config, batch, generator, parameter)
-    size = (
-        getattr(config, "image_size", None)
-        or getattr(encoder, "image_size", None)
-        or getattr(getattr(encoder, "patch_embed", None), "img_size", None)
-        or _grid_in_pixels(getattr(encoder, "embeds", None))
-    )
-    height, width = (size, size) if isinstance(size, int) else tuple(size or (224, 224))
+    height, width = own_size(encoder) or (224, 224)
     noise = torch.randn(batch, 3, height, width, generator=generator)
     calm = torch.randn(batch, 3, 1, 1, generator=generator) + 0.1 * noise
     images = noise.clone()
@@ -47,12 +42,6 @@ def example_inputs(model: nn.Module, batch: int = 3, seed: int = 0) -> dict[str,
     if not hasattr(model, "main_input_name") and config is not None:
         name = "pixel_values"
     return {name: images.to(parameter)}
-
-
-def _grid_in_pixels(embeds: Any) -> tuple[int, int] | None:
-    """Height and width that the position table of timm's NaFlex embeddings is made for."""
-    grid = getattr(embeds, "pos_embed_grid_size", None)
-    return None if grid is None else (grid[0] * embeds.patch_size[0], grid[1] * embeds.patch_size[1])
 
 
 def _flattened_inputs(config: Any, batch: int, generator: torch.Generator, like: Tensor) -> dict[str, Tensor]:

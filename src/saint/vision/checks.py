@@ -77,6 +77,11 @@ def takes_dense_mask(encoder: nn.Module, block: Block) -> bool:
     return block.mask is not None and (implementation is None or implementation in _DENSE_MASK)
 
 
+def takes_weights(block: Block, masks: bool) -> bool:
+    """Tell whether weights of merged tokens reach the attention of a block, which takes a dense mask or not (``masks``)."""
+    return block.spec.padding is not None or masks
+
+
 def check_bias(block: Block | None, masks: bool, beta: float) -> None:
     """Refuse weights of merged tokens where no argument of the attention takes them.
 
@@ -85,7 +90,7 @@ def check_bias(block: Block | None, masks: bool, beta: float) -> None:
         masks: its attention takes a dense mask.
         beta: of the method, see :class:`saint.runtime.state.LayerState`.
     """
-    if block is not None and block.spec.padding is None and not masks:
+    if block is not None and not takes_weights(block, masks):
         raise UnsupportedModelError(
             f"{block.name} ({type(block.module).__name__}) takes no dense attention mask, through which "
             f"beta={beta:g} weighs merged tokens: set beta=0, or load the model with SDPA or eager attention"

@@ -22,6 +22,22 @@ from ..upstream.specs import EncoderSpec, part
 from .guard import min_keep, shares
 
 
+def own_size(encoder: Any) -> tuple[int, int] | None:
+    """Height and width in pixels of the pictures that an encoder is made for; None where it takes any."""
+    embeds: Any = getattr(encoder, "embeds", None)
+    grid = getattr(embeds, "pos_embed_grid_size", None)  # of the position table of timm's NaFlex embeddings
+    size = (
+        getattr(getattr(encoder, "config", None), "image_size", None)
+        or getattr(encoder, "image_size", None)
+        or getattr(getattr(encoder, "patch_embed", None), "img_size", None)
+        or (grid and (grid[0] * embeds.patch_size[0], grid[1] * embeds.patch_size[1]))
+    )
+    if not size:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
 @dataclass
 class EncoderForward(Forward):
     """What one forward of an encoder knows besides.

@@ -175,8 +175,8 @@ class ForwardBench:
         return 1 / self.bound if self.pictures is None else self.pictures.flops.mean
 
     def timed_of(self, count: int) -> list[int]:
-        """Return which of ``count`` pictures were timed."""
-        return list(range(count)) if self.pictures is None else self.pictures.timed
+        """Return which of ``count`` pictures were timed; where none were counted, the first, repeated up to the batch."""
+        return [i % count for i in range(self.conditions["batch"])] if self.pictures is None else self.pictures.timed
 
     @property
     def lines(self) -> list[Line]:

@@ -57,15 +57,13 @@ def bench(
             plans, [photo.image for photo in photos], prompt=prompt, new_tokens=new_tokens, repeats=repeats, warmup=warmup,
             batch=batch, tick=tick,
         )  # fmt: skip
-    over = getattr(result, "pictures", None)
-    used = [photos[i % len(photos)] for i in (range(batch) if over is None else over.timed)]
     record = {
         "kind": result.kind,
         "model": model,
         "pretrained": how.pretrained,
         **subject.told(prompt),
         "plan_name": next(iter(plans)),
-        "images": [photo.name for photo in used],
+        "images": [photos[i].name for i in result.timed_of(len(photos))],
         "counted": [photo.name for photo in photos] if subject.counts else None,
         "skipped": [list(entry) for entry in bad],
         "left_out": left_facts(left),

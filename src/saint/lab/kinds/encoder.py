@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
@@ -180,15 +180,6 @@ class Encoder(Subject):
     def plan(self) -> Plan | None:
         """The recipe that the loader knows."""
         return self.usual
-
-    def plan_for(self, keep: float) -> Plan:
-        """Make a plan that leaves the share ``keep`` of the work, with the output of the usual plan: a dense head needs full
-        length."""
-        made, usual = super().plan_for(keep), self.usual
-        output = usual.vision[0].output if usual is not None and usual.vision else "survivors"
-        if output == "survivors":
-            return made
-        return replace(made, vision=tuple(replace(stage, output=output) for stage in made.vision))
 
     @property
     def counted(self) -> str:

@@ -278,16 +278,12 @@ class Subject(ABC):
         """Return what a comparison holds against the unpruned model where nobody names a plan, by name."""
         return {"default": self.plan or Plan()}
 
-    def plan_for(self, keep: float) -> Plan:
-        """Make a plan that leaves the share ``keep`` of the model's work; see :func:`saint.plan_for`."""
-        return plan_for(self.model, keep)
-
     def planned(self, choice: Choice) -> Plan:
         """Return the plan that was asked for; of a share, one that is made for the model."""
         if choice.plan is not None:
             return choice.plan
         assert choice.keep is not None, "a choice is a plan or a share"
-        return self.plan_for(choice.keep)
+        return plan_for(self.model, choice.keep)
 
     @property
     def modes(self) -> dict[str, Plan]:
