@@ -1,8 +1,8 @@
 """`saint.plan_for`: a plan for the model at hand that leaves a share of its work, computed from shapes, without pictures.
 
-Which plan is what measurements say (docs/matching.md, docs/results.md): on encoders whose output is pooled, matching that weighs
-at every other layer; under a dense head, merging at all layers; in vision-language models, the full graph on projected features
-in front of the language model, and in the tower as late as the share allows.
+Which plan is what measurements say (docs/matching.md, docs/results.md): on encoders whose output is pooled, matching that weighs,
+in front of the layers and at three quarters of their depth; under a dense head, merging at all layers; in vision-language models,
+the full graph on projected features in front of the language model, or, where that cannot do, on patches in front of the tower.
 
 Letters: N candidates, T tokens of text.
 """
@@ -19,7 +19,6 @@ from .errors import UnsupportedModelError
 from .language.locate import find as find_text
 from .methods.base import Method, check_number
 from .methods.match import Match
-from .methods.saint import Saint
 from .methods.saint_full_graph import SaintFullGraph
 from .models import ModelLike, module_of
 from .plans import Plan, Stage
@@ -38,7 +37,7 @@ NEAR = 0.01  # what a plan found may miss the share by before others are tried
 _FAR = 0.02  # what it may miss it by at all
 _MOST, _PER_CHANNEL = 1024, 3  # patches that are thought of where a model takes any size: fewer of a narrow model
 _TILES = 3  # pictures that are thought of where a model cuts one: the whole, and two halves
-_FEW = 0.25  # share of the visual tokens below which the tower is asked to help: fewer cost answers (docs/results.md)
+_FEW = 0.25  # share of the visual tokens below which others are tried that keep more: fewer cost answers (docs/results.md)
 _WORDS = (12, 64)  # tokens of text that are thought of beside a picture: a sixteenth of its own, within these
 
 
@@ -209,24 +208,27 @@ def _pruned_encoder(encoder: nn.Module, spec: EncoderSpec, depth: int, dense: bo
     weighs = all(b is not None and takes_weights(b, takes_dense_mask(encoder, b)) for b in blocks)
     output: Any = "similar" if dense else "survivors"
 
-    def family(layers: list[int], method: Method, early: bool = False) -> Family:
+    def family(layers: list[int], method: Method) -> Family:
+        return lambda share: Plan(vision=Stage(method.keeping(share), layers, output=output))
+
+    def early(layers: list[int], method: Method) -> Family:
+        """In front of the layers as many leave as one of them would let go."""
+
         def plan(share: float) -> Plan:
-            stages = [Stage(method.keeping(share), layers, output=output)]
-            if early:  # in front of the layers as many leave as the first of them would let go
-                first = max(0.5, share ** (1 / (len(layers) + 1)))
-                front = Stage(method.keeping(first), placement="input", output=output)
-                stages = [front, Stage(method.keeping(min(1.0, share / first)), layers, output=output)]
-            return Plan(vision=stages)
+            first = max(0.5, share ** (1 / (len(layers) + 1)))
+            front = Stage(method.keeping(first), placement="input", output=output)
+            return Plan(vision=[front, Stage(method.keeping(min(1.0, share / first)), layers, output=output)])
 
         return plan
 
     fate: Any = "drop" if not weighs else "merge" if dense else "weigh"
     method = Match(fate=fate, beta=1.0 if fate == "merge" else 0.3)
     every = list(range(depth))
+    quarters = list(dict.fromkeys(depth * i // 4 for i in (1, 2, 3)))
     if not dense:
-        yield family(list(range(1, depth, 2)) or [0], method), 0.02
+        yield early(quarters, method), 0.02
     yield family(every, method), 0.02
-    yield family(every, method, early=True), 0.02
+    yield early(every, method), 0.02
     # few layers, each of which can let half of its tokens go
     yield lambda share: Plan(vision=Stage(SaintFullGraph(keep=share), placement="input", output=output)), 0.02
 
@@ -315,7 +317,7 @@ def _vlm(
     shape = _prompt(model, vlm, tower, tower_spec, group, inputs)
     stack, seam = _tower(tower, tower_spec, shape.patches, group) if used else (None, False)
     work = Work(shape, stack, used, seam, Stack(layers, shape.text))
-    return work, _pruned_vlm(used)
+    return work, _pruned_vlm(stack is not None)
 
 
 def _prompt(
@@ -331,29 +333,22 @@ def _prompt(
     return Shape(candidates * group, visual, min(max(visual // 16, _WORDS[0]), _WORDS[1]), pictures)
 
 
-def _pruned_vlm(used: int) -> Iterator[tuple[Family, float]]:
-    def plan(share: float, tower: float, layers: Sequence[int] | None) -> Plan:
-        """So much of the visual tokens, ``tower`` of it (a power) in the tower."""
-        behind = share**tower
-        steps = max(1, math.ceil(-math.log2(behind)))
-        vision = Stage(Saint(keep=behind), list(layers[:steps])) if layers and tower else None
-        connector = SaintFullGraph(keep=min(1.0, share / behind)) if tower < 1 else None
-        return Plan(vision=vision, connector=connector)
+def _pruned_vlm(tower: bool) -> Iterator[tuple[Family, float]]:
+    """By the share of the visual tokens; ``front`` of it (a power) in front of the tower, the rest in front of the decoder."""
 
-    def family(tower: float, layers: Sequence[int] | None = None) -> Family:
-        return lambda share: plan(share, tower, layers)
+    def family(front: float) -> Family:
+        def plan(share: float) -> Plan:
+            patches = share**front
+            vision = Stage(SaintFullGraph(keep=patches), placement="input") if front else None
+            connector = SaintFullGraph(keep=min(1.0, share / patches)) if front < 1 else None
+            return Plan(vision=vision, connector=connector)
 
-    yield family(0), _FEW
-    if used > 1:
-        late = used * 4 // 5
-        for first in dict.fromkeys(
-            min(at, used - 2) for at in (late, used * 2 // 3, used // 2, used // 3, used // 5, 0)
-        ):
-            yield family(0.5, range(first, used - 1)), _FEW
-        for first in dict.fromkeys((used // 2, used // 3, used // 5, 0)):
-            yield family(0.5, range(first, used - 1)), 0.05
-            yield family(1, range(first, used - 1)), 0.05
-    yield family(0), 0.01
+        return plan
+
+    fronts = (0.0, 1.0, 0.5, 0.25, 0.75) if tower else (0.0,)
+    for fewest in (_FEW, 0.05, 0.01):
+        for front in fronts:
+            yield family(front), fewest
 
 
 @dataclass(frozen=True)

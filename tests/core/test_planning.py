@@ -109,9 +109,10 @@ def test_apply_takes_a_share_and_half_where_nothing_is_said():
 
 def test_what_the_plan_is_follows_from_what_reads_the_output():
     clip = build("transformers/clip")
-    (stage,) = saint.plan_for(clip, keep=0.8).vision
-    assert stage.method == Match(keep=stage.method.keep, fate="weigh")
-    assert (stage.layers, stage.output) == ((1, 3), "survivors")
+    front, behind = saint.plan_for(clip, keep=0.8).vision
+    assert {front.method, behind.method} == {Match(keep=stage.method.keep, fate="weigh") for stage in (front, behind)}
+    assert (front.placement, behind.layers) == ("input", (1, 2, 3))
+    assert front.output == behind.output == "survivors"
 
     class Head(torch.nn.Module):  # may lay the rows on their grid, for all that can be known
         def __init__(self, backbone):
@@ -128,8 +129,7 @@ def test_what_the_plan_is_follows_from_what_reads_the_output():
 def test_an_attention_that_takes_no_weights_gets_a_plan_that_drops():
     model = build("transformers/clip")
     model.vision_model.config._attn_implementation = "flash_attention_2"
-    (stage,) = saint.plan_for(model, keep=0.7).vision
-    assert stage.method.fate == "drop"
+    assert {stage.method.fate for stage in saint.plan_for(model, keep=0.7).vision} == {"drop"}
 
 
 def test_text_is_not_left_out_unasked():

@@ -243,6 +243,20 @@ def test_assisted_by_prompt_lookup(llava, plan):
         assert torch.equal(llava.generate(**inputs, max_new_tokens=24, prompt_lookup_num_tokens=4, **GREEDY), greedy)
 
 
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("kind", ["the model itself", "a language model"])
+def test_assisted_by_a_model(llava, twin, plan, kind):
+    inputs = prompts(LLAVA, llava, [[4, "0", 20]])
+    assistant = copy.deepcopy(twin)
+    if kind == "a language model":
+        assistant = hf.AutoModelForCausalLM.from_config(copy.deepcopy(twin.config.text_config)).eval()
+        assistant.generation_config = copy.deepcopy(twin.generation_config)
+    with saint.pruned(llava, plan), torch.no_grad():
+        greedy = llava.generate(**inputs, max_new_tokens=24, **GREEDY)
+        assisted = llava.generate(**inputs, max_new_tokens=24, assistant_model=assistant, **GREEDY)
+    assert torch.equal(assisted, greedy)
+
+
 def test_sampling(llava, twin):
     inputs = prompts(LLAVA, llava, BATCH)
     with saint.pruned(llava, PLANS["hybrid"]) as session, torch.no_grad():
