@@ -3,7 +3,7 @@
     python docs/make_picture.py
 
 Typical is the photograph in the middle of the demo's that a camera took, by tokens kept and, where these are equal as under a
-fixed budget, by the cosine of its pruned with its unpruned embedding.
+fixed budget, by the cosine of its pruned with its unpruned embedding. The drop points behind the first are drawn.
 """
 
 from pathlib import Path
@@ -43,7 +43,7 @@ def main() -> None:
         print(f"{name}: {kept} tokens kept, cosine {cosine:.3f}")
     kept, cosine, name, image, inputs, trace = seen[len(seen) // 2]
     about = f"saint.apply(model, keep={KEEP:g})  \u00b7  hatched patches were dropped  \u00b7  cosine {cosine:.2f}"
-    draw(subject.title, about, title(name), subject.tiles(image, inputs), subject.total(inputs), trace, OUT)
+    draw(subject.title, about, title(name), subject.tiles(image, inputs), subject.total(inputs), trace[1:], OUT)
     save_png(Image.open(OUT).convert("RGB"), OUT, LIMIT)
     print(f"wrote {OUT}: {name}, the median of {len(seen)}")
 
