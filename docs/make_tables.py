@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import ready
+
 from saint import methods
 from saint.flops import left_out
 from saint.lab.report.markdown import table
@@ -248,6 +250,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/index.md": {"headline": headline_table},
     "docs/models.md": {"support": support_table, "zoo": zoo_table, "families": vlm_table},
     "docs/methods.md": {"methods": methods_table},
+    "docs/ready.md": {"ready": ready.ready_table},
     "docs/results.md": {"keep": keep_table, "speed": speed_table},
     "docs/serving.md": {"serving": serving_table},
 }

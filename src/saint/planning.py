@@ -116,7 +116,7 @@ def plan_for(model: ModelLike, keep: float = 0.5, inputs: Mapping[str, Any] | No
     the plan compiles and exports.
 
     Args:
-        model: what :func:`saint.apply` takes, without a plan.
+        model: what :func:`saint.apply` takes, without a plan; may be on the ``meta`` device, for shapes are all that is read.
         keep: the share, in (0, 1].
         inputs: keyword arguments of the model's forward, whose numbers of tokens are taken. None: a picture of the model's own
             size, or where it takes any, of three patches per channel and 1,024 at most; and a sixteenth as many tokens of text.

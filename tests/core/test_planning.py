@@ -1,5 +1,6 @@
 """`saint.plan_for` and `keep`: the share that is asked for is the share that runs, on every encoder and family."""
 
+import copy
 import functools
 
 import pytest
@@ -85,6 +86,13 @@ def test_a_vision_language_model_is_left_with_the_share_that_was_asked_for(name,
     close = 0.03 if name == "llava-next" or not given else 0.02  # newlines between tiles leave as well
     with saint.apply(model, plan):
         assert counted(model, inputs, paths) / whole == pytest.approx(keep, abs=close)
+
+
+@pytest.mark.parametrize("name", [*NAMES, *FAMILIES])
+def test_a_plan_needs_shapes_and_no_weights(name):
+    model = encoder(name)[0] if name in NAMES else family(name)[0]
+    plan = saint.plan_for(model, keep=0.7)
+    assert saint.plan_for(copy.deepcopy(model).to("meta"), keep=0.7) == plan
 
 
 def test_apply_takes_a_share_and_half_where_nothing_is_said():

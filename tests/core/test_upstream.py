@@ -8,7 +8,6 @@ for the cache); each was a wrong number or a lost cache in a version that only k
 import copy
 import dataclasses
 import functools
-import importlib.util
 import inspect
 import re
 import textwrap
@@ -16,6 +15,7 @@ import tomllib
 import warnings
 from pathlib import Path
 
+import make_tables
 import pytest
 import torch
 import transformers as hf
@@ -494,12 +494,8 @@ def test_outputs_of_a_tower_do_not_replace_those_of_the_model(llava):
 
 @pytest.mark.parametrize("name", ["gemma3", "paligemma"])
 def test_the_readme_says_who_refuses_flash_attention(name):
-    path = Path(__file__).parents[2] / "docs" / "make_tables.py"
-    spec = importlib.util.spec_from_file_location("make_tables", path)
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
     model = on_meta(FAMILIES[name].build)
-    row = next(line for line in tables.vlm_table().splitlines() if locate_vlm(model, "language")[2].title in line)
+    row = next(line for line in make_tables.vlm_table().splitlines() if locate_vlm(model, "language")[2].title in line)
     assert row.endswith("| yes |") == bool(type(model)._supports_flash_attn)
 
 

@@ -28,6 +28,20 @@ def placed(spec: EncoderSpec, modules: Sequence[nn.Module], points: Sequence[Dro
     return [point if point.placement else replace(point, placement=placement) for point in points]
 
 
+def refuse_meta(encoder: nn.Module) -> None:
+    """Refuse an encoder without weights.
+
+    Raises:
+        UnsupportedModelError: parameters on ``meta``.
+    """
+    for parameter in encoder.parameters():
+        if parameter.is_meta:
+            raise UnsupportedModelError(
+                f"{type(encoder).__name__} has parameters on the meta device: load its weights before applying a plan "
+                "(and offload them, where they must be, behind it)"
+            )
+
+
 def read_blocks(
     encoder: nn.Module, spec: EncoderSpec, modules: Sequence[nn.Module], first: int
 ) -> "list[Block | None]":
@@ -40,15 +54,9 @@ def read_blocks(
         first: the first block that must be known.
 
     Raises:
-        UnsupportedModelError: parameters on ``meta``, or an unknown block from ``first`` on.
+        UnsupportedModelError: an unknown block from ``first`` on.
         ParityError: a block lacks what its spec names.
     """
-    for parameter in encoder.parameters():
-        if parameter.is_meta:
-            raise UnsupportedModelError(
-                f"{type(encoder).__name__} has parameters on the meta device: load its weights before applying a plan "
-                "(and offload them, where they must be, behind it)"
-            )
     blocks: list[Block | None] = []
     for index, module in enumerate(modules):
         known = _block_spec(spec, module)

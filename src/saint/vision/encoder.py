@@ -25,7 +25,7 @@ from ..runtime.state import LayerState
 from ..tokens import Selection, TokenMap
 from ..upstream.names import LONGEST
 from ..upstream.specs import EncoderSpec, part
-from .checks import check_bias, check_output, check_seams, placed, prove, read_blocks, takes_dense_mask
+from .checks import check_bias, check_output, check_seams, placed, prove, read_blocks, refuse_meta, takes_dense_mask
 from .inputs import EncoderForward, Inputs
 from .outputs import Outputs
 from .readers import Reader
@@ -70,6 +70,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
         restored: frozenset[int] = frozenset(),
         reader: Reader | None = None,
     ) -> None:
+        refuse_meta(encoder)
         self.spec, self.merge_size = spec, merge_size
         blocks = list(part(encoder, spec.blocks))
         self.prefix, self.packed = spec.prefix(encoder), spec.packed
