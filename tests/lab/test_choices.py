@@ -98,6 +98,17 @@ def test_quick_steps_say_nothing(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_steps_that_did_nothing_say_nothing(capsys):
+    now = [0.0]
+    advance = common.lines("scoring", 10, clock=lambda: now[0])
+    advance(2)  # from a journal, at once
+    now[0] = 60.0
+    advance(0)  # the first batch held nothing that was new
+    assert capsys.readouterr().err == ""
+    advance(4)
+    assert capsys.readouterr().err == "scoring: 6 of 10, about 60 s to go\n"
+
+
 def test_tune_without_a_target_names_the_options(run, folder):
     code, _, err = run("tune", *TINY, "--images", folder)
     assert code == 2

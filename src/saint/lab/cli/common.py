@@ -193,7 +193,7 @@ def lines(what: str, total: int, clock: Callable[[], float] = time.monotonic) ->
         now, tenth = clock(), 10 * done // max(1, total)
         if now - begun < _AT_ONCE:
             at_once += count
-        elif done < total and (told == 0 or tenth > told) and now - said >= _QUIET:
+        elif at_once < done < total and (told == 0 or tenth > told) and now - said >= _QUIET:
             told, said = max(1, tenth), now
             left = (now - begun) / (done - at_once) * (total - done)
             err.print(f"{what}: {done} of {total}, about {_duration(left)} to go", highlight=False, markup=False)
