@@ -224,6 +224,7 @@ def test_missing_empty_and_wholly_unreadable_inputs(run, tmp_path, broken):
         (["timm"], ["timm:NAME", "demo:NAME"]),
         (["tim:vit"], ["did you mean timm:vit"]),
         (["timm:vit_bas_patch16_224"], ["did you mean", "vit_base_patch16_224"]),
+        (["timm:eva02_lrg"], ["did you mean", "eva02_large_patch14_224"]),
         (["open_clip:ViT-B-32/nonsense"], ["openai", "none"]),
         (["demo:small-lava"], ["demo:clip-b16"]),
         (["demo:nothing"], ["demo:clip-b16", "demo:dinov2-s"]),

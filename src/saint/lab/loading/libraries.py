@@ -21,7 +21,10 @@ def _check_timm(name: str) -> None:
     timm = require("timm", "timm")
     if not (":" in name or Path(name).is_dir() or timm.is_model(name)):
         stem = name.partition(".")[0]
-        close = difflib.get_close_matches(stem, timm.list_models(), n=3)
+        heads: dict[str, str] = {}  # first names by their beginnings: a typed name is often one, with a slip
+        for known in timm.list_models():
+            heads.setdefault(known[: len(stem) + 1], known)
+        close = [heads[head] for head in difflib.get_close_matches(stem, heads, n=3)]
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         raise ValueError(f"timm {timm.__version__} has no model {name!r}{hint}")
 
