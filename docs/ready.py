@@ -17,130 +17,93 @@ from saint.plans import Plan, Stage
 
 KEEPS = (0.7, 0.5, 0.35)
 
-_QWEN = {"vocab_size": 152064, "rms_norm_eps": 1e-6}
-_SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+
+def _sizes(hidden: int, layers: int, heads: int, inner: int, **more: Any) -> dict[str, Any]:
+    """Settings that encoders and language models have under the same names."""
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+        **more,
+    }
 
 
-def _timm(name: str) -> Callable[[], nn.Module]:
-    return lambda: timm.create_model(name, num_classes=0)
+_VICUNA_7B = _sizes(4096, 32, 32, 11008, num_key_value_heads=32)
+_VICUNA_13B = _sizes(5120, 40, 40, 13824, num_key_value_heads=40)
+_QWEN_3B = _sizes(2048, 36, 16, 11008, num_key_value_heads=2, vocab_size=152064)
+_QWEN_7B = _sizes(3584, 28, 28, 18944, num_key_value_heads=4, vocab_size=152064)
+_SO400M = _sizes(1152, 27, 16, 4304, patch_size=14)
 
 
-def _clip(**sizes: int) -> Callable[[], nn.Module]:
-    return lambda: hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(**sizes))
+def _clip(**sizes: int) -> nn.Module:
+    return hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(**sizes))
 
 
-def _dinov2(**sizes: Any) -> Callable[[], nn.Module]:
-    return lambda: hf.Dinov2Model(hf.Dinov2Config(image_size=518, patch_size=14, **sizes))
+def _dinov2(**sizes: Any) -> nn.Module:
+    return hf.Dinov2Model(hf.Dinov2Config(image_size=518, patch_size=14, **sizes))
 
 
-def _llava(hidden: int, layers: int, heads: int, inner: int, following: bool = False) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        text = hf.LlamaConfig(
-            hidden_size=hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            intermediate_size=inner,
-        )
-        if following:
-            return hf.LlavaNextForConditionalGeneration(hf.LlavaNextConfig(text_config=text))
-        return hf.LlavaForConditionalGeneration(hf.LlavaConfig(text_config=text))
-
-    return build
+def _llava(text: dict[str, Any]) -> nn.Module:
+    return hf.LlavaForConditionalGeneration(hf.LlavaConfig(text_config=hf.LlamaConfig(**text)))
 
 
-def _qwen2_5_vl(hidden: int, layers: int, heads: int, shared: int, inner: int) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        config = hf.Qwen2_5_VLConfig(
-            text_config={
-                **_QWEN,
-                "hidden_size": hidden,
-                "num_hidden_layers": layers,
-                "num_attention_heads": heads,
-                "num_key_value_heads": shared,
-                "intermediate_size": inner,
-            },
-            vision_config={
-                "depth": 32,
-                "hidden_size": 1280,
-                "intermediate_size": 3420,
-                "num_heads": 16,
-                "out_hidden_size": hidden,
-                "fullatt_block_indexes": [7, 15, 23, 31],
-                "window_size": 112,
-            },
-        )
-        return hf.Qwen2_5_VLForConditionalGeneration(config)
+def _llava_next(text: dict[str, Any]) -> nn.Module:
+    return hf.LlavaNextForConditionalGeneration(hf.LlavaNextConfig(text_config=hf.LlamaConfig(**text)))
 
-    return build
+
+def _qwen2_5_vl(text: dict[str, Any]) -> nn.Module:
+    vision = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": text["hidden_size"],
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "window_size": 112,
+    }
+    config = hf.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return hf.Qwen2_5_VLForConditionalGeneration(config)
 
 
 def _qwen3_vl() -> nn.Module:
-    config = hf.Qwen3VLConfig(
-        text_config={
-            "hidden_size": 4096,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "intermediate_size": 12288,
-        },
-        vision_config={
-            "depth": 27,
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "num_heads": 16,
-            "out_hidden_size": 4096,
-            "deepstack_visual_indexes": [8, 16, 24],
-        },
-    )
-    return hf.Qwen3VLForConditionalGeneration(config)
+    text = _sizes(4096, 36, 32, 12288, num_key_value_heads=8, head_dim=128)
+    vision = {
+        "depth": 27,
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_heads": 16,
+        "out_hidden_size": text["hidden_size"],
+        "deepstack_visual_indexes": [8, 16, 24],
+    }
+    return hf.Qwen3VLForConditionalGeneration(hf.Qwen3VLConfig(text_config=text, vision_config=vision))
 
 
 def _internvl() -> nn.Module:
-    text = hf.Qwen2Config(
-        **_QWEN,
-        hidden_size=3584,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        intermediate_size=18944,
-    )
-    vision = hf.InternVLVisionConfig(
-        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, image_size=[448, 448]
-    )
-    return hf.InternVLForConditionalGeneration(hf.InternVLConfig(text_config=text, vision_config=vision))
+    vision = hf.InternVLVisionConfig(**_sizes(1024, 24, 16, 4096, image_size=[448, 448]))
+    config = hf.InternVLConfig(text_config=hf.Qwen2Config(**_QWEN_7B), vision_config=vision)
+    return hf.InternVLForConditionalGeneration(config)
 
 
 def _gemma3() -> nn.Module:
-    text = hf.Gemma3TextConfig(
-        hidden_size=2560,
-        num_hidden_layers=34,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=256,
-        intermediate_size=10240,
-    )
-    vision = hf.SiglipVisionConfig(**_SO400M, image_size=896, patch_size=14)
+    text = hf.Gemma3TextConfig(**_sizes(2560, 34, 8, 10240, num_key_value_heads=4, head_dim=256))
+    vision = hf.SiglipVisionConfig(**_SO400M, image_size=896)
     return hf.Gemma3ForConditionalGeneration(hf.Gemma3Config(text_config=text, vision_config=vision))
 
 
-_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "CLIP ViT-B/16": _clip(patch_size=16),
-    "CLIP ViT-L/14, 336 px": _clip(**_LARGE, intermediate_size=4096, patch_size=14, image_size=336),
-    "SigLIP so400m/14, 384 px": lambda: hf.SiglipVisionModel(
-        hf.SiglipVisionConfig(**_SO400M, image_size=384, patch_size=14)
-    ),
-    "DINOv2 ViT-S/14": _dinov2(hidden_size=384, num_attention_heads=6),
-    "DINOv2 ViT-B/14": _dinov2(),
-    "DINOv2 ViT-L/14": _dinov2(**_LARGE),
-    "DINOv3 ViT-B/16 (timm)": _timm("vit_base_patch16_dinov3"),
-    "LLaVA-1.5 7B": _llava(4096, 32, 32, 11008),
-    "LLaVA-1.5 13B": _llava(5120, 40, 40, 13824),
-    "LLaVA-NeXT 7B": _llava(4096, 32, 32, 11008, following=True),
-    "Qwen2.5-VL 3B": _qwen2_5_vl(2048, 36, 16, 2, 11008),
-    "Qwen2.5-VL 7B": _qwen2_5_vl(3584, 28, 28, 4, 18944),
+    "CLIP ViT-B/16": lambda: _clip(patch_size=16),
+    "CLIP ViT-L/14, 336 px": lambda: _clip(**_sizes(1024, 24, 16, 4096, patch_size=14, image_size=336)),
+    "SigLIP so400m/14, 384 px": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**_SO400M, image_size=384)),
+    "DINOv2 ViT-S/14": lambda: _dinov2(hidden_size=384, num_attention_heads=6),
+    "DINOv2 ViT-B/14": _dinov2,
+    "DINOv2 ViT-L/14": lambda: _dinov2(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16),
+    "DINOv3 ViT-B/16 (timm)": lambda: timm.create_model("vit_base_patch16_dinov3", num_classes=0),
+    "LLaVA-1.5 7B": lambda: _llava(_VICUNA_7B),
+    "LLaVA-1.5 13B": lambda: _llava(_VICUNA_13B),
+    "LLaVA-NeXT 7B": lambda: _llava_next(_VICUNA_7B),
+    "Qwen2.5-VL 3B": lambda: _qwen2_5_vl(_QWEN_3B),
+    "Qwen2.5-VL 7B": lambda: _qwen2_5_vl(_QWEN_7B),
     "Qwen3-VL 8B": _qwen3_vl,
     "InternVL3 8B": _internvl,
     "Gemma 3 4B": _gemma3,

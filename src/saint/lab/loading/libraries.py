@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,17 @@ from .source import Source
 def _check_timm(name: str) -> None:
     timm = require("timm", "timm")
     if not (":" in name or Path(name).is_dir() or timm.is_model(name)):
-        stem = name.partition(".")[0]
-        heads: dict[str, str] = {}  # first names by their beginnings: a typed name is often one, with a slip
-        for known in timm.list_models():
-            heads.setdefault(known[: len(stem) + 1], known)
-        close = [heads[head] for head in difflib.get_close_matches(stem, heads, n=3)]
-        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        hint = _meant(name.partition(".")[0], timm.list_models())
         raise ValueError(f"timm {timm.__version__} has no model {name!r}{hint}")
+
+
+def _meant(typed: str, known: Iterable[str]) -> str:
+    """Names that may have been meant, behind a message; "" for none. What was typed is often a beginning, with a slip."""
+    heads: dict[str, str] = {}  # first names by their beginnings
+    for name in known:
+        heads.setdefault(name[: len(typed) + 1], name)
+    close = [heads[head] for head in difflib.get_close_matches(typed, heads, n=3)]
+    return f"; did you mean {', '.join(close)}?" if close else ""
 
 
 def _timm(name: str, pretrained: bool, size: int | None) -> Source:
@@ -54,9 +58,9 @@ def _check_open_clip(name: str) -> None:
     architecture, _, tag = name.partition("/")
     known = open_clip.list_models()
     if architecture not in known:
-        close = difflib.get_close_matches(architecture, known, n=3)
-        hint = f"; did you mean {', '.join(close)}?" if close else ""
-        raise ValueError(f"open_clip {open_clip.__version__} has no model {architecture!r}{hint}")
+        raise ValueError(
+            f"open_clip {open_clip.__version__} has no model {architecture!r}{_meant(architecture, known)}"
+        )
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if tag != "none" and tag not in tags:
         raise ValueError(
