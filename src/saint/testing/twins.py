@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from ..methods.saint_full_graph import SaintFullGraph
 from ..plans import Plan
-from ..upstream.derive import deepstack
 from ..upstream.names import (
     DEEPSTACK_FEATURES,
+    DEEPSTACK_MAP,
+    DEEPSTACK_OF,
     ENCODED,
     ENDS,
     IMAGE_GRID,
@@ -33,6 +34,7 @@ from ..upstream.names import (
     Parameters,
 )
 from ..upstream.specs import FamilySpec
+from .contracts import outcomes
 from .shrink import configs, is_token, shrunken
 from .vlm import Make, contracts_for, hybrid_plan
 
@@ -102,13 +104,9 @@ def _plans(model: nn.Module, spec: FamilySpec) -> dict[str, Plan]:
 
 
 def _first_failure(model: nn.Module, plan: Plan, make: Make) -> str:
-    for name, contract in contracts_for(plan).items():
-        try:
-            contract(model, plan, make)
-        except Exception as error:  # a contract that did not hold, or a forward that ended in whatever error
-            return (
-                f"{name}: {error}" if isinstance(error, AssertionError) else f"{name}: {type(error).__name__}: {error}"
-            )
+    for result in outcomes(contracts_for(plan), model, plan, make):
+        if result.outcome == "failed":
+            return f"{result.contract}: {result.detail}"
     return ""
 
 
@@ -151,7 +149,7 @@ class Prompts:
             raise UnsupportedModelError(f"the configuration of {type(model).__name__} names no {IMAGE_TOKEN}")
         special = set(_specials(self.config))
         self.words = torch.tensor([token for token in range(3, _TOKENS) if token not in special])
-        self.deepstack = deepstack(self.config)
+        self.deepstack = _deepstack(self.config)
         self.form, self.newline = "list", 0
         self._settle()
 
@@ -178,7 +176,7 @@ class Prompts:
         tower = VISION_CONFIG.get(self.config)
         early = getattr(tower, "vision_output_dim", width)  # of features that a projection is still to see
         rows, grids = list[list[int]](), list[tuple[int, int, int]]()
-        features: list[list[Tensor]] = [[] for _ in range(2 + self.deepstack)]
+        features: list[list[Tensor]] = [[] for _ in range(2 + len(self.deepstack))]
         for sample in samples:
             generator = torch.Generator().manual_seed(seed * 2 + sample)
             height, across = _IMAGES[0 if self.form == "stack" else sample]
@@ -218,7 +216,9 @@ class Prompts:
             last_hidden_state=torch.cat(last),
         )
         if deep:
-            output[DEEPSTACK_FEATURES.spellings[0]] = list(deep)
+            output[str(DEEPSTACK_FEATURES)] = [
+                own if layer is None else (layer, own) for layer, own in zip(self.deepstack, deep, strict=True)
+            ]
         return output
 
 
@@ -228,6 +228,13 @@ def _specials(config: Any) -> Iterator[int]:
         for name, value in vars(one).items():
             if is_token(name):
                 yield from (v for v in (value if isinstance(value, (list, tuple)) else [value]) if type(v) is int)
+
+
+def _deepstack(config: Any) -> list[int | None]:
+    """For each set of features that enters later, the layer of the language model where its configuration says it."""
+    if named := DEEPSTACK_MAP.get(config, None):
+        return [layer for _, layer in named]
+    return [None] * len(DEEPSTACK_OF.get(VISION_CONFIG.get(config), None) or ())
 
 
 def _merge_side(config: Any) -> int:

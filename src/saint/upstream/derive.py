@@ -12,7 +12,7 @@ from torch import nn
 from .names import (
     CACHE,
     DECODER,
-    DEEPSTACK,
+    DEEPSTACK_OF,
     EMBEDDINGS,
     ENCODER,
     IMAGE_PATCHES,
@@ -75,12 +75,7 @@ def _family(module: nn.Module, decoder: str) -> FamilySpec:
         decoder=decoder,
         pixels=tuple(Role(name) for name in names if str(PIXELS) in name or name in IMAGE_PATCHES.spellings),
         no_vision=_NO_VISION,
-        deepstack_layers=lambda one: deepstack(one.config),
+        deepstack_layers=lambda one: len(DEEPSTACK_OF.get(VISION_CONFIG.get(one.config), None) or ()),
         library=cls.__module__.partition(".")[0],
         derived=True,
     )
-
-
-def deepstack(config: Any) -> int:
-    """Layers behind which features are added once more."""
-    return len(DEEPSTACK.get(VISION_CONFIG.get(config), None) or ())

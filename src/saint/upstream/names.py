@@ -146,9 +146,8 @@ VISION_CONFIG = Role("vision_config")  # of configs: that of the tower
 MERGE_SIDE = Role("spatial_merge_size", "merge_kernel_size", "merge_size")  # of configs of towers
 STARTS = Role("vision_start_token_id", "image_start_token_id")  # of configs: in front of an image
 ENDS = Role("vision_end_token_id", "image_end_token_id")  # of configs: behind an image
-DEEPSTACK = Role(
-    "deepstack_visual_indexes"
-)  # of configs of towers: layers whose features enter the language model later
+DEEPSTACK_OF = Role("deepstack_visual_indexes")  # of configs of towers: layers whose features enter later as well
+DEEPSTACK_MAP = Role("deepstack_layer_map")  # of configs: the same, with the layers of the language model they enter at
 ATTENTION = Role("self_attn")  # of decoder layers
 LAYERS = Role("layers")  # of decoders
 EXPERTS_USED = Role("num_experts_per_tok")  # of configs of mixtures of experts
