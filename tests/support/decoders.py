@@ -13,7 +13,7 @@ from saint.upstream.names import CACHING
 from saint.upstream.specs import FamilySpec
 from saint.upstream.tiny import END, START, make, text_config
 from saint.upstream.transformers import qualified
-from support.families import IMAGE, VIDEO
+from support.families import IMAGE, VIDEO, cache_of, cached
 
 SPECIAL = list(range(100, 108))  # a random model would write image placeholders
 SPECS = [
@@ -133,7 +133,9 @@ def prompts(which=(0, 1)):
 # -- what must come out ------------------------------------------------------------------------------------------------------
 
 
-def without(model: nn.Module, layers: nn.ModuleList, inputs: dict, drops: dict[int, Tensor]) -> Tensor:
+def without(
+    model: nn.Module, layers: nn.ModuleList, inputs: dict, drops: dict[int, Tensor], steps: Tensor | None = None
+) -> Tensor:
     """Logits of one prompt without padding, from layers that lose rows: [1, K, V].
 
     Args:
@@ -141,6 +143,7 @@ def without(model: nn.Module, layers: nn.ModuleList, inputs: dict, drops: dict[i
         layers: its decoder layers.
         inputs: of the model.
         drops: by layer, places of the whole sequence that are left behind it, ascending.
+        steps: token ids that are fed one by one behind the sequence, on the cache that it filled; their logits come behind.
     """
     here: list[Tensor] = []
     length = inputs["input_ids"].shape[1]
@@ -179,7 +182,14 @@ def without(model: nn.Module, layers: nn.ModuleList, inputs: dict, drops: dict[i
         for index, layer in enumerate(layers):
             stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(layer.register_forward_hook(leave(index)).remove)
-        return model(**{**inputs, str(CACHING): False}).logits
+        if steps is None:
+            return model(**{**inputs, str(CACHING): False}).logits
+        out = model(**{**inputs, str(CACHING): True})
+    logits = [out.logits]
+    with torch.no_grad():
+        for token in steps:
+            logits.append(model(input_ids=token.view(1, 1), **cached(model, cache_of(out))).logits)
+    return torch.cat(logits, 1)
 
 
 def deep(name):

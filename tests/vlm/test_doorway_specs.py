@@ -20,6 +20,7 @@ if not Parameters(hf.Qwen3_5Model.forward).has(ENCODED):
 
 PLAN = saint.Plan(connector=saint.SaintFullGraph(keep=0.6, step=4))
 
+
 @pytest.fixture(autouse=True)
 def _known(fresh):
     for spec in SPECS:

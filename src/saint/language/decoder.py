@@ -430,7 +430,9 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         def make() -> Tensor | None:
             flash = IMPLEMENTATION.get(self.module.config) in FLASH
             shown = None if keys is tokens else keys
-            cut = survivors_mask(mask, tokens, past, before=before, first=first, queries=queries, flash=flash, shown=shown)
+            cut = survivors_mask(
+                mask, tokens, past, before=before, first=first, queries=queries, flash=flash, shown=shown
+            )
             held = past if keys is None else extended(past, before, keys, bias)
             added = None if held is None else held.biases(before + queries)
             more = queries if tokens is None else tokens.slots

@@ -51,7 +51,12 @@ def survivors_mask(
     """
     if tokens is None and past is not None and past.end == first and not past.index.shape[1]:
         return mask  # a sliding window that has left the pruned prompt behind
-    if mask is None and not first and shown is None and all(held is None or held.valid is None for held in (tokens, past)):
+    if (
+        mask is None
+        and not first
+        and shown is None
+        and all(held is None or held.valid is None for held in (tokens, past))
+    ):
         return None  # the usual decode step: every entry may be seen
     columns, valid = entries(tokens if shown is None else shown, past, before, queries)
     if first and columns is not None:
