@@ -10,7 +10,7 @@ from saint import Plan, Stage, testing
 from saint.methods import Random, ToMe
 from saint.runtime.blocks import Block
 from saint.testing import vlm as vlm_contracts
-from saint.upstream.decoders import BLOCKS
+from saint.upstream.decoders import anatomies
 from saint.upstream.names import CACHE, Parameters
 from saint.vision.locate import locate
 from support.families import FAMILIES, IMAGE, maker, prompts
@@ -260,7 +260,7 @@ def merged_logits(family, twin, trace, inputs, beta: float, placement: str, evic
                 hook = layer.register_forward_hook(lambda _m, _a, y, e=entries[index]: share(e, y))
                 stack.callback(hook.remove)
             else:
-                block = Block(layer, BLOCKS[type(layer).__name__], "layer")
+                block = Block(layer, anatomies(layer)[0], "layer")
 
                 def halves(hidden_states, block=block, entry=entries[index], **kwargs):
                     return block.second(share(entry, block.first(hidden_states, **kwargs)))

@@ -130,6 +130,12 @@ def prompts(which=(0, 1)):
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def inner(inputs):
+    """Candidates of a prompt without images, bool [B, L]."""
+    real = inputs["attention_mask"].bool()
+    return real & (real.cumsum(1) > 1) & (real.flip(1).cumsum(1).flip(1) > 1)
+
+
 # -- what must come out ------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from saint import testing
 from saint.upstream import decoders as facts
 from saint.upstream.names import ENCODED, Parameters
 from saint.upstream.transformers import qualified
-from support.decoders import MODELS, SPECIAL, SPECS, TEXTS, batch, deep, prompts, without
+from support.decoders import MODELS, SPECIAL, SPECS, TEXTS, batch, deep, inner, prompts, without
 from support.families import IMAGE, cached
 from support.oracles import missing, relative_error
 
@@ -35,12 +35,6 @@ def _known(fresh, monkeypatch):
 
 def plan_at(*layers, keep=0.6, placement="post"):
     return saint.Plan(language=saint.Stage(saint.Saint(keep=keep), layers=list(layers), placement=placement))
-
-
-def inner(inputs):
-    """Candidates of a prompt without images, bool [B, L]."""
-    real = inputs["attention_mask"].bool()
-    return real & (real.cumsum(1) > 1) & (real.flip(1).cumsum(1).flip(1) > 1)
 
 
 def check(model, decoder, plan, make, candidates, stepwise=False):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import HookNeverFiredError, UnsupportedModelError
+from ..errors import HookNeverFiredError, ParityError, UnsupportedModelError
 from ..gathers import gather_tokens
 from ..runtime.blocks import Block
 from ..runtime.deciding import Seen
@@ -25,7 +25,7 @@ from ..runtime.observe import Observers
 from ..runtime.points import DropPoint
 from ..runtime.state import Forward, LayerState
 from ..tokens import Facts, TokenMap
-from ..upstream.decoders import BLOCKS
+from ..upstream.decoders import anatomies
 from ..upstream.names import (
     ALL_STATES,
     ATTENTION,
@@ -53,7 +53,7 @@ from .cache import (
 from .call import REQUIRED, Call, Spelling
 from .layers import Keeps
 from .masks import DENSE, FLASH, survivors_mask, weighed
-from .positions import gather_beside, gather_ids, gather_rotary
+from .positions import gather_beside, gather_ids, gather_rotary, rotary_like
 from .recurrent import filled_state, in_front
 
 
@@ -191,23 +191,26 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
 
     def _proved(self, index: int) -> Block:
         """The layer seen through its parts, once these were seen to make up the layer."""
-        module = self.modules[index]
-        spec = next((BLOCKS[c.__name__] for c in type(module).__mro__ if c.__name__ in BLOCKS), None)
-        if spec is None:
+        module, name = self.modules[index], f"{self.path}.{index}"
+        failed = None
+        for spec in anatomies(module):
+            block, norm = Block(module, spec, name), spec.norm1 or spec.branch1[0]
+            width = block.module.get_parameter(f"{norm}.weight").shape[-1]
+            for table in rotary_like(ATTENTION.get(module)):
+                try:
+                    block.prove(width, 0, table)
+                    return block
+                except ParityError as error:
+                    failed = failed or error
+        if failed is None:
             raise UnsupportedModelError(
-                f"{self.path}.{index} is a {type(module).__name__}, of which the place between attention and MLP is not known: "
-                f'use placement="post"; known: {", ".join(sorted(BLOCKS))}'
+                f"{name} is a {type(module).__name__}, of which the place between attention and MLP is not known: use "
+                'placement="post"'
             )
-        block = Block(module, spec, f"{self.path}.{index}")
-        width = block.module.get_parameter(f"{spec.norm1}.weight").shape[-1]
-        dim = ATTENTION.get(module).head_dim
-
-        def table(_: str, like: Tensor) -> tuple[Tensor, Tensor]:
-            values = torch.randn(2, 1, like.shape[-2], dim, generator=torch.Generator().manual_seed(1)).to(like)
-            return values[0], values[1]
-
-        block.prove(width, 0, table)
-        return block
+        raise ParityError(
+            f"{name} ({type(module).__name__}) does not compute what its parts alone would, so the place between attention and MLP "
+            f'is not known: use placement="post" ({failed})'
+        )
 
     @property
     def drops(self) -> bool:

@@ -3,8 +3,10 @@
 Letters: B batch, L positions of the full sequence, S survivors, D head dim, C channels.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..gathers import gather_along
@@ -35,3 +37,24 @@ def gather_beside(value: Any, tokens: TokenMap) -> Any:
     if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[1] != tokens.width:
         return value
     return gather_along(value, tokens.index, 1, 0) if value.shape[0] in (1, tokens.index.shape[0]) else value
+
+
+def rotary_like(attention: Any) -> list[Callable[[str, Tensor], Any]]:
+    """Makers of random rotary tables of the forms that an attention may take, given an argument's name and hidden states."""
+    turned = getattr(attention, "qk_rope_head_dim", None)  # of latent attention
+    whole = attention.head_dim if turned is None else turned
+    share = getattr(getattr(attention, "config", None), "rope_parameters", None) or {}
+    dims = dict.fromkeys([whole, int(whole * share.get("partial_rotary_factor", 1))])
+
+    def pair(dim: int) -> Callable[[str, Tensor], Any]:
+        def table(_: str, like: Tensor) -> tuple[Tensor, Tensor]:
+            values = torch.randn(2, 1, like.shape[-2], dim, generator=torch.Generator().manual_seed(1)).to(like)
+            return values[0], values[1]
+
+        return table
+
+    def turns(_: str, like: Tensor) -> Tensor:
+        values = torch.randn(1, like.shape[-2], whole // 2, generator=torch.Generator().manual_seed(1)).to(like.device)
+        return torch.polar(torch.ones_like(values), values)
+
+    return [*(pair(dim) for dim in dims), turns]

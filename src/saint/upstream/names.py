@@ -141,6 +141,7 @@ POOLED = Role("pooler_output")
 IMAGE_TOKEN = Role("image_token_id", "image_token_index")  # of configs
 VIDEO_TOKEN = Role("video_token_id")  # of configs
 ATTENTION = Role("self_attn")  # of decoder layers
+MLP = Role("mlp", "feed_forward", "block_sparse_moe", "moe")  # of decoder layers
 LAYERS = Role("layers")  # of decoders
 EXPERTS_USED = Role("num_experts_per_tok")  # of configs of mixtures of experts
 LAYER_KINDS = Role("layer_types", "layers_block_type")  # of configs of decoders
