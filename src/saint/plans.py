@@ -112,8 +112,9 @@ class Stage:
         if shown is not None and (blind := [layer for layer in chosen if layer not in shown]):
             near = sorted({layer for one in blind for layer in _nearest(one, shown)})
             raise ValueError(
-                f"no tokens can be chosen at layers {blind} of this model's {slot} stage, which keep no keys of their own (recurrent "
-                f"layers, layers that read an earlier one's keys, layers without attention); the nearest that do: {near}"
+                f"no tokens can be chosen at layers {blind} of this model's {slot} stage, which keep no keys of their own "
+                f"(recurrent layers, layers that read an earlier one's keys, layers without attention); the nearest that do: "
+                f"{near}"
             )
         return chosen
 

@@ -1,5 +1,6 @@
 """Drop points in front of block 0, several stages of a slot, the middle of decoder layers, merging there, and observers."""
 
+import functools
 from contextlib import ExitStack
 
 import pytest
@@ -200,13 +201,25 @@ def test_a_layer_of_unknown_parts_has_no_middle():
     model = FAMILIES["llava-llama"].build()
     layer = model.model.language_model.layers[1]
 
-    class Other(type(layer).__mro__[1]):
-        forward = type(layer).forward
+    kind = type(layer)
+
+    class Other(kind):
+        @functools.wraps(kind.forward)
+        def forward(self, hidden_states, **kwargs):
+            return 2 * super().forward(hidden_states, **kwargs)
 
     layer.__class__ = Other
     plan = Plan(language=Stage(saint.Saint(keep=0.5), layers=[1], placement="mid"))
-    with pytest.raises(saint.UnsupportedModelError, match=r'language_model\.1 is a Other.*placement="post"'):
+    with pytest.raises(saint.ParityError, match=r'language_model\.1 \(Other\) does not compute.*placement="post"'):
         saint.apply(model, plan)
+    layer.__class__ = kind
+    layer.perceptron = layer.mlp
+    del layer.mlp
+    with pytest.raises(
+        saint.UnsupportedModelError, match=r'language_model\.1 is a Llama.*not known: use placement="post"'
+    ):
+        saint.apply(model, plan)
+    layer.mlp = layer.perceptron
     saint.apply(model, Plan(language=Stage(saint.Saint(keep=0.5), layers=[1]))).remove()
 
 

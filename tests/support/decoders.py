@@ -20,6 +20,8 @@ SPECS = [
     FamilySpec("Qwen3.5", qualified("qwen3_5", "Qwen3_5Model"), tower="visual", connector="visual.merger"),
     FamilySpec("Qwen3.5 MoE", qualified("qwen3_5_moe", "Qwen3_5MoeModel"), tower="visual", connector="visual.merger"),
     FamilySpec("Gemma 4", qualified("gemma4", "Gemma4Model"), tower="vision_tower", connector="embed_vision"),
+    FamilySpec("Granite 4 Vision", qualified("granite4_vision", "Granite4VisionModel"), connector="spatial_projectors"),
+    FamilySpec("Qwen3-VL MoE", qualified("qwen3_vl_moe", "Qwen3VLMoeModel"), tower="visual", connector="visual.merger"),
 ]
 
 
@@ -109,8 +111,8 @@ TEXTS = {
         attention_chunk_size=24)),
     "deepseek-v3": ("deepseek_v3", "DeepseekV3Model", lambda: text(
         "DeepseekV3ForCausalLM", "DeepseekV3Config", head_dim=8, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
-        num_key_value_heads=4, qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
-        moe_intermediate_size=32, first_k_dense_replace=1)),
+        num_key_value_heads=4, qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        topk_group=1, moe_intermediate_size=32, first_k_dense_replace=1)),
 }  # fmt: skip
 
 
@@ -203,3 +205,51 @@ def deep(name):
     kinds = (["linear_attention"] * 3 + ["full_attention"]) * 2
     more = MOE if name.endswith("moe") else {}
     return qwen("Qwen3_5Moe" if more else "Qwen3_5", num_hidden_layers=8, layer_types=kinds, **more)
+
+
+# -- features that are added between layers ----------------------------------------------------------------------------------
+
+
+def granite():
+    """Features in front of layers 0, 2 and 3 of five: two of the first layers, one of them with nothing in between."""
+    text = text_config(num_hidden_layers=5, residual_multiplier=0.5, embedding_multiplier=2.0)
+    tower = {"model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "image_size": 24, "patch_size": 4}  # fmt: skip
+    config = hf.Granite4VisionConfig(
+        text_config=text, vision_config=tower, image_token_index=IMAGE, downsample_rate="1/2",
+        deepstack_layer_map=[(0, 0), (1, 2)], spatial_target_layers=[3, 4, 4, 4],
+        qformer_config={"model_type": "blip_2_qformer", "num_hidden_layers": 1, "intermediate_size": 32},
+    )  # fmt: skip
+    return make(hf.Granite4VisionForConditionalGeneration, config)
+
+
+def qwen_vl_moe():
+    text = text_config(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2], "mrope_interleaved": True},
+    )  # fmt: skip
+    tower = {"depth": 3, "num_heads": 2, "patch_size": 4, "hidden_size": 32, "out_hidden_size": 48, "intermediate_size": 48,
+             "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}  # fmt: skip
+    config = hf.Qwen3VLMoeConfig(
+        text_config=text, vision_config=tower, image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START,
+        vision_end_token_id=END,
+    )  # fmt: skip
+    return make(hf.Qwen3VLMoeForConditionalGeneration, config)
+
+
+DEEPSTACK = {"granite4-vision": granite, "qwen3-vl-moe": qwen_vl_moe}
+
+
+def stacked(model, which=(0, 1)):
+    """:func:`batch` with features for layers, too."""
+    inputs, generator = batch(model, which), torch.Generator().manual_seed(7)
+    sizes = [24, 16]
+    deep = [[torch.randn(sizes[one], 48, generator=generator) for one in (0, 1)] for _ in range(3)]
+    deep = [[layer[one] for one in which] for layer in deep]
+    output = inputs["mm_encoder_outputs"]["image"]
+    if "granite" in model.config.model_type:
+        output.deepstack_features = list(zip((0, 2, 3), deep, strict=True))
+        del inputs["mm_token_type_ids"]
+    else:
+        output.deepstack_features = deep[:2]
+    return inputs

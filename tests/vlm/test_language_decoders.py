@@ -12,8 +12,22 @@ import saint
 from saint import testing
 from saint.upstream import decoders as facts
 from saint.upstream.names import ENCODED, Parameters
+from saint.upstream.tiny import make, text_config
 from saint.upstream.transformers import qualified
-from support.decoders import MODELS, SPECIAL, SPECS, TEXTS, batch, deep, inner, prompts, without
+from support.decoders import (
+    DEEPSTACK,
+    MODELS,
+    SPECIAL,
+    SPECS,
+    TEXTS,
+    batch,
+    deep,
+    inner,
+    prompts,
+    stacked,
+    text,
+    without,
+)
 from support.families import IMAGE, cached
 from support.oracles import missing, relative_error
 
@@ -138,6 +152,26 @@ def test_side_inputs_and_shared_keys(name, layers):
         assert relative_error(model(**inputs).logits[here], actual[here]) > 1e-3
 
 
+@pytest.mark.parametrize("layers", [(0,), (1,), (0, 2)], ids=str)
+@pytest.mark.parametrize("name", DEEPSTACK)
+def test_features_that_are_added_between_layers(name, layers):
+    model = DEEPSTACK[name]()
+    inputs = stacked(model)
+    plan = plan_at(*layers)
+    with saint.pruned(model, plan) as session, torch.no_grad():
+        actual, trace = model(**inputs).logits, session.trace
+        out = model.generate(**inputs, **GREEDY)
+        alone = [model.generate(**stacked(model, (row,)), **GREEDY) for row in range(2)]
+    expected, _ = testing.masked_oracle(model, plan, inputs)
+    here = inputs["attention_mask"].bool() & ~missing(trace[-1].kept, inputs["input_ids"] == IMAGE)
+    assert relative_error(actual[here], expected["logits"][here]) < 1e-4
+    for row in range(2):
+        both, one = torch.stack(out.logits, 1)[row], torch.stack(alone[row].logits, 1)[0]
+        assert relative_error(both, one) < 1e-4
+    with torch.no_grad():
+        assert relative_error(model(**inputs).logits[here], actual[here]) > 1e-3
+
+
 # -- what goes wrong, and what is refused ------------------------------------------------------------------------------------
 
 
@@ -199,3 +233,36 @@ def test_a_method_whose_layer_shows_no_keys_takes_the_next_that_does():
     with saint.pruned(model, saint.Plan(language=saint.methods.FastV(keep=0.6))) as session, torch.no_grad():
         model(**batch(model))
         assert [entry.layer for entry in session.trace] == [3]
+
+
+REFUSED = {
+    "gemma3n": ("gemma3n", "Gemma3nTextModel", "several streams", lambda: make(
+        hf.Gemma3nForCausalLM, hf.Gemma3nTextConfig(**text_config(
+            num_hidden_layers=5, num_kv_shared_layers=0, hidden_size_per_layer_input=8, vocab_size_per_layer_input=128,
+            intermediate_size=[64] * 5, laurel_rank=8, activation_sparsity_pattern=[0.0] * 5,
+            layer_types=["sliding_attention"] * 4 + ["full_attention"])))),
+    "inkling2": ("inkling2", "Inkling2TextModel", "keys pass through a convolution", lambda: make(
+        hf.Inkling2ForCausalLM, hf.Inkling2TextConfig(**text_config(
+            swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=12, moe_intermediate_size=32,
+            unpadded_vocab_size=128, n_routed_experts=4, num_experts_per_tok=2)))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_layers_that_cannot_lose_tokens_are_refused_when_a_plan_is_applied(name, monkeypatch):
+    module, cls, why, build = REFUSED[name]
+    monkeypatch.setitem(facts.TEXT, qualified(module, cls), name)
+    model = build()
+    with pytest.raises(saint.UnsupportedModelError, match=f"{why}.*in front of the language model"):
+        saint.apply(model.model, plan_at(1))
+    assert saint.status(model) is None
+
+
+def test_queries_that_are_scaled_by_place_are_refused():
+    model = text("Llama4ForCausalLM", "Llama4TextConfig", num_hidden_layers=4, intermediate_size_mlp=64, num_local_experts=4,
+                 attention_chunk_size=24, floor_scale=30)  # fmt: skip
+    both, short = prompts(), prompts((1,))
+    with saint.pruned(model.model, plan_at(1)), torch.no_grad():
+        model(**short)
+        with pytest.raises(ValueError, match="ends at position 31.*by place from 30 on.*in front"):
+            model(**both)

@@ -6,6 +6,7 @@ the length that entered (``doorway``): a dropped position shows the nearest surv
 Letters: B batch, L positions of the forward, S survivors of the longest sample, N visual candidates, H KV heads, D head dim.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -35,6 +36,10 @@ from ..upstream.names import (
     LAST_ROWS,
     PAIRWISE,
     ROTARY,
+    SCALED_FROM,
+    SCALES,
+    STREAMS,
+    TURNS,
     Parameters,
 )
 from ..upstream.versions import known_from
@@ -143,6 +148,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         self.token = token
         spelled = {kind: Spelling(kind.forward) for kind in {type(module) for module in self.modules}}
         self.spelling = [spelled[type(module)] for module in self.modules]
+        self.exact = min((_scaled_from(module) for module in self.modules), default=math.inf)
         self._checked: weakref.ref[Any] | None = None
         self._check()
 
@@ -151,14 +157,14 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
             why = self._unable(index, module)
             if why:
                 raise UnsupportedModelError(
-                    f"{self.path}.{index} ({type(module).__name__}) cannot be given shortened sequences: {why}; drop tokens in "
-                    f"front of the language model instead (vision and connector stages); {known_from('transformers')}"
+                    f"{self.path}.{index} ({type(module).__name__}) cannot be given shortened sequences: {why}. Drop tokens in "
+                    f"front of the language model (vision and connector stages); {known_from('transformers')}"
                 )
         implementation = IMPLEMENTATION.get(self.module.config)
         if self.sources and implementation in FLASH:
             raise UnsupportedModelError(
-                f"layers of {self.path} read keys of earlier layers, where more tokens are left, and flash attention takes no mask "
-                'that says which: load the model with attn_implementation="sdpa"'
+                f"layers of {self.path} read keys of earlier layers, where more tokens are left, and flash attention takes no "
+                'mask that says which: load the model with attn_implementation="sdpa"'
             )
         if implementation not in DENSE | FLASH:
             raise UnsupportedModelError(
@@ -183,6 +189,8 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         parameters = self.spelling[index].parameters
         if missing := parameters.missing(*REQUIRED):
             return f"it takes no {', '.join(missing)}, which shows what its tokens see"
+        if STREAMS.of(module) is not None:
+            return "its hidden states are several streams, of which the first alone chooses"
         if parameters.has(PAIRWISE):
             return f"it takes a {PAIRWISE.among(parameters.names)} of every pair of places"
         if not parameters.has(ROTARY) and any("RotaryEmbedding" in type(part).__name__ for part in module.modules()):
@@ -208,8 +216,8 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
                 'placement="post"'
             )
         raise ParityError(
-            f"{name} ({type(module).__name__}) does not compute what its parts alone would, so the place between attention and MLP "
-            f'is not known: use placement="post" ({failed})'
+            f"{name} ({type(module).__name__}) does not compute what its parts alone would, so the place between attention and "
+            f'MLP is not known: use placement="post" ({failed})'
         )
 
     @property
@@ -277,6 +285,15 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         wanted = ALL_STATES.read(kwargs, ALL_STATES.get(self.module.config))
         forward.all_states = wanted is not None and wanted is not False
         forward.origin, forward.facts, forward.joined = state, facts, _joined(DEEPSTACK.read(kwargs))
+        if (
+            self.drops
+            and (before := 0 if cache is None else int(cache.get_seq_length())) + state.tokens.width > self.exact
+        ):
+            raise ValueError(
+                f"this prompt ends at position {before + state.tokens.width}, and attention of {self.path} scales its queries by "
+                f"place from {self.exact:g} on, which is not the position of a token once others have left in the language model: "
+                "drop tokens in front of it (vision and connector stages), or pass a shorter prompt"
+            )
         self.begin_layers(forward, state, None)
         # between layers the model would cut the last rows off a sequence that is shortened
         return {name: 0 if name in LAST_ROWS.spellings else value for name, value in kwargs.items()}
@@ -402,9 +419,9 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
             return original(x, **spelling.write(call))
         if filled_state(call.cache, layer):
             raise ValueError(
-                f"samples of this batch keep different numbers of tokens, and padding in front of the shorter ones would pass "
-                f"through the state that {self.path} layer {layer} ({type(self.modules[layer]).__name__}) holds of earlier turns: "
-                'give the method a fixed number of tokens (keep=64) or budget="batch", or one sample at a time'
+                f"samples of this batch keep different numbers of tokens, and padding in front of the shorter ones would go "
+                f"through the state that {self.path} layer {layer} ({type(self.modules[layer]).__name__}) holds of earlier "
+                'turns: give the method a fixed number of tokens (keep=64) or budget="batch", or one sample at a time'
             )
         order, back, front = forward.once("front", partial(in_front, tokens), tokens)
         shown = gather_beside(call.mask, front)
@@ -466,8 +483,16 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
                 entry.keep(*forward.once("left", partial(remaining, past, left, before=before), left, past))
 
 
+def _scaled_from(layer: nn.Module) -> float:
+    """The place from which on the attention of a layer scales queries by their place among its tokens (Llama 4)."""
+    attention = ATTENTION.get(layer)
+    if not SCALES.get(attention, False) or TURNS.get(attention, False):
+        return math.inf
+    return float(SCALED_FROM.get(attention, math.inf))
+
+
 def _joined(features: Any) -> frozenset[int]:
-    """The layers behind which the model adds to the full sequence: the first ones, or those in front of the ones that it names."""
+    """The layers behind which the model adds to the full sequence: the first ones, or those in front of layers it names."""
     if isinstance(features, Mapping):
         return frozenset(layer - 1 for layer in features)
     return frozenset(range(len(features or ())))
