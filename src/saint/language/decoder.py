@@ -285,18 +285,18 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         wanted = ALL_STATES.read(kwargs, ALL_STATES.get(self.module.config))
         forward.all_states = wanted is not None and wanted is not False
         forward.origin, forward.facts, forward.joined = state, facts, _joined(DEEPSTACK.read(kwargs))
-        if (
-            self.drops
-            and (before := 0 if cache is None else int(cache.get_seq_length())) + state.tokens.width > self.exact
-        ):
-            raise ValueError(
-                f"this prompt ends at position {before + state.tokens.width}, and attention of {self.path} scales its queries by "
-                f"place from {self.exact:g} on, which is not the position of a token once others have left in the language model: "
-                "drop tokens in front of it (vision and connector stages), or pass a shorter prompt"
-            )
+        self._refuse_scaled(state.tokens.width + (0 if cache is None else int(cache.get_seq_length())))
         self.begin_layers(forward, state, None)
         # between layers the model would cut the last rows off a sequence that is shortened
         return {name: 0 if name in LAST_ROWS.spellings else value for name, value in kwargs.items()}
+
+    def _refuse_scaled(self, end: int) -> None:
+        if self.drops and end > self.exact:
+            raise ValueError(
+                f"this prompt ends at position {end}, and attention of {self.path} scales its queries by place from {self.exact:g} "
+                "on, which is not the position of a token once others have left in the language model: drop tokens in front of "
+                "it (vision and connector stages), or pass a shorter prompt"
+            )
 
     # -- one layer ----------------------------------------------------------------------------------------------------
 
@@ -370,7 +370,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         return call, forward.once("keys", lambda: extended(past, before, tokens, bias), tokens, past)
 
     def _note(self, forward: DecoderForward, layer: int, call: Call, queries: int) -> Held:
-        """What a layer held in front of this forward; of one whose keys others read it is noted when the layer itself asks."""
+        """Read what a layer held in front of this forward; of one whose keys others read it is noted when the layer itself asks."""
         if layer in forward.held:
             return forward.held[layer]
         entries = [] if call.cache is None else call.cache.layers
@@ -381,7 +381,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
 
     @staticmethod
     def _bias(forward: DecoderForward, state: LayerState, dtype: torch.dtype) -> Tensor | None:
-        """What is added to the logits of the keys of merged tokens."""
+        """Return what is added to the logits of the keys of merged tokens."""
         if state.sizes is None:
             return None
         return forward.once("bias", partial(state.key_bias, dtype), state.tokens, state.sizes)

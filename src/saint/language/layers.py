@@ -34,7 +34,7 @@ class Keeps:
 
 
 def read_layers(config: Any, depth: int) -> list[Keeps]:
-    """What each of the ``depth`` layers of a decoder with this config keeps."""
+    """Read what each of the ``depth`` layers of a decoder with this config keeps."""
     made = DynamicCache(config=config).layers
     modes, kinds = SHARING.get(config) or (), LAYER_KINDS.get(config) or ()
     out = [Keeps()] * depth

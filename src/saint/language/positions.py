@@ -31,7 +31,7 @@ def gather_ids(ids: Tensor, tokens: TokenMap) -> Tensor:
 
 
 def gather_beside(value: Any, tokens: TokenMap) -> Any:
-    """What comes with each token, [B or 1, L, ...] -> [B, S, ...], alone or in tuples and lists; anything else as it is."""
+    """Cut what comes with each token, [B or 1, L, ...] -> [B, S, ...], alone or in tuples and lists; anything else stays."""
     if type(value) in (tuple, list):
         return type(value)(gather_beside(one, tokens) for one in value)
     if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[1] != tokens.width:

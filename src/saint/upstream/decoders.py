@@ -30,7 +30,7 @@ _DROPOUT1, _DROPOUT2, _SCALE = "resid_attn_dropout", "resid_mlp_dropout", "resid
 
 
 def anatomies(layer: nn.Module) -> list[BlockSpec]:
-    """What the parts of a decoder layer may be, by their names, the anatomy with most parts first: a block proves which it is."""
+    """List what the parts of a decoder layer may be, by their names, most parts first: a block proves which it is."""
     attention, mlp = ATTENTION.of(layer), MLP.of(layer)
     if attention is None or mlp is None:
         return []
