@@ -18,6 +18,7 @@ from .upstream.versions import warn_if_untested
 from .vision.encoder import PrunedEncoder
 from .vision.locate import locate, locate_tower
 from .vision.readers import Reader, check_readers, find_reader
+from .vlm.admission import admit
 from .vlm.locate import find as find_vlm
 from .vlm.locate import locate as locate_vlm
 from .vlm.locate import refuse_unknown
@@ -123,6 +124,8 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM":
 
     path, vlm, spec = locate_vlm(model, next(reversed(plan.slots), "language"))
     verify_family(vlm, spec)
+    if spec.derived:
+        admit(model, vlm, spec, tuple(plan.slots))
     warn_if_untested("torch", "transformers", vlm=True)
     prefix = f"{path}." if path else ""
     encoder, mergers, handover = None, {}, Handover()

@@ -157,8 +157,8 @@ class FamilySpec:
         title: name in tables and messages.
         model: qualified name (module and class) of the class that merges image features into the text: the model without its
             head. Subclasses are found by it, too.
-        tower: path of the vision tower.
-        connector: path of the module between tower and language model.
+        tower: path of the vision tower; "" where there is none.
+        connector: path of the module between tower and language model; "" where it is not known.
         decoder: path of the language model.
         pixels: arguments of the model's forward that bring images or videos.
         no_vision: why the vision stage is not possible, or None.
@@ -174,6 +174,7 @@ class FamilySpec:
         tower_spec: the encoder in ``tower``, where no other model can read its output (the family joins groups of its
             tokens); None where it is a registered encoder.
         tiny: small random models of the family.
+        derived: read off the instance, not written: see :mod:`saint.upstream.derive`.
     """
 
     title: str
@@ -190,6 +191,7 @@ class FamilySpec:
     library: str = "transformers"
     tower_spec: EncoderSpec | None = None
     tiny: tuple[TinyVLM, ...] = ()
+    derived: bool = False
 
     @property
     def stages(self) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from ..language.generation import watch
 from ..patch import Uncopyable, override
 from ..tokens import reads_are_free
 from ..upstream.names import (
+    AUDIO_TOKEN,
     CACHE,
     EMBEDDINGS,
     ENCODED,
@@ -94,8 +95,9 @@ class PrunedVLM(Uncopyable):
         for role in (IMAGE_FEATURES, VIDEO_FEATURES):
             if (method := role.of(self.model)) is not None:
                 override(stack, self.model, method, self._computed)
-        connector = self.model.get_submodule(self.spec.connector)
-        stack.callback(connector.register_forward_hook(self._connected).remove)
+        if self.spec.connector:
+            connector = self.model.get_submodule(self.spec.connector)
+            stack.callback(connector.register_forward_hook(self._connected).remove)
         if self.videos is not None:
             override(stack, self.model, self.videos.method, self.videos.encode)
         self.door.install(stack)
@@ -170,6 +172,11 @@ class PrunedVLM(Uncopyable):
                 f"{type(self.model).__name__} was given images and did not call {self.merge}, so nothing shows where its "
                 "visual tokens are; this version of the model merges them differently"
             )
+        heard = AUDIO_TOKEN.get(self.model.config)
+        if note.visual is not None and heard is not None and note.ids is not None:
+            note.visual = note.visual & (note.ids != heard).to(
+                note.visual.device
+            )  # features of sounds are merged likewise
         if note.visual is None and not note.plain:
             self._find(note, EMBEDDINGS.read(given))
         if self.videos is not None:
