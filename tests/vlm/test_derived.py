@@ -17,7 +17,6 @@ from saint.upstream.specs import part
 from saint.vlm import admission
 from saint.vlm.locate import find
 from support.families import FAMILIES
-from support.families import SPECS as WRITTEN
 from support.oracles import relative_error
 
 PLAN = saint.Plan(connector=saint.SaintFullGraph(keep=0.6))
@@ -55,7 +54,6 @@ def test_what_is_read_off_is_what_is_written(name):
     assert derived.decoder == written.decoder
     assert derived.tower == written.tower
     assert derived.model == written.model
-    assert derived.deepstack_layers(vlm) == written.deepstack_layers(vlm)
     assert {str(role) for role in written.pixels} <= {str(role) for role in derived.pixels}
 
 

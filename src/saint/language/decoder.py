@@ -31,8 +31,8 @@ from ..upstream.names import (
     ALL_STATES,
     ATTENTION,
     CACHE,
-    DEEPSTACK,
     IMPLEMENTATION,
+    JOINED,
     LAST_ROWS,
     PAIRWISE,
     ROTARY,
@@ -284,7 +284,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
             return kwargs
         wanted = ALL_STATES.read(kwargs, ALL_STATES.get(self.module.config))
         forward.all_states = wanted is not None and wanted is not False
-        forward.origin, forward.facts, forward.joined = state, facts, _joined(DEEPSTACK.read(kwargs))
+        forward.origin, forward.facts, forward.joined = state, facts, _joined(JOINED.read(kwargs))
         self._refuse_scaled(state.tokens.width + (0 if cache is None else int(cache.get_seq_length())))
         self.begin_layers(forward, state, None)
         # between layers the model would cut the last rows off a sequence that is shortened
@@ -293,8 +293,8 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
     def _refuse_scaled(self, end: int) -> None:
         if self.drops and end > self.exact:
             raise ValueError(
-                f"this prompt ends at position {end}, and attention of {self.path} scales its queries by place from {self.exact:g} "
-                "on, which is not the position of a token once others have left in the language model: drop tokens in front of "
+                f"this prompt ends at position {end}, and attention of {self.path} scales its queries by place from "
+                f"{self.exact:g} on, which is not the position of a token once others have left in the language model: drop tokens in front of "
                 "it (vision and connector stages), or pass a shorter prompt"
             )
 
@@ -370,7 +370,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         return call, forward.once("keys", lambda: extended(past, before, tokens, bias), tokens, past)
 
     def _note(self, forward: DecoderForward, layer: int, call: Call, queries: int) -> Held:
-        """Read what a layer held in front of this forward; of one whose keys others read it is noted when the layer itself asks."""
+        """Read what a layer held in front of this forward; noted, where others read its keys, when the layer itself asks."""
         if layer in forward.held:
             return forward.held[layer]
         entries = [] if call.cache is None else call.cache.layers

@@ -64,7 +64,8 @@ def survivors_mask(
         valid = inside if valid is None else valid & inside
         columns = (columns - first).clamp_min(0)
     if mask is None and shown is not None:
-        assert tokens is not None and columns is not None
+        assert tokens is not None
+        assert columns is not None
         mask = columns.unsqueeze(1) <= (tokens.index + before - first).unsqueeze(2)  # [B, S, K]
         return (mask if valid is None else mask & valid.unsqueeze(1)).unsqueeze(1)
     if mask is None:

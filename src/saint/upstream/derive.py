@@ -75,7 +75,6 @@ def _family(module: nn.Module, decoder: str) -> FamilySpec:
         decoder=decoder,
         pixels=tuple(Role(name) for name in names if str(PIXELS) in name or name in IMAGE_PATCHES.spellings),
         no_vision=_NO_VISION,
-        deepstack_layers=lambda one: deepstack(one.config),
         library=cls.__module__.partition(".")[0],
         derived=True,
     )

@@ -100,7 +100,7 @@ CACHING = Role("use_cache")  # also a field of configs
 SEEN_STATES = Role("encoder_hidden_states")  # of decoders that attend to another sequence
 SEEN_MASK = Role("encoder_attention_mask")
 ALL_STATES = Role("output_hidden_states")  # also a field of configs
-DEEPSTACK = Role(
+JOINED = Role(
     "deepstack_visual_embeds", "deepstack_features"
 )  # added behind the first layers, or in front of those named
 LAST_ROWS = Role("logits_to_keep")  # of decoders: how many of the last tokens the last layers run on
