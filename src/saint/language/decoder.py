@@ -294,8 +294,8 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         if self.drops and end > self.exact:
             raise ValueError(
                 f"this prompt ends at position {end}, and attention of {self.path} scales its queries by place from "
-                f"{self.exact:g} on, which is not the position of a token once others have left in the language model: drop tokens in front of "
-                "it (vision and connector stages), or pass a shorter prompt"
+                f"{self.exact:g} on, which is not the position of a token once others have left in the language model: drop "
+                "tokens in front of it (vision and connector stages), or pass a shorter prompt"
             )
 
     # -- one layer ----------------------------------------------------------------------------------------------------
