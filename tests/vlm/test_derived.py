@@ -54,7 +54,6 @@ def test_what_is_read_off_is_what_is_written(name):
     assert derived.decoder == written.decoder
     assert derived.tower == written.tower
     assert derived.model == written.model
-    assert derived.deepstack_layers(vlm) == written.deepstack_layers(vlm)
     assert {str(role) for role in written.pixels} <= {str(role) for role in derived.pixels}
 
 

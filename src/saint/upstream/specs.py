@@ -168,7 +168,6 @@ class FamilySpec:
             from the instance.
         feature_layer: index into the tower's hidden states (0 = embeddings) of the features used, from the instance; None
             where the features of several layers are joined.
-        deepstack_layers: layers behind which the model adds to the full sequence, from the instance (DeepStack).
         clips: from the instance and the arguments of the method that computes the features of videos: what each video becomes.
             None where a family has no videos.
         library: import name of the library that the class comes from.
@@ -188,7 +187,6 @@ class FamilySpec:
     merge_size: Callable[[Any], int | None] = lambda _: None
     deepstack_mergers: Callable[[Any], dict[str, int]] = lambda _: {}
     feature_layer: Callable[[nn.Module, int], int | None] = lambda _, depth: depth
-    deepstack_layers: Callable[[nn.Module], int] = lambda _: 0
     clips: Callable[[Any, Mapping[str, Any]], list[Clip]] | None = None
     library: str = "transformers"
     tower_spec: EncoderSpec | None = None

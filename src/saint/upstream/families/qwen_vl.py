@@ -148,7 +148,6 @@ SPECS = (
         deepstack_mergers=lambda m: {
             f"visual.deepstack_merger_list.{i}": layer + 1 for i, layer in enumerate(m.visual.deepstack_visual_indexes)
         },
-        deepstack_layers=lambda m: len(m.config.vision_config.deepstack_visual_indexes),
         tower_spec=_tower("Qwen3-VL", "qwen3_vl", "Qwen3VLVisionModel", "Qwen3VLVisionBlock"),
         tiny=(_tiny("qwen3-vl", _qwen3),),
     ),
