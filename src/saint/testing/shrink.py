@@ -103,7 +103,9 @@ class _Layers:
         kinds: dict[Any, list[int]] = {}
         for layer in range(self.depth):
             kinds.setdefault(kind(layer), []).append(layer)
-        kept = sorted(layer for layers in kinds.values() for layer in layers[:2])
+        every = max(layers[0] for layers in kinds.values()) if kinds else 0
+        # the first of each kind, and one behind them all: what a layer gets may be the work of any other
+        kept = sorted({layer for layers in kinds.values() for layer in _first_and_later(layers, every)})
         more = [layer for layer in range(self.depth) if layer not in kept]
         self.kept = sorted([*kept, *more[: max(0, FEW - len(kept))]])
         self.shared = sum(layer >= self.depth - shared for layer in self.kept)
@@ -151,6 +153,10 @@ class _Layers:
             setattr(
                 config, _OWN, {place: self.own[layer] for place, layer in enumerate(self.kept) if layer in self.own}
             )
+
+
+def _first_and_later(layers: list[int], every: int) -> list[int]:
+    return [layers[0], *([one for one in layers[1:] if one > every] or layers[1:])[:1]]
 
 
 def _like(value: Sequence[Any], new: list[Any]) -> Sequence[Any]:

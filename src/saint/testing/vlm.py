@@ -32,10 +32,18 @@ Make = Callable[[Sequence[int]], Inputs]
 
 def hybrid_plan(model: nn.Module) -> Plan:
     """Half to two thirds of the visual tokens go, at every stage that the family has."""
+    from ..language.layers import read_layers, with_keys  # imports transformers
+
     _, vlm, spec = locate(model, "language")
-    depth = len(list(LAYERS.get(vlm.get_submodule(spec.decoder)).children()))
+    decoder = vlm.get_submodule(spec.decoder)
+    depth = len(list(LAYERS.get(decoder).children()))
+    shown = with_keys(read_layers(decoder.config, depth)) or list(range(depth))
+    first = next((layer for layer in shown if layer), shown[0])
     vision = None if spec.no_vision is not None else Stage(SaintFullGraph(keep=0.8), layers=[1])
-    language = Stage(Saint(threshold=0.9, keep=0.6), layers=sorted({min(1, depth - 1), depth // 2}))
+    language = Stage(
+        Saint(threshold=0.9, keep=0.6),
+        layers=sorted({first, shown[len(shown) // 2]}),
+    )
     return Plan(vision=vision, connector=SaintFullGraph(keep=0.8), language=language)
 
 
