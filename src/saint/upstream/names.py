@@ -101,8 +101,11 @@ SEEN_STATES = Role("encoder_hidden_states")  # of decoders that attend to anothe
 SEEN_MASK = Role("encoder_attention_mask")
 ALL_STATES = Role("output_hidden_states")  # also a field of configs
 PIXELS = Role("pixel_values")
+IMAGE_PATCHES = Role("image_patches")
 VIDEOS = Role("pixel_values_videos")
 FRAMES = Role("pixel_values_videos", "pixel_values")  # the same, of the method that encodes them
+IMAGE_GRID = Role("image_grid_thw")  # the same of each image
+KINDS_OF_TOKENS = (Role("mm_token_type_ids", "moe_mm_token_type_ids"), Role("token_type_ids"))  # 1 at images
 VIDEO_GRID = Role("video_grid_thw")  # frames, rows and columns of patches of each video
 ENCODED = Role("mm_encoder_outputs")  # features computed earlier, in place of pixels
 GRID = Role("grid_thw")  # packed towers: rows and columns of patches of each image
@@ -121,6 +124,8 @@ IMAGE_FEATURES = Role("get_image_features")  # takes pixels, returns what the la
 VIDEO_FEATURES = Role("get_video_features")  # takes pixels of videos, returns what the language model receives of them
 TEXT_FEATURES = Role("get_text_features")  # of dual encoders
 MERGER = Role("inputs_merger")  # merges features into embeddings itself
+DECODER = Role("get_decoder")  # returns the language model, or what puts a head on it
+ENCODER = Role("get_encoder")  # returns the tower of a modality, or the model itself
 WINDOW_ORDER = Role("permute_input_for_window_attn")  # reorders groups of patches, given their order
 
 PREFILL = Role("_prefill")  # of `generate`: runs a prompt, in pieces where the generation config says so
@@ -133,8 +138,20 @@ BATCHING = (Role("generate_batch"), Role("init_continuous_batching"))  # an engi
 PIECE = Role("prefill_chunk_size")  # of generation configs
 IMPLEMENTATION = Role("_attn_implementation")  # of configs
 POOLED = Role("pooler_output")
-IMAGE_TOKEN = Role("image_token_id", "image_token_index")  # of configs
-VIDEO_TOKEN = Role("video_token_id")  # of configs
+DEEPSTACK_FEATURES = Role("deepstack_features")  # beside those: one for each layer that they enter at
+IMAGE_TOKEN = Role("image_token_id", "image_token_index", "image_patch_id")  # of configs
+VIDEO_TOKEN = Role("video_token_id", "video_token_index")  # of configs
+AUDIO_TOKEN = Role("audio_token_id", "audio_token_index")  # of configs
+VISION_CONFIG = Role("vision_config")  # of configs: that of the tower
+MERGE_SIDE = Role(  # of configs and of their towers': side of the squares of patches that become one token
+    "spatial_merge_size", "merge_kernel_size", "merge_size", "downsample_factor", "scale_factor", "hidden_stride",
+    "projector_pooling_ratio", "pooling_kernel_size",
+)  # fmt: skip
+STARTS = Role("vision_start_token_id", "image_start_token_id")  # of configs: in front of an image
+ENDS = Role("vision_end_token_id", "image_end_token_id")  # of configs: behind an image
+DEEPSTACK = Role(
+    "deepstack_visual_indexes"
+)  # of configs of towers: layers whose features enter the language model later
 ATTENTION = Role("self_attn")  # of decoder layers
 LAYERS = Role("layers")  # of decoders
 EXPERTS_USED = Role("num_experts_per_tok")  # of configs of mixtures of experts
@@ -142,3 +159,4 @@ WINDOWLESS = Role("fullatt_block_indexes")  # of configs of towers: layers whose
 WINDOW = Role("window_size")  # of the same, in pixels
 PINPOINTS = Role("image_grid_pinpoints")  # of configs that cut pictures into tiles
 PATCH = Role("patch_size")  # of configs of towers, in pixels
+IMAGE_SIDE = Role("image_size")  # of configs of towers, in pixels
