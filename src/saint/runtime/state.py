@@ -245,6 +245,12 @@ def packed_tokens(mask: Tensor, documents: Tensor, count: int | None = None) -> 
     return replace(apart, tokens=TokenMap.full(1, mask.shape[1], mask.device), places=places)
 
 
+def grid_squares(rows: int, columns: int, side: int, device: torch.device | None = None) -> Tensor:
+    """Cells of each square of ``side`` x ``side`` of a grid that lies row by row, int64 [squares, side * side]."""
+    cells = torch.arange(rows * columns, device=device).view(rows // side, side, columns // side, side)
+    return cells.transpose(1, 2).reshape(-1, side * side)
+
+
 def squares(batch: int, count: int, side: int, device: torch.device) -> LayerState:
     """Groups of ``side`` x ``side`` neighbours on a square grid of ``count`` patches, row by row, are the candidates.
 
@@ -257,8 +263,7 @@ def squares(batch: int, count: int, side: int, device: torch.device) -> LayerSta
             f"{count} patches are joined in groups of {side} x {side}, so their grid must be square with sides that are a "
             f"multiple of {side}: resize the images as the model's processor does"
         )
-    cells = torch.arange(count, device=device).view(edge // side, side, edge // side, side)
-    members = cells.transpose(1, 2).reshape(-1, side * side)
+    members = grid_squares(edge, edge, side, device)
     places = members + torch.arange(0, batch * count, count, device=device).view(-1, 1, 1)
     groups = TokenMap.full(batch, len(members), device)
     return LayerState(TokenMap.full(batch, count, device), groups.total, groups, places)

@@ -160,3 +160,11 @@ WINDOW = Role("window_size")  # of the same, in pixels
 PINPOINTS = Role("image_grid_pinpoints")  # of configs that cut pictures into tiles
 PATCH = Role("patch_size")  # of configs of towers, in pixels
 IMAGE_SIDE = Role("image_size")  # of configs of towers, in pixels
+
+# -- parts of blocks of towers ----------------------------------------------------------------------------------------
+
+BLOCK_ATTENTIONS = Role("self_attn", "attention", "attn")
+BLOCK_MLPS = Role("mlp", "ffn", "feed_forward")
+BLOCK_KEYS = Role("k_proj", "key", "wk")  # of their attentions: emits the keys
+BLOCK_PACKED_KEYS = Role("qkv", "qkv_proj", "wqkv")  # likewise: queries, keys and values side by side
+BLOCK_HEADS = Role("num_heads", "num_attention_heads", "n_heads")

@@ -93,6 +93,7 @@ class EncoderSpec:
         masked_pools: methods that pool behind the last block, and their argument that marks padding.
         dense_calls: methods whose maps must be full length (they reshape to the grid).
         packed: samples lie one behind the other in one sequence without batch axis, told by an argument with their grids.
+        raster: of a packed encoder: the patches of a picture lie row by row, not square by square of those that are joined.
         order: of a packed encoder: method that reorders groups of tokens and is given their order, or None.
         candidates: how many the instance always has, or None where the size of the pictures decides.
         usual: side in pixels of the pictures that its preprocessing makes at most, where the config tells the size of the
@@ -115,6 +116,7 @@ class EncoderSpec:
     masked_pools: dict[str, Role] = field(default_factory=dict)
     dense_calls: tuple[str, ...] = ()
     packed: bool = False
+    raster: bool = False
     order: Role | None = None
     candidates: Callable[[Any], int | None] = lambda _: None
     usual: int | None = None
