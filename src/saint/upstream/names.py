@@ -165,6 +165,6 @@ IMAGE_SIDE = Role("image_size")  # of configs of towers, in pixels
 
 BLOCK_ATTENTIONS = Role("self_attn", "attention", "attn")
 BLOCK_MLPS = Role("mlp", "ffn", "feed_forward")
-BLOCK_KEYS = Role("k_proj", "key", "wk")  # of their attentions: emits the keys
+BLOCK_KEYS = Role("k_proj", "key", "wk", "k")  # of their attentions: emits the keys
 BLOCK_PACKED_KEYS = Role("qkv", "qkv_proj", "wqkv")  # likewise: queries, keys and values side by side
-BLOCK_HEADS = Role("num_heads", "num_attention_heads", "n_heads")
+BLOCK_HEADS = Role("num_key_value_heads", "num_heads", "num_attention_heads", "n_heads")

@@ -37,7 +37,7 @@ class BlockSpec:
         keys: what shows the keys: a module whose output is K ([B, H, N, D] or [B, N, H*D]), or a packed ``in_proj_weight``
             from which they are recomputed. The first candidate that exists is used; none where a cache shows them.
         keys_by_token: the module's output is [B, N, H, D].
-        heads: attribute with the number of heads, needed for 3-D keys; the first candidate that exists is used.
+        heads: attribute with the number of heads of the keys, needed for 3-D keys; the first candidate that exists is used.
         mask: the block's attention-mask argument.
         padding: nn.MultiheadAttention that takes ``key_padding_mask`` instead of ``mask``.
         tables: block arguments that hold positional tables over the patch tokens (RoPE).
@@ -160,7 +160,7 @@ class FamilySpec:
         model: qualified name (module and class) of the class that merges image features into the text: the model without its
             head. Subclasses are found by it, too.
         tower: path of the vision tower.
-        connector: path of the module between tower and language model.
+        connector: path of the module between tower and language model; "": the method that computes features stands for it.
         decoder: path of the language model.
         pixels: arguments of the model's forward that bring images or videos.
         no_vision: why the vision stage is not possible, or None.
@@ -170,6 +170,7 @@ class FamilySpec:
             from the instance.
         feature_layer: index into the tower's hidden states (0 = embeddings) of the features used, from the instance; None
             where the features of several layers are joined.
+        reads: hidden states that are read behind the blocks (0 = embeddings), where ``connector`` is "".
         deepstack_layers: layers behind which the model adds to the full sequence, from the instance (DeepStack).
         clips: from the instance and the arguments of the method that computes the features of videos: what each video becomes.
             None where a family has no videos.
@@ -177,6 +178,7 @@ class FamilySpec:
         tower_spec: the encoder in ``tower``, where no other model can read its output (the family joins groups of its
             tokens); None where it is a registered encoder.
         tiny: small random models of the family.
+        derived: read off the instance, not written: see :mod:`saint.upstream.derive`.
     """
 
     title: str
@@ -189,11 +191,13 @@ class FamilySpec:
     merge_size: Callable[[Any], int | None] = lambda _: None
     deepstack_mergers: Callable[[Any], dict[str, int]] = lambda _: {}
     feature_layer: Callable[[nn.Module, int], int | None] = lambda _, depth: depth
+    reads: frozenset[int] = frozenset()
     deepstack_layers: Callable[[nn.Module], int] = lambda _: 0
     clips: Callable[[Any, Mapping[str, Any]], list[Clip]] | None = None
     library: str = "transformers"
     tower_spec: EncoderSpec | None = None
     tiny: tuple[TinyVLM, ...] = ()
+    derived: bool = False
 
     @property
     def stages(self) -> tuple[str, ...]:

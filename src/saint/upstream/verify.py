@@ -50,7 +50,7 @@ def verify_family(model: nn.Module, spec: FamilySpec) -> None:
     missing = [
         f"{path} ({use})"
         for path, use in ((spec.tower, "tower"), (spec.connector, "connector"), (spec.decoder, "language model"))
-        if part(model, path) is None
+        if path and part(model, path) is None
     ]
     forward = Parameters(type(model).forward)
     missing += [f"argument {name}" for name in forward.missing(CACHE, MASK, *spec.pixels)]

@@ -7,8 +7,7 @@ one of them spoils some tokens, the spoiled features tell which layer is read, w
 Letters: T tokens of a sequence with its prefix, R features.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ParityError, SaintError
+from ..gathers import DROPPED, is_dropped
 from ..patch import override
 from ..runtime.blocks import Block
 from ..runtime.state import grid_squares
@@ -52,7 +52,7 @@ class _Layout:
         layer: index into the hidden states (0 = embeddings) of the features.
         side: of the squares that are joined.
         raster: packed patches lie row by row.
-        mergers: paths of further modules, and the hidden states that they read.
+        reads: hidden states that are read behind the blocks, among them those.
         prefix: tokens in front of the patches.
     """
 
@@ -60,7 +60,7 @@ class _Layout:
     layer: int
     side: int
     raster: bool
-    mergers: dict[str, int]
+    reads: frozenset[int]
     prefix: int
 
 
@@ -97,7 +97,7 @@ def _facts(model: Any, path: str) -> dict[str, Any] | str:
         "connector": layout.connector,
         "merge_size": lambda _: layout.side if layout.side > 1 or probe.flat else None,
         "feature_layer": lambda _model, _depth: layout.layer,
-        "deepstack_mergers": lambda _: layout.mergers,
+        "reads": layout.reads,
         "tower_spec": spec,
     }
 
@@ -206,6 +206,7 @@ class _Probe:
         self.method = IMAGE_FEATURES.of(model) or ""
         self.shape: torch.Size | None = None  # of what enters the blocks, without channels
         self.order: Tensor | None = None
+        self.deep: list[Tensor] = []  # features for later layers, of the last run
         self.flat = Parameters(type(blocks[0]).forward).has(SEGMENTS)
 
     def layout(self, prefix: int | None) -> _Layout | str:
@@ -215,7 +216,7 @@ class _Probe:
         given, errors = None, list[str]()
         for given in pictures(self.model, self.encoder):
             try:
-                clean = self.run(given, -1, None)
+                clean = self.run(given, (), None)
             except Exception as error:  # whatever a class says of a form that it does not take
                 errors.append(f"{type(error).__name__}: {error}")
                 continue
@@ -224,36 +225,45 @@ class _Probe:
             return "no form of pictures is known that it takes" + (f" ({errors[0]})" if errors else "")
         if any(bool(torch.isnan(rows).any()) for rows in clean.values()):
             return "its features are NaN for random pictures"
-        read = [layer for layer in range(len(self.blocks)) if _spoiled(self.run(given, layer, None)[""]).any()]
-        if len(read) != 1:
-            return (
-                f"its features come from {len(read)} layers of its tower, which would hold different tokens"
-                if read
-                else "what its blocks compute does not reach its features"
-            )
-        return self._grouping(given, read[0], clean, prefix)
+        layer = self._read(given)
+        return layer if isinstance(layer, str) else self._grouping(given, layer, clean, prefix)
 
-    def run(self, given: Pictures, layer: int, rows: Tensor | None) -> dict[str, Tensor]:
-        """Rows by place, [R, C]: "" for the features, else the path of a module outside of the blocks and the decoder.
+    def _read(self, given: Pictures) -> int | str:
+        """The block whose output becomes the features, or why there is not one."""
+        depth = range(len(self.blocks))
+        last = next((one for one in reversed(depth) if _spoiled(self.run(given, {one}, None)[""]).any()), None)
+        if last is None:
+            return "what its blocks compute does not reach its features"
+        if _spoiled(self.run(given, set(depth) - {last}, None)[""]).any():
+            return "its features are joined from several layers of its tower, which would hold different tokens"
+        return last
+
+    def run(
+        self, given: Pictures, spoil: Collection[int], rows: Tensor | None, marked: tuple[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Rows by place, [R, C]: "" for the features, else the path of a module outside of the blocks.
 
         Args:
             given: pictures.
-            layer: the block that spoils tokens; -1: none.
+            spoil: the blocks that spoil tokens.
             rows: which tokens, bool, of the shape of the sequence without channels; None: all.
+            marked: a place, and which of the rows that leave it are marked as dropped, bool [R].
         """
         seen: dict[str, Tensor] = {}
         with ExitStack() as stack, torch.no_grad():
             for index, block in enumerate(self.blocks):
-                override(stack, block, "forward", self._hand_on(index, layer, rows))
+                override(stack, block, "forward", self._hand_on(index in spoil, index == 0, rows))
             if (order := WINDOW_ORDER.of(self.encoder)) is not None:
                 override(stack, self.encoder, order, self._note_order)
             for path, module in self._places():
-                stack.callback(module.register_forward_hook(_watch(seen, path)).remove)
+                stack.callback(module.register_forward_hook(_watch(seen, path, marked)).remove)
             training = [module for module in self.model.modules() if module.training]
             for module in training:
                 module.training = False
                 stack.callback(setattr, module, "training", True)
             output = getattr(self.model, self.method)(**given.inputs, return_dict=True)
+        deep = getattr(output, field) if (field := DEEPSTACK_FEATURES.of(output)) is not None else None
+        self.deep = [rows_of(one) for one in deep or ()]
         return {**seen, "": rows_of(output)}
 
     def _places(self) -> Iterator[tuple[str, nn.Module]]:
@@ -262,12 +272,12 @@ class _Probe:
             if path and id(module) not in inside and not isinstance(module, nn.ModuleList):
                 yield path, module
 
-    def _hand_on(self, index: int, spoils: int, rows: Tensor | None) -> Callable[..., Any]:
+    def _hand_on(self, spoils: bool, first: bool, rows: Tensor | None) -> Callable[..., Any]:
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-                if index == 0:
+                if first:
                     self.base, self.shape = x, x.shape[:-1]
-                if index != spoils:
+                if not spoils:
                     return self.base
                 gone = torch.ones(x.shape[:-1], dtype=torch.bool) if rows is None else rows
                 return self.base.masked_fill(gone.to(x.device).unsqueeze(-1), torch.nan)
@@ -300,19 +310,26 @@ class _Probe:
         elif self.shape.numel() != patches or len(self.shape) != 1:
             return f"{self.shape.numel()} tokens of {patches} patches"
         sides = [s for s in range(1, 9) if all(rows % s == 0 and columns % s == 0 for rows, columns in given.grids)]
-        for side in sorted(sides, key=lambda s: s != merge_side(self.model.config)):
-            for raster in (False, True) if self.flat and side > 1 else (not self.flat,):
-                groups = self._groups(given, side, raster, prefix)
-                place = self._place(given, block, clean, groups)
+        told = merge_side(self.model.config)
+        ways = [(side, raster) for side in sorted(sides, key=lambda s: s != told) for raster in self._orders(side)]
+        every = {way: groups for way in ways if (groups := self._groups(given, *way, prefix)) is not None}
+        for find in (self._in_features, self._in_a_module):
+            for (side, raster), groups in every.items():
+                place = find(given, block, clean, groups)
                 if place is not None:
-                    mergers = self._mergers(given, block, clean, len(groups))
-                    return mergers if isinstance(mergers, str) else _Layout(
-                        place, block + 1, side, raster and self.flat, mergers, prefix
-                    )  # fmt: skip
+                    reads = frozenset({block + 1, *self._deepstack(given, block)})
+                    return _Layout(place, block + 1, side, raster and self.flat, reads, prefix)
         return "no squares of patches were found of which each makes one feature, in the order of its picture"
 
-    def _groups(self, given: Pictures, side: int, raster: bool, prefix: int) -> Tensor:
-        """Flat indices of the tokens of each group, in the order of the features, int64 [groups, side * side]."""
+    def _orders(self, side: int) -> tuple[bool, ...]:
+        """In which orders patches may lie: square by square (False), row by row."""
+        return (False, True) if self.flat and side > 1 else (not self.flat,)
+
+    def _groups(self, given: Pictures, side: int, raster: bool, prefix: int) -> Tensor | None:
+        """Flat indices of the tokens of each group, in the order of the features, int64 [groups, side * side].
+
+        None where an order is known of other groups.
+        """
         if raster:
             places, start = list[Tensor](), 0
             for rows, columns in given.grids:
@@ -322,33 +339,44 @@ class _Probe:
             return torch.cat(places)
         assert self.shape is not None
         groups = torch.arange(self.shape.numel()).view(-1, side * side)
-        return groups if self.order is None else groups[torch.argsort(self.order.cpu())]
+        if self.order is None:
+            return groups
+        return groups[torch.argsort(self.order.cpu())] if len(self.order) == len(groups) else None
 
-    def _place(self, given: Pictures, block: int, clean: dict[str, Tensor], groups: Tensor) -> str | None:
-        """Where each group has one row: "" for the features, else the path of the last module that shows it."""
+    def _lose(self, groups: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Half of the groups, bool [groups], and the tokens of those, bool, of the shape of the sequence."""
         assert self.shape is not None
-        fits = [path for path, rows in clean.items() if len(rows) == len(groups)]
-        for seed in range(3):
-            lost = torch.rand(len(groups), generator=torch.Generator().manual_seed(seed)) < 0.5
-            gone = torch.zeros(self.shape.numel(), dtype=torch.bool)
-            gone[groups[lost].flatten()] = True
-            shown = self.run(given, block, gone.view(self.shape))
-            fits = [path for path in fits if torch.equal(_spoiled(shown[path]), lost)]
-        if "" in fits:
-            return ""
-        return fits[-1] if fits else None
+        lost = torch.rand(len(groups), generator=torch.Generator().manual_seed(seed)) < 0.5
+        gone = torch.zeros(self.shape.numel(), dtype=torch.bool)
+        gone[groups[lost].flatten()] = True
+        return lost, gone.view(self.shape)
 
-    def _mergers(self, given: Pictures, block: int, clean: dict[str, Tensor], groups: int) -> dict[str, int] | str:
-        """Modules that make rows of groups from other hidden states, and which (0 = embeddings)."""
-        mergers: dict[str, int] = {}
-        for layer in range(len(self.blocks)):
-            shown = {} if layer == block else self.run(given, layer, None)
-            for path, rows in shown.items():
-                inside = any(path.startswith(f"{other}.") for other in mergers)
-                if path and len(clean[path]) == groups and not inside and bool(_spoiled(rows).all()):
-                    mergers[path] = layer + 1
-        # a module is called before those that it is inside of have returned: the outermost stands last
-        return {path: layer for path, layer in mergers.items() if not any(path.startswith(f"{o}.") for o in mergers)}
+    def _in_features(self, given: Pictures, block: int, clean: dict[str, Tensor], groups: Tensor) -> str | None:
+        """Return "" where each group makes one row of the features, in order."""
+        for seed in range(3):
+            lost, gone = self._lose(groups, seed)
+            if len(clean[""]) != len(lost) or not torch.equal(_spoiled(self.run(given, {block}, gone)[""]), lost):
+                return None
+        return ""
+
+    def _in_a_module(self, given: Pictures, block: int, clean: dict[str, Tensor], groups: Tensor) -> str | None:
+        """Path of the last module whose rows are those of the groups, and behind which rows are moved alone."""
+        lost, gone = self._lose(groups, 0)
+        shown = self.run(given, {block}, gone)
+        fits = [path for path, rows in shown.items() if path and len(rows) == len(lost)]
+        for path in reversed([path for path in fits if torch.equal(_spoiled(shown[path]), lost)]):
+            travelled = self.run(given, (), None, (path, lost))[""]
+            marked = is_dropped(travelled)
+            if bool(marked.any()) and torch.equal(travelled[~marked], clean[""][~marked]):
+                return path
+        return None
+
+    def _deepstack(self, given: Pictures, block: int) -> Iterator[int]:
+        """Hidden states (0 = embeddings) that features for later layers are made of."""
+        for layer in range(len(self.blocks)) if self.deep else ():
+            self.run(given, {layer}, None)
+            if any(bool(_spoiled(rows).any()) for rows in self.deep):
+                yield layer + 1
 
 
 def rows_of(output: Any) -> Tensor:
@@ -360,10 +388,15 @@ def rows_of(output: Any) -> Tensor:
     return torch.cat([one.reshape(-1, one.shape[-1]) for one in value])
 
 
-def _watch(seen: dict[str, Tensor], path: str) -> Callable[..., None]:
-    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim >= 2 and output.is_floating_point():
-            seen[path] = output.reshape(-1, output.shape[-1])
+def _watch(seen: dict[str, Tensor], path: str, marked: tuple[str, Tensor] | None) -> Callable[..., Any]:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor) or output.ndim < 2 or not output.is_floating_point():
+            return None
+        seen[path] = output.reshape(-1, output.shape[-1])
+        if marked is None or marked[0] != path:
+            return None
+        lost = marked[1].view(output.shape[:-1]).to(output.device)
+        return output.masked_fill(lost.unsqueeze(-1), DROPPED)
 
     return hook
 
