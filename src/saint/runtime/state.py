@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..tokens import Facts, LayerTrace, Selection, TokenMap, leading
 
@@ -288,3 +289,20 @@ def packed_groups(lengths: list[int], size: int, order: Tensor | None, device: t
     valid = None if min(counts) == most else leading(counts, most, device)
     groups = TokenMap.full(len(counts), most, device, valid)
     return LayerState(TokenMap.full(1, sum(lengths), device), groups.total, groups, places)
+
+
+def packed_squares(grids: list[tuple[int, int]], side: int, device: torch.device) -> LayerState:
+    """Squares of ``side`` x ``side`` patches of grids that lie row by row, one behind the other in one sequence, are the candidates.
+
+    Args:
+        grids: rows and columns of patches of each sample.
+        side: of the squares.
+        device: of the indices.
+    """
+    starts = [sum(rows * columns for rows, columns in grids[:i]) for i in range(len(grids))]
+    own = [start + grid_squares(*grid, side, device) for start, grid in zip(starts, grids, strict=True)]
+    counts = [len(squares) for squares in own]
+    most, total = max(counts), sum(rows * columns for rows, columns in grids)
+    valid = None if min(counts) == most else leading(counts, most, device)
+    groups = TokenMap.full(len(grids), most, device, valid)
+    return LayerState(TokenMap.full(1, total, device), groups.total, groups, pad_sequence(own, batch_first=True))

@@ -16,6 +16,7 @@ from ..plans import Plan, Stage
 from ..session import pruned
 from ..tokens import LayerTrace
 from ..upstream.names import LAYERS, MASK
+from ..vision.derive import with_tower
 from ..vlm.locate import locate
 from ..vlm.prompts import answered, placeholders
 from .contracts import Result, check_undo, evaluating, outcomes, snapshot
@@ -30,6 +31,7 @@ Make = Callable[[Sequence[int]], Inputs]
 def hybrid_plan(model: nn.Module) -> Plan:
     """Half to two thirds of the visual tokens go, at every stage that the family has."""
     _, vlm, spec = locate(model, "language")
+    spec = with_tower(vlm, spec)
     depth = len(list(LAYERS.get(vlm.get_submodule(spec.decoder)).children()))
     vision = None if spec.no_vision is not None else Stage(SaintFullGraph(keep=0.8), layers=[1])
     language = Stage(Saint(threshold=0.9, keep=0.6), layers=sorted({min(1, depth - 1), depth // 2}))

@@ -1,6 +1,6 @@
 """What is known of another library's class: one frozen spec of plain facts each. The tables of specs are the other files here."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -166,11 +166,10 @@ class FamilySpec:
         no_vision: why the vision stage is not possible, or None.
         merge_size: side of the square of patches that is joined into one token between tower and language model, from the
             instance; None where every patch becomes a token.
-        deepstack_mergers: paths of further modules that join patches, and the tower's hidden states they read (0 = embeddings),
-            from the instance.
         feature_layer: index into the tower's hidden states (0 = embeddings) of the features used, from the instance; None
             where the features of several layers are joined.
-        reads: hidden states that are read behind the blocks (0 = embeddings), where ``connector`` is "".
+        reads: indices into the tower's hidden states (0 = embeddings) of those that further features are made of, from the
+            instance (DeepStack).
         deepstack_layers: layers behind which the model adds to the full sequence, from the instance (DeepStack).
         clips: from the instance and the arguments of the method that computes the features of videos: what each video becomes.
             None where a family has no videos.
@@ -189,9 +188,8 @@ class FamilySpec:
     pixels: tuple[Role, ...] = (PIXELS,)
     no_vision: str | None = None
     merge_size: Callable[[Any], int | None] = lambda _: None
-    deepstack_mergers: Callable[[Any], dict[str, int]] = lambda _: {}
     feature_layer: Callable[[nn.Module, int], int | None] = lambda _, depth: depth
-    reads: frozenset[int] = frozenset()
+    reads: Callable[[Any], Iterable[int]] = lambda _: ()
     deepstack_layers: Callable[[nn.Module], int] = lambda _: 0
     clips: Callable[[Any, Mapping[str, Any]], list[Clip]] | None = None
     library: str = "transformers"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ from ..upstream.specs import BlockSpec, EncoderSpec, FamilySpec, part
 from .checks import prove_block
 from .locate import find
 
+_measured: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()  # of models that are alive
 _CONNECTOR = "use the connector or language stage"
 
 
@@ -68,10 +70,16 @@ def with_tower(model: Any, spec: FamilySpec) -> FamilySpec:
     """``spec`` with what the vision stage needs to know, or with the reason why there is none.
 
     Args:
-        model: the module of the family, with weights, not patched.
-        spec: read off the instance, with the path of the tower.
+        model: the module of the family, with weights; not patched when it is first asked for.
+        spec: of the family; one that was not read off the instance is returned as it is.
     """
-    facts = _facts(model, spec.tower) if spec.tower else "it has no tower: its patches enter the language model"
+    if not spec.derived:
+        return spec
+    facts = _measured.get(model)
+    if facts is None:
+        facts = _facts(model, spec.tower) if spec.tower else "it has no tower: its patches enter the language model"
+        if not isinstance(facts, str):
+            _measured[model] = facts
     if isinstance(facts, str):
         return replace(spec, no_vision=f"{facts}; {_CONNECTOR}")
     return replace(spec, no_vision=None, **facts)
@@ -97,7 +105,7 @@ def _facts(model: Any, path: str) -> dict[str, Any] | str:
         "connector": layout.connector,
         "merge_size": lambda _: layout.side if layout.side > 1 or probe.flat else None,
         "feature_layer": lambda _model, _depth: layout.layer,
-        "reads": layout.reads,
+        "reads": lambda _: layout.reads,
         "tower_spec": spec,
     }
 

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..frames import NONE, numbered
 from ..patch import Uncopyable, override, refuse_tracing
 from ..runtime.forwards import Forwards
-from ..runtime.state import Forward, LayerState, all_tokens, packed_groups, squares
+from ..runtime.state import Forward, LayerState, all_tokens, packed_groups, packed_squares, squares
 from ..tokens import Facts
 from ..upstream.names import GRID, Parameters
 from ..upstream.specs import EncoderSpec, part
@@ -177,8 +177,10 @@ class Inputs(Uncopyable):
             samples = forward.samples
             if sum(samples) != count:
                 raise ValueError(f"grid_thw announces {sum(samples)} patches, and there are {count}")
-            size = self.merge_size**2
-            return packed_groups(samples, size, forward.order, x.device)
+            if self.spec.raster:
+                frames = [(rows, columns) for frames, rows, columns in forward.grids for _ in range(frames)]
+                return packed_squares(frames, self.merge_size, x.device)
+            return packed_groups(samples, self.merge_size**2, forward.order, x.device)
         valid = None
         if mask is not None and mask.ndim == 4:
             seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
