@@ -15,7 +15,7 @@ from ..language.locate import find as find_text
 from ..plans import Plan
 from ..session import pruned
 from ..tokens import LayerTrace
-from ..upstream.names import EMBEDDINGS, GRID, IDS, IMAGE_FEATURES, IMAGE_TOKEN, LAYERS, MASK, POOLED, SEGMENTS, Parameters
+from ..upstream.names import EMBEDDINGS, GRID, IDS, IMAGE_FEATURES, IMAGE_TOKEN, LAYERS, MASK, PATCH, PICTURE_SIZES, POOLED, SEGMENTS, Parameters
 from ..upstream.specs import EncoderSpec, FamilySpec, part
 from ..upstream.verify import merge_method
 from ..vision.derive import with_tower
@@ -152,7 +152,7 @@ class _HidingInEncoder:
                     left = self._left_by(entry, x.shape[-2]).to(x.device)
                     self.current = self.current if bool(left.all()) else left
             self.mode.visible, self.mode.masked = self.current, 0
-            if self.spec.packed and self.current is not None:
+            if SEGMENTS.read(kwargs) is not None and self.current is not None:
                 pieces = self.current.split(SEGMENTS.read(kwargs).diff().tolist(), 1)
                 # a segment without survivors has no query whose result counts, and softmax needs a key
                 self.mode.visible, self.mode.pieces = None, [p if bool(p.any()) else torch.ones_like(p) for p in pieces]
@@ -170,7 +170,7 @@ class _HidingInEncoder:
             if layer in self.by_layer:
                 left = self._left_by(self.by_layer[layer], y.shape[-2]).to(y.device)
                 self.current = self.current if bool(left.all()) else left
-            self.mode.visible = None if self.spec.packed else self.current
+            self.mode.visible = None if self.mode.pieces or y.ndim == 2 else self.current
             return self._pooled(_module, _args, output) if layer == len(self.blocks) - 1 else None
 
         return hook
@@ -187,7 +187,11 @@ class _HidingInEncoder:
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
     def _see_grids(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        grid = GRID.read(Parameters(type(self.encoder).forward).named(args, kwargs))
+        given = Parameters(type(self.encoder).forward).named(args, kwargs)
+        grid = GRID.read(given)
+        if grid is None:
+            patch = PATCH.get(self.encoder)
+            grid = torch.tensor([[1, int(h) // patch, int(w) // patch] for h, w in PICTURE_SIZES.read(given)])
         self.frames = [(rows, columns) for frames, rows, columns in grid.tolist() for _ in range(frames)]
         if self.spec.order is None:
             return

@@ -109,6 +109,7 @@ KINDS_OF_TOKENS = (Role("mm_token_type_ids", "moe_mm_token_type_ids"), Role("tok
 VIDEO_GRID = Role("video_grid_thw")  # frames, rows and columns of patches of each video
 ENCODED = Role("mm_encoder_outputs")  # features computed earlier, in place of pixels
 GRID = Role("grid_thw")  # packed towers: rows and columns of patches of each image
+PICTURE_SIZES = Role("image_sizes")  # height and width of each picture in pixels
 SEGMENTS = Role("cu_seqlens")  # packed towers: ends of the segments that attend to themselves
 LONGEST = Role("max_seqlen")
 TIMM_MASK = Role("attn_mask")

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .names import IMAGE_FEATURES, IMAGE_GRID, IMAGE_SIDE, MERGE_SIDE, PATCH, PIXELS, VISION_CONFIG, Parameters, Role
+from .names import IMAGE_FEATURES, IMAGE_GRID, IMAGE_SIDE, MERGE_SIDE, PATCH, PICTURE_SIZES, PIXELS, VISION_CONFIG, Parameters, Role
 
-_SIZES = Role("image_sizes")  # height and width of each picture
 _SHAPES = Role("spatial_shapes")  # rows and columns of patches of each picture
 _SEEN = Role("pixel_attention_mask")
 _SIDES = Role("image_merge_sizes")  # of the squares of each picture
@@ -106,7 +105,7 @@ def _squares(model: Any, names: Any, weight: Tensor, noise: Any) -> Iterator[tup
     size, patch = (one if isinstance(one, int) else one[0] for one in (size, patch))
     channels = weight.shape[1] if weight.ndim == 4 else 3
     more: dict[str, Any] = {}
-    if (name := _SIZES.among(names)) is not None:
+    if (name := PICTURE_SIZES.among(names)) is not None:
         more[name] = torch.tensor([[size, size]] * 2, device=weight.device)
     grids = [(size // patch, size // patch)] * 2
     for shape in ((2, channels, size, size), (2, 1, channels, size, size)):

@@ -30,6 +30,7 @@ from ..upstream.names import (
     DEEPSTACK_FEATURES,
     IMAGE_FEATURES,
     MASK,
+    PICTURE_SIZES,
     POOLED,
     ROTARY,
     SEGMENTS,
@@ -309,9 +310,11 @@ class _Probe:
         assert self.shape is not None
         patches = sum(rows * columns for rows, columns in given.grids)
         prefix = 0
-        if not self.flat:
-            if len(self.shape) != 2 or self.shape[0] != len(given.grids):
-                return "its pictures lie in one sequence without the ends of each, or in several"
+        if self.shape == (1, patches) and PICTURE_SIZES.among(Parameters(type(self.encoder).forward).names) is not None:
+            self.flat = True  # with a mask that shows where each picture ends
+        elif not self.flat:
+            if len(self.shape) != 2 or self.shape[0] != len(given.grids) or len(set(given.grids)) > 1:
+                return "its pictures do not lie in a row each, of one length"
             prefix = self.shape[1] - given.grids[0][0] * given.grids[0][1]
             if prefix < 0 or (known is not None and prefix != known):
                 return f"{self.shape[1]} tokens of a picture are not its patches and tokens in front of them"

@@ -17,7 +17,7 @@ from ..patch import Uncopyable, override, refuse_tracing
 from ..runtime.forwards import Forwards
 from ..runtime.state import Forward, LayerState, all_tokens, packed_groups, packed_squares, squares
 from ..tokens import Facts
-from ..upstream.names import GRID, Parameters
+from ..upstream.names import GRID, PATCH, PICTURE_SIZES, Parameters
 from ..upstream.specs import EncoderSpec, part
 from .guard import min_keep, shares
 
@@ -123,9 +123,13 @@ class Inputs(Uncopyable):
         self.forwards.prelude().shares = shares(pixels, self.guard)
 
     def _note_samples(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        grid = GRID.read(self.parameters.named(args, kwargs))
+        given = self.parameters.named(args, kwargs)
         forward = self.forwards.prelude()
-        forward.grids = grid.tolist()
+        if (grid := GRID.read(given)) is not None:
+            forward.grids = grid.tolist()
+        else:
+            patch = PATCH.get(self.module)
+            forward.grids = [[1, int(h) // patch, int(w) // patch] for h, w in PICTURE_SIZES.read(given)]
         forward.order = None
 
     def _note_order(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
