@@ -134,8 +134,9 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM":
         place = f"{prefix}{spec.tower}" + (f".{inner}" if inner else "")
         verify_encoder(tower, tower_spec)
         features = read_features(vlm, spec, _depth(tower, tower_spec)) if plan.vision else None
-        joins = features is not None and (merge_size is not None or not spec.connector)
-        restored = frozenset({features, *spec.reads(vlm)}) if joins else frozenset[int]()
+        restored = frozenset[int]()
+        if features is not None and (merge_size is not None or not spec.connector):
+            restored = frozenset({features, *spec.reads(vlm)})
         encoder = _encoder(plan, place, tower, tower_spec, observers, merge_size, restored, features)
     connector = drop_points("connector", plan.connector, [[0]] if plan.connector else [], 1, observers, False)
     door = _door(

@@ -14,7 +14,7 @@ import saint
 from saint import testing
 from saint.lab.kinds import VLM
 from saint.testing.vlm import CONTRACTS, check_vlm
-from saint.upstream import FamilySpec, registry
+from saint.upstream import FamilySpec
 from saint.vision.locate import locate
 from saint.vlm.locate import find as find_vlm
 from support.families import FAMILIES, maker

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from saint.testing.shrink import shrunken
+from saint.testing.twins import grown
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
 
 import saint
 from saint.gathers import is_dropped
 from saint.testing import masked_oracle, removal_oracle
 from saint.testing.outputs import run
-from saint.testing.shrink import shrunken
-from saint.testing.twins import grown
 from saint.upstream.names import ENDS, IMAGE_TOKEN, KINDS_OF_TOKENS, STARTS, Parameters
 from saint.upstream.pictures import pictures
 from saint.vision.derive import with_tower
@@ -31,7 +31,9 @@ class Found:
 
     side: int | None = 2
     connector: str = ""
-    hybrid: bool = False  # with recurrent layers or an attention of its own, which the masked oracle cannot hide keys from
+    hybrid: bool = (
+        False  # with recurrent layers or an attention of its own, which the masked oracle cannot hide keys from
+    )
     window: bool = False  # the removal oracle takes other tokens for those inside a window
     set: dict[str, Any] = field(default_factory=dict)
 
@@ -119,7 +121,7 @@ def plan(placement="mid", layer=1):
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_what_is_found(towers, name):
-    model, inner, spec, _ = towers(name)
+    _, inner, spec, _ = towers(name)
     assert spec.merge_size(inner) == TOWERS[name].side
     assert spec.connector == TOWERS[name].connector
     deep = [layer + 1 for layer in TOWERS[name].set.get("vision_config.deepstack_visual_indexes", [])]
@@ -181,7 +183,10 @@ def test_a_change_behind_the_tower_is_an_error(towers):
     model, inner, _, inputs = towers("glm4v")
     shift = inner.visual.downsample.register_forward_hook(lambda _module, _args, y: y.roll(1, 0))
     try:
-        with saint.pruned(model, plan()), pytest.raises((ValueError, saint.ParityError), match="joins (other )?patches"):
+        with (
+            saint.pruned(model, plan()),
+            pytest.raises((ValueError, saint.ParityError), match="joins (other )?patches"),
+        ):
             run(model, inputs)
     finally:
         shift.remove()

@@ -44,7 +44,6 @@ class LayerStack(Decider[F], ABC, Generic[F, C]):
         observers: of the session.
     """
 
-
     def __init__(
         self,
         path: str,

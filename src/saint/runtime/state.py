@@ -292,7 +292,7 @@ def packed_groups(lengths: list[int], size: int, order: Tensor | None, device: t
 
 
 def packed_squares(grids: list[tuple[int, int]], side: int, device: torch.device) -> LayerState:
-    """Squares of ``side`` x ``side`` patches of grids that lie row by row, one behind the other in one sequence, are the candidates.
+    """Squares of ``side`` x ``side`` patches are the candidates, of grids that lie row by row in one sequence.
 
     Args:
         grids: rows and columns of patches of each sample.

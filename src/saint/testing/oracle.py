@@ -15,7 +15,20 @@ from ..language.locate import find as find_text
 from ..plans import Plan
 from ..session import pruned
 from ..tokens import LayerTrace
-from ..upstream.names import EMBEDDINGS, GRID, IDS, IMAGE_FEATURES, IMAGE_TOKEN, LAYERS, MASK, PATCH, PICTURE_SIZES, POOLED, SEGMENTS, Parameters
+from ..upstream.names import (
+    EMBEDDINGS,
+    GRID,
+    IDS,
+    IMAGE_FEATURES,
+    IMAGE_TOKEN,
+    LAYERS,
+    MASK,
+    PATCH,
+    PICTURE_SIZES,
+    POOLED,
+    SEGMENTS,
+    Parameters,
+)
 from ..upstream.specs import EncoderSpec, FamilySpec, part
 from ..upstream.verify import merge_method
 from ..vision.derive import with_tower

@@ -9,7 +9,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .names import IMAGE_FEATURES, IMAGE_GRID, IMAGE_SIDE, MERGE_SIDE, PATCH, PICTURE_SIZES, PINPOINTS, PIXELS, VISION_CONFIG, Parameters, Role
+from .names import (
+    IMAGE_FEATURES,
+    IMAGE_GRID,
+    IMAGE_SIDE,
+    MERGE_SIDE,
+    PATCH,
+    PICTURE_SIZES,
+    PINPOINTS,
+    PIXELS,
+    VISION_CONFIG,
+    Parameters,
+    Role,
+)
 
 _SHAPES = Role("spatial_shapes")  # rows and columns of patches of each picture
 _SEEN = Role("pixel_attention_mask")

@@ -76,7 +76,7 @@ def with_tower(model: Any, spec: FamilySpec) -> FamilySpec:
     """
     if not spec.derived:
         return spec
-    facts = _measured.get(model)
+    facts: dict[str, Any] | str | None = _measured.get(model)
     if facts is None:
         facts = _facts(model, spec.tower) if spec.tower else "it has no tower: its patches enter the language model"
         if not isinstance(facts, str):
@@ -101,7 +101,7 @@ def _facts(model: Any, path: str) -> dict[str, Any] | str:
     if isinstance(layout, str):
         return layout
     if spec is None:
-        spec = _encoder_spec(encoder, *blocks, layout, probe.flat)
+        spec = _encoder_spec(encoder, blocks[0], blocks[1], layout, probe.flat)
     return {
         "connector": layout.connector,
         "merge_size": lambda _: layout.side if layout.side > 1 or probe.flat else None,
@@ -304,9 +304,7 @@ class _Probe:
 
     # -- which tokens make which features -----------------------------------------------------------------------------
 
-    def _grouping(
-        self, given: Pictures, block: int, clean: dict[str, Tensor], known: int | None
-    ) -> _Layout | str:
+    def _grouping(self, given: Pictures, block: int, clean: dict[str, Tensor], known: int | None) -> _Layout | str:
         assert self.shape is not None
         patches = sum(rows * columns for rows, columns in given.grids)
         prefix = 0
@@ -324,9 +322,9 @@ class _Probe:
         told = merge_side(self.model.config)
         ways = [(side, raster) for side in sorted(sides, key=lambda s: s != told) for raster in self._orders(side)]
         every = {way: groups for way in ways if (groups := self._groups(given, *way, prefix)) is not None}
-        for find in (self._in_features, self._in_a_module):
+        for look in (self._in_features, self._in_a_module):
             for (side, raster), groups in every.items():
-                place = find(given, block, clean, groups)
+                place = look(given, block, clean, groups)
                 if place is not None:
                     reads = frozenset({block + 1, *self._deepstack(given, block)})
                     return _Layout(place, block + 1, side, raster and self.flat, reads, prefix)

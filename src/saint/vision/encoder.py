@@ -155,8 +155,8 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
             x_samples = x.unsqueeze(0) if x.ndim == 2 else x  # [B, P + N, C]
             if self.packed and mask is None and (block is None or block.segments is None):
                 raise UnsupportedModelError(
-                    f"{type(self.module).__name__} lays all pictures in one sequence, and nothing tells its blocks where each ends: "
-                    'load the model with attn_implementation="sdpa"'
+                    f"{type(self.module).__name__} lays all pictures in one sequence, and nothing tells its blocks where each "
+                    'ends: load the model with attn_implementation="sdpa"'
                 )
             origin = self.inputs.begin(forward, x_samples, mask)  # a bias hides no token
             self.begin_layers(forward, origin, x_samples[:, self.prefix :])

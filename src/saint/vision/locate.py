@@ -24,9 +24,10 @@ def locate_tower(model: nn.Module, family: FamilySpec) -> tuple[str, nn.Module, 
         UnsupportedModelError: see :func:`locate`.
     """
     tower, own = model.get_submodule(family.tower), family.tower_spec
-    for path, module in tower.named_modules() if own is not None else ():
-        if own.encoder in lineage(module):
-            return path, module, own
+    if own is not None:
+        for path, module in tower.named_modules():
+            if own.encoder in lineage(module):
+                return path, module, own
     return locate(tower)
 
 
