@@ -19,6 +19,7 @@ from .vision.derive import with_tower
 from .vision.encoder import PrunedEncoder
 from .vision.locate import locate, locate_tower
 from .vision.readers import Reader, check_readers, find_reader
+from .vlm.admission import admit
 from .vlm.locate import find as find_vlm
 from .vlm.locate import locate as locate_vlm
 from .vlm.locate import refuse_unknown
@@ -125,6 +126,8 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM":
     path, vlm, spec = locate_vlm(model, next(reversed(plan.slots), "language"))
     spec = with_tower(vlm, spec) if plan.vision or _looks_everywhere(plan, observers) else spec
     verify_family(vlm, spec)
+    if spec.derived:
+        admit(model, vlm, spec, tuple(plan.slots))
     warn_if_untested("torch", "transformers", vlm=True)
     prefix = f"{path}." if path else ""
     encoder, features, handover = None, None, Handover()

@@ -1,8 +1,15 @@
-"""Files that are written completely or not at all."""
+"""Files that are written completely or not at all, and where those are kept that can be made again."""
 
 import os
 import tempfile
 from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """Return the folder of what can be made again: ``$SAINT_CACHE``, else one in the user's cache (``$XDG_CACHE_HOME``)."""
+    if path := os.environ.get("SAINT_CACHE"):
+        return Path(path)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saint"
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:

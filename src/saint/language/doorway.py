@@ -38,7 +38,7 @@ from .cache import CachePositions, KVMemory, SessionToken, filled, memory
 from .decoder import PrunedDecoder
 from .logical import Held, held_by, hold, inside
 from .masks import DENSE, FLASH
-from .shortening import RECURRENT, Reach, Short, Span, documents, reaches, real_tokens, shown_before
+from .shortening import RECURRENT, Reach, Short, Span, documents, masks_of, reaches, real_tokens, shown_before
 
 
 @dataclass
@@ -207,7 +207,7 @@ class Doorway(Decider[DoorForward]):
         self.reaches, implementation = reaches(module.config), IMPLEMENTATION.get(module.config)
         each = self.reaches.values() if isinstance(self.reaches, dict) else [self.reaches]
         self.boundless = implementation in FLASH or all(reach == Reach() for reach in each)
-        self.kinds = list(getattr(module.config, "layer_types", None) or ())
+        self.kinds = [masks_of(kind) for kind in getattr(module.config, "layer_types", None) or ()]
         if starts_short and implementation not in DENSE | FLASH:
             raise UnsupportedModelError(
                 f"attention implementation {implementation!r} of the language model cannot be given the masks of shortened "
@@ -462,6 +462,10 @@ class Doorway(Decider[DoorForward]):
                 return mask if mask is not None and mask.shape[1] == span.rows else None
             return span.real if mask is None else span.real.to(mask.dtype)
         if mask is not None and mask.ndim == 2:
+            if span.before and mask.shape[1] == span.total - span.before:  # of the sequence alone
+                return (
+                    torch.ones_like(span.queries, dtype=mask.dtype) if span.real is None else span.real.to(mask.dtype)
+                )
             _, valid = span.columns()
             return valid if valid is None else valid.to(mask.dtype)
         first, count = self._sizes(kind, span, cache)
@@ -470,6 +474,7 @@ class Doorway(Decider[DoorForward]):
         reach = self.reaches if isinstance(self.reaches, Reach) else self.reaches.get(kind or "", Reach())
         if (
             span.documents is None
+            and not reach.dense
             and span.sees_all(reach)
             and span.columns()[1] is None
             and (span.rows == 1 or count == span.rows)
@@ -481,7 +486,7 @@ class Doorway(Decider[DoorForward]):
         """Of the entries that layers of a kind show: the first, and how many."""
         if cache is None:
             return 0, span.rows
-        layer = self.kinds.index(kind) if kind in self.kinds else 0
+        layer = next((layer for layer, kinds in enumerate(self.kinds) if kind in kinds), 0)
         with inside(cache):
             count, first = cache.get_mask_sizes(span.rows, layer)
         return first, count

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import masking_utils
 
 from ..errors import UnsupportedModelError
 from ..gathers import gather_along, gather_tokens
@@ -119,10 +120,12 @@ class Reach:
     Attributes:
         window: positions, or None.
         chunk: positions of a chunk within which they see, or None.
+        dense: they need a mask also where it hides nothing but what comes later: an indexer reads it.
     """
 
     window: int | None = None
     chunk: int | None = None
+    dense: bool = False
 
     def ends(self, length: int) -> bool:
         """Tell whether less than ``length`` positions are seen."""
@@ -139,8 +142,18 @@ def reaches(config: Any) -> dict[str, Reach] | Reach:
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         return Reach(window) if window is not None else Reach(chunk=chunk)
-    by_kind = {"sliding_attention": Reach(window), "chunked_attention": Reach(chunk=chunk)}
-    return {kind: by_kind.get(kind, Reach()) for kind in dict.fromkeys(kinds)}
+    by_kind = {
+        "sliding_attention": Reach(window),
+        "chunked_attention": Reach(chunk=chunk),
+        "indexed_attention": Reach(dense=True),
+    }
+    return {kind: by_kind.get(kind, Reach()) for one in dict.fromkeys(kinds) for kind in masks_of(one)}
+
+
+def masks_of(kind: str) -> tuple[str, ...]:
+    """The kinds of the masks that layers of a kind take: several for layers with a state and keys."""
+    made = getattr(masking_utils, "LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING", {}).get(kind)
+    return tuple(made) if isinstance(made, dict) else (kind,)
 
 
 # kinds whose layers take the padding mask [B, K] of a prompt and nothing in a step

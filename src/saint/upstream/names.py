@@ -144,9 +144,9 @@ IMAGE_TOKEN = Role("image_token_id", "image_token_index", "image_patch_id")  # o
 VIDEO_TOKEN = Role("video_token_id", "video_token_index")  # of configs
 AUDIO_TOKEN = Role("audio_token_id", "audio_token_index")  # of configs
 VISION_CONFIG = Role("vision_config")  # of configs: that of the tower
-MERGE_SIDE = Role(  # of configs and of their towers': side of the squares of patches that become one token
-    "spatial_merge_size", "merge_kernel_size", "merge_size", "downsample_factor", "scale_factor", "hidden_stride",
-    "projector_pooling_ratio", "pooling_kernel_size",
+MERGE_SIDE = Role("spatial_merge_size", "merge_kernel_size", "merge_size")  # of configs of towers
+JOINED_SIDE = Role(  # of configs and of their towers': the same, under the names of towers that are not packed
+    *MERGE_SIDE.spellings, "downsample_factor", "scale_factor", "hidden_stride", "projector_pooling_ratio",
 )  # fmt: skip
 STARTS = Role("vision_start_token_id", "image_start_token_id")  # of configs: in front of an image
 ENDS = Role("vision_end_token_id", "image_end_token_id")  # of configs: behind an image

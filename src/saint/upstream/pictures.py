@@ -13,7 +13,7 @@ from .names import (
     IMAGE_FEATURES,
     IMAGE_GRID,
     IMAGE_SIDE,
-    MERGE_SIDE,
+    JOINED_SIDE,
     PATCH,
     PICTURE_SIZES,
     PINPOINTS,
@@ -75,7 +75,7 @@ def first_convolution(tower: nn.Module) -> nn.Module | None:
 def merge_side(config: Any) -> int | None:
     """Side of the squares of patches that become one token, where the config of a model or of its tower tells it."""
     for one in (VISION_CONFIG.get(config), config):
-        side = MERGE_SIDE.get(one)
+        side = JOINED_SIDE.get(one)
         if side is not None:
             return side if isinstance(side, int) else side[0]
     return None

@@ -159,7 +159,7 @@ class FamilySpec:
         title: name in tables and messages.
         model: qualified name (module and class) of the class that merges image features into the text: the model without its
             head. Subclasses are found by it, too.
-        tower: path of the vision tower.
+        tower: path of the vision tower; "" where there is none.
         connector: path of the module between tower and language model; "": the method that computes features stands for it.
         decoder: path of the language model.
         pixels: arguments of the model's forward that bring images or videos.

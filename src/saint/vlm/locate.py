@@ -8,6 +8,7 @@ from ..errors import UnsupportedModelError
 from ..language.locate import held
 from ..upstream import registry
 from ..upstream.decoders import TEXT
+from ..upstream.derive import derive
 from ..upstream.names import (
     CACHE,
     EMBEDDINGS,
@@ -24,14 +25,17 @@ from ..vision.readers import around
 
 
 def find(model: nn.Module) -> tuple[str, nn.Module, FamilySpec] | None:
-    """The outermost known vision-language model in ``model`` as (dotted path, module, spec); None when there is none."""
+    """The outermost vision-language model in ``model`` as (dotted path, module, spec); None when there is none.
+
+    One that no spec was written for is read off the instance, see :mod:`saint.upstream.derive`.
+    """
     families = registry.families()
     for path, module in model.named_modules():
         for cls in type(module).__mro__:
             spec = families.get(f"{cls.__module__}.{cls.__qualname__}")
             if spec is not None:
                 return path, module, spec
-    return None
+    return derive(model)
 
 
 def locate(model: nn.Module, stage: str) -> tuple[str, nn.Module, FamilySpec]:

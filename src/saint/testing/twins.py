@@ -1,0 +1,236 @@
+"""Small random twins of vision-language models, and prompts with images for them that need no processor and no pixels.
+
+Features of images are given as computed earlier (``mm_encoder_outputs``), so that a twin shows what happens between the tower
+and the answer, whatever its tower is.
+
+Letters: B prompts, L positions of the longest prompt, K visual tokens of an image, C channels.
+"""
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModelError
+from ..methods.saint_full_graph import SaintFullGraph
+from ..plans import Plan
+from ..upstream.derive import deepstack
+from ..upstream.names import (
+    DEEPSTACK_FEATURES,
+    ENCODED,
+    ENDS,
+    IMAGE_GRID,
+    IMAGE_TOKEN,
+    KINDS_OF_TOKENS,
+    MERGE_SIDE,
+    STARTS,
+    VISION_CONFIG,
+    Parameters,
+)
+from ..upstream.specs import FamilySpec
+from .shrink import configs, is_token, shrunken
+from .vlm import Make, contracts_for, hybrid_plan
+
+FRONT = Plan(connector=SaintFullGraph(keep=0.6))
+SMALL = 20_000_000  # parameters up to which a model is its own twin's shape
+_IMAGES = (8, 12), (8, 8)  # rows and columns of patches of the images of a prompt
+_WORDS = (4, 5), (9, 3)  # words in front of and behind the image
+_TOKENS, _UNUSED = 60, 61  # words are drawn from the first tokens; one behind them
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A model of the same class with few and narrow layers and random weights, in eval mode, in float32 on the CPU.
+
+    The random weights are the same for every call, and of a size at which every layer matters.
+    """
+    given: Any = model
+    config = copy.deepcopy(given.config)
+    if sum(p.numel() for p in model.parameters()) > SMALL:
+        config = shrunken(config)
+    return grown(type(model), config)
+
+
+def grown(cls: Any, config: Any) -> nn.Module:
+    """A ``cls`` of ``config`` with random weights that matter."""
+    for name in ("quantization_config", "dtype"):
+        if hasattr(config, name):
+            setattr(config, name, None)
+    token = IMAGE_TOKEN.of(config)
+    if token is not None and getattr(config, token) is None:  # left to checkpoints
+        setattr(config, token, _UNUSED)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = cls._from_config(config).float().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim >= 2 and parameter.is_floating_point():
+                    fan = math.prod(parameter.shape[1:]) if parameter.ndim > 3 else max(parameter.shape[-2:])
+                    parameter.normal_(0, 1.5 / math.sqrt(fan))
+            table = model.get_input_embeddings().weight
+            table.normal_(0, 1)
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        generation.eos_token_id, generation.pad_token_id = None, 0
+    return model
+
+
+def try_stages(model: nn.Module, spec: FamilySpec) -> dict[str, str]:
+    """Run contracts on a twin of ``model``: of each stage "", or why it is not possible.
+
+    Args:
+        model: a vision-language model, also inside of others; only its class and configuration are used.
+        spec: read off it.
+    """
+    try:
+        small = twin(_generating(model))
+        make = Prompts(small)
+    except Exception as error:  # whatever a class says of a configuration it cannot be built from
+        return dict.fromkeys(STAGES, f"no twin of it runs ({type(error).__name__}: {error})")
+    return {stage: _first_failure(small, plan, make) for stage, plan in _plans(small, spec).items()}
+
+
+STAGES = ("connector", "language")
+
+
+def _plans(model: nn.Module, spec: FamilySpec) -> dict[str, Plan]:
+    language = hybrid_plan(model).language
+    return {"connector": FRONT, "language": Plan(connector=FRONT.connector, language=language)}
+
+
+def _first_failure(model: nn.Module, plan: Plan, make: Make) -> str:
+    for name, contract in contracts_for(plan).items():
+        try:
+            contract(model, plan, make)
+        except Exception as error:  # a contract that did not hold, or a forward that ended in whatever error
+            return (
+                f"{name}: {error}" if isinstance(error, AssertionError) else f"{name}: {type(error).__name__}: {error}"
+            )
+    return ""
+
+
+def _generating(model: nn.Module) -> nn.Module:
+    """The outermost model of transformers in ``model`` that generates; of a model without a head, one with it."""
+    for module in model.modules():
+        if hasattr(type(module), "_from_config"):
+            given: Any = module
+            if given.can_generate():
+                return module
+    raise UnsupportedModelError(
+        f"{type(model).__name__} holds no model that generates: apply the plan to the one with a head"
+    )
+
+
+_FORMS: dict[str, Callable[[list[Tensor]], Any]] = {"list": list, "rows": torch.cat, "stack": torch.stack}
+
+
+class Prompts:
+    """Left-padded batches of prompts with an image each, whose features are given, as keyword inputs of a model.
+
+    What a class takes as features is tried out: a list with those of each image, the rows of all, or images of one size in a
+    stack; with a token behind each row of the grid, or without.
+
+    Args:
+        model: a vision-language model whose forward takes features that were computed earlier.
+
+    Raises:
+        UnsupportedModelError: it does not, or its forward runs on no form of them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if ENCODED.among(inspect.signature(type(model).forward).parameters) is None:
+            raise UnsupportedModelError(f"the forward of {type(model).__name__} takes no {ENCODED}")
+        given: Any = model
+        self.model, self.config = given, given.config
+        self.names = Parameters(type(model).forward).names
+        self.image = IMAGE_TOKEN.get(self.config)
+        if self.image is None:
+            raise UnsupportedModelError(f"the configuration of {type(model).__name__} names no {IMAGE_TOKEN}")
+        special = set(_specials(self.config))
+        self.words = torch.tensor([token for token in range(3, _TOKENS) if token not in special])
+        self.deepstack = deepstack(self.config)
+        self.form, self.newline = "list", 0
+        self._settle()
+
+    def _settle(self) -> None:
+        errors = []
+        for self.newline, self.form in product((0, 1), _FORMS):
+            try:
+                with torch.no_grad():
+                    self.model(**self([0, 1]))
+            except Exception as error:  # whatever a class says of a form that it does not take
+                errors.append(f"{type(error).__name__}: {error}")
+            else:
+                return
+        raise UnsupportedModelError(
+            f"the forward of {type(self.model).__name__} does not run on features that are given: "
+            + "; ".join(dict.fromkeys(errors))
+        )
+
+    def __call__(self, samples: Sequence[int], seed: int = 0) -> dict[str, Any]:
+        """The prompts with these numbers (0 and 1); each is the same alone and beside the other."""
+        side = _merge_side(self.config)
+        around = [[] if token is None else [token] for token in (STARTS.get(self.config), ENDS.get(self.config))]
+        width = self.model.get_input_embeddings().weight.shape[-1]
+        tower = VISION_CONFIG.get(self.config)
+        early = getattr(tower, "vision_output_dim", width)  # of features that a projection is still to see
+        rows, grids = list[list[int]](), list[tuple[int, int, int]]()
+        features: list[list[Tensor]] = [[] for _ in range(2 + self.deepstack)]
+        for sample in samples:
+            generator = torch.Generator().manual_seed(seed * 2 + sample)
+            height, across = _IMAGES[0 if self.form == "stack" else sample]
+            count = height // side * (across // side + self.newline)
+            before, behind = (
+                self.words[torch.randint(len(self.words), (n,), generator=generator)].tolist() for n in _WORDS[sample]
+            )
+            rows.append([*before, *around[0], *[self.image] * count, *around[1], *behind])
+            grids.append((1, height, across))
+            for which, own in enumerate(features):
+                own.append(torch.randn(count, early if which == 1 else width, generator=generator))
+        longest = max(map(len, rows))
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
+            str(ENCODED): {"image": self._output(*features)},
+        }
+        for role in KINDS_OF_TOKENS:
+            if (name := role.among(self.names)) is not None:
+                inputs[name] = (ids == self.image).long()
+        if (name := IMAGE_GRID.among(self.names)) is not None:
+            inputs[name] = torch.tensor(grids)
+        return inputs
+
+    def _output(self, pooled: list[Tensor], last: list[Tensor], *deep: list[Tensor]) -> Any:
+        """What the method that computes features returns."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        class Output(BaseModelOutputWithPooling):
+            def __getattr__(self, name: str) -> None:  # what single families read besides, and can do without
+                if name.startswith("__"):
+                    raise AttributeError(name)
+
+        output: Any = Output(
+            pooler_output=_FORMS[self.form](pooled),
+            last_hidden_state=torch.cat(last),
+        )
+        if deep:
+            output[DEEPSTACK_FEATURES.spellings[0]] = list(deep)
+        return output
+
+
+def _specials(config: Any) -> Iterator[int]:
+    """Tokens that mean something to a model."""
+    for one in configs(config):
+        for name, value in vars(one).items():
+            if is_token(name):
+                yield from (v for v in (value if isinstance(value, (list, tuple)) else [value]) if type(v) is int)
+
+
+def _merge_side(config: Any) -> int:
+    """Side of the squares of patches that become one token, where a grid of patches is given."""
+    side = MERGE_SIDE.get(VISION_CONFIG.get(config), None) or MERGE_SIDE.get(config, None) or 2
+    return side if isinstance(side, int) else side[0]

@@ -1,0 +1,86 @@
+"""A family that no spec was written for, read off the instance.
+
+What tells a vision-language model is the method that says where features go in a prompt. The rest transformers says itself: the
+decoder (``get_decoder``), the tower (``get_encoder``), layers that are given features once more (the vision config's DeepStack).
+Nothing here is proved: :mod:`saint.vlm.admission` does that.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from .names import (
+    CACHE,
+    DECODER,
+    DEEPSTACK,
+    EMBEDDINGS,
+    ENCODER,
+    IMAGE_PATCHES,
+    LAYERS,
+    MERGER,
+    PIXELS,
+    PLACEHOLDER_MASK,
+    VISION_CONFIG,
+    Parameters,
+    Role,
+)
+from .specs import FamilySpec
+
+_NO_VISION = "its tower is not understood; use the connector or language stage"
+
+
+def derive(model: nn.Module) -> tuple[str, nn.Module, FamilySpec] | None:
+    """The outermost module in ``model`` that merges features into text, as (dotted path, module, spec); None: there is none."""
+    for path, module in model.named_modules():
+        if PLACEHOLDER_MASK.of(module) is None and MERGER.of(module) is None:
+            continue
+        decoder = _decoder(module)
+        if decoder is not None:
+            return path, module, _family(module, decoder)
+    return None
+
+
+def _decoder(module: Any) -> str | None:
+    """Path of the module that owns the layers of the language model and takes embeddings."""
+    find = DECODER.get(module)
+    decoder = None if find is None else find()
+    while decoder is not None and decoder is not module and LAYERS.of(decoder) is None:
+        decoder = getattr(decoder, "model", None)  # behind a head for the next token
+    if decoder is None or decoder is module:
+        return None
+    parameters = Parameters(type(decoder).forward)
+    if not (parameters.has(EMBEDDINGS) and parameters.has(CACHE)):
+        return None
+    return _path(module, decoder)
+
+
+def _path(module: nn.Module, part: nn.Module) -> str | None:
+    return next((path for path, one in module.named_modules() if one is part and path), None)
+
+
+def _tower(module: Any) -> str:
+    find = ENCODER.get(module)
+    tower = None if find is None else find(modality="image")
+    return "" if tower is None or tower is module else _path(module, tower) or ""
+
+
+def _family(module: nn.Module, decoder: str) -> FamilySpec:
+    cls = type(module)
+    names = Parameters(cls.forward).names
+    return FamilySpec(
+        title=cls.__name__.removesuffix("ForConditionalGeneration").removesuffix("Model"),
+        model=f"{cls.__module__}.{cls.__qualname__}",
+        tower=_tower(module),
+        connector="",
+        decoder=decoder,
+        pixels=tuple(Role(name) for name in names if str(PIXELS) in name or name in IMAGE_PATCHES.spellings),
+        no_vision=_NO_VISION,
+        deepstack_layers=lambda one: deepstack(one.config),
+        library=cls.__module__.partition(".")[0],
+        derived=True,
+    )
+
+
+def deepstack(config: Any) -> int:
+    """Layers behind which features are added once more."""
+    return len(DEEPSTACK.get(VISION_CONFIG.get(config), None) or ())
