@@ -15,6 +15,7 @@ from .upstream.names import LAYERS
 from .upstream.specs import EncoderSpec, FamilySpec, part
 from .upstream.verify import verify_encoder, verify_family, verify_text
 from .upstream.versions import warn_if_untested
+from .vision.derive import with_tower
 from .vision.encoder import PrunedEncoder
 from .vision.locate import locate, locate_tower
 from .vision.readers import Reader, check_readers, find_reader
@@ -120,23 +121,26 @@ def _encoder(
 
 def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM":
     from .language.doorway import Handover
-    from .vlm.model import PrunedVLM, read_maps
+    from .vlm.model import PrunedVLM, read_features
 
     path, vlm, spec = locate_vlm(model, next(reversed(plan.slots), "language"))
+    spec = with_tower(vlm, spec) if plan.vision or _looks_everywhere(plan, observers) else spec
     verify_family(vlm, spec)
     if spec.derived:
         admit(model, vlm, spec, tuple(plan.slots))
     warn_if_untested("torch", "transformers", vlm=True)
     prefix = f"{path}." if path else ""
-    encoder, mergers, handover = None, {}, Handover()
+    encoder, features, handover = None, None, Handover()
     if plan.vision or _looks_everywhere(plan, observers):
         merge_size = _check_vision(plan, vlm, spec)
-        inner, tower, tower_spec = locate_tower(vlm.get_submodule(spec.tower))
+        inner, tower, tower_spec = locate_tower(vlm, spec)
         place = f"{prefix}{spec.tower}" + (f".{inner}" if inner else "")
         verify_encoder(tower, tower_spec)
-        mergers = read_maps(vlm, spec, _depth(tower, tower_spec)) if plan.vision else {}
-        restored = frozenset() if merge_size is None else frozenset(mergers.values())
-        encoder = _encoder(plan, place, tower, tower_spec, observers, merge_size, restored, mergers.get(spec.connector))
+        features = read_features(vlm, spec, _depth(tower, tower_spec)) if plan.vision else None
+        restored = frozenset[int]()
+        if features is not None and (merge_size is not None or not spec.connector):
+            restored = frozenset({features, *spec.reads(vlm)})
+        encoder = _encoder(plan, place, tower, tower_spec, observers, merge_size, restored, features)
     connector = drop_points("connector", plan.connector, [[0]] if plan.connector else [], 1, observers, False)
     door = _door(
         f"{prefix}{spec.decoder}",
@@ -147,7 +151,7 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM":
         connector,
         starts_short=bool(plan.vision or plan.connector),
     )
-    return PrunedVLM(path, vlm, spec, door, encoder, mergers, handover, model)
+    return PrunedVLM(path, vlm, spec, door, encoder, features, handover, model)
 
 
 def _text(root: nn.Module, path: str, text: nn.Module, plan: Plan, observers: Observers) -> "PrunedText":

@@ -310,7 +310,7 @@ def _vlm(
     text = vlm.get_submodule(spec.decoder)
     layers, _ = read_decoder(list(LAYERS.get(text).children()), text.config)
     group = (spec.merge_size(vlm) or 1) ** 2
-    _, tower, tower_spec = locate_tower(vlm.get_submodule(spec.tower))
+    _, tower, tower_spec = locate_tower(vlm, spec)
     used = 0
     if spec.no_vision is None:
         used = spec.feature_layer(vlm, len(part(tower, tower_spec.blocks))) or 0

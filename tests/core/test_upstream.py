@@ -282,8 +282,7 @@ def test_what_an_encoder_lacks_is_named():
     ("name", "fact", "named"),
     [
         ("llava-llama", {"pixels": (Role("pictures", "images"),)}, "argument pictures or images"),
-        ("qwen3-vl", {"deepstack_mergers": lambda m: {"visual.deep_mergers.0": 1}}, r"visual\.deep_mergers\.0"),
-        ("qwen3-vl", {"deepstack_mergers": lambda m: m.visual.deep_indexes}, "mergers: .*deep_indexes"),
+        ("qwen3-vl", {"reads": lambda m: m.visual.deep_indexes}, "hidden states that it reads: .*deep_indexes"),
         ("gemma3", {"merge_size": lambda m: m.multi_modal_projector.side}, "size of merged squares: .*side"),
         ("llava-llama", {"feature_layer": lambda m, depth: m.config.layer}, "layer of its features: .*layer"),
     ],

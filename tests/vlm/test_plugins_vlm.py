@@ -14,7 +14,7 @@ import saint
 from saint import testing
 from saint.lab.kinds import VLM
 from saint.testing.vlm import CONTRACTS, check_vlm
-from saint.upstream import FamilySpec, registry
+from saint.upstream import FamilySpec
 from saint.vision.locate import locate
 from saint.vlm.locate import find as find_vlm
 from support.families import FAMILIES, maker
@@ -91,6 +91,5 @@ def test_a_checkpoint_is_known_by_the_package_of_its_config(install, monkeypatch
 def test_a_tower_comes_with_its_family():
     """A tower of which only the family can make sense is no encoder on its own."""
     saint.register(dataclasses.replace(STRANGE, tower_spec=HOME))
-    assert registry.towers()[HOME.encoder] is HOME
     with pytest.raises(saint.UnsupportedModelError):
         locate(home())

@@ -13,8 +13,8 @@ import saint
 from saint.errors import ParityError
 from saint.gathers import is_dropped
 from saint.vision import inputs as encoder_inputs
-from saint.vision.locate import locate_tower
 from saint.vlm import model as vlm_model
+from saint.vlm.locate import find
 from support.families import FAMILIES, IMAGE, VIDEO, one_at_a_time, prompts
 from support.oracles import Oracle, members, oracle_model, relative_error
 from support.plans import SPECIAL
@@ -388,7 +388,7 @@ def test_an_unknown_window_order_is_refused():
     model = FAMILIES["qwen2.5-vl"].build()
     cls = type("Other", (type(model.model.visual),), {})
     model.model.visual.__class__ = cls
-    name = locate_tower(model.model.visual)[2].order.of(cls)
+    name = find(model)[2].tower_spec.order.of(cls)
     method = getattr(cls, name)
     parent = cls.__mro__[1]
     delattr(parent, name)

@@ -15,7 +15,7 @@ from ..session import apply
 from ..tokens import Candidates, Selection
 from ..upstream.specs import FamilySpec, part
 from ..vision.locate import locate_tower
-from ..vlm.model import read_maps
+from ..vlm.model import read_features
 
 
 class Tower(nn.Module):
@@ -39,9 +39,9 @@ class Tower(nn.Module):
                 f"the connector of {spec.title} joins squares of patches and reads a full-length map, so its tower alone cannot "
                 "hand on fewer tokens: apply the plan to the whole model in PyTorch"
             )
-        _, tower, tower_spec = locate_tower(model.get_submodule(spec.tower))
+        _, tower, tower_spec = locate_tower(model, spec)
         self.tower = tower
-        self._layer = read_maps(model, spec, len(list(part(tower, tower_spec.blocks))))[spec.connector]
+        self._layer = read_features(model, spec, len(list(part(tower, tower_spec.blocks))))
         self._kept = _Kept()
         stack.enter_context(apply(model, plan, observers=[self._kept]))
 

@@ -67,6 +67,8 @@ class Block:
             raise ParityError(f"{name} ({type(module).__name__}) has none of {', '.join(spec.keys)} to read keys from")
         self.key_source, self.recomputes = source, isinstance(shown, Tensor)
         self.heads = _known(parallel[0], spec.heads)[1] or 0 if parallel else 0
+        dim = part(parallel[0], f"{source.rpartition('.')[0]}.head_dim") if parallel and source else None
+        self.key_width = self.heads * dim if isinstance(dim, int) else 0
         self.bias = next((method for method, table in spec.bias if part(module, table) is not None), None)
 
     def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +128,8 @@ class Block:
                 return nn.functional.linear(x[:, prefix:], weight, bias)
         keys = keys.detach()
         if self.spec.fused:
-            keys = keys.chunk(3, -1)[1]
+            own = self.key_width or keys.shape[-1] // 3
+            keys = keys[..., -2 * own : -own]  # queries may have more heads
         if self.segments is not None:
             keys = keys.unsqueeze(0)
         if self.spec.keys_by_token:

@@ -44,8 +44,6 @@ class LayerStack(Decider[F], ABC, Generic[F, C]):
         observers: of the session.
     """
 
-    packed = False  # hidden states come without batch axis
-
     def __init__(
         self,
         path: str,
@@ -152,7 +150,8 @@ class PrunedLayer(Uncopyable):
         forward, state = stack.arrive(layer, x, call)
         if state is None:
             return stack.unpruned(forward, layer, self.original, x, call)
-        x = x.unsqueeze(0) if stack.packed else x
+        flat = x.ndim == 2  # all samples in one sequence without batch axis
+        x = x.unsqueeze(0) if flat else x
         if state.full_length:
             x = stack.apply_to_full(layer, state, x)
             state = replace(state, full_length=False)
@@ -178,7 +177,7 @@ class PrunedLayer(Uncopyable):
             tell(stack.slot, layer, Passed(before.detach(), y.detach(), stack.prefix, came, state))
         with stack.gathering:
             y = stack.leave(forward, layer, state, y, call)
-        y = y.squeeze(0) if stack.packed else y
+        y = y.squeeze(0) if flat else y
         return (y, *out[1:]) if isinstance(out, tuple) else y
 
     def _listening(self, state: LayerState) -> Attending:

@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..tokens import Facts, LayerTrace, Selection, TokenMap, leading
 
@@ -245,6 +246,12 @@ def packed_tokens(mask: Tensor, documents: Tensor, count: int | None = None) -> 
     return replace(apart, tokens=TokenMap.full(1, mask.shape[1], mask.device), places=places)
 
 
+def grid_squares(rows: int, columns: int, side: int, device: torch.device | None = None) -> Tensor:
+    """Cells of each square of ``side`` x ``side`` of a grid that lies row by row, int64 [squares, side * side]."""
+    cells = torch.arange(rows * columns, device=device).view(rows // side, side, columns // side, side)
+    return cells.transpose(1, 2).reshape(-1, side * side)
+
+
 def squares(batch: int, count: int, side: int, device: torch.device) -> LayerState:
     """Groups of ``side`` x ``side`` neighbours on a square grid of ``count`` patches, row by row, are the candidates.
 
@@ -257,8 +264,7 @@ def squares(batch: int, count: int, side: int, device: torch.device) -> LayerSta
             f"{count} patches are joined in groups of {side} x {side}, so their grid must be square with sides that are a "
             f"multiple of {side}: resize the images as the model's processor does"
         )
-    cells = torch.arange(count, device=device).view(edge // side, side, edge // side, side)
-    members = cells.transpose(1, 2).reshape(-1, side * side)
+    members = grid_squares(edge, edge, side, device)
     places = members + torch.arange(0, batch * count, count, device=device).view(-1, 1, 1)
     groups = TokenMap.full(batch, len(members), device)
     return LayerState(TokenMap.full(batch, count, device), groups.total, groups, places)
@@ -283,3 +289,20 @@ def packed_groups(lengths: list[int], size: int, order: Tensor | None, device: t
     valid = None if min(counts) == most else leading(counts, most, device)
     groups = TokenMap.full(len(counts), most, device, valid)
     return LayerState(TokenMap.full(1, sum(lengths), device), groups.total, groups, places)
+
+
+def packed_squares(grids: list[tuple[int, int]], side: int, device: torch.device) -> LayerState:
+    """Squares of ``side`` x ``side`` patches are the candidates, of grids that lie row by row in one sequence.
+
+    Args:
+        grids: rows and columns of patches of each sample.
+        side: of the squares.
+        device: of the indices.
+    """
+    starts = [sum(rows * columns for rows, columns in grids[:i]) for i in range(len(grids))]
+    own = [start + grid_squares(*grid, side, device) for start, grid in zip(starts, grids, strict=True)]
+    counts = [len(squares) for squares in own]
+    most, total = max(counts), sum(rows * columns for rows, columns in grids)
+    valid = None if min(counts) == most else leading(counts, most, device)
+    groups = TokenMap.full(len(grids), most, device, valid)
+    return LayerState(TokenMap.full(1, total, device), groups.total, groups, pad_sequence(own, batch_first=True))

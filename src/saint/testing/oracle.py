@@ -15,9 +15,23 @@ from ..language.locate import find as find_text
 from ..plans import Plan
 from ..session import pruned
 from ..tokens import LayerTrace
-from ..upstream.names import EMBEDDINGS, GRID, IDS, IMAGE_TOKEN, LAYERS, MASK, POOLED, SEGMENTS, Parameters
+from ..upstream.names import (
+    EMBEDDINGS,
+    GRID,
+    IDS,
+    IMAGE_FEATURES,
+    IMAGE_TOKEN,
+    LAYERS,
+    MASK,
+    PATCH,
+    PICTURE_SIZES,
+    POOLED,
+    SEGMENTS,
+    Parameters,
+)
 from ..upstream.specs import EncoderSpec, FamilySpec, part
 from ..upstream.verify import merge_method
+from ..vision.derive import with_tower
 from ..vision.locate import locate, locate_tower
 from ..vlm.locate import find as find_vlm
 from .hiding import HideKeys, hide_in_pools, stand_in, unfused
@@ -76,9 +90,10 @@ def hide_in_tower(stack: ExitStack, mode: HideKeys, vlm: nn.Module, facts: Famil
     """
     drops = [entry for entry in trace if entry.stage == "vision"]
     if drops:
-        _, encoder, spec = locate_tower(vlm.get_submodule(facts.tower))
+        facts = with_tower(vlm, facts)
+        _, encoder, spec = locate_tower(vlm, facts)
         _HidingInEncoder(mode, encoder, spec, drops, facts.merge_size(vlm)).install(stack)
-        _mark_features(stack, vlm, facts, spec, drops)
+        _mark_features(stack, vlm, facts, drops)
 
 
 class _HidingInEncoder:
@@ -108,6 +123,7 @@ class _HidingInEncoder:
         self.by_layer = {entry.layer: entry for entry in trace if entry.placement != "input"}
         self.total: int | None = None
         self.order: Tensor | None = None  # of the groups of a packed sequence
+        self.frames: list[tuple[int, int]] = []  # of a packed sequence: rows and columns of patches
 
     def install(self, stack: ExitStack) -> None:
         """From now on; ``stack`` undoes it."""
@@ -118,14 +134,17 @@ class _HidingInEncoder:
         if final is not None:
             stack.callback(final.register_forward_hook(self._pooled).remove)
         hide_in_pools(stack, self.mode, self.encoder, self.spec)
-        if self.spec.order is not None:
-            stack.callback(self.encoder.register_forward_pre_hook(self._see_order, with_kwargs=True).remove)
+        if self.spec.packed:
+            stack.callback(self.encoder.register_forward_pre_hook(self._see_grids, with_kwargs=True).remove)
 
     def _left_by(self, entry: LayerTrace, count: int) -> Tensor:
         """Tokens not dropped so far, bool [B, P + N]; packed: [1, N]."""
         if self.spec.packed:
             assert self.merge_size is not None
             left = torch.cat(_flags(entry, self.trace))
+            if self.spec.raster:
+                groups = iter(_flags(entry, self.trace))
+                return torch.cat([_rastered(next(groups), *grid, self.merge_size) for grid in self.frames]).unsqueeze(0)
             left = left if self.order is None else left[self.order]
             return left.repeat_interleave(self.merge_size**2).unsqueeze(0)
         left = torch.zeros(len(entry.kept), count, dtype=torch.bool)
@@ -146,7 +165,7 @@ class _HidingInEncoder:
                     left = self._left_by(entry, x.shape[-2]).to(x.device)
                     self.current = self.current if bool(left.all()) else left
             self.mode.visible, self.mode.masked = self.current, 0
-            if self.spec.packed and self.current is not None:
+            if SEGMENTS.read(kwargs) is not None and self.current is not None:
                 pieces = self.current.split(SEGMENTS.read(kwargs).diff().tolist(), 1)
                 # a segment without survivors has no query whose result counts, and softmax needs a key
                 self.mode.visible, self.mode.pieces = None, [p if bool(p.any()) else torch.ones_like(p) for p in pieces]
@@ -164,7 +183,7 @@ class _HidingInEncoder:
             if layer in self.by_layer:
                 left = self._left_by(self.by_layer[layer], y.shape[-2]).to(y.device)
                 self.current = self.current if bool(left.all()) else left
-            self.mode.visible = None if self.spec.packed else self.current
+            self.mode.visible = None if self.mode.pieces or y.ndim == 2 else self.current
             return self._pooled(_module, _args, output) if layer == len(self.blocks) - 1 else None
 
         return hook
@@ -180,14 +199,20 @@ class _HidingInEncoder:
             y[sample, ~seen] = mean
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
-    def _see_order(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _see_grids(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = Parameters(type(self.encoder).forward).named(args, kwargs)
+        grid = GRID.read(given)
+        if grid is None:
+            patch = PATCH.get(self.encoder)
+            grid = torch.tensor([[1, int(h) // patch, int(w) // patch] for h, w in PICTURE_SIZES.read(given)])
+        self.frames = [(rows, columns) for frames, rows, columns in grid.tolist() for _ in range(frames)]
+        if self.spec.order is None:
+            return
         from transformers.vision_utils import get_vision_window_index
 
-        grid = GRID.read(Parameters(type(self.encoder).forward).named(args, kwargs))
         facts: Any = self.encoder
-        self.order = get_vision_window_index(grid, facts.spatial_merge_size, facts.window_size, facts.patch_size)[
-            0
-        ].cpu()
+        order = get_vision_window_index(grid, facts.spatial_merge_size, facts.window_size, facts.patch_size)[0]
+        self.order = order.cpu()
 
 
 def _flags(entry: LayerTrace, trace: list[LayerTrace]) -> list[Tensor]:
@@ -196,6 +221,12 @@ def _flags(entry: LayerTrace, trace: list[LayerTrace]) -> list[Tensor]:
     for flags, kept in zip(out, entry.kept, strict=True):
         flags[kept.cpu()] = True
     return out
+
+
+def _rastered(groups: Tensor, rows: int, columns: int, side: int) -> Tensor:
+    """Flags of patches that lie row by row, bool [N], from those of squares of ``side`` x ``side``."""
+    grid = groups.view(rows // side, columns // side)
+    return grid.repeat_interleave(side, 0).repeat_interleave(side, 1).flatten()
 
 
 def _square(groups: Tensor, count: int, side: int) -> Tensor:
@@ -207,25 +238,36 @@ def _square(groups: Tensor, count: int, side: int) -> Tensor:
     return (corner[:, None, None] + inside[:, None] * edge + inside).flatten()
 
 
-def _mark_features(
-    stack: ExitStack, vlm: nn.Module, facts: FamilySpec, spec: EncoderSpec, trace: list[LayerTrace]
-) -> None:
+def _mark_features(stack: ExitStack, vlm: nn.Module, facts: FamilySpec, trace: list[LayerTrace]) -> None:
     """Rows of NaN, for features that the encoder dropped, show where the model puts them."""
+
+    def holes(output: Any) -> Any:
+        """The same with rows of NaN, whatever holds them."""
+        flags = iter(~torch.cat(_flags(trace[-1], trace)))
+
+        def punched(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return [punched(one) for one in value]
+            gone = torch.stack([next(flags) for _ in range(value[..., 0].numel())]).to(value.device)
+            return value.masked_fill(gone.view(*value.shape[:-1], 1), torch.nan)
+
+        field = POOLED.of(output)
+        if field is None:
+            return punched(output)
+        setattr(output, field, punched(getattr(output, field)))
+        return output
 
     def connected(_module: nn.Module, _args: Any, y: Tensor) -> Tensor:
         lost = ~torch.stack(_flags(trace[-1], trace)).to(y.device)
         lost = nn.functional.pad(lost, (y.shape[1] - lost.shape[1], 0))
         return y.masked_fill(lost.unsqueeze(-1), torch.nan)
 
-    def towered(_module: nn.Module, _args: Any, output: Any) -> None:
-        field = POOLED.of(output)
-        assert field is not None
-        features = getattr(output, field)
-        lost = ~torch.cat(_flags(trace[-1], trace)).to(features.device)
-        setattr(output, field, features.masked_fill(lost.unsqueeze(-1), torch.nan))
-
-    path, hook = (facts.tower, towered) if spec.packed else (facts.connector, connected)
-    stack.callback(vlm.get_submodule(path).register_forward_hook(hook).remove)
+    if facts.connector:
+        stack.callback(vlm.get_submodule(facts.connector).register_forward_hook(connected).remove)
+        return
+    method = IMAGE_FEATURES.of(vlm)
+    assert method is not None
+    stand_in(stack, vlm, method, lambda original: lambda *args, **kwargs: holes(original(*args, **kwargs)))
 
 
 def _inner(inputs: Inputs) -> Tensor:

@@ -18,6 +18,7 @@ from ..session import pruned
 from ..tokens import LayerTrace
 from ..upstream.names import LAYERS, MASK
 from ..upstream.specs import FamilySpec
+from ..vision.derive import with_tower
 from ..vlm.admission import proving, verdict_of
 from ..vlm.locate import locate
 from ..vlm.prompts import answered, placeholders
@@ -35,6 +36,7 @@ def hybrid_plan(model: nn.Module) -> Plan:
     from ..language.layers import read_layers, with_keys  # imports transformers
 
     _, vlm, spec = locate(model, "language")
+    spec = with_tower(vlm, spec)
     decoder = vlm.get_submodule(spec.decoder)
     depth = len(list(LAYERS.get(decoder).children()))
     shown = with_keys(read_layers(decoder.config, depth)) or list(range(depth))

@@ -114,6 +114,7 @@ KINDS_OF_TOKENS = (Role("mm_token_type_ids", "moe_mm_token_type_ids"), Role("tok
 VIDEO_GRID = Role("video_grid_thw")  # frames, rows and columns of patches of each video
 ENCODED = Role("mm_encoder_outputs")  # features computed earlier, in place of pixels
 GRID = Role("grid_thw")  # packed towers: rows and columns of patches of each image
+PICTURE_SIZES = Role("image_sizes")  # height and width of each picture in pixels
 SEGMENTS = Role("cu_seqlens")  # packed towers: ends of the segments that attend to themselves
 LONGEST = Role("max_seqlen")
 TIMM_MASK = Role("attn_mask")
@@ -149,6 +150,9 @@ VIDEO_TOKEN = Role("video_token_id", "video_token_index")  # of configs
 AUDIO_TOKEN = Role("audio_token_id", "audio_token_index")  # of configs
 VISION_CONFIG = Role("vision_config")  # of configs: that of the tower
 MERGE_SIDE = Role("spatial_merge_size", "merge_kernel_size", "merge_size")  # of configs of towers
+JOINED_SIDE = Role(  # of configs and of their towers': the same, under the names of towers that are not packed
+    *MERGE_SIDE.spellings, "downsample_factor", "scale_factor", "hidden_stride", "projector_pooling_ratio",
+)  # fmt: skip
 STARTS = Role("vision_start_token_id", "image_start_token_id")  # of configs: in front of an image
 ENDS = Role("vision_end_token_id", "image_end_token_id")  # of configs: behind an image
 DEEPSTACK_OF = Role("deepstack_visual_indexes")  # of configs of towers: layers whose features enter later as well
@@ -168,3 +172,12 @@ WINDOWLESS = Role("fullatt_block_indexes")  # of configs of towers: layers whose
 WINDOW = Role("window_size")  # of the same, in pixels
 PINPOINTS = Role("image_grid_pinpoints")  # of configs that cut pictures into tiles
 PATCH = Role("patch_size")  # of configs of towers, in pixels
+IMAGE_SIDE = Role("image_size")  # of configs of towers, in pixels
+
+# -- parts of blocks of towers ----------------------------------------------------------------------------------------
+
+BLOCK_ATTENTIONS = Role("self_attn", "attention", "attn")
+BLOCK_MLPS = Role("mlp", "ffn", "feed_forward")
+BLOCK_KEYS = Role("k_proj", "key", "wk", "k")  # of their attentions: emits the keys
+BLOCK_PACKED_KEYS = Role("qkv", "qkv_proj", "wqkv")  # likewise: queries, keys and values side by side
+BLOCK_HEADS = Role("num_key_value_heads", "num_heads", "num_attention_heads", "n_heads")

@@ -126,16 +126,6 @@ def encoders() -> dict[str, EncoderSpec]:
     return dict(_tables.encoders)
 
 
-def towers() -> dict[str, EncoderSpec]:
-    """Encoders whose output only their own family can read, by qualified class name.
-
-    Raises:
-        PluginError: a plug-in cannot be used.
-    """
-    _tables.read_plugins()
-    return dict(_tables.towers)
-
-
 def families() -> dict[str, FamilySpec]:
     """All known families of vision-language models by qualified class name, those of this package first.
 

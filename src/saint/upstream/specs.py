@@ -1,6 +1,6 @@
 """What is known of another library's class: one frozen spec of plain facts each. The tables of specs are the other files here."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ class BlockSpec:
         keys: what shows the keys: a module whose output is K ([B, H, N, D] or [B, N, H*D]), or a packed ``in_proj_weight``
             from which they are recomputed. The first candidate that exists is used; none where a cache shows them.
         keys_by_token: the module's output is [B, N, H, D].
-        heads: attribute with the number of heads, needed for 3-D keys; the first candidate that exists is used.
+        heads: attribute with the number of heads of the keys, needed for 3-D keys; the first candidate that exists is used.
         mask: the block's attention-mask argument.
         padding: nn.MultiheadAttention that takes ``key_padding_mask`` instead of ``mask``.
         tables: block arguments that hold positional tables over the patch tokens (RoPE).
@@ -93,6 +93,7 @@ class EncoderSpec:
         masked_pools: methods that pool behind the last block, and their argument that marks padding.
         dense_calls: methods whose maps must be full length (they reshape to the grid).
         packed: samples lie one behind the other in one sequence without batch axis, told by an argument with their grids.
+        raster: of a packed encoder: the patches of a picture lie row by row, not square by square of those that are joined.
         order: of a packed encoder: method that reorders groups of tokens and is given their order, or None.
         candidates: how many the instance always has, or None where the size of the pictures decides.
         usual: side in pixels of the pictures that its preprocessing makes at most, where the config tells the size of the
@@ -115,6 +116,7 @@ class EncoderSpec:
     masked_pools: dict[str, Role] = field(default_factory=dict)
     dense_calls: tuple[str, ...] = ()
     packed: bool = False
+    raster: bool = False
     order: Role | None = None
     candidates: Callable[[Any], int | None] = lambda _: None
     usual: int | None = None
@@ -158,16 +160,16 @@ class FamilySpec:
         model: qualified name (module and class) of the class that merges image features into the text: the model without its
             head. Subclasses are found by it, too.
         tower: path of the vision tower; "" where there is none.
-        connector: path of the module between tower and language model; "" where it is not known.
+        connector: path of the module between tower and language model; "": the method that computes features stands for it.
         decoder: path of the language model.
         pixels: arguments of the model's forward that bring images or videos.
         no_vision: why the vision stage is not possible, or None.
         merge_size: side of the square of patches that is joined into one token between tower and language model, from the
             instance; None where every patch becomes a token.
-        deepstack_mergers: paths of further modules that join patches, and the tower's hidden states they read (0 = embeddings),
-            from the instance.
         feature_layer: index into the tower's hidden states (0 = embeddings) of the features used, from the instance; None
             where the features of several layers are joined.
+        reads: indices into the tower's hidden states (0 = embeddings) of those that further features are made of, from the
+            instance (DeepStack).
         clips: from the instance and the arguments of the method that computes the features of videos: what each video becomes.
             None where a family has no videos.
         library: import name of the library that the class comes from.
@@ -185,8 +187,8 @@ class FamilySpec:
     pixels: tuple[Role, ...] = (PIXELS,)
     no_vision: str | None = None
     merge_size: Callable[[Any], int | None] = lambda _: None
-    deepstack_mergers: Callable[[Any], dict[str, int]] = lambda _: {}
     feature_layer: Callable[[nn.Module, int], int | None] = lambda _, depth: depth
+    reads: Callable[[Any], Iterable[int]] = lambda _: ()
     clips: Callable[[Any, Mapping[str, Any]], list[Clip]] | None = None
     library: str = "transformers"
     tower_spec: EncoderSpec | None = None

@@ -62,9 +62,7 @@ def verify_family(model: nn.Module, spec: FamilySpec) -> None:
             missing.append(f"{spec.decoder}.{LAYERS}")
     missing += _try("size of merged squares", lambda: spec.merge_size(model))
     missing += _try("layer of its features", lambda: spec.feature_layer(model, 1))
-    missing += _try(
-        "mergers", lambda: missing.extend(path for path in spec.deepstack_mergers(model) if part(model, path) is None)
-    )
+    missing += _try("hidden states that it reads", lambda: spec.reads(model))
     if spec.clips is not None and VIDEO_FEATURES.of(model) is None:
         missing.append(f"method {VIDEO_FEATURES}")
     if PLACEHOLDER_MASK.of(model) is None and MERGER.of(model) is None:

@@ -126,14 +126,19 @@ def prove(blocks: Sequence[Block | None], points: dict[int, DropPoint], prefix: 
             continue
         block = blocks[index]
         assert block is not None
-        assert block.spec.attn is not None
-        unit = block.units[0][0]
-        attn = part(unit, block.spec.attn)
-        norm = part(unit, block.spec.norm1 or block.spec.norm2 or "norm1")
-        width = norm.weight.shape[-1]
-        # timm 1.0.20 keeps no head_dim
-        dim = getattr(attn, "head_dim", None) or width // getattr(attn, "num_heads", width)
-        block.prove(width, prefix, partial(_probe_table, dim, prefix))
+        prove_block(block, prefix)
+
+
+def prove_block(block: Block, prefix: int) -> None:
+    """Prove a block that has a place between attention and MLP, see :meth:`saint.runtime.blocks.Block.prove`."""
+    assert block.spec.attn is not None
+    unit = block.units[0][0]
+    attn = part(unit, block.spec.attn)
+    norm = part(unit, block.spec.norm1 or block.spec.norm2 or "norm1")
+    width = norm.weight.shape[-1]
+    # timm 1.0.20 keeps no head_dim
+    dim = getattr(attn, "head_dim", None) or width // getattr(attn, "num_heads", width)
+    block.prove(width, prefix, partial(_probe_table, dim, prefix))
 
 
 def _block_spec(spec: EncoderSpec, module: nn.Module) -> BlockSpec | None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UnsupportedModelError
 from ..gathers import by_length, gather_mask, gather_table, shorter, visible
 from ..patch import override
 from ..runtime.blocks import Block
@@ -151,7 +152,12 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
         if layer == 0 and not forward.states:  # else it is run again for its gradients
             block = self.blocks[layer]
             mask = None if block is None or block.spec.bias or block.mask is None else call.get(block.mask)
-            x_samples = x.unsqueeze(0) if self.packed else x  # [B, P + N, C]
+            x_samples = x.unsqueeze(0) if x.ndim == 2 else x  # [B, P + N, C]
+            if self.packed and mask is None and (block is None or block.segments is None):
+                raise UnsupportedModelError(
+                    f"{type(self.module).__name__} lays all pictures in one sequence, and nothing tells its blocks where each "
+                    'ends: load the model with attn_implementation="sdpa"'
+                )
             origin = self.inputs.begin(forward, x_samples, mask)  # a bias hides no token
             self.begin_layers(forward, origin, x_samples[:, self.prefix :])
         if layer not in forward.states:
@@ -225,7 +231,8 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
         block, tokens, shows = self.blocks[layer], state.tokens, layer in self.points
 
         def on_part(part_x: Tensor, part_kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-            y = original(part_x[0], **part_kwargs)[None] if self.packed else original(part_x, **part_kwargs)
+            flat = block is not None and block.segments is not None
+            y = original(part_x[0], **part_kwargs)[None] if flat else original(part_x, **part_kwargs)
             return (y, self.keys(forward, layer)) if shows else (y,)
 
         if block is None or tokens.nothing_dropped:

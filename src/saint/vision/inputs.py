@@ -15,9 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 from ..frames import NONE, numbered
 from ..patch import Uncopyable, override, refuse_tracing
 from ..runtime.forwards import Forwards
-from ..runtime.state import Forward, LayerState, all_tokens, packed_groups, squares
+from ..runtime.state import Forward, LayerState, all_tokens, packed_groups, packed_squares, squares
 from ..tokens import Facts
-from ..upstream.names import GRID, Parameters
+from ..upstream.names import GRID, PATCH, PICTURE_SIZES, Parameters
 from ..upstream.specs import EncoderSpec, part
 from .guard import min_keep, shares
 
@@ -123,9 +123,13 @@ class Inputs(Uncopyable):
         self.forwards.prelude().shares = shares(pixels, self.guard)
 
     def _note_samples(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        grid = GRID.read(self.parameters.named(args, kwargs))
+        given = self.parameters.named(args, kwargs)
         forward = self.forwards.prelude()
-        forward.grids = grid.tolist()
+        if (grid := GRID.read(given)) is not None:
+            forward.grids = grid.tolist()
+        else:
+            patch = PATCH.get(self.module)
+            forward.grids = [[1, int(h) // patch, int(w) // patch] for h, w in PICTURE_SIZES.read(given)]
         forward.order = None
 
     def _note_order(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -177,8 +181,10 @@ class Inputs(Uncopyable):
             samples = forward.samples
             if sum(samples) != count:
                 raise ValueError(f"grid_thw announces {sum(samples)} patches, and there are {count}")
-            size = self.merge_size**2
-            return packed_groups(samples, size, forward.order, x.device)
+            if self.spec.raster:
+                frames = [(rows, columns) for frames, rows, columns in forward.grids for _ in range(frames)]
+                return packed_squares(frames, self.merge_size, x.device)
+            return packed_groups(samples, self.merge_size**2, forward.order, x.device)
         valid = None
         if mask is not None and mask.ndim == 4:
             seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

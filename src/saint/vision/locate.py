@@ -4,7 +4,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..upstream import registry
-from ..upstream.specs import EncoderSpec
+from ..upstream.specs import EncoderSpec, FamilySpec
 
 
 def lineage(module: nn.Module) -> list[str]:
@@ -13,18 +13,22 @@ def lineage(module: nn.Module) -> list[str]:
     return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
 
 
-def locate_tower(model: nn.Module) -> tuple[str, nn.Module, EncoderSpec]:
-    """The encoder of a vision-language model: also one of those that only make sense inside of theirs.
+def locate_tower(model: nn.Module, family: FamilySpec) -> tuple[str, nn.Module, EncoderSpec]:
+    """The encoder of a vision-language model, as (path inside its tower, module, spec).
+
+    Args:
+        model: the module of the family's spec.
+        family: what is known of it; its own tower comes before those of the registry.
 
     Raises:
         UnsupportedModelError: see :func:`locate`.
     """
-    towers = registry.towers()
-    for path, module in model.named_modules():
-        for name in lineage(module):
-            if name in towers:
-                return path, module, towers[name]
-    return locate(model)
+    tower, own = model.get_submodule(family.tower), family.tower_spec
+    if own is not None:
+        for path, module in tower.named_modules():
+            if own.encoder in lineage(module):
+                return path, module, own
+    return locate(tower)
 
 
 def find(model: nn.Module) -> list[tuple[str, nn.Module, EncoderSpec]]:

@@ -87,6 +87,14 @@ class FullLength:
         return torch.cat([full[:, : self.prefix], full[:, self.prefix :] + state.offsets], 1)
 
 
+def _hole() -> float:
+    """What stands at dropped tokens in a map of full length.
+
+    NaN shows whether anything lets a dropped token touch a kept one, but would spoil the gradients of weights.
+    """
+    return DROPPED if torch.is_grad_enabled() else torch.nan
+
+
 class Outputs(Uncopyable):
     """Hidden states behind a block, and what final norms, pools and dense calls make of them.
 
@@ -162,8 +170,7 @@ class Outputs(Uncopyable):
         if not (last or after in self.restored or self.dense.get()) or tokens.nothing_dropped:
             return y
         if after in self.restored:
-            # survivors at their places, marks elsewhere
-            y = full_length(y, tokens, self.prefix, DROPPED)  # [B, P + N, C]
+            y = full_length(y, tokens, self.prefix, _hole())  # [B, P + N, C]
         elif last and self.output == "survivors" and not self.dense.get():
             return self._fill(y, tokens)
         else:
@@ -200,7 +207,7 @@ class Outputs(Uncopyable):
     def _mark(self, x: Tensor, tokens: TokenMap) -> Tensor:
         """Mark the rows of dropped tokens of a full-length map, [B, P + N, C] or packed [N, C]."""
         gone = torch.nn.functional.pad(dropped(tokens), (self.prefix, 0))  # [B, P + N]
-        return x.masked_fill((gone[0] if self.spec.packed else gone).unsqueeze(-1), DROPPED)
+        return x.masked_fill((gone[0] if x.ndim == 2 else gone).unsqueeze(-1), _hole())
 
     def _pool(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def pool(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -253,15 +260,17 @@ class Outputs(Uncopyable):
     # -- full length --------------------------------------------------------------------------------------------------
 
     def lost(self, layer: int) -> Tensor | None:
-        """Mark the groups that are gone in front of ``layer``, in the order of the merger's output, bool [B, G]; None: none."""
+        """Mark the groups that are gone in front of ``layer``, picture by picture, bool [groups]; None: none."""
         forward = self.forwards.state
         if layer not in forward.states or forward.states[layer].tokens.nothing_dropped:
             return None
         gone = dropped(forward.states[layer].tokens)
         assert forward.origin is not None
-        assert forward.origin.places is not None
         places = forward.origin.places
-        return gone[:, :: places.shape[2]] if self.spec.packed else gone.flatten()[places[:, :, 0]]  # [B, G]
+        if places is None:
+            return gone.flatten()  # every token is a group
+        lost, valid = gone.flatten()[places[:, :, 0]], forward.origin.candidates.valid  # [B, G]
+        return lost.flatten() if valid is None else lost[valid]
 
     def stand_in(self, keys: Tensor, selection: Selection) -> Tensor | None:
         """For each current candidate the new slot that stands for it, int64 [B, N]; keys [B, N, D]; None: not asked for."""

@@ -7,7 +7,6 @@ model, whatever the model does with them on the way (unpadding, tiles, newlines)
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from ..tokens import reads_are_free
 from ..upstream.names import (
     AUDIO_TOKEN,
     CACHE,
+    DEEPSTACK_FEATURES,
     EMBEDDINGS,
     ENCODED,
     IDS,
@@ -50,7 +50,8 @@ class PrunedVLM(Uncopyable):
         spec: what is known of the family.
         door: of the language model, with the connector and language stages.
         encoder: the vision stage, or None.
-        mergers: paths of the modules that read the tower, the connector first, and the map of the encoder that each reads.
+        features: index into the encoder's hidden states (0 = embeddings) of those that the model uses; None: nothing is
+            dropped in front of them.
         handover: between this and the door.
         root: the user's model, which holds ``model``.
 
@@ -65,27 +66,27 @@ class PrunedVLM(Uncopyable):
         spec: FamilySpec,
         door: Doorway,
         encoder: PrunedEncoder | None,
-        mergers: dict[str, int],
+        features: int | None,
         handover: Handover,
         root: nn.Module,
     ) -> None:
         self.path, self.model, self.spec, self.door, self.encoder = path, model, spec, door, encoder
-        self.mergers, self.handover = mergers, handover
+        self.features, self.handover = features, handover
         self.patched, self.alone = root, None
         self.marked = (model,) if encoder is None else (model, encoder.module)
         self.stacks = door.stacks if encoder is None else (encoder, *door.stacks)
         self.known = Known()
         handover.complete = self._complete
-        self.proved: set[str] = set()  # mergers that were seen to join the groups that they should
+        self.proved = False  # features were seen to be of the groups that they should be of
         self.parameters = Parameters(type(model).forward)
         self.merge, self.merges = merge_method(model)
         self.videos = Videos(model, spec) if door.wants_frames and spec.clips is not None else None
         points = () if encoder is None else encoder.points.values()
         last = max((point.layer for point in points if point.method is not None), default=-1)
-        if last >= mergers.get(spec.connector, last + 1):
+        if features is not None and last >= features:
             raise ValueError(
                 f"layer {last} of the vision stage lies behind the features that {type(model).__name__} "
-                f"uses, those of layer {mergers[spec.connector] - 1}: name layers < {mergers[spec.connector]}"
+                f"uses, those of layer {features - 1}: name layers < {features}"
             )
 
     def install(self, stack: ExitStack) -> None:
@@ -104,13 +105,16 @@ class PrunedVLM(Uncopyable):
         watch(stack, self.patched, self.door, self._whole)
         if self.encoder is not None:
             self.encoder.install(stack)
-            if not self.mergers:  # nothing is dropped in front of them
+            if self.features is None:  # nothing is dropped in front of them
                 return
-            if self.encoder.merge_size is None:
+            if self.encoder.merge_size is None and self.spec.connector:
                 override(stack, self.model.get_submodule(self.spec.connector), "forward", self._connect)
+            elif self.spec.connector:
+                override(stack, self.model.get_submodule(self.spec.connector), "forward", self._join)
             else:
-                for path, layer in self.mergers.items():
-                    override(stack, self.model.get_submodule(path), "forward", partial(self._join, path, layer))
+                for role in (IMAGE_FEATURES, VIDEO_FEATURES):
+                    if (method := role.of(self.model)) is not None:
+                        override(stack, self.model, method, self._join)
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = self.parameters.named(args, kwargs)
@@ -239,7 +243,8 @@ class PrunedVLM(Uncopyable):
             encoder = self.encoder
             assert encoder is not None
             y = original(x, *args, **kwargs)
-            features = self.mergers[self.spec.connector]
+            features = self.features
+            assert features is not None
             state = encoder.forward.states.get(features)
             if state is None or state.tokens.nothing_dropped:
                 return y
@@ -256,51 +261,82 @@ class PrunedVLM(Uncopyable):
 
         return connect
 
-    def _join(self, path: str, layer: int, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The merger sees full length; each group it returns has all its members, or is dropped and ``mark``."""
+    def _join(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """What is behind the encoder sees full length; each row it returns is of kept patches, or of dropped ones and marked."""
 
-        def join(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def join(*args: Any, **kwargs: Any) -> Any:
             encoder = self.encoder
             assert encoder is not None
-            side = encoder.merge_size
-            lost = encoder.outputs.lost(layer)
-            # NaN shows whether a merger lets a dropped token touch a kept one, but would spoil the gradient of its weights
-            shows = lost is not None and not torch.is_grad_enabled()
-            y = original(x.masked_fill(is_dropped(x).unsqueeze(-1), torch.nan) if shows else x, *args, **kwargs)
+            assert self.features is not None
+            output = original(*args, **kwargs)
+            lost = encoder.outputs.lost(self.features)
             if lost is None:
-                return y
-            if lost.numel() != y[..., 0].numel():
-                raise ParityError(
-                    f"the merger of {type(self.model).__name__} returned features of shape {tuple(y.shape)} for "
-                    f"{lost.numel()} groups of {side} x {side} patches"
-                )
-            lost = lost.reshape(y.shape[:-1]).to(y.device)
-            mark = DROPPED if path == self.spec.connector else 0.0
-            if path in self.proved and not reads_are_free(y.device):
-                return y.masked_fill(lost.unsqueeze(-1), mark)  # modules do not change between forwards
-            holes = torch.isnan(y).any(-1)
-            if bool((holes & ~lost).any()):
-                raise ValueError(
-                    "image features are NaN: check the pixels for NaN or Inf, and fp16 overflow; if they are fine, this version "
-                    f"of {type(self.model).__name__} joins patches of different groups"
-                )
-            if shows and bool((lost & ~holes).any()):
-                raise ParityError(
-                    f"{type(self.model).__name__} joins other patches than groups of {side} x {side}: its "
-                    "library may have changed"
-                )
-            if shows:
-                self.proved.add(path)
-            return y.masked_fill(lost.unsqueeze(-1), mark)
+                return output
+            rows = list(tensors(POOLED.get(output, output)))  # [..., C] each
+            self._check(rows, lost)
+            return mark_rows(output, lost)
 
         return join
 
+    def _check(self, rows: list[Tensor], lost: Tensor) -> None:
+        """Refuse features that are not those of the groups: ``lost`` tells which were dropped."""
+        encoder, name = self.encoder, type(self.model).__name__
+        assert encoder is not None
+        side = encoder.merge_size or 1
+        if lost.numel() != sum(row[..., 0].numel() for row in rows):
+            raise ParityError(
+                f"{name} made features of shapes {', '.join(str(tuple(row.shape)) for row in rows)} of {lost.numel()} groups of "
+                f"{side} x {side} patches"
+            )
+        if self.proved and not reads_are_free(rows[0].device):
+            return  # modules do not change between forwards
+        holes = torch.cat([torch.isnan(row).any(-1).flatten() for row in rows])
+        lost = lost.to(holes.device)
+        if bool((holes & ~lost).any()):
+            raise ValueError(
+                "image features are NaN: check the pixels for NaN or Inf, and fp16 overflow; if they are fine, this version "
+                f"of {name} joins patches of different groups"
+            )
+        if torch.is_grad_enabled():
+            return  # dropped rows hold numbers
+        marked = torch.cat([is_dropped(row).flatten() for row in rows])  # one such method may call another
+        if bool((lost & ~holes & ~marked).any()):
+            raise ParityError(
+                f"{name} joins other patches than groups of {side} x {side}: its library may have changed"
+            )
+        self.proved = True
 
-def read_maps(model: Any, spec: FamilySpec, depth: int) -> dict[str, int]:
-    """Paths of the modules that read the tower's hidden states, the connector first, and which (0 = embeddings).
+
+def mark_rows(output: Any, lost: Tensor) -> Any:
+    """Mark the rows of dropped groups in features, and in those for later layers, which are 0 there.
+
+    Args:
+        output: rows [..., C], those of each picture, or what holds them.
+        lost: bool [groups].
+    """
+
+    def marked(value: Any, fill: float, gone: Tensor = lost) -> Any:
+        if isinstance(value, Tensor):
+            return value.masked_fill(gone.to(value.device).view(*value.shape[:-1], 1), fill)
+        own = gone.split([one[..., 0].numel() for one in value])
+        return type(value)(marked(one, fill, some) for one, some in zip(value, own, strict=True))
+
+    field = POOLED.of(output)
+    if field is None:
+        return marked(output, DROPPED)
+    setattr(output, field, marked(getattr(output, field), DROPPED))
+    deep = DEEPSTACK_FEATURES.of(output)
+    if deep is not None and getattr(output, deep) is not None:
+        features = getattr(output, deep)
+        setattr(output, deep, type(features)(marked(one, 0.0) for one in features))
+    return output
+
+
+def read_features(model: Any, spec: FamilySpec, depth: int) -> int:
+    """Index into the tower's ``depth + 1`` hidden states (0 = embeddings) of the features that the model uses.
 
     Raises:
-        UnsupportedModelError: the connector reads several layers.
+        UnsupportedModelError: it uses those of several layers.
     """
     layer = spec.feature_layer(model, depth)
     if layer is None:
@@ -309,7 +345,7 @@ def read_maps(model: Any, spec: FamilySpec, depth: int) -> dict[str, int]:
             f"(vision_feature_layer={model.config.vision_feature_layer}), which would hold different tokens; use the "
             "connector or language stage"
         )
-    return {spec.connector: layer, **spec.deepstack_mergers(model)}
+    return layer
 
 
 def placeholders(model: Any, input_ids: Tensor | None, inputs_embeds: Tensor, *_: Any, **__: Any) -> Tensor:

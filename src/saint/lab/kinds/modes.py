@@ -26,7 +26,7 @@ def modes(model: Any) -> dict[str, Plan]:
         "language": Plan(language=language),
     }
     if spec.no_vision is None:
-        _, tower, tower_spec = locate_tower(vlm.get_submodule(spec.tower))
+        _, tower, tower_spec = locate_tower(vlm, spec)
         blocks = len(list(tower.get_submodule(tower_spec.blocks).children()))
         used = spec.feature_layer(vlm, blocks)
         if used is not None:

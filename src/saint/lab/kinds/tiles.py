@@ -33,7 +33,7 @@ def tiles(model: Any, processor: Any, inputs: Mapping[str, Any]) -> list[Tile]:
         ValueError: the model takes its pixels in a way that shows no grid.
     """
     _, vlm, spec = locate(model, "language")
-    _, tower, tower_spec = locate_tower(vlm.get_submodule(spec.tower))
+    _, tower, tower_spec = locate_tower(vlm, spec)
     config: Any = tower.config
     side = spec.merge_size(vlm) or 1
     pixels: Tensor = inputs["pixel_values"].float().cpu()

@@ -175,7 +175,7 @@ class VLM(Generating):
         _, model, spec = locate(self.model, "language")
         layers = {}
         if spec.no_vision is None:
-            _, tower, tower_spec = locate_tower(model.get_submodule(spec.tower))
+            _, tower, tower_spec = locate_tower(model, spec)
             depth = len(part(tower, tower_spec.blocks))
             # None: features of several layers, which would hold different tokens
             used = spec.feature_layer(model, depth)

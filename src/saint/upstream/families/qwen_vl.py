@@ -47,7 +47,7 @@ def _family(title: str, module: str, cls: str, **facts: Any) -> FamilySpec:
         title=title,
         model=qualified(module, cls),
         tower="visual",
-        connector="visual.merger",
+        connector="",
         pixels=(PIXELS, VIDEOS),
         merge_size=lambda m: m.visual.spatial_merge_size,
         clips=_clips,
@@ -145,9 +145,7 @@ SPECS = (
         "Qwen3-VL",
         "qwen3_vl",
         "Qwen3VLModel",
-        deepstack_mergers=lambda m: {
-            f"visual.deepstack_merger_list.{i}": layer + 1 for i, layer in enumerate(m.visual.deepstack_visual_indexes)
-        },
+        reads=lambda m: [layer + 1 for layer in m.visual.deepstack_visual_indexes],
         tower_spec=_tower("Qwen3-VL", "qwen3_vl", "Qwen3VLVisionModel", "Qwen3VLVisionBlock"),
         tiny=(_tiny("qwen3-vl", _qwen3),),
     ),

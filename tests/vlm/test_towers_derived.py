@@ -1,0 +1,200 @@
+"""The vision stage of families that no spec was written for: what is found of their towers, and oracles over the whole model.
+
+Models are those of transformers' configurations, shrunken; pictures go in, logits come out.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
+
+import saint
+from saint.gathers import is_dropped
+from saint.testing import masked_oracle, removal_oracle
+from saint.testing.outputs import run
+from saint.testing.shrink import shrunken
+from saint.testing.twins import grown
+from saint.upstream.names import ENDS, IMAGE_TOKEN, KINDS_OF_TOKENS, STARTS, Parameters
+from saint.upstream.pictures import pictures
+from saint.vision.derive import with_tower
+from saint.vlm.locate import find
+from support.families import one_at_a_time
+from support.oracles import relative_error
+
+
+@dataclass(frozen=True)
+class Found:
+    """What must be found of a type, and what its default configuration lacks."""
+
+    side: int | None = 2
+    connector: str = ""
+    hybrid: bool = (
+        False  # with recurrent layers or an attention of its own, which the masked oracle cannot hide keys from
+    )
+    window: bool = False  # the removal oracle takes other tokens for those inside a window
+    set: dict[str, Any] = field(default_factory=dict)
+
+
+_DEEP = {"vision_config.deepstack_visual_indexes": [0, 2]}
+TOWERS = {
+    "qwen3_5": Found(hybrid=True), "qwen3_5_moe": Found(hybrid=True), "qwen3_vl_moe": Found(set=_DEEP),
+    "cosmos3_omni": Found(set=_DEEP), "cosmos3_edge": Found(), "glm4v": Found(), "glm4v_moe": Found(), "glm46v": Found(),
+    "glm_ocr": Found(), "glmga": Found(), "glm5_next": Found(hybrid=True), "kimi_k25": Found(), "ernie4_5_vl_moe": Found(),
+    "paddleocr_vl": Found(), "exaone4_5": Found(window=True), "hyperclovax_vision_v2": Found(), "dots3_note": Found(window=True),
+    "video_llama_3": Found(), "mistral3": Found(), "lighton_ocr": Found(), "mistral_large4": Found(),
+    "aya_vision": Found(window=True), "cohere2_vision": Found(window=True), "deepseek_vl": Found(None),
+    "janus": Found(None, set={"vision_config.projection_dim": 64}), "video_llava": Found(None), "ovis2": Found(None),
+    "qianfan_ocr": Found(set={"vision_config.image_size": [56, 56]}),
+    "vipllava": Found(None, set={"vision_feature_layers": -2, "vision_feature_layer": -2}),
+    "llava_next_video": Found(None, "multi_modal_projector", set={"image_grid_pinpoints": [[32, 64], [64, 32]]}),
+    "qwen2_5_omni_thinker": Found(set={"vision_start_token_id": 300}),
+    "qwen3_omni_moe_thinker": Found(set={"vision_start_token_id": 300, **_DEEP}),
+}  # fmt: skip
+REFUSED = {
+    "vipllava": "several layers", "lfm2_vl": "a row each", "got_ocr2": "a row each",
+    "idefics2": "no squares of patches", "step3p7": "no squares of patches",
+}  # fmt: skip
+
+
+def build(name, changes):
+    """A small model of a type, whose configuration has been changed at dotted paths."""
+    cls = getattr(transformers, CLASSES[name])
+    config = shrunken(cls.config_class())
+    for path, value in changes.items():
+        *holders, last = path.split(".")
+        holder = config
+        for part in holders:
+            holder = getattr(holder, part)
+        setattr(holder, last, value)
+    return grown(cls, config)
+
+
+def prompts(model, inner, given):
+    """A left-padded batch of two prompts with a picture each."""
+    with torch.no_grad():
+        features = inner.get_image_features(**given, return_dict=True).pooler_output
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    image = IMAGE_TOKEN.get(config)
+    start, end = ([] if token is None else [token] for token in (STARTS.get(config), ENDS.get(config)))
+
+    def words(count):
+        return [t if t != image else 5 for t in torch.randint(5, 60, (count,), generator=generator).tolist()]
+
+    rows = [
+        [*words(a), *start, *[image] * len(own.reshape(-1, own.shape[-1])), *end, *words(b)]
+        for own, (a, b) in zip(features, ((4, 5), (9, 3)), strict=True)
+    ]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    kinds = [role.among(Parameters(type(model).forward).names) for role in KINDS_OF_TOKENS]
+    return {
+        "input_ids": ids, "attention_mask": mask, **given, **{name: (ids == image).long() for name in kinds if name}
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def towers():
+    def make(name):
+        model = build(name, TOWERS[name].set)
+        _, inner, spec = find(model)
+        spec = with_tower(inner, spec)
+        assert spec.derived
+        assert spec.no_vision is None, spec.no_vision
+        errors = []
+        for given in pictures(inner, inner.get_submodule(spec.tower)):
+            try:
+                return model, inner, spec, prompts(model, inner, given.inputs)
+            except Exception as error:
+                errors.append(error)
+        raise AssertionError(errors)
+
+    return one_at_a_time(make)
+
+
+def plan(placement="mid", layer=1):
+    return saint.Plan(vision=saint.Stage(saint.SaintFullGraph(keep=0.6), layers=[0, layer], placement=placement))
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_what_is_found(towers, name):
+    _, inner, spec, _ = towers(name)
+    assert spec.merge_size(inner) == TOWERS[name].side
+    assert spec.connector == TOWERS[name].connector
+    deep = [layer + 1 for layer in TOWERS[name].set.get("vision_config.deepstack_visual_indexes", [])]
+    assert set(deep) <= set(spec.reads(inner))
+    assert all(block.seam for block in spec.tower_spec.block_specs.values())
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_oracles(towers, name):
+    model, _, _, inputs = towers(name)
+    words = (inputs["input_ids"] != IMAGE_TOKEN.get(model.config)) & inputs["attention_mask"].bool()
+    base = run(model, inputs)["logits"]
+    with saint.pruned(model, plan()) as session:
+        got = run(model, inputs)["logits"]
+        trace = session.trace
+    assert len(trace) == 2
+    assert bool((trace[-1].tokens_out < trace[0].tokens_in).all())
+    assert relative_error(got[words], base[words]) > 1e-2, "pruning changes nothing"
+    if not TOWERS[name].window:
+        want, _ = removal_oracle(model, plan(), inputs)
+        assert relative_error(got[words], want["logits"][words]) < 1e-4
+    if not TOWERS[name].hybrid:
+        want, _ = masked_oracle(model, plan(), inputs)
+        assert relative_error(got[words], want["logits"][words]) < 1e-4
+    assert torch.equal(run(model, inputs)["logits"], base)
+
+
+@pytest.mark.parametrize("name", ["glm4v", "kimi_k25", "qwen3_vl_moe", "mistral3", "janus", "aya_vision"])
+def test_gradients_reach_what_is_behind_the_tower(towers, name):
+    """With gradients dropped rows hold numbers, and logits are the same."""
+    model, inner, spec, inputs = towers(name)
+    with saint.pruned(model, plan()):
+        want = run(model, inputs)["logits"]
+        model.zero_grad()
+        got = model(**inputs).logits
+        got.float().pow(2).mean().backward()
+    assert torch.allclose(got, want, atol=1e-5)
+    tower = [p.grad for n, p in inner.get_submodule(spec.tower).named_parameters() if p.grad is not None]
+    assert tower
+    assert all(torch.isfinite(grad).all() for grad in tower)
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("name", ["kimi_k25", "paddleocr_vl", "mistral3"])
+def test_patches_that_lie_row_by_row_go_by_squares(towers, name):
+    """Which features are marked is what the trace says, picture by picture."""
+    model, inner, spec, inputs = towers(name)
+    assert spec.tower_spec.raster
+    given = {key: value for key, value in inputs.items() if key.startswith(("pixel", "image"))}
+    with saint.pruned(model, plan()) as session, torch.no_grad():
+        features = inner.get_image_features(**given, return_dict=True).pooler_output
+        trace = session.trace
+    for own, kept in zip(features, trace[-1].kept, strict=True):
+        assert (~is_dropped(own)).nonzero().flatten().tolist() == kept.tolist()
+    assert len(set(trace[0].tokens_in.tolist())) == 2
+
+
+def test_a_change_behind_the_tower_is_an_error(towers):
+    model, inner, _, inputs = towers("glm4v")
+    shift = inner.visual.downsample.register_forward_hook(lambda _module, _args, y: y.roll(1, 0))
+    try:
+        with (
+            saint.pruned(model, plan()),
+            pytest.raises((ValueError, saint.ParityError), match="joins (other )?patches"),
+        ):
+            run(model, inputs)
+    finally:
+        shift.remove()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_is_told_at_apply(name):
+    model = build(name, {})
+    with pytest.raises(saint.UnsupportedModelError, match=REFUSED[name]):
+        saint.apply(model, plan())
+    assert saint.status(model) is None
