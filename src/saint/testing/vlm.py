@@ -320,8 +320,30 @@ CONTRACTS: dict[str, Callable[[Any, Plan, Make], str]] = {
 }
 
 
+def check_tower(model: nn.Module, plan: Plan, make: Make) -> str:
+    """Logits of the prompt under a vision stage equal those of both oracles, where they are right."""
+    inputs = make([0, 1])
+    words = _words(model, inputs)
+    _, vlm, spec = locate(model, "vision")
+    decoder = vlm.get_submodule(spec.decoder)
+    with pruned(model, plan) as session:
+        got, trace = run(model, inputs)["logits"], session.trace
+    assert bool((trace[-1].tokens_out < trace[0].tokens_in).any()), "no token left the tower"
+    assert _off(got[words], run(model, inputs)["logits"][words]) > 1e-3, "tokens were dropped and no logit changed"
+    errors = {}
+    if not sees_within(decoder, inputs["input_ids"].shape[1]):
+        errors["removed"] = _off(got[words], removal_oracle(model, plan, inputs)[0]["logits"][words])
+    if not is_recurrent(decoder):
+        errors["masked"] = _off(got[words], masked_oracle(model, plan, inputs)[0]["logits"][words])
+    for which, worst in errors.items():
+        assert worst <= 1e-4, f"logits of the prompt, {which}: off by {worst:.1e} of their size"
+    return f"{int(words.sum())} positions within {max(errors.values()):.1e}"
+
+
 def contracts_for(plan: Plan) -> dict[str, Callable[[Any, Plan, Make], str]]:
-    """The contracts that a plan must hold on a twin, whose prompts come without pixels."""
+    """The contracts that a plan must hold on a twin, whose prompts come without pixels but for the vision stage's."""
+    if plan.vision:
+        return {"oracles of the tower": check_tower}
     front = ("removal oracle", "static cache", "batch independence", "really on")
     behind = ("batch independence", "answer independence", "masked oracle", "generation", "really on")
     return {name: CONTRACTS[name] for name in (behind if plan.language else front)}
