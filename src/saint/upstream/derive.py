@@ -19,6 +19,7 @@ from .names import (
     MERGER,
     PIXELS,
     PLACEHOLDER_MASK,
+    SEEN_STATES,
     Parameters,
     Role,
 )
@@ -43,12 +44,13 @@ def _decoder(module: Any) -> str | None:
     find = DECODER.get(module)
     decoder = None if find is None else find()
     while decoder is not None and decoder is not module and LAYERS.of(decoder) is None:
-        decoder = getattr(decoder, "model", None)  # behind a head for the next token
+        # behind a head for the next token
+        decoder = getattr(decoder, "model", None) or getattr(decoder, "decoder", None)
     if decoder is None or decoder is module:
         return None
     parameters = Parameters(type(decoder).forward)
-    if not (parameters.has(EMBEDDINGS) and parameters.has(CACHE)):
-        return None
+    if not (parameters.has(EMBEDDINGS) and parameters.has(CACHE)) or parameters.has(SEEN_STATES):
+        return None  # one that attends to another sequence is given no features
     return _path(module, decoder)
 
 
