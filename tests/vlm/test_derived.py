@@ -17,7 +17,6 @@ from saint.upstream.specs import part
 from saint.vlm import admission
 from saint.vlm.locate import find
 from support.families import FAMILIES
-from support.families import SPECS as WRITTEN
 from support.oracles import relative_error
 
 PLAN = saint.Plan(connector=saint.SaintFullGraph(keep=0.6))

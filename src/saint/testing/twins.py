@@ -34,6 +34,7 @@ from ..upstream.names import (
 )
 from ..upstream.specs import FamilySpec
 from .shrink import configs, is_token, shrunken
+from .towers import try_tower
 from .vlm import Make, contracts_for, hybrid_plan
 
 FRONT = Plan(connector=SaintFullGraph(keep=0.6))
@@ -90,10 +91,11 @@ def try_stages(model: nn.Module, spec: FamilySpec) -> dict[str, str]:
         make = Prompts(small)
     except Exception as error:  # whatever a class says of a configuration it cannot be built from
         return dict.fromkeys(STAGES, f"no twin of it runs ({type(error).__name__}: {error})")
-    return {stage: _first_failure(small, plan, make) for stage, plan in _plans(small, spec).items()}
+    tried = {stage: _first_failure(small, plan, make) for stage, plan in _plans(small, spec).items()}
+    return {"vision": try_tower(small), **tried}
 
 
-STAGES = ("connector", "language")
+STAGES = ("vision", "connector", "language")
 
 
 def _plans(model: nn.Module, spec: FamilySpec) -> dict[str, Plan]:
