@@ -18,6 +18,7 @@ from saint.testing.shrink import shrunken
 from saint.testing.towers import check_tower, pictured
 from saint.testing.twins import grown
 from saint.vision.derive import with_tower
+from saint.vlm import admission
 from saint.vlm.locate import find
 from support.families import one_at_a_time
 
@@ -67,6 +68,13 @@ def build(name, changes):
             holder = getattr(holder, part)
         setattr(holder, last, value)
     return grown(cls, config)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _admitted():
+    """These tests are the proof: applying a plan need not run it again on a twin."""
+    with admission._proves():
+        yield
 
 
 @pytest.fixture(scope="module")
