@@ -149,7 +149,6 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM":
         observers,
         handover,
         connector,
-        deepstack_layers=spec.deepstack_layers(vlm),
         starts_short=bool(plan.vision or plan.connector),
     )
     return PrunedVLM(path, vlm, spec, door, encoder, features, handover, model)
@@ -180,19 +179,20 @@ def _door(
     handover: "Handover",
     points: Sequence[DropPoint] = (),
     *,
-    deepstack_layers: int = 0,
     starts_short: bool = False,
 ) -> "Doorway":
     """The door of a language model: ``points`` of the connector in front of it, the language stage behind it."""
     from .language.cache import SessionToken
     from .language.decoder import PrunedDecoder
     from .language.doorway import Doorway
+    from .language.layers import read_layers, with_keys
 
     layers: list[nn.Module] = list(LAYERS.get(text).children())
     language = plan.language
     decoder, token = None, SessionToken()
     if language or observers.everywhere or _looks_everywhere(plan, observers):
-        chosen = plan.resolve_layers("language", len(layers), total=plan.behind_connector)
+        keeps = read_layers(text.config, len(layers))
+        chosen = plan.resolve_layers("language", len(layers), total=plan.behind_connector, shown=with_keys(keeps))
         own = drop_points("language", language, chosen, len(layers), observers, idle=not plan.slots)
         decoder = PrunedDecoder(
             path,
@@ -201,7 +201,7 @@ def _door(
             own,
             observers=observers,
             token=token,
-            deepstack_layers=deepstack_layers,
+            keeps=keeps,
             evict=bool(language) and language[0].evict,
         )
     return Doorway(

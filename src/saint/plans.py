@@ -82,20 +82,24 @@ class Stage:
             raise ValueError(f"evict must be True or False, got {self.evict!r}")
         check_number("guard", self.guard, 0, 1, "the share that a page of text keeps at least")
 
-    def resolve_layers(self, slot: str, depth: int, used_layers: int | None = None) -> list[int]:
+    def resolve_layers(
+        self, slot: str, depth: int, used_layers: int | None = None, shown: Sequence[int] | None = None
+    ) -> list[int]:
         """The drop points in a model of ``depth`` layers, ascending; of ``placement="input"`` the layer it is in front of.
 
         Where the method itself says which, and of "all", those of the first ``used_layers`` layers: behind them nothing is used.
+        Where not all layers show keys to choose by, ``shown`` are those that do, ascending: of layers that were not named by
+        number those among them, or the nearest one behind.
 
         Raises:
-            ValueError: a layer beyond the depth.
+            ValueError: a layer beyond the depth, or named by number and without keys.
         """
         if self.placement == "input":
             return [0]
         if self.layers == "first_half":
-            return list(range(depth // 2 or 1))
+            return _showing(list(range(depth // 2 or 1)), shown)
         if self.layers == "all":
-            return list(range(depth if used_layers is None else used_layers))
+            return _showing(list(range(depth if used_layers is None else used_layers)), shown)
         if self.layers is None:
             usual = self.method.layers(slot, depth)
             chosen = [layer for layer in usual if used_layers is None or layer < used_layers] or usual[:1]
@@ -103,6 +107,15 @@ class Stage:
             chosen = [int(i) for i in self.layers]
         if chosen[-1] >= depth:
             raise ValueError(f"layer {chosen[-1]} is out of range: this model's {slot} stage has layers 0..{depth - 1}")
+        if self.layers is None:
+            return _showing(chosen, shown)
+        if shown is not None and (blind := [layer for layer in chosen if layer not in shown]):
+            near = sorted({layer for one in blind for layer in _nearest(one, shown)})
+            raise ValueError(
+                f"no tokens can be chosen at layers {blind} of this model's {slot} stage, which keep no keys of their own "
+                f"(recurrent layers, layers that read an earlier one's keys, layers without attention); the nearest that do: "
+                f"{near}"
+            )
         return chosen
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,6 +141,18 @@ class Stage:
             raise ValueError(f"a stage needs {error}, got {dict(data)!r}") from error
         except TypeError as error:
             raise ValueError(f"not a stage: {error}") from error
+
+
+def _showing(chosen: list[int], shown: Sequence[int] | None) -> list[int]:
+    """Those of ``chosen`` that are among ``shown``; where none is, the nearest one behind, or else in front."""
+    if shown is None or not shown:
+        return chosen
+    return [layer for layer in chosen if layer in shown] or _nearest(chosen[0], shown)[-1:]
+
+
+def _nearest(layer: int, shown: Sequence[int]) -> list[int]:
+    """The last of ``shown`` in front of ``layer`` and the first behind it."""
+    return [one for one in shown if one < layer][-1:] + [one for one in shown if one > layer][:1]
 
 
 def _read_layers(layers: Any) -> tuple[int, ...]:
@@ -303,7 +328,12 @@ class Plan:
         return {name: stages for name in STAGES if (stages := getattr(self, name))}
 
     def resolve_layers(
-        self, slot: str, depth: int, used_layers: int | None = None, total: int | None = None
+        self,
+        slot: str,
+        depth: int,
+        used_layers: int | None = None,
+        total: int | None = None,
+        shown: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """The drop points of each stage of ``slot`` in a model of ``depth`` layers; see :meth:`Stage.resolve_layers`.
 
@@ -312,13 +342,14 @@ class Plan:
             depth: layers of the module.
             used_layers: of them, those whose output is used.
             total: candidates of every sample, where the model fixes their number.
+            shown: those that show keys; None: all.
 
         Raises:
             ValueError: a layer beyond the depth, stages that are not one behind the other in this model, or a budget that cannot
                 be had of the tokens that reach its stage: of their number, where it is known, or of any.
         """
         stages = self.slots.get(slot, ())
-        layers = [stage.resolve_layers(slot, depth, used_layers) for stage in stages]
+        layers = [stage.resolve_layers(slot, depth, used_layers, shown) for stage in stages]
         _check_order(slot, list(zip(stages, layers, strict=True)))
         for stage, chosen in zip(stages, layers, strict=True):
             first = slot == next(iter(self.slots)) and stage is stages[0]

@@ -1,5 +1,6 @@
 """Drop points in front of block 0, several stages of a slot, the middle of decoder layers, merging there, and observers."""
 
+import functools
 from contextlib import ExitStack
 
 import pytest
@@ -10,7 +11,7 @@ from saint import Plan, Stage, testing
 from saint.methods import Random, ToMe
 from saint.runtime.blocks import Block
 from saint.testing import vlm as vlm_contracts
-from saint.upstream.decoders import BLOCKS
+from saint.upstream.decoders import anatomies
 from saint.upstream.names import CACHE, Parameters
 from saint.vision.locate import locate
 from support.families import FAMILIES, IMAGE, maker, prompts
@@ -200,13 +201,25 @@ def test_a_layer_of_unknown_parts_has_no_middle():
     model = FAMILIES["llava-llama"].build()
     layer = model.model.language_model.layers[1]
 
-    class Other(type(layer).__mro__[1]):
-        forward = type(layer).forward
+    kind = type(layer)
+
+    class Other(kind):
+        @functools.wraps(kind.forward)
+        def forward(self, hidden_states, **kwargs):
+            return 2 * super().forward(hidden_states, **kwargs)
 
     layer.__class__ = Other
     plan = Plan(language=Stage(saint.Saint(keep=0.5), layers=[1], placement="mid"))
-    with pytest.raises(saint.UnsupportedModelError, match=r'language_model\.1 is a Other.*placement="post"'):
+    with pytest.raises(saint.ParityError, match=r'language_model\.1 \(Other\) does not compute.*placement="post"'):
         saint.apply(model, plan)
+    layer.__class__ = kind
+    layer.perceptron = layer.mlp
+    del layer.mlp
+    with pytest.raises(
+        saint.UnsupportedModelError, match=r'language_model\.1 is a Llama.*not known: use placement="post"'
+    ):
+        saint.apply(model, plan)
+    layer.mlp = layer.perceptron
     saint.apply(model, Plan(language=Stage(saint.Saint(keep=0.5), layers=[1]))).remove()
 
 
@@ -260,7 +273,7 @@ def merged_logits(family, twin, trace, inputs, beta: float, placement: str, evic
                 hook = layer.register_forward_hook(lambda _m, _a, y, e=entries[index]: share(e, y))
                 stack.callback(hook.remove)
             else:
-                block = Block(layer, BLOCKS[type(layer).__name__], "layer")
+                block = Block(layer, anatomies(layer)[0], "layer")
 
                 def halves(hidden_states, block=block, entry=entries[index], **kwargs):
                     return block.second(share(entry, block.first(hidden_states, **kwargs)))

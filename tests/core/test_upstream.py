@@ -283,7 +283,6 @@ def test_what_an_encoder_lacks_is_named():
     [
         ("llava-llama", {"pixels": (Role("pictures", "images"),)}, "argument pictures or images"),
         ("qwen3-vl", {"reads": lambda m: m.visual.deep_indexes}, "hidden states that it reads: .*deep_indexes"),
-        ("qwen3-vl", {"deepstack_layers": lambda m: m.config.deep}, "layers it adds to: .*deep"),
         ("gemma3", {"merge_size": lambda m: m.multi_modal_projector.side}, "size of merged squares: .*side"),
         ("llava-llama", {"feature_layer": lambda m, depth: m.config.layer}, "layer of its features: .*layer"),
     ],

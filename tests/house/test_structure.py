@@ -165,7 +165,7 @@ ROOMS = {
     "testing/outputs": set(),
     # the oracles know where things are, and what a pruned forward dropped; they share no code with the pruning path
     "testing/hiding": {"upstream/specs"},
-    "testing/oracle": {*ORACLE, "language/locate", "vision/locate", "vlm/locate", "upstream/verify"},
+    "testing/oracle": {*ORACLE, "language/locate", "language/layers", "vision/locate", "vlm/locate", "upstream/verify"},
     "testing/removal": {*ORACLE, "vlm/locate", "testing/oracle"},
     # the halves of a block are composed as there, which is held against the block's own forward when a plan is applied
     "testing/merging": {*ORACLE, "vision/locate", "runtime/blocks", "testing/blocks"},

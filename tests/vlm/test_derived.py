@@ -12,7 +12,7 @@ from saint.testing import twins, zoo
 from saint.testing.removal import removal_oracle
 from saint.testing.shrink import configs, shrunken
 from saint.upstream.derive import derive
-from saint.upstream.names import ENCODED, Parameters
+from saint.upstream.names import ENCODED, Parameters, Role
 from saint.upstream.specs import part
 from saint.vlm import admission
 from saint.vlm.locate import find
@@ -54,11 +54,10 @@ def test_what_is_read_off_is_what_is_written(name):
     assert derived.decoder == written.decoder
     assert derived.tower == written.tower
     assert derived.model == written.model
-    assert derived.deepstack_layers(vlm) == written.deepstack_layers(vlm)
     assert {str(role) for role in written.pixels} <= {str(role) for role in derived.pixels}
 
 
-@pytest.mark.parametrize("name", here("mistral3", "gemma4", "llama4", "opt" if "opt" in TYPES else "aria"))
+@pytest.mark.parametrize("name", here("mistral3", "gemma4", "llama4", "aria"))
 def test_the_decoder_owns_layers_and_the_tower_is_the_tower(name):
     model = zoo.build(name)
     _, vlm, spec = find(model)
@@ -140,7 +139,7 @@ def test_a_derived_family_equals_the_oracle(name):
         trace = session.trace
     want, _ = removal_oracle(model, PLAN, inputs)
 
-    assert trace[0].tokens_out.tolist() == [int(0.6 * n) for n in trace[0].tokens_in]
+    assert trace[0].tokens_out.tolist() == [round(0.6 * n) for n in trace[0].tokens_in.tolist()]
     words = inputs["attention_mask"].bool() & (inputs["input_ids"] != make.image)
     if getattr(model.get_decoder().config, "sliding_window", None) != 24:  # the end of a window moves with a removal
         assert relative_error(got[words], want["logits"][words]) < 1e-4
@@ -189,6 +188,7 @@ def test_a_contract_that_fails_refuses_the_model(alone, monkeypatch):
         return shortening.Short(keep, index, torch.arange(max(counts)) < torch.tensor(counts).unsqueeze(1))
 
     monkeypatch.setattr(shortening.Short, "of", staticmethod(of))
+    monkeypatch.setattr(shortening.Short, "slots", lambda self: (self.keep.cumsum(1) - 1).clamp_min(0))
     model = zoo.build("qwen3_5")
     before = saint.testing.contracts.snapshot(model)
     with pytest.raises(
@@ -201,7 +201,7 @@ def test_a_contract_that_fails_refuses_the_model(alone, monkeypatch):
 
 def test_a_class_that_takes_no_features_is_refused_with_the_reason(alone, monkeypatch):
     model = zoo.build("llava_next_video")
-    monkeypatch.setattr(twins, "ENCODED", twins.Role("no_such_argument"))
+    monkeypatch.setattr(twins, "ENCODED", Role("no_such_argument"))
     with pytest.raises(UnsupportedModelError, match="takes no no_such_argument"):
         saint.apply(model, PLAN)
 

@@ -15,8 +15,8 @@ import saint
 from saint.gathers import is_dropped
 from saint.testing.outputs import run
 from saint.testing.shrink import shrunken
-from saint.testing.towers import check_tower, pictured
-from saint.testing.twins import grown
+from saint.testing.twins import grown, pictured
+from saint.testing.vlm import check_tower, is_recurrent, sees_within
 from saint.vision.derive import with_tower
 from saint.vlm import admission
 from saint.vlm.locate import find
@@ -85,7 +85,7 @@ def towers():
         spec = with_tower(inner, spec)
         assert spec.derived
         assert spec.no_vision is None, spec.no_vision
-        return model, inner, spec, pictured(model)
+        return model, inner, spec, pictured(model, inner, spec)
 
     return one_at_a_time(make)
 
@@ -106,11 +106,12 @@ def test_what_is_found(towers, name):
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_oracles(towers, name):
-    model, _, _, inputs = towers(name)
+    model, inner, spec, inputs = towers(name)
     base = run(model, inputs)["logits"]
-    found = check_tower(model, plan(), inputs)
-    assert ("removal" in found) != TOWERS[name].window
-    assert ("masked" in found) != TOWERS[name].hybrid
+    decoder = inner.get_submodule(spec.decoder)
+    assert sees_within(decoder, inputs["input_ids"].shape[1]) == TOWERS[name].window
+    assert is_recurrent(decoder) == TOWERS[name].hybrid
+    check_tower(model, plan(), lambda _: inputs)
     assert torch.equal(run(model, inputs)["logits"], base)
 
 

@@ -368,6 +368,9 @@ class CacheView:
             self.held = self.cache.update(key_states, value_states, *args, **where, **kwargs)
         return self.held
 
+    def get_seq_length(self, *args: Any) -> int:
+        return 0 if self.cache is None else self.cache.get_seq_length(*args)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cache, name)
 
@@ -383,7 +386,7 @@ def check_cache(cache: Any, session: SessionToken) -> None:
                     "this cache was filled under another plan, which dropped other tokens at other layers: start from "
                     "an empty cache"
                 )
-        elif type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        elif isinstance(layer, CacheLayerMixin) and type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise ValueError(
                 f"a cache of {type(layer).__name__} cannot store a different number of tokens per layer: use a DynamicCache "
                 '(generate: drop cache_implementation, or set it to "dynamic")'

@@ -6,8 +6,8 @@ from typing import Any
 
 from ..upstream.names import CACHE, MASK, POSITIONS, ROTARY, Parameters
 
-# the rotary tables carry the true positions to the survivors; position ids are not taken by every layer
-REQUIRED = (MASK, CACHE, ROTARY)
+# where there are rotary tables, they carry the true positions to the survivors; position ids are not taken by every layer
+REQUIRED = (MASK, CACHE)
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Spelling:
         self._cache, self._mask, self._rotary, self._positions = own = [
             self.parameters.spelling(role) for role in (CACHE, MASK, ROTARY, POSITIONS)
         ]
+        self._turns = self.parameters.has(ROTARY)
         known = {name for role in (CACHE, MASK, ROTARY, POSITIONS) for name in role.spellings}
         self._others = known - set(own)  # of other releases: callers may still use them
 
@@ -60,7 +61,9 @@ class Spelling:
 
     def write(self, call: Call) -> dict[str, Any]:
         """``call`` by the names that the layer takes."""
-        given = {**call.rest, self._cache: call.cache, self._mask: call.mask, self._rotary: call.rotary}
+        given = {**call.rest, self._cache: call.cache, self._mask: call.mask}
+        if self._turns or call.rotary is not None:
+            given[self._rotary] = call.rotary
         if call.positions is not None:
             given[self._positions] = call.positions
         return given

@@ -6,8 +6,9 @@ the length that entered (``doorway``): a dropped position shows the nearest surv
 Letters: B batch, L positions of the forward, S survivors of the longest sample, N visual candidates, H KV heads, D head dim.
 """
 
+import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import HookNeverFiredError, UnsupportedModelError
+from ..errors import HookNeverFiredError, ParityError, UnsupportedModelError
 from ..gathers import gather_tokens
 from ..runtime.blocks import Block
 from ..runtime.deciding import Seen
@@ -25,12 +26,20 @@ from ..runtime.observe import Observers
 from ..runtime.points import DropPoint
 from ..runtime.state import Forward, LayerState
 from ..tokens import Facts, TokenMap
-from ..upstream.decoders import BLOCKS
+from ..upstream.decoders import anatomies
 from ..upstream.names import (
     ALL_STATES,
     ATTENTION,
     CACHE,
     IMPLEMENTATION,
+    JOINED,
+    LAST_ROWS,
+    PAIRWISE,
+    ROTARY,
+    SCALED_FROM,
+    SCALES,
+    STREAMS,
+    TURNS,
     Parameters,
 )
 from ..upstream.versions import known_from
@@ -47,8 +56,10 @@ from .cache import (
     remaining,
 )
 from .call import REQUIRED, Call, Spelling
+from .layers import Keeps
 from .masks import DENSE, FLASH, survivors_mask, weighed
-from .positions import gather_ids, gather_rotary
+from .positions import gather_beside, gather_ids, gather_rotary, rotary_like
+from .recurrent import filled_state, in_front
 
 
 @dataclass
@@ -59,11 +70,38 @@ class DecoderForward(Forward):
         all_states: the caller wants every hidden state.
         views: of layers that run, the cache as they see it.
         calls: how the attention of layers that run spells its arguments, and those it got.
+        joined: layers behind which the model itself works on the full sequence (DeepStack).
+        held: of layers whose keys others read, what they held in front of this forward, and the tokens of it that were left.
     """
 
     all_states: bool = False
+    joined: frozenset[int] = frozenset()
+    held: dict[int, "Held"] = field(default_factory=dict)
     views: dict[int, CacheView] = field(default_factory=dict)
     calls: dict[int, tuple[Parameters, dict[str, Any]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the entries of a layer are in front of a forward.
+
+    Attributes:
+        past: which positions they hold; None: every one.
+        before: how many positions are cached.
+        first: the first position that a mask of the layer shows.
+    """
+
+    past: CachePositions | None = None
+    before: int = 0
+    first: int = 0
+
+    @staticmethod
+    def by(entry: Any, queries: int) -> "Held":
+        """Read it off a layer of a cache, None where there is none; ``queries``: length of the sequence that comes."""
+        if entry is None:
+            return Held()
+        past = entry.map if isinstance(entry, RaggedLayer) else None
+        return Held(past, entry.get_seq_length(), entry.get_mask_sizes(queries)[1])
 
 
 class PrunedDecoder(LayerStack[DecoderForward, Call]):
@@ -76,7 +114,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         points: drop points, in and behind layers.
         observers: of the session.
         token: identity of the plan.
-        deepstack_layers: layers behind which the model itself works on the full sequence (DeepStack).
+        keeps: what each layer keeps of a sequence.
         evict: behind a prompt, no layer's cache keeps a token that any layer dropped.
 
     Raises:
@@ -95,29 +133,39 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         *,
         observers: Observers,
         token: SessionToken,
-        deepstack_layers: int = 0,
+        keeps: Sequence[Keeps],
         evict: bool = False,
     ) -> None:
+        points = [point for point in points if point.method is not None or keeps[point.layer].keys]
         super().__init__(path, model, layers, points, DecoderForward, observers)
-        self.deepstack_layers, self.evict = deepstack_layers, evict
+        self.keeps, self.evict = keeps, evict
         looks = observers.everywhere and not any(point.method is not None for point in points)
         if not (evict or looks):
             self.first = min(self.points, default=self.depth)
+        behind = [one.shared for one in keeps[self.first :] if one.shared is not None]
+        self.sources = frozenset(behind if any(point.method is not None for point in points) else ())
+        self.first = min(self.first, *self.sources, self.depth)
         self.token = token
         spelled = {kind: Spelling(kind.forward) for kind in {type(module) for module in self.modules}}
         self.spelling = [spelled[type(module)] for module in self.modules]
+        self.exact = min((_scaled_from(module) for module in self.modules), default=math.inf)
         self._checked: weakref.ref[Any] | None = None
         self._check()
 
     def _check(self) -> None:
         for index, module in enumerate(self.modules):
-            missing = self.spelling[index].parameters.missing(*REQUIRED)
-            if missing:
+            why = self._unable(index, module)
+            if why:
                 raise UnsupportedModelError(
-                    f"{self.path}.{index} ({type(module).__name__}) takes no {', '.join(missing)}: shortened sequences cannot "
-                    f"be given their masks and positions; {known_from('transformers')}"
+                    f"{self.path}.{index} ({type(module).__name__}) cannot be given shortened sequences: {why}. Drop tokens in "
+                    f"front of the language model (vision and connector stages); {known_from('transformers')}"
                 )
         implementation = IMPLEMENTATION.get(self.module.config)
+        if self.sources and implementation in FLASH:
+            raise UnsupportedModelError(
+                f"layers of {self.path} read keys of earlier layers, where more tokens are left, and flash attention takes no "
+                'mask that says which: load the model with attn_implementation="sdpa"'
+            )
         if implementation not in DENSE | FLASH:
             raise UnsupportedModelError(
                 f"attention implementation {implementation!r} of the language model cannot be given the masks of shortened "
@@ -134,25 +182,43 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
             if point.placement == "mid":
                 self.blocks[index] = self._proved(index)
 
+    def _unable(self, index: int, module: nn.Module) -> str:
+        """Say why a layer cannot run on fewer tokens; "" where it can."""
+        if self.keeps[index].refusal:
+            return self.keeps[index].refusal
+        parameters = self.spelling[index].parameters
+        if missing := parameters.missing(*REQUIRED):
+            return f"it takes no {', '.join(missing)}, which shows what its tokens see"
+        if STREAMS.of(module) is not None:
+            return "its hidden states are several streams, of which the first alone chooses"
+        if parameters.has(PAIRWISE):
+            return f"it takes a {PAIRWISE.among(parameters.names)} of every pair of places"
+        if not parameters.has(ROTARY) and any("RotaryEmbedding" in type(part).__name__ for part in module.modules()):
+            return f"it takes no {ROTARY} and makes them itself, by place among its tokens"
+        return ""
+
     def _proved(self, index: int) -> Block:
         """The layer seen through its parts, once these were seen to make up the layer."""
-        module = self.modules[index]
-        spec = next((BLOCKS[c.__name__] for c in type(module).__mro__ if c.__name__ in BLOCKS), None)
-        if spec is None:
+        module, name = self.modules[index], f"{self.path}.{index}"
+        failed = None
+        for spec in anatomies(module):
+            block, norm = Block(module, spec, name), spec.norm1 or spec.branch1[0]
+            width = block.module.get_parameter(f"{norm}.weight").shape[-1]
+            for table in rotary_like(ATTENTION.get(module)):
+                try:
+                    block.prove(width, 0, table)
+                    return block
+                except ParityError as error:
+                    failed = failed or error
+        if failed is None:
             raise UnsupportedModelError(
-                f"{self.path}.{index} is a {type(module).__name__}, of which the place between attention and MLP is not known: "
-                f'use placement="post"; known: {", ".join(sorted(BLOCKS))}'
+                f"{name} is a {type(module).__name__}, of which the place between attention and MLP is not known: use "
+                'placement="post"'
             )
-        block = Block(module, spec, f"{self.path}.{index}")
-        width = block.module.get_parameter(f"{spec.norm1}.weight").shape[-1]
-        dim = ATTENTION.get(module).head_dim
-
-        def table(_: str, like: Tensor) -> tuple[Tensor, Tensor]:
-            values = torch.randn(2, 1, like.shape[-2], dim, generator=torch.Generator().manual_seed(1)).to(like)
-            return values[0], values[1]
-
-        block.prove(width, 0, table)
-        return block
+        raise ParityError(
+            f"{name} ({type(module).__name__}) does not compute what its parts alone would, so the place between attention and "
+            f'MLP is not known: use placement="post" ({failed})'
+        )
 
     @property
     def drops(self) -> bool:
@@ -196,13 +262,16 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
 
     # -- start of a forward -------------------------------------------------------------------------------------------
 
-    def begin(self, state: LayerState | None, kwargs: dict[str, Any], facts: Facts | None) -> None:
+    def begin(self, state: LayerState | None, kwargs: dict[str, Any], facts: Facts | None) -> dict[str, Any]:
         """A forward begins.
 
         Args:
             state: what enters; None in a forward in which nothing can go.
             kwargs: arguments of the decoder.
             facts: of the candidates, see :class:`saint.runtime.state.Forward`.
+
+        Returns:
+            The arguments with which it shall run.
         """
         before, forward = self.forward, self.forwards.begin()
         cache = CACHE.read(kwargs)
@@ -212,11 +281,22 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         if state is None:
             if filled(cache):  # no new prompt
                 forward.drops, forward.origin = before.drops, before.origin
-            return
+            return kwargs
         wanted = ALL_STATES.read(kwargs, ALL_STATES.get(self.module.config))
         forward.all_states = wanted is not None and wanted is not False
-        forward.origin, forward.facts = state, facts
+        forward.origin, forward.facts, forward.joined = state, facts, _joined(JOINED.read(kwargs))
+        self._refuse_scaled(state.tokens.width + (0 if cache is None else int(cache.get_seq_length())))
         self.begin_layers(forward, state, None)
+        # between layers the model would cut the last rows off a sequence that is shortened
+        return {name: 0 if name in LAST_ROWS.spellings else value for name, value in kwargs.items()}
+
+    def _refuse_scaled(self, end: int) -> None:
+        if self.drops and end > self.exact:
+            raise ValueError(
+                f"this prompt ends at position {end}, and attention of {self.path} scales its queries by place from "
+                f"{self.exact:g} on, which is not the position of a token once others have left in the language model: drop "
+                "tokens in front of it (vision and connector stages), or pass a shorter prompt"
+            )
 
     # -- one layer ----------------------------------------------------------------------------------------------------
 
@@ -237,6 +317,8 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         call: Call,
     ) -> tuple[Any, Seen | None]:
         point, cache, positions = self.points.get(layer), call.cache, None
+        if self.keeps[layer].recurrent and not state.tokens.nothing_dropped:
+            return self._recurrent(forward, layer, state, original, x, call), None
         if state.tokens.nothing_dropped:
             call = self._over_gaps(forward, layer, x, call)
         else:
@@ -271,60 +353,118 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         self, forward: DecoderForward, layer: int, state: LayerState, dtype: torch.dtype, call: Call
     ) -> tuple[Call, CachePositions | None]:
         """The arguments with rotary tables, positions and mask of the survivors; what their cache layer holds with them."""
-        tokens, table, ids = state.tokens, call.rotary, call.positions
+        tokens, source = state.tokens, self.keeps[layer].shared
+        call = _of_rows(forward, call, tokens)
+        if source is not None:
+            state = forward.states[source]
+            held = self._note(forward, source, call, tokens.width)
+            return replace(call, mask=self._mask(forward, call.mask, tokens, held, tokens.width, state, dtype)), None
+        if not self.keeps[layer].keys:
+            return call, None
         entry = None if call.cache is None else ragged_layer(call.cache, layer, self.token)
-        rotary = forward.once("rotary", partial(gather_rotary, table, tokens), tokens, table)
-        if isinstance(ids, Tensor):
-            ids = forward.once("ids", partial(gather_ids, ids, tokens), tokens, ids)
-        bias = None
-        if state.sizes is not None:
-            bias = forward.once("bias", partial(state.key_bias, dtype), tokens, state.sizes)
-        mask = self._mask(forward, call.mask, tokens, entry, tokens.width, bias, dtype)
-        call = replace(call, mask=mask, rotary=rotary, positions=ids)
+        held = self._note(forward, layer, call, tokens.width)
+        call = replace(call, mask=self._mask(forward, call.mask, tokens, held, tokens.width, state, dtype))
         if entry is None:
             return call, None
-        past, before = entry.map, entry.length
+        past, before, bias = held.past, held.before, self._bias(forward, state, dtype)
         return call, forward.once("keys", lambda: extended(past, before, tokens, bias), tokens, past)
+
+    def _note(self, forward: DecoderForward, layer: int, call: Call, queries: int) -> Held:
+        """Read what a layer held in front of this forward; noted, where others read its keys, when the layer itself asks."""
+        if layer in forward.held:
+            return forward.held[layer]
+        entries = [] if call.cache is None else call.cache.layers
+        held = Held.by(entries[layer] if layer < len(entries) else None, queries)
+        if layer in self.sources:
+            forward.held[layer] = held
+        return held
+
+    @staticmethod
+    def _bias(forward: DecoderForward, state: LayerState, dtype: torch.dtype) -> Tensor | None:
+        """Return what is added to the logits of the keys of merged tokens."""
+        if state.sizes is None:
+            return None
+        return forward.once("bias", partial(state.key_bias, dtype), state.tokens, state.sizes)
 
     def _over_gaps(self, forward: DecoderForward, layer: int, x: Tensor, call: Call) -> Call:
         """The arguments of a sequence from which nothing is missing, over a cache from which something may be."""
-        cache = call.cache
-        if cache is None or layer >= len(cache.layers):
+        cache, shared = call.cache, self.keeps[layer].shared
+        source = layer if shared is None else shared
+        if cache is None or source >= len(cache.layers):
             return call
-        entry = cache.layers[layer]
-        if not isinstance(entry, RaggedLayer) or entry.map is None:
+        if source in self.sources:
+            held = self._note(forward, source, call, x.shape[1])
+        else:
+            entry = cache.layers[source]
+            if not isinstance(entry, RaggedLayer) or entry.map is None:
+                return call
+            held = Held.by(entry, x.shape[1])
+        if held.past is None:
             return call
-        return replace(call, mask=self._mask(forward, call.mask, None, entry, x.shape[1], None, x.dtype))
+        return replace(call, mask=self._mask(forward, call.mask, None, held, x.shape[1], None, x.dtype))
+
+    def _recurrent(
+        self,
+        forward: DecoderForward,
+        layer: int,
+        state: LayerState,
+        original: Callable[..., Any],
+        x: Tensor,
+        call: Call,
+    ) -> Any:
+        """Run a layer whose state every token passes through: padding must stand in front of them."""
+        tokens, spelling = state.tokens, self.spelling[layer]
+        if tokens.valid is None:
+            call = replace(_of_rows(forward, call, tokens), mask=gather_beside(call.mask, tokens))
+            return original(x, **spelling.write(call))
+        if filled_state(call.cache, layer):
+            raise ValueError(
+                f"samples of this batch keep different numbers of tokens, and padding in front of the shorter ones would go "
+                f"through the state that {self.path} layer {layer} ({type(self.modules[layer]).__name__}) holds of earlier "
+                'turns: give the method a fixed number of tokens (keep=64) or budget="batch", or one sample at a time'
+            )
+        order, back, front = forward.once("front", partial(in_front, tokens), tokens)
+        shown = gather_beside(call.mask, front)
+        shown = front.valid.long() if shown is None else shown * front.valid
+        call = replace(_of_rows(forward, call, front), mask=shown)
+        out = original(gather_tokens(x, order, 0), **spelling.write(call))
+        if isinstance(out, tuple):
+            return gather_tokens(out[0], back, 0), *out[1:]
+        return gather_tokens(out, back, 0)
 
     def _mask(
         self,
         forward: DecoderForward,
         mask: Any,
         tokens: TokenMap | None,
-        entry: RaggedLayer | None,
+        held: Held,
         queries: int,
-        bias: Tensor | None,
+        state: LayerState | None,
         dtype: torch.dtype,
     ) -> Any:
-        past, before, first = None, 0, 0
-        if entry is not None:
-            past, before, (_, first) = entry.map, entry.length, entry.get_mask_sizes(queries)
+        """The mask of ``tokens`` over what is ``held`` and the keys of the sequence, of the tokens of ``state``."""
+        past, before, first = held.past, held.before, held.first
+        keys = None if state is None else state.tokens
+        bias = None if state is None else self._bias(forward, state, dtype)
 
         def make() -> Tensor | None:
             flash = IMPLEMENTATION.get(self.module.config) in FLASH
-            cut = survivors_mask(mask, tokens, past, before=before, first=first, queries=queries, flash=flash)
-            held = past if tokens is None else extended(past, before, tokens, bias)
+            shown = None if keys is tokens else keys
+            cut = survivors_mask(
+                mask, tokens, past, before=before, first=first, queries=queries, flash=flash, shown=shown
+            )
+            held = past if keys is None else extended(past, before, keys, bias)
             added = None if held is None else held.biases(before + queries)
             more = queries if tokens is None else tokens.slots
             return cut if added is None else weighed(cut, added, queries=more, dtype=dtype, flash=flash)
 
         # layers with the same mask, survivors and cache content share the result
-        return forward.once(f"mask from {first}", make, mask, tokens, past)
+        return forward.once(f"mask from {first}", make, mask, tokens, keys, past)
 
     def leave(self, forward: DecoderForward, layer: int, state: LayerState, y: Tensor, call: Call) -> Tensor:
         after, tokens = layer + 1, state.tokens
         forward.states[after] = state
-        if not tokens.nothing_dropped and (after == self.depth or forward.all_states or layer < self.deepstack_layers):
+        if not tokens.nothing_dropped and (after == self.depth or forward.all_states or layer in forward.joined):
             forward.states[after] = replace(state, full_length=True)
             y = gather_tokens(y, forward.once("shown", partial(nearest_before, tokens), tokens), 0)  # [B, L, C]
         if after == self.depth and call.cache is not None and self.evict:
@@ -335,10 +475,37 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         """Behind the last layer of a prompt: no entry of a token that any layer dropped stays."""
         left = forward.states[self.depth].tokens
         for layer in range(self.depth):
+            if not self.keeps[layer].keys:
+                continue
             entry = ragged_layer(cache, layer, self.token)
             if forward.states[layer].tokens is not left and entry.is_initialized:
                 past, before = entry.map, entry.length - left.width
                 entry.keep(*forward.once("left", partial(remaining, past, left, before=before), left, past))
+
+
+def _scaled_from(layer: nn.Module) -> float:
+    """The place from which on the attention of a layer scales queries by their place among its tokens (Llama 4)."""
+    attention = ATTENTION.get(layer)
+    if not SCALES.get(attention, False) or TURNS.get(attention, False):
+        return math.inf
+    return float(SCALED_FROM.get(attention, math.inf))
+
+
+def _joined(features: Any) -> frozenset[int]:
+    """The layers behind which the model adds to the full sequence: the first ones, or those in front of layers it names."""
+    if isinstance(features, Mapping):
+        return frozenset(layer - 1 for layer in features)
+    return frozenset(range(len(features or ())))
+
+
+def _of_rows(forward: DecoderForward, call: Call, tokens: TokenMap) -> Call:
+    """The arguments of a layer with what comes with each token of the sequence cut to ``tokens``; not the mask."""
+    table, ids = call.rotary, call.positions
+    rotary = forward.once("rotary", partial(gather_rotary, table, tokens), tokens, table)
+    if isinstance(ids, Tensor):
+        ids = forward.once("ids", partial(gather_ids, ids, tokens), tokens, ids)
+    rest = {name: gather_beside(value, tokens) for name, value in call.rest.items()}
+    return replace(call, rotary=rotary, positions=ids, rest=rest)
 
 
 def nearest_before(tokens: TokenMap) -> Tensor:

@@ -294,7 +294,7 @@ class Doorway(Decider[DoorForward]):
             state = _moved(state, passage.short)
         passage.prompt = True
         if self.decoder is not None:
-            self.decoder.begin(state, passage.given, self.forward.facts)
+            passage.given = self.decoder.begin(state, passage.given, self.forward.facts)
         return passage
 
     def entering(

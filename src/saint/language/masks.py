@@ -30,6 +30,7 @@ def survivors_mask(
     first: int,
     queries: int,
     flash: bool,
+    shown: TokenMap | None = None,
 ) -> Tensor | None:
     """The mask between the survivors of a new sequence and the entries a layer will hold.
 
@@ -42,19 +43,31 @@ def survivors_mask(
         first: position of the mask's first column (sliding windows).
         queries: length Q of the full new sequence.
         flash: the model runs flash attention.
+        shown: of a layer that reads the keys of an earlier one, the tokens of the new sequence that were left there, where
+            ``tokens`` are only some of them.
 
     Returns:
         The same kind of mask, or None when nothing but causality masks.
     """
     if tokens is None and past is not None and past.end == first and not past.index.shape[1]:
         return mask  # a sliding window that has left the pruned prompt behind
-    if mask is None and not first and all(held is None or held.valid is None for held in (tokens, past)):
+    if (
+        mask is None
+        and not first
+        and shown is None
+        and all(held is None or held.valid is None for held in (tokens, past))
+    ):
         return None  # the usual decode step: every entry may be seen
-    columns, valid = entries(tokens, past, before, queries)
+    columns, valid = entries(tokens if shown is None else shown, past, before, queries)
     if first and columns is not None:
         inside = columns >= first
         valid = inside if valid is None else valid & inside
         columns = (columns - first).clamp_min(0)
+    if mask is None and shown is not None:
+        assert tokens is not None
+        assert columns is not None
+        mask = columns.unsqueeze(1) <= (tokens.index + before - first).unsqueeze(2)  # [B, S, K]
+        return (mask if valid is None else mask & valid.unsqueeze(1)).unsqueeze(1)
     if mask is None:
         if valid is None or before == 0:
             return None  # padding stands right of every real query: causality hides it already

@@ -178,7 +178,7 @@ class Block:
             for step_name in branch:
                 if (step := getattr(unit, step_name, None)) is not None:
                     y = step(y) if isinstance(step, nn.Module) else y * step
-            branches.append(y)
+            branches.append(y.reshape(x.shape))  # experts may return the tokens of all samples in one row
         return x + (branches[0] if len(branches) == 1 else torch.stack(branches).sum(0))
 
     # -- proof --------------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ class Block:
                 if self.key_source:
                     keys = list(shown.values())
                     self.head_mean_keys(torch.cat(keys, 1) if len(keys) > 1 else next(iter(keys), None), prefix)
-        except (TypeError, RuntimeError, AttributeError) as error:
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise ParityError(
                 f"{self.name} ({type(self.module).__name__}) does not have the anatomy known for its class: {error}. "
                 "Its library may have changed; placement='post' does not need the anatomy"

@@ -307,6 +307,8 @@ def outcomes(
             results.append(Result(name, "failed", str(error)))
         except HookNeverFiredError as error:
             results.append(Result(name, "skipped", str(error)))
+        except Exception as error:  # whatever a forward ended in: the other contracts have their say
+            results.append(Result(name, "failed", f"{type(error).__name__}: {error}"))
         tick()
     return results
 

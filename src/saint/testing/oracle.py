@@ -310,8 +310,14 @@ def visual_tokens(stack: ExitStack, vlm: nn.Module) -> list[Tensor]:
 def _hide_in_decoder(
     stack: ExitStack, mode: HideKeys, decoder: nn.Module, trace: list[LayerTrace], visual: list[Tensor]
 ) -> None:
-    """``visual``: where the candidates are, bool [B, L] each, known when the decoder starts."""
+    """``visual``: where the candidates are, bool [B, L] each, known when the decoder starts.
+
+    Where a layer reads the keys of an earlier one, those are hidden that were dropped in front of that one.
+    """
+    from ..language.layers import read_layers  # imports transformers
+
     layers = list(LAYERS.get(decoder).children())
+    keeps, shown = read_layers(decoder.config, len(layers)), dict[int, Tensor | None]()
     parameters = Parameters(type(decoder).forward)
     seen: Tensor | None = None  # bool [B, L], tokens not dropped so far
 
@@ -338,12 +344,17 @@ def _hide_in_decoder(
                 drop(entry)
         return (), parameters.put(given, EMBEDDINGS, x.masked_fill(lost.unsqueeze(-1), 0))
 
-    def enter(_module: nn.Module, _args: Any) -> None:
-        mode.visible, mode.masked = seen, 0
+    def enter(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any) -> None:
+            shown[layer] = seen
+            source = keeps[layer].shared
+            mode.visible, mode.masked = seen if source is None else shown[source], 0
+
+        return hook
 
     def leave(layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
-            if seen is not None and mode.masked == 0:
+            if mode.visible is not None and mode.masked == 0:
                 raise HookNeverFiredError(
                     f"the attention of layer {layer} of the language model does not go through torch's "
                     'scaled_dot_product_attention; load the model with attn_implementation="sdpa" to test it'
@@ -357,7 +368,7 @@ def _hide_in_decoder(
 
     stack.callback(decoder.register_forward_pre_hook(begin, with_kwargs=True).remove)
     for layer, module in enumerate(layers):
-        stack.callback(module.register_forward_pre_hook(enter).remove)
+        stack.callback(module.register_forward_pre_hook(enter(layer)).remove)
         stack.callback(module.register_forward_hook(leave(layer)).remove)
 
 

@@ -42,7 +42,7 @@ _MOST: dict[str, int] = {
     "num_position_embeddings": 64, "num_patches": 64, "mm_tokens_per_image": 16, "position_embedding_size": 64,
     "max_window_layers": FEW, "first_k_dense_replace": 1, "n_layers_per_attn_res_block": 2, "ngram_vocab_size_base": 1000,
     "split_ngram_parts": 4, "rel_extent": 64, "num_query_tokens": 8, "index_n_heads": 4, "max_img_size": 8 * _SIZE,
-    "max_image_size": 8 * _SIZE, "min_image_size": 4 * _SIZE, "base_channels": 32,
+    "max_image_size": 8 * _SIZE, "min_image_size": 4 * _SIZE, "base_channels": 32, "projection_dim": WIDTH,
 }  # fmt: skip
 
 
@@ -103,7 +103,9 @@ class _Layers:
         kinds: dict[Any, list[int]] = {}
         for layer in range(self.depth):
             kinds.setdefault(kind(layer), []).append(layer)
-        kept = sorted(layer for layers in kinds.values() for layer in layers[:2])
+        every = max(layers[0] for layers in kinds.values()) if kinds else 0
+        # the first of each kind, and one behind them all: what a layer gets may be the work of any other
+        kept = sorted({layer for layers in kinds.values() for layer in _first_and_later(layers, every)})
         more = [layer for layer in range(self.depth) if layer not in kept]
         self.kept = sorted([*kept, *more[: max(0, FEW - len(kept))]])
         self.shared = sum(layer >= self.depth - shared for layer in self.kept)
@@ -153,6 +155,10 @@ class _Layers:
             )
 
 
+def _first_and_later(layers: list[int], every: int) -> list[int]:
+    return [layers[0], *([one for one in layers[1:] if one > every] or layers[1:])[:1]]
+
+
 def _like(value: Sequence[Any], new: list[Any]) -> Sequence[Any]:
     return tuple(new) if isinstance(value, tuple) else new
 
@@ -193,8 +199,9 @@ def _narrow(config: PretrainedConfig, grids: bool) -> None:
     )
     dim = given.get("head_dim", 0) or (width // given["num_attention_heads"] if "num_attention_heads" in given else 0)
     for name, value in _fields(config):
-        if name == "hidden_sizes" and isinstance(value, (list, tuple)):
-            setattr(config, name, type(value)(min(WIDTH, one) for one in value))
+        most = {"hidden_sizes": WIDTH, "image_size": 8 * _SIZE, "patch_size": _SIZE}.get(name)
+        if most is not None and isinstance(value, (list, tuple)):
+            setattr(config, name, _like(value, [min(most, one) for one in value]))
     for name, value in given.items():
         if name in vars(config) and value > (new := _narrowed(name, value, width, given)):
             setattr(config, name, new)

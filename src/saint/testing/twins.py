@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..methods.saint_full_graph import SaintFullGraph
-from ..plans import Plan
-from ..upstream.derive import deepstack
+from ..plans import Plan, Stage
 from ..upstream.names import (
     DEEPSTACK_FEATURES,
+    DEEPSTACK_MAP,
+    DEEPSTACK_OF,
     ENCODED,
     ENDS,
     IMAGE_GRID,
@@ -32,11 +33,15 @@ from ..upstream.names import (
     VISION_CONFIG,
     Parameters,
 )
+from ..upstream.pictures import pictures
 from ..upstream.specs import FamilySpec
+from ..vision.derive import with_tower
+from ..vlm.locate import find
+from .contracts import outcomes
 from .shrink import configs, is_token, shrunken
-from .towers import try_tower
 from .vlm import Make, contracts_for, hybrid_plan
 
+TOWER = Plan(vision=Stage(SaintFullGraph(keep=0.6), layers=[0, 1]))
 FRONT = Plan(connector=SaintFullGraph(keep=0.6))
 SMALL = 20_000_000  # parameters up to which a model is its own twin's shape
 _IMAGES = (8, 12), (8, 8)  # rows and columns of patches of the images of a prompt
@@ -82,6 +87,8 @@ def grown(cls: Any, config: Any) -> nn.Module:
 def try_stages(model: nn.Module, spec: FamilySpec) -> dict[str, str]:
     """Run contracts on a twin of ``model``: of each stage "", or why it is not possible.
 
+    The vision stage is left out where no pictures can be made for the tower of the twin.
+
     Args:
         model: a vision-language model, also inside of others; only its class and configuration are used.
         spec: read off it.
@@ -91,26 +98,91 @@ def try_stages(model: nn.Module, spec: FamilySpec) -> dict[str, str]:
         make = Prompts(small)
     except Exception as error:  # whatever a class says of a configuration it cannot be built from
         return dict.fromkeys(STAGES, f"no twin of it runs ({type(error).__name__}: {error})")
-    tried = {stage: _first_failure(small, plan, make) for stage, plan in _plans(small, spec).items()}
-    return {"vision": try_tower(small), **tried}
+    language = hybrid_plan(small).language
+    plans = {"connector": FRONT, "language": Plan(connector=FRONT.connector, language=language)}
+    verdict = {stage: _first_failure(small, plan, make) for stage, plan in plans.items()}
+    return verdict | _try_tower(small)
 
 
-STAGES = ("vision", "connector", "language")
+def _try_tower(model: nn.Module) -> dict[str, str]:
+    found = find(model)
+    assert found is not None
+    _, vlm, spec = found
+    spec = with_tower(vlm, spec)
+    if spec.no_vision is not None:
+        return {"vision": spec.no_vision}
+    try:
+        inputs = pictured(model, vlm, spec)
+    except UnsupportedModelError:
+        return {}
+    return {"vision": _first_failure(model, TOWER, lambda _: inputs)}
 
 
-def _plans(model: nn.Module, spec: FamilySpec) -> dict[str, Plan]:
-    language = hybrid_plan(model).language
-    return {"connector": FRONT, "language": Plan(connector=FRONT.connector, language=language)}
+STAGES = ("connector", "language")
+
+
+def pictured(model: Any, vlm: Any, spec: FamilySpec, seed: int = 0) -> dict[str, Any]:
+    """A left-padded batch of two prompts with a random picture each: keyword inputs of ``model``.
+
+    Args:
+        model: a vision-language model.
+        vlm: the module in it that ``spec`` is of.
+        spec: with a tower.
+        seed: of private generators.
+
+    Raises:
+        UnsupportedModelError: no form of pictures that is known goes through the model.
+    """
+    errors = [f"{type(vlm).__name__} takes pictures in no form that is known"]
+    for given in pictures(vlm, vlm.get_submodule(spec.tower), seed):
+        try:
+            with torch.no_grad():
+                features = vlm.get_image_features(**given.inputs, return_dict=True).pooler_output
+                inputs = {**_prompted(model, features, seed), **given.inputs}
+                model(**inputs)
+        except Exception as error:  # whatever a class says of a form that it does not take
+            errors.append(f"{type(error).__name__}: {error}")
+        else:
+            return inputs
+    raise UnsupportedModelError("; ".join(errors))
+
+
+def _prompted(model: Any, features: Any, seed: int) -> dict[str, Any]:
+    """Two prompts with a placeholder for each row of their features."""
+    config, image = model.config, IMAGE_TOKEN.get(model.config)
+    generator = torch.Generator().manual_seed(seed)
+    words = _words(config)
+    rows = []
+    for own, counts in zip(features, _WORDS, strict=True):
+        before, behind = (words[torch.randint(len(words), (n,), generator=generator)].tolist() for n in counts)
+        start, end = _around(config)
+        rows.append([*before, *start, *[image] * own.reshape(-1, own.shape[-1]).shape[0], *end, *behind])
+    return _padded(rows, image, Parameters(type(model).forward).names)
+
+
+def _words(config: Any) -> Tensor:
+    """Tokens that mean nothing to a model."""
+    special = set(_specials(config))
+    return torch.tensor([token for token in range(3, _TOKENS) if token not in special])
+
+
+def _around(config: Any) -> list[list[int]]:
+    """What stands in front of an image and behind it."""
+    return [[] if token is None else [token] for token in (STARTS.get(config), ENDS.get(config))]
+
+
+def _padded(rows: list[list[int]], image: int, names: Sequence[str]) -> dict[str, Any]:
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    kinds = [name for role in KINDS_OF_TOKENS if (name := role.among(names)) is not None]
+    return {"input_ids": ids, "attention_mask": mask, **{name: (ids == image).long() for name in kinds}}
 
 
 def _first_failure(model: nn.Module, plan: Plan, make: Make) -> str:
-    for name, contract in contracts_for(plan).items():
-        try:
-            contract(model, plan, make)
-        except Exception as error:  # a contract that did not hold, or a forward that ended in whatever error
-            return (
-                f"{name}: {error}" if isinstance(error, AssertionError) else f"{name}: {type(error).__name__}: {error}"
-            )
+    for result in outcomes(contracts_for(plan), model, plan, make):
+        if result.outcome == "failed":
+            return f"{result.contract}: {result.detail}"
     return ""
 
 
@@ -151,9 +223,8 @@ class Prompts:
         self.image = IMAGE_TOKEN.get(self.config)
         if self.image is None:
             raise UnsupportedModelError(f"the configuration of {type(model).__name__} names no {IMAGE_TOKEN}")
-        special = set(_specials(self.config))
-        self.words = torch.tensor([token for token in range(3, _TOKENS) if token not in special])
-        self.deepstack = deepstack(self.config)
+        self.words = _words(self.config)
+        self.deepstack = _deepstack(self.config)
         self.form, self.newline = "list", 0
         self._settle()
 
@@ -175,12 +246,12 @@ class Prompts:
     def __call__(self, samples: Sequence[int], seed: int = 0) -> dict[str, Any]:
         """The prompts with these numbers (0 and 1); each is the same alone and beside the other."""
         side = _merge_side(self.config)
-        around = [[] if token is None else [token] for token in (STARTS.get(self.config), ENDS.get(self.config))]
+        start, end = _around(self.config)
         width = self.model.get_input_embeddings().weight.shape[-1]
         tower = VISION_CONFIG.get(self.config)
         early = getattr(tower, "vision_output_dim", width)  # of features that a projection is still to see
         rows, grids = list[list[int]](), list[tuple[int, int, int]]()
-        features: list[list[Tensor]] = [[] for _ in range(2 + self.deepstack)]
+        features: list[list[Tensor]] = [[] for _ in range(2 + len(self.deepstack))]
         for sample in samples:
             generator = torch.Generator().manual_seed(seed * 2 + sample)
             height, across = _IMAGES[0 if self.form == "stack" else sample]
@@ -188,20 +259,11 @@ class Prompts:
             before, behind = (
                 self.words[torch.randint(len(self.words), (n,), generator=generator)].tolist() for n in _WORDS[sample]
             )
-            rows.append([*before, *around[0], *[self.image] * count, *around[1], *behind])
+            rows.append([*before, *start, *[self.image] * count, *end, *behind])
             grids.append((1, height, across))
             for which, own in enumerate(features):
                 own.append(torch.randn(count, early if which == 1 else width, generator=generator))
-        longest = max(map(len, rows))
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
-            str(ENCODED): {"image": self._output(*features)},
-        }
-        for role in KINDS_OF_TOKENS:
-            if (name := role.among(self.names)) is not None:
-                inputs[name] = (ids == self.image).long()
+        inputs = _padded(rows, self.image, self.names) | {str(ENCODED): {"image": self._output(*features)}}
         if (name := IMAGE_GRID.among(self.names)) is not None:
             inputs[name] = torch.tensor(grids)
         return inputs
@@ -220,7 +282,9 @@ class Prompts:
             last_hidden_state=torch.cat(last),
         )
         if deep:
-            output[DEEPSTACK_FEATURES.spellings[0]] = list(deep)
+            output[str(DEEPSTACK_FEATURES)] = [
+                own if layer is None else (layer, own) for layer, own in zip(self.deepstack, deep, strict=True)
+            ]
         return output
 
 
@@ -230,6 +294,13 @@ def _specials(config: Any) -> Iterator[int]:
         for name, value in vars(one).items():
             if is_token(name):
                 yield from (v for v in (value if isinstance(value, (list, tuple)) else [value]) if type(v) is int)
+
+
+def _deepstack(config: Any) -> list[int | None]:
+    """For each set of features that enters later, the layer of the language model where its configuration says it."""
+    if named := DEEPSTACK_MAP.get(config, None):
+        return [layer for _, layer in named]
+    return [None] * len(DEEPSTACK_OF.get(VISION_CONFIG.get(config), None) or ())
 
 
 def _merge_side(config: Any) -> int:

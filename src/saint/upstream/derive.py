@@ -1,7 +1,7 @@
 """A family that no spec was written for, read off the instance.
 
 What tells a vision-language model is the method that says where features go in a prompt. The rest transformers says itself: the
-decoder (``get_decoder``), the tower (``get_encoder``), layers that are given features once more (the vision config's DeepStack).
+decoder (``get_decoder``) and the tower (``get_encoder``).
 Nothing here is proved: :mod:`saint.vlm.admission` does that.
 """
 
@@ -12,7 +12,6 @@ from torch import nn
 from .names import (
     CACHE,
     DECODER,
-    DEEPSTACK,
     EMBEDDINGS,
     ENCODER,
     IMAGE_PATCHES,
@@ -20,7 +19,6 @@ from .names import (
     MERGER,
     PIXELS,
     PLACEHOLDER_MASK,
-    VISION_CONFIG,
     Parameters,
     Role,
 )
@@ -75,12 +73,6 @@ def _family(module: nn.Module, decoder: str) -> FamilySpec:
         decoder=decoder,
         pixels=tuple(Role(name) for name in names if str(PIXELS) in name or name in IMAGE_PATCHES.spellings),
         no_vision=_NO_VISION,
-        deepstack_layers=lambda one: deepstack(one.config),
         library=cls.__module__.partition(".")[0],
         derived=True,
     )
-
-
-def deepstack(config: Any) -> int:
-    """Layers behind which features are added once more."""
-    return len(DEEPSTACK.get(VISION_CONFIG.get(config), None) or ())

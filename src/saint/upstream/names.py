@@ -100,6 +100,11 @@ CACHING = Role("use_cache")  # also a field of configs
 SEEN_STATES = Role("encoder_hidden_states")  # of decoders that attend to another sequence
 SEEN_MASK = Role("encoder_attention_mask")
 ALL_STATES = Role("output_hidden_states")  # also a field of configs
+JOINED = Role(
+    "deepstack_visual_embeds", "deepstack_features"
+)  # added behind the first layers, or in front of those named
+LAST_ROWS = Role("logits_to_keep")  # of decoders: how many of the last tokens the last layers run on
+PAIRWISE = Role("relative_distance", "alibi", "position_bias")  # of decoder layers: a value per pair of places
 PIXELS = Role("pixel_values")
 IMAGE_PATCHES = Role("image_patches")
 VIDEOS = Role("pixel_values_videos")
@@ -150,12 +155,19 @@ JOINED_SIDE = Role(  # of configs and of their towers': the same, under the name
 )  # fmt: skip
 STARTS = Role("vision_start_token_id", "image_start_token_id")  # of configs: in front of an image
 ENDS = Role("vision_end_token_id", "image_end_token_id")  # of configs: behind an image
-DEEPSTACK = Role(
-    "deepstack_visual_indexes"
-)  # of configs of towers: layers whose features enter the language model later
+DEEPSTACK_OF = Role("deepstack_visual_indexes")  # of configs of towers: layers whose features enter later as well
+DEEPSTACK_MAP = Role("deepstack_layer_map")  # of configs: the same, with the layers of the language model they enter at
 ATTENTION = Role("self_attn")  # of decoder layers
+STREAMS = Role("altup")  # of decoder layers whose hidden states are several streams, [streams, B, L, C]
+SCALED_FROM = Role("floor_scale")  # of attention that scales queries by place from there on, where it does:
+SCALES = Role("attn_temperature_tuning")
+TURNS = Role("use_rope")  # of the same: only layers without rotary tables do
+MLP = Role("mlp", "feed_forward", "block_sparse_moe", "moe")  # of decoder layers
 LAYERS = Role("layers")  # of decoders
 EXPERTS_USED = Role("num_experts_per_tok")  # of configs of mixtures of experts
+LAYER_KINDS = Role("layer_types", "layers_block_type")  # of configs of decoders
+SHARING = Role("kv_sharing_modes")  # of the same: "store" and "reuse" by layer
+STATES = Role("conv_states", "recurrent_states")  # of layers of a cache
 WINDOWLESS = Role("fullatt_block_indexes")  # of configs of towers: layers whose patches attend beyond their window
 WINDOW = Role("window_size")  # of the same, in pixels
 PINPOINTS = Role("image_grid_pinpoints")  # of configs that cut pictures into tiles

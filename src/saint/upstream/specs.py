@@ -170,7 +170,6 @@ class FamilySpec:
             where the features of several layers are joined.
         reads: indices into the tower's hidden states (0 = embeddings) of those that further features are made of, from the
             instance (DeepStack).
-        deepstack_layers: layers behind which the model adds to the full sequence, from the instance (DeepStack).
         clips: from the instance and the arguments of the method that computes the features of videos: what each video becomes.
             None where a family has no videos.
         library: import name of the library that the class comes from.
@@ -190,7 +189,6 @@ class FamilySpec:
     merge_size: Callable[[Any], int | None] = lambda _: None
     feature_layer: Callable[[nn.Module, int], int | None] = lambda _, depth: depth
     reads: Callable[[Any], Iterable[int]] = lambda _: ()
-    deepstack_layers: Callable[[nn.Module], int] = lambda _: 0
     clips: Callable[[Any, Mapping[str, Any]], list[Clip]] | None = None
     library: str = "transformers"
     tower_spec: EncoderSpec | None = None

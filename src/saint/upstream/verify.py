@@ -62,7 +62,6 @@ def verify_family(model: nn.Module, spec: FamilySpec) -> None:
             missing.append(f"{spec.decoder}.{LAYERS}")
     missing += _try("size of merged squares", lambda: spec.merge_size(model))
     missing += _try("layer of its features", lambda: spec.feature_layer(model, 1))
-    missing += _try("layers it adds to", lambda: spec.deepstack_layers(model))
     missing += _try("hidden states that it reads", lambda: spec.reads(model))
     if spec.clips is not None and VIDEO_FEATURES.of(model) is None:
         missing.append(f"method {VIDEO_FEATURES}")

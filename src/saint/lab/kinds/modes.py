@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ...language.layers import read_layers, with_keys
 from ...methods.saint import Saint
 from ...methods.saint_full_graph import SaintFullGraph
 from ...plans import Plan, Stage
@@ -15,8 +16,10 @@ def modes(model: Any) -> dict[str, Plan]:
     A mode that the family cannot do is left out.
     """
     _, vlm, spec = locate(model, "language")
-    depth = len(list(vlm.get_submodule(spec.decoder).get_submodule("layers").children()))
-    layers = range(depth // 5, min(depth, depth // 5 + max(3, depth * 3 // 10)))  # each can drop at most half
+    decoder = vlm.get_submodule(spec.decoder)
+    depth = len(list(decoder.get_submodule("layers").children()))
+    shown = with_keys(read_layers(decoder.config, depth))
+    layers = shown[len(shown) // 5 :][: max(3, len(shown) * 3 // 10)]  # each can drop at most half
     language = Stage(Saint(threshold=0.83, keep=0.15), layers=layers)
     made = {
         "connector": Plan(connector=SaintFullGraph(keep=0.33)),

@@ -61,15 +61,15 @@ class VLM(Generating):
 
     @classmethod
     def named(cls, spec: str) -> bool:
-        """Tell whether ``spec`` names one of a known family."""
+        """Tell whether ``spec`` names one that answers questions about images."""
         if spec == DEMO:
             return True
         if (config := config_of(spec)) is None:
             return False
         kind = next(iter(config.architectures or []), "")
-        packages = {_package(model) for model in registry.families()}
-        here = _package(f"{type(config).__module__}.{type(config).__qualname__}")
-        return here in packages and kind.endswith("ForConditionalGeneration")
+        names = require("transformers.models.auto.modeling_auto", "vlm").MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        classes = {one for value in names.values() for one in ([value] if isinstance(value, str) else value)}
+        return kind in classes
 
     @classmethod
     def _loaded(cls, spec: str, wanted: Wanted) -> Self:
@@ -276,11 +276,6 @@ class VLM(Generating):
         plan = hybrid_plan(self.model)
         about = f"{type(module).__name__} (transformers: {family.title})"
         return Checked(about, plan, check_vlm(self.model, partial(_samples, self), plan, tick=tick))
-
-
-def _package(cls: str) -> str:
-    """Return the package of a qualified class name: configs lie beside the models they are of."""
-    return cls.rsplit(".", 2)[0]
 
 
 def _samples(vlm: VLM, which: Sequence[int]) -> Inputs:

@@ -146,7 +146,6 @@ SPECS = (
         "qwen3_vl",
         "Qwen3VLModel",
         reads=lambda m: [layer + 1 for layer in m.visual.deepstack_visual_indexes],
-        deepstack_layers=lambda m: len(m.config.vision_config.deepstack_visual_indexes),
         tower_spec=_tower("Qwen3-VL", "qwen3_vl", "Qwen3VLVisionModel", "Qwen3VLVisionBlock"),
         tiny=(_tiny("qwen3-vl", _qwen3),),
     ),
