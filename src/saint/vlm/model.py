@@ -93,6 +93,7 @@ class PrunedVLM(Uncopyable):
         """Patch the instance; ``stack`` undoes it."""
         stack.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         override(stack, self.model, self.merge, self._listen)
+        self._install_behind(stack)
         for role in (IMAGE_FEATURES, VIDEO_FEATURES):
             if (method := role.of(self.model)) is not None:
                 override(stack, self.model, method, self._computed)
@@ -105,16 +106,18 @@ class PrunedVLM(Uncopyable):
         watch(stack, self.patched, self.door, self._whole)
         if self.encoder is not None:
             self.encoder.install(stack)
-            if self.features is None:  # nothing is dropped in front of them
-                return
-            if self.encoder.merge_size is None and self.spec.connector:
-                override(stack, self.model.get_submodule(self.spec.connector), "forward", self._connect)
-            elif self.spec.connector:
-                override(stack, self.model.get_submodule(self.spec.connector), "forward", self._join)
-            else:
-                for role in (IMAGE_FEATURES, VIDEO_FEATURES):
-                    if (method := role.of(self.model)) is not None:
-                        override(stack, self.model, method, self._join)
+
+    def _install_behind(self, stack: ExitStack) -> None:
+        """Patch what reads the encoder; ``stack`` undoes it."""
+        if self.encoder is None or self.features is None:  # nothing is dropped in front of them
+            return
+        if self.spec.connector:
+            wrap = self._connect if self.encoder.merge_size is None else self._join
+            override(stack, self.model.get_submodule(self.spec.connector), "forward", wrap)
+            return
+        for role in (IMAGE_FEATURES, VIDEO_FEATURES):
+            if (method := role.of(self.model)) is not None:
+                override(stack, self.model, method, self._join)
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = self.parameters.named(args, kwargs)
