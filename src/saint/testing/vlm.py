@@ -30,10 +30,15 @@ Make = Callable[[Sequence[int]], Inputs]
 
 def hybrid_plan(model: nn.Module) -> Plan:
     """Half to two thirds of the visual tokens go, at every stage that the family has."""
+    from ..language.layers import read_layers, with_keys  # imports transformers
+
     _, vlm, spec = locate(model, "language")
-    depth = len(list(LAYERS.get(vlm.get_submodule(spec.decoder)).children()))
+    decoder: Any = vlm.get_submodule(spec.decoder)
+    depth = len(list(LAYERS.get(decoder).children()))
+    shown = with_keys(read_layers(decoder.config, depth)) or range(depth)
+    chosen = {min(shown, key=lambda layer: abs(layer - wanted)) for wanted in (min(1, depth - 1), depth // 2)}
     vision = None if spec.no_vision is not None else Stage(SaintFullGraph(keep=0.8), layers=[1])
-    language = Stage(Saint(threshold=0.9, keep=0.6), layers=sorted({min(1, depth - 1), depth // 2}))
+    language = Stage(Saint(threshold=0.9, keep=0.6), layers=sorted(chosen))
     return Plan(vision=vision, connector=SaintFullGraph(keep=0.8), language=language)
 
 
