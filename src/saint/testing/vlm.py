@@ -37,15 +37,12 @@ def hybrid_plan(model: nn.Module) -> Plan:
 
     _, vlm, spec = locate(model, "language")
     spec = with_tower(vlm, spec)
-    decoder = vlm.get_submodule(spec.decoder)
+    decoder: Any = vlm.get_submodule(spec.decoder)
     depth = len(list(LAYERS.get(decoder).children()))
-    shown = with_keys(read_layers(decoder.config, depth)) or list(range(depth))
-    first = next((layer for layer in shown if layer), shown[0])
+    shown = with_keys(read_layers(decoder.config, depth)) or range(depth)
+    chosen = {min(shown, key=lambda layer: abs(layer - wanted)) for wanted in (min(1, depth - 1), depth // 2)}
     vision = None if spec.no_vision is not None else Stage(SaintFullGraph(keep=0.8), layers=[1])
-    language = Stage(
-        Saint(threshold=0.9, keep=0.6),
-        layers=sorted({first, shown[len(shown) // 2]}),
-    )
+    language = Stage(Saint(threshold=0.9, keep=0.6), layers=sorted(chosen))
     return Plan(vision=vision, connector=SaintFullGraph(keep=0.8), language=language)
 
 
