@@ -22,7 +22,7 @@ from .vision.readers import Reader, check_readers, find_reader
 from .vlm.admission import admit
 from .vlm.locate import find as find_vlm
 from .vlm.locate import locate as locate_vlm
-from .vlm.locate import refuse_unknown
+from .vlm.locate import refuse_second, refuse_unknown
 
 if TYPE_CHECKING:  # imports transformers
     from .language.doorway import Doorway, Handover
@@ -126,6 +126,7 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM":
     path, vlm, spec = locate_vlm(model, next(reversed(plan.slots), "language"))
     spec = with_tower(vlm, spec) if plan.vision or _looks_everywhere(plan, observers) else spec
     verify_family(vlm, spec)
+    refuse_second(model, path)
     if spec.derived:
         admit(model, vlm, spec, tuple(plan.slots))
     warn_if_untested("torch", "transformers", vlm=True)

@@ -23,9 +23,23 @@ from .methods.saint_full_graph import SaintFullGraph
 from .models import ModelLike, module_of
 from .plans import Plan, Stage
 from .tokens import Candidates
-from .upstream.names import IDS, LAYERS, MASK, PATCH, PINPOINTS, TIMM_PAIRS, WINDOW, WINDOWLESS
+from .upstream.names import (
+    IDS,
+    IMAGE_LENGTH,
+    IMAGE_SIDE,
+    LAYERS,
+    MASK,
+    PATCH,
+    PINPOINTS,
+    TIMM_PAIRS,
+    VISION_CONFIG,
+    WINDOW,
+    WINDOWLESS,
+)
+from .upstream.pictures import merge_side
 from .upstream.specs import EncoderSpec, FamilySpec, part
 from .vision.checks import read_blocks, takes_dense_mask, takes_weights
+from .vision.derive import with_tower
 from .vision.inputs import own_size
 from .vision.locate import locate, locate_tower
 from .vision.readers import around, find_reader
@@ -309,25 +323,36 @@ def _vlm(
 ) -> tuple[Work, Iterator[tuple[Family, float]]]:
     text = vlm.get_submodule(spec.decoder)
     layers, _ = read_decoder(list(LAYERS.get(text).children()), text.config)
+    spec = with_tower(vlm, spec)
     group = (spec.merge_size(vlm) or 1) ** 2
-    _, tower, tower_spec = locate_tower(vlm, spec)
-    used = 0
-    if spec.no_vision is None:
-        used = spec.feature_layer(vlm, len(part(tower, tower_spec.blocks))) or 0
-    shape = _prompt(model, vlm, tower, tower_spec, group, inputs)
-    stack, seam = _tower(tower, tower_spec, shape.patches, group) if used else (None, False)
+    encoder = None if spec.derived and spec.no_vision is not None else locate_tower(vlm, spec)[1:]
+    candidates = _by_config(vlm.config) if encoder is None else max(1, _patches(*encoder) // group)
+    shape = _prompt(model, vlm, candidates, group, inputs)
+    used, stack, seam = 0, None, False
+    if encoder is not None and spec.no_vision is None:
+        used = spec.feature_layer(vlm, len(part(encoder[0], encoder[1].blocks))) or 0
+    if encoder is not None and used:
+        stack, seam = _tower(*encoder, shape.patches, group)
     work = Work(shape, stack, used, seam, Stack(layers, shape.text))
     return work, _pruned_vlm(stack is not None)
 
 
-def _prompt(
-    model: nn.Module, vlm: nn.Module, tower: nn.Module, spec: EncoderSpec, group: int, inputs: Mapping[str, Any] | None
-) -> Shape:
-    """Numbers of tokens of a prompt: those of ``inputs``, or of one picture with some text."""
+def _by_config(config: Any) -> int:
+    """Tokens that reach the language model of a picture, where the tower is not understood: what the configuration tells."""
+    if (count := IMAGE_LENGTH.get(config)) is not None:
+        return int(count)
+    tower, group = VISION_CONFIG.get(config), (merge_side(config) or 1) ** 2
+    size, patch = (role.get(tower) for role in (IMAGE_SIDE, PATCH))
+    if isinstance(size, int) and isinstance(patch, int):
+        return max(1, (size // patch) ** 2 // group)
+    return max(1, min(_MOST, _PER_CHANNEL * (getattr(tower, "hidden_size", None) or _MOST)) // group)
+
+
+def _prompt(model: nn.Module, vlm: nn.Module, candidates: int, group: int, inputs: Mapping[str, Any] | None) -> Shape:
+    """Numbers of tokens of a prompt: those of ``inputs``, or of one picture of so many visual tokens with some text."""
     if inputs is not None:
         patches, visual, text, pictures = _counted(model, inputs)
         return Shape(patches * group, visual, text, pictures)
-    candidates = max(1, _patches(tower, spec) // group)
     pictures = 1 if PINPOINTS.get(vlm.config) is None else _TILES
     visual = candidates * pictures
     return Shape(candidates * group, visual, min(max(visual // 16, _WORDS[0]), _WORDS[1]), pictures)

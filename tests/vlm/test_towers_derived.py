@@ -73,7 +73,7 @@ def build(name, changes):
 @pytest.fixture(autouse=True, scope="module")
 def _admitted():
     """These tests are the proof: applying a plan need not run it again on a twin."""
-    with admission._proves():
+    with admission.proving():
         yield
 
 

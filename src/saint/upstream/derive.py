@@ -41,6 +41,8 @@ def derive(model: nn.Module) -> tuple[str, nn.Module, FamilySpec] | None:
 
 def _decoder(module: Any) -> str | None:
     """Path of the module that owns the layers of the language model and takes embeddings."""
+    if not Parameters(type(module).forward).has(CACHE):
+        return None  # one that generates with its language model alone
     find = DECODER.get(module)
     decoder = None if find is None else find()
     while decoder is not None and decoder is not module and LAYERS.of(decoder) is None:

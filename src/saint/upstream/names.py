@@ -171,6 +171,9 @@ STATES = Role("conv_states", "recurrent_states")  # of layers of a cache
 WINDOWLESS = Role("fullatt_block_indexes")  # of configs of towers: layers whose patches attend beyond their window
 WINDOW = Role("window_size")  # of the same, in pixels
 PINPOINTS = Role("image_grid_pinpoints")  # of configs that cut pictures into tiles
+IMAGE_LENGTH = Role(
+    "image_seq_length", "mm_tokens_per_image", "vision_soft_tokens_per_image", "num_image_tokens"
+)  # of configs
 PATCH = Role("patch_size")  # of configs of towers, in pixels
 IMAGE_SIDE = Role("image_size")  # of configs of towers, in pixels
 

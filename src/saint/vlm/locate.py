@@ -49,10 +49,30 @@ def locate(model: nn.Module, stage: str) -> tuple[str, nn.Module, FamilySpec]:
         refuse_unknown(model)
         raise UnsupportedModelError(
             f"the {stage} stage needs a vision-language model, and {type(model).__name__} ({type(model).__module__}) contains "
-            f"none that is known, so there are no visual tokens to drop; {held(model)}known families: {_known()}; known language "
-            f"models without images, whose prompt tokens the language stage drops: {', '.join(TEXT.values())}"
+            f"none that is known: in none of its modules does {PLACEHOLDER_MASK} (or {MERGER}) put features among the embeddings "
+            f"of a decoder, so there are no visual tokens to drop; {held(model)}known language models without images, whose "
+            f"prompt tokens the language stage drops: {', '.join(TEXT.values())}"
         )
     return found
+
+
+def refuse_second(model: nn.Module, path: str) -> None:
+    """Refuse a model that holds another decoder beside the vision-language model at ``path``.
+
+    It may go on with the cache or the hidden states of the first, from which tokens are missing.
+
+    Raises:
+        UnsupportedModelError: it names the part to pass.
+    """
+    holders = [holder for _, holder in around(model, path)]
+    for place, module in model.named_modules():
+        inside = place == path or not path or place.startswith(f"{path}.")
+        if not inside and module not in holders and _takes_embeddings(module):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} holds another decoder, {place} ({type(module).__name__}), beside its vision-language "
+                f"model {path} ({type(model.get_submodule(path)).__name__}), and may read that one's cache or hidden states, of "
+                f"which some would be missing: where it does not, pass the part, saint.apply(model.{path}, ...)"
+            )
 
 
 def refuse_unknown(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ from ...language.layers import read_layers, with_keys
 from ...methods.saint import Saint
 from ...methods.saint_full_graph import SaintFullGraph
 from ...plans import Plan, Stage
+from ...vision.derive import with_tower
 from ...vision.locate import locate_tower
 from ...vlm.locate import locate
 
@@ -16,6 +17,7 @@ def modes(model: Any) -> dict[str, Plan]:
     A mode that the family cannot do is left out.
     """
     _, vlm, spec = locate(model, "language")
+    spec = with_tower(vlm, spec)
     decoder = vlm.get_submodule(spec.decoder)
     depth = len(list(decoder.get_submodule("layers").children()))
     shown = with_keys(read_layers(decoder.config, depth))

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...upstream.names import IMAGE_TOKEN
+from ...vision.derive import with_tower
 from ...vision.locate import locate_tower
 from ...vlm.locate import locate
 
@@ -33,6 +34,7 @@ def tiles(model: Any, processor: Any, inputs: Mapping[str, Any]) -> list[Tile]:
         ValueError: the model takes its pixels in a way that shows no grid.
     """
     _, vlm, spec = locate(model, "language")
+    spec = with_tower(vlm, spec)
     _, tower, tower_spec = locate_tower(vlm, spec)
     config: Any = tower.config
     side = spec.merge_size(vlm) or 1

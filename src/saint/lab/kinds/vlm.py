@@ -21,6 +21,7 @@ from ...tokens import LayerTrace
 from ...upstream import registry
 from ...upstream.names import LAYERS
 from ...upstream.specs import part
+from ...vision.derive import with_tower
 from ...vision.locate import locate_tower
 from ...vlm.locate import find, locate
 from ..bench.generation import GenerationBench, bench_generation, timed_answer
@@ -173,7 +174,7 @@ class VLM(Generating):
     def layers(self) -> dict[str, list[int]]:
         """Return those of the tower that reach the language model, and the language model's."""
         _, model, spec = locate(self.model, "language")
-        layers = {}
+        spec, layers = with_tower(model, spec), {}
         if spec.no_vision is None:
             _, tower, tower_spec = locate_tower(model, spec)
             depth = len(part(tower, tower_spec.blocks))
