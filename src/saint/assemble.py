@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from .admission import admit
 from .errors import UnsupportedModelError
 from .language.locate import find as find_text
 from .plans import Plan, Stage
@@ -19,7 +20,6 @@ from .vision.derive import with_tower
 from .vision.encoder import PrunedEncoder
 from .vision.locate import locate, locate_tower
 from .vision.readers import Reader, check_readers, find_reader
-from .vlm.admission import admit
 from .vlm.locate import find as find_vlm
 from .vlm.locate import locate as locate_vlm
 from .vlm.locate import refuse_second, refuse_unknown

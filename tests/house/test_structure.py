@@ -52,7 +52,8 @@ CORE = {
     "vision": {"frames", "graph", "tokens", "gathers", "errors", "patch", "runtime", "upstream"},
     "language": {"tokens", "gathers", "errors", "patch", "runtime", "upstream", "work"},
     "vlm": {"frames", "tokens", "gathers", "errors", "patch", "runtime", "upstream", "vision", "language"},
-    "assemble": {"errors", "methods", "plans", "runtime", "upstream", "vision", "language", "vlm"},
+    "admission": {"errors", "files", "upstream", "testing"},  # the last when a model is proved: contracts apply plans
+    "assemble": {"admission", "errors", "methods", "plans", "runtime", "upstream", "vision", "language", "vlm"},
     "session": {
         "errors",
         "gathers",
@@ -70,7 +71,20 @@ CORE = {
     }
     | {"vision", "language", "vlm"},
     "freezing": {"methods", "plans", "samples", "session", "tokens"},
-    "testing": {"errors", "flops", "methods", "plans", "session", "tokens", "upstream", "runtime", "vision", "language"}
+    "testing": {
+        "admission",
+        "errors",
+        "files",
+        "flops",
+        "methods",
+        "plans",
+        "session",
+        "tokens",
+        "upstream",
+        "runtime",
+        "vision",
+        "language",
+    }
     | {"vlm"},
     "backends": {"errors", "extras", "methods", "plans", "session", "tokens", "upstream", "vision", "vlm"},
 }
@@ -165,7 +179,15 @@ ROOMS = {
     "testing/outputs": set(),
     # the oracles know where things are, and what a pruned forward dropped; they share no code with the pruning path
     "testing/hiding": {"upstream/specs"},
-    "testing/oracle": {*ORACLE, "language/locate", "language/layers", "vision/locate", "vlm/locate", "upstream/verify"},
+    "testing/oracle": {
+        *ORACLE,
+        "language/locate",
+        "language/layers",
+        "vision/derive",
+        "vision/locate",
+        "vlm/locate",
+        "upstream/verify",
+    },
     "testing/removal": {*ORACLE, "vlm/locate", "testing/oracle"},
     # the halves of a block are composed as there, which is held against the block's own forward when a plan is applied
     "testing/merging": {*ORACLE, "vision/locate", "runtime/blocks", "testing/blocks"},

@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 
 import saint
+from saint import admission
 from saint.errors import UnsupportedModelError
 from saint.testing import twins, zoo
 from saint.testing.removal import removal_oracle
@@ -14,7 +15,6 @@ from saint.testing.shrink import configs, shrunken
 from saint.upstream.derive import derive
 from saint.upstream.names import ENCODED, Parameters, Role
 from saint.upstream.specs import part
-from saint.vlm import admission
 from saint.vlm.locate import find
 from support.families import FAMILIES
 from support.oracles import relative_error

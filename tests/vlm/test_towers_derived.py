@@ -12,13 +12,13 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
 
 import saint
+from saint import admission
 from saint.gathers import is_dropped
 from saint.testing.outputs import run
 from saint.testing.shrink import shrunken
 from saint.testing.twins import grown, pictured
 from saint.testing.vlm import check_tower, is_recurrent, sees_within
 from saint.vision.derive import with_tower
-from saint.vlm import admission
 from saint.vlm.locate import find
 from support.families import one_at_a_time
 

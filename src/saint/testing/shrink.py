@@ -121,7 +121,7 @@ class _Layers:
         ]
 
     def place(self, layer: int) -> int:
-        """Where a layer is among those that are left: the last one at or in front of it."""
+        """Find where a layer is among those that are left: the last one at or in front of it."""
         if layer < 0:
             return -min(len(self.kept), 1 + (-layer - 1) * len(self.kept) // max(1, self.depth))
         return max(0, sum(one <= layer for one in self.kept) - 1)

@@ -167,7 +167,7 @@ def _words(config: Any) -> Tensor:
 
 
 def _around(config: Any) -> list[list[int]]:
-    """What stands in front of an image and behind it."""
+    """Return what stands in front of an image and behind it."""
     return [[] if token is None else [token] for token in (STARTS.get(config), ENDS.get(config))]
 
 
@@ -269,7 +269,7 @@ class Prompts:
         return inputs
 
     def _output(self, pooled: list[Tensor], last: list[Tensor], *deep: list[Tensor]) -> Any:
-        """What the method that computes features returns."""
+        """Make what the method that computes features returns."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         class Output(BaseModelOutputWithPooling):

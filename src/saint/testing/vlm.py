@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..admission import proving, verdict_of
 from ..errors import HookNeverFiredError
 from ..methods.base import Method
 from ..methods.saint import Saint
@@ -19,7 +20,6 @@ from ..tokens import LayerTrace
 from ..upstream.names import LAYERS, MASK
 from ..upstream.specs import FamilySpec
 from ..vision.derive import with_tower
-from ..vlm.admission import proving, verdict_of
 from ..vlm.locate import locate
 from ..vlm.prompts import answered, placeholders
 from .contracts import Result, check_undo, evaluating, outcomes, snapshot

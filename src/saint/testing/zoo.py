@@ -21,9 +21,9 @@ from typing import Any
 
 from torch import nn
 
+from ..admission import key, prove
 from ..files import write_whole
 from ..upstream.versions import installed
-from ..vlm.admission import key, prove
 from ..vlm.locate import find
 from .shrink import shrunken
 from .twins import grown

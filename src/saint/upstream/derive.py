@@ -2,7 +2,7 @@
 
 What tells a vision-language model is the method that says where features go in a prompt. The rest transformers says itself: the
 decoder (``get_decoder``) and the tower (``get_encoder``).
-Nothing here is proved: :mod:`saint.vlm.admission` does that.
+Nothing here is proved: :mod:`saint.admission` does that.
 """
 
 from typing import Any

@@ -180,7 +180,7 @@ def block_spec(block: nn.Module, name: str, prefix: int) -> BlockSpec:
 
 
 def _keys(attention: nn.Module) -> tuple[str, bool]:
-    """What shows the keys of an attention, and whether it shows queries and values beside them."""
+    """Find what shows the keys of an attention, and whether it shows queries and values beside them."""
     own = BLOCK_KEYS.of(attention)
     return (own, False) if own is not None else (BLOCK_PACKED_KEYS.of(attention) or "", True)
 
@@ -219,7 +219,7 @@ class _Probe:
         self.flat = Parameters(type(blocks[0]).forward).has(SEGMENTS)
 
     def layout(self, prefix: int | None) -> _Layout | str:
-        """What stands behind the blocks, or why it is not known; ``prefix`` None: to be found."""
+        """Find what stands behind the blocks, or why it is not known; ``prefix`` None: to be found."""
         if not self.method:
             return "no method of it computes features of images alone"
         given, errors = None, list[str]()

@@ -88,7 +88,7 @@ class FullLength:
 
 
 def _hole() -> float:
-    """What stands at dropped tokens in a map of full length.
+    """Return what stands at dropped tokens in a map of full length.
 
     NaN shows whether anything lets a dropped token touch a kept one, but would spoil the gradients of weights.
     """

@@ -19,10 +19,10 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import UnsupportedModelError
-from ..files import cache_dir, write_whole
-from ..upstream.specs import FamilySpec
-from ..upstream.versions import installed
+from .errors import UnsupportedModelError
+from .files import cache_dir, write_whole
+from .upstream.specs import FamilySpec
+from .upstream.versions import installed
 
 Verdict = Mapping[str, str]  # of each stage: "", or why it is not possible
 
@@ -55,7 +55,7 @@ def admit(model: nn.Module, vlm: nn.Module, spec: FamilySpec, stages: tuple[str,
 
 
 def verdict_of(model: nn.Module, vlm: nn.Module, spec: FamilySpec) -> Verdict:
-    """What is known of a model, by stage: remembered, or proved now and remembered."""
+    """Return what is known of a model, by stage: remembered, or proved now and remembered."""
     name = key(vlm, spec)
     if name not in _seen:
         known = _table(_shipped()) | _table(_own())
@@ -68,7 +68,7 @@ def verdict_of(model: nn.Module, vlm: nn.Module, spec: FamilySpec) -> Verdict:
 
 
 def key(vlm: nn.Module, spec: FamilySpec) -> str:
-    """What a proof holds for: the class, the release of its library, and a number of the kinds of layers of its decoder."""
+    """Name what a proof holds for: the class, the release of its library, and a number of the kinds of layers of its decoder."""
     decoder: Any = vlm.get_submodule(spec.decoder)
     config = decoder.config
     kinds = {type(module).__name__ for module in decoder.modules()}
@@ -81,7 +81,7 @@ def key(vlm: nn.Module, spec: FamilySpec) -> str:
 
 def prove(model: nn.Module, spec: FamilySpec) -> Verdict:
     """Run the contracts of every stage on a twin of the user's model."""
-    from ..testing.twins import try_stages
+    from .testing.twins import try_stages
 
     with proving():
         return try_stages(model, spec)
