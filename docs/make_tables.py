@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import ready
+import shapes
 
 from saint import methods
 from saint.flops import left_out
 from saint.lab.report.markdown import table
+from saint.testing.zoo import Record, read
 from saint.upstream.decoders import TEXT
 from saint.upstream.names import VIDEOS
 from saint.upstream.registry import ENCODERS, FAMILIES
@@ -33,6 +35,11 @@ def zoo_rows() -> list[dict[str, str]]:
     return list(csv.DictReader(ZOO.read_text().splitlines()))
 
 
+def type_records() -> dict[str, Record]:
+    """The record of the sweep over image-text types (`python -m saint.testing.zoo vlm`)."""
+    return read(ROOT / "docs" / "vlms.csv")
+
+
 def builtin_methods() -> list[type[methods.Method]]:
     """The methods that this package brings, the paper's own first."""
     found = [methods.get(name) for name in methods.names()]
@@ -47,8 +54,6 @@ def counts() -> str:
         libraries[library] = libraries.get(library, 0) + 1
     rows = zoo_rows()
     held = sum(row["outcome"] == "holds" for row in rows)
-    inside = sum("language" in spec.stages for spec in FAMILIES)
-    towers = sum(spec.no_vision is None for spec in FAMILIES)
     encoders = ", ".join(
         f"{libraries[name]} of {name}" for name in sorted(libraries, key=lambda name: -libraries[name])
     )
@@ -56,8 +61,9 @@ def counts() -> str:
         [
             f"- **{sum(libraries.values())} kinds of encoders** ({encoders}); by name {held} of {len(rows)} models hold every "
             "contract, and the others are refused with the reason.",
-            f"- **{len(FAMILIES)} families of vision-language models**, with `generate` as ever: tokens leave in the encoder of "
-            f"{towers}, behind it and in the language model of {inside}. {len(TEXT)} language models without images.",
+            f"- **Vision-language models**, with `generate` as ever: {held_types()}; what is not understood is refused with the "
+            f"reason, and a model of a class that is not listed is proved on a small twin when a plan is applied. "
+            f"{len(TEXT)} language models without images.",
             f"- **{len(builtin_methods())} methods**, the paper's two among them, in any combination of three places: encoder, "
             "connector, language model.",
         ]
@@ -187,6 +193,32 @@ def vlm_table() -> str:
     return table(["family", *where, "inputs", "flash attention"], rows)
 
 
+def types_table() -> str:
+    """What each image-text type of transformers gave, from the record of the sweep."""
+    rows = [
+        [record.type, f"`{record.cls}`", record.family, *(_short(getattr(record, stage)) for stage in SLOTS)]
+        for record in type_records().values()
+    ]
+    made = table(["type", "class", "facts", "`vision`", "`connector`", "`language`"], rows)
+    release = ", ".join(sorted({record.release for record in type_records().values()}))
+    return f"{made}\n\n{held_types()} (transformers {release})."
+
+
+def held_types() -> str:
+    """How many types hold, by stage."""
+    records = type_records().values()
+    held = {stage: sum(getattr(record, stage) == "holds" for record in records) for stage in SLOTS}
+    return (
+        f"of the {len(records)} image-text types of transformers, {held['connector']} hold with tokens leaving in front of the "
+        f"language model, {held['language']} in it, {held['vision']} in the encoder"
+    )
+
+
+def _short(outcome: str) -> str:
+    """An outcome with the first part of its reason."""
+    return outcome.partition("; use the ")[0].partition(". Drop tokens")[0].replace("|", "/")
+
+
 def speed_table() -> str:
     record = json.loads(RECORD.read_text())
     rows = []
@@ -248,7 +280,13 @@ def replace(text: str, name: str, made: str) -> str:
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"headline": headline_table, "counts": counts},
     "docs/index.md": {"headline": headline_table},
-    "docs/models.md": {"support": support_table, "zoo": zoo_table, "families": vlm_table},
+    "docs/models.md": {
+        "support": support_table,
+        "zoo": zoo_table,
+        "families": vlm_table,
+        "types": types_table,
+        "shapes": shapes.shapes_table,
+    },
     "docs/methods.md": {"methods": methods_table},
     "docs/ready.md": {"ready": ready.ready_table},
     "docs/results.md": {"keep": keep_table, "speed": speed_table},

@@ -98,7 +98,12 @@ class Work:
         """
         if plan.language:
             raise ValueError("work by shape is known of what leaves in front of the language model")
-        left = whole = 0.0
+        left, whole = (sum(part) for part in zip(*self.parts(plan).values(), strict=True))
+        return left / whole
+
+    def parts(self, plan: Plan) -> dict[str, tuple[float, float]]:
+        """FLOPs that ``plan`` leaves, and all, of the "tower" and of the "language" model, where there are such."""
+        made = dict[str, tuple[float, float]]()
         visual = self.shape.visual
         if self.tower is not None:
             n, depth = self.shape.patches // self.tower.group, len(self.tower.layers)
@@ -106,18 +111,19 @@ class Work:
             counts, mid = entering(plan.vision, layers, n, depth, self.seam)
             stages = list(zip(plan.vision, layers, strict=True))
             methods = {at: s.method for s, chosen in stages if s.placement != "input" for at in chosen}
-            left += self.shape.pictures * self.tower.flops(counts, mid, methods)
+            left = self.tower.flops(counts, mid, methods)
             front = next((s.method for s in plan.vision if s.placement == "input"), None)
             if front is not None:
-                left += self.shape.pictures * front.flops(n, counts[0], self.tower.channels)
-            whole += self.shape.pictures * self.tower.flops([n] * (depth + 1))
+                left += front.flops(n, counts[0], self.tower.channels)
+            whole = self.tower.flops([n] * (depth + 1))
+            made["tower"] = self.shape.pictures * left, self.shape.pictures * whole
             visual = visual * counts[-1] // n
         if self.decoder is not None:
             depth = len(self.decoder.layers)
             counts, _ = entering(plan.connector, [[0]] if plan.connector else [], visual, 1)
-            left += self.decoder.flops([counts[-1]] * (depth + 1))
-            whole += self.decoder.flops([self.shape.visual] * (depth + 1))
-        return left / whole
+            language = self.decoder.flops([counts[-1]] * (depth + 1))
+            made["language"] = language, self.decoder.flops([self.shape.visual] * (depth + 1))
+        return made
 
 
 def plan_for(model: ModelLike, keep: float = 0.5, inputs: Mapping[str, Any] | None = None) -> Plan:
@@ -156,13 +162,29 @@ def plan_for(model: ModelLike, keep: float = 0.5, inputs: Mapping[str, Any] | No
             f"{type(module).__name__} is a language model without images, and what leaves of a prompt is text: no share of it is "
             "free. Where you want that, say which: saint.apply(model, saint.Plan(language=...))"
         )
+    work, plans = _looked_at(module, inputs)
+    return Plan() if keep == 1 else _nearest(work, plans, keep)
+
+
+def work_of(model: ModelLike, inputs: Mapping[str, Any] | None = None) -> Work:
+    """What :func:`plan_for` reads off a model: how many tokens it is thought of with, and what its FLOPs follow from.
+
+    Args:
+        model: an encoder or a vision-language model; may be on the ``meta`` device.
+        inputs: as there.
+
+    Raises:
+        UnsupportedModelError: as there.
+    """
+    return _looked_at(module_of(model), inputs)[0]
+
+
+def _looked_at(module: nn.Module, inputs: Mapping[str, Any] | None) -> tuple[Work, Iterator[tuple["Family", float]]]:
     found = find_vlm(module)
     if found is None:
         refuse_unknown(module)
-        work, plans = _encoder(module, inputs)
-    else:
-        work, plans = _vlm(module, found[1], found[2], inputs)
-    return Plan() if keep == 1 else _nearest(work, plans, keep)
+        return _encoder(module, inputs)
+    return _vlm(module, found[1], found[2], inputs)
 
 
 # -- the search -------------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from ..upstream.names import PINPOINTS
+
 WIDTH, HEADS, VOCABULARY, FEW = 64, 2, 320, 4  # channels, attention heads, tokens, layers
 _DIM = WIDTH // HEADS
 
@@ -200,6 +202,9 @@ def _narrow(config: PretrainedConfig, grids: bool) -> None:
     dim = given.get("head_dim", 0) or (width // given["num_attention_heads"] if "num_attention_heads" in given else 0)
     for name, value in _fields(config):
         most = {"hidden_sizes": WIDTH, "image_size": 8 * _SIZE, "patch_size": _SIZE}.get(name)
+        if name in PINPOINTS.spellings and value:
+            side = 8 * _SIZE
+            setattr(config, name, [[side, 2 * side], [2 * side, side], [2 * side, 2 * side]])
         if most is not None and isinstance(value, (list, tuple)):
             setattr(config, name, _like(value, [min(most, one) for one in value]))
     for name, value in given.items():

@@ -265,7 +265,7 @@ class PrunedVLM(Uncopyable):
         return connect
 
     def _join(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Show full length to what is behind the encoder; each row it returns is of kept patches, or of dropped ones and marked."""
+        """Show full length to what is behind the encoder; a row it returns is of kept patches, or of dropped ones and marked."""
 
         def join(*args: Any, **kwargs: Any) -> Any:
             encoder = self.encoder
