@@ -9,6 +9,7 @@ import transformers as hf
 import saint
 from saint import admission
 from saint.errors import UnsupportedModelError
+from saint.files import cache_dir
 from saint.testing import twins, zoo
 from saint.testing.removal import removal_oracle
 from saint.testing.shrink import configs, shrunken
@@ -35,6 +36,7 @@ def alone(monkeypatch, tmp_path):
     """Nothing is known of any derived family."""
     monkeypatch.setattr(admission, "_seen", {})
     monkeypatch.setattr(admission, "_shipped", lambda: "{}")
+    monkeypatch.setattr(admission, "_file", lambda: cache_dir() / "admitted.json")
     monkeypatch.setenv("SAINT_CACHE", str(tmp_path))
     return tmp_path / "admitted.json"
 

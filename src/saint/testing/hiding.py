@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
 from unittest import mock
 
@@ -95,5 +96,6 @@ def hide_in_pools(stack: ExitStack, mode: HideKeys, encoder: nn.Module, spec: En
 
 
 def stand_in(stack: ExitStack, module: nn.Module, name: str, wrap: Callable[[Callable[..., Any]], Any]) -> None:
-    """Until ``stack`` unwinds, ``wrap(original)`` stands in place of a method of this instance."""
-    stack.enter_context(mock.patch.object(module, name, wrap(getattr(module, name))))
+    """Until ``stack`` unwinds, ``wrap(original)`` stands in place of a method of this instance, with its signature."""
+    original = getattr(module, name)
+    stack.enter_context(mock.patch.object(module, name, wraps(original)(wrap(original))))
