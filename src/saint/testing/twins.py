@@ -69,9 +69,13 @@ def grown(cls: Any, config: Any) -> nn.Module:
     token = IMAGE_TOKEN.of(config)
     if token is not None and getattr(config, token) is None:  # left to checkpoints
         setattr(config, token, _UNUSED)
-    with torch.random.fork_rng(devices=[]):
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = cls._from_config(config).float().eval()
+        try:
+            model = cls._from_config(config, attn_implementation="sdpa")  # through which oracles hide keys
+        except ValueError:  # a part of it has no such attention
+            model = cls._from_config(config)
+        model = model.float().eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim >= 2 and parameter.is_floating_point():
