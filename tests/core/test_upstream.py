@@ -80,12 +80,17 @@ def test_names_of_backbones():
         check_encoder_names(*locate(model)[1:])
 
 
+def tower_of(model):
+    """The encoder in the tower of a tiny vision-language model, as `locate` gives one."""
+    return locate_tower(*locate_vlm(model, "vision")[1:])
+
+
 def test_names_of_every_branch_and_mask():
     """A part that only some instances have, or a mask, may be renamed without an error: each must exist somewhere."""
     seen: dict[str, set[str]] = {}
     wanted: dict[str, set[str]] = {}
     found = [locate(build()) for build in BUILDERS.values()]
-    found += [locate_tower(family.build().get_submodule("model")) for family in FAMILIES.values() if family.tower]
+    found += [tower_of(family.build()) for family in FAMILIES.values() if family.tower]
     for _, encoder, row in found:
         for module in part(encoder, row.blocks):
             spec = next(row.block_specs[c.__name__] for c in type(module).__mro__ if c.__name__ in row.block_specs)
@@ -114,14 +119,14 @@ def test_names_of_families(name):
     assert names.IMPLEMENTATION.of(decoder.config) is not None
     assert names.IMAGE_TOKEN.of(vlm.config) is not None
     if row.no_vision is None:
-        _, tower, tower_row = locate_tower(vlm.get_submodule(row.tower))
+        _, tower, tower_row = locate_tower(vlm, row)
         check_encoder_names(tower, tower_row)
 
 
 def test_every_family_and_tower_is_checked_for_its_names():
     checked = {locate_vlm(on_meta(family.build), "language")[2].model for family in FAMILIES.values()}
     assert checked == {spec.model for spec in registry.FAMILIES}
-    towers = {locate_tower(on_meta(f.build).get_submodule("model"))[2].encoder for f in FAMILIES.values() if f.tower}
+    towers = {tower_of(on_meta(f.build))[2].encoder for f in FAMILIES.values() if f.tower}
     assert {spec.tower_spec.encoder for spec in registry.FAMILIES if spec.tower_spec} <= towers
     here = [locate(model)[2].encoder for model in [*(build() for build in BUILDERS.values()), *backbones().values()]]
     assert {spec.encoder for spec in registry.ENCODERS} == set(here)
@@ -148,7 +153,7 @@ def test_tiny_families_are_of_their_spec(spec):
         assert tiny.merge_size == (spec.merge_size(vlm) or 1)
         assert (tiny.tower is None) == (spec.no_vision is not None)
         if tiny.tower is not None:
-            _, encoder, tower = locate_tower(vlm.get_submodule(spec.tower))
+            _, encoder, tower = locate_tower(vlm, spec)
             assert tower is spec.tower_spec or (spec.tower_spec is None and tower in registry.ENCODERS)
             assert model.get_submodule(tiny.tower) is part(encoder, tower.blocks)
             assert tiny.prefix == tower.prefix(encoder)
