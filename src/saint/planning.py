@@ -167,7 +167,7 @@ def plan_for(model: ModelLike, keep: float = 0.5, inputs: Mapping[str, Any] | No
 
 
 def work_of(model: ModelLike, inputs: Mapping[str, Any] | None = None) -> Work:
-    """What :func:`plan_for` reads off a model: how many tokens it is thought of with, and what its FLOPs follow from.
+    """Read off a model what :func:`plan_for` does: how many tokens it is thought of with, and what its FLOPs follow from.
 
     Args:
         model: an encoder or a vision-language model; may be on the ``meta`` device.
