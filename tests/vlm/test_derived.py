@@ -10,7 +10,7 @@ import saint
 from saint import admission
 from saint.errors import UnsupportedModelError
 from saint.files import cache_dir
-from saint.testing import twins, zoo
+from saint.testing import shrink, twins, zoo
 from saint.testing.removal import removal_oracle
 from saint.testing.shrink import configs, shrunken
 from saint.upstream.derive import derive
@@ -125,6 +125,22 @@ def test_a_prompt_is_the_same_alone_and_beside_the_other():
         both["mm_encoder_outputs"]["image"].pooler_output[0], first["mm_encoder_outputs"]["image"].pooler_output[0]
     )
     assert not torch.equal(both["input_ids"][0], both["input_ids"][1])
+
+
+def test_a_model_whose_widths_cannot_be_cut_has_a_twin_as_wide_as_itself(alone, monkeypatch):
+    model = zoo.build("llava_next_video")
+    monkeypatch.setattr(twins, "SMALL", 0)
+
+    def narrow(config, grids):
+        raise ValueError("widths of this class depend on each other")
+
+    monkeypatch.setattr(shrink, "_narrow", narrow)
+    small, _ = twins.twin(model)
+    assert type(small) is type(model)
+    assert small.config.text_config.hidden_size == model.config.text_config.hidden_size
+    monkeypatch.setattr(twins, "WIDE", 0)
+    with pytest.raises(UnsupportedModelError, match="no twin of it runs .*depend on each other"):
+        twins.twin(model)
 
 
 # -- what is proved ---------------------------------------------------------------------------------------------------

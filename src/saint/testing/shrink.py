@@ -38,7 +38,7 @@ _MOST: dict[str, int] = {
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_head_dim": 16, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "linear_num_heads": 2, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16,
     "n_groups": 2, "hidden_size_per_layer_input": 16, "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4,
-    "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_k": 2, "moe_topk": 2, "n_group": 1, "topk_group": 1,
+    "moe_num_experts": 4, "num_experts_per_tok": 2, "top_k_experts": 2, "moe_k": 2, "moe_topk": 2, "n_group": 1, "topk_group": 1,
     "n_shared_experts": 1, "moe_num_shared_experts": 1, "sliding_window": 24, "sliding_window_size": 24,
     "attention_chunk_size": 40, "max_position_embeddings": 1024, "image_size": 8 * _SIZE, "patch_size": _SIZE,
     "num_position_embeddings": 64, "num_patches": 64, "mm_tokens_per_image": 16, "position_embedding_size": 64,
@@ -48,16 +48,17 @@ _MOST: dict[str, int] = {
 }  # fmt: skip
 
 
-def shrunken(config: PretrainedConfig) -> PretrainedConfig:
+def shrunken(config: PretrainedConfig, narrow: bool = True) -> PretrainedConfig:
     """A copy of ``config`` of at most a few layers, narrow, with a small vocabulary; what is small already stays as it is.
 
-    The configurations inside it are shrunken with it.
+    The configurations inside it are shrunken with it. ``narrow=False`` leaves the widths: for one whose widths depend on each
+    other in a way that is not known here.
     """
     config = copy.deepcopy(config)
     known = {id(one): _Layers(one) for one in configs(config)}
     depths = {layers.depth: layers for layers in known.values()}
     grids = any("spatial_merge_size" in vars(one) for one in configs(config))
-    for one in configs(config):
+    for one in configs(config) if narrow else ():
         _narrow(one, grids)
     for one in configs(config):
         known[id(one)].cut(one, depths)

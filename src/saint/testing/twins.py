@@ -44,21 +44,47 @@ from .vlm import Make, contracts_for, hybrid_plan
 TOWER = Plan(vision=Stage(SaintFullGraph(keep=0.6), layers=[0, 1]))
 FRONT = Plan(connector=SaintFullGraph(keep=0.6))
 SMALL = 20_000_000  # parameters up to which a model is its own twin's shape
+WIDE = 600_000_000  # parameters up to which a twin may be as wide as the model
 _IMAGES = (8, 12), (8, 8)  # rows and columns of patches of the images of a prompt
 _WORDS = (4, 5), (9, 3)  # words in front of and behind the image
 _TOKENS, _UNUSED = 60, 61  # words are drawn from the first tokens; one behind them
 
 
-def twin(model: nn.Module) -> nn.Module:
-    """A model of the same class with few and narrow layers and random weights, in eval mode, in float32 on the CPU.
+def twin(model: nn.Module) -> tuple[nn.Module, "Prompts"]:
+    """A small model of the same class and prompts for it: in eval mode, in float32, on the CPU.
 
-    The random weights are the same for every call, and of a size at which every layer matters.
+    It has few and narrow layers; where such a one does not run, few layers as wide as they are. The random weights are the same
+    for every call, and of a size at which every layer matters.
+
+    Raises:
+        UnsupportedModelError: none runs; the message says what came of each.
     """
-    given: Any = model
-    config = copy.deepcopy(given.config)
+    errors = []
+    for shape in _SHAPES:
+        try:
+            small = grown(type(model), shape(model))
+            return small, Prompts(small)
+        except Exception as error:  # whatever a class says of a configuration that it cannot be built from
+            errors.append(f"{type(error).__name__}: {error}")
+    raise UnsupportedModelError(f"no twin of it runs ({'; '.join(dict.fromkeys(errors))})")
+
+
+def _as_it_is(model: Any) -> Any:
     if sum(p.numel() for p in model.parameters()) > SMALL:
-        config = shrunken(config)
-    return grown(type(model), config)
+        raise UnsupportedModelError("it is large itself")
+    return copy.deepcopy(model.config)
+
+
+def _wide(model: Any) -> Any:
+    config = shrunken(model.config, narrow=False)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in type(model)(copy.deepcopy(config)).parameters())
+    if parameters > WIDE:
+        raise UnsupportedModelError(f"with a few layers it still has {parameters:,} parameters")
+    return config
+
+
+_SHAPES: tuple[Callable[[Any], Any], ...] = (_as_it_is, lambda model: shrunken(model.config), _wide)
 
 
 def grown(cls: Any, config: Any) -> nn.Module:
@@ -98,10 +124,9 @@ def try_stages(model: nn.Module, spec: FamilySpec) -> dict[str, str]:
         spec: read off it.
     """
     try:
-        small = twin(_generating(model))
-        make = Prompts(small)
-    except Exception as error:  # whatever a class says of a configuration it cannot be built from
-        return dict.fromkeys(STAGES, f"no twin of it runs ({type(error).__name__}: {error})")
+        small, make = twin(_generating(model))
+    except UnsupportedModelError as error:
+        return dict.fromkeys(STAGES, str(error))
     language = hybrid_plan(small).language
     plans = {"connector": FRONT, "language": Plan(connector=FRONT.connector, language=language)}
     verdict = {stage: _first_failure(small, plan, make) for stage, plan in plans.items()}
