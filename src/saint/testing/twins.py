@@ -98,7 +98,9 @@ def grown(cls: Any, config: Any) -> nn.Module:
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            model = cls._from_config(config, attn_implementation="sdpa")  # through which oracles hide keys
+            model = cls._from_config(
+                copy.deepcopy(config), attn_implementation="sdpa"
+            )  # through which oracles hide keys
         except ValueError:  # a part of it has no such attention
             model = cls._from_config(config)
         model = model.float().eval()
