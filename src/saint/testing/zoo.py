@@ -22,9 +22,10 @@ from typing import Any
 from torch import nn
 
 from ..admission import key, prove
+from ..errors import UnsupportedModelError
 from ..files import write_whole
 from ..upstream.versions import installed
-from ..vlm.locate import find
+from ..vlm.locate import find, refuse_second
 from .shrink import shrunken
 from .twins import grown
 
@@ -103,11 +104,12 @@ def attempt(name: str) -> tuple[Record, dict[str, dict[str, str]]]:
     if found is None:
         why = "refused: it has no method that says where features go in a prompt"
         return Record(name, types()[name], "", why, why, why, release), {}
-    _, vlm, spec = found
+    path, vlm, spec = found
     try:
+        refuse_second(model, path)
         with _limited(LIMIT):
             verdict = dict(prove(model, spec))
-    except TimeoutError as error:
+    except (TimeoutError, UnsupportedModelError) as error:
         verdict = dict.fromkeys(STAGES, str(error))
     rows = {stage: _row(verdict.get(stage, "no twin: no picture goes through the tower of one")) for stage in STAGES}
     record = Record(name, type(vlm).__name__, "derived" if spec.derived else "written", **rows, release=release)
