@@ -27,6 +27,7 @@ from ..upstream.names import (
     PICTURE_SIZES,
     POOLED,
     SEGMENTS,
+    VIDEO_FEATURES,
     Parameters,
 )
 from ..upstream.specs import EncoderSpec, FamilySpec, part
@@ -265,9 +266,8 @@ def _mark_features(stack: ExitStack, vlm: nn.Module, facts: FamilySpec, trace: l
     if facts.connector:
         stack.callback(vlm.get_submodule(facts.connector).register_forward_hook(connected).remove)
         return
-    method = IMAGE_FEATURES.of(vlm)
-    assert method is not None
-    stand_in(stack, vlm, method, lambda original: lambda *args, **kwargs: holes(original(*args, **kwargs)))
+    for method in filter(None, (role.of(vlm) for role in (IMAGE_FEATURES, VIDEO_FEATURES))):
+        stand_in(stack, vlm, method, lambda original: lambda *args, **kwargs: holes(original(*args, **kwargs)))
 
 
 def _inner(inputs: Inputs) -> Tensor:
