@@ -109,15 +109,10 @@ class PrunedVLM(Uncopyable):
 
     def _install_behind(self, stack: ExitStack) -> None:
         """Patch what reads the encoder; ``stack`` undoes it."""
-        if self.encoder is None or self.features is None:  # nothing is dropped in front of them
-            return
-        if self.spec.connector:
-            wrap = self._connect if self.encoder.merge_size is None else self._join
-            override(stack, self.model.get_submodule(self.spec.connector), "forward", wrap)
-            return
-        for role in (IMAGE_FEATURES, VIDEO_FEATURES):
-            if (method := role.of(self.model)) is not None:
-                override(stack, self.model, method, self._join)
+        if self.encoder is None or self.features is None or not self.spec.connector:
+            return  # nothing is dropped in front of it, or the method that computes features stands for it
+        wrap = self._connect if self.encoder.merge_size is None else self._join
+        override(stack, self.model.get_submodule(self.spec.connector), "forward", wrap)
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = self.parameters.named(args, kwargs)
@@ -142,6 +137,8 @@ class PrunedVLM(Uncopyable):
 
         def compute(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
+            if self.encoder is not None and self.features is not None:
+                output = closed(output if self.spec.connector else self._joined(output))
             if not self.handover.note.plain:
                 self.known.note(POOLED.get(output, output))
             return output
@@ -268,18 +265,20 @@ class PrunedVLM(Uncopyable):
         """Show full length to what is behind the encoder; a row it returns is of kept patches, or of dropped ones and marked."""
 
         def join(*args: Any, **kwargs: Any) -> Any:
-            encoder = self.encoder
-            assert encoder is not None
-            assert self.features is not None
-            output = original(*args, **kwargs)
-            lost = encoder.outputs.lost(self.features)
-            if lost is None:
-                return output
-            rows = list(tensors(POOLED.get(output, output)))  # [..., C] each
-            self._check(rows, lost)
-            return mark_rows(output, lost)
+            return self._joined(original(*args, **kwargs))
 
         return join
+
+    def _joined(self, output: Any) -> Any:
+        encoder = self.encoder
+        assert encoder is not None
+        assert self.features is not None
+        lost = encoder.outputs.lost(self.features)
+        if lost is None:
+            return output
+        rows = list(tensors(POOLED.get(output, output)))  # [..., C] each
+        self._check(rows, lost)
+        return mark_rows(output, lost)
 
     def _check(self, rows: list[Tensor], lost: Tensor) -> None:
         """Refuse features that are not those of the groups: ``lost`` tells which were dropped."""
@@ -332,6 +331,22 @@ def mark_rows(output: Any, lost: Tensor) -> Any:
     if deep is not None and getattr(output, deep) is not None:
         features = getattr(output, deep)
         setattr(output, deep, type(features)(marked(one, 0.0) for one in features))
+    return output
+
+
+def closed(output: Any) -> Any:
+    """An output of a model without holes: rows of NaN, which show what is behind the encoder where tokens went, are marked."""
+    if torch.is_grad_enabled() or not isinstance(output, Mapping):
+        return output  # there are none
+
+    def filled_in(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(filled_in(one) for one in value)
+        floats = isinstance(value, Tensor) and value.is_floating_point()
+        return value.masked_fill(torch.isnan(value), DROPPED) if floats else value
+
+    for name, value in output.items():
+        output[name] = filled_in(value)  # type: ignore[index]
     return output
 
 
