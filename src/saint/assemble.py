@@ -20,9 +20,9 @@ from .vision.derive import with_tower
 from .vision.encoder import PrunedEncoder
 from .vision.locate import locate, locate_tower
 from .vision.readers import Reader, check_readers, find_reader
+from .vlm.locate import alone, refuse_second, refuse_unknown
 from .vlm.locate import find as find_vlm
 from .vlm.locate import locate as locate_vlm
-from .vlm.locate import refuse_second, refuse_unknown
 
 if TYPE_CHECKING:  # imports transformers
     from .language.doorway import Doorway, Handover
@@ -127,6 +127,10 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM":
     spec = with_tower(vlm, spec) if plan.vision or _looks_everywhere(plan, observers) else spec
     verify_family(vlm, spec)
     refuse_second(model, path)
+    if plan.vision and spec.no_vision is not None:
+        raise UnsupportedModelError(
+            f"{spec.title} cannot do the vision stage: {spec.no_vision}{alone(vlm, path, spec)}"
+        )
     if spec.derived:
         admit(model, vlm, spec, tuple(plan.slots))
     warn_if_untested("torch", "transformers", vlm=True)
@@ -226,8 +230,6 @@ def _looks_everywhere(plan: Plan, observers: Observers) -> bool:
 def _check_vision(plan: Plan, vlm: nn.Module, spec: FamilySpec) -> int | None:
     """Side of the squares of patches that the model joins; refuses what the vision stage cannot do in front of it."""
     stages = plan.vision
-    if stages and spec.no_vision is not None:
-        raise UnsupportedModelError(f"{spec.title} cannot do the vision stage: {spec.no_vision}")
     if stages and stages[0].output != "survivors":
         raise ValueError(
             f"output={stages[0].output!r} gives back full-length features; in front of a language model only "

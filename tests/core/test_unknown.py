@@ -68,16 +68,8 @@ def test_every_vision_language_model_is_of_a_family_or_refused_with_its_tower():
             assert f"saint.apply(model.{tower}, ...)" in str(error.value)
         with pytest.raises(UnsupportedModelError, match="of no known family"):
             saint.apply(Held(model), PLANS["vision"])
-    assert {"llava", "llava_next", "gemma3"} <= models.keys() - set(unknown)
-    assert {
-        "vipllava",
-        "aya_vision",
-        "cohere2_vision",
-        "deepseek_vl",
-        "llava_next_video",
-        "lfm2_vl",
-        "video_llava",
-    } <= set(unknown)
+    read_off = {"vipllava", "aya_vision", "cohere2_vision", "deepseek_vl", "llava_next_video", "lfm2_vl", "video_llava"}
+    assert {"llava", "llava_next", "gemma3"} | read_off <= models.keys() - set(unknown)
 
 
 class Held(nn.Module):
@@ -99,16 +91,9 @@ def vipllava():
     return make(hf.VipLlavaForConditionalGeneration, config), 36
 
 
-def aya_vision():
-    tower, text = hf.SiglipVisionConfig(**tower_config()), hf.Cohere2Config(**text_config())
-    config = hf.AyaVisionConfig(vision_config=tower, text_config=text, image_token_index=100, downsample_factor=2)
-    return make(hf.AyaVisionForConditionalGeneration, config), 9
-
-
-@pytest.mark.parametrize("build", [vipllava, aya_vision])
-def test_the_part_that_is_named_works(build):
+def test_the_part_that_is_named_works():
     """The tower alone, at full length: the model around it runs, on other features."""
-    model, count = build()
+    model, count = vipllava()
     ids = torch.cat([torch.full((2, 3), 5), torch.full((2, count), 100), torch.arange(8, 16).view(2, 4)], 1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(2, 3, 24, 24)}
     with pytest.raises(UnsupportedModelError) as error:

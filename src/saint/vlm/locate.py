@@ -56,6 +56,18 @@ def locate(model: nn.Module, stage: str) -> tuple[str, nn.Module, FamilySpec]:
     return found
 
 
+def alone(vlm: nn.Module, path: str, spec: FamilySpec) -> str:
+    """How the tower of a family can be pruned alone, and what is lost, for messages; "" where it is no known encoder."""
+    towers = find_encoders(vlm.get_submodule(spec.tower)) if spec.tower else []
+    if not towers:
+        return ""
+    place = ".".join(filter(None, (path, spec.tower, towers[0][0])))
+    return (
+        f'; or pass its tower alone, saint.apply(model.{place}, ...), with output="similar" on its stage: the language model '
+        "then receives as many features as ever and runs no faster"
+    )
+
+
 def refuse_second(model: nn.Module, path: str) -> None:
     """Refuse a model that holds another decoder beside the vision-language model at ``path``.
 

@@ -32,7 +32,8 @@ def refuse_part(stack: ExitStack, module: nn.Module, full_length: bool = False) 
         hook.remove()
         for caller in _callers(part):
             known = find(caller)
-            title = known[2].title if known is not None and known[0] == "" else ""
+            written = known is not None and known[0] == "" and not known[2].derived
+            title = known[2].title if known is not None and written else ""
             places = PLACEHOLDER_MASK.of(caller) or MERGER.of(caller)
             sign = bool(places) and IMAGE_TOKEN.get(caller.config) is not None and not full_length
             if title or sign:

@@ -18,7 +18,9 @@ ABOUT = {  # what each contract holds a pruned model to
     "generation": "greedy tokens are those of the masked oracle",
     "removal oracle": "what goes in front of the language model might as well not have been there",
     "static cache": "a cache of fixed length gives the same tokens",
+    "small twin": "what was proved of its class, with random weights: no facts about it are written",
     "batch independence": "a picture's result does not depend on the others",
+    "answer independence": "nor do the new tokens of an answer",
     "really on": "tokens go, and the work shrinks with them",
     "bad input": "what cannot work is refused, and nothing is left behind",
 }
