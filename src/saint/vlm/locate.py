@@ -57,7 +57,7 @@ def locate(model: nn.Module, stage: str) -> tuple[str, nn.Module, FamilySpec]:
 
 
 def alone(vlm: nn.Module, path: str, spec: FamilySpec) -> str:
-    """How the tower of a family can be pruned alone, and what is lost, for messages; "" where it is no known encoder."""
+    """Say how the tower of a family can be pruned alone, and what is lost, for messages; "" where it is no known encoder."""
     towers = find_encoders(vlm.get_submodule(spec.tower)) if spec.tower else []
     if not towers:
         return ""
