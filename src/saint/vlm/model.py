@@ -343,7 +343,7 @@ def closed(output: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return type(value)(filled_in(one) for one in value)
         floats = isinstance(value, Tensor) and value.is_floating_point()
-        return value.masked_fill(torch.isnan(value), DROPPED) if floats else value
+        return torch.nan_to_num(value, DROPPED, torch.inf, -torch.inf) if floats else value
 
     for name, value in output.items():
         output[name] = filled_in(value)  # type: ignore[index]
