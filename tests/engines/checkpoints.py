@@ -207,25 +207,16 @@ def _qwen(name: str, folder: Path) -> None:
         "depth": 4, "num_heads": 2, "patch_size": PATCH, "hidden_size": 32, "out_hidden_size": TEXT["hidden_size"],
         "intermediate_size": 48,
     }  # fmt: skip
-    text = text_config(**TEXT, rope_parameters=rope)
-    if name.startswith("Qwen3_5"):
-        kinds = ["linear_attention", "full_attention"] * text["num_hidden_layers"]
-        text |= {
-            "layer_types": kinds[: text["num_hidden_layers"]], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-            "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-        }  # fmt: skip
-        tower |= {"num_position_embeddings": 64}
-        rope |= {"mrope_interleaved": True, "partial_rotary_factor": 1.0}
-    elif name.startswith("Qwen3VL"):
+    if name == "Qwen3VL":
         tower |= {"deepstack_visual_indexes": [0, 2], "num_position_embeddings": 64}
-        rope |= {"mrope_interleaved": True, "partial_rotary_factor": 1.0}
+        rope["mrope_interleaved"] = True
     elif name == "Qwen2VL":
         tower |= {"embed_dim": tower.pop("hidden_size"), "hidden_size": tower.pop("out_hidden_size"), "mlp_ratio": 2}
     else:
         tower |= {"window_size": 16, "fullatt_block_indexes": [2]}
     config = getattr(hf, f"{name}Config")(
         vision_config=tower,
-        text_config=text,
+        text_config=text_config(**TEXT, rope_parameters=rope),
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         vision_start_token_id=START,
@@ -233,11 +224,8 @@ def _qwen(name: str, folder: Path) -> None:
     )
     words = tokenizer("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     sizes = {"patch_size": PATCH, "size": {"shortest_edge": 64, "longest_edge": 4096}}
-    newer = name.startswith("Qwen3")
-    videos = hf.Qwen3VLVideoProcessor if newer else hf.Qwen2VLVideoProcessor
-    processor = getattr(hf, "Qwen3VLProcessor" if newer else f"{name}Processor")(
-        hf.Qwen2VLImageProcessor(**sizes), words, videos(**sizes)
-    )
+    videos = hf.Qwen3VLVideoProcessor if name == "Qwen3VL" else hf.Qwen2VLVideoProcessor
+    processor = getattr(hf, f"{name}Processor")(hf.Qwen2VLImageProcessor(**sizes), words, videos(**sizes))
     _save(name, config, folder, processor)
 
 
@@ -252,7 +240,6 @@ FAMILIES = {
     "qwen2-vl": partial(_qwen, "Qwen2VL"),
     "qwen2.5-vl": partial(_qwen, "Qwen2_5_VL"),
     "qwen3-vl": partial(_qwen, "Qwen3VL"),
-    "qwen3.5": partial(_qwen, "Qwen3_5"),
 }
 
 if __name__ == "__main__":

@@ -43,7 +43,6 @@ FAMILIES = {  # how a prompt names a picture; sides of pictures: of one run of p
     "qwen2-vl": (GRID, [(32, 48), (16, 80)]),
     "qwen2.5-vl": (GRID, [(32, 48), (16, 80)]),
     "qwen3-vl": (GRID, [(32, 48), (16, 80)]),
-    "qwen3.5": (GRID, [(32, 48), (16, 80)]),
 }
 
 
