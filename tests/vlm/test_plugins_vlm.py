@@ -54,8 +54,7 @@ def test_a_family_keeps_the_contracts_with_one_spec(install):
     install("strange", {"strange_vlm.py": strange_llava()})
     model = strange()
     assert not [cls for cls in type(model.model).__mro__ if cls.__module__.startswith("transformers.models.llava")]
-    with pytest.raises(saint.UnsupportedModelError, match="of no known family"):
-        check_vlm(model, maker(FAMILIES["llava-llama"], model))
+    assert find_vlm(model)[2].derived  # read off, and what it is called is not known
     saint.register(STRANGE)
     assert find_vlm(model)[1:] == (model.model, STRANGE)
     results = check_vlm(model, maker(FAMILIES["llava-llama"], model))

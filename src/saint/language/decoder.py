@@ -81,27 +81,17 @@ class DecoderForward(Forward):
     calls: dict[int, tuple[Parameters, dict[str, Any]]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Held:
-    """What the entries of a layer are in front of a forward.
+# what a layer holds in front of a forward: which positions its entries are of (None: every one), how many positions are
+# cached, and the first position that a mask of the layer shows
+Held = tuple[CachePositions | None, int, int]
 
-    Attributes:
-        past: which positions they hold; None: every one.
-        before: how many positions are cached.
-        first: the first position that a mask of the layer shows.
-    """
 
-    past: CachePositions | None = None
-    before: int = 0
-    first: int = 0
-
-    @staticmethod
-    def by(entry: Any, queries: int) -> "Held":
-        """Read it off a layer of a cache, None where there is none; ``queries``: length of the sequence that comes."""
-        if entry is None:
-            return Held()
-        past = entry.map if isinstance(entry, RaggedLayer) else None
-        return Held(past, entry.get_seq_length(), entry.get_mask_sizes(queries)[1])
+def held_by(entry: Any, queries: int) -> Held:
+    """Read it off a layer of a cache, None where there is none; ``queries``: length of the sequence that comes."""
+    if entry is None:
+        return None, 0, 0
+    past = entry.map if isinstance(entry, RaggedLayer) else None
+    return past, entry.get_seq_length(), entry.get_mask_sizes(queries)[1]
 
 
 class PrunedDecoder(LayerStack[DecoderForward, Call]):
@@ -153,9 +143,11 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         self._check()
 
     def _check(self) -> None:
+        known: dict[type, str] = {}
         for index, module in enumerate(self.modules):
-            why = self._unable(index, module)
-            if why:
+            if type(module) not in known:
+                known[type(module)] = self._unable(index, module)
+            if why := self.keeps[index].refusal or known[type(module)]:
                 raise UnsupportedModelError(
                     f"{self.path}.{index} ({type(module).__name__}) cannot be given shortened sequences: {why}. Drop tokens in "
                     f"front of the language model (vision and connector stages); {known_from('transformers')}"
@@ -183,9 +175,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
                 self.blocks[index] = self._proved(index)
 
     def _unable(self, index: int, module: nn.Module) -> str:
-        """Say why a layer cannot run on fewer tokens; "" where it can."""
-        if self.keeps[index].refusal:
-            return self.keeps[index].refusal
+        """Say why layers of a class cannot run on fewer tokens, given one of them; "" where they can."""
         parameters = self.spelling[index].parameters
         if missing := parameters.missing(*REQUIRED):
             return f"it takes no {', '.join(missing)}, which shows what its tokens see"
@@ -366,7 +356,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         call = replace(call, mask=self._mask(forward, call.mask, tokens, held, tokens.width, state, dtype))
         if entry is None:
             return call, None
-        past, before, bias = held.past, held.before, self._bias(forward, state, dtype)
+        (past, before, _), bias = held, self._bias(forward, state, dtype)
         return call, forward.once("keys", lambda: extended(past, before, tokens, bias), tokens, past)
 
     def _note(self, forward: DecoderForward, layer: int, call: Call, queries: int) -> Held:
@@ -374,7 +364,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         if layer in forward.held:
             return forward.held[layer]
         entries = [] if call.cache is None else call.cache.layers
-        held = Held.by(entries[layer] if layer < len(entries) else None, queries)
+        held = held_by(entries[layer] if layer < len(entries) else None, queries)
         if layer in self.sources:
             forward.held[layer] = held
         return held
@@ -398,8 +388,8 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
             entry = cache.layers[source]
             if not isinstance(entry, RaggedLayer) or entry.map is None:
                 return call
-            held = Held.by(entry, x.shape[1])
-        if held.past is None:
+            held = entry.map, entry.length, entry.get_mask_sizes(x.shape[1])[1]
+        if held[0] is None:
             return call
         return replace(call, mask=self._mask(forward, call.mask, None, held, x.shape[1], None, x.dtype))
 
@@ -443,7 +433,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         dtype: torch.dtype,
     ) -> Any:
         """The mask of ``tokens`` over what is ``held`` and the keys of the sequence, of the tokens of ``state``."""
-        past, before, first = held.past, held.before, held.first
+        past, before, first = held
         keys = None if state is None else state.tokens
         bias = None if state is None else self._bias(forward, state, dtype)
 
@@ -453,8 +443,8 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
             cut = survivors_mask(
                 mask, tokens, past, before=before, first=first, queries=queries, flash=flash, shown=shown
             )
-            held = past if keys is None else extended(past, before, keys, bias)
-            added = None if held is None else held.biases(before + queries)
+            entries = past if keys is None else extended(past, before, keys, bias)
+            added = None if entries is None else entries.biases(before + queries)
             more = queries if tokens is None else tokens.slots
             return cut if added is None else weighed(cut, added, queries=more, dtype=dtype, flash=flash)
 

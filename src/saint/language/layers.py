@@ -37,9 +37,10 @@ def read_layers(config: Any, depth: int) -> list[Keeps]:
     """Read what each of the ``depth`` layers of a decoder with this config keeps."""
     made = DynamicCache(config=config).layers
     modes, kinds = SHARING.get(config) or (), LAYER_KINDS.get(config) or ()
-    out = [Keeps()] * depth
+    out, states = [Keeps()] * depth, {type(layer): STATES.of(layer) is not None for layer in _one_of_each(made)}
+    kinds_seen: dict[tuple[bool, bool, int | None, str], Keeps] = {}
     for index, layer in enumerate(made[:depth]):
-        keys, recurrent = isinstance(layer, CacheLayerMixin), STATES.of(layer) is not None
+        keys, recurrent = isinstance(layer, CacheLayerMixin), states[type(layer)]
         shared, refusal = None, ""
         if keys and recurrent:
             refusal = "its keys pass through a convolution, whose state it keeps beside them"
@@ -48,8 +49,15 @@ def read_layers(config: Any, depth: int) -> list[Keeps]:
         elif index < len(modes) and modes[index] == "reuse":
             shared = _source(index, modes, kinds)
             refusal = "" if shared is not None else "it reads keys of a layer that is not known"
-        out[index] = Keeps(keys, recurrent, shared, refusal)
+        own = keys, recurrent, shared, refusal
+        if own not in kinds_seen:
+            kinds_seen[own] = Keeps(*own)
+        out[index] = kinds_seen[own]
     return out
+
+
+def _one_of_each(layers: Sequence[Any]) -> list[Any]:
+    return list({type(layer): layer for layer in layers}.values())
 
 
 def _source(index: int, modes: Sequence[str | None], kinds: Sequence[str]) -> int | None:

@@ -5,6 +5,7 @@ decoder (``get_decoder``) and the tower (``get_encoder``).
 Nothing here is proved: :mod:`saint.admission` does that.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -28,11 +29,16 @@ from .specs import FamilySpec
 _NO_VISION = "its tower is not understood; use the connector or language stage"
 
 
-def derive(model: nn.Module) -> tuple[str, nn.Module, FamilySpec] | None:
-    """The outermost module in ``model`` that merges features into text, as (dotted path, module, spec); None: there is none."""
-    for path, module in model.named_modules():
-        if PLACEHOLDER_MASK.of(module) is None and MERGER.of(module) is None:
-            continue
+MERGES = (*PLACEHOLDER_MASK.spellings, *MERGER.spellings)  # methods of a module that merges features into text
+
+
+def derive(candidates: Iterable[tuple[str, nn.Module]]) -> tuple[str, nn.Module, FamilySpec] | None:
+    """The first of modules with such a method that merges features into text, as (dotted path, module, spec); None: none does.
+
+    Args:
+        candidates: with their dotted paths, the outermost first.
+    """
+    for path, module in candidates:
         decoder = _decoder(module)
         if decoder is not None:
             return path, module, _family(module, decoder)

@@ -8,7 +8,7 @@ from ..errors import UnsupportedModelError
 from ..language.locate import held
 from ..upstream import registry
 from ..upstream.decoders import TEXT
-from ..upstream.derive import derive
+from ..upstream.derive import MERGES, derive
 from ..upstream.names import (
     CACHE,
     EMBEDDINGS,
@@ -29,13 +29,16 @@ def find(model: nn.Module) -> tuple[str, nn.Module, FamilySpec] | None:
 
     One that no spec was written for is read off the instance, see :mod:`saint.upstream.derive`.
     """
-    families = registry.families()
+    families, candidates = registry.families(), []
     for path, module in model.named_modules():
         for cls in type(module).__mro__:
             spec = families.get(f"{cls.__module__}.{cls.__qualname__}")
             if spec is not None:
                 return path, module, spec
-    return derive(model)
+        for name in MERGES:  # asked of the class: a module looks into its parts for what it has not
+            if hasattr(type(module), name):
+                candidates.append((path, module))
+    return derive(candidates)
 
 
 def locate(model: nn.Module, stage: str) -> tuple[str, nn.Module, FamilySpec]:

@@ -176,11 +176,10 @@ class PrunedVLM(Uncopyable):
                 f"{type(self.model).__name__} was given images and did not call {self.merge}, so nothing shows where its "
                 "visual tokens are; this version of the model merges them differently"
             )
-        heard = AUDIO_TOKEN.get(self.model.config)
-        if note.visual is not None and heard is not None and note.ids is not None:
-            note.visual = note.visual & (note.ids != heard).to(
-                note.visual.device
-            )  # features of sounds are merged likewise
+        if note.visual is not None and note.ids is not None:
+            heard = AUDIO_TOKEN.get(self.model.config)
+            if heard is not None:  # features of sounds are merged likewise
+                note.visual = note.visual & (note.ids != heard).to(note.visual.device)
         if note.visual is None and not note.plain:
             self._find(note, EMBEDDINGS.read(given))
         if self.videos is not None:

@@ -70,7 +70,9 @@ class VLM(Generating):
         kind = next(iter(config.architectures or []), "")
         names = require("transformers.models.auto.modeling_auto", "vlm").MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         classes = {one for value in names.values() for one in ([value] if isinstance(value, str) else value)}
-        return kind in classes
+        packages = {_package(model) for model in registry.families()}
+        here = _package(f"{type(config).__module__}.{type(config).__qualname__}")
+        return kind in classes or (here in packages and kind.endswith("ForConditionalGeneration"))
 
     @classmethod
     def _loaded(cls, spec: str, wanted: Wanted) -> Self:
@@ -277,6 +279,11 @@ class VLM(Generating):
         plan = hybrid_plan(self.model)
         about = f"{type(module).__name__} (transformers: {family.title})"
         return Checked(about, plan, check_vlm(self.model, partial(_samples, self), plan, tick=tick))
+
+
+def _package(cls: str) -> str:
+    """Return the package of a qualified class name: configs lie beside the models they are of."""
+    return cls.rsplit(".", 2)[0]
 
 
 def _samples(vlm: VLM, which: Sequence[int]) -> Inputs:
