@@ -138,7 +138,10 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         self.token = token
         spelled = {kind: Spelling(kind.forward) for kind in {type(module) for module in self.modules}}
         self.spelling = [spelled[type(module)] for module in self.modules]
-        self.exact = min((_scaled_from(module) for module in self.modules), default=math.inf)
+        one_of_each = {type(module): module for module in self.modules}
+        scaling = [kind for kind, one in one_of_each.items() if SCALES.get(ATTENTION.get(one), False)]
+        some = [module for module in self.modules if type(module) in scaling] if scaling else []
+        self.exact = min(map(_scaled_from, some), default=math.inf)
         self._checked: weakref.ref[Any] | None = None
         self._check()
 

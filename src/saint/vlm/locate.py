@@ -79,15 +79,20 @@ def refuse_second(model: nn.Module, path: str) -> None:
     Raises:
         UnsupportedModelError: it names the part to pass.
     """
-    holders = [holder for _, holder in around(model, path)]
-    for place, module in model.named_modules():
-        inside = place == path or not path or place.startswith(f"{path}.")
-        if not inside and module not in holders and _takes_embeddings(module):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} holds another decoder, {place} ({type(module).__name__}), beside its vision-language "
-                f"model {path} ({type(model.get_submodule(path)).__name__}), and may read that one's cache or hidden states, of "
-                f"which some would be missing: where it does not, pass the part, saint.apply(model.{path}, ...)"
-            )
+    inner = model.get_submodule(path)
+    for outer, holder in around(model, path):
+        for name, child in holder.named_children():
+            if child is inner:
+                continue
+            for place, module in child.named_modules(prefix=f"{outer}.{name}" if outer else name):
+                if _takes_embeddings(module):
+                    raise UnsupportedModelError(
+                        f"{type(model).__name__} holds another decoder, {place} ({type(module).__name__}), beside its vision-"
+                        f"language model {path} ({type(model.get_submodule(path)).__name__}), and may read that one's cache or "
+                        "hidden states, of which some would be missing: where it does not, pass the part, "
+                        f"saint.apply(model.{path}, ...)"
+                    )
+        inner = holder
 
 
 def refuse_unknown(model: nn.Module) -> None:
