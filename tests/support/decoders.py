@@ -253,3 +253,16 @@ def stacked(model, which=(0, 1)):
     else:
         output.deepstack_features = deep[:2]
     return inputs
+
+
+def pad_behind(monkeypatch) -> None:
+    """What is shortened is padded behind its tokens, where it would pass through the state of recurrent layers."""
+    from saint.language import shortening
+
+    def of(keep, counts=None):
+        counts = keep.sum(1).tolist()
+        index = torch.sort(keep.view(torch.uint8), dim=1, descending=True, stable=True).indices[:, : max(counts)]
+        return shortening.Short(keep, index, torch.arange(max(counts)) < torch.tensor(counts).unsqueeze(1))
+
+    monkeypatch.setattr(shortening.Short, "of", staticmethod(of))
+    monkeypatch.setattr(shortening.Short, "slots", lambda self: (self.keep.cumsum(1) - 1).clamp_min(0))

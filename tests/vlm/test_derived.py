@@ -17,6 +17,7 @@ from saint.upstream.derive import MERGES, derive
 from saint.upstream.names import ENCODED, Parameters, Role
 from saint.upstream.specs import part
 from saint.vlm.locate import find
+from support.decoders import pad_behind
 from support.families import FAMILIES
 from support.oracles import relative_error
 
@@ -199,15 +200,7 @@ def test_a_contract_that_fails_refuses_the_model(alone, monkeypatch):
     """Padding behind the survivors passes through the state of recurrent layers: an answer would be wrong, silently."""
     if "qwen3_5" not in TYPES:
         pytest.skip("not in this release")
-    from saint.language import shortening
-
-    def of(keep, counts=None):
-        counts = keep.sum(1).tolist()
-        index = torch.sort(keep.view(torch.uint8), dim=1, descending=True, stable=True).indices[:, : max(counts)]
-        return shortening.Short(keep, index, torch.arange(max(counts)) < torch.tensor(counts).unsqueeze(1))
-
-    monkeypatch.setattr(shortening.Short, "of", staticmethod(of))
-    monkeypatch.setattr(shortening.Short, "slots", lambda self: (self.keep.cumsum(1) - 1).clamp_min(0))
+    pad_behind(monkeypatch)
     model = zoo.build("qwen3_5")
     before = saint.testing.contracts.snapshot(model)
     with pytest.raises(

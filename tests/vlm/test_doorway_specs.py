@@ -8,7 +8,7 @@ import saint
 from saint import testing
 from saint.upstream.names import ENCODED, Parameters
 from saint.vlm.prompts import answered
-from support.decoders import MODELS, SPECIAL, SPECS, batch
+from support.decoders import MODELS, SPECIAL, SPECS, batch, pad_behind
 from support.families import IMAGE
 from support.oracles import relative_error
 
@@ -57,19 +57,11 @@ def test_prompt_and_answer_equal_the_oracles(name):
 
 def test_padding_behind_a_sample_would_be_seen(monkeypatch):
     """Recurrent layers run over what stands behind a sample: its prompt stays right, and its answer does not."""
-    from saint.language import shortening
-
     model = MODELS["qwen3.5"]()
     inputs = batch(model)
     length = inputs["input_ids"].shape[1]
 
-    def of(keep, counts=None):
-        counts = keep.sum(1).tolist()
-        index = torch.sort(keep.view(torch.uint8), dim=1, descending=True, stable=True).indices[:, : max(counts)]
-        return shortening.Short(keep, index, torch.arange(max(counts)) < torch.tensor(counts).unsqueeze(1))
-
-    monkeypatch.setattr(shortening.Short, "of", staticmethod(of))
-    monkeypatch.setattr(shortening.Short, "slots", lambda self: (self.keep.cumsum(1) - 1).clamp_min(0))
+    pad_behind(monkeypatch)
     with saint.pruned(model, PLAN), torch.no_grad():
         out = model.generate(**inputs, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True,
                              suppress_tokens=SPECIAL)  # fmt: skip
