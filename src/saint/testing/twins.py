@@ -7,7 +7,6 @@ Letters: B prompts, L positions of the longest prompt, K visual tokens of an ima
 """
 
 import copy
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
@@ -41,6 +40,7 @@ from .contracts import outcomes
 from .shrink import configs, is_token, shrunken
 from .vlm import Make, contracts_for, hybrid_plan
 
+STAGES = ("connector", "language")  # that need no pictures
 TOWER = Plan(vision=Stage(SaintFullGraph(keep=0.6), layers=[0, 1]))
 FRONT = Plan(connector=SaintFullGraph(keep=0.6))
 SMALL = 20_000_000  # parameters up to which a model is its own twin's shape
@@ -149,9 +149,6 @@ def _try_tower(model: nn.Module) -> dict[str, str]:
     return {"vision": _first_failure(model, TOWER, lambda _: inputs)}
 
 
-STAGES = ("connector", "language")
-
-
 def pictured(model: Any, vlm: Any, spec: FamilySpec, seed: int = 0) -> dict[str, Any]:
     """A left-padded batch of two prompts with a random picture each: keyword inputs of ``model``.
 
@@ -246,11 +243,12 @@ class Prompts:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if ENCODED.among(inspect.signature(type(model).forward).parameters) is None:
+        parameters = Parameters(type(model).forward)
+        if not parameters.has(ENCODED):
             raise UnsupportedModelError(f"the forward of {type(model).__name__} takes no {ENCODED}")
         given: Any = model
         self.model, self.config = given, given.config
-        self.names = Parameters(type(model).forward).names
+        self.names = parameters.names
         self.image = IMAGE_TOKEN.get(self.config)
         if self.image is None:
             raise UnsupportedModelError(f"the configuration of {type(model).__name__} names no {IMAGE_TOKEN}")

@@ -196,9 +196,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--names", action="store_true")
     given = parser.parse_args(arguments)
     if given.names:
-        for name in missing(given.table):
+        absent = missing(given.table)
+        for name in absent:
             print(name)
-        return int(bool(missing(given.table)))
+        return int(bool(absent))
     if unknown := [name for name in given.only if name not in types()]:
         parser.error(f"this transformers has no image-text type {', '.join(unknown)}")
     sweep(given.table, given.proved, given.only)

@@ -138,7 +138,8 @@ class PrunedVLM(Uncopyable):
         def compute(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
             if self.encoder is not None and self.features is not None:
-                output = closed(output if self.spec.connector else self._joined(output))
+                output = output if self.spec.connector else self._joined(output)
+                output = output if self.encoder.outputs.lost(self.features) is None else closed(output)
             if not self.handover.note.plain:
                 self.known.note(POOLED.get(output, output))
             return output
@@ -334,7 +335,10 @@ def mark_rows(output: Any, lost: Tensor) -> Any:
 
 
 def closed(output: Any) -> Any:
-    """An output of a model without holes: rows of NaN, which show what is behind the encoder where tokens went, are marked."""
+    """An output of a model without holes: rows of NaN, which show what is behind the encoder where tokens went, are marked.
+
+    Not of its features, whose dropped rows are marked already: a NaN of any other stays one.
+    """
     if torch.is_grad_enabled() or not isinstance(output, Mapping):
         return output  # there are none
 
@@ -345,7 +349,8 @@ def closed(output: Any) -> Any:
         return torch.nan_to_num(value, DROPPED, torch.inf, -torch.inf) if floats else value
 
     for name, value in output.items():
-        output[name] = filled_in(value)  # type: ignore[index]
+        if name not in POOLED.spellings:
+            output[name] = filled_in(value)  # type: ignore[index]
     return output
 
 
