@@ -124,7 +124,8 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM":
     from .vlm.model import PrunedVLM, read_features
 
     path, vlm, spec = locate_vlm(model, next(reversed(plan.slots), "language"))
-    spec = with_tower(vlm, spec) if plan.vision or _looks_everywhere(plan, observers) else spec
+    looks = bool(plan.vision) or _looks_everywhere(plan, observers)
+    spec = with_tower(vlm, spec) if looks else spec
     verify_family(vlm, spec)
     refuse_second(model, path)
     if plan.vision and spec.no_vision is not None:
@@ -136,7 +137,7 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM":
     warn_if_untested("torch", "transformers", vlm=True)
     prefix = f"{path}." if path else ""
     encoder, features, handover = None, None, Handover()
-    if plan.vision or _looks_everywhere(plan, observers):
+    if looks and spec.sees_tower:
         merge_size = _check_vision(plan, vlm, spec)
         inner, tower, tower_spec = locate_tower(vlm, spec)
         place = f"{prefix}{spec.tower}" + (f".{inner}" if inner else "")

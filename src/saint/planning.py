@@ -347,7 +347,7 @@ def _vlm(
     layers, _ = read_decoder(list(LAYERS.get(text).children()), text.config)
     spec = with_tower(vlm, spec)
     group = (spec.merge_size(vlm) or 1) ** 2
-    encoder = None if spec.derived and spec.no_vision is not None else locate_tower(vlm, spec)[1:]
+    encoder = locate_tower(vlm, spec)[1:] if spec.sees_tower else None
     candidates = _by_config(vlm.config) if encoder is None else max(1, _patches(*encoder) // group)
     shape = _prompt(model, vlm, candidates, group, inputs)
     used, stack, seam = 0, None, False

@@ -16,6 +16,7 @@ from saint.testing.shrink import configs, shrunken
 from saint.upstream.derive import MERGES, derive
 from saint.upstream.names import ENCODED, Parameters, Role
 from saint.upstream.specs import part
+from saint.vision import derive as vision_derive
 from saint.vlm.locate import find
 from support.decoders import pad_behind
 from support.families import FAMILIES
@@ -227,6 +228,18 @@ def test_features_of_sounds_stay():
     with saint.pruned(model, saint.Plan(connector=saint.SaintFullGraph(keep=0.5))) as session, torch.no_grad():
         model(**inputs)
         assert session.trace[0].tokens_in.tolist() == [int((inputs["input_ids"] == model.config.image_token_id).sum())]
+
+
+def test_observers_and_plans_do_without_a_tower_that_is_not_understood(monkeypatch):
+    model = zoo.build("aria")
+    inputs = twins.Prompts(model)([0])
+    looked = []
+    measure = vision_derive._facts
+    monkeypatch.setattr(vision_derive, "_facts", lambda *given: looked.append(1) or measure(*given))
+    counted = int((inputs["input_ids"] == model.config.image_token_index).sum())
+    assert saint.planning.work_of(model, inputs).shape.visual == counted
+    assert saint.plan_for(model, keep=0.7, inputs=inputs).slots
+    assert len(looked) == 1, "its tower was measured more than once"
 
 
 # -- the sweep --------------------------------------------------------------------------------------------------------

@@ -196,6 +196,11 @@ class FamilySpec:
     derived: bool = False
 
     @property
+    def sees_tower(self) -> bool:
+        """Tell whether the encoder in its tower is understood; tokens of some that are cannot leave there all the same."""
+        return not self.derived or self.no_vision is None
+
+    @property
     def stages(self) -> tuple[str, ...]:
         """The stages of a plan that the family has."""
         return ("vision", "connector", "language") if self.no_vision is None else ("connector", "language")

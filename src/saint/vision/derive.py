@@ -42,7 +42,7 @@ from ..upstream.specs import BlockSpec, EncoderSpec, FamilySpec, part
 from .checks import prove_block
 from .locate import find
 
-_measured: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()  # of models that are alive
+_measured: WeakKeyDictionary[nn.Module, dict[str, Any] | str] = WeakKeyDictionary()  # of models that are alive
 _CONNECTOR = "use the connector or language stage"
 
 
@@ -76,10 +76,12 @@ def with_tower(model: Any, spec: FamilySpec) -> FamilySpec:
     """
     if not spec.derived:
         return spec
-    facts: dict[str, Any] | str | None = _measured.get(model)
+    facts = _measured.get(model)
     if facts is None:
-        facts = _facts(model, spec.tower) if spec.tower else "it has no tower: its patches enter the language model"
-        if not isinstance(facts, str):
+        if any(parameter.is_meta for parameter in model.parameters()):  # asked again when it has some
+            facts = "its tower is measured by what it computes, and it has no weights yet"
+        else:
+            facts = _facts(model, spec.tower) if spec.tower else "it has no tower: its patches enter the language model"
             _measured[model] = facts
     if isinstance(facts, str):
         return replace(spec, no_vision=f"{facts}; {_CONNECTOR}")
@@ -88,8 +90,6 @@ def with_tower(model: Any, spec: FamilySpec) -> FamilySpec:
 
 def _facts(model: Any, path: str) -> dict[str, Any] | str:
     tower = model.get_submodule(path)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        return "its tower is measured by what it computes, and it has no weights yet"
     known = find(tower)
     inside, spec = ("", None) if len(known) != 1 else (known[0][0], known[0][2])
     encoder = tower.get_submodule(inside)
