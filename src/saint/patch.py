@@ -5,7 +5,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import nn
@@ -21,18 +21,26 @@ class Uncopyable:
         )
 
 
-class Replacement:
-    """What stands in place of a method: calls ``call``, and is copied and pickled as the method it replaces."""
+class Replacement(functools.partial[Any]):
+    """What stands in place of a method: calls ``call``, and is copied and pickled as the method it replaces.
 
-    __slots__ = ("__dict__", "call")  # `functools.update_wrapper` hands a `__dict__` on to a wrapper of this
+    Has the method's name, documentation and signature. To call it costs what to call ``call`` costs: ``functools.partial`` runs
+    no Python code.
+    """
 
-    def __init__(self, call: Callable[..., Any], method: Callable[..., Any]) -> None:
-        self.call = call
+    def __new__(cls, call: Callable[..., Any], method: Callable[..., Any]) -> Self:
+        self = super().__new__(cls, call)
         functools.update_wrapper(self, method, updated=())
-        self.__signature__ = inspect.signature(method)
+        return self
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(*args, **kwargs)
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(vars(self)["__wrapped__"])
+
+    def give_back(self) -> None:
+        """From now on call the method itself."""
+        # the one way in which a partial takes another function, made for unpickling
+        self.__setstate__((vars(self)["__wrapped__"], (), {}, vars(self)))  # type: ignore[attr-defined]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(vars(self)["__wrapped__"], memo)  # of a bound method: the same method, bound to the copy
@@ -57,7 +65,7 @@ def override(stack: ExitStack, module: nn.Module, name: str, wrap: Callable[[Cal
     vars(module)[slot] = ours = Replacement(wrap(original), original)
 
     def undo() -> None:
-        ours.call = original
+        ours.give_back()
         for place in (name, _MOVED):
             if vars(module).get(place) is not ours:
                 continue

@@ -1,5 +1,7 @@
 """How many Python calls pruning adds, as budgets that only go down: lower a number here when the code needs less."""
 
+from contextlib import ExitStack
+
 import pytest
 import timm
 import torch
@@ -7,6 +9,7 @@ import transformers as hf
 
 import saint
 from saint.methods import Grid
+from saint.patch import override
 from saint.plans import Plan, Stage
 from saint.upstream.tiny import IMAGE, make, text_config, tower_config
 from support.calls import calls
@@ -47,8 +50,17 @@ def test_an_encoder_without_a_drop_point_costs_nothing():
         assert calls(lambda: model(images)) == 0
 
 
+def test_what_stands_in_place_of_a_method_costs_no_call_of_its_own():
+    model = vit(1)
+    with ExitStack() as stack:
+        override(stack, model.norm, "forward", lambda original: original)
+        assert calls(lambda: model.norm(torch.randn(1, 48))) == 0
+        override(stack, model.norm, "forward", lambda original: original)
+        assert calls(lambda: model.norm(torch.randn(1, 48))) == 0
+
+
 def test_an_idle_block():
-    assert (of_forward(8, [1]) - of_forward(4, [1])) / 4 <= 13
+    assert (of_forward(8, [1]) - of_forward(4, [1])) / 4 <= 12
 
 
 def test_a_drop_point():
@@ -56,7 +68,7 @@ def test_a_drop_point():
 
 
 def test_a_forward_with_one_drop_point():
-    assert of_forward(4, [1]) <= 127
+    assert of_forward(4, [1]) <= 123
 
 
 def of_step(layers, plan, samples):
@@ -76,7 +88,7 @@ def of_step(layers, plan, samples):
 ONE, RAGGED = [[4, "0", 7]], [[4, "0", 7], [3, "0", 2], [6, "0", 12]]
 
 
-@pytest.mark.parametrize(("samples", "budget"), [(ONE, 45), (RAGGED, 65)], ids=["one", "ragged"])
+@pytest.mark.parametrize(("samples", "budget"), [(ONE, 44), (RAGGED, 64)], ids=["one", "ragged"])
 def test_a_step_behind_the_door_costs_no_call_per_layer(samples, budget):
     plan = Plan(connector=METHOD)
     few, many = of_step(2, plan, samples), of_step(6, plan, samples)
@@ -84,7 +96,7 @@ def test_a_step_behind_the_door_costs_no_call_per_layer(samples, budget):
     assert few <= budget
 
 
-@pytest.mark.parametrize(("samples", "budget"), [(ONE, 15), (RAGGED, 15)], ids=["one", "ragged"])
+@pytest.mark.parametrize(("samples", "budget"), [(ONE, 14), (RAGGED, 14)], ids=["one", "ragged"])
 def test_a_step_of_a_layer_behind_a_language_stage(samples, budget):
     plan = Plan(language=Stage(METHOD, layers=[0]))
     assert (of_step(6, plan, samples) - of_step(2, plan, samples)) / 4 <= budget
