@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import operator
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NoReturn, Self
@@ -81,11 +82,22 @@ _ABSENT = object()
 _REDUCE = "__reduce_ex__"  # what `copy` and `pickle` ask an object for; they look on the instance first
 
 
+# where a module keeps its hooks, by their ids
+_HOOKS = tuple(key for key, value in vars(nn.Module()).items() if "hooks" in key and isinstance(value, dict))
+
+
 class Before:
     """The modules of a model as they are now, for :meth:`hide`."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [(module, dict(vars(module)), _hooks(module)) for module in model.modules()]
+        self._modules: list[tuple[nn.Module, dict[str, Any], dict[str, set[Any]]]] = []
+        for module in model.modules():  # loops, here and below: of thousands of modules a few are touched
+            state = vars(module)
+            hooks = {}
+            for key in _HOOKS:
+                if state.get(key):
+                    hooks[key] = set(state[key])
+            self._modules.append((module, state.copy(), hooks))
 
     def hide(self, stack: ExitStack) -> None:
         """From now on a copy or pickle of a module is without what was put on it since: attributes and hooks.
@@ -93,16 +105,35 @@ class Before:
         A copy is then the model as if nothing were applied; the original stays as it is. ``stack`` undoes this.
         """
         for module, before, hooks in self._modules:
-            put = {key: value for key, value in vars(module).items() if before.get(key, _ABSENT) is not value}
-            added = {key: ids - hooks.get(key, set()) for key, ids in _hooks(module).items()}
-            if put or any(added.values()):
-                was = {key: before[key] for key in put if key in before}
-                override(stack, module, _REDUCE, functools.partial(_reduce, type(module).__name__, put, was, added))
+            state = vars(module)
+            put, added = {}, {}
+            if len(state) != len(before) or not all(map(operator.is_, state.values(), before.values())):
+                put = {key: value for key, value in state.items() if before.get(key, _ABSENT) is not value}
+            for key in _HOOKS:
+                ids, known = state.get(key, ()), hooks.get(key, ())
+                if len(ids) != len(known):
+                    added[key] = set(ids).difference(known)
+            if put or added:
+                hide(stack, module, put, {key: before[key] for key in put if key in before}, added)
 
 
-def _hooks(module: nn.Module) -> dict[str, set[Any]]:
-    """Ids of the hooks of a module, by the dictionary they are in."""
-    return {key: set(value) for key, value in vars(module).items() if "hooks" in key and isinstance(value, dict)}
+def hide(
+    stack: ExitStack,
+    module: nn.Module,
+    put: dict[str, Any],
+    was: dict[str, Any] | None = None,
+    hooks: dict[str, set[Any]] | None = None,
+) -> None:
+    """Let a copy or pickle of ``module`` be without what was put on it; ``stack`` undoes this.
+
+    Args:
+        stack: takes the undo.
+        module: stays as it is.
+        put: attributes.
+        was: what stood in the place of some of them.
+        hooks: ids of hooks, by the dictionary they are in.
+    """
+    override(stack, module, _REDUCE, functools.partial(_reduce, type(module).__name__, put, was or {}, hooks or {}))
 
 
 def _reduce(
