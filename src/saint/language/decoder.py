@@ -543,19 +543,21 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
 class DecoderLayer(PrunedLayer):
     """Of a decoder: in a step of an answer the layer runs as if nothing stood in for it, but for its mask where it needs one."""
 
-    def __init__(self, stack: PrunedDecoder, layer: int, original: Callable[..., Any]) -> None:
-        super().__init__(stack, layer, original)
-        self.traced, self.running, self.mask = stack._traced, stack._running, stack.spelling[layer].mask
+    stack: PrunedDecoder
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        gaps = (self.traced if torch.compiler.is_compiling() else self.running).step
+        stack, layer = self.stack, self.layer
+        gaps = (stack._traced if torch.compiler.is_compiling() else stack._running).step
         if gaps is None or args or torch.is_grad_enabled():
             return super().__call__(x, *args, **kwargs)
-        gap = gaps.entries.get(self.layer)
-        if gap is None or (gap[0].plain and kwargs.get(self.mask) is None):
+        gap = gaps.entries.get(layer)
+        if gap is None:
             return self.original(x, **kwargs)
-        mask = self.stack.over_gap(gaps, self.layer, x, kwargs.get(self.mask))
-        return self.original(x, **{**kwargs, self.mask: mask})
+        name = stack.spelling[layer].mask
+        mask = kwargs.get(name)
+        if mask is None and gap[0].plain:
+            return self.original(x, **kwargs)
+        return self.original(x, **{**kwargs, name: stack.over_gap(gaps, layer, x, mask)})
 
 
 def _scaled_from(layer: nn.Module) -> float:
