@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer
 
 from saint.upstream.names import CACHE, Parameters, Role
 from saint.upstream.registry import FAMILIES as SPECS
@@ -38,6 +39,15 @@ def cache_of(output) -> object:
 def cached(model: nn.Module, cache) -> dict:
     """The keyword argument that hands ``cache`` to ``model``."""
     return Parameters(type(model).forward).put({}, CACHE, cache)
+
+
+def foreign_cache(config) -> Cache:
+    """A cache of a class that keeps its entries in another form, as quantised ones do."""
+
+    class QuantizedLayer(DynamicLayer):
+        pass
+
+    return Cache(layers=[QuantizedLayer() for _ in range(config.num_hidden_layers)])
 
 
 def checkpoint(model: nn.Module) -> None:

@@ -8,9 +8,9 @@ import transformers as hf
 
 import saint
 from saint.language.static import StaticRagged
-from support.families import FAMILIES, IMAGE, cache_of, cached, one_at_a_time, prompts
+from support.families import FAMILIES, cache_of, cached, one_at_a_time, prompts
 from support.oracles import relative_error
-from support.plans import CONNECTOR, GREEDY, SPECIAL
+from support.plans import CONNECTOR, GREEDY
 from support.text import MODELS, batch, tiny
 
 BATCH = [[4, "0", 7], [3, "1", 2]]  # left padding, images of two sizes
@@ -19,12 +19,11 @@ FIXED = saint.Stage(saint.SaintFullGraph(keep=0.5), layers=[0, 2])
 PLANS = {
     "fixed": saint.Plan(language=FIXED),
     "hybrid": saint.Plan(connector=CONNECTOR, language=FIXED),
-    "votes": saint.Plan(language=saint.Stage(saint.Saint(threshold=0.9, budget=0.5), layers=[1])),
+    "votes": saint.Plan(language=saint.Stage(saint.Saint(threshold=0.1), layers=[1])),
     "merged": saint.Plan(language=saint.Stage(saint.methods.ToMe(keep=0.5), layers=[1])),
     "evict": saint.Plan(language=saint.Stage(saint.methods.Random(keep=0.5), layers=[2], evict=True)),
 }
 STATIC = {"cache_implementation": "static"}
-WORDS = {"do_sample": False, "suppress_tokens": SPECIAL, "min_new_tokens": 64}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def test_every_family(models, name, plan):
     assert relative_error(same, logits) < 1e-4
     if not any(layer.is_sliding for layer in cache.layers):  # a window of fixed places also holds what has left it
         assert memory.kept / memory.unpruned == pytest.approx(grown.kept / grown.unpruned, rel=0.05)
-    assert memory.kept < memory.unpruned
+        assert (memory.kept < memory.unpruned) == (grown.kept < grown.unpruned)
     assert any(isinstance(layer, StaticRagged) for layer in cache.layers)
 
 
@@ -69,3 +68,138 @@ def test_text(name, plan):
     static, same, _, _ = generated(model, plan, inputs, 40, **STATIC)
     assert torch.equal(static, dynamic)
     assert relative_error(same, logits) < 1e-4
+
+
+# -- what else happens to a cache ---------------------------------------------------------------------------------------
+
+
+def static_cache(model, places=160):
+    return hf.StaticCache(config=model.config.get_text_config(), max_cache_len=places)
+
+
+def turn(model, cache, ids, seen):
+    """A turn of text behind ``seen`` positions."""
+    mask = torch.ones(len(ids), seen + ids.shape[1], dtype=torch.long)
+    return model(input_ids=ids, attention_mask=mask, **cached(model, cache))
+
+
+@pytest.mark.parametrize("plan", ["fixed", "hybrid", "evict", "merged"])
+@pytest.mark.parametrize("name", ["llava-llama", "gemma3", "llava-mistral"])
+def test_turns(models, name, plan):
+    """An image, text, another image, single tokens."""
+    family, model, plan = FAMILIES[name], models(name), PLANS[plan]
+    first, second = (prompts(family, model, [[4, "0", 7]], seed=seed) for seed in (1, 2))
+    length = first["input_ids"].shape[1]
+    words = torch.randint(2, 90, (1, 5), generator=torch.Generator().manual_seed(3))
+
+    def talk(cache):
+        seen, out = length, []
+        with torch.no_grad():
+            out.append(model(**first, **cached(model, cache)).logits)
+            out.append(turn(model, cache, words, seen).logits)
+            seen += words.shape[1]
+            mask = torch.ones(1, seen + length, dtype=torch.long)
+            out.append(model(**{**second, "attention_mask": mask}, **cached(model, cache)).logits)
+            seen += length
+            for word in words.T:
+                out.append(turn(model, cache, word[None], seen).logits)
+                seen += 1
+        assert int(cache.get_seq_length()) == seen
+        return torch.cat(out, 1)
+
+    with saint.pruned(model, plan):
+        want = talk(hf.DynamicCache(config=model.config.get_text_config()))
+        got = talk(static_cache(model))
+    assert relative_error(got, want) < 1e-4
+
+
+def test_a_layer_is_allocated_at_what_it_will_hold(llava):
+    inputs = prompts(LLAVA, llava, [[4, "0", 7]])
+    cache, length = static_cache(llava), inputs["input_ids"].shape[1]
+    with saint.pruned(llava, PLANS["fixed"]) as session, torch.no_grad():
+        llava(**inputs, **cached(llava, cache))
+        left = [int(entry.tokens_out) for entry in session.trace]
+    gone = [0, 36 - left[0], 36 - left[0], *[36 - left[1]] * (len(cache.layers) - 3)]
+    assert [layer.keys.shape[2] for layer in cache.layers] == [160 - n for n in gone]
+    assert [int(layer.get_seq_length()) for layer in cache.layers] == [length] * len(gone)
+    assert {layer.get_mask_sizes(1) for layer in cache.layers} == {(160, 0)}
+
+
+def test_votes_are_given_places_in_multiples(llava):
+    inputs = prompts(LLAVA, llava, [[4, "0", 7]])
+    cache = static_cache(llava)
+    with saint.pruned(llava, PLANS["votes"]), torch.no_grad():
+        llava(**inputs, **cached(llava, cache))
+    assert {layer.keys.shape[2] for layer in cache.layers[2:]} <= {64, 128, 160}
+
+
+@pytest.mark.parametrize("name", ["llava-llama", "gemma3"])
+def test_reset_makes_it_what_it_was(models, name):
+    family, model = FAMILIES[name], models(name)
+    inputs = prompts(family, model, [[4, "0", 7]])
+    cache = static_cache(model)
+    kinds = [type(layer) for layer in cache.layers]
+    facts = [set(vars(layer)) for layer in cache.layers]
+    with torch.no_grad():
+        base = model(**inputs, **cached(model, static_cache(model))).logits
+        with saint.pruned(model, PLANS["fixed"]):
+            want = model(**inputs, **cached(model, cache)).logits
+            cache.reset()
+            assert relative_error(model(**inputs, **cached(model, cache)).logits, want) < 1e-6
+        with pytest.raises(ValueError, match="has been removed"):
+            turn(model, cache, inputs["input_ids"][:, :1], inputs["input_ids"].shape[1])
+        cache.reset()
+        assert [type(layer) for layer in cache.layers] == kinds
+        # what upstream sets when a layer is first filled stays, as after its own reset
+        assert all(set(vars(layer)) >= known for layer, known in zip(cache.layers, facts, strict=True))
+        assert not any({"map", "session", "places"} & set(vars(layer)) for layer in cache.layers)
+        assert relative_error(model(**inputs, **cached(model, cache)).logits, base) < 1e-6
+
+
+def test_a_copy_goes_on(llava):
+    inputs = prompts(LLAVA, llava, BATCH)
+    cache, length = static_cache(llava), inputs["input_ids"].shape[1]
+    step = {"input_ids": torch.full((2, 1), 7)}
+    step["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    with saint.pruned(llava, PLANS["fixed"]), torch.no_grad():
+        llava(**inputs, **cached(llava, cache))
+        twin = copy.deepcopy(cache)
+        one, two = (llava(**step, **cached(llava, held)).logits for held in (cache, twin))
+    assert torch.equal(one, two)
+    assert int(twin.get_seq_length()) == length + 1
+
+
+# -- compiled steps -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", ["fixed", "hybrid", "votes", "merged", "evict"])
+@pytest.mark.parametrize("name", ["llava-llama", "qwen2.5-vl", "gemma3"])
+def test_a_compiled_step_is_one_graph(models, name, plan):
+    """`generate` compiles the steps of a static cache; a backend that runs the graph as it is."""
+    family, model, plan = FAMILIES[name], copy.deepcopy(models(name)), PLANS[plan]
+    inputs = prompts(family, model, BATCH)
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    config = hf.CompileConfig(backend=backend, mode=None)
+    config._compile_all_devices = True
+
+    def compiled(plan):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        graphs.clear()
+        new = generated(model, plan, inputs, 8, compile_config=config, **STATIC)[0]
+        return new, len(graphs), dict(torch._dynamo.utils.counters["graph_break"])
+
+    want = generated(model, plan, inputs, 8)[0]
+    _, upstream, _ = compiled(saint.Plan())
+    new, count, breaks = compiled(plan)
+
+    assert torch.equal(new, want)
+    assert breaks == {}
+    # upstream compiles once more where a window fills up, and a window from which tokens are missing does so later
+    assert count in ({upstream, upstream + 1} if name == "gemma3" else {upstream})
+    assert upstream == (2 if name == "gemma3" else 1)

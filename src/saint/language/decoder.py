@@ -96,21 +96,26 @@ class Gaps:
 
     Attributes:
         entries: by layer, what holds its keys and misses some, and which it had in front of the forward.
-        masks: of layers from whose own sequence nothing is missing, by the mask of the model, the tokens that can be missing
-            and the window.
+        masks: of layers from whose own sequence nothing is missing, by what can be missing and the window: the model's own, and
+            that over the gaps.
     """
 
     entries: dict[int, tuple[RaggedLayer | StaticRagged, CachePositions]] = field(default_factory=dict)
-    masks: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
+    masks: dict[tuple[int, int | None], list[tuple[Any, Any]]] = field(default_factory=dict)
 
 
 _PLACES = 64
 
 
-class Running(threading.local):
-    """The forward in which nothing is decided that runs on a thread; None in any other, and outside of forwards."""
+class Running:
+    """The forward in which nothing is decided that runs; None in any other, and outside of forwards."""
 
-    step: Gaps | None = None
+    def __init__(self) -> None:
+        self.step: Gaps | None = None
+
+
+class RunningHere(Running, threading.local):
+    """The same of every thread."""
 
 
 @dataclass
@@ -129,7 +134,7 @@ class DecoderForward(Forward):
     all_states: bool = False
     joined: frozenset[int] = frozenset()
     held: dict[int, Held] = field(default_factory=dict)
-    gaps: Gaps = field(default_factory=Gaps)
+    gaps: Gaps | None = None
     views: dict[int, CacheView] = field(default_factory=dict)
     calls: dict[int, tuple[Parameters, dict[str, Any]]] = field(default_factory=dict)
 
@@ -183,7 +188,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         some = [module for module in self.modules if type(module) in scaling] if scaling else []
         self.exact = min(map(_scaled_from, some), default=math.inf)
         self._checked: weakref.ref[Any] | None = None
-        self._running, self._traced = Running(), Running()  # compiled code knows no thread
+        self._running, self._traced = RunningHere(), Running()  # compiled code knows no thread
         own = [(layer, keeps[layer].shared) for layer in range(self.first, self.depth)]
         self._read = [(layer, layer if source is None else source) for layer, source in own]
         # drop points in front of what a layer reads: layers with as many miss the same tokens
@@ -425,25 +430,26 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         call = replace(call, mask=self.over_gap(forward.gaps, layer, x, call.mask))
         return original(x, **self.spelling[layer].write(call))
 
-    def over_gap(self, gaps: Gaps, layer: int, x: Tensor, mask: Any) -> Any:
+    def over_gap(self, gaps: Gaps | None, layer: int, x: Tensor, mask: Any) -> Any:
         """The mask of a sequence from which nothing is missing, over what a layer's cache has left.
 
         Args:
-            gaps: of the cache in front of the forward.
+            gaps: of the cache in front of the forward; None: of none.
             layer: the layer.
             x: hidden states, [B, Q, C].
             mask: what the model made, over every position.
         """
-        if layer not in gaps.entries:
+        if gaps is None or layer not in gaps.entries:
             return mask
         entry = gaps.entries[layer][0]
-        key = None if mask is None else id(mask), self._behind[layer], entry.sliding_window
-        found = gaps.masks.get(key)
-        if found is None:  # the first of these layers, in front of what it appends
-            held = Held.by(entry, x.shape[1], counted=False)
-            # the mask that it is made from is held, so that the id stays its own
-            found = gaps.masks[key] = self._made(mask, None, held, x.shape[1], None, None, x.dtype), mask
-        return found[0]
+        made = gaps.masks.setdefault((self._behind[layer], entry.sliding_window), [])
+        for known, mine in made:  # no id is asked for: a compiled step would be compiled anew for every one
+            if known is mask:
+                return mine
+        held = Held.by(entry, x.shape[1], counted=False)  # of the first of these layers, in front of what it appends
+        mine = self._made(mask, None, held, x.shape[1], None, None, x.dtype)
+        made.append((mask, mine))
+        return mine
 
     def _of_survivors(
         self, forward: DecoderForward, layer: int, state: LayerState, dtype: torch.dtype, call: Call

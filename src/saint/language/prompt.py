@@ -97,7 +97,9 @@ class PrunedText(Uncopyable):
             and mask.shape[2] == length <= mask.shape[3]
             and len(mask) in (1, batch)
         ):
-            found = candidates_seen(mask[..., :length]).expand(batch, -1)  # behind them what a static cache has not filled
+            found = candidates_seen(mask[..., :length]).expand(
+                batch, -1
+            )  # behind them what a static cache has not filled
         elif not drops:
             return
         else:
