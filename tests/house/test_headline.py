@@ -186,6 +186,31 @@ def test_rounds_of_other_conditions_are_not_mixed():
         rounds.section(before, {**DEPENDS, "threads": 2}, TOLD, [both()], CALL)
 
 
+def test_a_variant_that_is_refused_now_keeps_its_rounds_and_is_compared_no_more():
+    before = json.loads(json.dumps(rounds.section(None, DEPENDS, TOLD, [both()], CALL)))
+    told = {"7b/connector/dynamic": {"refused": "ValueError: not any more"}}
+    after = rounds.section(before, DEPENDS, told, [], CALL)
+    assert after["rounds"] == [both()]
+    assert "7b/connector/dynamic" not in {*after["derived"]["times"], *after["derived"]["gains"]}
+    assert after["derived"]["ahead"] == []
+
+
+def test_every_second_round_of_a_part_goes_backwards():
+    order = []
+
+    class Counted:
+        def __init__(self, name):
+            self.name = name
+
+        def take(self):
+            order.append(self.name)
+            return [1.0]
+
+    taken = list(headline.measure({name: Counted(name) for name in "abc"}, "cpu", 3, before=1))
+    assert "".join(order) == "cbaabccba"
+    assert [list(one) for one in taken] == [["a", "b", "c"]] * 3
+
+
 def test_the_larger_model_is_held_against_the_smaller_where_it_has_no_unpruned_one():
     told = ["7b/unpruned/dynamic", "13b/connector/dynamic"]
     assert rounds.unpruned_of("13b/connector/dynamic", dict.fromkeys(told)) == "7b/unpruned/dynamic"
@@ -240,6 +265,17 @@ def test_the_table_of_lengths_says_which_is_ahead_when():
     ]
     assert "from 1 token on connector, dynamic; from 7 tokens on connector, dynamic compiled" in text
     assert "miss the measured totals by at most 0.0%" in text
+
+
+def test_the_table_of_both_models_shows_the_share_of_time_that_is_left(tmp_path, monkeypatch):
+    told = {"7b/unpruned/dynamic": TOLD["7b/unpruned/dynamic"], "13b/hybrid/dynamic": TOLD["7b/connector/dynamic"]}
+    taken = [dict(zip(told, [run(100, 10), run(first, 10)], strict=True)) for first in (40, 50, 80)]
+    record = {"llava": {"both": rounds.section(None, DEPENDS, told, taken, CALL)}}
+    file = tmp_path / "headline.json"
+    file.write_text(json.dumps(record))
+    monkeypatch.setattr(answers, "RECORD", file)
+    # of the speed-ups 2.5, 2 and 1.25 the fifths are 1.55 and 2.3
+    assert rows(answers.both_table())[0][:3] == ["13b", "hybrid", f"0.50 [{1 / 2.3:.2f}, {1 / 1.55:.2f}]"]
 
 
 @pytest.mark.usefixtures("written")
