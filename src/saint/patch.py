@@ -3,9 +3,10 @@
 import copy
 import functools
 import inspect
+import operator
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import nn
@@ -21,18 +22,26 @@ class Uncopyable:
         )
 
 
-class Replacement:
-    """What stands in place of a method: calls ``call``, and is copied and pickled as the method it replaces."""
+class Replacement(functools.partial[Any]):
+    """What stands in place of a method: calls ``call``, and is copied and pickled as the method it replaces.
 
-    __slots__ = ("__dict__", "call")  # `functools.update_wrapper` hands a `__dict__` on to a wrapper of this
+    Has the method's name, documentation and signature. To call it costs what to call ``call`` costs: ``functools.partial`` runs
+    no Python code.
+    """
 
-    def __init__(self, call: Callable[..., Any], method: Callable[..., Any]) -> None:
-        self.call = call
+    def __new__(cls, call: Callable[..., Any], method: Callable[..., Any]) -> Self:
+        self = super().__new__(cls, call)
         functools.update_wrapper(self, method, updated=())
-        self.__signature__ = inspect.signature(method)
+        return self
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(*args, **kwargs)
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(vars(self)["__wrapped__"])
+
+    def give_back(self) -> None:
+        """From now on call the method itself."""
+        # the one way in which a partial takes another function, made for unpickling
+        self.__setstate__((vars(self)["__wrapped__"], (), {}, vars(self)))  # type: ignore[attr-defined]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(vars(self)["__wrapped__"], memo)  # of a bound method: the same method, bound to the copy
@@ -57,7 +66,7 @@ def override(stack: ExitStack, module: nn.Module, name: str, wrap: Callable[[Cal
     vars(module)[slot] = ours = Replacement(wrap(original), original)
 
     def undo() -> None:
-        ours.call = original
+        ours.give_back()
         for place in (name, _MOVED):
             if vars(module).get(place) is not ours:
                 continue
@@ -73,11 +82,22 @@ _ABSENT = object()
 _REDUCE = "__reduce_ex__"  # what `copy` and `pickle` ask an object for; they look on the instance first
 
 
+# where a module keeps its hooks, by their ids
+_HOOKS = tuple(key for key, value in vars(nn.Module()).items() if "hooks" in key and isinstance(value, dict))
+
+
 class Before:
     """The modules of a model as they are now, for :meth:`hide`."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [(module, dict(vars(module)), _hooks(module)) for module in model.modules()]
+        self._modules: list[tuple[nn.Module, dict[str, Any], dict[str, set[Any]]]] = []
+        for module in model.modules():  # loops, here and below: of thousands of modules a few are touched
+            state = vars(module)
+            hooks = {}
+            for key in _HOOKS:
+                if state.get(key):
+                    hooks[key] = set(state[key])
+            self._modules.append((module, state.copy(), hooks))
 
     def hide(self, stack: ExitStack) -> None:
         """From now on a copy or pickle of a module is without what was put on it since: attributes and hooks.
@@ -85,16 +105,35 @@ class Before:
         A copy is then the model as if nothing were applied; the original stays as it is. ``stack`` undoes this.
         """
         for module, before, hooks in self._modules:
-            put = {key: value for key, value in vars(module).items() if before.get(key, _ABSENT) is not value}
-            added = {key: ids - hooks.get(key, set()) for key, ids in _hooks(module).items()}
-            if put or any(added.values()):
-                was = {key: before[key] for key in put if key in before}
-                override(stack, module, _REDUCE, functools.partial(_reduce, type(module).__name__, put, was, added))
+            state = vars(module)
+            put, added = {}, {}
+            if len(state) != len(before) or not all(map(operator.is_, state.values(), before.values())):
+                put = {key: value for key, value in state.items() if before.get(key, _ABSENT) is not value}
+            for key in _HOOKS:
+                ids, known = state.get(key, ()), hooks.get(key, ())
+                if len(ids) != len(known):
+                    added[key] = set(ids).difference(known)
+            if put or added:
+                hide(stack, module, put, {key: before[key] for key in put if key in before}, added)
 
 
-def _hooks(module: nn.Module) -> dict[str, set[Any]]:
-    """Ids of the hooks of a module, by the dictionary they are in."""
-    return {key: set(value) for key, value in vars(module).items() if "hooks" in key and isinstance(value, dict)}
+def hide(
+    stack: ExitStack,
+    module: nn.Module,
+    put: dict[str, Any],
+    was: dict[str, Any] | None = None,
+    hooks: dict[str, set[Any]] | None = None,
+) -> None:
+    """Let a copy or pickle of ``module`` be without what was put on it; ``stack`` undoes this.
+
+    Args:
+        stack: takes the undo.
+        module: stays as it is.
+        put: attributes.
+        was: what stood in the place of some of them.
+        hooks: ids of hooks, by the dictionary they are in.
+    """
+    override(stack, module, _REDUCE, functools.partial(_reduce, type(module).__name__, put, was or {}, hooks or {}))
 
 
 def _reduce(

@@ -19,7 +19,7 @@ from .assemble import assemble
 from .errors import AlreadyAppliedError, UnsupportedModelError
 from .methods.base import Method
 from .models import ModelLike, module_of
-from .patch import Before, Uncopyable
+from .patch import Before, Uncopyable, hide
 from .planning import plan_for
 from .plans import STAGES, Plan, Stage
 from .presets import family
@@ -270,7 +270,8 @@ class Session(Uncopyable):
     def remove(self) -> None:
         """Undo everything; what the last forward dropped can still be read. A second call does nothing."""
         if self._over is None:  # read before the patches go, which forget their forwards
-            self._over = _Over({stack.slot: stack.forward.told() for stack in self._stacks}, self._costs)
+            costs = self._costs if self.trace else Costs()  # without a forward there is nothing to sum up
+            self._over = _Over({stack.slot: stack.forward.told() for stack in self._stacks}, costs)
         self._patches.close()
         self._marks.close()
         for stack in self._stacks:
@@ -280,14 +281,12 @@ class Session(Uncopyable):
         self._glue, self._stacks = None, ()
 
     def _install(self, model: nn.Module) -> None:
-        before = Before(model)
         with ExitStack() as stack:  # undone again if anything below fails
             if self._glue is None:
                 _UNTOUCHED[model] = self
             else:
                 for module in (*self._glue.marked, model):
                     self._mark(stack, module)
-                before.hide(stack)
             self._put_on()
             self._marks = stack.pop_all()
 
@@ -307,6 +306,7 @@ class Session(Uncopyable):
         if _SLOT not in vars(module):
             vars(module)[_SLOT] = self
             stack.callback(vars(module).pop, _SLOT)
+            hide(stack, module, {_SLOT: self})
 
 
 def as_plan(plan: PlanLike) -> Plan:
@@ -361,10 +361,10 @@ def apply(
         raise UnsupportedModelError(
             "the model is compiled: apply the plan to the original model, then torch.compile it"
         )
-    carried = next((m for m in model.modules() if _carried(m) is not None), None)
+    carried = _carrier(model)
     if carried is not None:
         raise AlreadyAppliedError(
-            f"a plan is already applied to this {type(carried).__name__}; call saint.remove(model) first"
+            f"a plan is already applied to this {type(carried[0]).__name__}; call saint.remove(model) first"
         )
     session = Session(model, plan, assemble(model, plan, Observers(observers)))
     session._install(model)
@@ -411,12 +411,18 @@ def status(model: ModelLike) -> Status | None:
     return None if session is None else session.status
 
 
-def _carried(module: nn.Module) -> Session | None:
-    return vars(module).get(_SLOT) or _UNTOUCHED.get(module)
+def _carrier(model: nn.Module) -> tuple[nn.Module, Session] | None:
+    """The outermost module in ``model`` that carries a session, and that; None when all are clean."""
+    for module in model.modules():
+        session = vars(module).get(_SLOT) or _UNTOUCHED.get(module)
+        if session is not None:
+            return module, session
+    return None
 
 
 def _session(model: nn.Module) -> Session | None:
-    return next((found for m in model.modules() if (found := _carried(m)) is not None), None)
+    carried = _carrier(model)
+    return None if carried is None else carried[1]
 
 
 @contextmanager

@@ -1,12 +1,16 @@
 """How many Python calls pruning adds, as budgets that only go down: lower a number here when the code needs less."""
 
+from contextlib import ExitStack
+
 import pytest
 import timm
 import torch
 import transformers as hf
+from torch import nn
 
 import saint
 from saint.methods import Grid
+from saint.patch import override
 from saint.plans import Plan, Stage
 from saint.upstream.tiny import IMAGE, make, text_config, tower_config
 from support.calls import calls
@@ -47,8 +51,17 @@ def test_an_encoder_without_a_drop_point_costs_nothing():
         assert calls(lambda: model(images)) == 0
 
 
+def test_what_stands_in_place_of_a_method_costs_no_call_of_its_own():
+    model = vit(1)
+    with ExitStack() as stack:
+        override(stack, model.norm, "forward", lambda original: original)
+        assert calls(lambda: model.norm(torch.randn(1, 48))) == 0
+        override(stack, model.norm, "forward", lambda original: original)
+        assert calls(lambda: model.norm(torch.randn(1, 48))) == 0
+
+
 def test_an_idle_block():
-    assert (of_forward(8, [1]) - of_forward(4, [1])) / 4 <= 13
+    assert (of_forward(8, [1]) - of_forward(4, [1])) / 4 <= 12
 
 
 def test_a_drop_point():
@@ -56,7 +69,7 @@ def test_a_drop_point():
 
 
 def test_a_forward_with_one_drop_point():
-    assert of_forward(4, [1]) <= 127
+    assert of_forward(4, [1]) <= 123
 
 
 def of_step(layers, plan, samples):
@@ -76,7 +89,7 @@ def of_step(layers, plan, samples):
 ONE, RAGGED = [[4, "0", 7]], [[4, "0", 7], [3, "0", 2], [6, "0", 12]]
 
 
-@pytest.mark.parametrize(("samples", "budget"), [(ONE, 45), (RAGGED, 65)], ids=["one", "ragged"])
+@pytest.mark.parametrize(("samples", "budget"), [(ONE, 44), (RAGGED, 64)], ids=["one", "ragged"])
 def test_a_step_behind_the_door_costs_no_call_per_layer(samples, budget):
     plan = Plan(connector=METHOD)
     few, many = of_step(2, plan, samples), of_step(6, plan, samples)
@@ -84,28 +97,58 @@ def test_a_step_behind_the_door_costs_no_call_per_layer(samples, budget):
     assert few <= budget
 
 
-@pytest.mark.parametrize(("samples", "budget"), [(ONE, 15), (RAGGED, 15)], ids=["one", "ragged"])
+@pytest.mark.parametrize(("samples", "budget"), [(ONE, 2), (RAGGED, 3)], ids=["one", "ragged"])
 def test_a_step_of_a_layer_behind_a_language_stage(samples, budget):
     plan = Plan(language=Stage(METHOD, layers=[0]))
     assert (of_step(6, plan, samples) - of_step(2, plan, samples)) / 4 <= budget
 
 
-def of_apply(model, plan):
-    """Calls of `apply`, and modules that the model has."""
-    count = calls(lambda: saint.apply(model, plan))
+def of_session(model, plan):
+    """Calls of `apply`, of `disabled` and of `remove`, and modules that the model has; its classes were seen before."""
+    saint.apply(model, plan).remove()
+    session = saint.apply(model, plan)
+
+    def disable():
+        with session.disabled():
+            pass
+
+    disabled, removed = calls(disable), calls(session.remove)
+    applied = calls(lambda: saint.apply(model, plan))
     saint.remove(model)
-    return count, len(list(model.modules()))
+    return (applied, disabled, removed), len(list(model.modules()))
+
+
+@pytest.mark.parametrize(
+    ("build", "plan", "budgets"),
+    [
+        (vit, Plan(vision=Stage(METHOD, layers=[1])), (1.32, 0.87, 0.28)),
+        (llava, Plan(connector=METHOD), (0, 0, 0)),
+        (llava, Plan(language=Stage(METHOD, layers=[0])), (1, 1.47, 0.47)),
+    ],
+    ids=["encoder", "door", "language"],
+)
+def test_a_session_per_module(build, plan, budgets):
+    """Whatever is asked of each module is asked once, and most of it of its class."""
+    (few, small), (many, large) = of_session(build(4), plan), of_session(build(8), plan)
+    spent = [(b - a) / (large - small) for a, b in zip(few, many, strict=True)]
+    assert all(cost <= budget for cost, budget in zip(spent, budgets, strict=True)), spent
 
 
 @pytest.mark.parametrize(
     ("build", "plan", "budget"),
     [
-        (vit, Plan(vision=Stage(METHOD, layers=[1])), 43.5),
-        (llava, Plan(connector=METHOD), 23),
-        (llava, Plan(language=Stage(METHOD, layers=[0])), 24.5),
+        (vit, Plan(vision=Stage(METHOD, layers=[1])), 8),
+        (llava, Plan(vision=METHOD, connector=METHOD, language=Stage(METHOD, layers=[0])), 5),
     ],
-    ids=["encoder", "door", "language"],
+    ids=["encoder", "all stages"],
 )
-def test_apply_per_module(build, plan, budget):
-    (few, small), (many, large) = of_apply(build(4), plan), of_apply(build(8), plan)
-    assert (many - few) / (large - small) <= budget
+def test_apply_walks_over_the_model_so_often(build, plan, budget, monkeypatch):
+    model, walks, walk = build(4), [], nn.Module.named_modules
+
+    def named_modules(module, *args, **kwargs):
+        walks.extend([module] * (module is model))
+        return walk(module, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "named_modules", named_modules)
+    saint.apply(model, plan).remove()
+    assert len(walks) <= budget, len(walks)

@@ -221,6 +221,7 @@ class RaggedLayer(DynamicLayer):
         self.is_sliding = window is not None  # read by transformers when it sizes masks
         self.length = 0  # logical
         self.map: CachePositions | None = None  # None: all positions are stored
+        self.plain = window is None  # a single token may see every entry, and all weigh alike
         self._starts: list[int] = []  # sliding: highest position (over the samples) of each entry of `map`
 
     @classmethod
@@ -264,7 +265,8 @@ class RaggedLayer(DynamicLayer):
         else:
             self.length = positions.end
             self._set_map(positions)
-        self._let_go()
+        if self.sliding_window is not None:
+            self._let_go()
         return keys, values
 
     def keep(self, selection: Selection, positions: CachePositions) -> None:
@@ -277,6 +279,7 @@ class RaggedLayer(DynamicLayer):
 
     def _set_map(self, positions: CachePositions) -> None:
         self.map = positions
+        self.plain = self.sliding_window is None and positions.valid is None and positions.bias is None
         if self.sliding_window is not None:
             reach = positions.index if positions.valid is None else positions.index.masked_fill(~positions.valid, -1)
             # running maximum: padding does not hold entries behind it back
@@ -284,8 +287,7 @@ class RaggedLayer(DynamicLayer):
 
     def _let_go(self) -> None:
         """Forget entries that no sample's window will see again."""
-        if self.sliding_window is None:
-            return
+        assert self.sliding_window is not None
         first = self.length - self.sliding_window + 1  # the next query sees positions >= first
         end = 0 if self.map is None else self.map.end
         mapped = bisect_left(self._starts, first)
@@ -315,7 +317,7 @@ class RaggedLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.length, self.map, self._starts = 0, None, []
+        self.length, self.map, self._starts, self.plain = 0, None, [], self.sliding_window is None
 
     def crop(self, tokens_to_remove: int) -> None:
         count = -tokens_to_remove

@@ -34,11 +34,14 @@ class Spelling:
 
     Args:
         forward: of its class.
+
+    Attributes:
+        mask: the name of that of attention.
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.parameters = Parameters(forward)
-        self._cache, self._mask, self._rotary, self._positions = own = [
+        self._cache, self.mask, self._rotary, self._positions = own = [
             self.parameters.spelling(role) for role in (CACHE, MASK, ROTARY, POSITIONS)
         ]
         self._turns = self.parameters.has(ROTARY)
@@ -53,7 +56,7 @@ class Spelling:
                 rest = self.parameters.put(rest, role, role.read(rest))
         return Call(
             rest.pop(self._cache, None),
-            rest.pop(self._mask, None),
+            rest.pop(self.mask, None),
             rest.pop(self._rotary, None),
             rest.pop(self._positions, None),
             rest,
@@ -61,7 +64,7 @@ class Spelling:
 
     def write(self, call: Call) -> dict[str, Any]:
         """``call`` by the names that the layer takes."""
-        given = {**call.rest, self._cache: call.cache, self._mask: call.mask}
+        given = {**call.rest, self._cache: call.cache, self.mask: call.mask}
         if self._turns or call.rotary is not None:
             given[self._rotary] = call.rotary
         if call.positions is not None:

@@ -7,12 +7,13 @@ Letters: B batch, L positions of the forward, S survivors of the longest sample,
 """
 
 import math
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from ..errors import HookNeverFiredError, ParityError, UnsupportedModelError
 from ..gathers import gather_tokens
 from ..runtime.blocks import Block
 from ..runtime.deciding import Seen
-from ..runtime.layer import LayerStack
+from ..runtime.layer import LayerStack, PrunedLayer
 from ..runtime.observe import Observers
 from ..runtime.points import DropPoint
 from ..runtime.state import Forward, LayerState
@@ -62,6 +63,47 @@ from .positions import gather_beside, gather_ids, gather_rotary, rotary_like
 from .recurrent import filled_state, in_front
 
 
+class Held(NamedTuple):
+    """What a layer of a cache holds in front of a forward.
+
+    Attributes:
+        past: which positions its entries are of; None: every one.
+        before: positions that are cached.
+        first: the first position that a mask of the layer shows.
+    """
+
+    past: CachePositions | None = None
+    before: int = 0
+    first: int = 0
+
+    @staticmethod
+    def by(entry: Any, queries: int) -> "Held":
+        """Read it off a layer of a cache, None where there is none; ``queries``: length of the sequence that comes."""
+        if entry is None:
+            return Held()
+        past = entry.map if isinstance(entry, RaggedLayer) else None
+        return Held(past, entry.get_seq_length(), entry.get_mask_sizes(queries)[1])
+
+
+@dataclass
+class Gaps:
+    """A forward over a cache from which tokens are missing.
+
+    Attributes:
+        entries: by layer, what holds its keys and misses some, and which it had in front of the forward.
+        masks: of layers from whose own sequence nothing is missing, by the mask of the model, what is missing and the window.
+    """
+
+    entries: dict[int, tuple[RaggedLayer, CachePositions]] = field(default_factory=dict)
+    masks: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
+
+
+class Running(threading.local):
+    """The forward in which nothing is decided that runs on a thread; None in any other, and outside of forwards."""
+
+    step: Gaps | None = None
+
+
 @dataclass
 class DecoderForward(Forward):
     """What one forward of a decoder knows besides; decode steps go on telling the ``drops`` of their prompt.
@@ -71,27 +113,16 @@ class DecoderForward(Forward):
         views: of layers that run, the cache as they see it.
         calls: how the attention of layers that run spells its arguments, and those it got.
         joined: layers behind which the model itself works on the full sequence (DeepStack).
-        held: of layers whose keys others read, what they held in front of this forward, and the tokens of it that were left.
+        held: of layers whose keys others read, what they held in front of this forward.
+        gaps: of the cache in front of this forward.
     """
 
     all_states: bool = False
     joined: frozenset[int] = frozenset()
-    held: dict[int, "Held"] = field(default_factory=dict)
+    held: dict[int, Held] = field(default_factory=dict)
+    gaps: Gaps = field(default_factory=Gaps)
     views: dict[int, CacheView] = field(default_factory=dict)
     calls: dict[int, tuple[Parameters, dict[str, Any]]] = field(default_factory=dict)
-
-
-# what a layer holds in front of a forward: which positions its entries are of (None: every one), how many positions are
-# cached, and the first position that a mask of the layer shows
-Held = tuple[CachePositions | None, int, int]
-
-
-def held_by(entry: Any, queries: int) -> Held:
-    """Read it off a layer of a cache, None where there is none; ``queries``: length of the sequence that comes."""
-    if entry is None:
-        return None, 0, 0
-    past = entry.map if isinstance(entry, RaggedLayer) else None
-    return past, entry.get_seq_length(), entry.get_mask_sizes(queries)[1]
 
 
 class PrunedDecoder(LayerStack[DecoderForward, Call]):
@@ -143,6 +174,9 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         some = [module for module in self.modules if type(module) in scaling] if scaling else []
         self.exact = min(map(_scaled_from, some), default=math.inf)
         self._checked: weakref.ref[Any] | None = None
+        self._running, self._traced = Running(), Running()  # compiled code knows no thread
+        own = [(layer, keeps[layer].shared) for layer in range(self.first, self.depth)]
+        self._read = [(layer, layer if source is None else source) for layer, source in own]
         self._check()
 
     def _check(self) -> None:
@@ -271,10 +305,17 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         if cache is not None and self.drops and (self._checked is None or self._checked() is not cache):
             check_cache(cache, self.token)
             self._checked = weakref.ref(cache)
+        forward.gaps = self._gaps(cache)
         if state is None:
             if filled(cache):  # no new prompt
                 forward.drops, forward.origin = before.drops, before.origin
+            self.running.step = forward.gaps
             return kwargs
+        if self.sources:
+            entries = () if cache is None else cache.layers
+            for source in self.sources:
+                entry = entries[source] if source < len(entries) else None
+                forward.held[source] = Held.by(entry, state.tokens.width)
         wanted = ALL_STATES.read(kwargs, ALL_STATES.get(self.module.config))
         forward.all_states = wanted is not None and wanted is not False
         forward.origin, forward.facts, forward.joined = state, facts, _joined(JOINED.read(kwargs))
@@ -282,6 +323,25 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         self.begin_layers(forward, state, None)
         # between layers the model would cut the last rows off a sequence that is shortened
         return {name: 0 if name in LAST_ROWS.spellings else value for name, value in kwargs.items()}
+
+    def end(self) -> None:
+        """The forward is over."""
+        self.running.step = None
+
+    @property
+    def running(self) -> Running:
+        """Return where the step of this thread is."""
+        return self._traced if torch.compiler.is_compiling() else self._running
+
+    def _gaps(self, cache: Any) -> Gaps:
+        """Note what is missing from a cache in front of a forward."""
+        entries, gaps = () if cache is None else cache.layers, Gaps()
+        count = len(entries)
+        for layer, source in self._read:  # no call for a layer: this runs in every step of an answer
+            entry = entries[source] if source < count else None
+            if isinstance(entry, RaggedLayer) and entry.map is not None:
+                gaps.entries[layer] = entry, entry.map
+        return gaps
 
     def _refuse_scaled(self, end: int) -> None:
         if self.drops and end > self.exact:
@@ -292,6 +352,10 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
             )
 
     # -- one layer ----------------------------------------------------------------------------------------------------
+
+    @property
+    def layer_kind(self) -> type[PrunedLayer]:
+        return DecoderLayer
 
     def named(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Call]:
         return (), self.spelling[layer].read(args, kwargs)
@@ -313,7 +377,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         if self.keeps[layer].recurrent and not state.tokens.nothing_dropped:
             return self._recurrent(forward, layer, state, original, x, call), None
         if state.tokens.nothing_dropped:
-            call = self._over_gaps(forward, layer, x, call)
+            call = replace(call, mask=self.over_gap(forward.gaps, layer, x, call.mask))
         else:
             with self.gathering:
                 call, positions = self._of_survivors(forward, layer, state, x.dtype, call)
@@ -340,7 +404,28 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         return out, Seen(view.keys.detach().mean(1, dtype=torch.float32), row)
 
     def unpruned(self, forward: DecoderForward, layer: int, original: Callable[..., Any], x: Tensor, call: Call) -> Any:
-        return original(x, **self.spelling[layer].write(self._over_gaps(forward, layer, x, call)))
+        call = replace(call, mask=self.over_gap(forward.gaps, layer, x, call.mask))
+        return original(x, **self.spelling[layer].write(call))
+
+    def over_gap(self, gaps: Gaps, layer: int, x: Tensor, mask: Any) -> Any:
+        """The mask of a sequence from which nothing is missing, over what a layer's cache has left.
+
+        Args:
+            gaps: of the cache in front of the forward.
+            layer: the layer.
+            x: hidden states, [B, Q, C].
+            mask: what the model made, over every position.
+        """
+        if layer not in gaps.entries:
+            return mask
+        entry, past = gaps.entries[layer]
+        key = None if mask is None else id(mask), id(past), entry.sliding_window
+        found = gaps.masks.get(key)
+        if found is None:  # the first of these layers, in front of what it appends
+            held = Held.by(entry, x.shape[1])
+            # what it is made from is held, so that the ids stay theirs
+            found = gaps.masks[key] = self._made(mask, None, held, x.shape[1], None, None, x.dtype), mask, held
+        return found[0]
 
     def _of_survivors(
         self, forward: DecoderForward, layer: int, state: LayerState, dtype: torch.dtype, call: Call
@@ -349,28 +434,17 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         tokens, source = state.tokens, self.keeps[layer].shared
         call = _of_rows(forward, call, tokens)
         if source is not None:
-            state = forward.states[source]
-            held = self._note(forward, source, call, tokens.width)
+            held, state = forward.held[source], forward.states[source]
             return replace(call, mask=self._mask(forward, call.mask, tokens, held, tokens.width, state, dtype)), None
         if not self.keeps[layer].keys:
             return call, None
         entry = None if call.cache is None else ragged_layer(call.cache, layer, self.token)
-        held = self._note(forward, layer, call, tokens.width)
+        held = Held.by(entry, tokens.width)
         call = replace(call, mask=self._mask(forward, call.mask, tokens, held, tokens.width, state, dtype))
         if entry is None:
             return call, None
-        (past, before, _), bias = held, self._bias(forward, state, dtype)
-        return call, forward.once("keys", lambda: extended(past, before, tokens, bias), tokens, past)
-
-    def _note(self, forward: DecoderForward, layer: int, call: Call, queries: int) -> Held:
-        """Read what a layer held in front of this forward; noted, where others read its keys, when the layer itself asks."""
-        if layer in forward.held:
-            return forward.held[layer]
-        entries = [] if call.cache is None else call.cache.layers
-        held = held_by(entries[layer] if layer < len(entries) else None, queries)
-        if layer in self.sources:
-            forward.held[layer] = held
-        return held
+        bias = self._bias(forward, state, dtype)
+        return call, forward.once("keys", lambda: extended(held.past, held.before, tokens, bias), tokens, held.past)
 
     @staticmethod
     def _bias(forward: DecoderForward, state: LayerState, dtype: torch.dtype) -> Tensor | None:
@@ -378,23 +452,6 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         if state.sizes is None:
             return None
         return forward.once("bias", partial(state.key_bias, dtype), state.tokens, state.sizes)
-
-    def _over_gaps(self, forward: DecoderForward, layer: int, x: Tensor, call: Call) -> Call:
-        """The arguments of a sequence from which nothing is missing, over a cache from which something may be."""
-        cache, shared = call.cache, self.keeps[layer].shared
-        source = layer if shared is None else shared
-        if cache is None or source >= len(cache.layers):
-            return call
-        if source in self.sources:
-            held = self._note(forward, source, call, x.shape[1])
-        else:
-            entry = cache.layers[source]
-            if not isinstance(entry, RaggedLayer) or entry.map is None:
-                return call
-            held = entry.map, entry.length, entry.get_mask_sizes(x.shape[1])[1]
-        if held[0] is None:
-            return call
-        return replace(call, mask=self._mask(forward, call.mask, None, held, x.shape[1], None, x.dtype))
 
     def _recurrent(
         self,
@@ -429,30 +486,37 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         self,
         forward: DecoderForward,
         mask: Any,
-        tokens: TokenMap | None,
+        tokens: TokenMap,
         held: Held,
         queries: int,
-        state: LayerState | None,
+        state: LayerState,
         dtype: torch.dtype,
     ) -> Any:
         """The mask of ``tokens`` over what is ``held`` and the keys of the sequence, of the tokens of ``state``."""
-        past, before, first = held
-        keys = None if state is None else state.tokens
-        bias = None if state is None else self._bias(forward, state, dtype)
-
-        def make() -> Tensor | None:
-            flash = IMPLEMENTATION.get(self.module.config) in FLASH
-            shown = None if keys is tokens else keys
-            cut = survivors_mask(
-                mask, tokens, past, before=before, first=first, queries=queries, flash=flash, shown=shown
-            )
-            entries = past if keys is None else extended(past, before, keys, bias)
-            added = None if entries is None else entries.biases(before + queries)
-            more = queries if tokens is None else tokens.slots
-            return cut if added is None else weighed(cut, added, queries=more, dtype=dtype, flash=flash)
-
+        keys, bias = state.tokens, self._bias(forward, state, dtype)
+        make = partial(self._made, mask, tokens, held, queries, keys, bias, dtype)
         # layers with the same mask, survivors and cache content share the result
-        return forward.once(f"mask from {first}", make, mask, tokens, keys, past)
+        return forward.once(f"mask from {held.first}", make, mask, tokens, keys, held.past)
+
+    def _made(
+        self,
+        mask: Any,
+        tokens: TokenMap | None,
+        held: Held,
+        queries: int,
+        keys: TokenMap | None,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Any:
+        """The mask over what is ``held`` and ``keys`` of the sequence; without ``keys``, all of it."""
+        past, before, first = held
+        flash = IMPLEMENTATION.get(self.module.config) in FLASH
+        shown = None if keys is tokens else keys
+        cut = survivors_mask(mask, tokens, past, before=before, first=first, queries=queries, flash=flash, shown=shown)
+        entries = past if keys is None else extended(past, before, keys, bias)
+        added = None if entries is None else entries.biases(before + queries)
+        more = queries if tokens is None else tokens.slots
+        return cut if added is None else weighed(cut, added, queries=more, dtype=dtype, flash=flash)
 
     def leave(self, forward: DecoderForward, layer: int, state: LayerState, y: Tensor, call: Call) -> Tensor:
         after, tokens = layer + 1, state.tokens
@@ -474,6 +538,26 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
             if forward.states[layer].tokens is not left and entry.is_initialized:
                 past, before = entry.map, entry.length - left.width
                 entry.keep(*forward.once("left", partial(remaining, past, left, before=before), left, past))
+
+
+class DecoderLayer(PrunedLayer):
+    """Of a decoder: in a step of an answer the layer runs as if nothing stood in for it, but for its mask where it needs one."""
+
+    stack: PrunedDecoder
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        stack, layer = self.stack, self.layer
+        gaps = (stack._traced if torch.compiler.is_compiling() else stack._running).step
+        if gaps is None or args or torch.is_grad_enabled():
+            return super().__call__(x, *args, **kwargs)
+        gap = gaps.entries.get(layer)
+        if gap is None:
+            return self.original(x, **kwargs)
+        name = stack.spelling[layer].mask
+        mask = kwargs.get(name)
+        if mask is None and gap[0].plain:
+            return self.original(x, **kwargs)
+        return self.original(x, **{**kwargs, name: stack.over_gap(gaps, layer, x, mask)})
 
 
 def _scaled_from(layer: nn.Module) -> float:

@@ -245,8 +245,12 @@ class Doorway(Decider[DoorForward]):
     def _through(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             passage = self._enter(self.parameters.named(args, kwargs))
-            with inside(passage.cache):
-                output = original(**passage.given)
+            try:
+                with inside(passage.cache):
+                    output = original(**passage.given)
+            finally:
+                if self.decoder is not None:
+                    self.decoder.end()
             return self._leave(passage, output)
 
         return forward

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from ..patch import override
-from ..upstream.names import BATCHING, CACHE, DRAFTS, GENERATE, PIECE, PREFILL
+from ..upstream.names import BATCHING, CACHE, DRAFTS, GENERATE, PIECE, PREFILL, PerClass
 from .doorway import Doorway, Pieces
 
 Whole = Callable[[Tensor, dict[str, Any]], Tensor | None]
@@ -32,16 +32,17 @@ def watch(stack: ExitStack, root: nn.Module, door: Doorway, whole: Whole) -> Non
         whole: decides on a whole prompt, given the token ids [B, L] and the arguments of the model: which of its places enter,
             bool [B, L]; None: all.
     """
+    wraps = [
+        (PREFILL, lambda original: _prefill(original, door, whole)),
+        (DRAFTS, lambda original: _drafts(original, door)),
+        (GENERATE, lambda original: _generate(original, door)),
+        *((role, _refused) for role in BATCHING),
+    ]
+    # asked of the class: what a wrapper hands on to the model inside it is replaced there
+    methods = PerClass(lambda cls: [(name, wrap) for role, wrap in wraps if (name := role.of(cls)) is not None])
     for module in root.modules():
-        if (name := PREFILL.of(module)) is not None:
-            override(stack, module, name, lambda original: _prefill(original, door, whole))
-        if (name := DRAFTS.of(module)) is not None:
-            override(stack, module, name, lambda original: _drafts(original, door))
-        if (name := GENERATE.of(module)) is not None:
-            override(stack, module, name, lambda original: _generate(original, door))
-        for role in BATCHING:
-            if (name := role.of(module)) is not None:
-                override(stack, module, name, _refused)
+        for name, wrap in methods[type(module)]:
+            override(stack, module, name, wrap)
 
 
 def _prefill(original: Callable[..., Any], door: Doorway, whole: Whole) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from torch import nn
 
 from ..upstream.decoders import TEXT
+from ..upstream.names import PerClass
 
 
 def find(model: nn.Module) -> tuple[str, nn.Module] | None:
@@ -29,13 +30,14 @@ def held(model: nn.Module) -> str:
 
 def title(decoder: nn.Module) -> str:
     """Of the language model in :data:`TEXT`."""
-    return TEXT[_name(decoder)]
+    return TEXT[_name(type(decoder))]
 
 
 def _inside(model: nn.Module) -> tuple[str, nn.Module, str] | None:
     """The outermost decoder, and the class of a module around it that is not understood ("" where all are)."""
+    names_of = PerClass(_name)
     for path, module in model.named_modules():
-        if _name(module) in TEXT:
+        if names_of[type(module)] in TEXT:
             names = path.split(".") if path else []
             holders = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names))]
             return path, module, next((type(h).__name__ for h in holders if not _hands_on(h, module)), "")
@@ -46,8 +48,8 @@ def _hands_on(holder: nn.Module, decoder: nn.Module) -> bool:
     """Tell whether a module calls the decoder inside it on one prompt, and reads the last token or every row as it comes."""
     if type(holder).__module__.startswith(_WRAPPERS):
         return not getattr(getattr(holder, "active_peft_config", None), "is_prompt_learning", False)  # adds tokens
-    cls = _class(holder)
-    head = cls.__name__.endswith(_HEADS) and cls.__module__ == _class(decoder).__module__
+    cls = _class(type(holder))
+    head = cls.__name__.endswith(_HEADS) and cls.__module__ == _class(type(decoder)).__module__
     return head and getattr(holder, str(holder.base_model_prefix), None) is decoder
 
 
@@ -55,10 +57,11 @@ _WRAPPERS = ("peft.", "torch.nn.parallel.", "torch.distributed.")
 _HEADS = ("ForCausalLM", "ForSequenceClassification")
 
 
-def _class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module before ``fully_shard`` derived another one from it."""
-    return next(c for c in type(module).__mro__ if not any(base.__name__ == "FSDPModule" for base in c.__mro__))
+def _class(cls: type) -> type:
+    """A class before ``fully_shard`` derived this one from it."""
+    return next(c for c in cls.__mro__ if not any(base.__name__ == "FSDPModule" for base in c.__mro__))
 
 
-def _name(module: nn.Module) -> str:
-    return f"{_class(module).__module__}.{_class(module).__qualname__}"
+def _name(cls: type) -> str:
+    own = _class(cls)
+    return f"{own.__module__}.{own.__qualname__}"

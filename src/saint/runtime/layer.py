@@ -68,11 +68,16 @@ class LayerStack(Decider[F], ABC, Generic[F, C]):
     def replace_layers(self, stack: ExitStack) -> None:
         """Patch the layers from ``first`` on; ``stack`` undoes it."""
         refuse_replicas(stack, self.module)
-        kind = TimedLayer if self.observers.layer_time or self.observers.pruning_time else PrunedLayer
+        kind = TimedLayer if self.observers.layer_time or self.observers.pruning_time else self.layer_kind
         for index in range(self.first, self.depth):
             refuse_replicas(stack, self.modules[index])
             override(stack, self.modules[index], "forward", partial(kind, self, index))
         stack.callback(self.reset)
+
+    @property
+    def layer_kind(self) -> "type[PrunedLayer]":
+        """Return what stands in for the layers."""
+        return PrunedLayer
 
     # -- what differs -------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,10 @@ reading accepts every spelling, and writing leaves exactly one.
 import inspect
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,35 @@ class Role:
 
     def of(self, holder: Any) -> str | None:
         """The newest spelling that ``holder`` has as an attribute, or None."""
-        return next((name for name in self.spellings if hasattr(holder, name)), None)
+        for name in self.spellings:
+            if hasattr(holder, name):
+                return name
+        return None
 
     def get(self, holder: Any, default: Any = None) -> Any:
         """The attribute of ``holder`` under whatever spelling."""
         name = self.of(holder)
         return default if name is None else getattr(holder, name)
+
+
+class PerClass(dict[type, T], Generic[T]):
+    """Answers about classes, by class: each is asked for once, and a model of many modules has few classes.
+
+    Args:
+        ask: answers.
+    """
+
+    def __init__(self, ask: Callable[[type], T]) -> None:
+        super().__init__()
+        self._ask = ask
+
+    def __missing__(self, cls: type) -> T:
+        self[cls] = answer = self._ask(cls)
+        return answer
+
+
+# layers of one class have one forward, whose signature takes longer to read than all else that is done with a layer
+_NAMES: "WeakKeyDictionary[Callable[..., Any], tuple[str, ...]]" = WeakKeyDictionary()
 
 
 class Parameters:
@@ -57,8 +83,12 @@ class Parameters:
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        own = list(inspect.signature(function).parameters.values())[1:]  # behind self
-        self.names = tuple(p.name for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+        names = _NAMES.get(function)
+        if names is None:
+            own = list(inspect.signature(function).parameters.values())[1:]  # behind self
+            names = tuple(p.name for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+            _NAMES[function] = names
+        self.names = names
 
     def has(self, role: Role) -> bool:
         """Tell whether the function takes it by name."""

@@ -5,6 +5,7 @@ Versions decide nothing: what a release has is read off its modules. They are fo
 
 import re
 import warnings
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 # distribution -> oldest and newest release that the suite has passed on; docs/versions.md has the runs
@@ -19,6 +20,7 @@ _PACKAGES = {"open_clip": "open_clip_torch"}  # import name -> distribution, whe
 _told: set[str] = set()
 
 
+@cache  # the metadata of a package is read and parsed anew each time it is asked for
 def installed(distribution: str) -> str | None:
     """The installed version, or None."""
     try:

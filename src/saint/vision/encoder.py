@@ -96,17 +96,18 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
     def install(self, stack: ExitStack) -> None:
         """Patch the instance; ``stack`` undoes it."""
         self.replace_layers(stack)
+        first_short = self.first_short
         for index in range(self.depth):
             block = self.blocks[index]
             if block is None:
                 continue
             if index in self.points:
                 stack.callback(block.watch_keys(partial(self._keep_keys, index)))
-            if index >= self.first_short and block.spec.padding:
+            if index >= first_short and block.spec.padding:
                 attention = part(block.module, block.spec.padding)
                 hook = attention.register_forward_pre_hook(self._padding_hook(index), with_kwargs=True)
                 stack.callback(hook.remove)
-            if index >= self.first_short and block.bias is not None:
+            if index >= first_short and block.bias is not None:
                 holder, _, method = block.bias.rpartition(".")
                 override(stack, part(block.module, holder), method, partial(self._pairs, index))
         self.inputs.install(stack)

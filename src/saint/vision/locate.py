@@ -4,13 +4,14 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..upstream import registry
+from ..upstream.names import PerClass
 from ..upstream.specs import EncoderSpec, FamilySpec
 
 
-def lineage(module: nn.Module) -> list[str]:
-    """Qualified names of the classes of a module."""
+def lineage(cls: type) -> list[str]:
+    """Qualified names of a class and its bases, the nearest first."""
     # names, not classes: looking one up must not import a library the user does not have
-    return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
+    return [f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__]
 
 
 def locate_tower(model: nn.Module, family: FamilySpec) -> tuple[str, nn.Module, EncoderSpec]:
@@ -26,7 +27,7 @@ def locate_tower(model: nn.Module, family: FamilySpec) -> tuple[str, nn.Module, 
     tower, own = model.get_submodule(family.tower), family.tower_spec
     if own is not None:
         for path, module in tower.named_modules():
-            if own.encoder in lineage(module):
+            if own.encoder in lineage(type(module)):
                 return path, module, own
     return locate(tower)
 
@@ -34,9 +35,10 @@ def locate_tower(model: nn.Module, family: FamilySpec) -> tuple[str, nn.Module, 
 def find(model: nn.Module) -> list[tuple[str, nn.Module, EncoderSpec]]:
     """All known encoders in ``model``, outermost only: (dotted path, module, spec)."""
     known = registry.encoders()
+    specs = PerClass(lambda cls: next((known[name] for name in lineage(cls) if name in known), None))
     found: list[tuple[str, nn.Module, EncoderSpec]] = []
     for path, module in model.named_modules():
-        spec = next((known[name] for name in lineage(module) if name in known), None)
+        spec = specs[type(module)]
         if spec is None or any(not outer or path.startswith(f"{outer}.") for outer, _, _ in found):
             continue
         found.append((path, module, spec))
@@ -63,7 +65,7 @@ def locate(model: nn.Module) -> tuple[str, nn.Module, EncoderSpec]:
         return path, module, spec
     reasons = registry.refused()
     for path, module in model.named_modules():
-        for name in lineage(module):
+        for name in lineage(type(module)):
             if name in reasons:
                 where = f" (at {path})" if path else ""
                 raise UnsupportedModelError(f"{type(module).__name__}{where} cannot be pruned: {reasons[name]}")

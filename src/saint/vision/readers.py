@@ -46,7 +46,7 @@ def find_reader(model: nn.Module, path: str) -> Reader | None:
     """The known reader around the encoder at ``path`` of ``model``."""
     readers = registry.readers()
     for _, module in around(model, path):
-        spec = next((readers[name] for name in lineage(module) if name in readers), None)
+        spec = next((readers[name] for name in lineage(type(module)) if name in readers), None)
         if spec is not None:
             return Reader(module, spec)
     return None

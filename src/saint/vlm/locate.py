@@ -18,9 +18,11 @@ from ..upstream.names import (
     SEEN_STATES,
     TEXT_FEATURES,
     Parameters,
+    PerClass,
 )
 from ..upstream.specs import FamilySpec
 from ..vision.locate import find as find_encoders
+from ..vision.locate import lineage
 from ..vision.readers import around
 
 
@@ -30,14 +32,15 @@ def find(model: nn.Module) -> tuple[str, nn.Module, FamilySpec] | None:
     One that no spec was written for is read off the instance, see :mod:`saint.upstream.derive`.
     """
     families, candidates = registry.families(), []
+    specs = PerClass(lambda cls: next((families[name] for name in lineage(cls) if name in families), None))
+    # asked of the class: a module looks into its parts for what it has not
+    merges = PerClass(lambda cls: any(hasattr(cls, name) for name in MERGES))
     for path, module in model.named_modules():
-        for cls in type(module).__mro__:
-            spec = families.get(f"{cls.__module__}.{cls.__qualname__}")
-            if spec is not None:
-                return path, module, spec
-        for name in MERGES:  # asked of the class: a module looks into its parts for what it has not
-            if hasattr(type(module), name):
-                candidates.append((path, module))
+        spec = specs[type(module)]
+        if spec is not None:
+            return path, module, spec
+        if merges[type(module)]:
+            candidates.append((path, module))
     return derive(candidates)
 
 
@@ -79,13 +82,13 @@ def refuse_second(model: nn.Module, path: str) -> None:
     Raises:
         UnsupportedModelError: it names the part to pass.
     """
-    inner = model.get_submodule(path)
+    inner, takes = model.get_submodule(path), PerClass(_takes_embeddings)
     for outer, holder in around(model, path):
         for name, child in holder.named_children():
             if child is inner:
                 continue
             for place, module in child.named_modules(prefix=f"{outer}.{name}" if outer else name):
-                if _takes_embeddings(module):
+                if takes[type(module)]:
                     raise UnsupportedModelError(
                         f"{type(model).__name__} holds another decoder, {place} ({type(module).__name__}), beside its vision-"
                         f"language model {path} ({type(model.get_submodule(path)).__name__}), and may read that one's cache or "
@@ -124,17 +127,20 @@ def _brings_images(model: nn.Module, path: str) -> str:
             name = f"config.{field}"
         if name is not None:
             return f"its {f'{place}.' if place else ''}{name} says where images stand in a prompt"
+    takes = PerClass(_takes_embeddings)
     for place, module in model.named_modules():
-        if place == path or place.startswith(f"{path}.") or any(module is holder for _, holder in holders):
+        if not takes[type(module)] or place == path or place.startswith(f"{path}."):
             continue
-        if _takes_embeddings(module):
+        if not any(module is holder for _, holder in holders):
             return f"{place} ({type(module).__name__}) is a language model that takes embeddings"
     return ""
 
 
-def _takes_embeddings(module: nn.Module) -> bool:
-    """Tell whether a module is a decoder that takes embeddings of images; those that attend to another sequence need none."""
-    forward = type(module).forward
+def _takes_embeddings(cls: type) -> bool:
+    """Tell whether modules of a class are decoders that take embeddings of images; those that attend to another sequence need
+    none.
+    """
+    forward = getattr(cls, "forward", None)
     if not inspect.isfunction(forward):
         return False
     parameters = Parameters(forward)
