@@ -224,10 +224,20 @@ def derived(rounds: Sequence[Round], told: Mapping[str, Any], marks: Sequence[in
         pairs = [(name, than) for name in ran for than in compared_with(name, told) if than in ran]
         ahead = [Ahead.of(rounds, name, than, marks) for name, than in pairs]
         found["ahead"] = [{**asdict(one), "found": one.found._asdict()} for one in ahead if one is not None]
-        if shared := together(rounds, ran):
-            lines = {name: Line.of([one[name] for one in shared], marks) for name in ran}
-            found["fastest"] = [{"from": tokens, "variant": name} for tokens, name in fastest(lines, marks[-1])]
+        found["fastest"] = []
+        for names in beside(rounds, ran):
+            shared = together(rounds, names)
+            lines = {name: Line.of([one[name] for one in shared], marks) for name in names}
+            order = [{"from": tokens, "variant": name} for tokens, name in fastest(lines, marks[-1])]
+            found["fastest"].append({"among": names, "rounds": len(shared), "order": order})
     return found
+
+
+def beside(rounds: Sequence[Round], names: Sequence[str]) -> list[list[str]]:
+    """Return which of ``names`` ran in the same rounds, the most first: every such group that is no part of another."""
+    groups = {tuple(name for name in names if name in one) for one in rounds}
+    whole = [one for one in groups if not any(set(one) < set(other) for other in groups)]
+    return [list(one) for one in sorted(whole, key=lambda one: (-len(one), one)) if len(one) > 1]
 
 
 def unpruned_of(name: str, told: Mapping[str, Any]) -> str | None:

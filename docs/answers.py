@@ -99,12 +99,14 @@ def ahead_table() -> str:
             against = f"unpruned, {than}" if other == UNPRUNED and setting != UNPRUNED else than
             where = "none" if setting == UNPRUNED else setting
             rows.append([SIZES[size], where, way, against, _length(pair, most), f"{pair['alike']} of {pair['rounds']}"])
-        order = "; ".join(
-            f"from {entry['from']} {'token' if entry['from'] == 1 else 'tokens'} on {_spoken(entry['variant'])}"
-            for entry in part["derived"].get("fastest", [])
-        )
-        if order:
-            said.append(f"Fastest of all that ran in the {SIZES[size]} shape: {order}.")
+        for group in part["derived"].get("fastest", []):
+            order = "; ".join(
+                f"from {entry['from']} {'token' if entry['from'] == 1 else 'tokens'} on {_spoken(entry['variant'])}"
+                for entry in group["order"]
+            )
+            ways = ", ".join(dict.fromkeys(name.split("/")[2] for name in group["among"]))
+            took = f"{len(group['among'])} that took turns ({ways})"
+            said.append(f"Fastest in the {SIZES[size]} shape among the {took}: {order}.")
         off = max(part["derived"].get("misfit", {"": 0.0}).values())
         said.append(
             f"{SIZES[size]}: total times are those of time to first token and time per token over {most} tokens, which miss "
@@ -180,7 +182,8 @@ def _shapes(parts: Mapping[str, Any]) -> str:
         made.append(f"{SIZES[size]}: {shape[layers]} of {real[layers]} layers, width {shape[width]} of {real[width]}")
     conditions = next(iter(parts.values()))["conditions"]
     ready = [v["ready_s"] for one in parts.values() for v in one["variants"].values() if "ready_s" in v]
-    compiling = f"{min(ready):.0f} to {max(ready):.0f} s of compiling per variant are in no time. " if ready else ""
+    took = f"{min(ready):.0f} to {max(ready):.0f} s per variant" if ready else ""
+    compiling = f"Compiling ({took}, less where torch's cache on disk has a graph) is in no time. " if ready else ""
     measured = "; ".join(f"{SIZES[size]}: {_conditions(part)}" for size, part in parts.items())
     return (
         f"Language models in the proportions of LLaVA-1.5's ({'; '.join(made)}), random weights, behind a tower of "

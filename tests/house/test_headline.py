@@ -173,11 +173,19 @@ def test_a_call_adds_its_rounds_to_those_before():
     compiled = pairs["7b/connector/dynamic compiled", "7b/connector/dynamic"]
     assert compiled["found"] == {"ahead": "from", "tokens": 7}  # 50 + 8 (n - 1) < 40 + 10 (n - 1)
     assert compiled["rounds"] == 1
-    assert two["derived"]["fastest"] == [
+    (group,) = two["derived"]["fastest"]  # the later rounds have fewer variants, all of them among these
+    assert (group["among"], group["rounds"]) == (list(both()), 1)
+    assert group["order"] == [
         {"from": 1, "variant": "7b/connector/dynamic"},
         {"from": 7, "variant": "7b/connector/dynamic compiled"},
         {"from": 18, "variant": "7b/unpruned/static compiled"},
     ]
+
+
+def test_groups_that_took_turns_are_the_largest_ones():
+    taken = [{name: [1.0] for name in names} for names in ("ab", "bcd", "cb", "e", "ab")]
+    assert rounds.beside(taken, list("abcde")) == [["b", "c", "d"], ["a", "b"]]
+    assert rounds.beside(taken, list("abde")) == [["a", "b"], ["b", "d"]]
 
 
 def test_rounds_of_other_conditions_are_not_mixed():
@@ -250,7 +258,7 @@ def test_the_table_of_answers_shows_times_gains_and_what_is_refused():
     assert made[3][9:] == ["", "", ""]  # no unpruned variant of this way ran
     assert made[4][:4] == ["7B", "language", "static", "refused: ValueError: no / such cache"]
     assert "32 of 32 layers, width 512 of 4096" in text
-    assert "7 to 9 s of compiling" in text
+    assert "Compiling (7 to 9 s per variant, less where" in text
     assert (
         "A CPU, 1 thread, float32, torch 2, transformers 5, timm 1, 3 interleaved rounds, load average before" in text
     )
@@ -263,6 +271,8 @@ def test_the_table_of_lengths_says_which_is_ahead_when():
         ["7B", "connector", "dynamic", "unpruned, dynamic", "every length up to 256", "3 of 3"],
         ["7B", "connector", "dynamic compiled", "dynamic", "7 [7, 7] tokens or more", "3 of 3"],
     ]
+    ways = "dynamic, static compiled, dynamic compiled"
+    assert f"Fastest in the 7B shape among the 4 that took turns ({ways}): from 1 token on" in text
     assert "from 1 token on connector, dynamic; from 7 tokens on connector, dynamic compiled" in text
     assert "miss the measured totals by at most 0.0%" in text
 
