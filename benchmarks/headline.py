@@ -309,7 +309,7 @@ def ready(found: Mapping[str, Run]) -> tuple[dict[str, Run], dict[str, dict[str,
     """Warm every variant up.
 
     Returns:
-        Those that run, and of all what the record holds of them: counted FLOPs, or why a variant is refused.
+        Those that run; and of all what the record holds: counted FLOPs, or why a variant is refused (which it says) or failed.
     """
     running, told = {}, {}
     for name, run in found.items():
@@ -317,8 +317,9 @@ def ready(found: Mapping[str, Run]) -> tuple[dict[str, Run], dict[str, dict[str,
             run.warm()
         except Exception as error:  # whatever it is, it is what someone would get who asks for this way
             reason = " ".join(str(error).split())
-            told[name] = {"refused": f"{type(error).__name__}: {reason:.300}"}
-            console.print(f"{name}: refused: {told[name]['refused']}")
+            outcome = "refused" if isinstance(error, ValueError | NotImplementedError) else "failed"
+            told[name] = {outcome: f"{type(error).__name__}: {reason:.300}"}
+            console.print(f"{name}: {outcome}: {told[name][outcome]}")
             continue
         running[name] = run
         told[name] = {"flops": run.flops(), **run.facts()}
@@ -395,7 +396,7 @@ def main() -> None:
             write_json(out, {**record, **HEAD})  # after each round: what is measured is kept
             console.print(f"round {len(taken)} of {options.rounds}, {call['seconds']:.0f} s after the start")
     if not running:
-        parser.error("every variant that was asked for is refused")
+        parser.error("every variant that was asked for is refused or failed")
     console.print(f"wrote {out}")
 
 

@@ -202,7 +202,7 @@ def misfit(runs: Sequence[Sequence[float]], marks: Sequence[int]) -> float:
 
 def derived(rounds: Sequence[Round], told: Mapping[str, Any], marks: Sequence[int]) -> dict[str, Any]:
     """Return what follows from the rounds: times, gains on the unpruned variant, and which is ahead after how many tokens."""
-    ran = [name for name in told if "refused" not in told[name] and together(rounds, [name])]
+    ran = [name for name in told if "flops" in told[name] and together(rounds, [name])]
     found: dict[str, Any] = {"times": {}, "gains": {}}
     for name in ran:
         found["times"][name] = asdict(Times.of(rounds, name, marks))

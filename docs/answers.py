@@ -63,7 +63,7 @@ def encoder_table() -> str:
 
 
 def answers_table() -> str:
-    """Make the table of times of answers: every setting in every way of generating, refused ones with the reason."""
+    """Make the table of times of answers: every setting in every way of generating, with the reason where one does not run."""
     parts = _answers()
     if not parts:
         return missing(*SIZES)
@@ -76,9 +76,10 @@ def answers_table() -> str:
         for name, variant in part["variants"].items():
             _, setting, way = name.split("/")
             where = [SIZES[size], "none" if setting == UNPRUNED else setting, way]
-            if "refused" in variant:
-                reason = variant["refused"].partition(": use ")[0].replace("|", "/")
-                rows.append([*where, f"refused: {reason}", *[""] * (len(head) - len(where) - 1)])
+            outcome = next((why for why in ("refused", "failed") if why in variant), None)
+            if outcome is not None:
+                reason = variant[outcome].partition(": use ")[0].replace("|", "/")
+                rows.append([*where, f"{outcome}: {reason}", *[""] * (len(head) - len(where) - 1)])
             elif (times := part["derived"]["times"].get(name)) is not None:
                 gains = _gains(part["derived"]["gains"].get(name), lengths)
                 rows.append([*where, f"{variant['kv_share']:.0%}", *_times(times, lengths), *gains])

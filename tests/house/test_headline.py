@@ -165,7 +165,7 @@ def test_a_call_adds_its_rounds_to_those_before():
     assert gain["bounds"] == {"first": 4.0, "token": 2.0}
     assert gain["of_the_bound"] == 100 / 80 / 4
     pairs = {(pair["name"], pair["than"]): pair for pair in two["derived"]["ahead"]}
-    # only with what ran: the compiled connector has no unpruned twin of the same way here, and static refused itself
+    # only with what ran: the compiled connector has no unpruned twin of the same way here, and static is refused
     assert pairs.keys() == {
         ("7b/connector/dynamic", "7b/unpruned/dynamic"),
         ("7b/connector/dynamic compiled", "7b/connector/dynamic"),
@@ -203,18 +203,42 @@ def test_a_variant_that_is_refused_now_keeps_its_rounds_and_is_compared_no_more(
     assert after["derived"]["ahead"] == []
 
 
+class Fake:
+    """A variant that takes a second, or cannot."""
+
+    def __init__(self, name, order, error=None):
+        self.name, self.order, self.error = name, order, error
+
+    def warm(self):
+        if self.error is not None:
+            raise self.error
+
+    def take(self):
+        self.order.append(self.name)
+        return [1.0]
+
+    def flops(self):
+        return {"first": 2.0}
+
+    def facts(self):
+        return {"batch": 1}
+
+
+def test_what_does_not_run_is_told_with_its_reason():
+    errors = {"a": None, "b": ValueError("no such\ncache"), "c": RuntimeError("torn")}
+    running, told = headline.ready({name: Fake(name, [], error) for name, error in errors.items()})
+    assert list(running) == ["a"]
+    assert told == {
+        "a": {"flops": {"first": 2.0}, "batch": 1},
+        "b": {"refused": "ValueError: no such cache"},
+        "c": {"failed": "RuntimeError: torn"},
+    }
+
+
 def test_every_second_round_of_a_part_goes_backwards():
     order = []
 
-    class Counted:
-        def __init__(self, name):
-            self.name = name
-
-        def take(self):
-            order.append(self.name)
-            return [1.0]
-
-    taken = list(headline.measure({name: Counted(name) for name in "abc"}, "cpu", 3, before=1))
+    taken = list(headline.measure({name: Fake(name, order) for name in "abc"}, "cpu", 3, before=1))
     assert "".join(order) == "cbaabccba"
     assert [list(one) for one in taken] == [["a", "b", "c"]] * 3
 
@@ -329,7 +353,7 @@ def test_the_script_measures_answers_in_pieces(script, monkeypatch):
     assert part["variants"].keys() >= {"7b/language/dynamic", "7b/language/static"}
     for name, variant in part["variants"].items():
         times = [one[name] for one in part["rounds"] if name in one]
-        assert bool(times) != ("refused" in variant)
+        assert bool(times) == ("flops" in variant) != bool({"refused", "failed"} & variant.keys())
         assert all(0 < a < b < c for a, b, c in times)
     tokens = part["variants"]["7b/connector/dynamic"]
     assert tokens["kv_share"] == pytest.approx((144 + 40) / 616)
