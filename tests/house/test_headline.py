@@ -378,6 +378,11 @@ def test_the_script_measures_an_encoder_at_half_of_the_flops(script, monkeypatch
 
 
 def test_the_script_measures_the_larger_model_beside_the_smaller(script):
-    part = script("both", "--new-tokens", "2", "--settings", "hybrid")["llava"]["both"]
+    few = ["--new-tokens", "2", "--settings", "hybrid"]
+    with pytest.raises(FileNotFoundError):
+        script("both", *few, "--rounds", "0")  # nothing is timed, and nothing written
+    with pytest.raises(SystemExit):
+        script("both", *few, "--ways", "static")
+    part = script("both", *few)["llava"]["both"]
     assert list(part["rounds"][0]) == ["7b/unpruned/dynamic", "13b/hybrid/dynamic"]
     assert part["derived"]["gains"].keys() == {"13b/hybrid/dynamic"}
