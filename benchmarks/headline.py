@@ -367,13 +367,17 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer than the model has, to try the script")
     parser.add_argument("--width", type=int, help="another than the model has, to try the script; divisible by 64")
     parser.add_argument("--anew", action="store_true", help="forget the rounds that the part holds")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/headline-SCALE.json")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/headline-shapes-SCALE.json")
     options = parser.parse_args()
     settings = ["plan_for", "votes"] if options.part == "vit-h" else list(SETTINGS)
     if unknown := set(options.settings or []) - set(settings):
         parser.error(f"{options.part} has the settings {', '.join(settings)}, got {', '.join(sorted(unknown))}")
     if options.rounds < 0 or min(options.new_tokens) < 2:
         parser.error(f"--rounds >= 0 and --new-tokens >= 2 are expected, got {options.rounds} and {options.new_tokens}")
+    if (options.layers or options.width) and options.out is None:
+        parser.error(
+            "--layers and --width try the script, and benchmarks/results/ holds the shapes of the models: give --out"
+        )
     if options.scale == "full" and not torch.cuda.is_available():
         parser.error("--scale full needs a CUDA device: 13 billion bfloat16 weights")
     torch.set_num_threads(options.threads)
