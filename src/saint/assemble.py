@@ -188,9 +188,9 @@ def _door(
     starts_short: bool = False,
 ) -> "Doorway":
     """The door of a language model: ``points`` of the connector in front of it, the language stage behind it."""
-    from .language.cache import SessionToken
     from .language.decoder import PrunedDecoder
     from .language.doorway import Doorway
+    from .language.entries import SessionToken
     from .language.layers import read_layers, with_keys
 
     layers: list[nn.Module] = list(LAYERS.get(text).children())

@@ -12,18 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from saint.language.cache import (
-    CachePositions,
-    CacheView,
-    RaggedLayer,
-    SessionToken,
-    check_cache,
-    entries,
-    extended,
-    ragged_layer,
-    remaining,
-    stored_bytes,
-)
+from saint.language.cache import CacheView, RaggedLayer, check_cache, ragged_layer, stored_bytes
+from saint.language.entries import CachePositions, SessionToken, entries, extended, remaining
 from saint.language.masks import survivors_mask
 from saint.language.positions import gather_ids, gather_rotary
 from saint.tokens import Selection, TokenMap

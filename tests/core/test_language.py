@@ -5,8 +5,8 @@ import torch
 import transformers as hf
 
 import saint
-from saint.language.cache import CachePositions, entries, extended
 from saint.language.decoder import nearest_before
+from saint.language.entries import CachePositions, entries, extended
 from saint.language.masks import survivors_mask
 from saint.tokens import TokenMap
 from support.families import FAMILIES, cache_of, cached, prompts

@@ -197,7 +197,7 @@ def test_quantised_caches_know_no_bytes():
 )
 @pytest.mark.parametrize("additive", [False, True])
 def test_masks_made_from_positions_are_those_of_transformers(reach, additive):
-    from saint.language.cache import CachePositions
+    from saint.language.entries import CachePositions
     from saint.language.shortening import Span, reaches
 
     config = hf.LlamaConfig(**text_config(**reach))

@@ -7,206 +7,25 @@ Letters: B batch, H KV heads, K stored entries, L logical length, D head dim.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
+    StaticSlidingWindowLayer,
 )
 
 from ..gathers import gather_along
-from ..tokens import Selection, TokenMap
+from ..tokens import Selection
 from ..upstream.names import CACHE
-
-
-@dataclass(frozen=True)
-class CachePositions:
-    """Which positions the entries of a cache layer hold.
-
-    Attributes:
-        index: position of each of the first K entries, int64 [B, K]; entry K + j holds position ``end + j``.
-        valid: bool [B, K], False for padding (samples that kept fewer tokens), or None.
-        end: positions covered by ``index``.
-        bias: what is added to the logits of each entry (proportional attention to merged tokens), float32 [B, K], or None.
-    """
-
-    index: Tensor
-    valid: Tensor | None
-    end: int
-    bias: Tensor | None = None
-    _picked: list[Any] = field(default_factory=list, repr=False, compare=False)
-    _shown: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    @staticmethod
-    def every(count: int, like: Tensor, valid: Tensor | None = None) -> "CachePositions":
-        """The map of a cache that holds all ``count`` positions of each row of ``like``; ``valid`` marks the caller's padding."""
-        index = torch.arange(count, device=like.device).expand(like.shape[0], count)
-        return CachePositions(index, valid, count)
-
-    def columns(self, total: int) -> tuple[Tensor, Tensor | None]:
-        """Positions and validity of all entries when ``total`` positions are cached, [B, K + total - end]."""
-        more = total - self.end
-        if more == 0:
-            return self.index, self.valid
-        batch = self.index.shape[0]
-        tail = torch.arange(self.end, total, device=self.index.device).expand(batch, more)
-        valid = None if self.valid is None else torch.cat([self.valid, self.valid.new_ones(batch, more)], 1)
-        return torch.cat([self.index, tail], 1), valid
-
-    def shown(self, first: int, count: int, width: int | None) -> tuple[Tensor, Tensor | None]:
-        """Positions of ``count`` entries from ``first`` on, and which of them may be seen, [B, count].
-
-        Places behind the last entry (of a static cache) count on; those from position ``width`` on may not be seen.
-        """
-        if torch.compiler.is_compiling():  # where entries begin is no constant of a compiled step
-            return self._places(first, count, width)
-        key = first, count, width
-        if key not in self._shown:
-            if len(self._shown) > 3:  # a dynamic cache grows with every step
-                self._shown.clear()
-            self._shown[key] = self._places(first, count, width)
-        return self._shown[key]
-
-    def _places(self, first: int, count: int, width: int | None) -> tuple[Tensor, Tensor | None]:
-        end = self.end + max(0, first + count - self.index.shape[1])
-        index, valid = self.columns(end)
-        index = index[:, first : first + count]
-        valid = None if valid is None else valid[:, first : first + count]
-        if width is not None and end > width:
-            inside = index < width
-            index, valid = index.clamp_max(width - 1), inside if valid is None else valid & inside
-        return index, valid
-
-    def followed_by(self, more: "CachePositions", before: int) -> "CachePositions":
-        """The map with the entries of the next sequence, when ``before`` positions are cached."""
-        index, valid = self.columns(before)
-        bias, rows = self.biases(before), (index, more.index)
-        if valid is not None or more.valid is not None:
-            known = zip(rows, (valid, more.valid), strict=True)
-            valid = torch.cat([torch.ones_like(i, dtype=torch.bool) if v is None else v for i, v in known], 1)
-        if bias is not None or more.bias is not None:
-            added = zip(rows, (bias, more.bias), strict=True)
-            bias = torch.cat([torch.zeros_like(i, dtype=torch.float32) if b is None else b for i, b in added], 1)
-        return CachePositions(torch.cat(rows, 1), valid, more.end, bias)
-
-    def biases(self, total: int) -> Tensor | None:
-        """Give what is added to the logits of every entry when ``total`` positions are cached, float32; None: nothing."""
-        more = self.index.shape[1] + total - self.end
-        return None if self.bias is None else pad(self.bias, (0, more - self.bias.shape[1]))
-
-    def of_samples(self, samples: Tensor) -> "CachePositions":
-        """The map of these samples, in this order; layers that shared a map share the result."""
-        if not self._picked or self._picked[0] is not samples:
-            pick = samples.to(self.index.device)
-            self._picked[:] = [samples, self._each(lambda x: x[pick])]
-        return self._picked[1]
-
-    def without_last(self, count: int, total: int) -> "CachePositions":
-        """The map when the last ``count`` of ``total`` positions are rolled back.
-
-        Raises:
-            ValueError: not all of these are the last entries of every sample.
-        """
-        reach = count - (total - self.end)
-        if reach <= 0:
-            return self
-        tail = torch.arange(self.end - reach, self.end, device=self.index.device)
-        own = self.index[:, -reach:] == tail if reach <= self.index.shape[1] else None
-        own = own if own is None or self.valid is None else own & self.valid[:, -reach:]
-        if own is None or not bool(own.all()):
-            raise ValueError(
-                f"cannot roll {count} of {total} positions back: they reach into a pruned prompt; start from an empty cache"
-            )
-        return self._each(lambda x: x[:, :-reach], self.end - reach)
-
-    def repeat(self, times: int) -> "CachePositions":
-        """Every sample ``times`` times, one behind the other: [B, K] -> [B * times, K]."""
-        return self._each(lambda x: x.repeat_interleave(times, 0))
-
-    def _each(self, change: Callable[[Tensor], Tensor], end: int | None = None) -> "CachePositions":
-        valid, bias = (None if x is None else change(x) for x in (self.valid, self.bias))
-        return CachePositions(change(self.index), valid, self.end if end is None else end, bias)
-
-
-def extended(past: CachePositions | None, before: int, tokens: TokenMap, bias: Tensor | None = None) -> CachePositions:
-    """Append the survivors of a new sequence to what a layer holds of ``before`` cached positions.
-
-    Args:
-        past: what the layer holds, None when it holds all ``before`` positions.
-        before: L before.
-        tokens: survivors of the new sequence.
-        bias: of the survivors, float32 [B, S]; None: nothing.
-    """
-    new = CachePositions(tokens.index + before, tokens.valid, before + tokens.width, bias)
-    if not before:
-        return new
-    held = CachePositions.every(before, new.index) if past is None else past
-    return held.followed_by(new, before)
-
-
-def entries(
-    tokens: TokenMap | None, past: CachePositions | None, before: int, queries: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Position and validity of every entry once a sequence of ``queries`` tokens is appended, see :func:`extended`.
-
-    Returns:
-        int64 [B, K + S] and bool [B, K + S] or None; (None, None) when every position is there.
-    """
-    held = past if tokens is None else extended(past, before, tokens)
-    return (None, None) if held is None else held.columns(before + queries)
-
-
-def remaining(past: CachePositions | None, tokens: TokenMap, *, before: int) -> tuple[Selection, CachePositions]:
-    """Find what is left of a layer's entries when of the last sequence only ``tokens`` are.
-
-    Args:
-        past: what the layer holds, the last sequence included; None when it holds every position.
-        tokens: survivors of the last sequence.
-        before: positions cached before it.
-
-    Returns:
-        Which entries stay, and the map of those.
-    """
-    total, batch = before + tokens.width, tokens.index.shape[0]
-    past = CachePositions.every(total, tokens.index) if past is None else past
-    held, held_valid = past.columns(total)
-    index = tokens.index + before
-    index = index if tokens.valid is None else index.masked_fill(~tokens.valid, total)
-    here = torch.zeros(batch, total + 1, dtype=torch.bool, device=index.device)
-    here[:, :before] = True
-    keep = here.scatter_(1, index, True).gather(1, held)
-    keep = keep if held_valid is None else keep & held_valid
-    chosen = Selection.from_mask(keep, tuple(keep.sum(1).tolist()))
-    bias = past.biases(total)
-    bias = None if bias is None else bias.gather(1, chosen.slots)
-    return chosen, CachePositions(held.gather(1, chosen.slots), chosen.valid, total, bias)
-
-
-class SessionToken:
-    """Identity of the plan a cache was filled under; survives a copy of the cache."""
-
-    def __init__(self) -> None:
-        self.closed = False
-
-    def close(self) -> None:
-        """The plan has been taken off."""
-        self.closed = True
-
-    def reopen(self) -> None:
-        """The plan is on again: caches that were filled under it may go on."""
-        self.closed = False
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "SessionToken":
-        return self
+from .entries import CachePositions, SessionToken
+from .static import StaticRagged
 
 
 class RaggedLayer(DynamicLayer):
@@ -234,10 +53,9 @@ class RaggedLayer(DynamicLayer):
             new.device, new.is_initialized = layer.device, True
             new.keys, new.values = layer.keys, layer.values
             new.length = layer.get_seq_length()
-            batch, stored = new.keys.shape[0], new.keys.shape[-2]
-            if stored < new.length:  # a sliding layer has let go of the positions outside its window
-                empty = torch.empty(batch, 0, dtype=torch.long, device=new.device)
-                new._set_map(CachePositions(empty, None, new.length - stored))
+            gone = new.length - new.keys.shape[-2]
+            if gone:  # a sliding layer has let go of the positions outside its window
+                new._set_map(CachePositions.behind(gone, new.keys))
         return new
 
     @property
@@ -255,10 +73,7 @@ class RaggedLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Append [B, H, S, D]; ``positions`` is what the entries are afterwards, None when nothing of it is missing."""
         if self.session.closed:
-            raise ValueError(
-                "this cache was filled under a plan that has been removed, and misses the tokens it dropped: "
-                "start from an empty cache"
-            )
+            self.session.refuse_closed()
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         if positions is None:
             self.length += key_states.shape[-2]
@@ -295,10 +110,9 @@ class RaggedLayer(DynamicLayer):
         if mapped + plain == 0:
             return
         if self.map is None:
-            index = torch.empty(self.keys.shape[0], 0, dtype=torch.long, device=self.keys.device)
-            self.map = CachePositions(index, None, end + plain)
+            self.map = CachePositions.behind(end + plain, self.keys)
         else:
-            self.map = self.map._each(lambda x: x[:, mapped:], end + plain)
+            self.map = self.map.without_first(mapped + plain)
         self._starts = self._starts[mapped:]
         self.keys, self.values = self.keys[:, :, mapped + plain :], self.values[:, :, mapped + plain :]
 
@@ -382,29 +196,43 @@ def check_cache(cache: Any, session: SessionToken) -> None:
     if not isinstance(cache, Cache):
         raise ValueError(f"{CACHE.spellings[0]} must be a transformers Cache, got {type(cache).__name__}")
     for layer in cache.layers:
-        if isinstance(layer, RaggedLayer):
+        if isinstance(layer, (RaggedLayer, StaticRagged)):
             if layer.session is not session:
                 raise ValueError(
                     "this cache was filled under another plan, which dropped other tokens at other layers: start from "
                     "an empty cache"
                 )
-        elif isinstance(layer, CacheLayerMixin) and type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        elif isinstance(layer, CacheLayerMixin) and type(layer) not in _THINNED:
             raise ValueError(
                 f"a cache of {type(layer).__name__} cannot store a different number of tokens per layer: use a DynamicCache "
-                '(generate: drop cache_implementation, or set it to "dynamic")'
+                'or a StaticCache (generate: cache_implementation="dynamic" or "static")'
             )
     if cache.layer_class_to_replicate not in (None, DynamicLayer):
         raise ValueError(
-            f"a cache of {cache.layer_class_to_replicate.__name__} cannot become ragged: use a DynamicCache"
+            f"a cache of {cache.layer_class_to_replicate.__name__} cannot become ragged: use a DynamicCache or a StaticCache"
         )
 
 
-def ragged_layer(cache: DynamicCache, layer: int, session: SessionToken) -> RaggedLayer:
-    """The cache layer, swapped for a ragged one if it is not yet."""
+_THINNED = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)  # can lose single entries
+
+
+def ragged_layer(cache: Cache, layer: int, session: SessionToken, step: int = 1) -> RaggedLayer | StaticRagged:
+    """The cache layer, swapped for a ragged one if it is not yet.
+
+    Args:
+        cache: the cache.
+        layer: number of the layer.
+        session: identity of the plan.
+        step: a static layer is allocated in multiples of this.
+    """
     while len(cache.layers) <= layer:
         cache.layers.append(DynamicLayer())
     found = cache.layers[layer]
-    if not isinstance(found, RaggedLayer):
+    if isinstance(found, StaticRagged):
+        found.settle()
+    elif isinstance(found, StaticLayer):
+        return StaticRagged.adopt(found, session, step)
+    elif not isinstance(found, RaggedLayer):
         found = cache.layers[layer] = RaggedLayer.adopt(found, session)
     return found
 
@@ -453,8 +281,10 @@ def stored_bytes(layer: Any, gone: int = 0) -> tuple[int, int] | None:
         else None
     )
     unpruned = length + gone if reach is None else min(length + gone, reach)
-    stored = min(places, length)
-    if not isinstance(layer, RaggedLayer) and stored < (length if reach is None else min(length, reach)):
+    stored = layer.stored if isinstance(layer, StaticRagged) else min(places, length)
+    if not isinstance(layer, (RaggedLayer, StaticRagged)) and stored < (
+        length if reach is None else min(length, reach)
+    ):
         return None  # the others are kept in another form (quantised)
     each = sum(t.numel() * t.element_size() for t in (layer.keys, layer.values)) // places if places else 0
     return each * stored, each * unpruned

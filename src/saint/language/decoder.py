@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import StaticLayer
 
 from ..errors import HookNeverFiredError, ParityError, UnsupportedModelError
 from ..gathers import gather_tokens
@@ -45,22 +46,14 @@ from ..upstream.names import (
 )
 from ..upstream.versions import known_from
 from .attention import check_attention, last_row
-from .cache import (
-    CachePositions,
-    CacheView,
-    RaggedLayer,
-    SessionToken,
-    check_cache,
-    extended,
-    filled,
-    ragged_layer,
-    remaining,
-)
+from .cache import CacheView, RaggedLayer, check_cache, filled, ragged_layer
 from .call import REQUIRED, Call, Spelling
+from .entries import CachePositions, SessionToken, extended, remaining
 from .layers import Keeps
 from .masks import DENSE, FLASH, survivors_mask, weighed
 from .positions import gather_beside, gather_ids, gather_rotary, rotary_like
 from .recurrent import filled_state, in_front
+from .static import StaticRagged
 
 
 class Held(NamedTuple):
@@ -70,19 +63,31 @@ class Held(NamedTuple):
         past: which positions its entries are of; None: every one.
         before: positions that are cached.
         first: the first position that a mask of the layer shows.
+        places: of a static layer, the first entry that it shows to the sequence that comes, and how many places.
     """
 
     past: CachePositions | None = None
     before: int = 0
     first: int = 0
+    places: tuple[int, int] | None = None
 
     @staticmethod
-    def by(entry: Any, queries: int) -> "Held":
-        """Read it off a layer of a cache, None where there is none; ``queries``: length of the sequence that comes."""
+    def by(entry: Any, queries: int, *, counted: bool = True) -> "Held":
+        """Read it off a layer of a cache, None where there is none.
+
+        Args:
+            entry: the layer.
+            queries: length of the sequence that comes.
+            counted: say also of a static layer how many positions are cached, for which the device is asked.
+        """
         if entry is None:
             return Held()
-        past = entry.map if isinstance(entry, RaggedLayer) else None
-        return Held(past, entry.get_seq_length(), entry.get_mask_sizes(queries)[1])
+        count, first = entry.get_mask_sizes(queries)
+        if isinstance(entry, StaticRagged):
+            return Held(entry.map, entry.length if counted else 0, first, entry.shown(queries))
+        if isinstance(entry, StaticLayer):
+            return Held(None, int(entry.get_seq_length()), first, (first, count))
+        return Held(entry.map if isinstance(entry, RaggedLayer) else None, entry.get_seq_length(), first)
 
 
 @dataclass
@@ -91,11 +96,15 @@ class Gaps:
 
     Attributes:
         entries: by layer, what holds its keys and misses some, and which it had in front of the forward.
-        masks: of layers from whose own sequence nothing is missing, by the mask of the model, what is missing and the window.
+        masks: of layers from whose own sequence nothing is missing, by the mask of the model, the tokens that can be missing
+            and the window.
     """
 
-    entries: dict[int, tuple[RaggedLayer, CachePositions]] = field(default_factory=dict)
+    entries: dict[int, tuple[RaggedLayer | StaticRagged, CachePositions]] = field(default_factory=dict)
     masks: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
+
+
+_PLACES = 64
 
 
 class Running(threading.local):
@@ -177,6 +186,11 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         self._running, self._traced = Running(), Running()  # compiled code knows no thread
         own = [(layer, keeps[layer].shared) for layer in range(self.first, self.depth)]
         self._read = [(layer, layer if source is None else source) for layer, source in own]
+        # drop points in front of what a layer reads: layers with as many miss the same tokens
+        self._behind = {layer: sum(point < source for point in self.points) for layer, source in self._read}
+        # places of static layers are rounded where a vote says how many, so that few shapes are compiled
+        votes = any(point.method is not None and point.method.fixed is None for point in points)
+        self._step = _PLACES if votes else 1
         self._check()
 
     def _check(self) -> None:
@@ -302,7 +316,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         """
         before, forward = self.forward, self.forwards.begin()
         cache = CACHE.read(kwargs)
-        if cache is not None and self.drops and (self._checked is None or self._checked() is not cache):
+        if self.drops and cache is not None and not torch.compiler.is_compiling() and not self._known(cache):
             check_cache(cache, self.token)
             self._checked = weakref.ref(cache)
         forward.gaps = self._gaps(cache)
@@ -324,6 +338,10 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         # between layers the model would cut the last rows off a sequence that is shortened
         return {name: 0 if name in LAST_ROWS.spellings else value for name, value in kwargs.items()}
 
+    def _known(self, cache: Any) -> bool:
+        """Tell whether the cache has been checked."""
+        return self._checked is not None and self._checked() is cache
+
     def end(self) -> None:
         """The forward is over."""
         self.running.step = None
@@ -339,7 +357,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         count = len(entries)
         for layer, source in self._read:  # no call for a layer: this runs in every step of an answer
             entry = entries[source] if source < count else None
-            if isinstance(entry, RaggedLayer) and entry.map is not None:
+            if isinstance(entry, (RaggedLayer, StaticRagged)) and entry.map is not None:
                 gaps.entries[layer] = entry, entry.map
         return gaps
 
@@ -418,13 +436,13 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         """
         if layer not in gaps.entries:
             return mask
-        entry, past = gaps.entries[layer]
-        key = None if mask is None else id(mask), id(past), entry.sliding_window
+        entry = gaps.entries[layer][0]
+        key = None if mask is None else id(mask), self._behind[layer], entry.sliding_window
         found = gaps.masks.get(key)
         if found is None:  # the first of these layers, in front of what it appends
-            held = Held.by(entry, x.shape[1])
-            # what it is made from is held, so that the ids stay theirs
-            found = gaps.masks[key] = self._made(mask, None, held, x.shape[1], None, None, x.dtype), mask, held
+            held = Held.by(entry, x.shape[1], counted=False)
+            # the mask that it is made from is held, so that the id stays its own
+            found = gaps.masks[key] = self._made(mask, None, held, x.shape[1], None, None, x.dtype), mask
         return found[0]
 
     def _of_survivors(
@@ -438,13 +456,17 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
             return replace(call, mask=self._mask(forward, call.mask, tokens, held, tokens.width, state, dtype)), None
         if not self.keeps[layer].keys:
             return call, None
-        entry = None if call.cache is None else ragged_layer(call.cache, layer, self.token)
-        held = Held.by(entry, tokens.width)
+        entry = None if call.cache is None else ragged_layer(call.cache, layer, self.token, self._step)
+        held, positions = Held.by(entry, tokens.width), None
+        if entry is not None:
+            make = partial(extended, held.past, held.before, tokens, self._bias(forward, state, dtype))
+            positions = forward.once("keys", make, tokens, held.past)
+            if isinstance(entry, StaticRagged):
+                held = held._replace(places=entry.expect(positions, tokens.slots))
+                if layer in self.sources:
+                    forward.held[layer] = held
         call = replace(call, mask=self._mask(forward, call.mask, tokens, held, tokens.width, state, dtype))
-        if entry is None:
-            return call, None
-        bias = self._bias(forward, state, dtype)
-        return call, forward.once("keys", lambda: extended(held.past, held.before, tokens, bias), tokens, held.past)
+        return call, positions
 
     @staticmethod
     def _bias(forward: DecoderForward, state: LayerState, dtype: torch.dtype) -> Tensor | None:
@@ -496,7 +518,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         keys, bias = state.tokens, self._bias(forward, state, dtype)
         make = partial(self._made, mask, tokens, held, queries, keys, bias, dtype)
         # layers with the same mask, survivors and cache content share the result
-        return forward.once(f"mask from {held.first}", make, mask, tokens, keys, held.past)
+        return forward.once(f"mask from {held.first} over {held.places}", make, mask, tokens, keys, held.past)
 
     def _made(
         self,
@@ -509,14 +531,20 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         dtype: torch.dtype,
     ) -> Any:
         """The mask over what is ``held`` and ``keys`` of the sequence; without ``keys``, all of it."""
-        past, before, first = held
+        past, before, first, places = held
         flash = IMPLEMENTATION.get(self.module.config) in FLASH
         shown = None if keys is tokens else keys
-        cut = survivors_mask(mask, tokens, past, before=before, first=first, queries=queries, flash=flash, shown=shown)
+        cut = survivors_mask(
+            mask, tokens, past, before=before, first=first, queries=queries, flash=flash, shown=shown, places=places
+        )
         entries = past if keys is None else extended(past, before, keys, bias)
-        added = None if entries is None else entries.biases(before + queries)
+        if entries is None or entries.bias is None:
+            return cut
+        added = entries.biases(before + queries) if places is None else entries.biases_shown(*places)
+        assert added is not None
         more = queries if tokens is None else tokens.slots
-        return cut if added is None else weighed(cut, added, queries=more, dtype=dtype, flash=flash)
+        ahead = added.shape[1] - more if places is None else 0  # a static layer is empty where causality masks alone
+        return weighed(cut, added, queries=more, ahead=ahead, dtype=dtype, flash=flash)
 
     def leave(self, forward: DecoderForward, layer: int, state: LayerState, y: Tensor, call: Call) -> Tensor:
         after, tokens = layer + 1, state.tokens
@@ -534,7 +562,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         for layer in range(self.depth):
             if not self.keeps[layer].keys:
                 continue
-            entry = ragged_layer(cache, layer, self.token)
+            entry = ragged_layer(cache, layer, self.token, self._step)
             if forward.states[layer].tokens is not left and entry.is_initialized:
                 past, before = entry.map, entry.length - left.width
                 entry.keep(*forward.once("left", partial(remaining, past, left, before=before), left, past))

@@ -34,8 +34,9 @@ from ..runtime.state import Forward, LayerState, packed_tokens, some_tokens
 from ..tokens import Facts, Selection, TokenMap
 from ..upstream.names import CACHE, EMBEDDINGS, IDS, IMPLEMENTATION, LAYERS, MASK, POSITIONS, Parameters
 from ..work import Stack, read_decoder
-from .cache import CachePositions, KVMemory, SessionToken, filled, memory
+from .cache import KVMemory, filled, memory
 from .decoder import PrunedDecoder
+from .entries import CachePositions, SessionToken
 from .logical import Held, held_by, hold, inside
 from .masks import DENSE, FLASH
 from .shortening import RECURRENT, Reach, Short, Span, documents, masks_of, reaches, real_tokens, shown_before

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .cache import CachePositions, SessionToken
+from .entries import CachePositions, SessionToken
 
 
 class Held:
@@ -78,11 +78,7 @@ class Shortened(Cache):
 
     def _refuse_closed(self) -> None:
         """Whoever asks for the size of a mask is about to go on."""
-        if self._held.token.closed:
-            raise ValueError(
-                "this cache was filled under a plan that has been removed, and misses the tokens it dropped: "
-                "start from an empty cache"
-            )
+        self._held.token.refuse_closed()
 
     def reset(self) -> None:
         super().reset()

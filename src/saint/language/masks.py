@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import UnsupportedModelError
 from ..gathers import gather_along
 from ..tokens import TokenMap
-from .cache import CachePositions, entries
+from .entries import CachePositions, entries, extended
 
 # implementations of transformers whose mask is dense [B, 1, Q, L] or, for flash, the padding mask [B, L]
 DENSE = {"sdpa", "eager"}
@@ -31,6 +31,7 @@ def survivors_mask(
     queries: int,
     flash: bool,
     shown: TokenMap | None = None,
+    places: tuple[int, int] | None = None,
 ) -> Tensor | None:
     """The mask between the survivors of a new sequence and the entries a layer will hold.
 
@@ -45,11 +46,12 @@ def survivors_mask(
         flash: the model runs flash attention.
         shown: of a layer that reads the keys of an earlier one, the tokens of the new sequence that were left there, where
             ``tokens`` are only some of them.
+        places: of a static layer, the first entry that it shows and how many places, filled or not.
 
     Returns:
         The same kind of mask, or None when nothing but causality masks.
     """
-    if tokens is None and past is not None and past.end == first and not past.index.shape[1]:
+    if places is None and tokens is None and past is not None and past.end == first and not past.index.shape[1]:
         return mask  # a sliding window that has left the pruned prompt behind
     if (
         mask is None
@@ -58,7 +60,13 @@ def survivors_mask(
         and all(held is None or held.valid is None for held in (tokens, past))
     ):
         return None  # the usual decode step: every entry may be seen
-    columns, valid = entries(tokens if shown is None else shown, past, before, queries)
+    keys = tokens if shown is None else shown
+    if places is None:
+        columns, valid = entries(keys, past, before, queries)
+    else:
+        held = past if keys is None else extended(past, before, keys)
+        assert held is not None
+        columns, valid = held.shown(*places, None if mask is None else first + mask.shape[-1])
     if first and columns is not None:
         inside = columns >= first
         valid = inside if valid is None else valid & inside
@@ -94,13 +102,14 @@ def survivors_mask(
     return mask.masked_fill(hidden, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
 
 
-def weighed(mask: Tensor | None, bias: Tensor, *, queries: int, dtype: torch.dtype, flash: bool) -> Tensor:
+def weighed(mask: Tensor | None, bias: Tensor, *, queries: int, ahead: int, dtype: torch.dtype, flash: bool) -> Tensor:
     """The additive mask in which the logits of each entry's key get a bias: of merged tokens.
 
     Args:
         mask: see :func:`survivors_mask`.
         bias: of each entry, float32 [B, K].
-        queries: how many of the entries, the last, ask.
+        queries: how many of the entries ask.
+        ahead: entries in front of those.
         dtype: of the hidden states.
         flash: the model runs flash attention.
 
@@ -112,9 +121,9 @@ def weighed(mask: Tensor | None, bias: Tensor, *, queries: int, dtype: torch.dty
             "flash attention takes no mask through which merged tokens are weighed: set beta=0, or load the model with "
             'attn_implementation="sdpa"'
         )
-    if mask is None:  # nothing but causality: the new tokens are the last entries, in order
+    if mask is None:  # nothing but causality: entries are in order
         place = torch.arange(bias.shape[1], device=bias.device)
-        mask = place <= place[-queries:, None]  # [Q, K]
+        mask = place <= place[ahead : ahead + queries, None]  # [Q, K]
     if not mask.is_floating_point():
         lowest = torch.finfo(dtype).min
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask.bool(), lowest)

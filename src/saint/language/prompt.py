@@ -3,6 +3,7 @@
 Letters: B batch, L positions of the forward.
 """
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,8 @@ class PrunedText(Uncopyable):
         if tokens is None or filled(cache):
             return
         batch, length = tokens.shape
+        if isinstance(mask, Mapping):  # by kind of layer, as `generate` makes them for a static cache
+            mask = next((one for one in mask.values() if isinstance(one, Tensor)), None)
         if mask is None or (isinstance(mask, Tensor) and mask.shape == tokens.shape):
             real = torch.ones_like(tokens) if mask is None else mask.clone()
             if self.handover.prompt is not None:
@@ -91,10 +94,10 @@ class PrunedText(Uncopyable):
         elif (
             isinstance(mask, Tensor)
             and mask.ndim == 4
-            and mask.shape[2:] == (length, length)
+            and mask.shape[2] == length <= mask.shape[3]
             and len(mask) in (1, batch)
         ):
-            found = candidates_seen(mask).expand(batch, -1)
+            found = candidates_seen(mask[..., :length]).expand(batch, -1)  # behind them what a static cache has not filled
         elif not drops:
             return
         else:

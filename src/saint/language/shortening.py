@@ -14,7 +14,7 @@ from transformers import masking_utils
 from ..errors import UnsupportedModelError
 from ..gathers import gather_along, gather_tokens
 from ..upstream.names import CACHE, CACHING, MASK, POSITIONS
-from .cache import CachePositions
+from .entries import CachePositions
 from .masks import lets_through
 
 
