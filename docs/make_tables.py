@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import answers
 import ready
 import shapes
 
@@ -289,7 +290,14 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/methods.md": {"methods": methods_table},
     "docs/ready.md": {"ready": ready.ready_table},
-    "docs/results.md": {"keep": keep_table, "speed": speed_table},
+    "docs/results.md": {
+        "keep": keep_table,
+        "speed": speed_table,
+        "half": answers.encoder_table,
+        "answers": answers.answers_table,
+        "ahead": answers.ahead_table,
+        "both": answers.both_table,
+    },
     "docs/serving.md": {"serving": serving_table},
 }
 

@@ -25,7 +25,8 @@ RELATIVE = 5e-5
 # what a plan is run on, by what the file of its measurement is called; else an encoder
 SMALL = ("small-llava", "keep-small-llava", "easy", "vlm", "modes", "analyze-small-llava", "analyze-smollm2")
 ABLATED = {"saint_merged", "tome_dropped"}  # methods of evidence/ablations.py, not of the package
-LARGE = ("llava-1.5", "headline-cpu.llava")
+LARGE = ("llava-1.5", "headline-cpu.llava", "headline-shapes-cpu.llava")
+DEEP = "headline-shapes-cpu.vit-h"  # an encoder of 32 layers, not 12
 
 
 def measured() -> dict[str, Plan]:
@@ -38,7 +39,7 @@ def measured() -> dict[str, Plan]:
                     plans[file.stem + place] = Plan.from_dict(plan)
     first: dict[str, str] = {}
     for name, plan in plans.items():
-        first.setdefault(json.dumps(plan.to_dict(), sort_keys=True) + kind(name), name)
+        first.setdefault(json.dumps(plan.to_dict(), sort_keys=True) + subject(name), name)
     return {name: plans[name] for name in first.values()}
 
 
@@ -61,16 +62,22 @@ def _slots(plan: dict[str, Any]) -> list[list[dict[str, Any]]]:
 
 
 def kind(name: str) -> str:
-    """Which of the models a plan is run on."""
+    """Which kind of model a plan is run on."""
     return "small-llava" if name.startswith(SMALL) else "llava" if name.startswith(LARGE) else "encoder"
+
+
+def subject(name: str) -> str:
+    """Which model a plan is run on."""
+    return "deep encoder" if name.startswith(DEEP) else kind(name)
 
 
 @functools.cache
 def model(which: str) -> nn.Module:
-    """A narrow model: 12 layers on 196 patches; the same in front of 30 layers; or 24 on 576 in front of 32."""
-    if which == "encoder":
+    """A narrow model: 12 or 32 layers on 196 patches; 12 in front of 30 layers; or 24 on 576 patches in front of 32."""
+    if which in ("encoder", "deep encoder"):
         torch.manual_seed(0)
-        made = create_model("vit_base_patch16_224", embed_dim=32, num_heads=2, num_classes=8).eval()
+        depth = 12 if which == "encoder" else 32
+        made = create_model("vit_base_patch16_224", embed_dim=32, depth=depth, num_heads=2, num_classes=8).eval()
         with torch.no_grad():
             for name, parameter in made.named_parameters():
                 if parameter.ndim == 2:
@@ -92,7 +99,7 @@ def model(which: str) -> nn.Module:
 
 def inputs(which: str, seed: int) -> dict[str, torch.Tensor]:
     """A picture of blots (two for an encoder), and a prompt around it."""
-    if which == "encoder":
+    if which in ("encoder", "deep encoder"):
         return {"x": torch.stack([_blots(seed, 224), _blots(seed + 1000, 224)])}
     side, tokens = (224, 196) if which == "small-llava" else (336, 576)
     ids = torch.tensor([[5, 17, 30, *[IMAGE] * tokens, 8, 41, 62, 9]])
@@ -115,7 +122,7 @@ def _blots(seed: int, side: int) -> torch.Tensor:
 
 def outcome(name: str, plan: Plan, seed: int) -> tuple[dict[str, str], torch.Tensor]:
     """What each drop point kept, by a checksum of the indices, and the output."""
-    which = kind(name)
+    which = subject(name)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -149,7 +156,7 @@ def which_is_read(plan: Plan, given: dict[str, torch.Tensor]) -> bool:
 
 def steady(name: str, plan: Plan) -> int:
     """A seed of inputs on which no choice lies so close to an edge that another machine's rounding turns it over."""
-    which = kind(name)
+    which = subject(name)
     for seed in range(20):
         kept, _ = outcome(name, plan, seed)
         for draw in range(2):
