@@ -9,9 +9,11 @@ import saint
 from saint import tokens
 from saint.runtime import deciding
 
+NOTHING_RUNS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.empty_like.default)
+
 
 class Counter(TorchDispatchMode):
-    """Counts operators that compute: no views, no reads of a number."""
+    """Counts operators that compute: no views, no reads of a number, no memory that is only set aside."""
 
     def __init__(self):
         super().__init__()
@@ -20,7 +22,7 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         alias = function._schema.returns[0].alias_info if function._schema.returns else None
         view = alias is not None and not alias.is_write
-        if not view and function is not torch.ops.aten._local_scalar_dense.default:
+        if not view and function not in NOTHING_RUNS:
             self.names.append(str(function))
         return function(*args, **(kwargs or {}))
 
@@ -56,12 +58,12 @@ def path(request, monkeypatch):
 
 
 def test_a_fixed_budget(vit, path):
-    assert added(vit, saint.Saint(keep=0.6), same_lengths=True) <= {"cpu": 27, "device": 26}[path]
+    assert added(vit, saint.Saint(keep=0.6), same_lengths=True) <= {"cpu": 25, "device": 24}[path]
 
 
 def test_votes_in_a_ragged_batch(vit, path):
     method = saint.Saint(threshold=0.55, neighbors=5)
-    assert added(vit, method, same_lengths=False) <= {"cpu": 43, "device": 42}[path]
+    assert added(vit, method, same_lengths=False) <= {"cpu": 37, "device": 36}[path]
 
 
 def test_votes_that_drop_nothing(vit, path):

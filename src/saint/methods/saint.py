@@ -101,7 +101,7 @@ class Saint(Method):
         drop = self.drops(lambda: graph.count_votes(edges, self.neighbors, valid=tokens.valid), candidates)
         if not any(drop):
             return None
-        score = graph.redundancy(edges, self.threshold, self.gamma, valid=tokens.valid)
+        score = graph.redundancy(edges, self.gamma, valid=tokens.valid)
         return Selection.from_order(graph.descending(score), drop, tokens, stride=2)
 
     def drops(self, votes: Callable[[], Tensor], candidates: Candidates) -> tuple[int, ...]:
