@@ -75,6 +75,17 @@ def just_below(threshold: float) -> float:
     return math.ldexp(round(mantissa * 2**bits) - 1, exponent - bits)
 
 
+def averaged(keys: Tensor, *, center: bool = False, valid: Tensor | None = None) -> Tensor:
+    """Head-mean keys, float32 [B, N, D]; arguments of :func:`metric`."""
+    mean = keys.mean(1, dtype=torch.float32) if keys.ndim == 4 else keys.float()
+    if not center:
+        return mean
+    if valid is None:
+        return mean - mean.mean(1, keepdim=True)
+    weight = valid.unsqueeze(-1).to(mean.dtype)
+    return mean - (mean * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1)
+
+
 def metric(keys: Tensor, *, center: bool = False, valid: Tensor | None = None) -> Tensor:
     """Unit-length head-mean keys, the tokens' positions on the sphere.
 
@@ -86,13 +97,7 @@ def metric(keys: Tensor, *, center: bool = False, valid: Tensor | None = None) -
     Returns:
         float32 [B, N, D]; a zero key stays the zero vector.
     """
-    mean = keys.mean(1, dtype=torch.float32) if keys.ndim == 4 else keys.float()
-    if center:
-        if valid is None:
-            mean = mean - mean.mean(1, keepdim=True)
-        else:
-            weight = valid.unsqueeze(-1).to(mean.dtype)
-            mean = mean - (mean * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1)
+    mean = averaged(keys, center=center, valid=valid)
     # clamp instead of torch.nn.functional.normalize: one temporary less on a path counted in microseconds
     return mean / torch.linalg.vector_norm(mean, dim=-1, keepdim=True).clamp_min(1e-12)
 
@@ -163,7 +168,7 @@ def _sums(similarity: Tensor, floor: float, real: Tensor | None) -> tuple[Tensor
     # the shift by the float just below the threshold is that of the comparison: each edge adds more than zero
     excess = (similarity - floor).clamp_min_(0).sum(-1)
     if real is None:
-        return excess, similarity.mean(-1) if similarity.shape[-1] else excess  # without targets 0, not 0 / 0
+        return excess, similarity.mean(-1) if similarity.shape[-1] else torch.zeros_like(excess)  # not 0 / 0
     return excess, (similarity * real).sum(-1) / real.sum(-1).clamp_min(1)
 
 

@@ -144,16 +144,7 @@ class Selection:
             stride: ``order`` counts every ``stride``-th slot only.
         """
         lengths = tuple(n - r for n, r in zip(current.lengths, drop, strict=True))
-        if current.valid is None:
-            keep = torch.ones(order.shape[0], current.slots, dtype=torch.bool, device=order.device)
-        else:
-            keep = current.valid.clone()
-        some = keep[:, ::stride]  # a view
-        if min(drop) == max(drop):
-            some.scatter_(1, order[:, : drop[0]], False)
-        else:
-            some.scatter_(1, order, leading(drop, order.shape[1], order.device, value=False))
-            keep = keep if current.valid is None else keep & current.valid  # padding is last in ``order``
+        keep = all_but(order, drop, current.slots, current.valid, stride=stride)
         return Selection.from_mask(keep, lengths)
 
     @staticmethod
@@ -248,6 +239,20 @@ class LayerTrace:
     kept: list[Tensor] = field(repr=False)
     into: list[Tensor] | None = field(default=None, repr=False)
     placement: str = "post"
+
+
+def all_but(order: Tensor, drop: Sequence[int], count: int, valid: Tensor | None = None, *, stride: int = 1) -> Tensor:
+    """Mark what stays of ``count`` slots without the first ``drop[b]`` of ``order[b]``: bool [B, N].
+
+    See ``Selection.from_order``.
+    """
+    keep = order.new_ones(order.shape[0], count, dtype=torch.bool) if valid is None else valid.clone()
+    some = keep[:, ::stride]  # a view
+    if min(drop) == max(drop):
+        some.scatter_(1, order[:, : drop[0]], False)
+        return keep
+    some.scatter_(1, order, leading(drop, order.shape[1], order.device, value=False))
+    return keep if valid is None else keep & valid  # padding is last in ``order``
 
 
 def leading(counts: Sequence[int], width: int, device: torch.device, *, value: bool = True) -> Tensor:
