@@ -44,6 +44,11 @@ def _row_product(left: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
     return 2 * left[-1] * prod(out_shape)
 
 
+def _vote(keys: Shape, *_: Any, **__: Any) -> int:
+    """Cosines of one half of the tokens [B, N, D] with the other."""
+    return 2 * keys[0] * ((keys[1] + 1) // 2) * (keys[1] // 2) * keys[2]
+
+
 def _lengths(x: Tensor) -> list[int]:
     """N of every sample of [B, N, C], also of a nested tensor, which has no shape."""
     return [len(sample) for sample in x.unbind()]
@@ -90,6 +95,7 @@ _FORMULAS: dict[Callable[..., int], tuple[str, ...]] = {
 def _mapping() -> dict[Any, Callable[..., int]]:
     """Our formulas, by those of the operators that the installed torch has."""
     found = {getattr(torch.ops.aten, name, None): formula for formula, names in _FORMULAS.items() for name in names}
+    found[getattr(torch.ops.saint, "vote", None)] = _vote  # of this library
     return {operator: formula for operator, formula in found.items() if operator is not None}
 
 

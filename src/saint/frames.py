@@ -116,10 +116,11 @@ def vote(
         degree = linked.to(torch.float32) * across
         excess = (same - floor).clamp_min(0) * across
         degree[:, 0::2] += edges.degree
-        excess[:, 0::2] += (edges.similarity - floor).clamp_min(0).sum(-1)
+        within, mean = edges.sums()
+        excess[:, 0::2] += within
         score = torch.addcdiv(degree.clamp_min(1).log(), excess, degree.clamp_min(1), value=gamma).exp()
         lonely = torch.full_like(score, -torch.inf)
-        lonely[:, 0::2] = graph.mean_similarity(edges.similarity, valid)
+        lonely[:, 0::2] = mean
         score = torch.where(degree > 0, torch.maximum(score, lonely), lonely)
         ballots = degree >= neighbors
         if valid is not None:

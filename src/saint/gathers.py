@@ -30,12 +30,12 @@ def gather_tokens(x: Tensor, slots: Tensor, prefix: int) -> Tensor:
             index = torch.cat([torch.arange(prefix, device=x.device), index])  # [P + K]
         return x.index_select(1, index)
     # one copy of whole vectors instead of an element-wise gather with an expanded index
-    first = torch.arange(0, batch * count, count, device=x.device).unsqueeze(1)  # of each sample, [B, 1]
-    rows = slots + (first + prefix if prefix else first)
-    if prefix:
-        head = first if prefix == 1 else first + torch.arange(prefix, device=x.device)
-        rows = torch.cat([head, rows], 1)  # [B, P + K]
-    return x.reshape(batch * count, channels).index_select(0, rows.reshape(-1)).view(batch, -1, channels)
+    first = torch.arange(prefix, prefix + batch * count, count, device=x.device).unsqueeze(1)  # candidates, [B, 1]
+    if prefix == 1:
+        slots = torch.nn.functional.pad(slots, (1, 0), value=-1)  # the slot in front of the first
+    elif prefix:
+        slots = torch.cat([torch.arange(-prefix, 0, device=x.device).expand(batch, prefix), slots], 1)
+    return x.reshape(batch * count, channels).index_select(0, (slots + first).view(-1)).view(batch, -1, channels)
 
 
 def merged_sizes(sizes: Tensor, selection: Selection) -> Tensor:
@@ -130,7 +130,9 @@ def visible(tokens: TokenMap, prefix: int) -> Tensor | None:
     return torch.nn.functional.pad(tokens.valid, (prefix, 0), value=True) if prefix else tokens.valid
 
 
-def fill_padding(x: Tensor, tokens: TokenMap, prefix: int, *, with_prefix: bool = False) -> Tensor:
+def fill_padding(
+    x: Tensor, tokens: TokenMap, prefix: int, *, with_prefix: bool = False, keys: Tensor | None = None
+) -> Tensor:
     """Overwrite padding rows with the mean of the real ones, so that an average pool is unchanged by them.
 
     Args:
@@ -138,16 +140,18 @@ def fill_padding(x: Tensor, tokens: TokenMap, prefix: int, *, with_prefix: bool 
         tokens: the survivors.
         prefix: P.
         with_prefix: the pool also averages the prefix tokens.
+        keys: what :func:`visible` gives, where it is known.
     """
     if tokens.valid is None:
         return x
-    head, body = x[:, :prefix], x[:, prefix:]
     # padding rows are finite, being copies of real ones
-    total = torch.bmm(tokens.valid.unsqueeze(1).to(x.dtype), body)  # [B, 1, C]
+    total = torch.bmm(tokens.valid.unsqueeze(1).to(x.dtype), x[:, prefix:])  # [B, 1, C]
     more = prefix if with_prefix else 0
-    total = total + head.sum(1, keepdim=True) if more else total
+    total = total + x[:, :prefix].sum(1, keepdim=True) if more else total
     count = torch.tensor([max(1, n + more) for n in tokens.lengths], device=x.device).view(-1, 1, 1)
-    return torch.cat([head, torch.where(tokens.valid.unsqueeze(-1), body, total / count)], 1)
+    keys = visible(tokens, prefix) if keys is None else keys
+    assert keys is not None
+    return torch.where(keys.unsqueeze(-1), x, total / count)
 
 
 # fills the rows of features that an encoder dropped, on their way through a model that expects full length: finite, and no

@@ -8,7 +8,7 @@ Letters: B batch, H heads, N candidate tokens, D head dim, S = ceil(N / 2) sourc
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -75,6 +75,17 @@ def just_below(threshold: float) -> float:
     return math.ldexp(round(mantissa * 2**bits) - 1, exponent - bits)
 
 
+def averaged(keys: Tensor, *, center: bool = False, valid: Tensor | None = None) -> Tensor:
+    """Head-mean keys, float32 [B, N, D]; arguments of :func:`metric`."""
+    mean = keys.mean(1, dtype=torch.float32) if keys.ndim == 4 else keys.float()
+    if not center:
+        return mean
+    if valid is None:
+        return mean - mean.mean(1, keepdim=True)
+    weight = valid.unsqueeze(-1).to(mean.dtype)
+    return mean - (mean * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1)
+
+
 def metric(keys: Tensor, *, center: bool = False, valid: Tensor | None = None) -> Tensor:
     """Unit-length head-mean keys, the tokens' positions on the sphere.
 
@@ -86,13 +97,7 @@ def metric(keys: Tensor, *, center: bool = False, valid: Tensor | None = None) -
     Returns:
         float32 [B, N, D]; a zero key stays the zero vector.
     """
-    mean = keys.mean(1, dtype=torch.float32) if keys.ndim == 4 else keys.float()
-    if center:
-        if valid is None:
-            mean = mean - mean.mean(1, keepdim=True)
-        else:
-            weight = valid.unsqueeze(-1).to(mean.dtype)
-            mean = mean - (mean * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1)
+    mean = averaged(keys, center=center, valid=valid)
     # clamp instead of torch.nn.functional.normalize: one temporary less on a path counted in microseconds
     return mean / torch.linalg.vector_norm(mean, dim=-1, keepdim=True).clamp_min(1e-12)
 
@@ -101,30 +106,70 @@ class Edges(NamedTuple):
     """Edges of the voting graph, before anything is scored.
 
     Attributes:
-        similarity: cosine of each source and target, float32 [B, S, T]; padded targets hold -2.
         degree: number of targets at or above the threshold, float32 [B, S] (exact below 2^24).
+        sums: gives what a score is made of: how far the cosines of the edges lie above the threshold, summed, and the mean cosine
+            of all real targets, each float32 [B, S]. A drop point at which no source votes does not ask.
     """
 
-    similarity: Tensor
     degree: Tensor
+    sums: Callable[[], tuple[Tensor, Tensor]]
 
 
 def connect(keys: Tensor, threshold: float, *, center: bool = False, valid: Tensor | None = None) -> Edges:
-    """The edges of the voting graph; arguments of :func:`vote`, not checked.
-
-    Scores are computed elsewhere: a drop point at which no source votes needs none, and on a GPU each operation is a launch.
-    """
+    """The edges of the voting graph; arguments of :func:`vote`, not checked."""
     with full_precision(keys.device):
         return link(metric(keys, center=center, valid=valid), threshold, valid=valid)
 
 
+# cosines of a sample that are held at once, 4 MiB of them: all up to 2048 tokens, blocks of rows beyond
+_HELD = 2**20
+
+
 def link(points: Tensor, threshold: float, *, valid: Tensor | None = None) -> Edges:
-    """:func:`connect` for candidates whose unit vectors are known, float32 [B, N, D]; in full precision."""
-    similarity = torch.bmm(points[:, 0::2], points[:, 1::2].mT)  # [B, S, T]
-    if valid is not None:
-        similarity = similarity.masked_fill(~valid[:, 1::2].unsqueeze(1), NO_TARGET)
-    degree = (similarity > just_below(threshold)).sum(-1, dtype=torch.float32)
-    return Edges(similarity, degree)
+    """:func:`connect` for candidates whose unit vectors are known, float32 [B, N, D]; in full precision.
+
+    Needs memory for O(N) numbers a sample: of many tokens, blocks of rows of the matrix of cosines are made one after another.
+    An exported graph, which is of one size, has the whole.
+    """
+    sources, targets, floor = points[:, 0::2], points[:, 1::2].mT, just_below(threshold)
+    real = None if valid is None else valid[:, 1::2].unsqueeze(1)
+    blocks = -(-sources.shape[1] * targets.shape[2] // _HELD)
+    if blocks <= 1 or torch.compiler.is_exporting():
+        similarity = _cosines(sources, targets, real)
+        return Edges(_degree(similarity, floor), lambda: _sums(similarity, floor, real))
+    # blocks as equal as can be: the product of a block of one row would be rounded otherwise
+    parts = [_block(some, targets, floor, real) for some in sources.tensor_split(blocks, 1)]
+    degree, excess, mean = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    return Edges(degree, lambda: (excess, mean))
+
+
+def _block(sources: Tensor, targets: Tensor, floor: float, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Degree and ``Edges.sums`` of some sources; their cosines are gone when it returns."""
+    similarity = _cosines(sources, targets, real)
+    return _degree(similarity, floor), *_sums(similarity, floor, real)
+
+
+def _cosines(sources: Tensor, targets: Tensor, real: Tensor | None) -> Tensor:
+    """Cosines of unit vectors: [B, S, D] and [B, D, T] -> [B, S, T]; -2 with padded targets, by ``real`` [B, 1, T]."""
+    similarity = torch.bmm(sources, targets)
+    return similarity if real is None else similarity.masked_fill(~real, NO_TARGET)
+
+
+def _degree(similarity: Tensor, floor: float) -> Tensor:
+    """Count the cosines above ``floor``: [B, S, T] -> float32 [B, S]."""
+    if torch.compiler.is_exporting():
+        return (similarity > floor).sum(-1, dtype=torch.float32)
+    # a sum over bool takes several times as long on a CPU
+    return torch.gt(similarity, floor, out=torch.empty_like(similarity)).sum(-1)
+
+
+def _sums(similarity: Tensor, floor: float, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``Edges.sums``: [B, S, T] -> two of [B, S]."""
+    # the shift by the float just below the threshold is that of the comparison: each edge adds more than zero
+    excess = (similarity - floor).clamp_min_(0).sum(-1)
+    if real is None:
+        return excess, similarity.mean(-1) if similarity.shape[-1] else torch.zeros_like(excess)  # not 0 / 0
+    return excess, (similarity * real).sum(-1) / real.sum(-1).clamp_min(1)
 
 
 def count_votes(edges: Edges, neighbors: int, *, valid: Tensor | None = None) -> Tensor:
@@ -133,28 +178,19 @@ def count_votes(edges: Edges, neighbors: int, *, valid: Tensor | None = None) ->
     return (ballots if valid is None else ballots & valid[:, 0::2]).sum(-1)
 
 
-def redundancy(edges: Edges, threshold: float, gamma: float, *, valid: Tensor | None = None) -> Tensor:
+def redundancy(edges: Edges, gamma: float, *, valid: Tensor | None = None) -> Tensor:
     """Score of each source, float32 [B, S]: see :func:`vote`."""
-    similarity, degree = edges
-    with full_precision(similarity.device):
-        # the shift by the float just below the threshold is that of the comparison: each edge adds more than zero
-        excess = (similarity - just_below(threshold)).clamp_min_(0).sum(-1)  # sum of S - threshold over the edges
+    degree = edges.degree
+    with full_precision(degree.device):
+        excess, mean = edges.sums()
         if torch.compiler.is_exporting():  # the same without a NaN: ONNX has no fmax, and runtimes simplify 0 / 0
-            mean, edges_or_one = similarity.mean(-1), degree.clamp_min(1)
+            edges_or_one = degree.clamp_min(1)
             linked = torch.addcdiv(edges_or_one.log(), excess, edges_or_one, value=gamma).exp()
             return torch.where(degree > 0, torch.maximum(linked, mean), mean)
         # log(c) + gamma * (s - threshold); without an edge 0 / 0, a NaN, for which fmax puts the mean
         linked = torch.addcdiv(degree.log(), excess, degree, value=gamma).exp_()
-        score = torch.fmax(linked, mean_similarity(similarity, valid))
+        score = torch.fmax(linked, mean)
         return score if valid is None else score.masked_fill(~valid[:, 0::2], -torch.inf)
-
-
-def mean_similarity(similarity: Tensor, valid: Tensor | None) -> Tensor:
-    """Mean cosine of each source and the real targets: [B, S, T] -> [B, S]; valid [B, N]."""
-    if valid is None:
-        return similarity.mean(-1)
-    real = valid[:, 1::2].unsqueeze(1)
-    return (similarity * real).sum(-1) / real.sum(-1).clamp_min(1)
 
 
 def vote(
@@ -201,7 +237,7 @@ def vote(
     if keys.ndim not in (3, 4):
         raise ValueError(f"keys must be [B, H, N, D] or [B, N, D], got shape {tuple(keys.shape)}")
     edges = connect(keys, threshold, center=center, valid=valid)
-    score = redundancy(edges, threshold, gamma, valid=valid)
+    score = redundancy(edges, gamma, valid=valid)
     sources = torch.arange(0, keys.shape[-2], 2, device=keys.device)
     return Vote(sources, edges.degree.long(), score, count_votes(edges, neighbors, valid=valid))
 

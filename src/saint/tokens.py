@@ -7,6 +7,7 @@ shortened sequence; an *index* is the candidate's position in the original one.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,9 +70,10 @@ class TokenMap:
 
     def select(self, selection: "Selection") -> "TokenMap":
         """The map after ``selection``."""
-        return TokenMap(
-            self.index.gather(1, selection.slots), selection.lengths, self.total, self.width, selection.valid
-        )
+        # as many slots as there were candidates: each has its own index, and nothing is to be looked up
+        first = self.valid is None and self.index.shape[1] == self.width
+        index = selection.slots if first else self.index.gather(1, selection.slots)
+        return TokenMap(index, selection.lengths, self.total, self.width, selection.valid)
 
 
 @dataclass(frozen=True)
@@ -142,17 +144,7 @@ class Selection:
             stride: ``order`` counts every ``stride``-th slot only.
         """
         lengths = tuple(n - r for n, r in zip(current.lengths, drop, strict=True))
-        if current.valid is None:
-            keep = torch.ones(order.shape[0], current.slots, dtype=torch.bool, device=order.device)
-        else:
-            keep = current.valid.clone()
-        some = keep[:, ::stride]  # a view
-        if min(drop) == max(drop):
-            some.scatter_(1, order[:, : drop[0]], False)
-        else:
-            places = torch.arange(order.shape[1], device=order.device)
-            some.scatter_(1, order, places >= torch.tensor(drop, device=order.device).unsqueeze(1))
-            keep = keep if current.valid is None else keep & current.valid  # padding is last in ``order``
+        keep = all_but(order, drop, current.slots, current.valid, stride=stride)
         return Selection.from_mask(keep, lengths)
 
     @staticmethod
@@ -249,9 +241,25 @@ class LayerTrace:
     placement: str = "post"
 
 
-def leading(counts: Sequence[int], width: int, device: torch.device) -> Tensor:
-    """True at the first ``counts[b]`` places: bool [B, width], or [width] where all counts are equal (nothing is copied)."""
-    places = torch.arange(width, device=device)
+def all_but(order: Tensor, drop: Sequence[int], count: int, valid: Tensor | None = None, *, stride: int = 1) -> Tensor:
+    """Mark what stays of ``count`` slots without the first ``drop[b]`` of ``order[b]``: bool [B, N].
+
+    See ``Selection.from_order``.
+    """
+    keep = order.new_ones(order.shape[0], count, dtype=torch.bool) if valid is None else valid.clone()
+    some = keep[:, ::stride]  # a view
+    if min(drop) == max(drop):
+        some.scatter_(1, order[:, : drop[0]], False)
+        return keep
+    some.scatter_(1, order, leading(drop, order.shape[1], order.device, value=False))
+    return keep if valid is None else keep & valid  # padding is last in ``order``
+
+
+def leading(counts: Sequence[int], width: int, device: torch.device, *, value: bool = True) -> Tensor:
+    """``value`` at the first ``counts[b]`` places: bool [B, width], or [width] where all counts are equal (nothing is copied)."""
     if min(counts) == max(counts):
-        return places < counts[0]
-    return places < torch.tensor(counts, device=device).unsqueeze(1)
+        places = torch.arange(width, device=device)
+        return places < counts[0] if value else places >= counts[0]
+    # counts are copied to the device anyway: what is made of them here takes no launch there
+    first = np.arange(width) < np.array(counts)[:, None]
+    return torch.from_numpy(first if value else ~first).to(device)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saint import graph
+from saint.lab.bench.cost import cost
 
 A = [0, 1, 2, 4, 40, 6, 80, 8, 120, 41]
 B = [0, 3, 5, 60, 61, 62, 63, 64, 66, 68]
@@ -108,6 +109,12 @@ def test_zero_keys_are_not_nan_and_have_no_neighbours():
     assert vote.degree[0, 1] == 0
 
 
+@pytest.mark.parametrize("valid", [None, torch.tensor([[True]])])
+def test_one_token_has_no_target_and_scores_nothing(valid):
+    vote = graph.vote(torch.ones(1, 1, 4), 0.5, valid=valid)
+    assert (vote.score.tolist(), vote.degree.tolist(), vote.votes.tolist()) == ([[0.0]], [[0]], [0])
+
+
 def test_ties_go_to_the_lower_index():
     vote = graph.vote(torch.ones(1, 12, 4), 0.5, 1)
     assert graph.drop_order(vote)[0].tolist() == [0, 2, 4, 6, 8, 10]
@@ -138,6 +145,47 @@ def test_padding_changes_nothing(center):
     assert torch.allclose(together.score[:, :11], alone.score, atol=1e-5)
     assert torch.isneginf(together.score[:, 11:]).all()
     assert torch.equal(graph.drop_order(together)[:, :11], graph.drop_order(alone))
+
+
+# -- memory: blocks of rows of the matrix of cosines ---------------------------------------------------------------------
+
+
+def memory(count: int) -> float:
+    """MiB that the vote over so many tokens needs at once, besides its keys."""
+    keys = torch.randn(1, count, 64, generator=torch.Generator().manual_seed(0)) + 0.4
+    return cost(lambda: graph.vote(keys, 0.3), torch.device("cpu")).memory
+
+
+def test_memory_grows_with_the_tokens_and_not_with_their_square():
+    few, many = memory(4096), memory(16384)
+    assert few < 10
+    assert many <= 4 * few
+
+
+@pytest.mark.parametrize("counts", [(2049,), (2500, 2400), (4096,), (5001, 5001)])
+@pytest.mark.parametrize("center", [False, True])
+def test_blocks_give_what_the_whole_matrix_gives(counts, center, monkeypatch):
+    longest = max(counts)
+    keys = torch.randn(len(counts), longest, 32, generator=torch.Generator().manual_seed(0)) + 0.4
+    valid = None if min(counts) == longest else torch.arange(longest) < torch.tensor(counts).unsqueeze(1)
+    made = []
+    real = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *given: made.append(real(*given)) or made[-1])
+    blocks = graph.vote(keys, 0.5, 3, center=center, valid=valid)
+    assert len(made) > 1
+    made.clear()
+    monkeypatch.setattr(graph, "_HELD", 2**40)
+    whole = graph.vote(keys, 0.5, 3, center=center, valid=valid)
+    assert len(made) == 1
+    assert all(torch.equal(one, other) for one, other in zip(blocks, whole, strict=True))
+
+
+def test_up_to_2048_tokens_are_one_product(monkeypatch):
+    made = []
+    real = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *given: made.append(1) or real(*given))
+    graph.vote(torch.randn(2, 2048, 8), 0.5)
+    assert len(made) == 1
 
 
 def test_centering_removes_a_common_component():

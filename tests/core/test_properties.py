@@ -284,6 +284,7 @@ def test_leading(counts, width):
     got = tokens.leading(counts, width, CPU)
     assert got.expand(len(counts), -1).tolist() == want
     assert got.ndim == (1 if len(set(counts)) == 1 else 2)
+    assert torch.equal(tokens.leading(counts, width, CPU, value=False), ~got)
 
 
 # -- graphs -------------------------------------------------------------------------------------------------------------

@@ -94,7 +94,8 @@ class PrunedText(Uncopyable):
         elif (
             isinstance(mask, Tensor)
             and mask.ndim == 4
-            and mask.shape[2] == length <= mask.shape[3]
+            and mask.shape[2] == length
+            and (mask.shape[3] == length or (mask.shape[3] > length and getattr(cache, "is_compileable", False)))
             and len(mask) in (1, batch)
         ):
             found = candidates_seen(mask[..., :length]).expand(

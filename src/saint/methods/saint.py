@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from .. import graph
+from .. import graph, operators
 from ..tokens import Candidates, Selection
 from .base import (
     Budget,
@@ -97,12 +97,12 @@ class Saint(Method):
 
     def select(self, candidates: Candidates) -> Selection | None:
         tokens = candidates.tokens
-        edges = graph.connect(candidates.keys, self.threshold, center=self.center, valid=tokens.valid)
+        edges = operators.connect(candidates.keys, self.threshold, center=self.center, valid=tokens.valid)
         drop = self.drops(lambda: graph.count_votes(edges, self.neighbors, valid=tokens.valid), candidates)
         if not any(drop):
             return None
-        score = graph.redundancy(edges, self.threshold, self.gamma, valid=tokens.valid)
-        return Selection.from_order(graph.descending(score), drop, tokens, stride=2)
+        score = graph.redundancy(edges, self.gamma, valid=tokens.valid)
+        return operators.selection(score, drop, tokens)
 
     def drops(self, votes: Callable[[], Tensor], candidates: Candidates) -> tuple[int, ...]:
         """Tokens of each sample that go.

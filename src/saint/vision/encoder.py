@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from ..gathers import by_length, gather_mask, gather_table, shorter, visible
+from ..gathers import by_length, gather_mask, gather_table, shorter
 from ..patch import override
 from ..runtime.blocks import Block
 from ..runtime.deciding import Seen
@@ -123,7 +123,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
     def _padding_hook(self, layer: int) -> Callable[..., Any]:
         def add_padding(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             state = self.forward.states[layer]
-            keys, bias = visible(state.tokens, self.prefix), self._bias(layer, state)
+            keys, bias = self.forward.keys_of(state.tokens, self.prefix), self._bias(layer, state)
             if bias is not None:
                 hidden = bias if keys is None else bias.masked_fill(~keys, -torch.inf)
                 return args, {**kwargs, "key_padding_mask": hidden}
@@ -136,7 +136,8 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
             bias, state = original(*args, **kwargs), self.forward.states.get(layer)
             if state is None or state.tokens.nothing_dropped:
                 return bias
-            return _mask(bias, state.tokens, self.prefix, bias.dtype, self._bias(layer, state))
+            keys = self.forward.keys_of(state.tokens, self.prefix)
+            return _mask(bias, state.tokens, keys, self.prefix, bias.dtype, self._bias(layer, state))
 
         return pairs
 
@@ -215,7 +216,8 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
                     m = given
                     if m is not None and m.ndim == 3 and block.spec.bias:
                         m = m.unsqueeze(0)  # [1, H, P + N, P + N]
-                    return _mask(m, tokens, self.prefix, dtype, None if own else self._bias(layer, state))
+                    keys = forward.keys_of(tokens, self.prefix)
+                    return _mask(m, tokens, keys, self.prefix, dtype, None if own else self._bias(layer, state))
 
                 out[mask] = forward.once(mask, short_mask, tokens, given)
         return out
@@ -278,10 +280,23 @@ def _map_tables(value: Any, tokens: TokenMap) -> Any:
 
 
 def _mask(
-    given: Tensor | None, tokens: TokenMap, prefix: int, dtype: torch.dtype, bias: Tensor | None = None
+    given: Tensor | None,
+    tokens: TokenMap,
+    keys: Tensor | None,
+    prefix: int,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
 ) -> Tensor | None:
-    """Additive mask of the survivors, [B, 1, 1 or Q, P + K]; None when nothing is masked. bias [B, P + K] is added."""
-    keys = visible(tokens, prefix)
+    """Additive mask of the survivors, [B, 1, 1 or Q, P + K]; None when nothing is masked.
+
+    Args:
+        given: that of the original tokens.
+        tokens: the survivors.
+        keys: which of them are no padding, bool [B, P + K]; None: all.
+        prefix: P.
+        dtype: of the mask.
+        bias: is added, [B, P + K].
+    """
     mask = None if bias is None else bias[:, None, None]
     if mask is not None and keys is not None:
         mask = mask.masked_fill(~keys[:, None, None], -torch.inf)

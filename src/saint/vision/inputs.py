@@ -6,6 +6,7 @@ Letters: B batch, P prefix tokens, N candidates, C channels, D head dim.
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..frames import NONE, numbered
+from ..gathers import visible
 from ..patch import Uncopyable, override, refuse_tracing
 from ..runtime.forwards import Forwards
 from ..runtime.state import Forward, LayerState, all_tokens, packed_groups, packed_squares, squares
-from ..tokens import Facts
+from ..tokens import Facts, TokenMap
 from ..upstream.names import GRID, PATCH, PICTURE_SIZES, Parameters
 from ..upstream.specs import EncoderSpec, part
 from .guard import min_keep, shares
@@ -58,6 +60,10 @@ class EncoderForward(Forward):
 
     def told(self) -> Self:
         return replace(super().told(), captured_keys={}, order=None)
+
+    def keys_of(self, tokens: TokenMap, prefix: int) -> Tensor | None:
+        """:func:`visible` of survivors, once for all layers behind a drop point and what stands behind the last."""
+        return None if tokens.valid is None else self.once("visible", partial(visible, tokens, prefix), tokens)
 
     @property
     def samples(self) -> list[int]:

@@ -186,7 +186,7 @@ def split(step: Step, grid: tuple[int, int], method: Any, *, board: bool) -> Ste
     if board:
         order = graph.snake(order, columns).argsort()
         edges = graph.connect(step.keys[None, order], method.threshold, center=method.center)
-    score = graph.redundancy(edges, method.threshold, method.gamma)
+    score = graph.redundancy(edges, method.gamma)
     go = order[0::2][graph.descending(score)[0, :count]]
     stays = torch.ones(len(step.index), dtype=torch.bool).scatter(0, go, False)
     kept = stays.nonzero().flatten()
