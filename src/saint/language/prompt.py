@@ -98,9 +98,8 @@ class PrunedText(Uncopyable):
             and (mask.shape[3] == length or (mask.shape[3] > length and getattr(cache, "is_compileable", False)))
             and len(mask) in (1, batch)
         ):
-            found = candidates_seen(mask[..., :length]).expand(
-                batch, -1
-            )  # behind them what a static cache has not filled
+            own = mask[..., :length]  # behind these columns is what a static cache has not filled
+            found = candidates_seen(own).expand(batch, -1)
         elif not drops:
             return
         else:

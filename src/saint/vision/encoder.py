@@ -122,8 +122,8 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
 
     def _padding_hook(self, layer: int) -> Callable[..., Any]:
         def add_padding(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            state = self.forward.states[layer]
-            keys, bias = self.forward.keys_of(state.tokens, self.prefix), self._bias(layer, state)
+            state, x = self.forward.states[layer], args[0] if args else kwargs["query"]
+            keys, bias = self.forward.keys_of(state.tokens, self.prefix), self._bias(layer, state, x.dtype)
             if bias is not None:
                 hidden = bias if keys is None else bias.masked_fill(~keys, -torch.inf)
                 return args, {**kwargs, "key_padding_mask": hidden}
@@ -137,7 +137,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
             if state is None or state.tokens.nothing_dropped:
                 return bias
             keys = self.forward.keys_of(state.tokens, self.prefix)
-            return _mask(bias, state.tokens, keys, self.prefix, bias.dtype, self._bias(layer, state))
+            return _mask(bias, state.tokens, keys, self.prefix, bias.dtype, self._bias(layer, state, bias.dtype))
 
         return pairs
 
@@ -179,9 +179,8 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
             return f"the patch embeddings of {self.path or type(self.module).__name__}"
         return f"the attention keys of {self.spec.blocks}.{point.layer}"
 
-    def _bias(self, layer: int, state: LayerState) -> Tensor | None:
+    def _bias(self, layer: int, state: LayerState, dtype: torch.dtype) -> Tensor | None:
         """Give what proportional attention adds to the logits of each key, [B, P + K]; None when all count alike."""
-        dtype = next(self.modules[layer].parameters()).dtype
         bias = state.key_bias(dtype)
         if bias is None:
             return None
@@ -190,8 +189,10 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
         check_bias(block, block is not None and self._masks(block), state.beta)
         return torch.nn.functional.pad(bias, (self.prefix, 0)).to(dtype)
 
-    def arguments(self, forward: EncoderForward, layer: int, state: LayerState, call: dict[str, Any]) -> dict[str, Any]:
-        """The block's arguments for the tokens that are left."""
+    def arguments(
+        self, forward: EncoderForward, layer: int, state: LayerState, dtype: torch.dtype, call: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The block's arguments for the tokens that are left, which are of ``dtype``; weights may be of another."""
         tokens, block = state.tokens, self.blocks[layer]
         assert block is not None
         out = dict(call)
@@ -210,14 +211,13 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
             given = call.get(mask)
             own = block.bias is not None  # hides padding and weighs merged tokens: once is enough
             if given is not None or (not own and (tokens.valid is not None or state.sizes is not None)):
-                dtype = next(self.modules[layer].parameters()).dtype
 
                 def short_mask() -> Tensor | None:
                     m = given
                     if m is not None and m.ndim == 3 and block.spec.bias:
                         m = m.unsqueeze(0)  # [1, H, P + N, P + N]
                     keys = forward.keys_of(tokens, self.prefix)
-                    return _mask(m, tokens, keys, self.prefix, dtype, None if own else self._bias(layer, state))
+                    return _mask(m, tokens, keys, self.prefix, dtype, None if own else self._bias(layer, state, dtype))
 
                 out[mask] = forward.once(mask, short_mask, tokens, given)
         return out
@@ -242,7 +242,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
             out = on_part(x, call)
         elif tokens.valid is None or block.spec.padding is not None or block.spec.bias or self._masks(block):
             with self.gathering:
-                short_call = self.arguments(forward, layer, state, call)
+                short_call = self.arguments(forward, layer, state, x.dtype, call)
             out = on_part(x, short_call)
         else:
 
