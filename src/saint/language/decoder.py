@@ -9,6 +9,7 @@ Letters: B batch, L positions of the forward, S survivors of the longest sample,
 import math
 import threading
 import weakref
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -192,7 +193,8 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         own = [(layer, keeps[layer].shared) for layer in range(self.first, self.depth)]
         self._read = [(layer, layer if source is None else source) for layer, source in own]
         # drop points in front of what a layer reads: layers with as many miss the same tokens
-        self._behind = {layer: sum(point < source for point in self.points) for layer, source in self._read}
+        places = sorted(self.points)
+        self._behind = {layer: bisect_left(places, source) for layer, source in self._read}
         # places of static layers are rounded where a vote says how many, so that few shapes are compiled
         votes = any(point.method is not None and point.method.fixed is None for point in points)
         self._step = _PLACES if votes else 1

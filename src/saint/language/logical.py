@@ -44,11 +44,11 @@ class Shortened(Cache):
         return length if self._held.inside else length + self._held.gone
 
     def get_query_offset(self, *args: Any, **kwargs: Any) -> int:
-        self._refuse_closed()
+        self._held.token.refuse_closed()  # whoever asks this is about to go on
         return super().get_query_offset(*args, **kwargs)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        self._refuse_closed()
+        self._held.token.refuse_closed()
         length, first = super().get_mask_sizes(query_length, layer_idx)
         if self._held.inside:
             return length, first
@@ -75,10 +75,6 @@ class Shortened(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         self._held.positions = self._held.positions.repeat(repeats)
-
-    def _refuse_closed(self) -> None:
-        """Whoever asks for the size of a mask is about to go on."""
-        self._held.token.refuse_closed()
 
     def reset(self) -> None:
         super().reset()
