@@ -61,15 +61,30 @@ def test_what_stands_in_place_of_a_method_costs_no_call_of_its_own():
 
 
 def test_an_idle_block():
-    assert (of_forward(8, [1]) - of_forward(4, [1])) / 4 <= 12
+    assert (of_forward(8, [1]) - of_forward(4, [1])) / 4 <= 1
 
 
-def test_a_drop_point():
-    assert of_forward(4, [0, 1]) - of_forward(4, [0]) <= 39
+def test_an_idle_block_of_a_ragged_batch():
+    def of(depth):
+        model, images = vit(depth), torch.randn(3, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+        with (
+            saint.pruned(model, Plan(vision=Stage(saint.Saint(threshold=0.5), layers=[1]))) as session,
+            torch.no_grad(),
+        ):
+            model(images)
+            assert len(set(session.trace[0].tokens_out.tolist())) > 1
+            return calls(lambda: model(images))
+
+    assert (of(8) - of(4)) / 4 <= 1
+
+
+def test_a_block_with_a_drop_point():
+    idle = (of_forward(8, [0]) - of_forward(4, [0])) / 4
+    assert of_forward(4, [0, 1]) - of_forward(4, [0]) + idle <= 51
 
 
 def test_a_forward_with_one_drop_point():
-    assert of_forward(4, [1]) <= 123
+    assert of_forward(4, [1]) <= 112
 
 
 def of_step(layers, plan, samples):

@@ -379,8 +379,8 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
     # -- one layer ----------------------------------------------------------------------------------------------------
 
     @property
-    def layer_kind(self) -> type[PrunedLayer]:
-        return DecoderLayer
+    def layer_kinds(self) -> Sequence[type[PrunedLayer]]:
+        return [DecoderLayer] * self.depth
 
     def named(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Call]:
         return (), self.spelling[layer].read(args, kwargs)

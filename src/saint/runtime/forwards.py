@@ -44,19 +44,30 @@ class PerThread(Generic[S]):
         return value
 
 
+class Here(threading.local, Generic[S]):
+    """A state that every thread has for itself, to be read without a call."""
+
+    state: S | None = None
+
+
 class Forwards(Generic[S]):
     """The states of one patched module.
 
     Args:
         make: makes the state of a new forward.
         name: of the module, for messages.
+
+    Attributes:
+        compiled: the forward that began last is compiled code's.
+        here: of this thread, the state of the forward that began last, where that is neither compiled nor run again.
     """
 
     def __init__(self, make: Callable[[], S], name: str) -> None:
         self._make, self._name = make, name
         self._latest = make()  # of any thread
         self._own = threading.local()  # state, replayed
-        self._compiled = False  # dynamo cannot trace a thread's own storage: a compiled forward is the latest
+        self.compiled = False  # dynamo cannot trace a thread's own storage: a compiled forward is the latest
+        self.here: Here[S] = Here()
         self._held = False
         self._open = PerThread(bool)  # a forward has begun and not reached its first layer
         self._inputs: dict[tuple[int, int], tuple[Memory, S]] = {}
@@ -64,7 +75,7 @@ class Forwards(Generic[S]):
     @property
     def state(self) -> S:
         """The forward that runs on this thread, or ran last; of any thread where this one ran none."""
-        if torch.compiler.is_compiling() or self._compiled:
+        if torch.compiler.is_compiling() or self.compiled:
             return self._latest
         if (replayed := self._replayed()) is not None:
             return replayed[1]
@@ -83,8 +94,8 @@ class Forwards(Generic[S]):
             self._own.replayed = (task, -1, self._make())
             return self._own.replayed[2]
         self._latest = state = self._make()
-        self._compiled = torch.compiler.is_compiling()
-        if not self._compiled:
+        self.compiled = torch.compiler.is_compiling()
+        if not self.compiled:
             self._own.state = state
         return state
 
@@ -125,13 +136,15 @@ class Forwards(Generic[S]):
                 self._open.set(False)
         elif begins:
             state = self._begun()
-        elif layer and not self._compiled and not hasattr(self._own, "state"):
+        elif layer and not self.compiled and not hasattr(self._own, "state"):
             raise RuntimeError(
                 f"layer {layer} of {self._name} ran on a thread on which the layers before it did not: a pruned forward runs "
                 "on one thread"
             )
         else:
-            state = self._latest if self._compiled else getattr(self._own, "state", self._latest)
+            state = self._latest if self.compiled else getattr(self._own, "state", self._latest)
+        if begins:
+            self.here.state = state if task is None else None
         if torch.is_grad_enabled() or x.requires_grad:
             self._remember(layer, x, state)
         return state
@@ -172,7 +185,7 @@ class Forwards(Generic[S]):
         if self._held:
             return
         self._latest, self._own = self._make(), threading.local()
-        self._compiled, self._open = False, PerThread(bool)
+        self.compiled, self._open, self.here = False, PerThread(bool), Here()
         self._inputs.clear()
 
 

@@ -68,16 +68,17 @@ class LayerStack(Decider[F], ABC, Generic[F, C]):
     def replace_layers(self, stack: ExitStack) -> None:
         """Patch the layers from ``first`` on; ``stack`` undoes it."""
         refuse_replicas(stack, self.module)
-        kind = TimedLayer if self.observers.layer_time or self.observers.pruning_time else self.layer_kind
+        timed = self.observers.layer_time or self.observers.pruning_time
+        kinds = [TimedLayer] * self.depth if timed else self.layer_kinds
         for index in range(self.first, self.depth):
             refuse_replicas(stack, self.modules[index])
-            override(stack, self.modules[index], "forward", partial(kind, self, index))
+            override(stack, self.modules[index], "forward", partial(kinds[index], self, index))
         stack.callback(self.reset)
 
     @property
-    def layer_kind(self) -> "type[PrunedLayer]":
-        """Return what stands in for the layers."""
-        return PrunedLayer
+    def layer_kinds(self) -> "Sequence[type[PrunedLayer]]":
+        """Return what stands in for each layer."""
+        return [PrunedLayer] * self.depth
 
     # -- what differs -------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from ..gathers import by_length, gather_mask, gather_table, shorter
 from ..patch import override
 from ..runtime.blocks import Block
 from ..runtime.deciding import Seen
-from ..runtime.layer import LayerStack
+from ..runtime.layer import LayerStack, PrunedLayer
 from ..runtime.observe import Observers
 from ..runtime.points import DropPoint
 from ..runtime.state import LayerState
@@ -90,6 +90,30 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
         self.patched, self.marked = encoder if reader is None else reader.module, (encoder,)
         self.stacks = (self,)
         self.alone = encoder
+        # blocks of one form take the same arguments in the same way
+        forms: dict[Any, int] = {}
+        self.forms = [-1] * self.depth
+        for index, block in enumerate(self.blocks):
+            if block is not None:
+                key = (
+                    block.spec,
+                    block.mask,
+                    block.bias is None,
+                    tuple(block.tables),
+                    block.segments,
+                    type(block.module),
+                )
+                self.forms[index] = forms.setdefault(key, len(forms))
+        self.restored = restored
+
+    @property
+    def layer_kinds(self) -> Sequence[type[PrunedLayer]]:
+        if self.observers.layer or self.observers.attention:
+            return super().layer_kinds
+        inner = [
+            0 < i < self.depth - 1 and i not in self.points and i + 1 not in self.restored for i in range(self.depth)
+        ]
+        return [EncoderLayer if one else PrunedLayer for one in inner]
 
     # -- installation -------------------------------------------------------------------------------------------------
 
@@ -161,6 +185,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
                     'ends: load the model with attn_implementation="sdpa"'
                 )
             origin = self.inputs.begin(forward, x_samples, mask)  # a bias hides no token
+            forward.full = self.outputs.dense.get()
             self.begin_layers(forward, origin, x_samples[:, self.prefix :])
         if layer not in forward.states:
             raise RuntimeError(
@@ -188,6 +213,10 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
         # once more: the attention implementation may have been switched since
         check_bias(block, block is not None and self._masks(block), state.beta)
         return torch.nn.functional.pad(bias, (self.prefix, 0)).to(dtype)
+
+    def takes_padding(self, block: Block) -> bool:
+        """Tell whether a block runs on padded samples: there is a way to hide padding."""
+        return block.spec.padding is not None or bool(block.spec.bias) or self._masks(block)
 
     def arguments(
         self, forward: EncoderForward, layer: int, state: LayerState, dtype: torch.dtype, call: dict[str, Any]
@@ -220,6 +249,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
                     return _mask(m, tokens, keys, self.prefix, dtype, None if own else self._bias(layer, state, dtype))
 
                 out[mask] = forward.once(mask, short_mask, tokens, given)
+        forward.shortened[id(tokens), self.forms[layer]] = tokens, call, out
         return out
 
     def run(
@@ -240,7 +270,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
 
         if block is None or tokens.nothing_dropped:
             out = on_part(x, call)
-        elif tokens.valid is None or block.spec.padding is not None or block.spec.bias or self._masks(block):
+        elif tokens.valid is None or self.takes_padding(block):
             with self.gathering:
                 short_call = self.arguments(forward, layer, state, x.dtype, call)
             out = on_part(x, short_call)
@@ -271,6 +301,36 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
 
     def leave(self, forward: EncoderForward, layer: int, state: LayerState, y: Tensor, call: dict[str, Any]) -> Tensor:
         return self.outputs.leave(forward, layer + 1, state, y)
+
+
+class EncoderLayer(PrunedLayer):
+    """An inner one of an encoder: it runs as if nothing stood in for it, on the arguments that a block in front of it made."""
+
+    stack: PrunedEncoder
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        stack, layer = self.stack, self.layer
+        if args or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().__call__(x, *args, **kwargs)
+        forward = None if stack.forwards.compiled else stack.forwards.here.state
+        state = None if forward is None or forward.full else forward.states.get(layer)
+        if forward is None or state is None or state.full_length or x.ndim == 2:
+            return super().__call__(x, **kwargs)
+        tokens = state.tokens
+        if tokens.lengths != tokens.total:  # no call: this is asked of every layer
+            known = forward.shortened.get((id(tokens), stack.forms[layer]))
+            made = known is not None and len(known[1]) == len(kwargs)
+            for name, value in known[1].items() if known is not None and made else ():
+                made = made and name in kwargs and kwargs[name] is value
+            if known is not None and made:
+                kwargs = known[2]
+            else:
+                block = stack.blocks[layer]
+                if block is None or not (tokens.valid is None or stack.takes_padding(block)):
+                    return super().__call__(x, **kwargs)
+                kwargs = stack.arguments(forward, layer, state, x.dtype, kwargs)
+        forward.states[layer + 1] = state
+        return self.original(x, **kwargs)
 
 
 def _map_tables(value: Any, tokens: TokenMap) -> Any:

@@ -50,6 +50,8 @@ class EncoderForward(Forward):
         grids: packed: frames, rows and columns of patches of each image or video.
         order: packed: group at each place.
         shares: of its candidates that each picture keeps at least; empty without a guard.
+        full: every layer's output is to be of full length.
+        shortened: by tokens and form of the block, those tokens, and the arguments of a block as they came and as it took them.
     """
 
     captured_keys: dict[int, Any] = field(default_factory=dict)
@@ -57,9 +59,11 @@ class EncoderForward(Forward):
     grids: list[list[int]] = field(default_factory=list)
     order: Tensor | None = None
     shares: tuple[float, ...] = ()
+    full: bool = False
+    shortened: dict[tuple[int, int], tuple[TokenMap, dict[str, Any], dict[str, Any]]] = field(default_factory=dict)
 
     def told(self) -> Self:
-        return replace(super().told(), captured_keys={}, order=None)
+        return replace(super().told(), captured_keys={}, order=None, shortened={})
 
     def keys_of(self, tokens: TokenMap, prefix: int) -> Tensor | None:
         """:func:`visible` of survivors, once for all layers behind a drop point and what stands behind the last."""
