@@ -185,7 +185,7 @@ class StaticRaggedSliding(StaticRagged, StaticSlidingWindowLayer):
         return super().expect(positions, count)
 
     def _room(self, positions: CachePositions) -> int:
-        if self._is_croppable:  # no window ends within the cache
+        if getattr(self, "is_croppable", False):  # no window ends within the cache, as far as the release says
             return super()._room(positions)
         padding = 0 if positions.valid is None else int((~positions.valid).sum(1).max())
         return self.max_cache_len + padding
