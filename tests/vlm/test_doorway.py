@@ -12,13 +12,13 @@ import saint
 from saint import testing
 from saint.upstream.tiny import make, text_config
 from saint.vlm.prompts import answered
+from support.answers import generated
 from support.families import FAMILIES, IMAGE, cache_of, cached, one_at_a_time, prompts
 from support.oracles import relative_error
-from support.plans import CONNECTOR, SPECIAL, VISION
+from support.plans import CONNECTOR, GREEDY, VISION
 
 BATCH = [[4, "0", 7], [3, "1", 2], [6, "0", 12]]  # left padding, images of two sizes
 LLAVA = FAMILIES["llava-llama"]
-GREEDY = {"do_sample": False, "suppress_tokens": SPECIAL}
 CONNECT = saint.Plan(connector=CONNECTOR)
 PLANS = {
     "connector": CONNECT,
@@ -38,15 +38,6 @@ def llava():
     return LLAVA.build()
 
 
-def generated(model, plan, inputs, steps, **more):
-    with saint.pruned(model, plan) as session, torch.no_grad():
-        out = model.generate(
-            **inputs, max_new_tokens=steps, output_logits=True, return_dict_in_generate=True, **GREEDY, **more
-        )
-        trace, memory = session.trace, session.kv_memory
-    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, 1), trace, memory
-
-
 def layers_of(model):
     ends = ("language_model.layers", "text_model.layers")
     return next(module for name, module in model.named_modules() if name.endswith(ends))
@@ -61,7 +52,7 @@ def test_prompt_and_answer_equal_both_oracles(models, name, plan):
     inputs = prompts(family, model, BATCH, seed=3)
     length = inputs["input_ids"].shape[1]
 
-    new, logits, trace, _ = generated(model, plan, inputs, 6)
+    new, logits, trace, *_ = generated(model, plan, inputs, 6)
     with saint.pruned(model, plan), torch.no_grad():
         prompt = model(**inputs).logits
 
@@ -92,9 +83,9 @@ def test_a_static_cache_gives_the_tokens_of_a_dynamic_one(models, name, plan):
     family, model, plan = FAMILIES[name], models(name), PLANS[plan]
     inputs = prompts(family, model, BATCH[:2], seed=1)
 
-    dynamic, logits, _, memory = generated(model, plan, inputs, 64)
-    static, same, _, _ = generated(model, plan, inputs, 64, cache_implementation="static")
-    again, _, _, fixed = generated(model, plan, inputs, 64, cache_implementation="static")  # the cache is used again
+    dynamic, logits, _, memory, _ = generated(model, plan, inputs, 64)
+    static, same, *_ = generated(model, plan, inputs, 64, cache_implementation="static")
+    again, _, _, fixed, _ = generated(model, plan, inputs, 64, cache_implementation="static")  # the cache is used again
 
     assert torch.equal(static, dynamic)
     assert torch.equal(again, dynamic)
@@ -155,7 +146,7 @@ def test_a_quantised_cache_runs(llava):
     except (ValueError, ImportError) as error:
         pytest.skip(f"upstream: {error}")
     want, logits, *_ = generated(llava, CONNECT, inputs, 8)
-    new, near, _, memory = generated(llava, CONNECT, inputs, 8, **fp8)
+    new, near, _, memory, _ = generated(llava, CONNECT, inputs, 8, **fp8)
     assert relative_error(near[:, 0], logits[:, 0]) < 1e-4  # the prompt attends to what it computed
     assert new.shape == want.shape
     assert memory is None
@@ -231,8 +222,8 @@ def upstream_feeds_pieces(model, inputs):
 def test_a_prompt_in_pieces(llava, plan, size):
     inputs = prompts(LLAVA, llava, [[4, "0", 7, "0", 2], [3, "0", 5]])
     upstream_feeds_pieces(llava, inputs)
-    new, logits, trace, memory = generated(llava, PLANS[plan], inputs, 8)
-    pieces, same, told, kept = generated(llava, PLANS[plan], inputs, 8, prefill_chunk_size=size)
+    new, logits, trace, memory, _ = generated(llava, PLANS[plan], inputs, 8)
+    pieces, same, told, kept, _ = generated(llava, PLANS[plan], inputs, 8, prefill_chunk_size=size)
     assert torch.equal(pieces, new)
     assert relative_error(same, logits) < 1e-4
     for a, b in zip(told, trace, strict=True):

@@ -8,9 +8,10 @@ import transformers as hf
 
 import saint
 from saint.language.static import StaticRagged
-from support.families import FAMILIES, cache_of, cached, one_at_a_time, prompts
+from support.answers import generated
+from support.families import FAMILIES, cached, one_at_a_time, prompts
 from support.oracles import relative_error
-from support.plans import CONNECTOR, GREEDY
+from support.plans import CONNECTOR
 from support.text import MODELS, batch, tiny
 
 BATCH = [[4, "0", 7], [3, "1", 2]]  # left padding, images of two sizes
@@ -36,22 +37,13 @@ def llava():
     return LLAVA.build()
 
 
-def generated(model, plan, inputs, steps, **more):
-    with saint.pruned(model, plan) as session, torch.no_grad():
-        out = model.generate(
-            **inputs, max_new_tokens=steps, output_logits=True, return_dict_in_generate=True, **GREEDY, **more
-        )
-        memory = session.kv_memory
-    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, 1), memory, cache_of(out)
-
-
 @pytest.mark.parametrize(("name", "plan"), [(name, plan) for name in FAMILIES for plan in PLANS])
 def test_every_family(models, name, plan):
     family, model, plan = FAMILIES[name], models(name), PLANS[plan]
     inputs = prompts(family, model, BATCH, seed=1)
 
-    dynamic, logits, grown, _ = generated(model, plan, inputs, 64)
-    static, same, memory, cache = generated(model, plan, inputs, 64, **STATIC)
+    dynamic, logits, _, grown, _ = generated(model, plan, inputs, 64)
+    static, same, _, memory, cache = generated(model, plan, inputs, 64, **STATIC)
 
     assert torch.equal(static, dynamic)
     assert relative_error(same, logits) < 1e-4
@@ -64,8 +56,8 @@ def test_every_family(models, name, plan):
 @pytest.mark.parametrize(("name", "plan"), [(name, plan) for name in MODELS for plan in ("fixed", "evict", "votes")])
 def test_text(name, plan):
     model, inputs, plan = tiny(name), batch([19, 9, 2, 24]), PLANS[plan]
-    dynamic, logits, _, _ = generated(model, plan, inputs, 40)
-    static, same, _, _ = generated(model, plan, inputs, 40, **STATIC)
+    dynamic, logits, *_ = generated(model, plan, inputs, 40)
+    static, same, *_ = generated(model, plan, inputs, 40, **STATIC)
     assert torch.equal(static, dynamic)
     assert relative_error(same, logits) < 1e-4
 
