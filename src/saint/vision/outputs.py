@@ -199,9 +199,9 @@ class Outputs(Uncopyable):
 
     def _fill(self, x: Tensor, tokens: TokenMap) -> Tensor:
         """Rows of padding that no pool notices, or that the reader can tell: x [B, P + K, C]."""
-        if not self.marks or tokens.valid is None:
-            if tokens.valid is None:
-                return x
+        if tokens.valid is None:
+            return x
+        if not self.marks:
             keys = self.forwards.state.keys_of(tokens, self.prefix)
             return fill_padding(x, tokens, self.prefix, with_prefix=self.pools_prefix, keys=keys)
         padding = torch.nn.functional.pad(~tokens.valid, (self.prefix, 0))  # [B, P + K]
