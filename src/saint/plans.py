@@ -18,7 +18,7 @@ LAYERS = ("first_half", "all")  # words whose meaning depends on the depth of th
 _DEEPEST = 10_000  # layers; a range beyond it is a slip, and would fill the memory before a model can say so
 Placement = Literal["input", "mid", "post"] | None
 PROVIDES = {
-    "vision": frozenset({"frames"}),
+    "vision": frozenset({"frames", "pixels"}),
     "connector": frozenset({"frames"}),
     "language": frozenset({"last_query", "frames"}),
 }
@@ -39,7 +39,7 @@ class Stage:
             which have no layers.
         placement: "mid" drops between attention and MLP of the layer, "post" after the layer; None means "mid" for
             vision (as published; "post" where a block has no place between the two) and "post" for language. "input", in
-            the vision slot only, drops in front of block 0.
+            the vision slot only, drops in front of block 0; methods that look at pixels have no other.
         output: what a vision encoder hands on. "survivors": the shortened sequence, batches padded to the longest
             sample with the mean of its survivors (an average pool averages the survivors). Full length, every dropped
             token standing for its survivor: "nearest" (closest on the patch grid; for dense heads) or "similar" (most
@@ -70,6 +70,13 @@ class Stage:
             object.__setattr__(self, "layers", _read_layers(self.layers))
         if self.placement not in (None, "input", "mid", "post"):
             raise ValueError(f'placement must be "input", "mid" or "post", got {self.placement!r}')
+        if "pixels" in self.method.needs and self.placement != "input":
+            if self.placement is not None:
+                raise ValueError(
+                    f"{type(self.method).__name__} looks at the pixels of patches, in front of block 0: leave placement out, or "
+                    f'give "input"; got {self.placement!r}'
+                )
+            object.__setattr__(self, "placement", "input")
         if self.placement == "input" and self.layers not in (None, (0,)):
             raise ValueError(
                 f'placement="input" drops tokens in front of layer 0 only: leave layers out, got layers={self.layers!r}'

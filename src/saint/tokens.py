@@ -178,20 +178,31 @@ class Facts:
         min_keep: tokens of each sample that stay whatever the budget, B Python ints.
         cells: for methods that need "frames": equal numbers show the same place of one video at different times, in the order
             of samples and slots, int64 [B, N]; -1: of no video. None where no candidate is of a video of several frames.
+        pixels: for methods that need "pixels", of each candidate as the model is given them, by channel, [B, N, C, V].
+        row_lengths: for the same methods, candidates in a row of the grid of each sample, B Python ints.
     """
 
     columns: int | None = None
     min_keep: tuple[int, ...] | None = None
     cells: Tensor | None = None
+    pixels: Tensor | None = None
+    row_lengths: tuple[int, ...] | None = None
 
     def at(self, index: Tensor) -> "Facts":
         """Those of the candidates that are left, of all the original ones: index int64 [B, K]."""
-        return self if self.cells is None else replace(self, cells=self.cells.gather(1, index))
+        if self.cells is None and self.pixels is None:
+            return self
+        samples = torch.arange(len(index), device=index.device).unsqueeze(1)
+        cells, pixels = (None if one is None else one[samples, index] for one in (self.cells, self.pixels))
+        return replace(self, cells=cells, pixels=pixels)
 
     def of_samples(self, samples: list[int]) -> "Facts":
         """Those of these samples alone."""
-        min_keep = None if self.min_keep is None else tuple(self.min_keep[i] for i in samples)
-        return Facts(self.columns, min_keep, None if self.cells is None else self.cells[samples])
+        min_keep, row_lengths = (
+            None if one is None else tuple(one[i] for i in samples) for one in (self.min_keep, self.row_lengths)
+        )
+        cells, pixels = (None if one is None else one[samples] for one in (self.cells, self.pixels))
+        return Facts(self.columns, min_keep, cells, pixels, row_lengths)
 
 
 @dataclass(frozen=True)

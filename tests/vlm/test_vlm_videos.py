@@ -8,7 +8,7 @@ import torch
 
 import saint
 from saint import frames, graph, testing
-from saint.methods import EVS, SaintVideo
+from saint.methods import EVS, Duplicates, SaintVideo
 from saint.tokens import Candidates, Facts, TokenMap
 from saint.upstream.specs import Clip
 from saint.vlm.videos import cells_of
@@ -183,6 +183,7 @@ def plans(name):
         "graph": saint.Plan(connector=saint.SaintFullGraph(keep=0.5)),
     }
     if name in PACKED:
+        out["pixels"] = saint.Plan(vision=Duplicates())
         out["vision"] = saint.Plan(vision=saint.Stage(LOW, layers=[0, 2]))
         out["hybrid"] = saint.Plan(
             vision=saint.Stage(LOW, layers=[0]), connector=EVS(keep=0.8), language=saint.Stage(LOW, layers=[1])
@@ -268,6 +269,29 @@ def test_each_frame_has_its_own_budget(model, name):
         }
         one(**half)
         assert session.trace[0].tokens_out.tolist() == [16, 2, 16, 16]
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("tau", [0.0, 0.01])
+def test_squares_of_pixels_that_do_not_change_leave_in_front_of_the_tower(model, name, tau):
+    one, inputs = model(name), movie(name, [(4, 8, 8), (2, 4, 8)])
+    pixels = inputs["pixel_values_videos"]
+    pixels[64 * 2 : 64 * 3] = pixels[64 : 64 * 2]  # the third frame shows what the second does
+    frames_of = [list(one.view(-1, 4, 96)) for one in pixels.split([64] * 4 + [32] * 2)]
+    want = [
+        [
+            group
+            for group, shown in enumerate(frame)
+            if before is None or not torch.equal(shown, frames_of[before][group])
+        ]
+        or [len(frame) - 1]
+        for frame, before in zip(frames_of, [None, 0, 1, 2, None, 4], strict=True)
+    ]
+    with saint.pruned(one, saint.Plan(vision=Duplicates(tau=tau))) as session, torch.no_grad():
+        one(**inputs)
+        kept = [row.tolist() for row in session.trace[0].kept]
+    assert kept == want
+    assert kept[2] == [15]
 
 
 @pytest.mark.parametrize("name", NAMES)

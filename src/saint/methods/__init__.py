@@ -16,8 +16,10 @@ from .base import Method
 
 if TYPE_CHECKING:  # what type checkers and editors are told
     from .divprune import DivPrune as DivPrune
+    from .duplicates import Duplicates as Duplicates
     from .evs import EVS as EVS
     from .fastv import FastV as FastV
+    from .flat import Flat as Flat
     from .grid import Grid as Grid
     from .match import Match as Match
     from .pitome import PiToMe as PiToMe

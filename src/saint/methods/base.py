@@ -36,7 +36,8 @@ class Method(ABC):
     name: ClassVar[str]  # registry name, lower_snake
     paper: ClassVar[str]  # citation key or URL of the publication
     stages: ClassVar[frozenset[str]]  # stages the method is defined for
-    # what a stage computes on demand: "last_query" fills `attention`, "frames" `cells`
+    # what a stage computes on demand: "last_query" fills `attention`, "frames" `cells`, "pixels" `pixels`, `row_lengths` and
+    # `cells` in front of block 0
     needs: ClassVar[frozenset[str]] = frozenset()
     merges: ClassVar[bool] = False  # tokens go into survivors instead of away; not in the connector stage
     # of methods that merge: a survivor becomes the mean of what it stands for, or stays as it is
@@ -143,6 +144,37 @@ class Scorer(FixedBudget):
 
     def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
         return Selection.from_scores(self.score(candidates), goal, candidates.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelMethod(Method):
+    """Base of methods that look at the pixels of patches, in front of block 0. The picture decides how many leave."""
+
+    stages: ClassVar[frozenset[str]] = frozenset({"vision"})
+    needs: ClassVar[frozenset[str]] = frozenset({"pixels"})
+
+    @property
+    def votes(self) -> bool:
+        return True
+
+    @abstractmethod
+    def leaves(self, candidates: Candidates, pixels: Tensor) -> Tensor:
+        """Mark what may leave, bool [B, N]; ``pixels`` [B, N, C, V], see :class:`saint.tokens.Facts`. No padding."""
+
+    def select(self, candidates: Candidates) -> Selection | None:
+        tokens, pixels = candidates.tokens, candidates.facts.pixels
+        if pixels is None:
+            raise ValueError(f'{type(self).__name__} looks at pixels, which are shown with placement="input" only')
+        leaves = self.leaves(candidates, pixels)
+        found = host_counts(leaves.sum(1))
+        # the earlier ones leave first, and one token stays at least
+        drop = spared(tuple(min(r, n - 1) for r, n in zip(found, tokens.lengths, strict=True)), candidates)
+        if not any(drop):
+            return None
+        if drop != found:
+            leaves &= leaves.cumsum(1) <= torch.tensor(drop, device=leaves.device).unsqueeze(1)
+        keep = ~leaves if tokens.valid is None else ~leaves & tokens.valid
+        return Selection.from_mask(keep, tuple(n - r for n, r in zip(tokens.lengths, drop, strict=True)))
 
 
 def host_counts(counts: Tensor) -> tuple[int, ...]:

@@ -96,7 +96,12 @@ class Decider(Uncopyable, Generic[F]):
     @property
     def wants_frames(self) -> bool:
         """Tell whether a method asks which candidates show the same place of a video at different times."""
-        return any("frames" in point.needs for point in (*self.entries, *self.points.values()))
+        return any(point.needs & {"frames", "pixels"} for point in (*self.entries, *self.points.values()))
+
+    @property
+    def wants_pixels(self) -> bool:
+        """Tell whether a method in front of the first layer asks what its candidates show."""
+        return any("pixels" in point.needs for point in self.entries)
 
     # -- what differs -------------------------------------------------------------------------------------------------
 
@@ -128,6 +133,8 @@ class Decider(Uncopyable, Generic[F]):
         for point in self.entries:
             decision = self.decide(forward, point, state, features.detach(), Seen(features.detach()))
             state, features = self.apply(decision, features, 0)
+        if forward.facts is not None and forward.facts.pixels is not None:  # of no use behind, and large
+            forward.facts = replace(forward.facts, pixels=None)
         return state, features
 
     def decide(self, forward: F, point: DropPoint, state: LayerState, features: Tensor, seen: Seen) -> Decision:

@@ -84,7 +84,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
             check_bias(block, block is not None and self._masks(block), beta)
         check_output(encoder, spec, output)
         prove(self.blocks, self.points, self.prefix)
-        self.inputs = Inputs(encoder, spec, merge_size, self.forwards, guard, self.wants_frames)
+        self.inputs = Inputs(encoder, spec, merge_size, self.forwards, guard, self.wants_frames, self.wants_pixels)
         self.carries = output == "carried"
         self.outputs = Outputs(encoder, spec, self.depth, output, restored, self.forwards, reader)
         self.patched, self.marked = encoder if reader is None else reader.module, (encoder,)

@@ -22,6 +22,7 @@ from ..tokens import Facts, TokenMap
 from ..upstream.names import GRID, PATCH, PICTURE_SIZES, Parameters
 from ..upstream.specs import EncoderSpec, part
 from .guard import min_keep, shares
+from .pixels import laid_out, patcher, patches
 
 
 def own_size(encoder: Any) -> tuple[int, int] | None:
@@ -49,6 +50,7 @@ class EncoderForward(Forward):
         grid: rows and columns of patches.
         grids: packed: frames, rows and columns of patches of each image or video.
         order: packed: group at each place.
+        pixels: what enters the convolution that makes the tokens, until their pixels are read.
         shares: of its candidates that each picture keeps at least; empty without a guard.
         full: every layer's output is to be of full length.
         shortened: by tokens and form of the block, those tokens, and the arguments of a block as they came and as it took them.
@@ -58,12 +60,13 @@ class EncoderForward(Forward):
     grid: tuple[int, int] | None = None
     grids: list[list[int]] = field(default_factory=list)
     order: Tensor | None = None
+    pixels: Tensor | None = None
     shares: tuple[float, ...] = ()
     full: bool = False
     shortened: dict[tuple[int, int], tuple[TokenMap, dict[str, Any], dict[str, Any]]] = field(default_factory=dict)
 
     def told(self) -> Self:
-        return replace(super().told(), captured_keys={}, order=None, shortened={})
+        return replace(super().told(), captured_keys={}, order=None, pixels=None, shortened={})
 
     def keys_of(self, tokens: TokenMap, prefix: int) -> Tensor | None:
         """:func:`visible` of survivors, once for all layers behind a drop point and what stands behind the last."""
@@ -85,9 +88,11 @@ class Inputs(Uncopyable):
         forwards: of the encoder.
         guard: see :class:`saint.Stage`.
         frames: note which groups show the same place of a video at different times.
+        pixels: note what the candidates show.
 
     Raises:
         ValueError: a guard, and the encoder is not given pictures.
+        UnsupportedModelError: pixels, and the encoder does not show those of its tokens.
     """
 
     def __init__(
@@ -98,7 +103,9 @@ class Inputs(Uncopyable):
         forwards: Forwards[EncoderForward],
         guard: float,
         frames: bool,
+        pixels: bool,
     ) -> None:
+        self.patcher = patcher(encoder, spec) if pixels else None
         self.guard, self.frames = guard, frames
         if guard and (spec.packed or spec.patch is None):
             raise ValueError(
@@ -120,6 +127,11 @@ class Inputs(Uncopyable):
             stack.callback(patch.register_forward_hook(self._note_grid).remove)
             if self.guard:
                 stack.callback(patch.register_forward_pre_hook(self._note_detail, with_kwargs=True).remove)
+        if self.patcher is not None:
+            stack.callback(self.patcher.register_forward_pre_hook(self._note_pixels).remove)
+
+    def _note_pixels(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.forwards.prelude().pixels = args[0].detach()
 
     def _note_detail(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_exporting():
@@ -175,8 +187,31 @@ class Inputs(Uncopyable):
             columns=grid[1] if grid is not None and grid[0] * grid[1] == candidates.width else None,
             min_keep=min_keep(forward.shares, candidates.total) if forward.shares else None,
             cells=_cells(forward.grids, self.merge_size, x.device) if self.frames and self.merge_size else None,
+            pixels=self._pixels(forward, origin) if self.patcher is not None else None,
+            row_lengths=self._row_lengths(forward, candidates) if self.patcher is not None else None,
         )
         return origin
+
+    def _pixels(self, forward: EncoderForward, origin: LayerState) -> Tensor:
+        assert self.patcher is not None
+        x, forward.pixels = forward.pixels, None
+        if x is None:
+            raise ValueError(
+                f"the pixels of {type(self.module).__name__} are read in front of its {type(self.patcher).__name__}, which did "
+                "not run: call the encoder as a whole, or use a method that looks at keys"
+            )
+        places = origin.places
+        if forward.order is not None and self.merge_size is not None:  # pixels come in the order of the pictures
+            places = packed_groups(forward.samples, self.merge_size**2, None, x.device).places
+        return laid_out(patches(x, self.patcher.kernel_size), origin.tokens.index.shape, places)
+
+    def _row_lengths(self, forward: EncoderForward, candidates: TokenMap) -> tuple[int, ...] | None:
+        side = self.merge_size or 1
+        if self.spec.packed:
+            return tuple(columns // side for frames, _, columns in forward.grids for _ in range(frames))
+        if forward.grid is None or forward.grid[0] * forward.grid[1] != candidates.width * side**2:
+            return None
+        return (forward.grid[1] // side,) * len(candidates.lengths)
 
     def _origin(self, forward: EncoderForward, x: Tensor, count: int, mask: Tensor | None) -> LayerState:
         if self.merge_size is not None:
