@@ -17,7 +17,7 @@ from .upstream.specs import EncoderSpec, FamilySpec, part
 from .upstream.verify import verify_encoder, verify_family, verify_text
 from .upstream.versions import warn_if_untested
 from .vision.derive import with_tower
-from .vision.encoder import PrunedEncoder
+from .vision.encoder import PrunedEncoder, Settings
 from .vision.locate import locate, locate_tower
 from .vision.readers import Reader, check_readers, find_reader
 from .vlm.locate import alone, refuse_second, refuse_unknown
@@ -69,25 +69,26 @@ def drop_points(
     Raises:
         UnsupportedModelError: some stages of the slot merge tokens and others drop them.
     """
-    if len({stage.method.merges for stage in stages}) > 1:
+    if len({stage.method.merges for stage in stages if "resized" not in stage.method.needs}) > 1:
         raise UnsupportedModelError(
             f"some stages of the {slot} slot merge tokens and others drop them, and a dropped token may hold others: give "
             "methods of one kind"
         )
-    points: dict[tuple[str, int], DropPoint] = {}
+    points: dict[tuple[str, int], DropPoint] = {}  # by layer, and those in front of all by stage
     for group, (stage, chosen) in enumerate(zip(stages, layers, strict=True)):
         placement = "input" if slot == "connector" else stage.placement or ("" if slot == "vision" else "post")
         for step, layer in enumerate(chosen):
-            points["input" if placement == "input" else "", layer] = DropPoint(
+            points["input" if placement == "input" else "", group if placement == "input" else layer] = DropPoint(
                 slot, layer, placement, stage.method, step, len(chosen), stage.method.needs, group=group
             )
     if observers.candidates:
         needs = observers.needs if slot == "language" else frozenset[str]()
-        shown = [] if slot == "connector" else observers.layers(depth, [layer for _, layer in points], idle)
+        layers_of = [point.layer for point in points.values()]
+        shown = [] if slot == "connector" else observers.layers(depth, layers_of, idle)
         for key in [key for key in points if key[0]] + [("", layer) for layer in shown]:
             point = points.get(key) or DropPoint(slot, key[1], "post", None)
             points[key] = replace(point, needs=point.needs | needs, shown=True)
-    return sorted(points.values(), key=lambda point: (point.placement != "input", point.layer))
+    return sorted(points.values(), key=lambda point: (point.placement != "input", point.layer, point.group))
 
 
 def _encoder(
@@ -110,8 +111,7 @@ def _encoder(
         encoder,
         spec,
         drop_points("vision", stages, layers, depth, observers, idle=not plan.slots),
-        output=stages[0].output if stages else "survivors",
-        guard=stages[0].guard if stages else 0.0,
+        settings=Settings(stages[0].output, stages[0].guard, stages[0].logn) if stages else Settings(),
         observers=observers,
         merge_size=merge_size,
         restored=restored,

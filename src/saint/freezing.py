@@ -12,7 +12,6 @@ from .methods.base import Method, step_possible
 from .plans import Plan, Stage
 from .samples import Sample, read_samples
 from .session import PlanLike, as_plan, pruned
-from .tokens import LayerTrace
 
 
 def freeze(plan: PlanLike, model: nn.Module, images: Any) -> Plan:
@@ -55,11 +54,11 @@ def freeze(plan: PlanLike, model: nn.Module, images: Any) -> Plan:
     if not any(_varies(stage) for stages in plan.slots.values() for stage in stages):
         return plan
     layers, counts = _counted(plan, model, samples)
-    slots = {}
+    slots: dict[str, Any] = {}
     for slot, stages in plan.slots.items():
         frozen: list[Stage] = []
-        for stage, chosen in zip(stages, layers[slot], strict=True):
-            frozen += _frozen(slot, stage, chosen, counts) if _varies(stage) else [stage]
+        for group, (stage, chosen) in enumerate(zip(stages, layers[slot], strict=True)):
+            frozen += _frozen(slot, group, stage, chosen, counts) if _varies(stage) else [stage]
         if frozen:
             slots[slot] = frozen
     if not slots:
@@ -82,8 +81,8 @@ def _check(slot: str, method: Method) -> None:
         )
 
 
-# where: stage, in front of the layer or not, layer
-_Counts = dict[tuple[str, bool, int], list[tuple[int, int]]]
+# where: stage, number of the plan's stage in it, layer
+_Counts = dict[tuple[str, int, int], list[tuple[int, int]]]
 
 
 def _counted(plan: Plan, model: nn.Module, samples: Sequence[Sample]) -> tuple[dict[str, list[list[int]]], _Counts]:
@@ -95,21 +94,17 @@ def _counted(plan: Plan, model: nn.Module, samples: Sequence[Sample]) -> tuple[d
             model(*sample.args, **sample.kwargs)
             for entry in session.trace:
                 pairs = zip(entry.tokens_in.tolist(), entry.tokens_out.tolist(), strict=True)
-                counts.setdefault(_place(entry), []).extend(pair for pair in pairs if pair[0])
+                counts.setdefault((entry.stage, entry.group, entry.layer), []).extend(pair for pair in pairs if pair[0])
     return layers, counts
 
 
-def _place(entry: LayerTrace) -> tuple[str, bool, int]:
-    return entry.stage, entry.placement == "input", entry.layer
-
-
-def _frozen(slot: str, stage: Stage, layers: Sequence[int], counts: _Counts) -> list[Stage]:
+def _frozen(slot: str, group: int, stage: Stage, layers: Sequence[int], counts: _Counts) -> list[Stage]:
     """A stage per drop point at which tokens leave on average."""
     entry = stage.placement == "input" or slot == "connector"
     out: list[Stage] = []
     came = 0
     for layer in layers or [0]:
-        seen = counts.get((slot, entry, layer), [])
+        seen = counts.get((slot, group, layer), [])
         if not seen:
             raise ValueError(
                 f"no visual token came to layer {layer} of the {slot} stage on these images: give prompts with images"

@@ -18,7 +18,7 @@ LAYERS = ("first_half", "all")  # words whose meaning depends on the depth of th
 _DEEPEST = 10_000  # layers; a range beyond it is a slip, and would fill the memory before a model can say so
 Placement = Literal["input", "mid", "post"] | None
 PROVIDES = {
-    "vision": frozenset({"frames", "pixels"}),
+    "vision": frozenset({"frames", "pixels", "resized"}),
     "connector": frozenset({"frames"}),
     "language": frozenset({"last_query", "frames"}),
 }
@@ -39,7 +39,7 @@ class Stage:
             which have no layers.
         placement: "mid" drops between attention and MLP of the layer, "post" after the layer; None means "mid" for
             vision (as published; "post" where a block has no place between the two) and "post" for language. "input", in
-            the vision slot only, drops in front of block 0; methods that look at pixels have no other.
+            the vision slot only, drops in front of block 0; methods that work on pixels have no other.
         output: what a vision encoder hands on. "survivors": the shortened sequence, batches padded to the longest
             sample with the mean of its survivors (an average pool averages the survivors). Full length, every dropped
             token standing for its survivor: "nearest" (closest on the patch grid; for dense heads) or "similar" (most
@@ -48,6 +48,9 @@ class Stage:
         guard: vision stage only. The share of its candidates that a picture full of fine detail, such as a page of text, keeps at
             least, in [0, 1]; the plainer, the less of it, and photographs mostly nothing (see docs/matching.md). Samples then
             keep their own numbers, whatever the budget.
+        logn: vision stage only. Attention logits behind the first drop point are multiplied by (ln n / ln N) ** logn where n of N
+            tokens are left (log-n scaling: arXiv 2202.12172), in [0, 2]: a softmax over fewer keys is sharper than the model
+            is used to. 0: not at all; 0.5 is worth trying where 60 % or fewer are left (see docs/which-lever.md).
         evict: language stage only. After the prompt, throw the tokens dropped at later layers out of the KV caches of the
             earlier layers too. Prompt and first token are as without it; later tokens no longer see those in any layer.
 
@@ -62,6 +65,7 @@ class Stage:
     output: Output = "survivors"
     evict: bool = False
     guard: float = 0.0
+    logn: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
@@ -70,10 +74,10 @@ class Stage:
             object.__setattr__(self, "layers", _read_layers(self.layers))
         if self.placement not in (None, "input", "mid", "post"):
             raise ValueError(f'placement must be "input", "mid" or "post", got {self.placement!r}')
-        if "pixels" in self.method.needs and self.placement != "input":
+        if self.method.needs & {"pixels", "resized"} and self.placement != "input":
             if self.placement is not None:
                 raise ValueError(
-                    f"{type(self.method).__name__} looks at the pixels of patches, in front of block 0: leave placement out, or "
+                    f"{type(self.method).__name__} works on pixels, in front of block 0: leave placement out, or "
                     f'give "input"; got {self.placement!r}'
                 )
             object.__setattr__(self, "placement", "input")
@@ -88,6 +92,7 @@ class Stage:
         if not isinstance(self.evict, bool):
             raise ValueError(f"evict must be True or False, got {self.evict!r}")
         check_number("guard", self.guard, 0, 1, "the share that a page of text keeps at least")
+        check_number("logn", self.logn, 0, 2, "0 leaves attention as it is, 0.5 softens it where tokens are missing")
 
     def resolve_layers(
         self, slot: str, depth: int, used_layers: int | None = None, shown: Sequence[int] | None = None
@@ -217,6 +222,8 @@ def _check_stage(name: str, stage: Stage) -> None:
         raise ValueError(f"output={stage.output!r} is for the vision stage only")
     if name != "vision" and stage.guard:
         raise ValueError(f"guard={stage.guard:g} is for the vision stage only, which sees the pixels")
+    if name != "vision" and stage.logn:
+        raise ValueError(f"logn={stage.logn:g} is for the vision stage only, where every token attends to all others")
     if name != "language" and stage.evict:
         raise ValueError(
             "evict=True is for the language stage only: behind the other stages no cache holds a dropped token"
@@ -249,7 +256,7 @@ def _check_together(name: str, stages: tuple[Stage, ...]) -> None:
     """Check what the stages of one slot must agree on, as far as a plan can tell without a model."""
     if name == "connector" and len(stages) > 1:
         raise ValueError(f"the connector stage is one place and takes one stage, got {len(stages)}")
-    for setting in ("output", "evict", "guard"):
+    for setting in ("output", "evict", "guard", "logn"):
         if len({getattr(stage, setting) for stage in stages}) > 1:
             values = ", ".join(repr(getattr(stage, setting)) for stage in stages)
             raise ValueError(f"{setting} is a property of the {name} slot: give all its stages the same, got {values}")
@@ -261,10 +268,15 @@ def _check_order(name: str, layers: list[tuple[Stage, list[int] | None]]) -> Non
     last, explicit = -1, False
     for position, (stage, chosen) in enumerate(layers):
         if stage.placement == "input":
-            if position:
+            if "resized" in stage.method.needs and position:
                 raise ValueError(
-                    f'placement="input" is in front of every layer and taken once: make it the first stage of the {name} slot, '
-                    f"it is number {position + 1}"
+                    f"a picture gets smaller in front of everything, once: make {type(stage.method).__name__} the first stage "
+                    f"of the {name} slot, it is number {position + 1}"
+                )
+            if any(before.placement != "input" for before, _ in layers[:position]):
+                raise ValueError(
+                    f'placement="input" is in front of every layer: put stage {position + 1} of the {name} slot before those '
+                    "at layers"
                 )
         elif chosen is not None:
             if explicit and chosen[0] <= last:
@@ -325,9 +337,33 @@ class Plan:
     language: tuple[Stage, ...]
     tuned: Mapping[str, Any] | None = dataclasses.field(default=None, init=False, compare=False, repr=False)
 
-    def __init__(self, vision: Slot = None, connector: Slot = None, language: Slot = None) -> None:
+    def __init__(
+        self, vision: Slot = None, connector: Slot = None, language: Slot = None, *, pixels: int | float | None = None
+    ) -> None:
         for name, value in zip(STAGES, (vision, connector, language), strict=True):
             object.__setattr__(self, name, _stages(name, value))
+        if pixels is not None:
+            object.__setattr__(self, "vision", self.resized(pixels).vision)
+
+    @property
+    def pixels(self) -> int | float | None:
+        """Share of the pixels that pictures are shrunk to, or how many patches they have at most; None: they stay as they are."""
+        first = self.vision[0].method if self.vision else None
+        return first.fixed if first is not None and "resized" in first.needs else None
+
+    def resized(self, pixels: int | float) -> "Plan":
+        """The same plan with smaller pictures in front of everything.
+
+        Raises:
+            ValueError: neither a share in (0, 1] nor a number of patches; or the plan has them already.
+        """
+        if self.pixels is not None:
+            raise ValueError(f"pictures get smaller in this plan already, to {self.pixels}")
+        method = methods.get("resize")(keep=pixels)
+        first = Stage(method)
+        if self.vision:  # what holds for the slot
+            first = dataclasses.replace(self.vision[0], method=method, placement="input", layers=None)
+        return dataclasses.replace(self, vision=(first, *self.vision))
 
     @property
     def slots(self) -> dict[str, tuple[Stage, ...]]:
@@ -394,7 +430,7 @@ class Plan:
         if unknown:
             raise ValueError(f"unknown plan entries {unknown}; known: {', '.join(STAGES)}")
         entries = {name: data[name] for name in STAGES if data.get(name) is not None}
-        plan = cls(**{name: _read_slot(entry) for name, entry in entries.items()})
+        plan = cls(*(_read_slot(entries[name]) if name in entries else None for name in STAGES))
         return plan if data.get("tuned") is None else plan.with_tuned(data["tuned"])
 
     def with_tuned(self, tuned: Mapping[str, Any]) -> "Plan":

@@ -151,7 +151,8 @@ def _layers(layers: Sequence[int]) -> str:
 def _entering(entries: Sequence[LayerTrace], first: Tensor, depth: int) -> list[Tensor]:
     """Tokens that enter each layer and those behind the last, depth + 1 times int64 [B]; ``first`` before any was dropped."""
     after = {entry.layer: entry.tokens_out for entry in entries if entry.placement != "input"}
-    counts = [next((entry.tokens_out for entry in entries if entry.placement == "input"), first)]
+    front = [entry.tokens_out for entry in entries if entry.placement == "input"]
+    counts = [front[-1] if front else first]
     for layer in range(depth):
         counts.append(after.get(layer, counts[-1]))
     return counts

@@ -80,7 +80,8 @@ class TokenMap:
 class Selection:
     """Which slots stay: int64 [B, K] ascending within the first ``lengths[b]``, then padding.
 
-    Of merging methods, ``owner`` says for each current slot which new slot it becomes part of, int64 [B, N].
+    Of merging methods, and of smaller pictures, ``owner`` says for each current slot which new slot it becomes part of, int64
+    [B, N].
     """
 
     slots: Tensor
@@ -179,14 +180,14 @@ class Facts:
         cells: for methods that need "frames": equal numbers show the same place of one video at different times, in the order
             of samples and slots, int64 [B, N]; -1: of no video. None where no candidate is of a video of several frames.
         pixels: for methods that need "pixels", of each candidate as the model is given them, by channel, [B, N, C, V].
-        row_lengths: for the same methods, candidates in a row of the grid of each sample, B Python ints.
+        grids: for the same methods and those that need "resized", rows and columns of the candidates of each sample.
     """
 
     columns: int | None = None
     min_keep: tuple[int, ...] | None = None
     cells: Tensor | None = None
     pixels: Tensor | None = None
-    row_lengths: tuple[int, ...] | None = None
+    grids: tuple[tuple[int, int], ...] | None = None
 
     def at(self, index: Tensor) -> "Facts":
         """Those of the candidates that are left, of all the original ones: index int64 [B, K]."""
@@ -198,11 +199,10 @@ class Facts:
 
     def of_samples(self, samples: list[int]) -> "Facts":
         """Those of these samples alone."""
-        min_keep, row_lengths = (
-            None if one is None else tuple(one[i] for i in samples) for one in (self.min_keep, self.row_lengths)
-        )
+        min_keep = None if self.min_keep is None else tuple(self.min_keep[i] for i in samples)
+        grids = None if self.grids is None else tuple(self.grids[i] for i in samples)
         cells, pixels = (None if one is None else one[samples] for one in (self.cells, self.pixels))
-        return Facts(self.columns, min_keep, cells, pixels, row_lengths)
+        return Facts(self.columns, min_keep, cells, pixels, grids)
 
 
 @dataclass(frozen=True)
@@ -239,8 +239,10 @@ class LayerTrace:
         tokens_in: candidates before, int64 [B] (protected tokens not counted).
         tokens_out: candidates after, int64 [B].
         kept: B int64 tensors, original candidate indices (0-based), ascending.
-        into: of merging methods, B int64 tensors: for each original candidate the one of ``kept`` it is part of by now.
+        into: of merging methods and smaller pictures, B int64 tensors: for each original candidate the one of ``kept`` it is
+            part of by now.
         placement: tokens left "input": in front of ``layer``, "mid": between its attention and its MLP, "post": behind it.
+        group: 0-based number of the plan's stage in its slot.
     """
 
     stage: str
@@ -250,6 +252,7 @@ class LayerTrace:
     kept: list[Tensor] = field(repr=False)
     into: list[Tensor] | None = field(default=None, repr=False)
     placement: str = "post"
+    group: int = 0
 
 
 def all_but(order: Tensor, drop: Sequence[int], count: int, valid: Tensor | None = None, *, stride: int = 1) -> Tensor:

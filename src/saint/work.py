@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .methods.base import Method, final_keep, scheduled_keep
+from .methods.base import Method, scheduled_keep
 from .plans import Stage
 from .runtime.blocks import Block
 from .upstream.names import ATTENTION, EXPERTS_USED
@@ -227,4 +227,4 @@ def _left(method: Method, came: int, now: int, step: int, steps: int) -> int:
         raise ValueError(
             f"{type(method).__name__} lets pictures decide how many tokens stay, so their shape does not tell"
         )
-    return scheduled_keep(final_keep(method.fixed, came), came, step, steps)
+    return scheduled_keep(method.final(came), came, step, steps)

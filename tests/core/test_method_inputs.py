@@ -7,7 +7,7 @@ import torch
 
 import saint
 from saint import graph
-from saint.methods import DivPrune, Duplicates, FastV, Flat, Grid, Match, PiToMe, Random, ToMe
+from saint.methods import DivPrune, Duplicates, FastV, Flat, Grid, Match, PiToMe, Random, Resize, ToMe
 from saint.tokens import Candidates, Facts, TokenMap
 
 COUNT, COLUMNS = 24, 6
@@ -22,7 +22,8 @@ LOOKS = {  # method: the parts of the candidates that its choice depends on
     DivPrune(keep=0.6): {"features"},
     FastV(keep=0.6): {"attention"},
     Grid(keep=0.6): set(),
-    Flat(): {"pixels", "row_lengths"},
+    Flat(): {"pixels", "grids"},
+    Resize(): {"grids"},
     Duplicates(): {"pixels"},
     Duplicates(tau=0.1): {"pixels"},
     Random(keep=0.6): set(),
@@ -52,14 +53,14 @@ def plain(seed: int) -> torch.Tensor:
     return colours.float().expand(-1, -1, 1, 4)
 
 
-PLACED = Facts(columns=COLUMNS, pixels=plain(4), row_lengths=(COLUMNS, COLUMNS))
+PLACED = Facts(columns=COLUMNS, pixels=plain(4), grids=((COUNT // COLUMNS, COLUMNS),) * 2)
 OTHER = {
     "keys": {"keys": noise(11, 2, COUNT, 4)},
     "features": {"features": noise(12, 2, COUNT, 5)},
     "attention": {"attention": noise(13, 2, COUNT).softmax(-1)},
     "columns": {"facts": dataclasses.replace(PLACED, columns=5)},
     "pixels": {"facts": dataclasses.replace(PLACED, pixels=plain(14))},
-    "row_lengths": {"facts": dataclasses.replace(PLACED, row_lengths=(4, 4))},
+    "grids": {"facts": dataclasses.replace(PLACED, grids=((COUNT // 4, 4),) * 2)},
 }
 
 

@@ -164,7 +164,7 @@ def test_one_token_of_every_frame_stays_and_as_many_as_a_guard_says():
 def test_nothing_leaves_of_pictures_without_copies():
     pixels = torch.randn(2, 9, 3, 4)
     assert Duplicates().select(shown(pixels)) is None
-    assert Flat().select(shown(pixels, row_lengths=(3, 3))) is None
+    assert Flat().select(shown(pixels, grids=((3, 3), (3, 3)))) is None
 
 
 # -- encoders ---------------------------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ def test_the_place_is_in_front_of_block_0():
     assert Plan(vision=Duplicates()).vision[0].placement == "input"
     assert Plan(vision=Stage(Flat(), placement="input")) == Plan(vision=Flat())
     assert Plan.from_dict(Plan(vision=Duplicates(tau=0.1)).to_dict()) == Plan(vision=Duplicates(tau=0.1))
-    with pytest.raises(ValueError, match="Duplicates looks at the pixels.*give \"input\"; got 'mid'"):
+    with pytest.raises(ValueError, match="Duplicates works on pixels.*give \"input\"; got 'mid'"):
         Stage(Duplicates(), placement="mid")
     with pytest.raises(ValueError, match="in front of layer 0 only: leave layers out"):
         Stage(Flat(), layers=[3])

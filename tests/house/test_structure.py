@@ -26,12 +26,13 @@ CORE = {
     "graph": {"gathers", "order"},
     "frames": {"graph"},
     "copies": {"frames"},
+    "grids": set(),
     "kernels": set(),
     "operators": {"graph", "kernels", "tokens"},  # kernels when the first of them runs
     "tokens": {"order"},
     "gathers": {"tokens"},
     "plugins": {"errors"},
-    "methods": {"copies", "frames", "graph", "operators", "tokens", "errors", "plugins"},
+    "methods": {"copies", "frames", "graph", "grids", "operators", "tokens", "errors", "plugins"},
     "plans": {"methods", "presets", "files"},  # the last two when a plan is looked up or written
     "presets": {"methods", "plans"},
     "summary": {"methods", "plans", "tokens", "upstream", "vision", "runtime", "work"},
@@ -52,7 +53,7 @@ CORE = {
     },
     "upstream": {"errors", "plugins"},
     "runtime": {"tokens", "gathers", "errors", "patch", "upstream"},
-    "vision": {"frames", "graph", "tokens", "gathers", "errors", "patch", "runtime", "upstream"},
+    "vision": {"frames", "graph", "grids", "tokens", "gathers", "errors", "patch", "runtime", "upstream"},
     "language": {"tokens", "gathers", "errors", "patch", "runtime", "upstream", "work"},
     "vlm": {"frames", "tokens", "gathers", "errors", "patch", "runtime", "upstream", "vision", "language"},
     "admission": {"errors", "files", "upstream", "testing"},  # the last when a model is proved: contracts apply plans
@@ -79,6 +80,7 @@ CORE = {
         "errors",
         "files",
         "flops",
+        "grids",
         "methods",
         "plans",
         "session",
@@ -131,6 +133,7 @@ LAB = {
 }
 ORACLE = {
     "errors", "plans", "session", "tokens", "upstream/names", "upstream/specs", "testing/hiding", "testing/outputs",
+    "testing/smaller",
 }  # fmt: skip
 # rooms of packages that stand alone: all that they may import, also of their own package
 ROOMS = {
@@ -182,6 +185,7 @@ ROOMS = {
     "testing/outputs": set(),
     # the oracles know where things are, and what a pruned forward dropped; they share no code with the pruning path
     "testing/hiding": {"upstream/specs"},
+    "testing/smaller": {"grids", "plans", "upstream/specs", "testing/hiding"},
     "testing/oracle": {
         *ORACLE,
         "language/locate",

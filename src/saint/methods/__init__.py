@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # what type checkers and editors are told
     from .match import Match as Match
     from .pitome import PiToMe as PiToMe
     from .random import Random as Random
+    from .resize import Resize as Resize
     from .saint import Saint as Saint
     from .saint_full_graph import SaintFullGraph as SaintFullGraph
     from .saint_video import SaintVideo as SaintVideo

@@ -36,8 +36,8 @@ class Method(ABC):
     name: ClassVar[str]  # registry name, lower_snake
     paper: ClassVar[str]  # citation key or URL of the publication
     stages: ClassVar[frozenset[str]]  # stages the method is defined for
-    # what a stage computes on demand: "last_query" fills `attention`, "frames" `cells`, "pixels" `pixels`, `row_lengths` and
-    # `cells` in front of block 0
+    # what a stage computes on demand: "last_query" fills `attention`, "frames" `cells`, "pixels" `pixels`, `grids` and
+    # `cells` in front of block 0; "resized" shows the encoder smaller pictures and fills `grids`
     needs: ClassVar[frozenset[str]] = frozenset()
     merges: ClassVar[bool] = False  # tokens go into survivors instead of away; not in the connector stage
     # of methods that merge: a survivor becomes the mean of what it stands for, or stays as it is
@@ -64,6 +64,11 @@ class Method(ABC):
     def fixed(self) -> int | float | None:
         """Return what it keeps whatever the picture, a number or a share of the tokens; None where pictures or layers decide."""
         return getattr(self, "keep", None)
+
+    def final(self, total: int) -> int:
+        """Tokens that a complete stage of a fixed budget leaves of ``total``."""
+        assert self.fixed is not None
+        return final_keep(self.fixed, total)
 
     def keeping(self, keep: int | float) -> Self:
         """The same method with another fixed budget.
@@ -350,7 +355,7 @@ def survivors(method: Method, total: int | None) -> int | None:
         return None
     if total is None:
         return budget if isinstance(budget, int) else None
-    return final_keep(budget, total)
+    return method.final(total)
 
 
 def floored(drop: tuple[int, ...], candidates: Candidates, floor: float) -> tuple[int, ...]:
@@ -369,8 +374,9 @@ def floored(drop: tuple[int, ...], candidates: Candidates, floor: float) -> tupl
 
 def step_possible(method: Method, came: int, left: int) -> bool:
     """Tell whether ``method`` can leave ``left`` of ``came`` tokens at one drop point."""
+    step = method.keeping(left / came)
     try:
-        method.keeping(left / came).validate(came, 1)
+        step.validate(came, 1)
     except ValueError:
         return False
-    return True
+    return step.final(came) == left

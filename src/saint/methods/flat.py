@@ -28,10 +28,10 @@ class Flat(PixelMethod):
         check_integer("side", self.side, 2, hint="a block of 2 x 2 patches is the smallest")
 
     def leaves(self, candidates: Candidates, pixels: Tensor) -> Tensor:
-        tokens, columns = candidates.tokens, candidates.facts.row_lengths
-        if columns is None:
+        tokens, laid = candidates.tokens, candidates.facts.grids
+        if laid is None:
             raise ValueError("Flat needs the grid that patches lie on, which this model does not show: use Duplicates")
-        width = torch.tensor(columns, device=pixels.device)
+        width = torch.tensor([columns for _, columns in laid], device=pixels.device)
         return copies.in_blocks(
             copies.plain(pixels), pixels[..., 0], tokens.index, width, self.side, tokens.valid
         )  # fmt: skip

@@ -120,6 +120,32 @@ class Block:
                 undo.callback(part(unit, self.key_source).register_forward_hook(watch(index)).remove)
         return undo.close
 
+    def scale_keys(self, factor: Callable[[], float | Tensor | None]) -> Callable[[], None]:
+        """Multiply the keys of each call by ``factor()``, a number or one for each sample [B]; None: not. Returns the undo."""
+
+        def scale(_module: nn.Module, _args: Any, output: Any) -> Any:
+            by = factor()
+            if by is None:
+                return None
+            keys = output[0] if isinstance(output, tuple) else output
+            if isinstance(by, Tensor):
+                by = by.to(keys.dtype).view(-1, *[1] * (keys.ndim - 1))
+            if self.spec.fused:
+                own = self._own(keys)
+                keys = torch.cat([keys[..., : -2 * own], keys[..., -2 * own : -own] * by, keys[..., -own:]], -1)
+            else:
+                keys = keys * by
+            return (keys, *output[1:]) if isinstance(output, tuple) else keys
+
+        undo = ExitStack()
+        for unit in self.units[0]:
+            undo.callback(part(unit, self.key_source).register_forward_hook(scale).remove)
+        return undo.close
+
+    def _own(self, emitted: Tensor) -> int:
+        """Channels of the keys that are emitted beside queries and values; queries may have more heads."""
+        return self.key_width or emitted.shape[-1] // 3
+
     def head_mean_keys(self, keys: Any, prefix: int) -> Tensor:
         """Keys averaged over heads, without the prefix: float32 or the weights' dtype, [B, N, D].
 
@@ -142,8 +168,8 @@ class Block:
                 return nn.functional.linear(x[:, prefix:], weight, bias)
         keys = keys.detach()
         if self.spec.fused:
-            own = self.key_width or keys.shape[-1] // 3
-            keys = keys[..., -2 * own : -own]  # queries may have more heads
+            own = self._own(keys)
+            keys = keys[..., -2 * own : -own]
         if self.segments is not None:
             keys = keys.unsqueeze(0)
         if self.spec.keys_by_token:

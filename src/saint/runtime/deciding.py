@@ -103,6 +103,11 @@ class Decider(Uncopyable, Generic[F]):
         """Tell whether a method in front of the first layer asks what its candidates show."""
         return any("pixels" in point.needs for point in self.entries)
 
+    @property
+    def resize(self) -> int | float | None:
+        """Return what is left of pictures that get smaller in front of everything; None where they stay as they are."""
+        return next((p.method.fixed for p in self.entries if p.method is not None and "resized" in p.needs), None)
+
     # -- what differs -------------------------------------------------------------------------------------------------
 
     def stand_in(self, keys: Tensor, selection: Selection) -> Tensor | None:
@@ -167,7 +172,7 @@ class Decider(Uncopyable, Generic[F]):
         if selection is not None:
             after, tokens = state.after(selection, self.stand_in(keys, selection))
         if point.method is not None:
-            forward.drops[point.slot, point.placement, point.layer] = state, after
+            forward.drops[point.slot, point.placement, point.layer, point.group] = state, after
         return Decision(point, state, after, selection, tokens)
 
     def _asked(self, point: DropPoint, candidates: Candidates) -> Selection | None:
@@ -210,7 +215,7 @@ class Decider(Uncopyable, Generic[F]):
             return after, y
         method, slots = decision.point.method, stays.slots
         old = y
-        if selection.owner is None:
+        if selection.owner is None or (method is not None and not method.merges):
             y = gather_tokens(y, slots, prefix)
             return self.carry(state, old[:, prefix:], after, y[:, prefix:]), y
         assert method is not None

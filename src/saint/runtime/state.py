@@ -30,7 +30,8 @@ class LayerState:
         places: where the members of each of ``subset`` are in the flattened sequences, int64 [B, N, M] into Q * S rows; padding
             slots hold any row.
         sizes: merging: original candidates in each slot, float32 [B, N].
-        merged_into: merging: for each original candidate the slot it is part of, int64 [B, N of the beginning].
+        merged_into: merging, and of smaller pictures: for each original candidate the slot it is part of, int64 [B, N of the
+            beginning].
         beta: merging: later attention adds beta * log(size) to the logits of a candidate's key.
         stand_ins: for each original candidate the slot that stands for it in a full-length map, int64 [B, N of the beginning].
         offsets: what is added to the row of a stand-in, in the residual stream, [B, N of the beginning, C]; None: nothing.
@@ -82,7 +83,8 @@ class LayerState:
             The state, and which tokens of the sequences stay.
         """
         stand_ins = None if stand_in is None else _chain(self.stand_ins, stand_in)
-        merged_into = self.merged_into if selection.owner is None else _chain(self.merged_into, selection.owner)
+        # what smaller pictures made one is dropped as one; of those that merge none is dropped
+        merged_into = None if selection.owner is None else _chain(self.merged_into, selection.owner)
         if self.places is None:
             tokens = self.tokens.select(selection)
             return replace(self, tokens=tokens, merged_into=merged_into, stand_ins=stand_ins), selection
@@ -152,14 +154,14 @@ class Forward:
     Attributes:
         origin: everything, in front of the first drop point; None in a forward in which nothing can go.
         states: by layer, the state in front of it; behind the last: the number of layers.
-        drops: by slot, placement and layer, the states in front of and behind a drop point, in the order of the forward.
+        drops: by slot, placement, layer and stage, the states in front of and behind a drop point, in the order of the forward.
         memo: tables and masks that layers share.
         facts: of the candidates of ``origin``; None before it is known, and when the forward is over.
     """
 
     origin: LayerState | None = None
     states: dict[int, LayerState] = field(default_factory=dict)
-    drops: dict[tuple[str, str, int], tuple[LayerState, LayerState]] = field(default_factory=dict)
+    drops: dict[tuple[str, str, int, int], tuple[LayerState, LayerState]] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
     facts: Facts | None = None
 
@@ -190,13 +192,13 @@ class Forward:
         out: list[LayerTrace] = []
         if any(isinstance(after.tokens.index, FakeTensor) for _, after in self.drops.values()):
             return out  # of an export: reading it would fix the batch size of the exported graph
-        for (slot, placement, layer), (before, after) in self.drops.items():
+        for (slot, placement, layer, group), (before, after) in self.drops.items():
             left = after.candidates
             into = None if after.merged_into is None else list(left.index.gather(1, after.merged_into).unbind(0))
             if into is not None and self.origin is not None and (real := self.origin.candidates.valid) is not None:
                 into = [row[ok] for row, ok in zip(into, real, strict=True)]
             counts = torch.tensor(before.candidates.lengths), torch.tensor(left.lengths)
-            out.append(LayerTrace(slot, layer, *counts, left.kept(), into, placement))
+            out.append(LayerTrace(slot, layer, *counts, left.kept(), into, placement, group))
         return out
 
 

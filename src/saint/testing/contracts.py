@@ -119,7 +119,7 @@ def check_oracle(model: nn.Module, plan: Plan, inputs: Inputs, atol: float = 1e-
 
     A merged token is no hidden token: for methods that merge, equality with :func:`merged_oracle` takes its place.
     """
-    merges = plan.vision[0].method.merges
+    merges = any(stage.method.merges for stage in plan.vision)
     want, _ = (merged_oracle if merges else masked_oracle)(model, plan, inputs)
     with pruned(model, plan) as session:
         got = run(model, inputs)

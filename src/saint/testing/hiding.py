@@ -16,11 +16,12 @@ from ..upstream.specs import EncoderSpec, part
 class HideKeys(TorchFunctionMode):
     """Adds a key mask to every attention that torch computes while ``visible`` or ``pieces`` is set.
 
-    A bool one hides keys, a float one is added to their logits.
+    A bool one hides keys, a float one is added to their logits. ``softer`` [B] multiplies all logits.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.softer: Tensor | None = None
         self.visible: Tensor | None = None  # [B, keys]
         self.pieces: list[Tensor] = []  # packed: bool [1, keys] of each segment, in the order of their attentions
         self.masked = 0
@@ -28,6 +29,9 @@ class HideKeys(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         seen = self.pieces[0] if self.pieces else self.visible
+        if self.softer is not None and func is nn.functional.scaled_dot_product_attention:
+            kwargs |= dict(zip(("query", "key", "value", "attn_mask"), args, strict=False))
+            args, kwargs["query"] = (), kwargs["query"] * self.softer.to(kwargs["query"].dtype).view(-1, 1, 1, 1)
         if seen is None:
             return func(*args, **kwargs)
         if func is nn.functional.scaled_dot_product_attention:

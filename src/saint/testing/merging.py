@@ -21,6 +21,7 @@ from ..vision.locate import locate
 from .blocks import block_spec
 from .hiding import HideKeys, hide_in_pools, stand_in, unfused
 from .outputs import Inputs, run
+from .smaller import logn_of, show_smaller, softer
 
 
 def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[str, Tensor], list[LayerTrace]]:
@@ -61,20 +62,28 @@ class _Sharing:
     """
 
     def __init__(self, model: nn.Module, plan: Plan, trace: list[LayerTrace]) -> None:
-        stage = plan.vision[0]
+        stage = next(stage for stage in plan.vision if stage.method.merges)
+        self.plan, self.logn = plan, logn_of(plan)
         self.beta, self.averages = stage.method.size_bias(), stage.method.averages
         self.survivors = stage.output == "survivors"
         _, self.encoder, self.spec = locate(model)
         self.blocks = list(part(self.encoder, self.spec.blocks))
         self.prefix, self.mode = self.spec.prefix(self.encoder), HideKeys()
+        self.total = trace[0].tokens_in
         merges = [entry for entry in trace if entry.into is not None]
         self.entries = [entry for entry in merges if entry.placement == "input"]
         self.by_layer = {entry.layer: entry for entry in merges if entry.placement != "input"}
         self.groups: list[Tensor] | None = None  # for each original candidate the survivor it is part of
+        self.shown: list[Tensor] = []  # of smaller pictures: candidates that stay in front of all else
+        if plan.pixels is not None:
+            self.shown = [torch.zeros(len(into), dtype=torch.bool) for into in self.entries[0].into or ()]
+            for flags, kept in zip(self.shown, self.entries.pop(0).kept, strict=True):
+                flags[kept.cpu()] = True
 
     def install(self, stack: ExitStack) -> None:
         """From now on; ``stack`` undoes it."""
         encoder, spec = self.encoder, self.spec
+        show_smaller(stack, encoder, spec, self.plan, None)
         for layer, module in enumerate(self.blocks):
             block = Block(module, block_spec(module, spec), f"{spec.blocks}.{layer}")
             stand_in(stack, module, "forward", partial(self._wrap, layer, block))
@@ -90,8 +99,8 @@ class _Sharing:
     def _share(self, y: Tensor) -> Tensor:
         assert self.groups is not None
         y = y.clone()
-        for sample, into in enumerate(self.groups):
-            for survivor in into.unique().tolist():
+        for sample, into in enumerate(self._real(self.groups)):
+            for survivor in into[into >= 0].unique().tolist():
                 members = self.prefix + (into == survivor).nonzero().flatten()
                 y[sample, members] = (
                     y[sample, members].mean(0) if self.averages else y[sample, self.prefix + survivor].clone()
@@ -99,14 +108,32 @@ class _Sharing:
         return y
 
     def _logits(self, count: int, like: Tensor) -> Tensor | None:
-        if self.groups is None or self.beta == 1:
+        if not self.shown and (self.groups is None or self.beta == 1):
             return None
-        out = like.new_zeros(len(self.groups), count)
-        for sample, into in enumerate(self.groups):
-            out[sample, self.prefix : self.prefix + len(into)] = (self.beta - 1) * into.bincount()[into].to(
-                like.dtype
-            ).log()
+        groups = [torch.arange(len(flags)) for flags in self.shown] if self.groups is None else self.groups
+        out = like.new_zeros(len(groups), count)
+        for sample, into in enumerate(self._real(groups)):
+            sizes = into[into >= 0].bincount()[into.clamp_min(0)].to(like.dtype)
+            bias = ((self.beta - 1) * sizes.log()).masked_fill(into < 0, -torch.inf)
+            out[sample, self.prefix : self.prefix + len(into)] = bias
         return out
+
+    def _real(self, groups: list[Tensor]) -> list[Tensor]:
+        """Mark candidates that smaller pictures do not show, by -1."""
+        if not self.shown:
+            return groups
+        return [into.masked_fill(~flags.to(into.device), -1) for into, flags in zip(groups, self.shown, strict=True)]
+
+    def _soften(self) -> None:
+        """Soften attention where tokens are missing."""
+        if self.groups is None and not self.shown:
+            return
+        counts = (
+            [int(flags.sum()) for flags in self.shown]
+            if self.groups is None
+            else [len(g.unique()) for g in self.groups]
+        )
+        self.mode.softer = softer(self.prefix + torch.tensor(counts), self.prefix + self.total, self.logn)
 
     def _positions(self, table: Any) -> Any:
         if isinstance(table, tuple):
@@ -139,11 +166,12 @@ class _Sharing:
             if block.spec.bias and block.mask in kwargs:
                 kwargs[block.mask] = self._pairs(kwargs[block.mask])
             self.mode.visible, self.mode.masked = self._logits(x.shape[1], x), 0
+            self._soften()
             halves = layer in self.by_layer and self.by_layer[layer].placement == "mid"
             y = block.first(x, **kwargs) if halves else original(x, **kwargs)
             if self.mode.visible is not None and self.mode.masked == 0:
                 raise HookNeverFiredError(f"the attention of block {layer} does not go through torch's fused functions")
-            self.mode.visible = None
+            self.mode.visible = self.mode.softer = None
             if layer in self.by_layer:
                 self.groups = self.by_layer[layer].into
                 y = self._share(y)

@@ -37,6 +37,7 @@ from ..vision.locate import locate, locate_tower
 from ..vlm.locate import find as find_vlm
 from .hiding import HideKeys, hide_in_pools, stand_in, unfused
 from .outputs import Inputs, run
+from .smaller import logn_of, show_smaller, softer
 
 
 def masked_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[str, Tensor], list[LayerTrace]]:
@@ -68,10 +69,11 @@ def masked_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
             _hide_in_decoder(stack, mode, text[1], trace, [_inner(inputs)])
         elif family is None:
             _, encoder, spec = locate(model)
-            _HidingInEncoder(mode, encoder, spec, trace, None).install(stack)
+            show_smaller(stack, encoder, spec, plan, None)
+            _HidingInEncoder(mode, encoder, spec, trace, None, logn_of(plan)).install(stack)
         else:
             _, vlm, facts = family
-            hide_in_tower(stack, mode, vlm, facts, trace)
+            hide_in_tower(stack, mode, vlm, facts, trace, plan)
             visual = visual_tokens(stack, vlm)
             drops = [entry for entry in trace if entry.stage != "vision"]
             _hide_in_decoder(stack, mode, vlm.get_submodule(facts.decoder), drops, visual)
@@ -79,7 +81,9 @@ def masked_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
         return run(model, inputs), trace
 
 
-def hide_in_tower(stack: ExitStack, mode: HideKeys, vlm: nn.Module, facts: FamilySpec, trace: list[LayerTrace]) -> None:
+def hide_in_tower(
+    stack: ExitStack, mode: HideKeys, vlm: nn.Module, facts: FamilySpec, trace: list[LayerTrace], plan: Plan
+) -> None:
     """Hides what the vision stage dropped, as keys in the tower; features of dropped tokens become rows of NaN.
 
     Args:
@@ -88,12 +92,14 @@ def hide_in_tower(stack: ExitStack, mode: HideKeys, vlm: nn.Module, facts: Famil
         vlm: the module of the family's spec.
         facts: of the family.
         trace: of the pruned forward.
+        plan: likewise.
     """
     drops = [entry for entry in trace if entry.stage == "vision"]
     if drops:
         facts = with_tower(vlm, facts)
         _, encoder, spec = locate_tower(vlm, facts)
-        _HidingInEncoder(mode, encoder, spec, drops, facts.merge_size(vlm)).install(stack)
+        show_smaller(stack, encoder, spec, plan, facts.merge_size(vlm))
+        _HidingInEncoder(mode, encoder, spec, drops, facts.merge_size(vlm), logn_of(plan)).install(stack)
         _mark_features(stack, vlm, facts, drops)
 
 
@@ -106,6 +112,7 @@ class _HidingInEncoder:
         spec: what is known of its class.
         trace: of the pruned forward.
         merge_size: side of the squares of patches that go together, or None.
+        logn: see :class:`saint.Stage`.
     """
 
     def __init__(
@@ -115,7 +122,9 @@ class _HidingInEncoder:
         spec: EncoderSpec,
         trace: list[LayerTrace],
         merge_size: int | None,
+        logn: float,
     ) -> None:
+        self.logn = logn
         self.mode, self.encoder, self.spec, self.trace, self.merge_size = mode, encoder, spec, trace, merge_size
         self.blocks = list(part(encoder, spec.blocks))
         self.prefix = spec.prefix(encoder)
@@ -166,6 +175,9 @@ class _HidingInEncoder:
                     left = self._left_by(entry, x.shape[-2]).to(x.device)
                     self.current = self.current if bool(left.all()) else left
             self.mode.visible, self.mode.masked = self.current, 0
+            if self.current is not None:
+                total = self.prefix + self.trace[0].tokens_in.to(self.current.device)
+                self.mode.softer = softer(self.current.sum(1), total, self.logn)
             if SEGMENTS.read(kwargs) is not None and self.current is not None:
                 pieces = self.current.split(SEGMENTS.read(kwargs).diff().tolist(), 1)
                 # a segment without survivors has no query whose result counts, and softmax needs a key
@@ -181,6 +193,7 @@ class _HidingInEncoder:
                     'model to its fused attention (attn_implementation="sdpa", timm fused_attn) to test it'
                 )
             y = output[0] if isinstance(output, tuple) else output
+            self.mode.softer = None
             if layer in self.by_layer:
                 left = self._left_by(self.by_layer[layer], y.shape[-2]).to(y.device)
                 self.current = self.current if bool(left.all()) else left

@@ -70,7 +70,7 @@ def removal_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[s
     mode = HideKeys()
     with ExitStack() as stack:
         stack.enter_context(unfused())
-        hide_in_tower(stack, mode, vlm, facts, trace)
+        hide_in_tower(stack, mode, vlm, facts, trace, plan)
         seen = visual_tokens(stack, vlm)
         stand_in(stack, decoder, "forward", remove)
         stack.enter_context(mode)
@@ -103,7 +103,7 @@ def holes_oracle(model: Any, plan: Plan, inputs: Inputs, answer: Tensor, **gener
 
     with ExitStack() as stack, torch.no_grad():
         stack.enter_context(unfused())
-        hide_in_tower(stack, mode, vlm, facts, trace)
+        hide_in_tower(stack, mode, vlm, facts, trace, plan)
         _holes(stack, mode, vlm, facts, trace)
         stack.enter_context(mode)
         made = model.generate(

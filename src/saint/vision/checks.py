@@ -136,3 +136,24 @@ def _probe_table(dim: int, prefix: int, name: str, like: Tensor) -> Any:
     count = like.shape[-2] - prefix
     values = torch.randn(count, 2 * dim, generator=torch.Generator().manual_seed(1)).to(like)
     return values if name in TIMM_ROTARY.spellings else (values[:, :dim], values[:, dim:])
+
+
+def check_softer(encoder: nn.Module, spec: EncoderSpec, blocks: "Sequence[Block | None]", logn: float) -> None:
+    """Refuse ``logn`` where the keys of attention cannot be scaled.
+
+    Args:
+        encoder: owns the blocks.
+        spec: what is known of its class.
+        blocks: from the first one that tokens may be missing from.
+        logn: see :class:`saint.Stage`.
+
+    Raises:
+        UnsupportedModelError: attention over the pictures of a packed sequence, or whose keys no module shows.
+    """
+    why = "it lays all pictures in one sequence" if spec.packed else ""
+    if not why and any(block is None or not block.key_source or block.recomputes for block in blocks):
+        why = "no module of its attention shows the keys"
+    if why:
+        raise UnsupportedModelError(
+            f"logn={logn:g} scales keys, which {type(encoder).__name__} cannot: {why}; leave logn out"
+        )

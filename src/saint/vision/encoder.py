@@ -6,8 +6,10 @@ anything is touched in ``checks.py``.
 Letters: B batch, P prefix tokens, N candidates, K survivors, C channels, D head dim.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,10 +28,19 @@ from ..runtime.state import LayerState
 from ..tokens import Selection, TokenMap
 from ..upstream.names import LONGEST
 from ..upstream.specs import EncoderSpec, part
-from .checks import check_bias, check_output, check_seams, placed, prove, read_blocks, takes_dense_mask
+from .checks import check_bias, check_output, check_seams, check_softer, placed, prove, read_blocks, takes_dense_mask
 from .inputs import EncoderForward, Inputs
 from .outputs import Outputs
 from .readers import Reader
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a plan says of the vision slot as a whole: see :class:`saint.Stage`."""
+
+    output: str = "survivors"
+    guard: float = 0.0
+    logn: float = 0.0
 
 
 class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
@@ -41,8 +52,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
         spec: what is known of its class.
         points: drop points; a placement of "" means "mid" where every such point has a place between attention and MLP, else
             "post".
-        output: see :class:`saint.Stage`.
-        guard: likewise.
+        settings: of the plan.
         observers: of the session.
         merge_size: side of the square of patches that a merger behind the encoder joins into one token. Those squares are the
             candidates then: a method sees their mean keys, and their tokens stay or go together.
@@ -64,8 +74,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
         spec: EncoderSpec,
         points: Sequence[DropPoint],
         *,
-        output: str = "survivors",
-        guard: float = 0.0,
+        settings: Settings = Settings(),
         observers: Observers,
         merge_size: int | None = None,
         restored: frozenset[int] = frozenset(),
@@ -82,9 +91,14 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
         beta = max((p.method.size_bias() for p in self.points.values() if p.method is not None), default=0.0)
         for block in self.blocks[self.first_short :] if beta else ():
             check_bias(block, block is not None and self._masks(block), beta)
+        output, self.logn = settings.output, settings.logn
+        if self.logn:
+            check_softer(encoder, spec, self.blocks[self.first_short :], self.logn)
         check_output(encoder, spec, output)
         prove(self.blocks, self.points, self.prefix)
-        self.inputs = Inputs(encoder, spec, merge_size, self.forwards, guard, self.wants_frames, self.wants_pixels)
+        self.inputs = Inputs(
+            encoder, spec, merge_size, self.forwards, settings.guard, self.wants_frames, self.wants_pixels, self.resize
+        )
         self.carries = output == "carried"
         self.outputs = Outputs(encoder, spec, self.depth, output, restored, self.forwards, reader)
         self.patched, self.marked = encoder if reader is None else reader.module, (encoder,)
@@ -134,6 +148,8 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
             if index >= first_short and block.bias is not None:
                 holder, _, method = block.bias.rpartition(".")
                 override(stack, part(block.module, holder), method, partial(self._pairs, index))
+            if index >= first_short and self.logn:  # behind what keeps the keys: methods see them as they are
+                stack.callback(block.scale_keys(partial(self._softer, index)))
         self.inputs.install(stack)
         self.outputs.install(stack)
 
@@ -164,6 +180,16 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
             return _mask(bias, state.tokens, keys, self.prefix, bias.dtype, self._bias(layer, state, bias.dtype))
 
         return pairs
+
+    def _softer(self, layer: int) -> float | Tensor | None:
+        """Return what multiplies the logits of a layer, of all samples or of each, [B]; see :attr:`saint.Stage.logn`."""
+        state = self.forward.states.get(layer)
+        if state is None or state.tokens.nothing_dropped:
+            return None
+        tokens = self.forward.part or state.tokens
+        pairs = zip(tokens.lengths, tokens.total, strict=True)
+        factors = [_softened(self.prefix + n, self.prefix + total, self.logn) for n, total in pairs]
+        return factors[0] if len(set(factors)) == 1 else torch.tensor(factors, device=tokens.index.device)
 
     # -- one layer ----------------------------------------------------------------------------------------------------
 
@@ -283,7 +309,11 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
                         part_kwargs[name] = _map_tables(call[name], part_tokens)
                 if block.mask in call:
                     part_kwargs[block.mask] = None  # it hides padding, of which nothing is left
-                return on_part(part_x, part_kwargs)
+                forward.part = part_tokens
+                try:
+                    return on_part(part_x, part_kwargs)
+                finally:
+                    forward.part = None
 
             # this attention takes no dense mask: samples of equal length run together, nothing is padded
             out = by_length(tokens, x, short)
@@ -373,3 +403,8 @@ def _mask(
     if kept.dtype == torch.bool:
         kept = torch.zeros(kept.shape, dtype=dtype, device=kept.device).masked_fill_(~kept, -torch.inf)
     return kept if mask is None else kept + mask
+
+
+def _softened(left: int, total: int, power: float) -> float:
+    """(ln n / ln N) ** power; of one or two tokens there is nothing to soften."""
+    return (math.log(left) / math.log(total)) ** power if left > 1 and total > 2 else 1.0

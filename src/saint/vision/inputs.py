@@ -23,6 +23,7 @@ from ..upstream.names import GRID, PATCH, PICTURE_SIZES, Parameters
 from ..upstream.specs import EncoderSpec, part
 from .guard import min_keep, shares
 from .pixels import laid_out, patcher, patches
+from .resizing import Resizing, spread_out
 
 
 def own_size(encoder: Any) -> tuple[int, int] | None:
@@ -51,6 +52,10 @@ class EncoderForward(Forward):
         grids: packed: frames, rows and columns of patches of each image or video.
         order: packed: group at each place.
         pixels: what enters the convolution that makes the tokens, until their pixels are read.
+        resized: a smaller picture entered it.
+        canvas: rows and columns of patches of what came to it, of a picture or of the largest one.
+        shows: for each patch the one of the smaller picture that it shows, see ``resizing.py``; None where nothing got smaller.
+        part: tokens of the samples that a layer runs on, where it does not run on all together.
         shares: of its candidates that each picture keeps at least; empty without a guard.
         full: every layer's output is to be of full length.
         shortened: by tokens and form of the block, those tokens, and the arguments of a block as they came and as it took them.
@@ -61,12 +66,16 @@ class EncoderForward(Forward):
     grids: list[list[int]] = field(default_factory=list)
     order: Tensor | None = None
     pixels: Tensor | None = None
+    resized: bool = False
+    canvas: tuple[int, int] | None = None
+    shows: Tensor | None = None
+    part: TokenMap | None = None
     shares: tuple[float, ...] = ()
     full: bool = False
     shortened: dict[tuple[int, int], tuple[TokenMap, dict[str, Any], dict[str, Any]]] = field(default_factory=dict)
 
     def told(self) -> Self:
-        return replace(super().told(), captured_keys={}, order=None, pixels=None, shortened={})
+        return replace(super().told(), captured_keys={}, order=None, pixels=None, shows=None, shortened={})
 
     def keys_of(self, tokens: TokenMap, prefix: int) -> Tensor | None:
         """:func:`visible` of survivors, once for all layers behind a drop point and what stands behind the last."""
@@ -89,10 +98,11 @@ class Inputs(Uncopyable):
         guard: see :class:`saint.Stage`.
         frames: note which groups show the same place of a video at different times.
         pixels: note what the candidates show.
+        resize: what :class:`saint.methods.Resize` keeps; None: pictures stay as they are.
 
     Raises:
         ValueError: a guard, and the encoder is not given pictures.
-        UnsupportedModelError: pixels, and the encoder does not show those of its tokens.
+        UnsupportedModelError: pixels or resize, and the encoder does not show the pixels of its tokens.
     """
 
     def __init__(
@@ -104,8 +114,14 @@ class Inputs(Uncopyable):
         guard: float,
         frames: bool,
         pixels: bool,
+        resize: int | float | None = None,
     ) -> None:
-        self.patcher = patcher(encoder, spec) if pixels else None
+        conv = patcher(encoder, spec) if pixels or resize is not None else None
+        self.patcher, self.resizing = conv if pixels else None, None
+        if resize is not None and conv is not None:
+            self.resizing = Resizing(
+                conv, resize, merge_size or 1, forwards, packed=spec.packed, raster=spec.raster or not merge_size
+            )
         self.guard, self.frames = guard, frames
         if guard and (spec.packed or spec.patch is None):
             raise ValueError(
@@ -122,6 +138,10 @@ class Inputs(Uncopyable):
             stack.callback(self.module.register_forward_pre_hook(self._note_samples, with_kwargs=True).remove)
         if self.spec.order is not None and (reorder := self.spec.order.of(self.module)) is not None:
             override(stack, self.module, reorder, self._note_order)
+        if self.resizing is not None:
+            self.resizing.install(
+                stack
+            )  # first: the others see what the convolution sees, and the grid that comes of it
         if self.spec.patch is not None:
             patch = part(self.module, self.spec.patch)
             stack.callback(patch.register_forward_hook(self._note_grid).remove)
@@ -188,8 +208,14 @@ class Inputs(Uncopyable):
             min_keep=min_keep(forward.shares, candidates.total) if forward.shares else None,
             cells=_cells(forward.grids, self.merge_size, x.device) if self.frames and self.merge_size else None,
             pixels=self._pixels(forward, origin) if self.patcher is not None else None,
-            row_lengths=self._row_lengths(forward, candidates) if self.patcher is not None else None,
+            grids=self._grids(forward, candidates) if self.patcher is not None or self.resizing is not None else None,
         )
+        if self.resizing is not None and not forward.resized:
+            raise ValueError(
+                f"pictures get smaller in front of the {type(self.resizing.conv).__name__} of {type(self.module).__name__}, "
+                "which did not run: call the encoder as a whole, or leave pixels out of the plan"
+            )
+        forward.shows = None
         return origin
 
     def _pixels(self, forward: EncoderForward, origin: LayerState) -> Tensor:
@@ -203,15 +229,19 @@ class Inputs(Uncopyable):
         places = origin.places
         if forward.order is not None and self.merge_size is not None:  # pixels come in the order of the pictures
             places = packed_groups(forward.samples, self.merge_size**2, None, x.device).places
-        return laid_out(patches(x, self.patcher.kernel_size), origin.tokens.index.shape, places)
+        rows = patches(x, self.patcher.kernel_size)
+        if forward.shows is not None:
+            flat = forward.shows.ndim == 1 and self.spec.packed  # one row for each patch
+            rows = rows[forward.shows] if flat else spread_out(rows, forward.shows)
+        return laid_out(rows, origin.tokens.index.shape, places)
 
-    def _row_lengths(self, forward: EncoderForward, candidates: TokenMap) -> tuple[int, ...] | None:
+    def _grids(self, forward: EncoderForward, candidates: TokenMap) -> tuple[tuple[int, int], ...] | None:
         side = self.merge_size or 1
         if self.spec.packed:
-            return tuple(columns // side for frames, _, columns in forward.grids for _ in range(frames))
+            return tuple((rows // side, columns // side) for t, rows, columns in forward.grids for _ in range(t))
         if forward.grid is None or forward.grid[0] * forward.grid[1] != candidates.width * side**2:
             return None
-        return (forward.grid[1] // side,) * len(candidates.lengths)
+        return ((forward.grid[0] // side, forward.grid[1] // side),) * len(candidates.lengths)
 
     def _origin(self, forward: EncoderForward, x: Tensor, count: int, mask: Tensor | None) -> LayerState:
         if self.merge_size is not None:

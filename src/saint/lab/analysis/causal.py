@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -144,7 +144,8 @@ class Causal:
             assert scores is not None
             chosen = Given(keep, tuple(map(tuple, scores.tolist())))
         stage = Stage(chosen, layers=[layer], output=self.output) if slot == "vision" else Stage(chosen, layers=[layer])
-        return Plan(**{slot: stage})
+        slots: dict[str, Any] = {slot: stage}
+        return Plan(**slots)
 
     def losses(
         self,

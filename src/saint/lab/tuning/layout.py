@@ -73,7 +73,7 @@ class Space:
 
     def plan(self, layout: Layout, methods: Sequence[Method] | None = None) -> Plan:
         """The layout as a plan; ``methods``, one for each drop, where budgets are set already."""
-        slots: dict[str, list[Stage]] = {}
+        slots: dict[str, Any] = {}
         came = self.tokens
         for number, drop in enumerate(layout):
             method = drop.method.keeping(drop.left / came) if methods is None else methods[number]

@@ -270,7 +270,8 @@ def _space(trials: Trials, plan: Plan | None) -> Space:
         own["output"] = "carried" if stages[0].output == "similar" else stages[0].output
     stage = Stage(Random(keep=0.5), layers=[0], **own)
     output = stage.output
-    with pruned(model, Plan(**{slot: stage})) as session:
+    slots: dict[str, Any] = {slot: stage}
+    with pruned(model, Plan(**slots)) as session:
         run(model)
         tokens = int(session.trace[0].tokens_in[0])
         mid = slot == "vision" and session.trace[0].placement == "mid"

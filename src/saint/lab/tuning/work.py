@@ -158,7 +158,8 @@ class Meter:
 
     def _probe(self, count: int, placement: Literal["mid", "post"]) -> Plan:
         stage = Stage(Random(keep=count), layers=[0], placement=placement, output=self.output)
-        return Plan(**{self.slot: stage})
+        slots: dict[str, Any] = {self.slot: stage}
+        return Plan(**slots)
 
     def _counted(self, plan: Plan | None, run: Callable[[nn.Module], Any]) -> int:
         with ExitStack() as stack:

@@ -177,7 +177,8 @@ def _of_method(name: str, data: dict[str, str]) -> Plan:
         if layers:
             raise ValueError("the connector stage has no layers: leave them empty")
         return Plan(connector=Stage(method(**settings)))
-    return Plan(**{where: Stage(method(**settings), layers=layers or None)})
+    slots: dict[str, Any] = {where: Stage(method(**settings), layers=layers or None)}
+    return Plan(**slots)
 
 
 def _number(name: str, text: str) -> int | float:
