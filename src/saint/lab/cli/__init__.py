@@ -25,6 +25,7 @@ COMMANDS = {  # name -> module, in the order in which a person needs them; the f
     "bench": "bench",
     "compare": "compare",
     "check": "check",
+    "advise": "advise",
     "tune": "tune",
     "eval": "eval",
     "analyze": "analyze",
@@ -37,7 +38,7 @@ COMMANDS = {  # name -> module, in the order in which a person needs them; the f
 }
 PANELS = {  # of the help: which parameters; all others are what a command alone has
     "Model": {"model", "device", "dtype", "pretrained", "size", "threads"},
-    "Plan": {"keep", "layers", "plan", "plans", "threshold"},
+    "Plan": {"keep", "layers", "pixels", "plan", "plans", "target", "threshold"},
     "Data": {
         "batch",
         "classes",

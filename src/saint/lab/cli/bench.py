@@ -16,6 +16,7 @@ def bench(
     model: Annotated[str, typer.Argument(help=options.MODEL_HELP)],
     plan: options.PlanText = None,
     keep: options.Keep = None,
+    pixels: options.Pixels = None,
     threshold: options.Threshold = None,
     layers: options.Layers = None,
     batch: Annotated[int, typer.Option(min=1, help="pictures per forward")] = 1,
@@ -44,7 +45,7 @@ def bench(
     from ..records import environment
     from ..sources.listing import left_facts
 
-    asked = Asked.read(plan, keep, threshold, layers)
+    asked = Asked.read(plan, keep, threshold, layers, pixels)
     kind = kind_of(model)
     kind.check(model, {"--size": how.size, "--prompt": prompt, "--new-tokens": new_tokens})
     left: Left = {}

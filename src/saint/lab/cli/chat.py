@@ -24,6 +24,7 @@ def chat(
     prompt: Annotated[str, typer.Option("--prompt", help="the question")] = "Describe the image.",
     plan: options.PlanText = None,
     keep: options.Keep = None,
+    pixels: options.Pixels = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="length of the answer at most")] = 128,
     json: options.Json = None,
     *,
@@ -43,7 +44,7 @@ def chat(
         raise ValueError(
             f"--images needs one picture here, {images} is a folder: give a file in it (saint view draws many)"
         )
-    asked = Asked.read(plan, keep)
+    asked = Asked.read(plan, keep, pixels=pixels)
     photos, bad = load_images(images, 1)
     if bad:
         raise ValueError(f"{bad[0].name}: {bad[0].reason}")

@@ -43,7 +43,7 @@ class Asked:
     """The plan that a command's options ask for, read before a model is loaded.
 
     Attributes:
-        choice: of ``--plan`` or ``--keep``; None where neither is given.
+        choice: of ``--plan``, ``--keep`` and ``--pixels``; None where none is given.
         threshold: of ``--threshold``.
         layers: of ``--layers``.
     """
@@ -54,7 +54,12 @@ class Asked:
 
     @classmethod
     def read(
-        cls, plan: str | None, keep: float | None, threshold: float | None = None, layers: str | None = None
+        cls,
+        plan: str | None,
+        keep: float | None,
+        threshold: float | None = None,
+        layers: str | None = None,
+        pixels: str | None = None,
     ) -> "Asked":
         """Read what was typed.
 
@@ -63,7 +68,7 @@ class Asked:
         """
         from ..loading.plans import choose
 
-        return cls(choose(plan, keep), threshold, layers)
+        return cls(choose(plan, keep, pixels), threshold, layers)
 
     @property
     def changes(self) -> str:

@@ -71,6 +71,7 @@ def demo(
     images: options.Images = None,
     plan: options.PlanText = None,
     keep: options.Keep = None,
+    pixels: options.Pixels = None,
     threshold: options.Threshold = None,
     layers: options.Layers = None,
     repeats: Annotated[int, typer.Option(min=1, help="timed rounds per photograph")] = 3,
@@ -91,7 +92,7 @@ def demo(
     from ..records import environment, write_json
     from ..sources.listing import left_facts
 
-    asked = Asked.read(plan, keep, threshold, layers)
+    asked = Asked.read(plan, keep, threshold, layers, pixels)
     left: Left = {}
     photos, bad = pictures(images, limit, left)
     subject = how.load(kind_of(model, "embeddings"), model)

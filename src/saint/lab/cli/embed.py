@@ -22,6 +22,7 @@ def embed(
     model: Annotated[str, typer.Option("--model", help=options.MODEL_HELP)],
     plan: options.PlanText = None,
     keep: options.Keep = None,
+    pixels: options.Pixels = None,
     question: Annotated[
         str | None, typer.Option(help="ask a vision-language model about every image, in place of embeddings")
     ] = None,
@@ -57,7 +58,7 @@ def embed(
         raise ValueError("--workers is for --ray")
     if ray and (how.device != "auto" or how.threads is not None):
         raise ValueError("--device and --threads are not for --ray, which gives each model a GPU, or else a CPU")
-    choice = choose(plan, keep) or HALF
+    choice = choose(plan, keep, pixels) or HALF
     gives = "embeddings" if question is None else "answers"
     loaded: str | Subject = model
     if choice.plan is None:  # a plan for a share of the work is made for the model

@@ -47,6 +47,7 @@ def images(
     ],
     plan: Plans = None,
     keep: options.Keep = None,
+    pixels: options.Pixels = None,
     score: Annotated[
         list[str] | None,
         typer.Option(
@@ -76,7 +77,7 @@ def images(
     from ..sources.listing import left_facts
 
     how = replace(how, device=_device(how.device))
-    choices = _choices(plan, keep)
+    choices = _choices(plan, keep, pixels)
     names = None if classes is None else _lines(classes)
     samples = find_samples(data, split=split, classes=names, limit=limit)
     text = None
@@ -128,6 +129,7 @@ def vqa(
     images: Annotated[Path, typer.Option("--images", help="folder of the images")],
     plan: Plans = None,
     keep: options.Keep = None,
+    pixels: options.Pixels = None,
     prompt: Annotated[
         str | None,
         typer.Option(help='template with {question} and {choices} [default: asks for "a single word or phrase"]'),
@@ -146,7 +148,7 @@ def vqa(
     from ..sources.items import evenly
     from ..sources.questions import default_prompt, fill
 
-    choices = _choices(plan, keep)
+    choices = _choices(plan, keep, pixels)
     asked, unreadable = read_questions(questions, images)
     asked = evenly(asked, limit)
     if prompt is not None:
@@ -170,13 +172,15 @@ def _plans(choices: "Sequence[Choice]", subject: "Subject", default: dict[str, "
     return {choice.name: subject.planned(choice) for choice in choices} or default
 
 
-def _choices(texts: list[str] | None, keep: float | None) -> "list[Choice]":
-    """Read ``--plan`` and ``--keep``, before a model is loaded."""
-    from ..loading.plans import choose, choose_several
+def _choices(texts: list[str] | None, keep: float | None, pixels: str | None) -> "list[Choice]":
+    """Read ``--plan``, ``--keep`` and ``--pixels``, before a model is loaded."""
+    from ..loading.plans import choose, choose_several, read_pixels
 
     if texts and keep is not None:
         choose(texts[0], keep)  # both: refused
-    return [choice] if (choice := choose(None, keep)) is not None else choose_several(texts or [])
+    if texts:
+        return [choice.smaller(read_pixels(pixels)) for choice in choose_several(texts)]
+    return [choice] if (choice := choose(None, keep, pixels)) is not None else []
 
 
 def _lines(path: Path) -> list[str]:

@@ -23,6 +23,7 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="FILE.onnx, FILE.pt2, or a folder for OpenVINO")],
     plan: options.PlanText = None,
     keep: options.Keep = None,
+    pixels: options.Pixels = None,
     images: Annotated[
         Path | None, typer.Option("--images", help="a folder of images, on which a plan by votes is frozen first")
     ] = None,
@@ -48,7 +49,7 @@ def export(
     from ..sources.listing import left_facts
 
     format_of(output)
-    choice = choose(plan, keep) or HALF
+    choice = choose(plan, keep, pixels) or HALF
     kind = kind_of(model)
     kind.check(model, {"--size": how.size})
     left: Left = {}

@@ -27,6 +27,13 @@ Keep = Annotated[
         "--keep", help="in place of --plan: the share of the work that a plan made for the model leaves, e.g. 0.5"
     ),
 ]
+Pixels = Annotated[
+    str | None,
+    typer.Option(
+        "--pixels",
+        help="shrink pictures in front of all else: share of their pixels, e.g. 0.6, or how many patches at most",
+    ),
+]
 Threshold = Annotated[float | None, typer.Option(help="cosine from which two tokens count as similar, in (-1, 1]")]
 Layers = Annotated[str | None, typer.Option(help='drop points: "first_half", "all", "0-5" or "0,2,4"')]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")]

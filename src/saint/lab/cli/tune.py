@@ -35,6 +35,12 @@ def tune(
         str | None, typer.Option(help="to choose from, e.g. saint,tome [default: those that usually win]")
     ] = None,
     plan: options.PlanText = None,
+    pixels: Annotated[
+        str | None,
+        typer.Option(
+            "--pixels", help="encoders: the one size of smaller pictures to try, e.g. 0.6 of the pixels [default: all]"
+        ),
+    ] = None,
     limit: Annotated[int, typer.Option(min=12, help="at most so many images, evenly spaced")] = 96,
     held_out: Annotated[float, typer.Option(help="share of the images that are held back for the check")] = 1 / 3,
     frontier: Annotated[Path | None, typer.Option("--frontier", help="also write plans for other budgets here")] = None,
@@ -53,7 +59,7 @@ def tune(
     """
     from ..images import reason
     from ..kinds import Given, kind_of
-    from ..loading.plans import read_plan
+    from ..loading.plans import read_pixels, read_plan
     from ..records import environment
     from ..sources.listing import left_facts, printable
     from ..tuning import Target, forwards
@@ -65,6 +71,7 @@ def tune(
             "measured here) or --target-agreement 0.99 (with the unpruned output)"
         )
     target = Target(target_flops, target_speed, target_agreement)
+    size = read_pixels(pixels)
     for file, option in ((output, "-o"), (frontier, "--frontier")):
         if file is not None and file.is_dir():
             raise IsADirectoryError(f"{option} needs a file name, {file} is a directory")
@@ -93,7 +100,7 @@ def tune(
     with resumable(file), progress("tuning", total) as tick:
         found = search(
             subject, data, target, chosen=chosen, plan=suits, held_out=held_out, journal=file, seed=seed,
-            frontier=frontier is not None, facts=facts, tick=tick,
+            frontier=frontier is not None, pixels=size, facts=facts, tick=tick,
         )  # fmt: skip
     found.plan.save(output)
     record = {

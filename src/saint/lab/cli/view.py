@@ -20,6 +20,7 @@ def view(
     prompt: options.Prompt = None,
     plan: options.PlanText = None,
     keep: options.Keep = None,
+    pixels: options.Pixels = None,
     threshold: options.Threshold = None,
     layers: options.Layers = None,
     limit: options.Limit = 24,
@@ -58,7 +59,7 @@ def view(
     around = read_patch(patch)
     if around is not None and not why:
         raise ValueError("--patch draws on the pictures of --why: give both")
-    asked = Asked.read(plan, keep, threshold, layers)
+    asked = Asked.read(plan, keep, threshold, layers, pixels)
     kind = kind_of(model)
     kind.check(model, {"--size": how.size, "--why": why, "--prompt": prompt})
     left: Left = {}

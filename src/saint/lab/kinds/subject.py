@@ -283,7 +283,8 @@ class Subject(ABC):
         if choice.plan is not None:
             return choice.plan
         assert choice.keep is not None, "a choice is a plan or a share"
-        return plan_for(self.model, choice.keep)
+        plan = plan_for(self.model, choice.keep)
+        return plan if choice.pixels is None else plan.resized(choice.pixels)
 
     @property
     def modes(self) -> dict[str, Plan]:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...methods.base import check_budget
 from ...plans import Plan
 
 
@@ -15,11 +16,13 @@ class Choice:
         name: for people: the recipe's, the file's, "plan" of JSON text, "keep 0.5" of a share.
         plan: None where a share is asked for.
         keep: share of the model's work that a plan made for it leaves; None where there is a plan.
+        pixels: where there is none, what pictures are shrunk to in front of the one that is made; see :class:`saint.Plan`.
     """
 
     name: str
     plan: Plan | None = None
     keep: float | None = None
+    pixels: int | float | None = None
 
     @classmethod
     def share(cls, keep: float) -> "Choice":
@@ -44,21 +47,49 @@ class Choice:
             return cls(named, read_plan(text))
         return cls.share(share)
 
+    def smaller(self, pixels: int | float | None) -> "Choice":
+        """The same with smaller pictures in front, and a name that says so; None leaves them."""
+        return (
+            self if pixels is None else dataclasses.replace(self, name=f"{self.name}, pixels {pixels}", pixels=pixels)
+        )
+
 
 HALF = Choice.share(0.5)  # what a command runs where nobody names a plan
 
 
-def choose(plan: str | None, keep: float | None) -> Choice | None:
-    """Read what the options ``--plan`` and ``--keep`` ask for; None where neither is given.
+def read_pixels(text: str | None) -> int | float | None:
+    """Read the option ``--pixels``: a share such as 0.6, or a number of patches.
+
+    Raises:
+        ValueError: neither.
+    """
+    if text is None:
+        return None
+    try:
+        pixels = float(text) if "." in text or "e" in text.lower() else int(text)
+        check_budget(pixels, name="pixels")
+    except ValueError:
+        raise ValueError(
+            f"--pixels is the share of the pixels that pictures are shrunk to, such as 0.6, or how many patches they have at "
+            f"most, such as 256; got {text}"
+        ) from None
+    return pixels
+
+
+def choose(plan: str | None, keep: float | None, pixels: str | None = None) -> Choice | None:
+    """Read what the options ``--plan``, ``--keep`` and ``--pixels`` ask for; None where none is given.
 
     Raises:
         ValueError: both, no plan, or no share.
     """
     if plan is not None and keep is not None:
         raise ValueError(f"--keep {keep:g} makes a plan for the model, and --plan gives one: give one of them")
+    smaller = read_pixels(pixels)
     if keep is not None:
-        return Choice.share(keep)
-    return None if plan is None else Choice.read(plan)
+        return Choice.share(keep).smaller(smaller)
+    if plan is None:
+        return None if smaller is None else Choice(f"pixels {smaller}", Plan(pixels=smaller))
+    return Choice.read(plan).smaller(smaller)
 
 
 def choose_several(texts: Sequence[str]) -> list[Choice]:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 
+from .advised import advise_sheet
 from .blocks import Sheet
 from .compared import compare_sheet
 from .kept import demo_sheet, view_sheet
@@ -12,6 +13,7 @@ from .reading import Record
 from .tuned import tune_sheet
 
 _SHEETS: dict[str, Callable[[Record], Sheet]] = {
+    "advise": advise_sheet,
     "analyze": analyze_sheet,
     "bench/encoder": forward_sheet,
     "bench/generation": generation_sheet,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...methods.base import Method, step_possible
+from ...methods.resize import Resize
 from ...plans import PROVIDES, Output, Plan, Stage
 from .work import Table
 
@@ -42,8 +43,10 @@ class Space:
         entry: whether tokens can leave in front of them.
         mid: whether tokens leave between attention and MLP of a layer.
         depth: D.
-        tokens: N.
+        tokens: N; of the smaller picture, where there is one.
         output: of a vision stage, see :class:`saint.Stage`.
+        logn: likewise.
+        pixels: share that pictures are shrunk to in front of everything; None: they stay as they are.
     """
 
     slot: str
@@ -52,6 +55,8 @@ class Space:
     depth: int
     tokens: int
     output: Output = "survivors"
+    logn: float = 0.0
+    pixels: int | float | None = None
 
     def usable(self, method: Method, place: int) -> bool:
         """Tell whether ``method`` can choose at ``place``."""
@@ -81,10 +86,13 @@ class Space:
             layers = None if not drop.place else [drop.place - 1]
             if self.slot == "vision":
                 placement: Any = None if drop.place else "input"
-                stage = Stage(method, layers=layers, placement=placement, output=self.output)
+                stage = Stage(method, layers=layers, placement=placement, output=self.output, logn=self.logn)
             else:
                 stage = Stage(method, layers=layers)
             slots.setdefault("connector" if self.slot == "language" and not drop.place else self.slot, []).append(stage)
+        if self.pixels is not None:
+            first = Stage(Resize(self.pixels), output=self.output, logn=self.logn)
+            slots["vision"] = [first, *slots.get("vision", ())]
         return Plan(**slots)
 
     def work(self, layout: Layout, table: Table, left: Sequence[Any] | None = None) -> Any:

@@ -1,6 +1,7 @@
 """What is written down about a tuned plan: what it reaches on images held back, with intervals, and what others reach there."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -59,11 +60,19 @@ def checked(found: Search, plan: Plan, layout: Layout, held: Sequence[int], seed
         share = meter.times([plan], 25)[0]
         reached["speed"] = 1 / share
     reached |= _lost(found, trial.losses, seed)
-    layers = [
+    first = [] if found.space.pixels is None else [{"place": "input", "method": "resize", "left": found.space.tokens}]
+    layers = first + [
         {"place": drop.place - 1 if drop.place else "input", "method": drop.method.name, "left": drop.left}
         for drop in layout
     ]
-    return {"layers": layers, "reached": reached, "tuned_loss": trials.run(plan, found.which).loss}
+    lever = " and ".join((["smaller pictures"] if first else []) + (["pruning"] if layout else []))
+    return {
+        "lever": lever,
+        "logn": found.space.logn,
+        "layers": layers,
+        "reached": reached,
+        "tuned_loss": trials.run(plan, found.which).loss,
+    }
 
 
 def _flops(found: Search, plan: Plan, layout: Layout, held: Sequence[int]) -> list[float]:
@@ -82,34 +91,44 @@ def _lost(found: Search, losses: np.ndarray, seed: int) -> dict[str, Any]:
     return {**out, "agreement": _mean(1 - losses, seed)} if found.trials.measure == COSINE else out
 
 
-def against(found: Search, layout: Layout, held: Sequence[int], seed: int) -> list[dict[str, Any]]:
-    """Published SAINT, random choice and ToMe (every layer, beta 0) at the same work on the same images.
+def against(found: Search, chosen: Search, layout: Layout, held: Sequence[int], seed: int) -> list[dict[str, Any]]:
+    """Published SAINT, random choice and ToMe (every layer, beta 0) at the same work on the same images; also each lever alone.
 
     ``difference``: the loss of the plan less theirs.
+
+    Args:
+        found: the search over pictures as they are.
+        chosen: the one that the plan is of.
+        layout: of the plan.
+        held: the images.
+        seed: of the resamples.
     """
-    space = found.space
-    work = found.measured(layout)
+    work = chosen.measured(layout)
+    own = found.trials.run(chosen.space.plan(layout), held).losses
+    alone = {"pruning alone": found.pruning(work), "smaller pictures alone": found.alone(work)} if found.sizes else {}
+    out = []
+    for name, tried in alone.items():
+        if tried is not None and (tried.search.space, tried.layout) != (chosen.space, layout):
+            out.append(_rival(name, tried.search, tried.layout, own, held, seed))
+    space = replace(found.space, logn=0.0)
+    found = replace(found, space=space)
     saint = next((m for kind in found.kinds for m in kind if isinstance(m, Saint)), Saint())
     rivals = {"published saint": found.published(saint), "random": found.published(Random())}
     if space.slot == "vision":
         rivals["tome"] = space.even(ToMe(keep=0.5, beta=0.0), range(1, space.depth + 1))
-    out = []
-    own = found.trials.run(space.plan(layout), held).losses
     for name, rival in rivals.items():
         fit = space.fitted(rival, found.table, work / found.factor)
-        if fit is None:
-            continue
-        rival_layout = found.settled(fit, work)
-        losses = found.trials.run(space.plan(rival_layout), held).losses
-        out.append(
-            {
-                "name": name,
-                "work": found.measured(rival_layout),
-                **_lost(found, losses, seed),
-                "difference": _mean(own - losses, seed),
-            }
-        )
+        if fit is not None:
+            out.append(_rival(name, found, found.settled(fit, work), own, held, seed))
     return out
+
+
+def _rival(
+    name: str, search: Search, layout: Layout, own: np.ndarray, held: Sequence[int], seed: int
+) -> dict[str, Any]:
+    losses = search.trials.run(search.space.plan(layout), held).losses
+    lost = _lost(search, losses, seed)
+    return {"name": name, "work": search.measured(layout), **lost, "difference": _mean(own - losses, seed)}
 
 
 def additivity(found: Search) -> list[dict[str, float]]:
@@ -152,8 +171,9 @@ def costs(found: Search, seed: int) -> list[dict[str, Any]]:
 def point(found: Search, share: float, head: Mapping[str, Any], held: Sequence[int], seed: int) -> dict[str, Any]:
     """One point of the curve."""
     try:
-        layout = found.settled(found.best(share, moves=0).layout, share)
+        best = found.best(share, moves=0)
+        layout = best.search.settled(best.layout, share)
     except ValueError as error:
         return {"work": share, "missing": str(error)}
-    plan = found.space.plan(layout)
-    return {"work": share, **checked(found, plan, layout, held, seed), "plan": plan.to_dict()}
+    plan = best.search.space.plan(layout)
+    return {"work": share, **checked(best.search, plan, layout, held, seed), "plan": plan.to_dict()}

@@ -1,5 +1,6 @@
 """`saint.tune`: a plan for a model and its images, without labels."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -10,10 +11,11 @@ import numpy as np
 from torch import nn
 
 from ... import methods
-from ...errors import AlreadyAppliedError, SaintError
+from ...errors import AlreadyAppliedError, SaintError, UnsupportedModelError
 from ...methods.base import Method
 from ...methods.match import Match
 from ...methods.random import Random
+from ...methods.resize import Resize
 from ...methods.saint import Saint
 from ...methods.tome import ToMe
 from ...plans import Plan, Stage
@@ -24,12 +26,12 @@ from ..kinds import COSINE, Subject, around
 from .costs import grid
 from .layout import Layout, Space
 from .record import additivity, against, checked, costs, head_of, point
-from .search import COSTED, FEW, JOINT, METHODS, MOVES, Search, gains
+from .search import COSTED, FEW, JOINT, METHODS, MOVES, SIZES, Search, gains
 from .thresholds import calibrated
 from .trials import Trials
 from .work import Meter
 
-DEFAULT_METHODS = ("saint", "tome", "match")
+DEFAULT_METHODS = ("saint", "tome", "match", "resize")
 LEAST = 12  # images: fewer say nothing about others
 FRONTIER = (0.35, 0.45, 0.55, 0.65, 0.75, 0.85)  # shares of the work of the curve's points
 _ROUNDS = 6  # of the search for the least work that agrees well enough
@@ -118,7 +120,8 @@ def tune(
         target_speed: how many times faster, > 1, as measured on this machine at batch 1.
         target_agreement: mean cosine (of maps: correlation) with the unpruned output, in (0, 1); encoders only.
         methods: to choose from, by name or as they are, with any budget; by name "match" stands for all its fates. Methods that
-            drop, merge or weigh (:class:`saint.methods.Match`) are not mixed with one another.
+            drop, merge or weigh (:class:`saint.methods.Match`) are not mixed with one another. With "resize" among them pictures
+            may get smaller in front of any of them, or without.
         plan: one that suits the model: the settings of its SAINT and its output are used.
         held_out: share of the images that are held back, in (0, 0.9].
         journal: file that keeps the results, so that a killed run continues; see :class:`saint.lab.eval.Journal`.
@@ -151,8 +154,8 @@ def forwards(count: int, held_out: float = 1 / 3, *, agreement: bool = False, fr
     tuning = count - round(count * held_out)
     few = min(FEW, tuning)
     searches = 1 + (_ROUNDS if agreement else 0) + (len(FRONTIER) if frontier else 0)
-    looks = few * 9 * 2 + COSTED * METHODS * 2 * 9
-    return looks + searches * (few * 20 + tuning * JOINT) + tuning * (3 + MOVES) + 3 * count
+    looks = few * (9 * 2 + 2) + COSTED * METHODS * 2 * 9
+    return looks + searches * (few * 20 * (1 + SIZES) + tuning * JOINT) + tuning * (3 + MOVES) + 3 * count
 
 
 def search(
@@ -166,6 +169,7 @@ def search(
     journal: str | os.PathLike[str] | None = None,
     seed: int = 0,
     frontier: bool = False,
+    pixels: int | float | None = None,
     facts: Mapping[str, Any] = MappingProxyType({}),
     tick: Callable[[int], None] = lambda _: None,
 ) -> Tuning:
@@ -181,6 +185,7 @@ def search(
         journal: see above.
         seed: see above.
         frontier: also find plans for other shares of the work, the points of a curve.
+        pixels: the one size of smaller pictures to try, see :class:`saint.Plan`; None: all.
         facts: what else results depend on, e.g. the model's name: goes into the journal's key and the record.
         tick: called with the number of images that have been through the model since the last call.
     """
@@ -193,7 +198,8 @@ def search(
             f"target_agreement is a share, and of {subject.called} the divergence of the next token is measured, which is none; "
             "give target_flops or target_speed"
         )
-    kinds = _kinds(chosen, plan, subject.slot)
+    shrinks = [one == Resize.name or isinstance(one, Resize) for one in chosen]
+    kinds = _kinds([one for one, shrinking in zip(chosen, shrinks, strict=True) if not shrinking], plan, subject.slot)
     trials = Trials(subject, samples, facts={**facts, "held_out": held_out, "seed": seed}, journal=journal, tick=tick)
     try:
         space = _space(trials, plan)
@@ -202,11 +208,14 @@ def search(
         found = Search(trials, space, meter, table, tuning, kinds)
         found.calibrate(0.7 if target.work is None else target.work)
         found.look(0.7 if target.work is None else target.work)
-        work, layout = _solved(found, target)
-        chosen_plan, per_image = _each_its_own(found, layout, work)
+        if space.slot == "vision" and (any(shrinks) or pixels is not None):
+            found.shrink(_sizes(trials, space, pixels))
+        work, search, layout = _solved(found, target)
+        search = search.softened(layout)
+        chosen_plan, per_image = _each_its_own(search, layout, work)
         head = head_of(subject.model, space, target.to_dict(), tuning, held, facts)
-        record = {**head, **checked(found, chosen_plan, layout, held, seed), "per_image": per_image}
-        record["against"] = against(found, layout, held, seed)
+        record = {**head, **checked(search, chosen_plan, layout, held, seed), "per_image": per_image}
+        record["against"] = against(found, search, layout, held, seed)
         record["additivity"] = additivity(found)
         record["costs"] = costs(found, seed)
         points = [point(found, share, head, held, seed) for share in FRONTIER] if frontier else []
@@ -286,30 +295,54 @@ def _space(trials: Trials, plan: Plan | None) -> Space:
     return space
 
 
-def _solved(found: Search, target: Target) -> tuple[float, Layout]:
-    """The share of work, and the layout for it."""
+def _sizes(trials: Trials, space: Space, pixels: int | float | None) -> list[tuple[int | float, int]]:
+    """Shares of the pixels that give every size of a square picture down to a third, and the tokens that pictures then have.
+
+    None of an encoder whose pictures cannot be shrunk. ``pixels``: of this size alone.
+
+    Raises:
+        UnsupportedModelError: they cannot, and a size was asked for.
+    """
+    run, edge = trials.once(0), math.isqrt(space.tokens)
+    found: dict[int, int | float] = {}
+    shares = [(side / edge) ** 2 for side in range(edge - 1, edge // 3, -1)] if pixels is None else [pixels]
+    for share in shares:
+        try:
+            with pruned(trials.model, Plan(pixels=share)) as session:
+                run(trials.model)
+        except UnsupportedModelError:
+            if pixels is None:
+                return []
+            raise
+        found.setdefault(int(session.trace[0].tokens_out[0]), share)
+    return [(share, tokens) for tokens, share in sorted(found.items(), reverse=True) if 4 <= tokens < space.tokens]
+
+
+def _solved(found: Search, target: Target) -> tuple[float, Search, Layout]:
+    """The share of work, the size of pictures, and the layout for it."""
     if target.work is not None:
-        return target.work, found.settled(found.best(target.work).layout, target.work)
+        best = found.best(target.work)
+        return target.work, best.search, best.search.settled(best.layout, target.work)
     assert target.agreement is not None
     low, high = 0.15, 1.0  # shares of work: too little, enough
-    best: Layout | None = None
+    enough: tuple[Search, Layout] | None = None
     for _ in range(_ROUNDS):
         middle = (low + high) / 2
         try:
             tried = found.best(middle, moves=0)
-            settled = found.settled(tried.layout, middle)
+            settled = tried.search.settled(tried.layout, middle)
         except ValueError:
             low = middle
             continue
         if 1 - tried.trial.loss >= target.agreement:
-            high, best = middle, settled
+            high, enough = middle, (tried.search, settled)
         else:
             low = middle
-    if best is None:
+    if enough is None:
         raise ValueError(
             f"target_agreement={target.agreement:g} cannot be reached: even {high:.2f} of the FLOPs lose more with these methods"
         )
-    return high, best
+    return high, *enough
 
 
 def _each_its_own(found: Search, layout: Layout, work: float) -> tuple[Plan, bool]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from ...errors import UnsupportedModelError
 from ...methods.base import Method
-from .costs import Costs, measured, proposals
+from .costs import Costs, grid, measured, proposals
 from .layout import Drop, Layout, Space
 from .trials import Trial, Trials
 from .work import Meter, Table
@@ -23,6 +24,11 @@ JOINT = 3  # layouts that are run on all images: the best of the first look
 MOVES = 6  # neighbours that are run
 _CLOSE = 0.004  # of the target: as near as counts of tokens get
 _NEAR = 0.01  # of the target: near enough not to change a layout any more
+SIZES = 4  # smaller pictures that are looked at for a target: those that leave between so much more work, and so much
+_LEAST, _MOST = 1.04, 2.3
+_RANGES = 3  # methods whose even layouts are looked at behind them
+SOFTER = (0.5, 0.75)  # powers of softer attention that are looked at
+_SOFTER = 0.97  # and taken where they lose at most so many times as much
 
 
 @dataclass(frozen=True)
@@ -30,10 +36,12 @@ class Tried:
     """A layout that was run.
 
     Attributes:
+        search: the size of pictures that it is for.
         layout: where and how many.
         trial: on the images of the search.
     """
 
+    search: "Search"
     layout: Layout
     trial: Trial
 
@@ -52,6 +60,7 @@ class Search:
         near: methods of which even layouts are looked at, however many.
         costs: of each kind, once measured.
         factor: measured work over that of the table.
+        sizes: searches over smaller pictures, the largest first.
         tried: layouts that were run, for the record.
     """
 
@@ -64,6 +73,7 @@ class Search:
     near: list[Method] = field(default_factory=list)
     costs: list[Costs] = field(default_factory=list)
     factor: float = 1.0
+    sizes: "list[Search]" = field(default_factory=list)
     tried: dict[Layout, Tried] = field(default_factory=dict)
 
     @property
@@ -110,7 +120,8 @@ class Search:
         if not best:
             raise ValueError(self._impossible(target))
         least = min(loss for loss, _ in best)
-        self.near = [method for loss, method in first if loss <= KEPT * least]
+        self.near = [method for loss, method in sorted(first, key=lambda one: one[0]) if loss <= KEPT * least]
+        self._soften(target)
         best.sort(key=lambda entry: entry[0])
         self.kinds, room = [], METHODS
         for loss, kind in best:
@@ -118,6 +129,38 @@ class Search:
                 self.kinds.append(kind[:room])
                 room -= len(self.kinds[-1])
         self.costs = [measured(self.trials, self.space, kind, self.last, self.costed) for kind in self.kinds]
+
+    def shrink(self, sizes: Sequence[tuple[int | float, int]]) -> None:
+        """Look at smaller pictures, too: shares of their pixels, and the tokens that they then have."""
+        self.sizes = [
+            replace(self, space=replace(self.space, pixels=share, tokens=tokens), sizes=[], tried={},
+                    table=self.table.over(grid(tokens)), near=self.near[:_RANGES])
+            for share, tokens in sizes
+        ]  # fmt: skip
+
+    def _soften(self, target: float) -> None:
+        """Take softer attention where the best even layout loses less with it."""
+        published, _, everywhere, *_ = self.ranges(self.near[0])
+        fits = [self.space.fitted(layout, self.table, self.budget(target)) for layout in (published, everywhere)]
+        layout = min((fit for fit in fits if fit is not None), key=self._look)
+        best = self._look(layout) * _SOFTER
+        for logn in SOFTER if self.space.slot == "vision" else ():
+            space = replace(self.space, logn=logn)
+            try:
+                loss = self.trials.run(space.plan(layout), self.few).score
+            except UnsupportedModelError:
+                return
+            if loss < best:
+                best, self.space = loss, space
+
+    def softened(self, layout: Layout) -> "Search":
+        """The same search with attention as soft as ``layout`` likes it best, beyond noise."""
+        now = self
+        for step in (-0.25, 0.25) if self.space.logn else ():
+            other = replace(self, space=replace(self.space, logn=self.space.logn + step), tried={})
+            if gains(other.run(layout).trial, now.run(layout).trial):
+                now = other
+        return now
 
     def _first(self, method: Method, target: float) -> float | None:
         """The lesser loss of the published layout and of all layers; None where neither can be."""
@@ -160,27 +203,62 @@ class Search:
     def run(self, layout: Layout) -> Tried:
         """A joint run on all images of the search."""
         if layout not in self.tried:
-            self.tried[layout] = Tried(layout, self.trials.run(self.space.plan(layout), self.which))
+            self.tried[layout] = Tried(self, layout, self.trials.run(self.space.plan(layout), self.which))
         return self.tried[layout]
+
+    def alone(self, target: float) -> Tried | None:
+        """The largest of the smaller pictures that leave ``target``, without anything else; None: none does."""
+        for size in self.sizes:
+            # a time is measured once it is chosen: of every size that would take minutes
+            counted = self.table.unit == "flops"
+            if (size.measured(()) if counted else float(size.space.work((), size.table)) * self.factor) <= target:
+                return size.run(())
+        return None
+
+    def pruning(self, target: float) -> Tried | None:
+        """The best layout for pictures as they are, not moved; None: none leaves ``target``."""
+        try:
+            ranked = sorted(self.candidates(target), key=self._look)
+        except ValueError:
+            return None
+        best = min((self.run(layout) for layout in ranked[:JOINT]), key=lambda t: t.trial.score)
+        return self.run(self.settled(best.layout, target))
+
+    def _ranked(self, target: float) -> "list[tuple[Search, Layout]]":
+        """Layouts for pictures as they are, and for smaller ones, the best of the first look first."""
+        whole = [(size, float(size.space.work((), size.table)) * self.factor / target) for size in self.sizes]
+        worth = [size for size, share in whole if _LEAST <= share <= _MOST]
+        step = max(1, -(-len(worth) // SIZES))
+        found: list[tuple[Search, Layout]] = []
+        for search in (self, *worth[::-1][::step]):
+            try:
+                found += [(search, layout) for layout in search.candidates(target)]
+            except ValueError:  # it cannot be had at this size
+                continue
+        if (alone := self.alone(target)) is not None:
+            found.append((alone.search, ()))
+        if not found:
+            raise ValueError(self._impossible(target))
+        return sorted(found, key=lambda one: one[0]._look(one[1]))
 
     def best(self, target: float, moves: int = MOVES) -> Tried:
         """The layout that loses the least for ``target``: the best proposal, moved as long as that helps beyond noise.
 
         All proposals are run on few images, the best of them on all.
         """
-        ranked = self.candidates(target)
-        ranked.sort(key=self._look)
-        now = min((self.run(layout) for layout in ranked[:JOINT]), key=lambda t: t.trial.score)
-        seen, order = {now.layout}, np.random.default_rng(0)
-        while moves > 0:
-            fits = (self.space.fitted(near, self.table, self.budget(target)) for near in self._near(now.layout, order))
+        ranked = self._ranked(target)
+        now = min((search.run(layout) for search, layout in ranked[:JOINT]), key=lambda t: t.trial.score)
+        search, seen, order = now.search, {now.layout}, np.random.default_rng(0)
+        while moves > 0 and now.layout:
+            near = search._near(now.layout, order)
+            fits = (search.space.fitted(one, search.table, search.budget(target)) for one in near)
             fresh = [layout for layout in dict.fromkeys(fits) if layout is not None and layout not in seen]
             if not fresh:
                 break
             for layout in fresh[:moves]:
                 seen.add(layout)
                 moves -= 1
-                tried = self.run(layout)
+                tried = search.run(layout)
                 if gains(tried.trial, now.trial):
                     now = tried  # and on from there
                     break
@@ -198,7 +276,7 @@ class Search:
 
         A layout was found by its loss, and a token more or less at one place makes others leave at the next.
         """
-        if self._off(self.measured(layout), target) < _NEAR:
+        if not layout or self._off(self.measured(layout), target) < _NEAR:
             return layout
         budget, best = self.budget(target), None
         for _ in range(4):

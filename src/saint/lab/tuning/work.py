@@ -47,6 +47,11 @@ class Table:
     depth: int
     fixed: float
 
+    def over(self, counts: np.ndarray) -> "Table":
+        """The same table over other counts, descending."""
+        first, second = (self._at(values)(counts) for values in (self.first, self.second))
+        return replace(self, counts=counts, first=first, second=second)
+
     def layer(self, mid: bool) -> np.ndarray:
         """Work of a layer that count i enters and count j leaves, [G, G]."""
         behind = self.second[None, :] if mid else self.second[:, None]

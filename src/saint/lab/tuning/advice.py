@@ -1,0 +1,231 @@
+"""`saint advise`: what to do first with a model and one's pictures, by trying each lever once at one share of the FLOPs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import AlreadyAppliedError, SaintError
+from ...flops import count_flops
+from ...methods.duplicates import Duplicates
+from ...methods.flat import Flat
+from ...planning import plan_for
+from ...plans import Plan
+from ...samples import read_samples
+from ...session import pruned, status
+from ...vision.guard import detail
+from ..analysis.bootstrap import interval, weights
+from ..kinds import COSINE, Subject
+from .trials import Trials
+
+DUPLICATES, SMALLER, PRUNING, BOTH = "duplicates", "smaller pictures", "pruning", "smaller pictures and pruning"
+SOFTER = f"{BOTH}, softer attention"
+_LOGN = 0.5  # of softer attention
+LEAST = 4  # pictures
+_COUNTED = 6  # pictures whose FLOPs are counted where each keeps its own number of tokens
+_OVER = 1.02  # times the target that a lever may leave to be compared: counts of tokens are whole
+_WORTH = 0.1  # share of the FLOPs that copies must save to be worth a word
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Lever:
+    """What one lever reached; or why the model has none.
+
+    Attributes:
+        name: of it.
+        plan: what was run; None where it cannot be.
+        flops: share of the FLOPs of the whole model that it leaves, mean over pictures.
+        losses: of each picture.
+        why: it cannot be.
+    """
+
+    name: str
+    plan: Plan | None = None
+    flops: float = 1.0
+    losses: Sequence[float] = ()
+    why: str = ""
+
+    @property
+    def loss(self) -> float:
+        return fmean(self.losses)
+
+
+def advise(
+    subject: Subject,
+    images: Any,
+    target: float = 0.5,
+    *,
+    seed: int = 0,
+    facts: Mapping[str, Any] = MappingProxyType({}),
+    tick: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Try copies, smaller pictures, pruning, both at once, and these with softer attention on ``images``; say which to take.
+
+    Args:
+        subject: the model, unpruned.
+        images: what :func:`saint.tune` takes, 4 or more.
+        target: share of the FLOPs of the whole model that is to be left, in (0, 1).
+        seed: of the intervals.
+        facts: what else the record should hold, e.g. the model's name.
+        tick: called with the number of pictures that have been through the model since the last call.
+
+    Returns:
+        The record: what the pictures are like, each lever, the one to take, and its plan.
+
+    Raises:
+        ValueError: a target out of range, too few pictures, or a model with no lever at all.
+        AlreadyAppliedError: the model carries a plan.
+    """
+    if not 0 < target < 1:
+        raise ValueError(f"target must be the share of the FLOPs that is left, in (0, 1), got {target:g}")
+    if status(subject.model) is not None:
+        raise AlreadyAppliedError("the model carries a plan; call saint.remove(model) first")
+    samples = read_samples(images)
+    if len(samples) < LEAST:
+        raise ValueError(f"at least {LEAST} pictures are needed to say something of others, got {len(samples)}")
+    trials = Trials(subject, samples, facts=facts, tick=tick)
+    tried = [_tried(trials, name, make, target) for name, make in _MAKERS.items()]
+    if all(lever.plan is None for lever in tried):
+        raise ValueError(f"no lever fits {subject.title}: " + "; ".join(f"{one.name}: {one.why}" for one in tried))
+    taken = _best(tried, target)
+    return {
+        **facts,
+        "target": target,
+        "measure": trials.measure,
+        "pictures": {"count": len(samples), **_looks(trials)},
+        "levers": [_told(one, trials.measure, seed) for one in tried],
+        "advice": taken.name,
+        "copies": _copies(tried, taken),
+        "plan": None if taken.plan is None else taken.plan.to_dict(),
+    }
+
+
+# -- levers -------------------------------------------------------------------------------------------------------------
+
+
+def _smaller(trials: Trials, target: float) -> Plan:
+    """The largest pictures that leave ``target``."""
+    return next(
+        plan for side in range(98, 0, -2) if _share(trials, plan := Plan(pixels=(side / 100) ** 2)) <= target * _OVER
+    )
+
+
+def _both(trials: Trials, target: float) -> Plan:
+    """Smaller pictures for one half of the way, pruning for the other."""
+    front = _smaller(trials, target**0.5)
+    assert front.pixels is not None
+    keep = target / _share(trials, front)
+    for _ in range(4):
+        plan = plan_for(trials.model, min(keep, 1.0)).resized(front.pixels)
+        if (share := _share(trials, plan)) <= target * _OVER:
+            break
+        keep *= target / share
+    return plan
+
+
+def _softer(trials: Trials, target: float) -> Plan:
+    plan = _both(trials, target)
+    return replace(plan, vision=tuple(replace(stage, logn=_LOGN) for stage in plan.vision))
+
+
+_MAKERS: dict[str, Callable[[Trials, float], Plan]] = {
+    DUPLICATES: lambda trials, target: Plan(vision=Duplicates()),
+    SMALLER: _smaller,
+    PRUNING: lambda trials, target: plan_for(trials.model, target),
+    BOTH: _both,
+    SOFTER: _softer,
+}
+
+
+def _tried(trials: Trials, name: str, make: Callable[[Trials, float], Plan], target: float) -> Lever:
+    try:
+        plan = make(trials, target)
+        shares = _shares(trials, plan)
+        losses = trials.run(plan, range(len(trials.samples))).losses
+    except (SaintError, ValueError) as error:
+        return Lever(name, why=str(error))
+    return Lever(name, plan, fmean(shares), losses.tolist())
+
+
+def _share(trials: Trials, plan: Plan, number: int = 0) -> float:
+    """Share of the FLOPs of the whole model that a plan leaves of a picture."""
+    run = trials.once(number)
+
+    def counted() -> float:
+        return float(count_flops(lambda: run(trials.model))[1].total)
+
+    whole = counted()
+    with pruned(trials.model, plan):
+        return counted() / whole
+
+
+def _shares(trials: Trials, plan: Plan) -> list[float]:
+    """The same of some pictures where each keeps its own number of tokens; else of one."""
+    own = any(stage.method.votes or stage.guard for stages in plan.slots.values() for stage in stages)
+    return [_share(trials, plan, number) for number in range(min(_COUNTED, len(trials.samples)) if own else 1)]
+
+
+def _best(tried: Sequence[Lever], target: float) -> Lever:
+    """The lever that loses the least of those that leave ``target``; of none such, the one that leaves least."""
+    known = [one for one in tried if one.plan is not None]
+    within = [one for one in known if one.flops <= target * _OVER]
+    return min(within, key=lambda one: one.loss) if within else min(known, key=lambda one: one.flops)
+
+
+def _copies(tried: Sequence[Lever], taken: Lever) -> bool:
+    """Tell whether copies are worth dropping before anything else: they save something, and lose less than half as much."""
+    copies = next(one for one in tried if one.name == DUPLICATES)
+    return copies.plan is not None and copies.flops <= 1 - _WORTH and (copies is taken or copies.loss <= taken.loss / 2)
+
+
+# -- what is told -------------------------------------------------------------------------------------------------------
+
+
+def _told(lever: Lever, measure: str, seed: int) -> dict[str, Any]:
+    if lever.plan is None:
+        return {"name": lever.name, "plan": None, "why": lever.why}
+    found = interval(torch.tensor(lever.losses).double().numpy(), weights(len(lever.losses), _RESAMPLES, seed))
+    loss = {"mean": found.mean, "low": found.low, "high": found.high}
+    told = {"name": lever.name, "plan": lever.plan.to_dict(), "flops": lever.flops, "loss": loss}
+    if measure == COSINE:
+        told["agreement"] = {"mean": 1 - found.mean, "low": 1 - found.high, "high": 1 - found.low}
+    return told
+
+
+def _looks(trials: Trials) -> dict[str, Any]:
+    """Shares of the patches that are copies, and that lie in blocks of one colour; tokens of a picture; fine detail."""
+    copies, flat = (_counted(trials, method) for method in (Duplicates(), Flat()))
+    pixels = [_pictures(sample.args, sample.kwargs) for sample in trials.samples]
+    seen = [float(detail(one).mean()) for one in pixels if one is not None]
+    return {
+        "copies": None if copies is None else copies[1],
+        "flat": None if flat is None else flat[1],
+        "tokens": None if copies is None else copies[0],
+        "detail": fmean(seen) if seen else None,
+    }
+
+
+def _counted(trials: Trials, method: Duplicates | Flat) -> tuple[float, float] | None:
+    """Tokens of a picture in the encoder, and the share that leaves; None where the method cannot see them."""
+    came: list[int] = []
+    left: list[int] = []
+    try:
+        with pruned(trials.model, Plan(vision=method)) as session:
+            for number in range(len(trials.samples)):
+                trials.once(number)(trials.model)
+                came += session.trace[0].tokens_in.tolist()
+                left += session.trace[0].tokens_out.tolist()
+    except (SaintError, ValueError):
+        return None
+    return fmean(came), 1 - sum(left) / sum(came)
+
+
+def _pictures(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    return next(
+        (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim == 4 and x.shape[1] == 3), None
+    )
