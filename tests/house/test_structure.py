@@ -25,12 +25,13 @@ CORE = {
     "samples": set(),
     "graph": {"gathers", "order"},
     "frames": {"graph"},
+    "greedy": {"graph", "tokens"},
     "kernels": set(),
     "operators": {"graph", "kernels", "tokens"},  # kernels when the first of them runs
     "tokens": {"order"},
     "gathers": {"tokens"},
     "plugins": {"errors"},
-    "methods": {"frames", "graph", "operators", "tokens", "errors", "plugins"},
+    "methods": {"frames", "graph", "greedy", "operators", "tokens", "errors", "plugins"},
     "plans": {"methods", "presets", "files"},  # the last two when a plan is looked up or written
     "presets": {"methods", "plans"},
     "summary": {"methods", "plans", "tokens", "upstream", "vision", "runtime", "work"},

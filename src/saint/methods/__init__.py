@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what type checkers and editors are told
     from .fastv import FastV as FastV
     from .grid import Grid as Grid
     from .match import Match as Match
+    from .otprune import OTPrune as OTPrune
     from .pitome import PiToMe as PiToMe
     from .random import Random as Random
     from .saint import Saint as Saint
