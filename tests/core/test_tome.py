@@ -197,7 +197,7 @@ def test_the_merged_oracle_notices_missing_weights(monkeypatch):
     inputs = testing.example_inputs(model)
     from saint.vision.encoder import PrunedEncoder
 
-    monkeypatch.setattr(PrunedEncoder, "_bias", lambda self, layer, state: None)
+    monkeypatch.setattr(PrunedEncoder, "_bias", lambda self, layer, state, dtype: None)
     with pytest.raises(AssertionError, match="differs"):
         testing.check_oracle(model, Plan(vision=ToMe(r=5)), inputs)
 

@@ -50,7 +50,9 @@ def test_every_family(models, name, plan):
     if not any(layer.is_sliding for layer in cache.layers):  # a window of fixed places also holds what has left it
         assert memory.kept / memory.unpruned == pytest.approx(grown.kept / grown.unpruned, rel=0.05)
         assert (memory.kept < memory.unpruned) == (grown.kept < grown.unpruned)
-    assert any(isinstance(layer, StaticRagged) for layer in cache.layers)
+    left = grown.kept < grown.unpruned
+    assert any(isinstance(layer, StaticRagged) for layer in cache.layers) == left
+    assert left or plan is PLANS["votes"]  # of a few tiny models no token votes to leave
 
 
 @pytest.mark.parametrize(("name", "plan"), [(name, plan) for name in MODELS for plan in ("fixed", "evict", "votes")])

@@ -22,7 +22,7 @@ from transformers.cache_utils import StaticLayer
 
 from ..errors import HookNeverFiredError, ParityError, UnsupportedModelError
 from ..gathers import gather_tokens
-from ..runtime.blocks import Block
+from ..runtime.blocks import Block, refuse_meta
 from ..runtime.deciding import Seen
 from ..runtime.layer import LayerStack, PrunedLayer
 from ..runtime.observe import Observers
@@ -248,6 +248,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
     def _proved(self, index: int) -> Block:
         """The layer seen through its parts, once these were seen to make up the layer."""
         module, name = self.modules[index], f"{self.path}.{index}"
+        refuse_meta(module)
         failed = None
         for spec in anatomies(module):
             block, norm = Block(module, spec, name), spec.norm1 or spec.branch1[0]

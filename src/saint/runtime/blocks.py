@@ -13,11 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import HookNeverFiredError, ParityError
+from ..errors import HookNeverFiredError, ParityError, UnsupportedModelError
 from ..patch import override
 from ..upstream.names import KEYS_FROM, Parameters
 from ..upstream.sharded import gathered
 from ..upstream.specs import BlockSpec, part
+
+
+def refuse_meta(module: nn.Module) -> None:
+    """Refuse a module whose parts cannot be run, for it is without weights.
+
+    Raises:
+        UnsupportedModelError: parameters on ``meta``.
+    """
+    for parameter in module.parameters():
+        if parameter.is_meta:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} has parameters on the meta device: load its weights before applying a plan "
+                "(and offload them, where they must be, behind it)"
+            )
 
 
 def _attention(unit: nn.Module, path: str) -> tuple[nn.Module | None, str]:

@@ -28,20 +28,6 @@ def placed(spec: EncoderSpec, modules: Sequence[nn.Module], points: Sequence[Dro
     return [point if point.placement else replace(point, placement=placement) for point in points]
 
 
-def refuse_meta(encoder: nn.Module) -> None:
-    """Refuse an encoder without weights.
-
-    Raises:
-        UnsupportedModelError: parameters on ``meta``.
-    """
-    for parameter in encoder.parameters():
-        if parameter.is_meta:
-            raise UnsupportedModelError(
-                f"{type(encoder).__name__} has parameters on the meta device: load its weights before applying a plan "
-                "(and offload them, where they must be, behind it)"
-            )
-
-
 def read_blocks(
     encoder: nn.Module, spec: EncoderSpec, modules: Sequence[nn.Module], first: int
 ) -> "list[Block | None]":

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from ..gathers import by_length, gather_mask, gather_table, shorter
 from ..patch import override
-from ..runtime.blocks import Block
+from ..runtime.blocks import Block, refuse_meta
 from ..runtime.deciding import Seen
 from ..runtime.layer import LayerStack, PrunedLayer
 from ..runtime.observe import Observers
@@ -26,7 +26,7 @@ from ..runtime.state import LayerState
 from ..tokens import Selection, TokenMap
 from ..upstream.names import LONGEST
 from ..upstream.specs import EncoderSpec, part
-from .checks import check_bias, check_output, check_seams, placed, prove, read_blocks, refuse_meta, takes_dense_mask
+from .checks import check_bias, check_output, check_seams, placed, prove, read_blocks, takes_dense_mask
 from .inputs import EncoderForward, Inputs
 from .outputs import Outputs
 from .readers import Reader
