@@ -321,45 +321,6 @@ def eliminate(
             left = [n - k for n, k in zip(left, out, strict=True)]
 
 
-def farthest(features: Tensor, keep: tuple[int, ...], *, valid: Tensor | None = None) -> Tensor:
-    """Farthest-point subset: greedy max-min diversity under d_ij = 1 - cos(f_i, f_j).
-
-    The first is argmax_i min_{j != i} d_ij, each further one argmax_j min_{s chosen} d_js; ties go to the lower index. One
-    N x N product, then O(N) per survivor.
-
-    Args:
-        features: [B, N, C], any float dtype.
-        keep: survivors per sample, at most its tokens.
-        valid: bool [B, N], False for padding.
-
-    Returns:
-        bool [B, N], True for survivors. Padding is never a survivor.
-    """
-    with full_precision(features.device):
-        points = metric(features, valid=valid)
-        batch, count = points.shape[:2]
-        similarity = points @ points.mT
-        rows = torch.arange(batch, device=features.device)
-        others = similarity.masked_fill(torch.eye(count, dtype=torch.bool, device=features.device), -torch.inf)
-        if valid is not None:
-            others = others.masked_fill(~valid.unsqueeze(1), -torch.inf)
-        near = others.amax(-1)  # largest similarity to what counts; the farthest token has the smallest
-        near = near if valid is None else near.masked_fill(~valid, torch.inf)
-        picks = [near.argmin(-1)]
-        near = similarity[rows, picks[0]]
-        near = near.clone() if valid is None else near.masked_fill(~valid, torch.inf)
-        for _ in range(max(keep) - 1):
-            near[rows, picks[-1]] = torch.inf
-            picks.append(near.argmin(-1))
-            near = torch.maximum(near, similarity[rows, picks[-1]])
-        chosen = torch.stack(picks, 1)  # samples that keep fewer went on: their last picks are not counted
-        if min(keep) != max(keep):
-            limit = torch.tensor(keep, device=features.device).unsqueeze(1)
-            chosen = chosen.masked_fill(torch.arange(max(keep), device=features.device) >= limit, count)
-        alive = torch.zeros(batch, count + 1, dtype=torch.bool, device=features.device)
-        return alive.scatter_(1, chosen, True)[:, :count]
-
-
 class Partners(NamedTuple):
     """The best partner of each source.
 

@@ -7,7 +7,7 @@ import torch
 
 import saint
 from saint import testing
-from saint.methods import DivPrune, FastV, Grid, Random
+from saint.methods import DivPrune, FastV, Grid, OTPrune, Random
 from saint.plans import Plan, Stage
 from saint.tokens import Candidates, Selection, TokenMap
 from support.families import FAMILIES, IMAGE, cache_of, cached, checkpoint, prompts
@@ -16,7 +16,13 @@ from support.oracles import Oracle, oracle_model, relative_error
 from support.plans import PADDED
 
 ENCODERS = ["timm/vit-augreg", "timm/dinov3", "timm/dinov2-reg", "transformers/siglip2", "open_clip/vit"]
-DROPPING = {"random": Random(0.4, seed=3), "grid": Grid(0.4), "divprune": DivPrune(0.4), "fastv": FastV(0.4)}
+DROPPING = {
+    "random": Random(0.4, seed=3),
+    "grid": Grid(0.4),
+    "divprune": DivPrune(0.4),
+    "otprune": OTPrune(0.4),
+    "fastv": FastV(0.4),
+}
 MIXED = [[4, "0", 3, "1", 2], [9], [2, "1", 3]]  # several images, none, one
 
 

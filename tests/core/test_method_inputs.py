@@ -7,7 +7,7 @@ import torch
 
 import saint
 from saint import graph
-from saint.methods import DivPrune, Duplicates, FastV, Flat, Grid, Match, PiToMe, Random, Resize, ToMe
+from saint.methods import DivPrune, Duplicates, FastV, Flat, Grid, Match, OTPrune, PiToMe, Random, Resize, ToMe
 from saint.tokens import Candidates, Facts, TokenMap
 
 COUNT, COLUMNS = 24, 6
@@ -20,6 +20,7 @@ LOOKS = {  # method: the parts of the candidates that its choice depends on
     ToMe(keep=0.6): {"keys"},
     PiToMe(keep=0.6): {"keys"},
     DivPrune(keep=0.6): {"features"},
+    OTPrune(keep=0.6, gamma=10.0): {"features"},
     FastV(keep=0.6): {"attention"},
     Grid(keep=0.6): set(),
     Flat(): {"pixels", "grids"},

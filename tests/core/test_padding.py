@@ -7,7 +7,7 @@ import torch
 
 import saint
 from saint import testing
-from saint.methods import DivPrune, Match, PiToMe, Random, ToMe
+from saint.methods import DivPrune, Match, OTPrune, PiToMe, Random, ToMe
 from saint.plans import Plan, Stage
 from support.padded import alone, naflex, padded_models, patches, with_padding
 
@@ -16,6 +16,7 @@ METHODS = {
     "share": saint.Saint(keep=0.6),
     "full-graph": saint.SaintFullGraph(keep=0.6),
     "divprune": DivPrune(0.6),
+    "otprune": OTPrune(0.6),
     "random": Random(0.6, seed=1),
     "match": Match(keep=0.6),
     "weigh": Match(keep=0.6, fate="weigh"),

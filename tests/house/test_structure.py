@@ -27,12 +27,13 @@ CORE = {
     "frames": {"graph"},
     "copies": {"frames"},
     "grids": set(),
+    "greedy": {"graph", "tokens"},
     "kernels": set(),
     "operators": {"graph", "kernels", "tokens"},  # kernels when the first of them runs
     "tokens": {"order"},
     "gathers": {"tokens"},
     "plugins": {"errors"},
-    "methods": {"copies", "frames", "graph", "grids", "operators", "tokens", "errors", "plugins"},
+    "methods": {"copies", "frames", "graph", "greedy", "grids", "operators", "tokens", "errors", "plugins"},
     "plans": {"methods", "presets", "files"},  # the last two when a plan is looked up or written
     "presets": {"methods", "plans"},
     "summary": {"methods", "plans", "tokens", "upstream", "vision", "runtime", "work"},

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # what type checkers and editors are told
     from .flat import Flat as Flat
     from .grid import Grid as Grid
     from .match import Match as Match
+    from .otprune import OTPrune as OTPrune
     from .pitome import PiToMe as PiToMe
     from .random import Random as Random
     from .resize import Resize as Resize

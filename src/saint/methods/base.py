@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from .. import graph, greedy
 from ..errors import UnknownSettingError
 from ..tokens import Candidates, Selection
 
@@ -180,6 +181,22 @@ class PixelMethod(Method):
             leaves &= leaves.cumsum(1) <= torch.tensor(drop, device=leaves.device).unsqueeze(1)
         keep = ~leaves if tokens.valid is None else ~leaves & tokens.valid
         return Selection.from_mask(keep, tuple(n - r for n, r in zip(tokens.lengths, drop, strict=True)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Greedy(FixedBudget):
+    """Base of methods that take one token after another, each time the one that gains most, until as many as they are told."""
+
+    @abstractmethod
+    def gain(self, candidates: Candidates) -> greedy.Gain:
+        """Give what each token adds to a subset, which is empty yet."""
+
+    def flops(self, before: int, after: int, dim: int) -> float:
+        return 2 * before**2 * dim  # similarities of all pairs
+
+    def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
+        with graph.full_precision(candidates.features.device):
+            return greedy.subset(self.gain(candidates), goal, candidates.tokens)
 
 
 def host_counts(counts: Tensor) -> tuple[int, ...]:

@@ -3,14 +3,14 @@
 import dataclasses
 from typing import ClassVar
 
-from .. import graph
-from ..tokens import Candidates, Selection
-from .base import FixedBudget
+from .. import greedy
+from ..tokens import Candidates
+from .base import Greedy
 from .saint_full_graph import SaintFullGraph
 
 
 @dataclasses.dataclass(frozen=True)
-class DivPrune(FixedBudget):
+class DivPrune(Greedy):
     """Max-min diversity of the projected visual tokens, solved greedily by farthest-point selection.
 
     With d(i, j) = 1 - cos(f_i, f_j) of the embeddings f that enter the language model: the first survivor is
@@ -29,9 +29,5 @@ class DivPrune(FixedBudget):
     def layers(self, stage: str, depth: int) -> list[int]:
         return SaintFullGraph().layers(stage, depth)  # late, where the other one-time choice among all tokens is
 
-    def flops(self, before: int, after: int, dim: int) -> float:
-        return 2 * before**2 * dim
-
-    def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
-        tokens = candidates.tokens
-        return Selection.from_mask(graph.farthest(candidates.features, goal, valid=tokens.valid), goal)
+    def gain(self, candidates: Candidates) -> greedy.Gain:
+        return greedy.farthest(candidates.features, valid=candidates.tokens.valid)
