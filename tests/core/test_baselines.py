@@ -7,7 +7,7 @@ import torch
 
 import saint
 from saint import testing
-from saint.methods import DivPrune, FastV, Grid, OTPrune, Random
+from saint.methods import DART, SCOPE, ApET, DivPrune, FastV, Grid, OTPrune, PyramidDrop, Random
 from saint.plans import Plan, Stage
 from saint.tokens import Candidates, Selection, TokenMap
 from support.families import FAMILIES, IMAGE, cache_of, cached, checkpoint, prompts
@@ -21,7 +21,11 @@ DROPPING = {
     "grid": Grid(0.4),
     "divprune": DivPrune(0.4),
     "otprune": OTPrune(0.4),
+    "apet": ApET(0.4),
     "fastv": FastV(0.4),
+    "pyramiddrop": PyramidDrop(0.4),
+    "scope": SCOPE(0.4),
+    "dart": DART(0.4, pivots=3),
 }
 MIXED = [[4, "0", 3, "1", 2], [9], [2, "1", 3]]  # several images, none, one
 

@@ -1,5 +1,6 @@
-"""Greedy subsets against loops over single numbers: the formula of each method in float64, written from its publication."""
+"""Methods of the field against loops over single numbers: each formula in float64, written from its publication."""
 
+import dataclasses
 import itertools
 import math
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from saint import greedy
-from saint.methods import OTPrune
+from saint.methods import DART, SCOPE, ApET, OTPrune, PyramidDrop
 from saint.tokens import Candidates, TokenMap
 
 COUNT = 17
@@ -139,3 +140,138 @@ def test_coverage_is_the_best_of_all_pairs_where_greedy_is_exact():
     first = int(similarity[0].sum(-1).argmax())
     best = max((pair for pair in covered if first in pair), key=covered.__getitem__)
     assert sorted(greedy.sequence(greedy.Coverage(similarity), (2,))[0].tolist()) == list(best)
+
+
+# -- SCOPE ------------------------------------------------------------------------------------------------------------
+
+
+def literal_scope(tokens, saliency, keep, alpha):
+    similar = [[cosine(a, b) for b in tokens] for a in tokens]
+
+    def gain(i, taken):
+        covered = [max([0.0, *(similar[s][j] for s in taken)]) for j in range(len(tokens))]
+        return saliency[i] ** alpha * sum(max(0.0, s - c) for s, c in zip(similar[i], covered, strict=True))
+
+    return one_by_one(len(tokens), keep, gain)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("keep", [1, 2, 4, 6])
+def test_scope_is_the_formula(keep, alpha):
+    features, saliency = noise(3, COUNT, 8, seed=keep), noise(3, COUNT, seed=9).softmax(-1)
+    want = [literal_scope(*both, keep, alpha) for both in zip(numbers(features), numbers(saliency), strict=True)]
+    assert chosen(SCOPE(keep, alpha=alpha), shown(features, attention=saliency)) == want
+
+
+def test_scope_of_ragged_samples():
+    features, saliency, lengths = noise(3, 40, 8, seed=5), noise(3, 40, seed=9).softmax(-1), [40, 1, 25]
+    got = chosen(SCOPE(0.2), shown(features, lengths, attention=saliency))
+    for sample, n in enumerate(lengths):
+        keep = max(1, int(0.2 * n + 0.5))
+        assert got[sample] == literal_scope(numbers(features[sample, :n]), numbers(saliency[sample, :n]), keep, 1.0)
+
+
+# -- DART -------------------------------------------------------------------------------------------------------------
+
+
+def literal_dart(keys, tokens, keep, pivots):
+    size = [sum(abs(x) for x in key) for key in keys]
+    order = sorted(range(len(keys)), key=lambda i: (-size[i], i))
+    first = order[: min(pivots, keep)]
+    taken, places = list(first), keep - len(first)
+    for place, pivot in enumerate(first):
+        left = [i for i in range(len(tokens)) if i not in taken]
+        left.sort(key=lambda i: (cosine(tokens[i], tokens[pivot]), i))
+        taken += left[: places // len(first) + (place < places % len(first))]
+    return sorted(taken)
+
+
+@pytest.mark.parametrize("pivots", [1, 3, 8])
+@pytest.mark.parametrize("keep", KEEP)
+def test_dart_is_the_recipe(keep, pivots):
+    features, keys = noise(3, COUNT, 8, seed=keep), noise(3, COUNT, 4, seed=9)
+    given = dataclasses.replace(shown(features), keys=keys)
+    want = [literal_dart(*both, keep, pivots) for both in zip(numbers(keys), numbers(features), strict=True)]
+    assert chosen(DART(keep, pivots=pivots), given) == want
+
+
+def test_dart_of_ragged_samples():
+    features, keys, lengths = noise(3, 40, 8, seed=5), noise(3, 40, 4, seed=9), [40, 2, 25]
+    given = shown(features, lengths)
+    keys = keys.masked_fill(~given.tokens.valid.unsqueeze(-1), 99.0)
+    got = chosen(DART(0.5, pivots=4), dataclasses.replace(given, keys=keys))
+    for sample, n in enumerate(lengths):
+        keep = int(0.5 * n + 0.5)
+        assert got[sample] == literal_dart(numbers(keys[sample, :n]), numbers(features[sample, :n]), keep, 4)
+
+
+# -- ApET -------------------------------------------------------------------------------------------------------------
+
+
+def solved(matrix, right):
+    """The solution of a system, by elimination."""
+    rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
+    for k in range(len(rows)):
+        rows[k] = [value / rows[k][k] for value in rows[k]]
+        for i in range(len(rows)):
+            if i != k:
+                rows[i] = [a - rows[i][k] * b for a, b in zip(rows[i], rows[k], strict=True)]
+    return [row[-1] for row in rows]
+
+
+def literal_apet(tokens, keep, basis, ridge):
+    channels = range(len(tokens[0]))
+    mean = [sum(token[c] for token in tokens) / len(tokens) for c in channels]
+
+    def far(i, taken):
+        return min(math.dist(tokens[i], tokens[s]) for s in taken) if taken else math.dist(tokens[i], mean)
+
+    base = one_by_one(len(tokens), min(basis, keep), far)
+    gram = [[dot(tokens[a], tokens[b]) + ridge * (a == b) for b in base] for a in base]
+
+    def error(i):
+        weights = solved(gram, [dot(tokens[b], tokens[i]) for b in base])
+        return math.dist(
+            tokens[i], [sum(w * tokens[b][c] for w, b in zip(weights, base, strict=True)) for c in channels]
+        )
+
+    rest = sorted((i for i in range(len(tokens)) if i not in base), key=lambda i: (-error(i), i))
+    return sorted(base + rest[: keep - len(base)])
+
+
+@pytest.mark.parametrize("ridge", [1e-5, 3.0])
+@pytest.mark.parametrize("basis", [1, 4, 10])
+@pytest.mark.parametrize("keep", KEEP)
+def test_apet_is_the_recipe(keep, basis, ridge):
+    features = noise(3, COUNT, 16, seed=keep) + 0.5
+    want = [literal_apet(sample, keep, basis, ridge) for sample in numbers(features)]
+    assert chosen(ApET(keep, basis=basis, ridge=ridge), shown(features)) == want
+
+
+def test_apet_of_ragged_samples():
+    features, lengths = noise(3, 40, 16, seed=5) + 0.5, [40, 1, 12]
+    got = chosen(ApET(0.4, basis=6), shown(features, lengths))
+    for sample, n in enumerate(lengths):
+        keep = max(1, int(0.4 * n + 0.5))
+        assert got[sample] == literal_apet(numbers(features[sample, :n]), keep, 6, 1e-5)
+
+
+# -- PyramidDrop --------------------------------------------------------------------------------------------------------
+
+
+def test_pyramiddrop_halves_at_each_quarter():
+    """1/2, 1/4 and 1/8 of 576 tokens are left behind layers 7, 15 and 23 of 32; each time the most attended."""
+    method = PyramidDrop()
+    assert method.layers("language", 32) == [7, 15, 23]
+    assert [method.layers("language", depth) for depth in (1, 2, 3, 4)] == [[0], [0], [0, 1], [0, 1, 2]]
+    left = list(range(576))
+    tokens = TokenMap.full(1, 576, torch.device("cpu"))
+    for step, count in enumerate((288, 144, 72)):
+        attention = noise(1, len(left), seed=step).softmax(-1)
+        nothing = torch.zeros(1, len(left), 2)
+        selection = method.select(Candidates(nothing, nothing, tokens, step, 3, attention))
+        tokens = tokens.select(selection)
+        row = attention[0].tolist()
+        best = sorted(range(len(row)), key=lambda i: (-row[i], i))[:count]
+        left = [left[i] for i in sorted(best)]
+        assert tokens.index[0].tolist() == left

@@ -7,7 +7,23 @@ import torch
 
 import saint
 from saint import graph
-from saint.methods import DivPrune, Duplicates, FastV, Flat, Grid, Match, OTPrune, PiToMe, Random, Resize, ToMe
+from saint.methods import (
+    DART,
+    SCOPE,
+    ApET,
+    DivPrune,
+    Duplicates,
+    FastV,
+    Flat,
+    Grid,
+    Match,
+    OTPrune,
+    PiToMe,
+    PyramidDrop,
+    Random,
+    Resize,
+    ToMe,
+)
 from saint.tokens import Candidates, Facts, TokenMap
 
 COUNT, COLUMNS = 24, 6
@@ -21,7 +37,12 @@ LOOKS = {  # method: the parts of the candidates that its choice depends on
     PiToMe(keep=0.6): {"keys"},
     DivPrune(keep=0.6): {"features"},
     OTPrune(keep=0.6, gamma=10.0): {"features"},
+    ApET(keep=0.6, basis=3): {"features"},
     FastV(keep=0.6): {"attention"},
+    PyramidDrop(keep=0.6): {"attention"},
+    SCOPE(keep=0.4): {"features", "attention"},
+    SCOPE(keep=0.4, alpha=0.0): {"features"},
+    DART(keep=0.6, pivots=3): {"keys", "features"},
     Grid(keep=0.6): set(),
     Flat(): {"pixels", "grids"},
     Resize(): {"grids"},

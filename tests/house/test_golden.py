@@ -59,6 +59,7 @@ RUNS = {
     "analyze": ["analyze", *TINY, "--images", "CLASSES", "--causal", 2],
     "analyze-vlm": ["analyze", "VLM", *HERE, "--images", "PHOTOS", "--questions", "QUESTIONS", "--causal", 1],
     "analyze-text": ["analyze", "TEXT", *HERE, "--prompts", "PROMPTS", "--causal", 1],
+    "advise": ["advise", *TINY, "--images", "SOME", "--target", 0.6],
     "tune": ["tune", *TINY, "--images", "SOME", "--target-flops", 0.7, "-o", "OUT/plan.json", "--frontier", "OUT/curve.json"],
     "tune-vlm": [
         "tune", "VLM", *HERE, "--images", "PHOTOS", "--questions", "QUESTIONS", "--target-flops", 0.9, "-o", "OUT/plan.json",

@@ -15,6 +15,8 @@ from ..errors import PluginError
 from .base import Method
 
 if TYPE_CHECKING:  # what type checkers and editors are told
+    from .apet import ApET as ApET
+    from .dart import DART as DART
     from .divprune import DivPrune as DivPrune
     from .duplicates import Duplicates as Duplicates
     from .evs import EVS as EVS
@@ -24,11 +26,13 @@ if TYPE_CHECKING:  # what type checkers and editors are told
     from .match import Match as Match
     from .otprune import OTPrune as OTPrune
     from .pitome import PiToMe as PiToMe
+    from .pyramiddrop import PyramidDrop as PyramidDrop
     from .random import Random as Random
     from .resize import Resize as Resize
     from .saint import Saint as Saint
     from .saint_full_graph import SaintFullGraph as SaintFullGraph
     from .saint_video import SaintVideo as SaintVideo
+    from .scope import SCOPE as SCOPE
     from .tome import ToMe as ToMe
 
 _BUILTIN = {module.name for module in pkgutil.iter_modules(__path__)} - {"base"}

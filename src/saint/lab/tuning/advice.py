@@ -149,7 +149,7 @@ def _tried(trials: Trials, name: str, make: Callable[[Trials, float], Plan], tar
         losses = trials.run(plan, range(len(trials.samples))).losses
     except (SaintError, ValueError) as error:
         return Lever(name, why=str(error))
-    return Lever(name, plan, fmean(shares), losses.tolist())
+    return Lever(name, plan, fmean(shares), [max(0.0, loss) for loss in losses.tolist()])  # of 1 less a cosine near 1
 
 
 def _share(trials: Trials, plan: Plan, number: int = 0) -> float:

@@ -105,10 +105,12 @@ def against(found: Search, chosen: Search, layout: Layout, held: Sequence[int], 
     """
     work = chosen.measured(layout)
     own = found.trials.run(chosen.space.plan(layout), held).losses
-    alone = {"pruning alone": found.pruning(work), "smaller pictures alone": found.alone(work)} if found.sizes else {}
+    alone = {"smaller pictures alone": found.alone(work)}
+    if chosen.space.pixels is not None:
+        alone = {"pruning alone": found.pruning(work), **alone}
     out = []
     for name, tried in alone.items():
-        if tried is not None and (tried.search.space, tried.layout) != (chosen.space, layout):
+        if tried is not None and (tried.search.space.pixels, tried.layout) != (chosen.space.pixels, layout):
             out.append(_rival(name, tried.search, tried.layout, own, held, seed))
     space = replace(found.space, logn=0.0)
     found = replace(found, space=space)
