@@ -181,6 +181,7 @@ class Facts:
             of samples and slots, int64 [B, N]; -1: of no video. None where no candidate is of a video of several frames.
         pixels: for methods that need "pixels", of each candidate as the model is given them, by channel, [B, N, C, V].
         grids: for the same methods and those that need "resized", rows and columns of the candidates of each sample.
+        text: for methods that need "text", embeddings of the other tokens of each prompt, [B, T, C]; rows of 0 behind the last.
     """
 
     columns: int | None = None
@@ -188,6 +189,7 @@ class Facts:
     cells: Tensor | None = None
     pixels: Tensor | None = None
     grids: tuple[tuple[int, int], ...] | None = None
+    text: Tensor | None = None
 
     def at(self, index: Tensor) -> "Facts":
         """Those of the candidates that are left, of all the original ones: index int64 [B, K]."""
@@ -201,8 +203,8 @@ class Facts:
         """Those of these samples alone."""
         min_keep = None if self.min_keep is None else tuple(self.min_keep[i] for i in samples)
         grids = None if self.grids is None else tuple(self.grids[i] for i in samples)
-        cells, pixels = (None if one is None else one[samples] for one in (self.cells, self.pixels))
-        return Facts(self.columns, min_keep, cells, pixels, grids)
+        cells, pixels, text = (None if one is None else one[samples] for one in (self.cells, self.pixels, self.text))
+        return Facts(self.columns, min_keep, cells, pixels, grids, text)
 
 
 @dataclass(frozen=True)

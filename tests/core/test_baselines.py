@@ -7,7 +7,7 @@ import torch
 
 import saint
 from saint import testing
-from saint.methods import DART, SCOPE, ApET, DivPrune, FastV, Grid, OTPrune, PyramidDrop, Random
+from saint.methods import DART, MMR, SCOPE, ApET, CDPruner, DivPrune, FastV, Grid, OTPrune, PyramidDrop, Random
 from saint.plans import Plan, Stage
 from saint.tokens import Candidates, Selection, TokenMap
 from support.families import FAMILIES, IMAGE, cache_of, cached, checkpoint, prompts
@@ -22,6 +22,8 @@ DROPPING = {
     "divprune": DivPrune(0.4),
     "otprune": OTPrune(0.4),
     "apet": ApET(0.4),
+    "cdpruner": CDPruner(0.4),
+    "mmr": MMR(0.4),
     "fastv": FastV(0.4),
     "pyramiddrop": PyramidDrop(0.4),
     "scope": SCOPE(0.4),

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from saint import greedy
-from saint.methods import DART, SCOPE, ApET, OTPrune, PyramidDrop
-from saint.tokens import Candidates, TokenMap
+from saint.methods import DART, MMR, SCOPE, ApET, CDPruner, OTPrune, PyramidDrop
+from saint.tokens import Candidates, Facts, TokenMap
 
 COUNT = 17
 KEEP = [1, 2, 6, 16]
@@ -140,6 +140,69 @@ def test_coverage_is_the_best_of_all_pairs_where_greedy_is_exact():
     first = int(similarity[0].sum(-1).argmax())
     best = max((pair for pair in covered if first in pair), key=covered.__getitem__)
     assert sorted(greedy.sequence(greedy.Coverage(similarity), (2,))[0].tolist()) == list(best)
+
+
+# -- relevance to the prompt: CDPruner and MMR --------------------------------------------------------------------------
+
+
+def literal_relevance(tokens, words):
+    about = [sum(cosine(token, word) for word in words) / len(words) for token in tokens]
+    low, high = min(about), max(about)
+    return [(a - low) / (high - low) if high > low else 1.0 for a in about]
+
+
+def literal_cdpruner(tokens, words, keep):
+    weight = literal_relevance(tokens, words)
+    kernel = [[weight[i] * cosine(a, b) * weight[j] for j, b in enumerate(tokens)] for i, a in enumerate(tokens)]
+    return one_by_one(len(tokens), keep, volume(kernel))
+
+
+def literal_mmr(tokens, words, keep, weight):
+    worth = literal_relevance(tokens, words)
+
+    def gain(i, taken):
+        near = max(cosine(tokens[i], tokens[s]) for s in taken) if taken else 0.0
+        return weight * worth[i] - (1 - weight) * near
+
+    return one_by_one(len(tokens), keep, gain)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 6])
+def test_cdpruner_is_the_formula(keep):
+    features, text = noise(3, COUNT, 8, seed=keep), noise(3, 5, 8, seed=7) + 0.3
+    want = [literal_cdpruner(*both, keep) for both in zip(numbers(features), numbers(text), strict=True)]
+    assert chosen(CDPruner(keep), shown(features, facts=Facts(text=text))) == want
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("keep", [1, 4, 12])
+def test_mmr_is_the_formula(keep, weight):
+    features, text = noise(3, COUNT, 8, seed=keep), noise(3, 5, 8, seed=7) + 0.3
+    want = [literal_mmr(*both, keep, weight) for both in zip(numbers(features), numbers(text), strict=True)]
+    assert chosen(MMR(keep, weight=weight), shown(features, facts=Facts(text=text))) == want
+
+
+def test_relevance_of_ragged_samples_and_prompts():
+    """Padding of tokens and of words counts for nothing; a prompt without words finds all alike."""
+    features, lengths = noise(3, 40, 8, seed=5), [40, 9, 25]
+    text = noise(3, 6, 8, seed=7)
+    text[1, 2:] = 0
+    text[2] = 0
+    given = shown(features, lengths, facts=Facts(text=text))
+    got = chosen(MMR(0.3), given)
+    for sample, (n, words) in enumerate(zip(lengths, (6, 2, 0), strict=True)):
+        tokens = numbers(features[sample, :n])
+        said = numbers(text[sample, :words]) if words else [[1.0] + [0.0] * 7]
+        keep = int(0.3 * n + 0.5)
+        if words:
+            assert got[sample] == literal_mmr(tokens, said, keep, 0.5)
+        else:
+            same = one_by_one(
+                n, keep, lambda i, taken, tokens=tokens: -max([cosine(tokens[i], tokens[s]) for s in taken] or [0.0])
+            )
+            assert got[sample] == same
+    with pytest.raises(ValueError, match="text of the prompts is not shown"):
+        CDPruner(2).select(shown(features))
 
 
 # -- SCOPE ------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,10 @@ import saint
 from saint import graph
 from saint.methods import (
     DART,
+    MMR,
     SCOPE,
     ApET,
+    CDPruner,
     DivPrune,
     Duplicates,
     FastV,
@@ -38,6 +40,9 @@ LOOKS = {  # method: the parts of the candidates that its choice depends on
     DivPrune(keep=0.6): {"features"},
     OTPrune(keep=0.6, gamma=10.0): {"features"},
     ApET(keep=0.6, basis=3): {"features"},
+    CDPruner(keep=0.6): {"features", "text"},
+    MMR(keep=0.6): {"features", "text"},
+    MMR(keep=0.6, weight=0.0): {"features"},
     FastV(keep=0.6): {"attention"},
     PyramidDrop(keep=0.6): {"attention"},
     SCOPE(keep=0.4): {"features", "attention"},
@@ -75,13 +80,14 @@ def plain(seed: int) -> torch.Tensor:
     return colours.float().expand(-1, -1, 1, 4)
 
 
-PLACED = Facts(columns=COLUMNS, pixels=plain(4), grids=((COUNT // COLUMNS, COLUMNS),) * 2)
+PLACED = Facts(columns=COLUMNS, pixels=plain(4), grids=((COUNT // COLUMNS, COLUMNS),) * 2, text=noise(5, 2, 3, 5))
 OTHER = {
     "keys": {"keys": noise(11, 2, COUNT, 4)},
     "features": {"features": noise(12, 2, COUNT, 5)},
     "attention": {"attention": noise(13, 2, COUNT).softmax(-1)},
     "columns": {"facts": dataclasses.replace(PLACED, columns=5)},
     "pixels": {"facts": dataclasses.replace(PLACED, pixels=plain(14))},
+    "text": {"facts": dataclasses.replace(PLACED, text=noise(15, 2, 4, 5))},
     "grids": {"facts": dataclasses.replace(PLACED, grids=((COUNT // 4, 4),) * 2)},
 }
 

@@ -165,7 +165,7 @@ ROOMS = {
     "lab/loading/failures": {"errors"},
     "lab/sources/listing": {"lab/images"},
     "lab/sources/photos": {"lab/images", "lab/sources/listing"},
-    "lab/loading/plans": {"plans"},
+    "lab/loading/plans": {"methods/base", "plans"},
     "lab/sources/shards": {"lab/sources/listing"},
     "lab/embed/sources": {
         "extras",

@@ -532,5 +532,5 @@ def test_what_a_tuning_hands_to_its_trials(encoder, monkeypatch):
         )
     assert seen["facts"] == {"model": "m", "held_out": 0.25, "seed": 3}
     assert (seen["journal"], seen["model"], len(seen["samples"])) == ("j", encoder, 12)
-    in_plans = {"target", "chosen", "plan", "frontier"}  # what they change are the plans that are tried
+    in_plans = {"target", "chosen", "plan", "frontier", "pixels"}  # what they change are the plans that are tried
     assert names_of(tuning.search) == {"subject", "images", "held_out", "seed", "facts", "journal", "tick"} | in_plans

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
 
 from ..errors import HookNeverFiredError, UnsupportedModelError
@@ -347,7 +348,10 @@ class Doorway(Decider[DoorForward]):
             lengths = state.stage_total
             left = () if gone is None else packed_tokens(visual & ~gone, packed, len(lengths)).stage_total
         assert state.places is not None
-        forward.facts = Facts(cells=None if note.cells is None else note.cells.flatten()[state.places[..., 0]])
+        cells = None if note.cells is None else note.cells.flatten()[state.places[..., 0]]
+        forward.facts = Facts(
+            cells=cells, text=_text(x, visual, real, packed) if x is not None and self.wants_text else None
+        )
         if gone is not None and left != lengths:
             state = _without(state, gone, left)
         forward.origin = state
@@ -537,6 +541,28 @@ def _moved(state: LayerState, short: Short) -> LayerState:
     row, place = rows // count, state.tokens.index.flatten()[rows]  # [B, N]
     places = short.slots()[row, place] + row * short.rows
     return replace(state, tokens=TokenMap.full(sequences, short.rows, rows.device), places=places.unsqueeze(-1))
+
+
+def _text(x: Tensor, visual: Tensor, real: Tensor | None, packed: Tensor | None) -> Tensor:
+    """Embeddings of the tokens of each prompt that are neither visual nor padding, [B, T, C]; rows of 0 behind the last.
+
+    Args:
+        x: embeddings, [B, L, C].
+        visual: bool [B, L].
+        real: bool [B, L]; None: all are.
+        packed: see :meth:`Doorway.entering`.
+
+    Raises:
+        ValueError: documents are packed into one row.
+    """
+    if packed is not None:
+        raise ValueError(
+            "several documents are packed into one row, and a method of the connector stage asks for the text of each: use a "
+            "method that does without, or pass each document as a row of its own with an attention_mask"
+        )
+    words = ~visual if real is None else ~visual & real
+    rows = [row[own] for row, own in zip(x.detach(), words, strict=True)]
+    return pad_sequence(rows, batch_first=True)
 
 
 def _without(state: LayerState, gone: Tensor, left: tuple[int, ...]) -> LayerState:

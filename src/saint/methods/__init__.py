@@ -16,6 +16,7 @@ from .base import Method
 
 if TYPE_CHECKING:  # what type checkers and editors are told
     from .apet import ApET as ApET
+    from .cdpruner import CDPruner as CDPruner
     from .dart import DART as DART
     from .divprune import DivPrune as DivPrune
     from .duplicates import Duplicates as Duplicates
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # what type checkers and editors are told
     from .flat import Flat as Flat
     from .grid import Grid as Grid
     from .match import Match as Match
+    from .mmr import MMR as MMR
     from .otprune import OTPrune as OTPrune
     from .pitome import PiToMe as PiToMe
     from .pyramiddrop import PyramidDrop as PyramidDrop

@@ -38,7 +38,8 @@ class Method(ABC):
     paper: ClassVar[str]  # citation key or URL of the publication
     stages: ClassVar[frozenset[str]]  # stages the method is defined for
     # what a stage computes on demand: "last_query" fills `attention`, "frames" `cells`, "pixels" `pixels`, `grids` and
-    # `cells` in front of block 0; "resized" shows the encoder smaller pictures and fills `grids`
+    # `cells` in front of block 0; "resized" shows the encoder smaller pictures and fills `grids`;
+    # "text" fills `text` in front of a language model
     needs: ClassVar[frozenset[str]] = frozenset()
     merges: ClassVar[bool] = False  # tokens go into survivors instead of away; not in the connector stage
     # of methods that merge: a survivor becomes the mean of what it stands for, or stays as it is
@@ -197,6 +198,28 @@ class Greedy(FixedBudget):
     def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
         with graph.full_precision(candidates.features.device):
             return greedy.subset(self.gain(candidates), goal, candidates.tokens)
+
+
+def relevance(candidates: Candidates) -> Tensor:
+    """Tell how much the text of each prompt is about each candidate, float32 [B, N] in [0, 1]; padding: anything.
+
+    The mean cosine of its embedding with those of the text, less the smallest of the sample, over the largest less the
+    smallest; 1 of all where they are equal, and where there is no text.
+
+    Raises:
+        ValueError: there is no text to look at.
+    """
+    text, valid = candidates.facts.text, candidates.tokens.valid
+    if text is None:
+        raise ValueError("the text of the prompts is not shown here: relevance is for the connector stage")
+    with graph.full_precision(text.device):
+        words = torch.nn.functional.normalize(text.float(), dim=-1)
+        count = (words != 0).any(-1).sum(1).clamp_min(1)  # of rows that are no padding
+        about = (graph.metric(candidates.features) @ (words.sum(1) / count.unsqueeze(1)).unsqueeze(-1)).squeeze(-1)
+    low = about if valid is None else about.masked_fill(~valid, torch.inf)
+    high = about if valid is None else about.masked_fill(~valid, -torch.inf)
+    low, high = low.amin(1, keepdim=True), high.amax(1, keepdim=True)
+    return torch.where(high > low, (about - low) / (high - low).clamp_min(1e-30), 1.0)
 
 
 def host_counts(counts: Tensor) -> tuple[int, ...]:

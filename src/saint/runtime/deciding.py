@@ -104,6 +104,11 @@ class Decider(Uncopyable, Generic[F]):
         return any("pixels" in point.needs for point in self.entries)
 
     @property
+    def wants_text(self) -> bool:
+        """Tell whether a method in front of the first layer asks for the other tokens of a prompt."""
+        return any("text" in point.needs for point in self.entries)
+
+    @property
     def resize(self) -> int | float | None:
         """Return what is left of pictures that get smaller in front of everything; None where they stay as they are."""
         return next((p.method.fixed for p in self.entries if p.method is not None and "resized" in p.needs), None)
@@ -138,8 +143,8 @@ class Decider(Uncopyable, Generic[F]):
         for point in self.entries:
             decision = self.decide(forward, point, state, features.detach(), Seen(features.detach()))
             state, features = self.apply(decision, features, 0)
-        if forward.facts is not None and forward.facts.pixels is not None:  # of no use behind, and large
-            forward.facts = replace(forward.facts, pixels=None)
+        if forward.facts is not None:  # of no use behind, and large
+            forward.facts = replace(forward.facts, pixels=None, text=None)
         return state, features
 
     def decide(self, forward: F, point: DropPoint, state: LayerState, features: Tensor, seen: Seen) -> Decision:
