@@ -197,6 +197,19 @@ def test_low_precision_and_gradients():
     assert float(pixels.grad.abs().sum()) > 0
 
 
+def test_one_graph_compiled_and_exported_for_any_number_of_pictures():
+    model, _, inputs = prepared("timm/vit-augreg")
+    pixels = next(value for value in inputs.values() if value.ndim == 4)
+    plan = with_logn(Plan(pixels=0.5, vision=Stage(Match(keep=0.5, fate="weigh"), layers=[1, 3])), 0.5)
+    with torch.no_grad(), saint.pruned(model, plan):
+        want = model(pixels)
+        torch._dynamo.reset()
+        assert torch.allclose(torch.compile(model, fullgraph=True, backend="eager")(pixels), want, atol=1e-6)
+        program = torch.export.export(model, (pixels,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        more = torch.cat([pixels, pixels.flip(0)])
+        assert torch.allclose(program.module()(more), model(more), atol=1e-6)
+
+
 # -- softer attention ---------------------------------------------------------------------------------------------------
 
 # attention that makes its keys from a weight, which no module shows

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def share_of(model, plan, image) -> float:
 def test_a_smaller_picture_is_found_where_it_loses_least_and_the_target_is_met(vit):
     images = smooth(18)
     before = testing.snapshot(vit)
-    found = search(around(vit), images, Target(flops=0.4), chosen=["saint", "resize"])
+    found = search(around(vit), images, Target(flops=0.4), chosen=["random", "resize"])
     assert testing.snapshot(vit) == before
     assert found.plan.pixels is not None
     assert found.plan.pixels < 1
@@ -105,9 +106,7 @@ def test_a_model_whose_pictures_cannot_shrink_is_tuned_without(vit):
 
 def test_softness_is_of_every_stage_and_told(vit, monkeypatch):
     """Whatever softer attention does here, a search that takes it writes it into every stage."""
-    from saint.lab.tuning import search as module
-
-    monkeypatch.setattr(module, "_SOFTER", math.inf)
+    monkeypatch.setattr(sys.modules["saint.lab.tuning.search"], "_SOFTER", math.inf)
     found = search(around(vit), smooth(18), Target(flops=0.6), chosen=["saint", "resize"])
     values = {stage.logn for stage in found.plan.vision}
     assert values == {found.record["logn"]}
@@ -236,7 +235,7 @@ def test_the_command_advises_and_the_page_shows_it(command, folder, tmp_path):
     code, said, err = command("advise", *TINY, "--images", folder, "--target", "0.6", "--json", record)
     assert code == 0, err
     assert "Take " in said
-    assert "exact copies of others" in said
+    assert "exact copies of others" in " ".join(said.split())
     assert f"next: saint tune {TINY[0]} --images {folder} --keep 0.6" in said.replace("\n", "")
     made = json.loads(record.read_text())
     assert made["kind"] == "advise"

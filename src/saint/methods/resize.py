@@ -47,10 +47,11 @@ class Resize(Method):
         fewer = [grids.smaller(*grid, self.keep) for grid in laid]
         if list(laid) == fewer:
             return None
-        into = [_into(*grid, *fewer) for grid, fewer in zip(laid, fewer, strict=True)]
-        padded = [row + list(range(len(row), tokens.slots)) for row in into]
-        lengths = tuple(rows * columns for rows, columns in fewer)
-        return Selection.merging(torch.tensor(padded, device=tokens.index.device), lengths, tokens)
+        # one row for all where pictures are of one size, however many: an exported graph has any number of samples
+        pairs = list(zip(laid, fewer, strict=True))[: 1 if len(set(laid)) == 1 else None]
+        rows = [[*_into(*grid, *smaller), *range(math.prod(grid), tokens.slots)] for grid, smaller in pairs]
+        into = torch.tensor(rows, device=tokens.index.device).expand_as(tokens.index)
+        return Selection.merging(into, tuple(map(math.prod, fewer)), tokens)
 
 
 def _into(rows: int, columns: int, fewer_rows: int, fewer_columns: int) -> list[int]:

@@ -49,9 +49,12 @@ class Choice:
 
     def smaller(self, pixels: int | float | None) -> "Choice":
         """The same with smaller pictures in front, and a name that says so; None leaves them."""
-        return (
-            self if pixels is None else dataclasses.replace(self, name=f"{self.name}, pixels {pixels}", pixels=pixels)
-        )
+        if pixels is None:
+            return self
+        name = f"{self.name}, pixels {pixels}"
+        if self.plan is None:
+            return dataclasses.replace(self, name=name, pixels=pixels)
+        return dataclasses.replace(self, name=name, plan=self.plan.resized(pixels))
 
 
 HALF = Choice.share(0.5)  # what a command runs where nobody names a plan

@@ -16,6 +16,7 @@ KINDS = {  # of record -> the command that writes it
     "demo": "saint demo",
     "eval/images": "saint eval images",
     "eval/vqa": "saint eval vqa",
+    "advise": "saint advise",
     "tune": "saint tune",
     "view": "saint view",
 }

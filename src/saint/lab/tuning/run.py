@@ -198,18 +198,18 @@ def search(
             f"target_agreement is a share, and of {subject.called} the divergence of the next token is measured, which is none; "
             "give target_flops or target_speed"
         )
-    shrinks = [one == Resize.name or isinstance(one, Resize) for one in chosen]
-    kinds = _kinds([one for one, shrinking in zip(chosen, shrinks, strict=True) if not shrinking], plan, subject.slot)
+    shrinking = [one == Resize.name or isinstance(one, Resize) for one in chosen]
+    kinds = _kinds([one for one, is_size in zip(chosen, shrinking, strict=True) if not is_size], plan, subject.slot)
     trials = Trials(subject, samples, facts={**facts, "held_out": held_out, "seed": seed}, journal=journal, tick=tick)
     try:
         space = _space(trials, plan)
         meter = Meter(subject, trials.once(tuning[0]), space.slot, space.depth, space.tokens, space.output)
         table = meter.table("time" if target.speed is not None else "flops", grid(space.tokens))
         found = Search(trials, space, meter, table, tuning, kinds)
-        found.calibrate(0.7 if target.work is None else target.work)
-        found.look(0.7 if target.work is None else target.work)
-        if space.slot == "vision" and (any(shrinks) or pixels is not None):
-            found.shrink(_sizes(trials, space, pixels))
+        shrinks = space.slot == "vision" and (any(shrinking) or pixels is not None)
+        sizes = _sizes(trials, space, pixels) if shrinks else []
+        found.look(found.calibrate(0.7 if target.work is None else target.work, shrinks=bool(sizes)))
+        found.shrink(sizes)
         work, search, layout = _solved(found, target)
         search = search.softened(layout)
         chosen_plan, per_image = _each_its_own(search, layout, work)

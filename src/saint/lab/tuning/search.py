@@ -24,6 +24,14 @@ JOINT = 3  # layouts that are run on all images: the best of the first look
 MOVES = 6  # neighbours that are run
 _CLOSE = 0.004  # of the target: as near as counts of tokens get
 _NEAR = 0.01  # of the target: near enough not to change a layout any more
+_LOOSER = (
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.9,
+)  # shares of the work at which methods are looked at where the target is out of reach
 SIZES = 4  # smaller pictures that are looked at for a target: those that leave between so much more work, and so much
 _LEAST, _MOST = 1.04, 2.3
 _RANGES = 3  # methods whose even layouts are looked at behind them
@@ -313,13 +321,22 @@ class Search:
         plan = self.space.plan(layout)
         return self.meter.flops(plan) if self.table.unit == "flops" else self.meter.times([plan], 15)[0]
 
-    def calibrate(self, target: float) -> None:
-        """Find by how much the table is off: it knows nothing of what choosing tokens takes."""
-        for method in (m for kind in self.kinds for m in kind):
-            layout = self.space.fitted(self.published(method), self.table, target)
-            if layout is not None:
-                self.factor = self.measured(layout) / float(self.space.work(layout, self.table))
-                return
+    def calibrate(self, target: float, *, shrinks: bool = False) -> float:
+        """Find by how much the table is off: it knows nothing of what choosing tokens takes.
+
+        Args:
+            target: share of the work.
+            shrinks: smaller pictures may leave it where pruning alone cannot.
+
+        Returns:
+            The target, or where pruning alone cannot leave it, and need not, the next larger share that it can.
+        """
+        for share in (target, *(one for one in _LOOSER if one > target)) if shrinks else (target,):
+            for method in (m for kind in self.kinds for m in kind):
+                layout = self.space.fitted(self.published(method), self.table, share)
+                if layout is not None:
+                    self.factor = self.measured(layout) / float(self.space.work(layout, self.table))
+                    return share
         raise ValueError(self._impossible(target))
 
 
