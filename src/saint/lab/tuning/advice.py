@@ -1,6 +1,8 @@
 """`saint advise`: what to do first with a model and one's pictures, by trying each lever once at one share of the FLOPs."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from statistics import fmean
 from types import MappingProxyType
@@ -89,7 +91,8 @@ def advise(
     if len(samples) < LEAST:
         raise ValueError(f"at least {LEAST} pictures are needed to say something of others, got {len(samples)}")
     trials = Trials(subject, samples, facts=facts, tick=tick)
-    tried = [_tried(trials, name, make, target) for name, make in _MAKERS.items()]
+    work = _Work(trials)
+    tried = [_tried(work, name, make, target) for name, make in _MAKERS.items()]
     if all(lever.plan is None for lever in tried):
         raise ValueError(f"no lever fits {subject.title}: " + "; ".join(f"{one.name}: {one.why}" for one in tried))
     taken = _best(tried, target)
@@ -105,69 +108,80 @@ def advise(
     }
 
 
+class _Work:
+    """Shares of the FLOPs of the whole model that plans leave, each counted once.
+
+    Args:
+        trials: of the model and its pictures.
+    """
+
+    def __init__(self, trials: Trials) -> None:
+        self.trials = trials
+        self._counted: dict[tuple[str, int], int] = {}
+
+    def share(self, plan: Plan, number: int = 0) -> float:
+        """Share that is left of a picture."""
+        return self._count(plan, number) / self._count(None, number)
+
+    def shares(self, plan: Plan) -> list[float]:
+        """The same of some pictures where each keeps its own number of tokens; else of one."""
+        own = any(stage.method.votes or stage.guard for stages in plan.slots.values() for stage in stages)
+        return [self.share(plan, number) for number in range(min(_COUNTED, len(self.trials.samples)) if own else 1)]
+
+    def _count(self, plan: Plan | None, number: int) -> int:
+        key = json.dumps(None if plan is None else plan.to_dict()), number
+        if key not in self._counted:
+            model, run = self.trials.model, self.trials.once(number)
+            with nullcontext() if plan is None else pruned(model, plan):
+                self._counted[key] = count_flops(lambda: run(model))[1].total
+        return self._counted[key]
+
+
 # -- levers -------------------------------------------------------------------------------------------------------------
 
 
-def _smaller(trials: Trials, target: float) -> Plan:
+def _smaller(work: _Work, target: float) -> Plan:
     """The largest pictures that leave ``target``."""
     return next(
-        plan for side in range(98, 0, -2) if _share(trials, plan := Plan(pixels=(side / 100) ** 2)) <= target * _OVER
+        plan for side in range(98, 0, -2) if work.share(plan := Plan(pixels=(side / 100) ** 2)) <= target * _OVER
     )
 
 
-def _both(trials: Trials, target: float) -> Plan:
+def _both(work: _Work, target: float) -> Plan:
     """Smaller pictures for one half of the way, pruning for the other."""
-    front = _smaller(trials, target**0.5)
+    front = _smaller(work, target**0.5)
     assert front.pixels is not None
-    keep = target / _share(trials, front)
+    keep = target / work.share(front)
     for _ in range(4):
-        plan = plan_for(trials.model, min(keep, 1.0)).resized(front.pixels)
-        if (share := _share(trials, plan)) <= target * _OVER:
+        plan = plan_for(work.trials.model, min(keep, 1.0)).resized(front.pixels)
+        if (share := work.share(plan)) <= target * _OVER:
             break
         keep *= target / share
     return plan
 
 
-def _softer(trials: Trials, target: float) -> Plan:
-    plan = _both(trials, target)
+def _softer(work: _Work, target: float) -> Plan:
+    plan = _both(work, target)
     return replace(plan, vision=tuple(replace(stage, logn=_LOGN) for stage in plan.vision))
 
 
-_MAKERS: dict[str, Callable[[Trials, float], Plan]] = {
-    DUPLICATES: lambda trials, target: Plan(vision=Duplicates()),
+_MAKERS: dict[str, Callable[[_Work, float], Plan]] = {
+    DUPLICATES: lambda work, target: Plan(vision=Duplicates()),
     SMALLER: _smaller,
-    PRUNING: lambda trials, target: plan_for(trials.model, target),
+    PRUNING: lambda work, target: plan_for(work.trials.model, target),
     BOTH: _both,
     SOFTER: _softer,
 }
 
 
-def _tried(trials: Trials, name: str, make: Callable[[Trials, float], Plan], target: float) -> Lever:
+def _tried(work: _Work, name: str, make: Callable[[_Work, float], Plan], target: float) -> Lever:
     try:
-        plan = make(trials, target)
-        shares = _shares(trials, plan)
-        losses = trials.run(plan, range(len(trials.samples))).losses
+        plan = make(work, target)
+        shares = work.shares(plan)
+        losses = work.trials.run(plan, range(len(work.trials.samples))).losses
     except (SaintError, ValueError) as error:
         return Lever(name, why=str(error))
     return Lever(name, plan, fmean(shares), [max(0.0, loss) for loss in losses.tolist()])  # of 1 less a cosine near 1
-
-
-def _share(trials: Trials, plan: Plan, number: int = 0) -> float:
-    """Share of the FLOPs of the whole model that a plan leaves of a picture."""
-    run = trials.once(number)
-
-    def counted() -> float:
-        return float(count_flops(lambda: run(trials.model))[1].total)
-
-    whole = counted()
-    with pruned(trials.model, plan):
-        return counted() / whole
-
-
-def _shares(trials: Trials, plan: Plan) -> list[float]:
-    """The same of some pictures where each keeps its own number of tokens; else of one."""
-    own = any(stage.method.votes or stage.guard for stages in plan.slots.values() for stage in stages)
-    return [_share(trials, plan, number) for number in range(min(_COUNTED, len(trials.samples)) if own else 1)]
 
 
 def _best(tried: Sequence[Lever], target: float) -> Lever:
