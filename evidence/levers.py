@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 RECORD, PAGE = HERE / "results" / "levers.json", HERE.parent / "docs" / "which-lever.md"
 MODELS = {"demo:clip-b16": "CLIP ViT-B/16", "demo:dinov2-s": "DINOv2 ViT-S/14"}
 BUDGETS = (0.65, 0.5, 0.35)
-COUNT = 32  # pictures of a kind
+COUNT = 24  # pictures of a kind
 
 
 def kinds(folder: Path) -> dict[str, list[Image.Image]]:
