@@ -135,6 +135,19 @@ def test_a_table_over_fewer_tokens_says_the_same():
     assert fewer.counts[0] == counts[10]
 
 
+@pytest.mark.parametrize("output", ["similar", "carried", "nearest"])
+def test_maps_of_full_length_come_of_smaller_pictures(vit, output):
+    suits = Plan(vision=Stage(saint.Saint(), output=output))
+    plan = saint.tune(vit, smooth(18), target_flops=0.4, methods=["random", "resize"], plan=suits)
+    assert {stage.output for stage in plan.vision} == {"carried" if output == "similar" else output}
+    assert plan.pixels is not None
+    pixels = smooth(2)
+    with torch.no_grad():
+        whole = vit.forward_features(pixels)
+        with saint.pruned(vit, plan):
+            assert vit.forward_features(pixels).shape == whole.shape
+
+
 # -- advise -------------------------------------------------------------------------------------------------------------
 
 
@@ -281,7 +294,8 @@ def test_wrong_pixels_are_told(text):
 
 
 def test_pixels_go_in_front_of_a_plan_or_a_share(vit):
-    assert choose(None, None, "0.5") == Choice("pixels 0.5", Plan(pixels=0.5))
+    assert choose(None, None, "0.5") == Choice("pixels 0.5", pixels=0.5)
+    assert around(vit).planned(choose(None, None, "0.5")) == Plan(pixels=0.5)
     given = choose('{"version": 1, "vision": {"method": {"method": "random", "keep": 0.5}, "layers": [1]}}', None, "64")
     assert given.plan.pixels == 64
     assert len(given.plan.vision) == 2

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ...methods.resize import Resize
 from ...planning import plan_for
-from ...plans import Plan
+from ...plans import Plan, Stage
 from ...samples import Sample
 from ...testing import Result
 from ...tokens import LayerTrace
@@ -282,9 +283,12 @@ class Subject(ABC):
         """Return the plan that was asked for; of a share, one that is made for the model."""
         if choice.plan is not None:
             return choice.plan
-        assert choice.keep is not None, "a choice is a plan or a share"
-        plan = plan_for(self.model, choice.keep)
-        return plan if choice.pixels is None else plan.resized(choice.pixels)
+        if choice.keep is not None:
+            plan = plan_for(self.model, choice.keep)
+            return plan if choice.pixels is None else plan.resized(choice.pixels)
+        assert choice.pixels is not None, "a choice is a plan, a share, or smaller pictures"
+        usual = self.plan.vision if self.plan is not None else ()  # a dense head needs what its own plan gives
+        return Plan(vision=Stage(Resize(choice.pixels), output=usual[0].output if usual else "survivors"))
 
     @property
     def modes(self) -> dict[str, Plan]:

@@ -261,11 +261,11 @@ class VLM(Generating):
 
     def exported(self, choice: Choice) -> Plan:
         """Return the plan that was given: the tower is what is exported, and a share of the work is of the whole model."""
-        if choice.plan is None:
+        if choice.keep is not None:
             raise ValueError(
                 f"the tower of {self.called} is what is exported, which has no plan of its own: give --plan"
             )
-        return choice.plan
+        return self.planned(choice)
 
     def seen(self, inputs: Inputs) -> Inputs:
         """Return what the tower takes."""

@@ -15,7 +15,7 @@ class Choice:
     Attributes:
         name: for people: the recipe's, the file's, "plan" of JSON text, "keep 0.5" of a share.
         plan: None where a share is asked for.
-        keep: share of the model's work that a plan made for it leaves; None where there is a plan.
+        keep: share of the model's work that a plan made for it leaves; None where there is a plan, and of smaller pictures alone.
         pixels: where there is none, what pictures are shrunk to in front of the one that is made; see :class:`saint.Plan`.
     """
 
@@ -91,7 +91,7 @@ def choose(plan: str | None, keep: float | None, pixels: str | None = None) -> C
     if keep is not None:
         return Choice.share(keep).smaller(smaller)
     if plan is None:
-        return None if smaller is None else Choice(f"pixels {smaller}", Plan(pixels=smaller))
+        return None if smaller is None else Choice(f"pixels {smaller}", pixels=smaller)
     return Choice.read(plan).smaller(smaller)
 
 

@@ -15,8 +15,9 @@ from ...errors import AlreadyAppliedError, SaintError
 from ...flops import count_flops
 from ...methods.duplicates import Duplicates
 from ...methods.flat import Flat
+from ...methods.resize import Resize
 from ...planning import plan_for
-from ...plans import Plan
+from ...plans import Output, Plan, Stage
 from ...samples import read_samples
 from ...session import pruned, status
 from ...vision.guard import detail
@@ -100,7 +101,7 @@ def advise(
         **facts,
         "target": target,
         "measure": trials.measure,
-        "pictures": {"count": len(samples), **_looks(trials)},
+        "pictures": {"count": len(samples), **_looks(work)},
         "levers": [_told(one, trials.measure, seed) for one in tried],
         "advice": taken.name,
         "copies": _copies(tried, taken),
@@ -142,9 +143,15 @@ class _Work:
 
 def _smaller(work: _Work, target: float) -> Plan:
     """The largest pictures that leave ``target``."""
-    return next(
-        plan for side in range(98, 0, -2) if work.share(plan := Plan(pixels=(side / 100) ** 2)) <= target * _OVER
-    )
+    output = _output(work)
+    sizes = (Plan(vision=Stage(Resize((side / 100) ** 2), output=output)) for side in range(98, 0, -2))
+    return next(plan for plan in sizes if work.share(plan) <= target * _OVER)
+
+
+def _output(work: _Work) -> Output:
+    """What the vision stage must hand on: a dense head wants full length."""
+    usual = plan_for(work.trials.model, 0.7).vision
+    return usual[0].output if usual else "survivors"
 
 
 def _both(work: _Work, target: float) -> Plan:
@@ -166,7 +173,7 @@ def _softer(work: _Work, target: float) -> Plan:
 
 
 _MAKERS: dict[str, Callable[[_Work, float], Plan]] = {
-    DUPLICATES: lambda work, target: Plan(vision=Duplicates()),
+    DUPLICATES: lambda work, target: Plan(vision=Stage(Duplicates(), output=_output(work))),
     SMALLER: _smaller,
     PRUNING: lambda work, target: plan_for(work.trials.model, target),
     BOTH: _both,
@@ -211,10 +218,10 @@ def _told(lever: Lever, measure: str, seed: int) -> dict[str, Any]:
     return told
 
 
-def _looks(trials: Trials) -> dict[str, Any]:
+def _looks(work: _Work) -> dict[str, Any]:
     """Shares of the patches that are copies, and that lie in blocks of one colour; tokens of a picture; fine detail."""
-    copies, flat = (_counted(trials, method) for method in (Duplicates(), Flat()))
-    pixels = [_pictures(sample.args, sample.kwargs) for sample in trials.samples]
+    copies, flat = (_counted(work, method) for method in (Duplicates(), Flat()))
+    pixels = [_pictures(sample.args, sample.kwargs) for sample in work.trials.samples]
     seen = [float(detail(one).mean()) for one in pixels if one is not None]
     return {
         "copies": None if copies is None else copies[1],
@@ -224,12 +231,11 @@ def _looks(trials: Trials) -> dict[str, Any]:
     }
 
 
-def _counted(trials: Trials, method: Duplicates | Flat) -> tuple[float, float] | None:
+def _counted(work: _Work, method: Duplicates | Flat) -> tuple[float, float] | None:
     """Tokens of a picture in the encoder, and the share that leaves; None where the method cannot see them."""
-    came: list[int] = []
-    left: list[int] = []
+    trials, came, left = work.trials, list[int](), list[int]()
     try:
-        with pruned(trials.model, Plan(vision=method)) as session:
+        with pruned(trials.model, Plan(vision=Stage(method, output=_output(work)))) as session:
             for number in range(len(trials.samples)):
                 trials.once(number)(trials.model)
                 came += session.trace[0].tokens_in.tolist()
