@@ -20,10 +20,12 @@ from PIL import Image
 
 from saint.lab.cli.common import pictures
 from saint.lab.demo import scenes
+from saint.lab.describe import describe
 from saint.lab.kinds import Encoder
 from saint.lab.records import environment, write_json
 from saint.lab.sources.items import Item
 from saint.lab.tuning.advice import advise
+from saint.plans import Plan
 
 HERE = Path(__file__).parent
 RECORD, PAGE = HERE / "results" / "levers.json", HERE.parent / "docs" / "which-lever.md"
@@ -56,6 +58,11 @@ def run(folder: Path) -> None:
                     continue
                 found = advise(subject, data, target, facts={"model": name})
                 found["pictures"]["kind"] = kind
+                for one in (
+                    found,
+                    *found["levers"],
+                ):  # told, not kept: they are made again from the model and the target
+                    one["plan"] = None if one["plan"] is None else describe(Plan.from_dict(one["plan"]))
                 record["rows"].append(found)
                 told = {
                     one["name"]: (round(one["flops"], 3), round(one["agreement"]["mean"], 4))

@@ -308,7 +308,7 @@ def _sizes(trials: Trials, space: Space, pixels: int | float | None) -> list[tup
     shares = [(side / edge) ** 2 for side in range(edge - 1, edge // 3, -1)] if pixels is None else [pixels]
     for share in shares:
         try:
-            with pruned(trials.model, Plan(pixels=share)) as session:
+            with pruned(trials.model, replace(space, pixels=share).plan(())) as session:
                 run(trials.model)
         except UnsupportedModelError:
             if pixels is None:
