@@ -12,7 +12,6 @@ from PIL import Image, ImageDraw
 
 import saint
 from saint import Plan, Stage, grids, testing
-from saint.flops import count_flops
 from saint.lab.kinds import around
 from saint.lab.loading.plans import Choice, choose, read_pixels
 from saint.lab.report import Record
@@ -24,7 +23,7 @@ from saint.lab.tuning.work import Table
 from saint.methods import Duplicates, Match, Resize
 from support.command_line import TINY
 from support.families import FAMILIES, prompts
-from support.models import build
+from support.models import build, share_of
 
 MODEL = "timm/vit-augreg"
 
@@ -47,16 +46,6 @@ def sharp(count: int, side: int = 96) -> torch.Tensor:
         count, 3, side // 3, side // 2, generator=torch.Generator().manual_seed(2)
     )
     return out
-
-
-def share_of(model, plan, image) -> float:
-    def run():
-        with torch.no_grad():
-            model(image[None])
-
-    whole = count_flops(run)[1].total
-    with saint.pruned(model, plan):
-        return count_flops(run)[1].total / whole
 
 
 # -- tune ---------------------------------------------------------------------------------------------------------------

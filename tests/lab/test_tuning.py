@@ -28,7 +28,7 @@ from saint.upstream.tiny import IMAGE, VIDEO
 from saint.vlm.prompts import answered
 from support.command_line import TINY
 from support.families import FAMILIES, prompts
-from support.models import build
+from support.models import build, share_of
 
 MODEL = "timm/vit-augreg"
 
@@ -53,18 +53,6 @@ def side_of(model) -> int:
 @pytest.fixture
 def images(vit):
     return pictures(18, side_of(vit))
-
-
-def share_of(model, plan, image) -> float:
-    """FLOPs left, counted here and without the library's own table."""
-
-    def run():
-        with torch.no_grad():
-            model(image[None])
-
-    whole = count_flops(run)[1].total
-    with saint.pruned(model, plan):
-        return count_flops(run)[1].total / whole
 
 
 # -- end to end -----------------------------------------------------------------------------------------------------------

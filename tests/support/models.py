@@ -8,7 +8,9 @@ import torch
 from timm.models import vision_transformer
 from torch import nn
 
+import saint
 from saint import testing
+from saint.flops import count_flops
 from saint.plans import Plan
 from saint.testing.examples import enliven
 from saint.upstream.registry import ENCODERS
@@ -54,3 +56,15 @@ def prepared(name: str) -> tuple[torch.nn.Module, Plan, dict[str, torch.Tensor]]
 
 def restage(plan: Plan, **changes: object) -> Plan:
     return Plan(vision=[dataclasses.replace(stage, **changes) for stage in plan.vision])
+
+
+def share_of(model: nn.Module, plan: Plan, image: torch.Tensor) -> float:
+    """FLOPs left of one image, counted without the library's own tables."""
+
+    def run() -> None:
+        with torch.no_grad():
+            model(image[None])
+
+    whole = count_flops(run)[1].total
+    with saint.pruned(model, plan):
+        return count_flops(run)[1].total / whole

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options
-from .common import finish, out, progress, save, show
+from .common import finish, inputs_of, out, progress, save, show
 
 if TYPE_CHECKING:
     from ..sources.listing import Left
@@ -31,7 +31,6 @@ def advise(
     Each is run once on the same images at the same share of the FLOPs, and compared with the unpruned model. No search: `saint
     tune` finds a better plan in some minutes.
     """
-    from ..images import reason
     from ..kinds import Given, kind_of
     from ..records import environment
     from ..sources.listing import left_facts, printable
@@ -42,12 +41,7 @@ def advise(
     left: Left = {}
     items, bad = kind.items(Given(images, questions, prompt), limit, left)
     subject = how.load(kind, model)
-    data = []
-    for item in items:
-        try:
-            data.append(subject.inputs([item], [item.load()]))
-        except (OSError, ValueError) as error:
-            bad.append((item.where, reason(error)))
+    data = inputs_of(subject, items, bad)
     with progress("trying levers", 5 * len(data)) as tick:
         found = ask(subject, data, target, facts={"model": model, "set": printable(images.resolve().name)}, tick=tick)
     record = {

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..bench import Spread
     from ..kinds import Subject
     from ..loading.plans import Choice
+    from ..sources.items import Item
     from ..sources.listing import Left
     from ..sources.photos import Photo, Unreadable
 
@@ -124,6 +125,19 @@ def save(file: Path, record: dict[str, Any]) -> None:
 
     write_json(file, record)
     err.print(f"wrote {file}", highlight=False)
+
+
+def inputs_of(subject: "Subject", items: "Sequence[Item]", bad: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Inputs of each item; ``bad`` gets those that cannot be read, and why."""
+    from ..images import reason
+
+    made = []
+    for item in items:
+        try:
+            made.append(subject.inputs([item], [item.load()]))
+        except (OSError, ValueError) as error:
+            bad.append((item.where, reason(error)))
+    return made
 
 
 def pictures(images: Path | None, limit: int, left: "Left") -> tuple[list["Photo"], list["Unreadable"]]:

@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from . import options
-from .common import doing, err, finish, out, progress, save
+from .common import doing, err, finish, inputs_of, out, progress, save
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,7 +41,6 @@ def export(
     from ...backends.export import format_of
     from ...freezing import freeze
     from ..describe import describe
-    from ..images import reason
     from ..kinds import Given, kind_of
     from ..loading.plans import HALF, choose
     from ..records import environment
@@ -56,12 +55,7 @@ def export(
     items, bad = ([], []) if images is None else kind.items(Given(images), limit, left)
     subject = how.load(kind, model)
     chosen = subject.exported(choice)
-    data: list[dict[str, Any]] = []
-    for item in items:
-        try:
-            data.append(subject.inputs([item], [item.load()]))
-        except (OSError, ValueError) as error:
-            bad.append((item.where, reason(error)))
+    data = inputs_of(subject, items, bad)
     counted = len(data)
     if data:
         with progress("counting tokens", 1):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options
-from .common import err, finish, out, progress, resumable, save, show
+from .common import err, finish, inputs_of, out, progress, resumable, save, show
 
 if TYPE_CHECKING:
     from ..sources.listing import Left
@@ -57,7 +57,6 @@ def tune(
     What leaving costs is measured at one layer at a time, a knapsack chooses, joint runs check, and images that were held back
     say what was reached, with 95 % intervals. The plan file keeps that; every command takes it as --plan.
     """
-    from ..images import reason
     from ..kinds import Given, kind_of
     from ..loading.plans import read_pixels, read_plan
     from ..records import environment
@@ -82,12 +81,7 @@ def tune(
     chosen = DEFAULT_METHODS if methods is None else tuple(name.strip() for name in methods.split(","))
     subject = how.load(kind, model)
     suits = subject.plan if plan is None else read_plan(plan)
-    data = []
-    for item in items:
-        try:
-            data.append(subject.inputs([item], [item.load()]))
-        except (OSError, ValueError) as error:
-            bad.append((item.where, reason(error)))
+    data = inputs_of(subject, items, bad)
     facts = {
         "model": model,
         "pretrained": how.pretrained,
