@@ -149,7 +149,7 @@ def _smaller(work: _Work, target: float) -> Plan:
 
 
 def _output(work: _Work) -> Output:
-    """What the vision stage must hand on: a dense head wants full length."""
+    """Return what the vision stage must hand on: a dense head wants full length."""
     usual = plan_for(work.trials.model, 0.7).vision
     return usual[0].output if usual else "survivors"
 
