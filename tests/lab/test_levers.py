@@ -6,6 +6,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -277,9 +278,41 @@ def test_pixels_are_of_every_command_that_takes_a_plan(command, folder, tmp_path
     assert Plan.from_dict(made["plan"]).pixels == 0.5
     code, _, err = command("view", *TINY, "--images", folder, "--pixels", "30", "-o", tmp_path / "seen")
     assert code == 0, err
+    record = tmp_path / "view.json"  # a second stage in front of the layers
+    plan = json.dumps(Plan(vision=Stage(saint.methods.Random(keep=12), placement="input")).to_dict())
+    code, said, err = command(
+        "view", *TINY, "--images", folder, "--pixels", "25", "--plan", plan, "-o", tmp_path / "both", "--json", record
+    )
+    assert code == 0, err
+    assert "kept 12 of 100, 12%" in said
+    assert "12 % of the tokens are kept behind the last drop point" in " ".join(
+        sheet_of(Record("view.json", tmp_path, json.loads(record.read_text()))).verdict.split()
+    )
     code, _, err = command("bench", *TINY, "--pixels", "big")
     assert code == 2
     assert "--pixels is the share" in err
+
+
+def test_a_smaller_picture_is_drawn_as_one(vit):
+    """Every cell of it is there, as coarse as the model sees it, and what leaves of it is a cell of its own grid."""
+    from saint.lab.kinds.tiles import Tile
+    from saint.lab.view.strips import dimmed
+
+    photo = Image.effect_noise((96, 96), 90).convert("RGB")
+    tile = Tile(photo, (6, 6))
+    with saint.pruned(vit, Plan(pixels=0.5)) as session:
+        vit(smooth(1))
+        trace = session.trace
+    small = photo.resize((64, 64)).resize((96, 96), Image.Resampling.NEAREST)
+    assert np.array_equal(dimmed(tile, trace), small)
+    with saint.pruned(vit, Plan(pixels=0.5, vision=Stage(saint.methods.Random(keep=15), layers=[1]))) as session:
+        vit(smooth(1))
+        picture = dimmed(tile, session.trace)
+    (gone,) = set(session.trace[0].kept[0].tolist()) - set(session.trace[-1].kept[0].tolist())
+    row, column = grids.at(6, 4).index(gone // 6), grids.at(6, 4).index(gone % 6)
+    changed = (np.asarray(picture) != np.asarray(small)).any(-1).nonzero()
+    assert len(changed[0])
+    assert {(y // 24, x // 24) for y, x in zip(*changed, strict=True)} == {(row, column)}
 
 
 @pytest.mark.parametrize(

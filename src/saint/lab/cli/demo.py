@@ -214,7 +214,7 @@ def _overview(
             kept, found = int(run.traces[i][-1].tokens_out[0]), run.agreements[i]
             rows[-1].append(
                 Cell(
-                    dimmed(tiles[i], run.traces[i][-1]),
+                    dimmed(tiles[i], run.traces[i]),
                     f"{lead}{kept} kept ({kept / total:.0%})",
                     f"{found.measure} {found.values[0]:.3f}",
                 )
@@ -240,7 +240,7 @@ def _maps(subject: "Subject", run: Run, photos: "Sequence[Photo]", tiles: "Seque
                 Cell(seen, title(photos[i].name), f"{total} patches"),
                 Cell(heatmap(base, seen.size), "unpruned", "saliency map"),
                 Cell(heatmap(short, seen.size), "pruned", f"correlation {run.values[i]:.3f}"),
-                Cell(dimmed(tiles[i], run.traces[i][-1]), "kept", f"{kept} of {total} patches ({kept / total:.0%})"),
+                Cell(dimmed(tiles[i], run.traces[i]), "kept", f"{kept} of {total} patches ({kept / total:.0%})"),
             ]
         )
     path = folder / "maps.png"

@@ -17,6 +17,7 @@ def layer_facts(trace: LayerTrace, sample: int = 0, why: Mapping[str, Any] | Non
     facts = {
         "layer": trace.layer,
         "placement": trace.placement,
+        "group": trace.group,
         "tokens_in": int(trace.tokens_in[sample]),
         "tokens_out": int(trace.tokens_out[sample]),
         "kept": trace.kept[sample].tolist(),

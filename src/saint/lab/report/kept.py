@@ -24,7 +24,7 @@ from .blocks import (
 )
 from .figure import Step, steps_on_grid
 from .measured import uncounted
-from .reading import Record, behind, mark_of, place
+from .reading import Record, behind, mark_of, point
 from .reasons import Why
 from .told import conditions, load_note, skipped
 from .words import names, number, plan_line
@@ -116,17 +116,17 @@ def _sheets(record: Record) -> list[Picture]:
 def token_curves(record: Record) -> Charts | None:
     """Tokens kept behind each drop point, mean and range over photographs, and the table of it."""
     photos = record.data["photos"]
-    by_step: dict[tuple[str, str, int], list[tuple[int, int]]] = {}
+    by_step: dict[tuple[str, str, int, int], list[tuple[int, int]]] = {}
     for photo in photos:
         for step in photo["layers"]:
-            key = (str(step.get("stage", "vision")), str(step.get("placement")), place(step))
-            by_step.setdefault(key, []).append((int(step["tokens_in"]), int(step["tokens_out"])))
+            by_step.setdefault(point(step), []).append((int(step["tokens_in"]), int(step["tokens_out"])))
     figures = []
     for stage in dict.fromkeys(stage for stage, *_ in by_step):
-        own = {(layer, where): found for (name, where, layer), found in by_step.items() if name == stage}
+        own = {(layer, where, group): found for (name, where, layer, group), found in by_step.items() if name == stage}
         if len(own) < 2:
             continue  # one drop point is no curve, and the pictures say its number
-        kept = {layer: [out for _, out in found] for layer, found in own.items()}
+        # of several in front of the layers, what the last one leaves
+        kept = {(layer, where): [out for _, out in found] for (layer, where, _), found in own.items()}
         several = len(photos) > 1
         lowest, highest = ([float(f(v)) for v in kept.values()] if several else [] for f in (min, max))
         means = [fmean(v) for v in kept.values()]
@@ -181,7 +181,7 @@ def kept_of(photo: Mapping[str, Any]) -> list[tuple[str, int, int]]:
     found = []
     for stage, steps in stages.items():
         total, kept = (
-            sum(int(s[key]) for s in steps if place(s) == place(end))
+            sum(int(s[key]) for s in steps if point(s) == point(end))
             for key, end in (("tokens_in", steps[0]), ("tokens_out", steps[-1]))
         )
         found.append((stage if len(stages) > 1 else "", kept, total))
@@ -194,8 +194,7 @@ def _share(photo: Mapping[str, Any]) -> float | None:
     if not steps:
         return None
     total = photo.get("visual_tokens")
-    last = (steps[-1].get("stage"), steps[-1]["layer"])
-    kept = sum(int(s["tokens_out"]) for s in steps if (s.get("stage"), s["layer"]) == last)
+    kept = sum(int(s["tokens_out"]) for s in steps if point(s) == point(steps[-1]))
     if total is None:
         total = int(steps[0]["tokens_in"])
     return kept / int(total)

@@ -96,6 +96,12 @@ def place(step: Mapping[str, Any]) -> int:
     return int(step["layer"]) - (step.get("placement") == "input")
 
 
+def point(step: Mapping[str, Any]) -> tuple[str, str, int, int]:
+    """Return what tells a drop point from the others: samples and tiles of one forward share it."""
+    stage, placement = str(step.get("stage", "vision")), str(step.get("placement"))
+    return stage, placement, place(step), int(step.get("group", 0))
+
+
 def behind(step: Mapping[str, Any]) -> str:
     """A drop point in words."""
     if step.get("placement") == "input" and step["layer"] == 0:

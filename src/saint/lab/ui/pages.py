@@ -35,7 +35,7 @@ from ..report.blocks import (
     Text,
 )
 from ..report.kept import pictures_of
-from ..report.reading import behind, place
+from ..report.reading import behind, place, point
 from ..report.words import interval, number
 from ..view import heatmap
 
@@ -112,8 +112,7 @@ def _kept(run: Run) -> tuple[int, int]:
     steps, total = run.facts["layers"], run.facts.get("visual_tokens")
     if not steps:
         return 0, 0
-    last = (steps[-1].get("stage"), steps[-1]["layer"])
-    kept = sum(s["tokens_out"] for s in steps if (s.get("stage"), s["layer"]) == last)
+    kept = sum(s["tokens_out"] for s in steps if point(s) == point(steps[-1]))
     return kept, steps[0]["tokens_in"] if total is None else total
 
 

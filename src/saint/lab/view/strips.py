@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from ...plans import Plan
 from ...tokens import LayerTrace
@@ -39,6 +40,7 @@ def draw(
     shown = [t for t in trace if bool((t.tokens_out < t.tokens_in).any())] or list(trace[-1:])
     several = len({t.stage for t in trace}) > 1
     counted = []
+    sizes = _smaller(trace[0], tiles)
     for step in spaced(shown, 2 * _WIDE - 1 if len(tiles) == 1 else _WIDE + 1):
         where = _where(step, several)
         if step is shown[-1] and step is not trace[-1] and not several:
@@ -47,9 +49,14 @@ def draw(
         if kept_of is None:
             counted.append(f"{where}: {int(step.tokens_out.sum())} of {total} tokens")
             continue
-        for row, tile, kept, count in zip(rows, tiles, kept_of, counts, strict=True):
-            picture = overlay(tile.picture, kept, tile.grid)
-            row.append(Cell(picture, where, f"{len(kept)} of {count} kept ({len(kept) / count:.0%})"))
+        for row, tile, smaller, kept, count in zip(rows, tiles, sizes, kept_of, counts, strict=True):
+            said = f"{len(kept)} of {count} kept ({len(kept) / count:.0%})"
+            if smaller is not None and step is trace[0]:
+                where, said = (
+                    "smaller picture",
+                    f"{len(smaller[0])} x {len(smaller[1])} patches, {len(kept)} of {count}",
+                )
+            row.append(Cell(_kept(tile, kept, smaller), where, said))
     if len(rows) == 1:
         rows = [rows[0][i : i + _WIDE] for i in range(0, len(rows[0]), _WIDE)]
     extra = f"  \u00b7  not drawn (laid on no grid): {'; '.join(counted)}" if counted else ""
@@ -57,11 +64,37 @@ def draw(
     return path
 
 
-def dimmed(tile: Tile, trace: LayerTrace) -> Image.Image:
-    """Return the first tile with what a drop point kept of it."""
-    kept_of = _of_tiles(trace, [tile], tile.grid[0] * tile.grid[1])
+def dimmed(tile: Tile, trace: Sequence[LayerTrace]) -> Image.Image:
+    """Return the first tile with what the last drop point kept of it."""
+    kept_of = _of_tiles(trace[-1], [tile], tile.grid[0] * tile.grid[1])
     assert kept_of is not None, "of one tile every token is on its grid"
-    return overlay(tile.picture, kept_of[0], tile.grid)
+    return _kept(tile, kept_of[0], _smaller(trace[0], [tile])[0])
+
+
+def _smaller(step: LayerTrace, tiles: Sequence[Tile]) -> list[tuple[list[int], list[int]] | None]:
+    """Rows and columns of each tile at which the patches of a smaller picture stand; None where pictures stay as they are.
+
+    Those that left in front of the layers, and are shown by others that lie in straight rows and columns, are such.
+    """
+    if step.stage != "vision" or step.placement != "input" or step.into is None or len(step.kept) != len(tiles):
+        return [None] * len(tiles)
+    found: list[tuple[list[int], list[int]] | None] = []
+    for kept, tile in zip(step.kept, tiles, strict=True):
+        index = kept.cpu()
+        rows, columns = (index // tile.grid[1]).unique().tolist(), (index % tile.grid[1]).unique().tolist()
+        found.append((rows, columns) if len(rows) * len(columns) == len(index) else None)
+    return found
+
+
+def _kept(tile: Tile, kept: Tensor, smaller: tuple[list[int], list[int]] | None) -> Image.Image:
+    """Return the tile with what is kept of it; of a smaller picture as sharp as the model sees it."""
+    if smaller is None:
+        return overlay(tile.picture, kept, tile.grid)
+    rows, columns = smaller
+    size, (high, wide) = tile.picture.size, tile.grid
+    small = tile.picture.resize((max(1, size[0] * len(columns) // wide), max(1, size[1] * len(rows) // high)))
+    cells = [rows.index(n // wide) * len(columns) + columns.index(n % wide) for n in kept.tolist()]
+    return overlay(small.resize(size, Image.Resampling.NEAREST), cells, (len(rows), len(columns)))
 
 
 def title(name: str) -> str:
