@@ -19,6 +19,15 @@ PLAN = {
 FIELDS = frozenset(  # names of a record, which a test of hostile text leaves as they are
     [
         "version",
+        "levers",
+        "advice",
+        "copies",
+        "flat",
+        "detail",
+        "pictures",
+        "target",
+        "loss",
+        "why",
         "slots",
         "missing",
         "candidates",
@@ -280,6 +289,27 @@ def tune() -> dict[str, Any]:
     }
 
 
+def advise() -> dict[str, Any]:
+    """Of an encoder: one lever that it does not have, and copies that are worth their own sentence."""
+    levers = [
+        {"name": name, "plan": PLAN, "flops": flops, "loss": _ends(loss), "agreement": _ends(1 - loss)}
+        for name, flops, loss in (("duplicates", 0.71, 0.002), ("pruning", 0.49, 0.04), ("both", 0.48, 0.03))
+    ]
+    levers.append({"name": "smaller pictures", "plan": None, "why": "its patches arrive as rows"})
+    return {
+        **_head("advise"),
+        "model": "timm:t",
+        "set": "pages",
+        "target": 0.5,
+        "measure": "1 - cosine",
+        "pictures": {"count": 7, "copies": 0.31, "flat": 0.22, "tokens": 196.0, "detail": 0.43},
+        "levers": levers,
+        "advice": "both",
+        "copies": True,
+        "plan": PLAN,
+    }
+
+
 def view() -> dict[str, Any]:
     layers = [
         {"layer": 0, "tokens_in": 6, "tokens_out": 4, "kept": [0, 1, 3, 4]},
@@ -413,6 +443,7 @@ def compared() -> dict[str, Any]:
 
 
 MAKERS = {
+    "advise": advise,
     "analyze": analyze,
     "bench/encoder": bench,
     "bench/generation": generation,

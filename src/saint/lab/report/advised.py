@@ -64,8 +64,8 @@ def _verdict(data: Mapping[str, Any]) -> str:
     what += "."
     if taken["flops"] > data["target"] * 1.02:
         what += f" No lever leaves {number(100 * data['target'], 1)} %."
-    if data["copies"] and data["advice"] != "duplicates":
-        copies = next(lever for lever in data["levers"] if lever["name"] == "duplicates")
+    copies = next((lever for lever in data["levers"] if lever["name"] == "duplicates"), None)
+    if data["copies"] and copies is not None and copies is not taken:
         saved = number(100 * (1 - copies["flops"]), 1)
         what += f" Drop copies first: that alone saves {saved} % and loses less than half as much."
     return what
