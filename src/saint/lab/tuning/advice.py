@@ -154,17 +154,21 @@ def _output(work: _Work) -> Output:
     return usual[0].output if usual else "survivors"
 
 
-def _both(work: _Work, target: float) -> Plan:
-    """Smaller pictures for one half of the way, pruning for the other."""
-    front = _smaller(work, target**0.5)
-    assert front.pixels is not None
-    keep = target / work.share(front)
-    for _ in range(4):
-        plan = plan_for(work.trials.model, min(keep, 1.0)).resized(front.pixels)
+def _pruning(work: _Work, target: float, pixels: int | float | None = None) -> Plan:
+    """A plan made for the model that leaves ``target``, behind smaller pictures where ``pixels`` says so."""
+    keep = target
+    for _ in range(5):  # what a plan is made for may be a part of the model alone
+        plan = plan_for(work.trials.model, min(keep, 1.0))
+        plan = plan if pixels is None else plan.resized(pixels)
         if (share := work.share(plan)) <= target * _OVER:
             break
         keep *= target / share
     return plan
+
+
+def _both(work: _Work, target: float) -> Plan:
+    """Smaller pictures for one half of the way, pruning for the other."""
+    return _pruning(work, target, _smaller(work, target**0.5).pixels)
 
 
 def _softer(work: _Work, target: float) -> Plan:
@@ -175,7 +179,7 @@ def _softer(work: _Work, target: float) -> Plan:
 _MAKERS: dict[str, Callable[[_Work, float], Plan]] = {
     DUPLICATES: lambda work, target: Plan(vision=Stage(Duplicates(), output=_output(work))),
     SMALLER: _smaller,
-    PRUNING: lambda work, target: plan_for(work.trials.model, target),
+    PRUNING: _pruning,
     BOTH: _both,
     SOFTER: _softer,
 }
