@@ -166,8 +166,14 @@ def test_a_copy_goes_on(llava):
 # -- compiled steps -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("plan", ["fixed", "hybrid", "votes", "merged", "evict"])
-@pytest.mark.parametrize("name", ["llava-llama", "qwen2.5-vl", "gemma3"])
+STEPS = [("llava-llama", plan) for plan in ("fixed", "hybrid", "votes", "merged", "evict")]
+STEPS += [(name, plan) for name in ("qwen2.5-vl", "gemma3") for plan in ("fixed", "hybrid")]
+NIGHTLY = [(name, plan) for name in ("qwen2.5-vl", "gemma3") for plan in ("votes", "merged", "evict")]
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"), [*STEPS, *(pytest.param(*case, marks=pytest.mark.nightly) for case in NIGHTLY)]
+)
 def test_a_compiled_step_is_one_graph(models, name, plan):
     """`generate` compiles the steps of a static cache; a backend that runs the graph as it is."""
     family, model, plan = FAMILIES[name], copy.deepcopy(models(name)), PLANS[plan]
