@@ -20,8 +20,7 @@ class Resize(Method):
     needs no other table of positions, and takes any size. Where a model joins squares of patches, squares are counted.
     ``Plan(pixels=...)`` puts this in front of whatever else a plan does.
 
-    Deviation from resizing in front of the model: positions are those of the nearest patch and not interpolated; on CLIP
-    ViT-B/16 that loses less below a third of the pixels, and is level above (docs/which-lever.md).
+    Deviation from resizing in front of the model: positions are those of the nearest patch and not interpolated.
     """
 
     name: ClassVar[str] = "resize"
