@@ -146,10 +146,7 @@ class Resizing(Uncopyable):
             pieces.append(cut.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(-1, *piece.shape[1:]))
             own = self._in_order(self._shown(rows, columns, x.device))
             count = fewer[0] * fewer[1]
-            place = torch.empty(count, dtype=torch.long, device=x.device)
-            place[self._in_order(torch.arange(count, device=x.device).view(fewer))] = torch.arange(
-                count, device=x.device
-            )
+            place = torch.argsort(self._in_order(torch.arange(count, device=x.device).view(fewer)))
             first = torch.arange(end, end + frames * count, count, device=x.device)
             shows.append((first.unsqueeze(1) + place[own]).flatten())
             end += frames * count

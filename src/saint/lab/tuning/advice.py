@@ -8,7 +8,7 @@ from statistics import fmean
 from types import MappingProxyType
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from ...errors import AlreadyAppliedError, SaintError
@@ -21,8 +21,8 @@ from ...plans import Output, Plan, Stage
 from ...samples import read_samples
 from ...session import pruned, status
 from ...vision.guard import detail
-from ..analysis.bootstrap import interval, weights
 from ..kinds import COSINE, Subject
+from .record import mean_within
 from .trials import Trials
 
 DUPLICATES, SMALLER, PRUNING, BOTH = "duplicates", "smaller pictures", "pruning", "smaller pictures and pruning"
@@ -32,7 +32,6 @@ LEAST = 4  # pictures
 _COUNTED = 6  # pictures whose FLOPs are counted where each keeps its own number of tokens
 _OVER = 1.02  # times the target that a lever may leave to be compared: counts of tokens are whole
 _WORTH = 0.1  # share of the FLOPs that copies must save to be worth a word
-_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,10 @@ def _smaller(work: _Work, target: float) -> Plan:
     """The largest pictures that leave ``target``."""
     output = _output(work)
     sizes = (Plan(vision=Stage(Resize((side / 100) ** 2), output=output)) for side in range(98, 0, -2))
-    return next(plan for plan in sizes if work.share(plan) <= target * _OVER)
+    found = next((plan for plan in sizes if work.share(plan) <= target * _OVER), None)
+    if found is None:
+        raise ValueError(f"no smaller picture leaves {target:.3f} of the FLOPs")
+    return found
 
 
 def _output(work: _Work) -> Output:
@@ -214,11 +216,10 @@ def _copies(tried: Sequence[Lever], taken: Lever) -> bool:
 def _told(lever: Lever, measure: str, seed: int) -> dict[str, Any]:
     if lever.plan is None:
         return {"name": lever.name, "plan": None, "why": lever.why}
-    found = interval(torch.tensor(lever.losses).double().numpy(), weights(len(lever.losses), _RESAMPLES, seed))
-    loss = {"mean": found.mean, "low": found.low, "high": found.high}
-    told = {"name": lever.name, "plan": lever.plan.to_dict(), "flops": lever.flops, "loss": loss}
+    losses = np.array(lever.losses)
+    told = {"name": lever.name, "plan": lever.plan.to_dict(), "flops": lever.flops, "loss": mean_within(losses, seed)}
     if measure == COSINE:
-        told["agreement"] = {"mean": 1 - found.mean, "low": 1 - found.high, "high": 1 - found.low}
+        told["agreement"] = mean_within(1 - losses, seed)
     return told
 
 

@@ -45,7 +45,8 @@ def head_of(
     }
 
 
-def _mean(values: Sequence[float] | np.ndarray, seed: int) -> dict[str, float | None]:
+def mean_within(values: Sequence[float] | np.ndarray, seed: int) -> dict[str, float | None]:
+    """Return the mean over images, and the ends of its 95 % interval; None where there are too few for one."""
     found = interval(np.asarray(values, dtype=float), weights(len(values), _RESAMPLES, seed))
     low, high = (None if np.isnan(value) else float(value) for value in (found.low, found.high))
     return {"mean": float(found.mean), "low": low, "high": high}
@@ -55,7 +56,7 @@ def checked(found: Search, plan: Plan, layout: Layout, held: Sequence[int], seed
     """Return what a plan reaches on the images held back."""
     trials, meter = found.trials, found.meter
     trial = trials.run(plan, held)
-    reached: dict[str, Any] = {"flops": _mean(_flops(found, plan, layout, held), seed)}
+    reached: dict[str, Any] = {"flops": mean_within(_flops(found, plan, layout, held), seed)}
     if found.table.unit == "time":
         share = meter.times([plan], 25)[0]
         reached["speed"] = 1 / share
@@ -87,8 +88,8 @@ def _flops(found: Search, plan: Plan, layout: Layout, held: Sequence[int]) -> li
 
 
 def _lost(found: Search, losses: np.ndarray, seed: int) -> dict[str, Any]:
-    out = {"measure": found.trials.measure, "loss": _mean(losses, seed)}
-    return {**out, "agreement": _mean(1 - losses, seed)} if found.trials.measure == COSINE else out
+    out = {"measure": found.trials.measure, "loss": mean_within(losses, seed)}
+    return {**out, "agreement": mean_within(1 - losses, seed)} if found.trials.measure == COSINE else out
 
 
 def against(found: Search, chosen: Search, layout: Layout, held: Sequence[int], seed: int) -> list[dict[str, Any]]:
@@ -130,7 +131,7 @@ def _rival(
 ) -> dict[str, Any]:
     losses = search.trials.run(search.space.plan(layout), held).losses
     lost = _lost(search, losses, seed)
-    return {"name": name, "work": search.measured(layout), **lost, "difference": _mean(own - losses, seed)}
+    return {"name": name, "work": search.measured(layout), **lost, "difference": mean_within(own - losses, seed)}
 
 
 def additivity(found: Search) -> list[dict[str, float]]:
@@ -163,7 +164,7 @@ def costs(found: Search, seed: int) -> list[dict[str, Any]]:
             places = sorted(place for place, which in fitted if which == number)
             for left in counts(method, space):
                 losses = [found.trials.run(space.plan((Drop(p, method, left),)), found.costed).losses for p in places]
-                values = [_mean(loss, seed) for loss in losses]  # of trials that were run: nothing runs again
+                values = [mean_within(loss, seed) for loss in losses]  # of trials that were run: nothing runs again
                 curve = {end: [value[end] for value in values] for end in ("mean", "low", "high")}
                 out.append({"method": method.to_dict(), "left": left, "share": 1 - left / space.tokens,
                             "places": [p - 1 for p in places], **curve})  # fmt: skip

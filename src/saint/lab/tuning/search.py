@@ -24,14 +24,8 @@ JOINT = 3  # layouts that are run on all images: the best of the first look
 MOVES = 6  # neighbours that are run
 _CLOSE = 0.004  # of the target: as near as counts of tokens get
 _NEAR = 0.01  # of the target: near enough not to change a layout any more
-_LOOSER = (
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.8,
-    0.9,
-)  # shares of the work at which methods are looked at where the target is out of reach
+# shares of the work at which methods are looked at where the target is out of reach
+_LOOSER = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SIZES = 4  # smaller pictures that are looked at for a target: those that leave between so much more work, and so much
 _LEAST, _MOST = 1.04, 2.3
 _RANGES = 3  # methods whose even layouts are looked at behind them
@@ -148,9 +142,7 @@ class Search:
 
     def _soften(self, target: float) -> None:
         """Take softer attention where the best even layout loses less with it."""
-        published, _, everywhere, *_ = self.ranges(self.near[0])
-        fits = [self.space.fitted(layout, self.table, self.budget(target)) for layout in (published, everywhere)]
-        layout = min((fit for fit in fits if fit is not None), key=self._look)
+        layout = min(self._evenly(self.near[0], target), key=self._look)
         best = self._look(layout) * _SOFTER
         for logn in SOFTER if self.space.slot == "vision" else ():
             space = replace(self.space, logn=logn)
@@ -170,11 +162,15 @@ class Search:
                 now = other
         return now
 
-    def _first(self, method: Method, target: float) -> float | None:
-        """The lesser loss of the published layout and of all layers; None where neither can be."""
+    def _evenly(self, method: Method, target: float) -> list[Layout]:
+        """The published layout and that of all layers, those of them that can be."""
         published, _, everywhere, *_ = self.ranges(method)
         fits = (self.space.fitted(layout, self.table, self.budget(target)) for layout in (published, everywhere))
-        return min((self._look(fit) for fit in fits if fit is not None), default=None)
+        return [fit for fit in fits if fit is not None]
+
+    def _first(self, method: Method, target: float) -> float | None:
+        """The lesser loss of the published layout and of all layers; None where neither can be."""
+        return min(map(self._look, self._evenly(method, target)), default=None)
 
     def _look(self, layout: Layout) -> float:
         return self.trials.run(self.space.plan(layout), self.few).score
