@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import saint
+from saint.lab import records
 from saint.lab.bench import forward, generation, timing
 from saint.lab.cli import COMMANDS, app, common
 from saint.lab.report import make_report
@@ -49,7 +50,7 @@ RUNS = {
         "--new-tokens", 3,
     ],
     "compare": [
-        "compare", *TINY, "--images", "CLASSES", "--labels", "--plans", "vit/published,vit/match,0.7", "--limit", 6,
+        "compare", *TINY, "--images", "CLASSES", "--labels", "--plans", "vit/published,vit/match,0.7", "--limit", 12,
         "--repeats", 2, "--warmup", 1,
     ],
     "chat": ["chat", "VLM", *HERE, "--images", "PHOTO", "--prompt", "what w5", "--plan", HYBRID, "--max-new-tokens", 4],
@@ -136,8 +137,9 @@ def given(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture
 def fixed(given, monkeypatch):
-    """A clock, a load and a console that are the same everywhere."""
+    """A clock, a load, a processor's name and a console that are the same everywhere."""
     clock = Clock()
+    monkeypatch.setattr(records, "cpu_name", lambda: "Some CPU")
     for module in (timing, generation, observe):
         monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=clock))
     for module in (forward, generation):
