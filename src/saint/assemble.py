@@ -155,7 +155,6 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM":
         observers,
         handover,
         connector,
-        starts_short=bool(plan.vision or plan.connector),
     )
     return PrunedVLM(path, vlm, spec, door, encoder, features, handover, model)
 
@@ -184,8 +183,6 @@ def _door(
     observers: Observers,
     handover: "Handover",
     points: Sequence[DropPoint] = (),
-    *,
-    starts_short: bool = False,
 ) -> "Doorway":
     """The door of a language model: ``points`` of the connector in front of it, the language stage behind it."""
     from .language.decoder import PrunedDecoder
@@ -218,7 +215,7 @@ def _door(
         handover=handover,
         decoder=decoder,
         token=token,
-        starts_short=starts_short,
+        in_front=[stage.method for stage in (*plan.vision, *plan.connector)],
     )
 
 

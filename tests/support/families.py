@@ -78,3 +78,9 @@ def maker(family, model):
         return both
 
     return make
+
+
+def layers_of(model):
+    """The layers of the language model."""
+    ends = ("language_model.layers", "text_model.layers")
+    return next(module for name, module in model.named_modules() if name.endswith(ends))

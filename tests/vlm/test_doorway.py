@@ -13,7 +13,7 @@ from saint import testing
 from saint.upstream.tiny import make, text_config
 from saint.vlm.prompts import answered
 from support.answers import generated
-from support.families import FAMILIES, IMAGE, cache_of, cached, one_at_a_time, prompts
+from support.families import FAMILIES, IMAGE, cache_of, cached, layers_of, one_at_a_time, prompts
 from support.oracles import relative_error
 from support.plans import CONNECTOR, GREEDY, VISION
 
@@ -36,11 +36,6 @@ def models():
 @pytest.fixture
 def llava():
     return LLAVA.build()
-
-
-def layers_of(model):
-    ends = ("language_model.layers", "text_model.layers")
-    return next(module for name, module in model.named_modules() if name.endswith(ends))
 
 
 # -- both oracles, every family -----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Static caches under a language stage: the tokens of a dynamic cache, with room for what stays, in one compiled step."""
+"""Static caches under plans: the tokens of a dynamic cache, with room for what stays, in one compiled step."""
 
 import copy
 
@@ -9,7 +9,7 @@ import transformers as hf
 import saint
 from saint.language.static import StaticRagged
 from support.answers import generated
-from support.families import FAMILIES, cached, one_at_a_time, prompts
+from support.families import FAMILIES, cached, layers_of, one_at_a_time, prompts
 from support.oracles import relative_error
 from support.plans import CONNECTOR
 from support.text import MODELS, batch, tiny
@@ -18,12 +18,19 @@ BATCH = [[4, "0", 7], [3, "1", 2]]  # left padding, images of two sizes
 LLAVA = FAMILIES["llava-llama"]
 FIXED = saint.Stage(saint.SaintFullGraph(keep=0.5), layers=[0, 2])
 PLANS = {
+    "front": saint.Plan(connector=CONNECTOR),
     "fixed": saint.Plan(language=FIXED),
     "hybrid": saint.Plan(connector=CONNECTOR, language=FIXED),
     "votes": saint.Plan(language=saint.Stage(saint.Saint(threshold=0.1), layers=[1])),
     "merged": saint.Plan(language=saint.Stage(saint.methods.ToMe(keep=0.5), layers=[1])),
     "evict": saint.Plan(language=saint.Stage(saint.methods.Random(keep=0.5), layers=[2], evict=True)),
 }
+IN_FRONT = {
+    "connector": PLANS["front"],
+    "vision": saint.Plan(vision=saint.Stage(saint.SaintFullGraph(keep=16), layers=[1])),
+    "hybrid": saint.Plan(connector=CONNECTOR, language=saint.Stage(saint.SaintFullGraph(keep=0.5), layers=[0])),
+}
+LANGUAGE = [name for name, plan in PLANS.items() if plan.language]
 STATIC = {"cache_implementation": "static"}
 
 
@@ -37,7 +44,7 @@ def llava():
     return LLAVA.build()
 
 
-@pytest.mark.parametrize(("name", "plan"), [(name, plan) for name in FAMILIES for plan in PLANS])
+@pytest.mark.parametrize(("name", "plan"), [(name, plan) for name in FAMILIES for plan in LANGUAGE])
 def test_every_family(models, name, plan):
     family, model, plan = FAMILIES[name], models(name), PLANS[plan]
     inputs = prompts(family, model, BATCH, seed=1)
@@ -119,6 +126,89 @@ def test_a_layer_is_allocated_at_what_it_will_hold(llava):
     assert {layer.get_mask_sizes(1) for layer in cache.layers} == {(160, 0)}
 
 
+@pytest.mark.parametrize("plan", ["connector", "vision", "hybrid"])
+def test_what_leaves_in_front_is_not_allocated(llava, plan):
+    """Layers behind a shortened prompt have no places for what did not enter; a mask has a column for every position."""
+    inputs = prompts(LLAVA, llava, [[4, "0", 7]])
+    cache, length = static_cache(llava), inputs["input_ids"].shape[1]
+    with saint.pruned(llava, IN_FRONT[plan]) as session, torch.no_grad():
+        llava(**inputs, **cached(llava, cache))
+        left = {"vision": 16, "connector": 22, "hybrid": 22}[plan]
+        behind = int(session.trace[-1].tokens_out)
+        memory = session.kv_memory
+        assert cache.get_mask_sizes(1, 0) == (160, 0)
+    places = [160 - 36 + left] * len(cache.layers)
+    if plan == "hybrid":
+        places[1:] = [160 - 36 + behind] * (len(places) - 1)
+    assert [layer.keys.shape[2] for layer in cache.layers] == places
+    assert int(cache.get_seq_length()) == length
+    assert cache.get_max_length() == 160
+    per_place = 2 * 2 * 12 * 4  # keys and values, 2 KV heads of 12 float32
+    assert memory.unpruned == len(places) * length * per_place
+    assert memory.kept == sum(length - (160 - n) for n in places) * per_place
+
+
+def test_what_leaves_in_front_by_votes_is_allocated_in_multiples(llava):
+    inputs = prompts(LLAVA, llava, [[4, "0", 7, "0", 2, "0"]])
+    cache = static_cache(llava)
+    plan = saint.Plan(vision=saint.Stage(saint.Saint(threshold=0.1), layers=[0, 1]))
+    with saint.pruned(llava, plan) as session, torch.no_grad():
+        llava(**inputs, **cached(llava, cache))
+        left = int(session.trace[-1].tokens_out.sum())
+    assert 64 < 160 - 36 * 3 + left < 128
+    assert {layer.keys.shape[2] for layer in cache.layers} == {128}
+
+
+@pytest.mark.parametrize("name", ["llava-llama", "gemma3"])
+def test_a_cache_shortened_in_front_is_reset_to_what_it_was(models, name):
+    family, model = FAMILIES[name], models(name)
+    inputs = prompts(family, model, [[4, "0", 7]])
+    cache = static_cache(model)
+    lengths = [layer.max_cache_len for layer in cache.layers]
+    with torch.no_grad():
+        base = model(**inputs, **cached(model, static_cache(model))).logits
+        for plan in ("connector", "hybrid"):
+            with saint.pruned(model, IN_FRONT[plan]):
+                want = model(**inputs, **cached(model, cache)).logits
+                assert [layer.max_cache_len for layer in cache.layers] != lengths
+                cache.reset()
+                assert [layer.max_cache_len for layer in cache.layers] == lengths
+                assert relative_error(model(**inputs, **cached(model, cache)).logits, want) < 1e-6
+            cache.reset()
+        assert type(cache) is hf.StaticCache
+        assert relative_error(model(**inputs, **cached(model, cache)).logits, base) < 1e-6
+
+
+def test_a_prompt_that_fails_leaves_a_cache_that_can_be_reset(llava, monkeypatch):
+    inputs = prompts(LLAVA, llava, [[4, "0", 7]])
+    cache = static_cache(llava)
+    last = layers_of(llava)[-1]
+
+    def fails(*_):
+        raise MemoryError("no room")
+
+    with saint.pruned(llava, IN_FRONT["connector"]), torch.no_grad():
+        hook = last.register_forward_pre_hook(fails)
+        with pytest.raises(MemoryError):
+            llava(**inputs, **cached(llava, cache))
+        hook.remove()
+        cache.reset()
+        assert type(cache) is hf.StaticCache
+        assert {layer.max_cache_len for layer in cache.layers} == {160}
+        want = llava(**inputs, **cached(llava, static_cache(llava))).logits
+        assert torch.equal(llava(**inputs, **cached(llava, cache)).logits, want)
+
+
+def test_a_cache_that_was_allocated_before_stays_so(llava):
+    inputs = prompts(LLAVA, llava, [[4, "0", 7]])
+    config, cache = llava.config.get_text_config(), static_cache(llava)
+    cache.early_initialization(1, config.num_key_value_heads, config.head_dim, torch.float32, torch.device("cpu"))
+    with saint.pruned(llava, IN_FRONT["connector"]), torch.no_grad():
+        want = llava(**inputs, **cached(llava, static_cache(llava))).logits
+        assert relative_error(llava(**inputs, **cached(llava, cache)).logits, want) < 1e-6
+    assert {layer.keys.shape[2] for layer in cache.layers} == {160}
+
+
 def test_votes_are_given_places_in_multiples(llava):
     inputs = prompts(LLAVA, llava, [[4, "0", 7]])
     cache = static_cache(llava)
@@ -166,7 +256,7 @@ def test_a_copy_goes_on(llava):
 # -- compiled steps -------------------------------------------------------------------------------------------------------
 
 
-STEPS = [("llava-llama", plan) for plan in ("fixed", "hybrid", "votes", "merged", "evict")]
+STEPS = [("llava-llama", plan) for plan in ("front", "fixed", "hybrid", "votes", "merged", "evict")]
 STEPS += [(name, plan) for name in ("qwen2.5-vl", "gemma3") for plan in ("fixed", "hybrid")]
 NIGHTLY = [(name, plan) for name in ("qwen2.5-vl", "gemma3") for plan in ("votes", "merged", "evict")]
 

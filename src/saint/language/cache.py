@@ -273,12 +273,13 @@ def stored_bytes(layer: Any, gone: int = 0) -> tuple[int, int] | None:
     if not isinstance(layer, (DynamicLayer, StaticLayer)) or layer.keys.ndim != 4:
         return None
     places, length = layer.keys.shape[-2], int(layer.get_seq_length())
+    # positions that it would hold at most; without a window, all
     reach = (
-        layer.max_cache_len
+        None
+        if not layer.is_sliding
+        else layer.max_cache_len
         if isinstance(layer, StaticLayer)
         else layer.sliding_window - 1
-        if layer.is_sliding
-        else None
     )
     unpruned = length + gone if reach is None else min(length + gone, reach)
     stored = layer.stored if isinstance(layer, StaticRagged) else min(places, length)

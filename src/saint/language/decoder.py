@@ -54,7 +54,7 @@ from .layers import Keeps
 from .masks import DENSE, FLASH, survivors_mask, weighed
 from .positions import gather_beside, gather_ids, gather_rotary, rotary_like
 from .recurrent import filled_state, in_front
-from .static import StaticRagged
+from .static import StaticRagged, places_by
 
 
 class Held(NamedTuple):
@@ -103,9 +103,6 @@ class Gaps:
 
     entries: dict[int, tuple[RaggedLayer | StaticRagged, CachePositions]] = field(default_factory=dict)
     masks: dict[tuple[int, int | None], list[tuple[Any, Any]]] = field(default_factory=dict)
-
-
-_PLACES = 64
 
 
 class Running:
@@ -195,9 +192,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         # drop points in front of what a layer reads: layers with as many miss the same tokens
         places = sorted(self.points)
         self._behind = {layer: bisect_left(places, source) for layer, source in self._read}
-        # places of static layers are rounded where a vote says how many, so that few shapes are compiled
-        votes = any(point.method is not None and point.method.fixed is None for point in points)
-        self._step = _PLACES if votes else 1
+        self._step = places_by(point.method.fixed for point in points if point.method is not None)
         self._check()
 
     def _check(self) -> None:

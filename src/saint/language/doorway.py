@@ -30,7 +30,7 @@ from ..patch import override, refuse_replicas, refuse_tracing
 from ..runtime.deciding import Decider
 from ..runtime.forwards import PerThread
 from ..runtime.observe import Observers
-from ..runtime.points import DropPoint
+from ..runtime.points import DropPoint, Pruner
 from ..runtime.state import Forward, LayerState, packed_tokens, some_tokens
 from ..tokens import Facts, Selection, TokenMap
 from ..upstream.names import CACHE, EMBEDDINGS, IDS, IMPLEMENTATION, LAYERS, MASK, POSITIONS, Parameters
@@ -40,6 +40,7 @@ from .decoder import PrunedDecoder
 from .entries import CachePositions, SessionToken
 from .logical import Held, held_by, hold, inside
 from .masks import DENSE, FLASH
+from .static import fitted, places_by
 from .shortening import RECURRENT, Reach, Short, Span, documents, masks_of, reaches, real_tokens, shown_before
 
 
@@ -181,7 +182,7 @@ class Doorway(Decider[DoorForward]):
         observers: of the session.
         handover: where the model's glue says which tokens are visual.
         decoder: the language stage, or None.
-        starts_short: tokens may have left in front of the decoder, which then starts with fewer.
+        in_front: methods by which tokens leave in front of the decoder, which then starts with fewer.
 
     Raises:
         UnsupportedModelError: the decoder cannot be given a shortened sequence.
@@ -199,18 +200,19 @@ class Doorway(Decider[DoorForward]):
         handover: Handover,
         decoder: PrunedDecoder | None,
         token: SessionToken,
-        starts_short: bool,
+        in_front: Sequence[Pruner],
     ) -> None:
         super().__init__(path, module, points, DoorForward, observers)
         self.handover, self.decoder, self.token = handover, decoder, token
-        self.starts_short = starts_short
+        self.starts_short = bool(in_front)
+        self._step_of_places = places_by(method.fixed for method in in_front)
         self.depth = len(list(LAYERS.get(module).children()))
         self.parameters = Parameters(type(module).forward)
         self.reaches, implementation = reaches(module.config), IMPLEMENTATION.get(module.config)
         each = self.reaches.values() if isinstance(self.reaches, dict) else [self.reaches]
         self.boundless = implementation in FLASH or all(reach == Reach() for reach in each)
         self.kinds = [masks_of(kind) for kind in getattr(module.config, "layer_types", None) or ()]
-        if starts_short and implementation not in DENSE | FLASH:
+        if in_front and implementation not in DENSE | FLASH:
             raise UnsupportedModelError(
                 f"attention implementation {implementation!r} of the language model cannot be given the masks of shortened "
                 f"sequences; load the model with one of {', '.join(sorted(DENSE | FLASH))}"
@@ -392,9 +394,16 @@ class Doorway(Decider[DoorForward]):
         index = short.index + before
         positions = CachePositions(index, short.valid, before + places)
         positions = positions if past is None else past.followed_by(positions, before)
+        if cache is not None and not before and not torch.compiler.is_compiling():
+            self._fit(cache, positions)
         span = Span(index, short.valid, positions, before, before + places, note.mask, x.dtype, self._additive, packed)
         out = self.parameters.put(out, MASK, self._masks(mask, span, cache))
         return Passage(out, cache, short=short, positions=positions)
+
+    def _fit(self, cache: Cache, positions: CachePositions) -> None:
+        """A static cache that is empty gets places for what enters; from here on a reset takes that back."""
+        if whole := fitted(cache, positions.end - positions.index.shape[1], self._step_of_places):
+            hold(cache, positions, self.token, whole)
 
     def _piece(self, pieces: Pieces, note: Note, given: dict[str, Any], cache: Any, held: Held | None) -> Passage:
         """The next piece of a prompt whose tokens have been decided on."""

@@ -22,10 +22,12 @@ class Held:
         positions: of its entries.
         token: identity of the plan it was filled under.
         inside: the decoder runs.
+        whole: of layers of a static cache that were given fewer places than positions, how many they had.
     """
 
     def __init__(self, positions: CachePositions, token: SessionToken) -> None:
         self.positions, self.token, self.inside = positions, token, False
+        self.whole: dict[int, int] = {}
 
     @property
     def gone(self) -> int:
@@ -53,10 +55,15 @@ class Shortened(Cache):
         if self._held.inside:
             return length, first
         # outside a mask has a column for every position, also where a window shows fewer
-        static = [x.max_cache_len for x in self.layers if hasattr(x, "max_cache_len") and not x.is_sliding]
-        if static:
-            return static[0], 0
+        for number, layer in enumerate(self.layers):
+            if not layer.is_sliding and (places := getattr(layer, "max_cache_len", None)) is not None:
+                return self._held.whole.get(number, places), 0
         return self.get_seq_length(layer_idx) + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        length, held = super().get_max_length(layer_idx), self._held
+        whole = held.whole.values() if layer_idx is None else [held.whole.get(layer_idx, length)]
+        return length if held.inside else max([length, *whole])
 
     def crop(self, tokens_to_remove: int) -> None:
         held = self._held
@@ -78,6 +85,9 @@ class Shortened(Cache):
 
     def reset(self) -> None:
         super().reset()
+        for number, places in self._held.whole.items():
+            layer: Any = self.layers[number]
+            layer.max_cache_len, layer.is_initialized, layer.keys, layer.values = places, False, None, None
         self.__class__ = self._base
         del self._held
 
@@ -123,10 +133,11 @@ class inside:  # noqa: N801
             self.held.inside = False
 
 
-def hold(cache: Any, positions: CachePositions, token: SessionToken) -> None:
-    """From now on ``cache`` has these entries."""
+def hold(cache: Any, positions: CachePositions, token: SessionToken, whole: dict[int, int] | None = None) -> None:
+    """From now on ``cache`` has these entries, and layers fewer places than the ``whole`` they had."""
     if isinstance(cache, Shortened):
         cache._held.positions = positions
     else:
         cache._held = Held(positions, token)
         cache.__class__ = _subclass(type(cache))
+    cache._held.whole |= whole or {}

@@ -1,21 +1,57 @@
-"""Static caches behind a language stage: each layer is allocated at what it will hold.
+"""Static caches behind a plan: each layer is allocated at what it will hold.
 
-A static layer of transformers behind a drop point becomes an instance of a class of its own kind that has fewer places. As a
+Where tokens leave in front of the language model, its layers have fewer places (``fitted``). A static layer of transformers behind a drop point becomes an instance of a class of its own kind that has fewer places. As a
 ragged layer (``cache``) it reports the *logical* length and knows which positions its entries hold; lengths that change from step
 to step are tensors where upstream's are, so a compiled step stays one graph. ``reset`` makes it what it was.
 
 Letters: B batch, H KV heads, K stored entries, S survivors of a new sequence, W sliding window, D head dim.
 """
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
 
 from ..gathers import gather_along
 from ..tokens import Selection
 from .entries import CachePositions, SessionToken
+
+
+_PLACES = 64  # a number by votes is rounded up to a multiple of it, so that few shapes are compiled
+
+
+def places_by(budgets: Iterable[int | float | None]) -> int:
+    """Tell in multiples of what places are allocated behind methods that keep so many; None: they vote."""
+    return _PLACES if any(budget is None for budget in budgets) else 1
+
+
+def fitted(cache: Cache, gone: int, step: int) -> dict[int, int]:
+    """Take the places of ``gone`` positions from the layers of a static cache that are not allocated yet.
+
+    Layers with a window have no more places than it, and stay as they are.
+
+    Args:
+        cache: empty.
+        gone: positions that will not enter.
+        step: places are allocated in multiples of this.
+
+    Returns:
+        Of each layer that has fewer now, how many it had.
+    """
+    had = {}
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is StaticLayer and not layer.is_initialized:
+            whole = layer.max_cache_len
+            layer.max_cache_len = min(whole, _rounded(whole - gone, step))
+            if layer.max_cache_len < whole:
+                had[number] = whole
+    return had
+
+
+def _rounded(places: int, step: int) -> int:
+    return -(-places // step) * step
 
 
 class StaticRagged(StaticLayer):
@@ -82,7 +118,7 @@ class StaticRagged(StaticLayer):
 
     def _room(self, positions: CachePositions) -> int:
         room = self.max_cache_len - (positions.end - positions.index.shape[1])
-        return min(self.max_cache_len, -(-room // self.step) * self.step)
+        return min(self.max_cache_len, _rounded(room, self.step))
 
     def shown(self, count: int) -> tuple[int, int]:
         """Of the entries that a call which appends ``count`` attends to: the first, and how many."""
