@@ -133,7 +133,7 @@ def test_equal_tokens_are_taken_in_order(make):
 
 def test_coverage_is_the_best_of_all_pairs_where_greedy_is_exact():
     """Two clusters and what lies between them: one token of each cluster covers most."""
-    angles = torch.tensor([0.0, 2.0, 4.0, 45.0, 86.0, 88.0, 90.0]).deg2rad()
+    angles = torch.tensor([0.0, 2.0, 5.0, 43.0, 86.0, 88.0, 91.0]).deg2rad()
     points = torch.stack([angles.cos(), angles.sin()], -1)
     similarity = (points @ points.T)[None]
     covered = {pair: float(similarity[0, list(pair)].amax(0).sum()) for pair in itertools.combinations(range(7), 2)}
