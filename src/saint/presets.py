@@ -11,6 +11,7 @@ from .methods.fastv import FastV
 from .methods.match import Match
 from .methods.saint import Saint
 from .methods.saint_full_graph import SaintFullGraph
+from .methods.sparsevlm import SparseVLM
 from .methods.tome import ToMe
 from .plans import Plan, Stage
 
@@ -98,6 +99,16 @@ _RECIPES = {
             f"baseline, FastV with K = 2: {equivalent} equivalent tokens at 32 layers: 576 in two layers, then {keep}",
         )
         for equivalent, keep in ((192, 166), (128, 98), (64, 30))
+    },
+    **{
+        f"llava-1.5/sparsevlm-{equivalent}": Recipe(
+            Plan(
+                language=[Stage(SparseVLM(keep=k), layers=[layer]) for k, layer in zip(kept, (1, 5, 14), strict=True)]
+            ),
+            f"baseline, SparseVLM's numbers for {equivalent} tokens: {', '.join(map(str, kept))} of 576 behind layers 1, 5 and "
+            f"14 of 32; {mean} in the mean, since what leaves is not recycled",
+        )
+        for equivalent, kept, mean in ((192, (300, 200, 110), 188), (128, (303, 110, 36), 124), (64, (66, 30, 17), 62))
     },
     **{
         f"llava-1.5/divprune-{keep}": Recipe(
