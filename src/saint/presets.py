@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,12 @@ def _decoder(keep: int, first: int = 7) -> Stage:
     return Stage(Saint(threshold=0.83, keep=keep), layers=range(first, first + 10))
 
 
+def _diffrate(*kept: int) -> Plan:
+    """Stages that merge down to ``kept`` patches behind each block, as shares; of fewer than half, half."""
+    shares = [max(after, (before + 1) // 2) / before for before, after in pairwise(kept)]
+    return Plan(vision=[Stage(ToMe(keep=share), layers=[block]) for block, share in enumerate(shares, 1)])
+
+
 # Equivalent tokens: mean over the 32 layers of the 7B model of the visual tokens a layer sees, of 576. A test measures them.
 _RECIPES = {
     "vit/published": Recipe(
@@ -52,6 +59,11 @@ _RECIPES = {
     "vit/tome": Recipe(
         Plan(vision=Stage(ToMe(r=8), output="similar")),
         "baseline, ToMe as published: 8 tokens merge in every block, proportional attention, average pools weigh sizes",
+    ),
+    "vit/diffrate": Recipe(
+        _diffrate(196, 193, 175, 155, 140, 132, 120, 106, 87, 63, 55, 2),
+        "baseline, for ViTs of 12 blocks: the shares that DiffRate learned for DeiT-S at 2.9 GFLOPs, merged as ToMe does (the "
+        "last block half of 55 patches, where DiffRate leaves 2)",
     ),
     "small-llava/hybrid": Recipe(
         Plan(
