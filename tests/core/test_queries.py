@@ -1,5 +1,6 @@
 """Attention of prompt tokens that methods ask for, against whole matrices of eager attention."""
 
+import copy
 import dataclasses
 import math
 
@@ -9,10 +10,12 @@ from transformers import StaticCache
 
 import saint
 from saint.language.decoder import DecoderForward
-from saint.methods import DivPrune, Random
+from saint.methods import DivPrune, FastV, PriorTR, Random, SparseVLM
 from saint.plans import Plan, Stage
 from support.families import FAMILIES, IMAGE, cache_of, cached, prompts
 from support.oracles import Oracle, oracle_model
+from support.plans import GREEDY
+from support.text import batch, tiny
 
 # text between images, no text behind them, one token of it, padding; the shortest first
 ASKED = [[3, "0"], [4, "0", 3, "1", 7], [6, "0", 1], [2, "1", 12]]
@@ -186,6 +189,37 @@ def test_rows_over_a_static_cache_are_those_over_a_dynamic_one(name, places):
         rows = {"last_query": dynamic.attention, **dynamic.rows}
         for who, row in {"last_query": static.attention, **static.rows}.items():
             assert (row - rows[who]).abs().max() < 1e-6, who
+
+
+@pytest.mark.parametrize("method", [FastV(0.3), PriorTR(0.3), SparseVLM(0.3)], ids=lambda method: method.name)
+def test_an_answer_over_a_static_cache_is_that_over_a_dynamic_one(llava, method):
+    model, _ = llava
+    inputs = prompts(FAMILIES["llava-llama"], model, ASKED[1:], seed=2)
+    plan = Plan(language=Stage(method, layers=[0, 2]))
+    with saint.pruned(model, plan) as session:
+        want, kept = model.generate(**inputs, max_new_tokens=8, **GREEDY), session.trace
+        got = model.generate(**inputs, max_new_tokens=8, cache_implementation="static", **GREEDY)
+        for one, other in zip(session.trace, kept, strict=True):
+            assert [row.tolist() for row in one.kept] == [row.tolist() for row in other.kept]
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("needs", [NEEDS, {"first_query"}, {"question"}, {"raters"}], ids=len)
+def test_in_a_language_model_without_images_the_last_token_is_all_text(needs, monkeypatch):
+    """Its candidates are all tokens but the first and the last."""
+    monkeypatch.setattr(Spy, "needs", frozenset(needs))
+    model, inputs = tiny("llama"), batch([19, 9, 24])
+    spy = Spy(0.5)
+    with saint.pruned(model, Plan(language=Stage(spy, layers=[1]))), torch.no_grad():
+        model(**inputs)
+    twin = copy.deepcopy(model)
+    twin.set_attn_implementation("eager")
+    with torch.no_grad():
+        matrix = twin(**inputs, output_attentions=True, use_cache=False).attentions[1].mean(1)
+    for sample, real in enumerate(inputs["attention_mask"].bool()):
+        own = matrix[sample, real][:, real]
+        for row in spy.seen[0].rows.values():
+            assert (row[sample, : len(own) - 2] - own[-1, 1:-1]).abs().max() < 1e-6
 
 
 def test_what_is_left_of_a_forward_holds_no_embeddings():
