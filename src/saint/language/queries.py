@@ -33,8 +33,8 @@ class Askers(NamedTuple):
     def of(masks: dict[str, Tensor]) -> "Askers":
         """The tokens of each mask [B, S], at least one of each sample."""
         some = torch.stack(list(masks.values())).any(0)
-        if masks.keys() < {LAST, FIRST}:  # one of each sample: the device is not asked how many
-            return Askers(some.long().argmax(1, keepdim=True), dict.fromkeys(masks))
+        if masks.keys() == {FIRST}:  # one of each sample: the device is not asked how many
+            return Askers(some.long().argmax(1, keepdim=True), {FIRST: None})
         chosen = Selection.from_mask(some, tuple(some.sum(1).tolist()))
         slots, weights = chosen.slots, dict[str, Tensor | None]()
         if chosen.valid is not None:  # instead of padding a token whose row is a number
@@ -62,11 +62,11 @@ def askers(
         near: of the places of text behind the visual tokens, bool [B, L], gives the raters among them.
     """
     place = torch.arange(real.shape[1], device=real.device)
-    last = place == torch.where(real, place, -1).amax(1, keepdim=True).clamp_min(0)
+    end = torch.where(real, place, -1).amax(1, keepdim=True).clamp_min(0)  # [B, 1]
+    if needs & QUERIES == {LAST}:
+        return Askers(end, {LAST: None})
+    last, index = place == end, state.tokens.index
     masks = {LAST: last} if LAST in needs else {}
-    if not needs & (QUERIES - {LAST}):
-        return Askers.of(masks)
-    index = state.tokens.index
     text = real & (index > _last_visual(origin))
     text = torch.where(text.any(1, keepdim=True), text, last)
     if QUESTION in needs:
@@ -74,9 +74,9 @@ def askers(
     if FIRST in needs:
         masks[FIRST] = text & (text.cumsum(1) == 1)
     if RATERS in needs:
-        end = origin.tokens.slots  # one place more, for what is no text
-        whole = torch.zeros(len(real), end + 1, dtype=torch.bool, device=real.device)
-        whole = whole.scatter_(1, index.masked_fill(~text, end), True)[:, :end]
+        places = origin.tokens.slots  # and one more, for what is no text
+        whole = torch.zeros(len(real), places + 1, dtype=torch.bool, device=real.device)
+        whole = whole.scatter_(1, index.masked_fill(~text, places), True)[:, :places]
         rate = near(whole).gather(1, index) & text
         masks[RATERS] = rate | (text & ~rate.any(1, keepdim=True))  # a last token in place of text may have left
     return Askers.of(masks)
