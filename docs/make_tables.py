@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import answers
+import costs
 import ready
 import shapes
 
@@ -288,7 +289,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "types": types_table,
         "shapes": shapes.shapes_table,
     },
-    "docs/methods.md": {"methods": methods_table},
+    "docs/methods.md": {"methods": methods_table, "costs": lambda: costs.costs_table(builtin_methods())},
     "docs/ready.md": {"ready": ready.ready_table},
     "docs/results.md": {
         "keep": keep_table,

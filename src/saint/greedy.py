@@ -141,6 +141,33 @@ class Volume:
         self._factor = self._factor - row.square()
 
 
+class Independent:
+    """Tokens gain by their order of importance, and those with an edge to one that was taken less than all others.
+
+    So a maximal independent set of the graph is taken, then the rest.
+
+    Args:
+        importance: [B, N].
+        edges: of all pairs, bool [B, N, N].
+        first: tokens of each sample that are taken whatever their edges, int64 [B].
+    """
+
+    def __init__(self, importance: Tensor, edges: Tensor, first: Tensor) -> None:
+        order = graph.descending(importance)
+        place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        self._rank = torch.empty_like(order).scatter_(1, order, place).float()
+        self._edges, self._left = edges, first.unsqueeze(1)
+        self._near = torch.zeros_like(edges[:, 0])
+
+    def worth(self) -> Tensor:
+        behind = self._near & (self._left <= 0)
+        return -(self._rank + self._rank.shape[1] * behind)
+
+    def take(self, slot: Tensor) -> None:
+        self._near = self._near | _row(self._edges, slot)
+        self._left = self._left - 1
+
+
 def farthest(features: Tensor, *, valid: Tensor | None = None) -> Apart:
     """The gain of farthest points: max-min diversity under d_ij = 1 - cos(f_i, f_j).
 

@@ -20,7 +20,7 @@ Placement = Literal["input", "mid", "post"] | None
 PROVIDES = {
     "vision": frozenset({"frames", "pixels", "resized"}),
     "connector": frozenset({"frames", "text"}),
-    "language": frozenset({"last_query", "frames"}),
+    "language": frozenset({"last_query", "question", "first_query", "raters", "frames"}),
 }
 # candidates that come at least to the first stage of a plan, and to a later one, which sees what is left: fewer are no picture
 _MANY, _FEW = 16, 4

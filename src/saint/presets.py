@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from .methods.fastv import FastV
 from .methods.match import Match
 from .methods.saint import Saint
 from .methods.saint_full_graph import SaintFullGraph
+from .methods.sparsevlm import SparseVLM
 from .methods.tome import ToMe
 from .plans import Plan, Stage
 
@@ -28,6 +30,12 @@ def _tower(keep: int) -> Stage:
 
 def _decoder(keep: int, first: int = 7) -> Stage:
     return Stage(Saint(threshold=0.83, keep=keep), layers=range(first, first + 10))
+
+
+def _diffrate(*kept: int) -> Plan:
+    """Stages that merge down to ``kept`` patches behind each block, as shares; of fewer than half, half."""
+    shares = [max(after, (before + 1) // 2) / before for before, after in pairwise(kept)]
+    return Plan(vision=[Stage(ToMe(keep=share), layers=[block]) for block, share in enumerate(shares, 1)])
 
 
 # Equivalent tokens: mean over the 32 layers of the 7B model of the visual tokens a layer sees, of 576. A test measures them.
@@ -51,6 +59,11 @@ _RECIPES = {
     "vit/tome": Recipe(
         Plan(vision=Stage(ToMe(r=8), output="similar")),
         "baseline, ToMe as published: 8 tokens merge in every block, proportional attention, average pools weigh sizes",
+    ),
+    "vit/diffrate": Recipe(
+        _diffrate(196, 193, 175, 155, 140, 132, 120, 106, 87, 63, 55, 2),
+        "baseline, for ViTs of 12 blocks: the shares that DiffRate learned for DeiT-S at 2.9 GFLOPs, merged as ToMe does (the "
+        "last block half of 55 patches, where DiffRate leaves 2)",
     ),
     "small-llava/hybrid": Recipe(
         Plan(
@@ -98,6 +111,16 @@ _RECIPES = {
             f"baseline, FastV with K = 2: {equivalent} equivalent tokens at 32 layers: 576 in two layers, then {keep}",
         )
         for equivalent, keep in ((192, 166), (128, 98), (64, 30))
+    },
+    **{
+        f"llava-1.5/sparsevlm-{equivalent}": Recipe(
+            Plan(
+                language=[Stage(SparseVLM(keep=k), layers=[layer]) for k, layer in zip(kept, (1, 5, 14), strict=True)]
+            ),
+            f"baseline, SparseVLM's numbers for {equivalent} tokens: {', '.join(map(str, kept))} of 576 behind layers 1, 5 and "
+            f"14 of 32; {mean} in the mean, since what leaves is not recycled",
+        )
+        for equivalent, kept, mean in ((192, (300, 200, 110), 188), (128, (303, 110, 36), 124), (64, (66, 30, 17), 62))
     },
     **{
         f"llava-1.5/divprune-{keep}": Recipe(

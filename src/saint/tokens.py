@@ -4,7 +4,7 @@ Letters: B batch, N candidate slots, K survivors of the longest sample, C channe
 shortened sequence; an *index* is the candidate's position in the original one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -220,6 +220,9 @@ class Candidates:
         attention: for methods that need "last_query": attention of the last prompt token at this layer, averaged over heads,
             float32 [B, N]; else None.
         facts: what else the forward knows of them.
+        rows: for methods that need the attention of other tokens, by the name under ``needs``, float32 [B, N] each, averaged over
+            heads and tokens: of the text behind the visual tokens ("question"), of its first token ("first_query"), of those of
+            its tokens that the visual tokens are nearest to ("raters"; :class:`saint.methods.SparseVLM`).
     """
 
     keys: Tensor
@@ -229,6 +232,7 @@ class Candidates:
     steps: int
     attention: Tensor | None = None
     facts: Facts = field(default_factory=Facts)
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

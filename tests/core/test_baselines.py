@@ -7,7 +7,22 @@ import torch
 
 import saint
 from saint import testing
-from saint.methods import DART, MMR, SCOPE, ApET, CDPruner, DivPrune, FastV, Grid, OTPrune, PyramidDrop, Random
+from saint.methods import (
+    DART,
+    MMR,
+    SCOPE,
+    ApET,
+    CDPruner,
+    D2Pruner,
+    DivPrune,
+    FastV,
+    Grid,
+    OTPrune,
+    PriorTR,
+    PyramidDrop,
+    Random,
+    SparseVLM,
+)
 from saint.plans import Plan, Stage
 from saint.tokens import Candidates, Selection, TokenMap
 from support.families import FAMILIES, IMAGE, cache_of, cached, checkpoint, prompts
@@ -28,6 +43,9 @@ DROPPING = {
     "pyramiddrop": PyramidDrop(0.4),
     "scope": SCOPE(0.4),
     "dart": DART(0.4, pivots=3),
+    "sparsevlm": SparseVLM(0.4),
+    "priortr": PriorTR(0.4),
+    "d2pruner": D2Pruner(0.4),
 }
 MIXED = [[4, "0", 3, "1", 2], [9], [2, "1", 3]]  # several images, none, one
 

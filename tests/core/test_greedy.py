@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from saint import greedy
-from saint.methods import DART, MMR, SCOPE, ApET, CDPruner, OTPrune, PyramidDrop
+from saint.methods import DART, MMR, SCOPE, ApET, CDPruner, D2Pruner, OTPrune, PriorTR, PyramidDrop, SparseVLM
 from saint.tokens import Candidates, Facts, TokenMap
 
 COUNT = 17
@@ -338,3 +338,106 @@ def test_pyramiddrop_halves_at_each_quarter():
         best = sorted(range(len(row)), key=lambda i: (-row[i], i))[:count]
         left = [left[i] for i in sorted(best)]
         assert tokens.index[0].tolist() == left
+
+
+# -- what the text of a prompt looks at: SparseVLM, PriorTR, D2Pruner -----------------------------------------------------
+
+
+def highest(scores, keep):
+    return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:keep])
+
+
+def test_sparsevlm_halves_where_published():
+    """Most attended by the raters stay, in front of layers 2, 6 and 15 of 32."""
+    method = SparseVLM(0.125)
+    assert method.layers("language", 32) == [1, 5, 14]
+    assert [method.layers("language", depth) for depth in (1, 4, 16)] == [[0], [0], [0, 2, 6]]
+    features, row = noise(2, 32, 4), noise(2, 32).softmax(-1)
+    for step, keep in enumerate((16, 8, 4)):
+        given = dataclasses.replace(shown(features), step=step, steps=3, rows={"raters": row})
+        assert chosen(method, given) == [highest(sample, keep) for sample in numbers(row)]
+
+
+def literal_priortr(question, first, keep):
+    p, q = ([x / math.fsum(row) for x in row] for row in (question, first))
+    return highest([a * math.log(a / b) for a, b in zip(p, q, strict=True)], keep)
+
+
+@pytest.mark.parametrize("keep", KEEP)
+def test_priortr_is_the_formula(keep):
+    question, first = (0.3 * noise(3, COUNT, seed=seed).softmax(-1) for seed in (1, 2))
+    given = shown(noise(3, COUNT, 4), rows={"question": question, "first_query": first})
+    want = [literal_priortr(*both, keep) for both in zip(numbers(question), numbers(first), strict=True)]
+    assert chosen(PriorTR(keep), given) == want
+
+
+def test_priortr_of_ragged_samples_and_of_one_token_that_asks():
+    lengths = [40, 3, 25]
+    question, first = (noise(3, 40, seed=seed).softmax(-1) for seed in (1, 2))
+    first[2, :25] = question[2, :25]
+    given = shown(noise(3, 40, 4), lengths, rows={"question": question, "first_query": first})
+    got = chosen(PriorTR(0.4), given)
+    for sample, n in enumerate(lengths):
+        keep, own = int(0.4 * n + 0.5), numbers(question[sample, :n])
+        want = highest(own, keep) if sample == 2 else literal_priortr(own, numbers(first[sample, :n]), keep)
+        assert got[sample] == want
+
+
+def test_priortr_takes_attention_that_half_precision_made_0():
+    question, first = noise(1, COUNT).softmax(-1), noise(1, COUNT, seed=1).softmax(-1)
+    question[0, 3] = first[0, 4] = question[0, 5] = first[0, 5] = 0
+    given = shown(noise(1, COUNT, 4), rows={"question": question, "first_query": first})
+    (got,) = chosen(PriorTR(4), given)
+    assert 4 in got
+    assert not {3, 5} & {*got}
+
+
+def literal_d2pruner(keys, attention, places, keep, pivots, threshold):
+    count = len(keys)
+    x, y = (math.fsum(row) / count for row in (places, attention))
+    spread = math.fsum((p - x) ** 2 for p in places)
+    slope = math.fsum((p - x) * a for p, a in zip(places, attention, strict=True)) / spread if spread else 0.0
+    value = [a - y - slope * (p - x) for p, a in zip(places, attention, strict=True)]
+    order = sorted(range(count), key=lambda i: (-value[i], i))
+    taken = order[: int(pivots * keep + 0.5)]
+
+    def free(i):
+        return all(cosine(keys[i], keys[s]) < threshold and abs(places[i] - places[s]) != 1 for s in taken)
+
+    while len(taken) < keep:
+        left = [i for i in order if i not in taken]
+        taken.append(next((i for i in left if free(i)), left[0]))
+    return sorted(taken)
+
+
+@pytest.mark.parametrize(("pivots", "threshold"), [(0.5, 0.5), (0.0, 0.2), (0.2, 0.9), (1.0, 0.5)])
+@pytest.mark.parametrize("keep", KEEP)
+def test_d2pruner_is_the_recipe(keep, pivots, threshold):
+    keys, attention = noise(3, COUNT, 4, seed=keep), noise(3, COUNT, seed=8).softmax(-1)
+    attention += torch.linspace(0, 0.3, COUNT)  # by place
+    given = dataclasses.replace(shown(noise(3, COUNT, 6), attention=attention), keys=keys)
+    want = [
+        literal_d2pruner(*both, range(COUNT), keep, pivots, threshold)
+        for both in zip(numbers(keys), numbers(attention), strict=True)
+    ]
+    assert chosen(D2Pruner(keep, pivots=pivots, threshold=threshold), given) == want
+
+
+def test_d2pruner_of_ragged_samples_some_of_whose_neighbours_have_left():
+    lengths = [40, 3, 25]
+    keys, attention = noise(3, 40, 4, seed=5), noise(3, 40, seed=9).softmax(-1)
+    given = shown(keys, lengths, attention=attention)
+    places = torch.stack(
+        [torch.randperm(90, generator=torch.Generator().manual_seed(s))[:40].sort().values for s in range(3)]
+    )
+    tokens = dataclasses.replace(given.tokens, index=places, width=90)
+    got = chosen(D2Pruner(0.4, threshold=0.5), dataclasses.replace(given, tokens=tokens))
+    for sample, n in enumerate(lengths):
+        own = numbers(keys[sample, :n]), numbers(attention[sample, :n]), places[sample, :n].tolist()
+        assert got[sample] == literal_d2pruner(*own, int(0.4 * n + 0.5), 0.5, 0.5)
+
+
+@pytest.mark.parametrize("wrong", [{"pivots": 1.5}, {"pivots": True}, {"threshold": -1.0}, {"keep": 0}])
+def test_d2pruner_refuses_wrong_settings(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        D2Pruner(**wrong)

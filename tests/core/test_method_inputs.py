@@ -13,6 +13,7 @@ from saint.methods import (
     SCOPE,
     ApET,
     CDPruner,
+    D2Pruner,
     DivPrune,
     Duplicates,
     FastV,
@@ -21,9 +22,11 @@ from saint.methods import (
     Match,
     OTPrune,
     PiToMe,
+    PriorTR,
     PyramidDrop,
     Random,
     Resize,
+    SparseVLM,
     ToMe,
 )
 from saint.tokens import Candidates, Facts, TokenMap
@@ -48,6 +51,10 @@ LOOKS = {  # method: the parts of the candidates that its choice depends on
     SCOPE(keep=0.4): {"features", "attention"},
     SCOPE(keep=0.4, alpha=0.0): {"features"},
     DART(keep=0.6, pivots=3): {"keys", "features"},
+    SparseVLM(keep=0.6): {"raters"},
+    PriorTR(keep=0.6): {"question", "first_query"},
+    D2Pruner(keep=0.4): {"keys", "attention"},
+    D2Pruner(keep=0.4, pivots=1.0): {"attention"},
     Grid(keep=0.6): set(),
     Flat(): {"pixels", "grids"},
     Resize(): {"grids"},
@@ -70,6 +77,7 @@ def shown(**changes: object) -> Candidates:
         1,
         attention=noise(3, 2, COUNT).softmax(-1),
         facts=PLACED,
+        rows=ROWS,
     )
     return dataclasses.replace(base, **changes)
 
@@ -81,6 +89,7 @@ def plain(seed: int) -> torch.Tensor:
 
 
 PLACED = Facts(columns=COLUMNS, pixels=plain(4), grids=((COUNT // COLUMNS, COLUMNS),) * 2, text=noise(5, 2, 3, 5))
+ROWS = {name: noise(seed, 2, COUNT).softmax(-1) for seed, name in enumerate(("question", "first_query", "raters"), 20)}
 OTHER = {
     "keys": {"keys": noise(11, 2, COUNT, 4)},
     "features": {"features": noise(12, 2, COUNT, 5)},
@@ -88,6 +97,7 @@ OTHER = {
     "columns": {"facts": dataclasses.replace(PLACED, columns=5)},
     "pixels": {"facts": dataclasses.replace(PLACED, pixels=plain(14))},
     "text": {"facts": dataclasses.replace(PLACED, text=noise(15, 2, 4, 5))},
+    **{name: {"rows": {**ROWS, name: noise(30, 2, COUNT).softmax(-1)}} for name in ROWS},
     "grids": {"facts": dataclasses.replace(PLACED, grids=((COUNT // 4, 4),) * 2)},
 }
 

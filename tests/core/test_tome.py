@@ -355,3 +355,30 @@ def test_attention_without_a_mask_needs_beta_zero():
         session._stacks[0]._masks = lambda block: False  # attention switched behind our back
         with pytest.raises(saint.UnsupportedModelError, match="beta=1"):
             testing.run(model, inputs)
+
+
+def test_diffrate_leaves_the_published_numbers_block_by_block():
+    """With the class token: 197 behind the first block of DeiT-S, then 194 to 56, and half of these where it leaves 3."""
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", embed_dim=24, num_heads=2, depth=12).eval()
+    images = {"x": noise(2, 3, 224, 224)}
+    with saint.pruned(model, "vit/diffrate") as session:
+        testing.run(model, images)
+        trace = session.trace
+    assert [entry.layer for entry in trace] == list(range(1, 12))
+    left = [{n + 1 for n in entry.tokens_out.tolist()} for entry in trace]
+    assert left == [{n} for n in (194, 176, 156, 141, 133, 121, 107, 88, 64, 56, 29)]
+    assert trace[-1].into is not None
+    assert "merged oracle" in testing.check_oracle(model, saint.plan("vit/diffrate"), images)
+
+
+@pytest.mark.parametrize("side", [16, 32, 48, 96])
+def test_diffrate_takes_other_numbers_of_patches(side):
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", embed_dim=24, num_heads=2, depth=12, img_size=side).eval()
+    with saint.pruned(model, "vit/diffrate") as session:
+        assert testing.run(model, {"x": noise(1, 3, side, side)})
+        assert int(session.trace[-1].tokens_out) >= 1

@@ -284,8 +284,9 @@ def test_drafts_are_no_candidates_in_a_text_model():
         assert session.trace[0].tokens_in.tolist() == [6]
 
 
-def test_a_method_that_asks_the_last_token_refuses_drafts(llava):
-    plan = saint.Plan(language=saint.Stage(saint.methods.FastV(keep=0.5), layers=[1]))
+@pytest.mark.parametrize("method", [saint.methods.FastV, saint.methods.PriorTR, saint.methods.SparseVLM])
+def test_a_method_that_asks_tokens_of_the_prompt_refuses_drafts(llava, method):
+    plan = saint.Plan(language=saint.Stage(method(keep=0.5), layers=[1]))
     with saint.pruned(llava, plan), pytest.raises(ValueError, match="drafts"):
         llava.generate(**prompts(LLAVA, llava, BATCH[:1]), max_new_tokens=4, prompt_lookup_num_tokens=3, **GREEDY)
 
@@ -344,14 +345,15 @@ def test_documents_of_a_packed_row_are_samples_of_their_own(models, name, plan):
                     assert torch.equal(entry.kept[index], single.kept[0])
 
 
-def test_packed_rows_that_are_not_apart_are_refused(llava):
+@pytest.mark.parametrize("method", [saint.methods.FastV, saint.methods.PriorTR, saint.methods.SparseVLM])
+def test_packed_rows_that_are_not_apart_are_refused(llava, method):
     _, row, _ = packed(LLAVA, llava, [(3, "0", 5), (6, "0", 4)])
     two = {name: value if isinstance(value, bool) else torch.cat([value, value]) for name, value in row.items()}
-    fastv = saint.Plan(language=saint.Stage(saint.methods.FastV(keep=0.5), layers=[1]))
+    asks = saint.Plan(language=saint.Stage(method(keep=0.5), layers=[1]))
     with torch.no_grad():
         with saint.pruned(llava, CONNECT), pytest.raises(ValueError, match="packed into each of 2 rows"):
             llava(**two)
-        with saint.pruned(llava, fastv), pytest.raises(ValueError, match="packed into one row"):
+        with saint.pruned(llava, asks), pytest.raises(ValueError, match="packed into one row"):
             llava(**row)
 
 

@@ -1,14 +1,14 @@
-"""One row of a layer's attention: the last prompt token over everything the layer sees.
+"""Some rows of a layer's attention: those of a few prompt tokens over everything the layer sees.
 
-Fused attention stays on and no L x L matrix is made: the layer's own attention module runs a second time, on the last token
+Fused attention stays on and no L x L matrix is made: the layer's own attention module runs a second time, on the tokens that ask
 alone, with its eager implementation, which returns weights. Projections, norms, rotary tables, head groups, scaling, soft
 caps and sinks are therefore the model's own; the keys are those the layer has just cached.
 
-Letters: B batch, H heads, S tokens of the sequence, T entries of the cache with the sequence, C channels.
+Letters: B batch, H heads, S tokens of the sequence, R that ask, T entries of the cache with the sequence, C channels.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,12 +21,13 @@ from ..tokens import TokenMap
 from ..upstream.names import ATTENTION, CACHE, HIDDEN, IMPLEMENTATION, MASK, POSITIONS, ROTARY, Parameters, Role
 from .masks import lets_through
 from .positions import gather_ids, gather_rotary
+from .queries import LAST, Askers
 
 _ARGUMENTS = (HIDDEN, ROTARY, MASK, CACHE)
 
 
 def check_attention(layer: nn.Module, path: str, flash: bool) -> None:
-    """Raise ``UnsupportedModelError`` unless :func:`last_row` can work on this layer."""
+    """Raise ``UnsupportedModelError`` unless :func:`rows` can work on this layer."""
     attention = ATTENTION.get(layer)
     why = None
     if attention is None or IMPLEMENTATION.of(getattr(attention, "config", None)) is None:
@@ -39,19 +40,20 @@ def check_attention(layer: nn.Module, path: str, flash: bool) -> None:
             why = 'its sliding window shows in no mask under flash attention: load the model with attn_implementation="sdpa"'
     if why is not None:
         raise UnsupportedModelError(
-            f"the attention of the last token cannot be computed at {path} ({type(layer).__name__}): {why}; use a layer or a "
+            f"the attention of single tokens cannot be computed at {path} ({type(layer).__name__}): {why}; use a layer or a "
             "method that does without"
         )
 
 
-def last_row(
+def rows(
     layer: nn.Module,
     path: str,
     call: tuple[Parameters, dict[str, Any]] | None,
     held: tuple[Tensor, Tensor],
     valid: Tensor | None,
-) -> Tensor:
-    """Attention of each sample's last real token, averaged over heads, over the tokens of the sequence.
+    who: Callable[[Tensor], Askers],
+) -> dict[str, Tensor]:
+    """Attention of some tokens of each sample, averaged over heads and tokens, over the tokens of the sequence.
 
     Args:
         layer: has just run.
@@ -59,9 +61,10 @@ def last_row(
         call: how its attention spells its arguments, and those it ran with; None when it did not run.
         held: keys and values of the layer, the sequence's last, [B, H, T, D].
         valid: bool [B, S], False for padding that we added; None when there is none.
+        who: of the tokens that are no padding, bool [B, S], those that ask.
 
     Returns:
-        float32 [B, S], from probabilities of the model's dtype.
+        By name, float32 [B, S], from probabilities of the model's dtype.
 
     Raises:
         HookNeverFiredError: the attention did not run.
@@ -72,31 +75,35 @@ def last_row(
         raise HookNeverFiredError(f"the attention of {path} was not called, so its queries are not known")
     parameters, given = call
     hidden, mask = HIDDEN.read(given).detach(), MASK.read(given)
-    batch, count = hidden.shape[:2]
+    (batch, count), total = hidden.shape[:2], held[0].shape[2]
+    mask = None if mask is None else mask[..., :total]  # of a static layer more is shown than is filled
     real = _real(mask, batch, count, hidden.device)
-    real = real if valid is None else real & valid
-    place = torch.arange(count, device=hidden.device)
-    last = torch.where(real, place, -1).amax(1).clamp_min(0).unsqueeze(1)  # [B, 1]
-    one = TokenMap(last, (1,) * batch, (count,) * batch, count)
+    slots, weights = who(real if valid is None else real & valid)
+    asked = slots.shape[1]
+    some = TokenMap(slots, (asked,) * batch, (count,) * batch, count)
     changes: dict[Role, Any] = {
-        HIDDEN: gather_tokens(hidden, last, 0),  # [B, 1, C]
-        ROTARY: gather_rotary(ROTARY.read(given), one),
-        MASK: _row(mask, last, hidden.dtype, valid, held[0].shape[2]),
+        HIDDEN: gather_tokens(hidden, slots, 0),  # [B, R, C]
+        ROTARY: gather_rotary(ROTARY.read(given), some),
+        MASK: _mask(mask, slots, hidden.dtype, valid, count, total, causal=weights.keys() != {LAST}),
         CACHE: _Held(held),
     }
     if isinstance(ids := POSITIONS.read(given), Tensor):
-        changes[POSITIONS] = gather_ids(ids, one)
+        changes[POSITIONS] = gather_ids(ids, some)
     again = given
     for role, value in changes.items():
         again = parameters.put(again, role, value)
     with torch.no_grad(), _eager(attention) as eager:
-        weights = eager.forward(**again)[1]
-    if not isinstance(weights, Tensor) or weights.shape[:1] + weights.shape[2:] != (batch, 1, held[0].shape[2]):
+        seen = eager.forward(**again)[1]
+    if not isinstance(seen, Tensor) or seen.shape[:1] + seen.shape[2:] != (batch, asked, total):
         raise UnsupportedModelError(
             f"the attention of {path} ({type(attention).__name__}) returned no attention weights of its eager "
-            "implementation, so the row of the last token is not known; use a method that does without"
+            "implementation, so what single tokens attend to is not known; use a method that does without"
         )
-    return weights.float().mean(1)[:, 0, -count:]  # [B, H, 1, T] -> [B, S]
+    found = seen.float().mean(1)[..., -count:]  # [B, H, R, T] -> [B, R, S]
+    return {
+        name: found[:, 0] if weight is None else (weight.unsqueeze(-1) * found).sum(1)
+        for name, weight in weights.items()
+    }
 
 
 class _Held:
@@ -149,17 +156,40 @@ def _real(mask: Tensor | None, batch: int, count: int, device: torch.device) -> 
     return lets_through(own).expand(batch, count)
 
 
-def _row(mask: Tensor | None, last: Tensor, dtype: torch.dtype, valid: Tensor | None, total: int) -> Tensor | None:
-    """The additive mask of one query per sample, [B, 1 or H, 1, T]; ``valid`` [B, S] is used where causality masks alone."""
-    if mask is None:
-        if valid is None:
+def _mask(
+    mask: Tensor | None,
+    slots: Tensor,
+    dtype: torch.dtype,
+    valid: Tensor | None,
+    count: int,
+    total: int,
+    *,
+    causal: bool,
+) -> Tensor | None:
+    """The additive mask of some queries, [B, 1 or H, 1 or R, T].
+
+    Args:
+        mask: of the sequence, as the layer was given it.
+        slots: of the queries, int64 [B, R].
+        dtype: of the hidden states.
+        valid: bool [B, S], for where causality masks alone.
+        count: S.
+        total: T.
+        causal: there are others than last tokens, from which causality hides something.
+    """
+    if mask is None or mask.ndim == 2:
+        if mask is None and valid is not None:
+            # padding stands behind what was there
+            mask = torch.nn.functional.pad(valid, (total - count, 0), value=True)  # [B, T]
+        shown = None if mask is None else mask.bool()[:, None, None]  # [B, 1, 1, T]
+        if causal:
+            before = torch.arange(total, device=slots.device) <= (slots + total - count).unsqueeze(-1)  # [B, R, T]
+            shown = before.unsqueeze(1) if shown is None else before.unsqueeze(1) & shown
+        if shown is None:
             return None  # nothing is hidden from a last token
-        # padding stands behind what was there
-        mask = torch.nn.functional.pad(valid, (total - valid.shape[1], 0), value=True)  # [B, T]
-    if mask.ndim == 2:
-        mask = mask.bool()[:, None, None]  # [B, 1, 1, T]
+        mask = shown
     elif mask.shape[2] > 1:
-        mask = gather_along(mask, last, 2)  # [B, 1 or H, 1, T]
+        mask = gather_along(mask, slots, 2)  # [B, 1 or H, R, T]
     if mask.is_floating_point():
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)

@@ -245,6 +245,18 @@ def filled(cache: Any) -> bool:
     return bool(length)
 
 
+def filled_of(shown: tuple[Tensor, Tensor], cache: Any, layer: int) -> tuple[Tensor, Tensor]:
+    """Of the keys and values [B, H, T, D] that a layer of a cache shows behind a call, those that are filled.
+
+    A static layer shows all of its places, the first of which are filled; the call's own are the last of these.
+    """
+    entry = None if cache is None else cache.layers[layer]
+    if not isinstance(entry, StaticLayer) or entry.keys is None or entry.keys.shape[2] != shown[0].shape[2]:
+        return shown
+    end = entry.stored if isinstance(entry, StaticRagged) else int(entry.get_seq_length())
+    return shown[0][:, :, :end], shown[1][:, :, :end]
+
+
 @dataclass(frozen=True)
 class KVMemory:
     """Bytes of keys and values cached by the last prompt, and what the unpruned model would cache."""

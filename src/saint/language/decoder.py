@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ from ..upstream.names import (
     ALL_STATES,
     ATTENTION,
     CACHE,
+    EMBEDDINGS,
+    IDS,
     IMPLEMENTATION,
     JOINED,
     LAST_ROWS,
@@ -46,13 +48,14 @@ from ..upstream.names import (
     Parameters,
 )
 from ..upstream.versions import known_from
-from .attention import check_attention, last_row
-from .cache import CacheView, RaggedLayer, check_cache, filled, ragged_layer
+from .attention import check_attention, rows
+from .cache import CacheView, RaggedLayer, check_cache, filled, filled_of, ragged_layer
 from .call import REQUIRED, Call, Spelling
 from .entries import CachePositions, SessionToken, extended, remaining
 from .layers import Keeps
 from .masks import DENSE, FLASH, survivors_mask, weighed
 from .positions import gather_beside, gather_ids, gather_rotary, rotary_like
+from .queries import QUERIES, RATERS, Askers, askers, raters
 from .recurrent import filled_state, in_front
 from .static import StaticRagged, places_by
 
@@ -127,6 +130,7 @@ class DecoderForward(Forward):
         joined: layers behind which the model itself works on the full sequence (DeepStack).
         held: of layers whose keys others read, what they held in front of this forward.
         gaps: of the cache in front of this forward.
+        embeddings: what enters, [B, S, C], where methods ask tokens that are chosen by it.
     """
 
     all_states: bool = False
@@ -135,6 +139,10 @@ class DecoderForward(Forward):
     gaps: Gaps | None = None
     views: dict[int, CacheView] = field(default_factory=dict)
     calls: dict[int, tuple[Parameters, dict[str, Any]]] = field(default_factory=dict)
+    embeddings: Tensor | None = None
+
+    def told(self) -> Self:
+        return replace(super().told(), embeddings=None)
 
 
 class PrunedDecoder(LayerStack[DecoderForward, Call]):
@@ -217,7 +225,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
                 f"sequences; load the model with one of {', '.join(sorted(DENSE | FLASH))}"
             )
         for index, point in self.points.items():
-            if "last_query" in point.needs:
+            if point.needs & QUERIES:
                 check_attention(self.modules[index], f"{self.path} layer {index}", implementation in FLASH)
             if point.method is not None and point.method.size_bias() and implementation in FLASH:
                 raise UnsupportedModelError(
@@ -297,7 +305,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         if view is None:
             return None
         given = parameters.named(args, kwargs)
-        if "last_query" in self.points[layer].needs:
+        if self.points[layer].needs & QUERIES:
             forward.calls[layer] = parameters, given
         if CACHE.read(given) is not None:
             return None
@@ -336,6 +344,9 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         wanted = ALL_STATES.read(kwargs, ALL_STATES.get(self.module.config))
         forward.all_states = wanted is not None and wanted is not False
         forward.origin, forward.facts, forward.joined = state, facts, _joined(JOINED.read(kwargs))
+        if RATERS in self.needs:
+            x, module = EMBEDDINGS.read(kwargs), cast(Any, self.module)
+            forward.embeddings = module.get_input_embeddings()(IDS.read(kwargs)) if x is None else x
         self._refuse_scaled(state.tokens.width + (0 if cache is None else int(cache.get_seq_length())))
         self.begin_layers(forward, state, None)
         # between layers the model would cut the last rows off a sequence that is shortened
@@ -419,10 +430,25 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
             raise HookNeverFiredError(f"{name} put no keys into its cache, so there is nothing to score")
         if view.keys.shape[2] != count:
             raise HookNeverFiredError(f"{name} cached {view.keys.shape[2]} keys for a sequence of {count} tokens")
-        row = None
-        if "last_query" in point.needs:
-            row = last_row(self.modules[layer], name, attended, view.held, state.tokens.valid)
-        return out, Seen(view.keys.detach().mean(1, dtype=torch.float32), row)
+        found = {}
+        if point.needs & QUERIES:
+            who = partial(self._askers, forward, point.needs, state)
+            held = filled_of(view.held, cache, layer)
+            found = rows(self.modules[layer], name, attended, held, state.tokens.valid, who)
+        return out, Seen(view.keys.detach().mean(1, dtype=torch.float32), found)
+
+    @staticmethod
+    def _askers(forward: DecoderForward, needs: frozenset[str], state: LayerState, real: Tensor) -> Askers:
+        """Of the tokens that are no padding, bool [B, S], those that methods want asked."""
+        origin, embeddings = forward.origin, forward.embeddings
+        assert origin is not None
+
+        def near(text: Tensor) -> Tensor:
+            assert embeddings is not None
+            found: Tensor = forward.once("raters", partial(raters, embeddings, origin, text), origin)
+            return found
+
+        return askers(needs, real, state, origin, near)
 
     def unpruned(self, forward: DecoderForward, layer: int, original: Callable[..., Any], x: Tensor, call: Call) -> Any:
         call = replace(call, mask=self.over_gap(forward.gaps, layer, x, call.mask))

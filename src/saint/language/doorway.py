@@ -40,8 +40,9 @@ from .decoder import PrunedDecoder
 from .entries import CachePositions, SessionToken
 from .logical import Held, held_by, hold, inside
 from .masks import DENSE, FLASH
-from .static import fitted, places_by
+from .queries import QUERIES
 from .shortening import RECURRENT, Reach, Short, Span, documents, masks_of, reaches, real_tokens, shown_before
+from .static import fitted, places_by
 
 
 @dataclass
@@ -341,9 +342,9 @@ class Doorway(Decider[DoorForward]):
             padding = padding if real is None else counts[-1]
             state = some_tokens(visual, lengths)
         else:
-            if self.decoder is not None and "last_query" in self.decoder.needs:
+            if self.decoder is not None and self.decoder.needs & QUERIES:
                 raise ValueError(
-                    "several documents are packed into one row, and a method of the language stage asks the last token of the "
+                    "several documents are packed into one row, and a method of the language stage asks the end of the "
                     "row: use a method that does without, or pass each document as a row of its own with an attention_mask"
                 )
             state = packed_tokens(visual, packed)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..patch import override
 from ..upstream.names import BATCHING, CACHE, DRAFTS, GENERATE, PIECE, PREFILL, PerClass
 from .doorway import Doorway, Pieces
+from .queries import QUERIES
 
 Whole = Callable[[Tensor, dict[str, Any]], Tensor | None]
 
@@ -89,9 +90,9 @@ def _generate(original: Callable[..., Any], door: Doorway) -> Callable[..., Any]
 
 def _drafts(original: Callable[..., Any], door: Doorway) -> Callable[..., Any]:
     def drafts(generation_config: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if door.decoder is not None and "last_query" in door.decoder.needs:
+        if door.decoder is not None and door.decoder.needs & QUERIES:
             raise ValueError(
-                "a method of the language stage asks the last token of the prompt, behind which assisted decoding puts drafts: "
+                "a method of the language stage asks the end of the prompt, behind which assisted decoding puts drafts: "
                 "use a method that does without, or generate without drafts"
             )
         door.handover.prompt = input_ids.shape[1]

@@ -17,6 +17,7 @@ from .base import Method
 if TYPE_CHECKING:  # what type checkers and editors are told
     from .apet import ApET as ApET
     from .cdpruner import CDPruner as CDPruner
+    from .d2pruner import D2Pruner as D2Pruner
     from .dart import DART as DART
     from .divprune import DivPrune as DivPrune
     from .duplicates import Duplicates as Duplicates
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # what type checkers and editors are told
     from .mmr import MMR as MMR
     from .otprune import OTPrune as OTPrune
     from .pitome import PiToMe as PiToMe
+    from .priortr import PriorTR as PriorTR
     from .pyramiddrop import PyramidDrop as PyramidDrop
     from .random import Random as Random
     from .resize import Resize as Resize
@@ -35,6 +37,7 @@ if TYPE_CHECKING:  # what type checkers and editors are told
     from .saint_full_graph import SaintFullGraph as SaintFullGraph
     from .saint_video import SaintVideo as SaintVideo
     from .scope import SCOPE as SCOPE
+    from .sparsevlm import SparseVLM as SparseVLM
     from .tome import ToMe as ToMe
 
 _BUILTIN = {module.name for module in pkgutil.iter_modules(__path__)} - {"base"}

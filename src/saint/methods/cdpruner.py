@@ -28,6 +28,9 @@ class CDPruner(Greedy):
 
     keep: int | float = 0.25  # survivors: a number (int) or a fraction of the candidates (float)
 
+    def flops(self, before: int, after: int, dim: int) -> float:
+        return super().flops(before, after, dim) + before * after**2  # rows of the factorisation
+
     def gain(self, candidates: Candidates) -> greedy.Gain:
         weight = relevance(candidates)
         return greedy.Volume(weight.unsqueeze(2) * greedy.cosines(candidates.features) * weight.unsqueeze(1))

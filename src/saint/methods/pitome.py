@@ -44,6 +44,9 @@ class PiToMe(ToMe):
         super().__post_init__()
         check_number("margin", self.margin, 0, 1, "the published value is 0.9")
 
+    def flops(self, before: int, after: int, dim: int) -> float:
+        return 2 * before**2 * dim  # cosines of all pairs
+
     def select(self, candidates: Candidates) -> Selection | None:
         tokens, drop = candidates.tokens, self.merged(candidates)
         if not any(drop):

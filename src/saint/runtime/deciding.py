@@ -6,7 +6,7 @@ model (``language.doorway``).
 Letters: Q sequences, S tokens of a sequence, P prefix tokens, B samples, N candidates, C channels, D head dim.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -29,11 +29,11 @@ class Seen(NamedTuple):
 
     Attributes:
         keys: attention keys averaged over heads, of the tokens behind the prefix, [Q, S, D].
-        attention: attention of the last prompt token, float32 [Q, S], where it is needed.
+        rows: attention of tokens that a method wants asked, by what it needs, float32 [Q, S].
     """
 
     keys: Tensor
-    attention: Tensor | None = None
+    rows: Mapping[str, Tensor] = {}
 
 
 class Decision(NamedTuple):
@@ -164,13 +164,11 @@ class Decider(Uncopyable, Generic[F]):
         keys, features = state.of_candidates(seen.keys), state.of_candidates(features.detach())
         if point.step == 0 and point.method is not None and reads_are_free(keys.device):
             refuse_non_finite(keys, partial(self.where, point))
-        attention = seen.attention
-        if attention is not None:
-            attention = state.of_candidates(attention.unsqueeze(-1)).squeeze(-1)
+        rows = {name: state.of_candidates(row.unsqueeze(-1)).squeeze(-1) for name, row in seen.rows.items()}
         counted = state.counted
         assert forward.facts is not None
         facts = forward.facts.at(counted.index)
-        shown = Candidates(keys, features, counted, point.step, point.steps, attention, facts)
+        shown = Candidates(keys, features, counted, point.step, point.steps, rows.pop("last_query", None), facts, rows)
         with self.scoring:
             selection = self._asked(point, shown)
         after, tokens = state, None

@@ -48,7 +48,7 @@ class Observer:
 
     An observer may have two attributes. ``layers``: in which layers ``candidates`` is wanted: a list of ints or "all"; without
     it those in which the plan drops, and all where the plan is empty. ``needs``: what shall be computed for it, as for methods:
-    ``{"last_query"}`` fills ``candidates.attention`` in the language stage.
+    ``{"last_query"}`` fills ``candidates.attention`` in the language stage, other tokens of the prompt ``candidates.rows``.
     """
 
     def candidates(self, stage: str, layer: int, candidates: Candidates) -> None:

@@ -86,6 +86,7 @@ def select_some(method: Pruner, candidates: Candidates, some: list[int]) -> Sele
             tokens=part,
             attention=attention,
             facts=candidates.facts.of_samples(some),
+            rows={name: row[pick] for name, row in candidates.rows.items()},
         )
     )
     if chosen is None:
