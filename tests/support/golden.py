@@ -22,7 +22,9 @@ HOME = Path(__file__).parents[1] / "golden"
 RELATIVE, ABSOLUTE = 2e-4, 1e-6
 ROUGH = 2e-3  # of logarithms of what a fit leaves over, where other processors round otherwise
 NOISE = 1e-5  # errors of rounding, as they are printed
-SIMULATED = 5e-3  # of a share of some hundred simulations: rounding turns over one or two that are level with what was measured
+SIMULATED = (
+    5e-3  # of shares of some hundred simulations: rounding turns over one or two that are level with the measured
+)
 LONG = 16  # numbers; a longer list is told by its ends and its mean
 # facts of the machine, the day and the releases, by the name of the entry
 LEFT_OUT = {
@@ -146,9 +148,9 @@ def differences(want: Any, got: Any, path: str = "", exact: bool = False) -> lis
         ]
     if isinstance(want, str) and isinstance(got, str):
         shares = [[float(found) for found in _SHARE.findall(text)] for text in (want, got)]
-        if not exact and len(shares[0]) == len(shares[1]):
-            if all(abs(a - b) <= SIMULATED for a, b in zip(*shares, strict=True)):
-                want, got = _SHARE.sub("p = #", want), _SHARE.sub("p = #", got)
+        near = len(shares[0]) == len(shares[1]) and all(abs(a - b) <= SIMULATED for a, b in zip(*shares, strict=True))
+        if near and not exact:
+            want, got = _SHARE.sub("p = #", want), _SHARE.sub("p = #", got)
         same = (
             want == got
             if exact

@@ -1,8 +1,9 @@
 """Static caches behind a plan: each layer is allocated at what it will hold.
 
-Where tokens leave in front of the language model, its layers have fewer places (``fitted``). A static layer of transformers behind a drop point becomes an instance of a class of its own kind that has fewer places. As a
-ragged layer (``cache``) it reports the *logical* length and knows which positions its entries hold; lengths that change from step
-to step are tensors where upstream's are, so a compiled step stays one graph. ``reset`` makes it what it was.
+Where tokens leave in front of the language model, its layers have fewer places (:func:`fitted`). A static layer of transformers
+behind a drop point becomes an instance of a class of its own kind that has fewer places. As a ragged layer (``cache``) it reports
+the *logical* length and knows which positions its entries hold; lengths that change from step to step are tensors where
+upstream's are, so a compiled step stays one graph. ``reset`` makes it what it was.
 
 Letters: B batch, H KV heads, K stored entries, S survivors of a new sequence, W sliding window, D head dim.
 """
@@ -17,7 +18,6 @@ from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLaye
 from ..gathers import gather_along
 from ..tokens import Selection
 from .entries import CachePositions, SessionToken
-
 
 _PLACES = 64  # a number by votes is rounded up to a multiple of it, so that few shapes are compiled
 
