@@ -32,7 +32,7 @@ from ..runtime.forwards import PerThread
 from ..runtime.observe import Observers
 from ..runtime.points import DropPoint
 from ..runtime.state import Forward, LayerState, packed_tokens, some_tokens
-from ..tokens import Facts, Selection, TokenMap
+from ..tokens import Facts, Selection, TokenMap, Tower
 from ..upstream.names import CACHE, EMBEDDINGS, IDS, IMPLEMENTATION, LAYERS, MASK, POSITIONS, Parameters
 from ..work import Stack, read_decoder
 from .cache import KVMemory, filled, memory
@@ -89,12 +89,15 @@ class Handover:
 
     Attributes:
         complete: called by the door with the note and the arguments of the decoder, before it reads the note.
+        recall: where methods ask what the vision tower showed, told by the rows of visual tokens [B, N, C] and which of them
+            are real, bool [B, N].
     """
 
     def __init__(self) -> None:
         self._own, self._note = threading.local(), PerThread(Note)
         self._compiled_pieces: Pieces | None = None
         self.complete: Callable[[Note, Mapping[str, Any]], None] = lambda note, given: None
+        self.recall: Callable[[Tensor, Tensor], Tower | None] = lambda rows, real: None
 
     @property
     def pieces(self) -> Pieces | None:
@@ -349,9 +352,9 @@ class Doorway(Decider[DoorForward]):
             left = () if gone is None else packed_tokens(visual & ~gone, packed, len(lengths)).stage_total
         assert state.places is not None
         cells = None if note.cells is None else note.cells.flatten()[state.places[..., 0]]
-        forward.facts = Facts(
-            cells=cells, text=_text(x, visual, real, packed) if x is not None and self.wants_text else None
-        )
+        text = _text(x, visual, real, packed) if x is not None and self.wants_text else None
+        tower = self._tower(x, state, gone) if x is not None and self.wants_tower else None
+        forward.facts = Facts(cells=cells, text=text, tower=tower)
         if gone is not None and left != lengths:
             state = _without(state, gone, left)
         forward.origin = state
@@ -360,6 +363,14 @@ class Doorway(Decider[DoorForward]):
                 forward, state, x if state.tokens.nothing_dropped else gather_tokens(x, state.tokens.index, 0)
             )
         return state, [n - empty for n, empty in zip(state.tokens.lengths, padding, strict=True)]
+
+    def _tower(self, x: Tensor, state: LayerState, gone: Tensor | None) -> Tower | None:
+        """Recall what the vision tower showed of the candidates: x [B, L, C], and those it dropped: gone, bool [B, L]."""
+        tokens = state.candidates
+        real = torch.ones_like(tokens.index, dtype=torch.bool) if tokens.valid is None else tokens.valid
+        if gone is not None:
+            real = real & ~state.of_candidates(gone.unsqueeze(-1)).squeeze(-1)
+        return self.handover.recall(state.of_candidates(x.detach()), real)
 
     def _shortened(
         self,

@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # what type checkers and editors are told
     from .saint_video import SaintVideo as SaintVideo
     from .scope import SCOPE as SCOPE
     from .tome import ToMe as ToMe
+    from .visionzip import VisionZip as VisionZip
 
 _BUILTIN = {module.name for module in pkgutil.iter_modules(__path__)} - {"base"}
 
