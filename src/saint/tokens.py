@@ -82,13 +82,15 @@ class Selection:
     """Which slots stay: int64 [B, K] ascending within the first ``lengths[b]``, then padding.
 
     Of merging methods, and of smaller pictures, ``owner`` says for each current slot which new slot it becomes part of, int64
-    [B, N].
+    [B, N]. In the connector stage ``adds`` says what is added to the embedding of each that stays, as weights of the embeddings
+    of all candidates, float32 [B, K, N]; 0 at padding.
     """
 
     slots: Tensor
     lengths: tuple[int, ...]
     valid: Tensor | None = None
     owner: Tensor | None = None
+    adds: Tensor | None = None
 
     def mask(self, count: int) -> Tensor:
         """bool [B, N], True for the slots that stay, of ``count``."""
@@ -169,11 +171,12 @@ class Selection:
         return Selection.from_mask(torch.empty_like(stay).scatter_(1, order, stay), lengths)
 
 
-# what a method in front of a language model may ask of the vision tower, at the layers that it looks at: attention of the class
-# token, mean over heads (received attention where there is no class token); attention received, mean over heads and all tokens of
-# the picture; keys, mean over heads
-TOWER_CLASS, TOWER_RECEIVED, TOWER_KEYS = "tower_class", "tower_received", "tower_keys"
-TOWER_ATTENTION = frozenset({TOWER_CLASS, TOWER_RECEIVED})
+# what a method in front of a language model may ask of the vision tower, at the layers that it looks at: attention received, mean
+# over heads and all tokens of the picture; that of the class token, mean over heads; the same of all heads as one, of their
+# queries and keys side by side; keys, mean over heads. Where there is no class token, attention received stands for its attention
+TOWER_RECEIVED, TOWER_CLASS, TOWER_JOINED = "tower_received", "tower_class", "tower_joined"
+TOWER_KEYS = "tower_keys"
+TOWER_ATTENTION = frozenset({TOWER_RECEIVED, TOWER_CLASS, TOWER_JOINED})
 TOWER = TOWER_ATTENTION | {TOWER_KEYS}
 
 
@@ -186,14 +189,14 @@ class Tower:
         depth: layers of the tower.
         read: the layer behind which the language model's features are read.
         place: of the candidate in its picture, row by row, int64 [B, N].
-        columns: of the grid of its picture, int64 [B, N]; 0: not known.
+        grid: rows and columns of its picture, int64 [B, N, 2]; 0: not known.
     """
 
     shown: Mapping[tuple[str, int], Tensor]
     depth: int
     read: int
     place: Tensor
-    columns: Tensor
+    grid: Tensor
 
     def attention(self, what: str, layer: int) -> Tensor:
         """Attention that the candidates get at a layer, float32 [B, N]."""
@@ -202,7 +205,7 @@ class Tower:
     def __getitem__(self, rows: Any) -> "Tower":
         """Those of some candidates: ``rows`` index the samples, or samples and slots."""
         shown = {what: value[rows] for what, value in self.shown.items()}
-        return replace(self, shown=shown, place=self.place[rows], columns=self.columns[rows])
+        return replace(self, shown=shown, place=self.place[rows], grid=self.grid[rows])
 
 
 @dataclass(frozen=True)
@@ -286,6 +289,8 @@ class LayerTrace:
             part of by now.
         placement: tokens left "input": in front of ``layer``, "mid": between its attention and its MLP, "post": behind it.
         group: 0-based number of the plan's stage in its slot.
+        adds: in the connector stage, of methods that change what stays, B float32 tensors [kept, original candidates]: weights
+            of the embeddings that were added to each of ``kept``.
     """
 
     stage: str
@@ -296,6 +301,7 @@ class LayerTrace:
     into: list[Tensor] | None = field(default=None, repr=False)
     placement: str = "post"
     group: int = 0
+    adds: list[Tensor] | None = field(default=None, repr=False)
 
 
 def all_but(order: Tensor, drop: Sequence[int], count: int, valid: Tensor | None = None, *, stride: int = 1) -> Tensor:

@@ -7,7 +7,23 @@ import torch
 
 import saint
 from saint import testing
-from saint.methods import DART, MMR, SCOPE, ApET, CDPruner, DivPrune, FastV, Grid, OTPrune, PyramidDrop, Random
+from saint.methods import (
+    DART,
+    MMR,
+    SCOPE,
+    ApET,
+    CDPruner,
+    DivPrune,
+    FastV,
+    Grid,
+    HiPrune,
+    OTPrune,
+    PruMerge,
+    PyramidDrop,
+    Random,
+    VisionZip,
+    VisPruner,
+)
 from saint.plans import Plan, Stage
 from saint.tokens import Candidates, Selection, TokenMap
 from support.families import FAMILIES, IMAGE, cache_of, cached, checkpoint, prompts
@@ -28,6 +44,10 @@ DROPPING = {
     "pyramiddrop": PyramidDrop(0.4),
     "scope": SCOPE(0.4),
     "dart": DART(0.4, pivots=3),
+    "visionzip": VisionZip(0.4),
+    "vispruner": VisPruner(0.4),
+    "hiprune": HiPrune(0.4, alpha=0.5),
+    "prumerge": PruMerge(0.4),
 }
 MIXED = [[4, "0", 3, "1", 2], [9], [2, "1", 3]]  # several images, none, one
 

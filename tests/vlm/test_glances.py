@@ -55,8 +55,8 @@ def shown(model, inputs, method=Looking(0.5), **slots):  # frozen
         model(**inputs)
     (candidates,) = SEEN
     tower, valid = candidates.facts.tower, candidates.tokens.valid
-    flat = [v.flatten(0, 1) if valid is None else v[valid] for v in (*tower.shown.values(), tower.place, tower.columns)]
-    return dict(zip((*tower.shown, "place", "columns"), flat, strict=True)), tower
+    flat = [v.flatten(0, 1) if valid is None else v[valid] for v in (*tower.shown.values(), tower.place, tower.grid)]
+    return dict(zip((*tower.shown, "place", "grid"), flat, strict=True)), tower
 
 
 class Softmax(TorchFunctionMode):
@@ -144,7 +144,7 @@ def test_places_count_along_the_grid_of_each_picture():
     got, _ = shown(model, inputs)
     grids = [(rows // 2, columns // 2) for _, rows, columns in inputs["image_grid_thw"].tolist()]
     assert got["place"].tolist() == [i for rows, columns in grids for i in range(rows * columns)]
-    assert got["columns"].tolist() == [columns for rows, columns in grids for _ in range(rows * columns)]
+    assert got["grid"].tolist() == [[rows, columns] for rows, columns in grids for _ in range(rows * columns)]
 
 
 @pytest.mark.parametrize("name", ["llava-llama", "qwen2.5-vl", "internvl"])

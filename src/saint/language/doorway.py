@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
 
 from ..errors import HookNeverFiredError, UnsupportedModelError
-from ..gathers import gather_tokens, is_dropped
+from ..gathers import full_length, gather_tokens, is_dropped
 from ..patch import override, refuse_replicas, refuse_tracing
 from ..runtime.deciding import Decider
 from ..runtime.forwards import PerThread
@@ -69,15 +69,24 @@ class Note:
 
 
 class Pieces:
-    """A prompt that comes in pieces: which of its places enter, bool [B, L]."""
+    """A prompt that comes in pieces.
 
-    def __init__(self, keep: Tensor) -> None:
-        self.keep, self.start = keep, 0
+    Args:
+        keep: which of its places enter, bool [B, L].
+        rows: embeddings of its visual tokens where a method has changed them, [B, L, C]; None: they are as they come.
+        visual: where those are, bool [B, L].
+    """
 
-    def next(self, count: int) -> Tensor:
-        """The places of the next ``count``."""
-        self.start += count
-        return self.keep[:, self.start - count : self.start]
+    def __init__(self, keep: Tensor, rows: Tensor | None = None, visual: Tensor | None = None) -> None:
+        self.keep, self.rows, self.visual, self.start = keep, rows, visual, 0
+
+    def next(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Which places of the next piece enter, and its embeddings, from those that came: x [B, l, C]."""
+        piece = slice(self.start, self.start + x.shape[1])
+        self.start = piece.stop
+        if self.rows is not None and self.visual is not None:
+            x = torch.where(self.visual[:, piece, None], self.rows[:, piece].to(x), x)
+        return self.keep[:, piece], x
 
     @property
     def done(self) -> bool:
@@ -290,7 +299,8 @@ class Doorway(Decider[DoorForward]):
         packed, real = documents(given, self.module.config), None
         if self.starts_short and x is not None:
             real = _real(note, given, cache, x)
-        state, counts = self.entering(visual, x, note, packed, real)
+        state, counts, changed = self.entering(visual, x, note, packed, real)
+        given = given if changed is None else self.parameters.put(given, EMBEDDINGS, changed)
         if packed is None:
             shown = note.mask if real is None and note.mask is not None else real
             self.forward.real = visual.shape[1] if shown is None else shown[:, -visual.shape[1] :].bool()
@@ -313,7 +323,7 @@ class Doorway(Decider[DoorForward]):
         note: Note,
         packed: Tensor | None = None,
         real: Tensor | None = None,
-    ) -> tuple[LayerState, list[int]]:
+    ) -> tuple[LayerState, list[int], Tensor | None]:
         """A prompt begins: which of its tokens enter the language model.
 
         Args:
@@ -324,7 +334,8 @@ class Doorway(Decider[DoorForward]):
             real: which tokens are no padding of the caller, bool [B, L]; None: all.
 
         Returns:
-            The state in front of the language model, and how many real tokens of each row enter.
+            The state in front of the language model, how many real tokens of each row enter, and embeddings in place of ``x``
+            where a method has changed some.
 
         Raises:
             ValueError: documents are packed into several rows.
@@ -358,11 +369,14 @@ class Doorway(Decider[DoorForward]):
         if gone is not None and left != lengths:
             state = _without(state, gone, left)
         forward.origin = state
+        changed = None
         if x is not None and self.entries:
-            state, _ = self.pass_entries(
+            state, rows = self.pass_entries(
                 forward, state, x if state.tokens.nothing_dropped else gather_tokens(x, state.tokens.index, 0)
             )
-        return state, [n - empty for n, empty in zip(state.tokens.lengths, padding, strict=True)]
+            if state.adds is not None:
+                changed = torch.where(state.tokens.here.unsqueeze(-1), full_length(rows, state.tokens, 0, 0.0), x)
+        return state, [n - empty for n, empty in zip(state.tokens.lengths, padding, strict=True)], changed
 
     def _tower(self, x: Tensor, state: LayerState, gone: Tensor | None) -> Tower | None:
         """Recall what the vision tower showed of the candidates: x [B, L, C], and those it dropped: gone, bool [B, L]."""
@@ -410,7 +424,8 @@ class Doorway(Decider[DoorForward]):
     def _piece(self, pieces: Pieces, note: Note, given: dict[str, Any], cache: Any, held: Held | None) -> Passage:
         """The next piece of a prompt whose tokens have been decided on."""
         x = EMBEDDINGS.read(given)
-        keep = pieces.next(x.shape[1])
+        keep, x = pieces.next(x)
+        given = given if pieces.rows is None else self.parameters.put(given, EMBEDDINGS, x)
         if bool(keep.all()):
             passage = Passage(given, cache) if held is None else self._step(note, given, cache, held, padded=True)
         else:

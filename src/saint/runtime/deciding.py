@@ -15,7 +15,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..gathers import gather_tokens, merge_tokens, merged_sizes
+from ..gathers import added, gather_tokens, merge_tokens, merged_sizes
 from ..patch import Uncopyable
 from ..tokens import TOWER, Candidates, Selection, reads_are_free
 from .forwards import Forwards
@@ -227,6 +227,9 @@ class Decider(Uncopyable, Generic[F]):
             return after, y
         method, slots = decision.point.method, stays.slots
         old = y
+        if selection.adds is not None:
+            rows = state.of_candidates(y[:, prefix:])
+            return after, after.put(gather_tokens(y, slots, prefix), added(rows, selection))
         if selection.owner is None or (method is not None and not method.merges):
             y = gather_tokens(y, slots, prefix)
             return self.carry(state, old[:, prefix:], after, y[:, prefix:]), y

@@ -7,12 +7,13 @@ Letters: B sequences of a call, H heads, G key heads, Q queries, N keys, D head 
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..errors import HookNeverFiredError
-from ..tokens import TOWER_CLASS
+from ..tokens import TOWER_JOINED, TOWER_RECEIVED
 from .attended import Attended, Attending
 from .state import LayerState
 
@@ -36,11 +37,13 @@ class Received:
 
     def _told(self, attended: Attended) -> None:
         with torch.no_grad():
-            made = [
-                class_attention(attended) if kind == TOWER_CLASS and self._prefix else summed(attended, self._real)
-                for kind in self._kinds
-            ]
-            self._parts.append(torch.stack(made, -1)[:, self._prefix :])
+            made = [self._made(kind, attended) for kind in self._kinds]
+        self._parts.append(torch.stack(made, -1)[:, self._prefix :])
+
+    def _made(self, kind: str, attended: Attended) -> Tensor:
+        if kind == TOWER_RECEIVED or not self._prefix:
+            return summed(attended, self._real)
+        return class_attention(joined(attended) if kind == TOWER_JOINED else attended)
 
     def take(self, count: int, name: str) -> Tensor:
         """Attention of the class token, or the sum over all queries, of each kind: float32 [B, S, kinds].
@@ -59,6 +62,15 @@ class Received:
                 'seen: load the model with attn_implementation="sdpa", or use a method that does not look at attention'
             )
         return parts.unflatten(1, (-1, count)).mean(1)  # of parallel attentions the mean
+
+
+def joined(attended: Attended) -> Attended:
+    """The same call with all heads as one, of H * D channels."""
+    query, key, mask = attended.query, attended.key, attended.mask
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    query, key = (x.transpose(1, 2).flatten(2).unsqueeze(1) for x in (query, key))
+    mask = mask[:, :1] if mask is not None and mask.ndim == 4 else mask
+    return replace(attended, query=query, key=key, mask=mask, scale=query.shape[-1] ** -0.5)
 
 
 def class_attention(attended: Attended) -> Tensor:

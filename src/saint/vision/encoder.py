@@ -26,7 +26,7 @@ from ..runtime.observe import Observers
 from ..runtime.points import DropPoint
 from ..runtime.received import Received
 from ..runtime.state import LayerState
-from ..tokens import TOWER, TOWER_ATTENTION, TOWER_CLASS, TOWER_KEYS, Selection, TokenMap
+from ..tokens import TOWER, TOWER_ATTENTION, TOWER_KEYS, TOWER_RECEIVED, Selection, TokenMap
 from ..upstream.names import LONGEST
 from ..upstream.specs import EncoderSpec, part
 from .checks import (
@@ -361,7 +361,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
             queries = torch.tensor([self.prefix + n * members for n in tokens.lengths], device=tokens.index.device)
             for kind, own in zip(self.attends[point.layer], seen.received.unbind(-1), strict=True):
                 own = state.of_candidates(own.unsqueeze(-1))  # [B, N, 1]
-                shown[kind] = own if kind == TOWER_CLASS and self.prefix else own / queries.view(-1, 1, 1)
+                shown[kind] = own if kind != TOWER_RECEIVED and self.prefix else own / queries.view(-1, 1, 1)
         if TOWER_KEYS in asked:
             shown[TOWER_KEYS] = state.of_candidates(seen.keys).float()
         return Glance(tokens, shown)

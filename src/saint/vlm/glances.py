@@ -88,9 +88,9 @@ class Glances(Uncopyable):
             for what, value in glance.shown.items()
         }
         grids = encoder.inputs.grids(forward)
-        columns = torch.tensor([columns for _, columns in grids] if grids else [0] * len(tokens.index))
-        columns = columns.to(tokens.index.device).unsqueeze(1).expand_as(tokens.index)
-        return Tower(shown, encoder.depth, self.read, order(tokens.index), order(columns))
+        grid = torch.tensor(grids or [(0, 0)] * len(tokens.index), device=tokens.index.device)
+        grid = grid.unsqueeze(1).expand(*tokens.index.shape, 2)
+        return Tower(shown, encoder.depth, self.read, order(tokens.index), order(grid))
 
     def recall(self, rows: Tensor, real: Tensor) -> Tower | None:
         """Tell what the tower showed of visual tokens; None where there are none.
@@ -114,13 +114,14 @@ class Glances(Uncopyable):
             return None
         name, all_of_them, unknown = type(self.encoder.module).__name__, int(real.sum()), int(missing.sum())
         raise UnsupportedModelError(
-            f"{unknown} of {all_of_them} visual tokens are no features that the {name} showed (newlines between rows of a picture, "
-            "pooled or changed ones), so what a method asks of it is not known: use a method that looks at features alone"
+            f"{unknown} of {all_of_them} visual tokens are no features that the {name} showed (newlines between rows of a "
+            "picture, pooled or changed ones), so what a method asks of it is not known: use a method that looks at features alone"
         )
 
 
 def _joined(one: Tower, other: Tower, where: Tensor) -> Tower:
     """``other`` where bool [B, N], else ``one``."""
-    shown = {what: torch.where(where.unsqueeze(-1), other.shown[what], value) for what, value in one.shown.items()}
-    place, columns = torch.where(where, other.place, one.place), torch.where(where, other.columns, one.columns)
-    return Tower(shown, one.depth, one.read, place, columns)
+    rows = where.unsqueeze(-1)
+    shown = {what: torch.where(rows, other.shown[what], value) for what, value in one.shown.items()}
+    place, grid = torch.where(where, other.place, one.place), torch.where(rows, other.grid, one.grid)
+    return Tower(shown, one.depth, one.read, place, grid)

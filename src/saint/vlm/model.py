@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import HookNeverFiredError, ParityError, UnsupportedModelError
 from ..gathers import DROPPED, full_length, is_dropped
 from ..language.cache import filled
-from ..language.doorway import Doorway, Handover, Note
+from ..language.doorway import Doorway, Handover, Note, Pieces
 from ..language.generation import watch
 from ..patch import Uncopyable, override
 from ..tokens import reads_are_free
@@ -223,8 +223,8 @@ class PrunedVLM(Uncopyable):
                 "the embeddings, or let the model merge them (pixel_values or mm_encoder_outputs)"
             )
 
-    def _whole(self, ids: Tensor, given: dict[str, Any]) -> Tensor | None:
-        """Decide which places of a prompt enter the language model, bool [B, L], when features of its pieces come computed."""
+    def _whole(self, ids: Tensor, given: dict[str, Any]) -> Pieces | None:
+        """Decide which places of a prompt enter the language model when features of its pieces come computed: ids [B, L]."""
         encoded = ENCODED.read(given) or {}
         token = {"image": IMAGE_TOKEN.get(self.model.config), "video": VIDEO_TOKEN.get(self.model.config)}
         rows = {
@@ -244,8 +244,8 @@ class PrunedVLM(Uncopyable):
             self.videos.begin({str(ENCODED): encoded})
             self.videos.see((ids == token["video"]).to(some.device))
             note.cells = self.videos.cells()
-        state, _ = self.door.entering(visual, x, note)
-        return state.tokens.here
+        state, _, changed = self.door.entering(visual, x, note)
+        return Pieces(state.tokens.here, changed, visual)
 
     def _connect(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The connector sees the survivors; what it returns has full length, marked where a token was dropped."""
