@@ -69,7 +69,7 @@ def merge_tokens(x: Tensor, sizes: Tensor, selection: Selection, prefix: int) ->
 
 
 def added(rows: Tensor, selection: Selection) -> Tensor:
-    """What stays, with what a selection adds to it: rows [B, N, C] -> [B, K, C].
+    """Gather what stays, with what a selection adds to it: rows [B, N, C] -> [B, K, C].
 
     In at least float32; a token that nothing is added to is exactly as before.
     """

@@ -18,15 +18,19 @@ from saint.methods import (
     FastV,
     Flat,
     Grid,
+    HiPrune,
     Match,
     OTPrune,
     PiToMe,
+    PruMerge,
     PyramidDrop,
     Random,
     Resize,
     ToMe,
+    VisionZip,
+    VisPruner,
 )
-from saint.tokens import Candidates, Facts, TokenMap
+from saint.tokens import TOWER, TOWER_KEYS, Candidates, Facts, TokenMap, Tower
 
 COUNT, COLUMNS = 24, 6
 LOOKS = {  # method: the parts of the candidates that its choice depends on
@@ -48,6 +52,15 @@ LOOKS = {  # method: the parts of the candidates that its choice depends on
     SCOPE(keep=0.4): {"features", "attention"},
     SCOPE(keep=0.4, alpha=0.0): {"features"},
     DART(keep=0.6, pivots=3): {"keys", "features"},
+    VisionZip(keep=0.6): {"tower_class", "tower_keys"},
+    VisionZip(keep=0.6, contextual=0.0): {"tower_class"},
+    VisPruner(keep=0.6): {"tower_class", "features"},
+    VisPruner(keep=0.6, important=1.0): {"tower_class"},
+    HiPrune(keep=0.6, alpha=0.8): {"tower_received", "tower_grid"},
+    HiPrune(keep=0.6, alpha=0.0): {"tower_received"},
+    PruMerge(keep=0.6, neighbors=3): {"tower_joined", "tower_keys"},
+    PruMerge(neighbors=3): {"tower_joined", "tower_keys"},
+    PruMerge(neighbors=0): {"tower_joined"},
     Grid(keep=0.6): set(),
     Flat(): {"pixels", "grids"},
     Resize(): {"grids"},
@@ -80,7 +93,25 @@ def plain(seed: int) -> torch.Tensor:
     return colours.float().expand(-1, -1, 1, 4)
 
 
-PLACED = Facts(columns=COLUMNS, pixels=plain(4), grids=((COUNT // COLUMNS, COLUMNS),) * 2, text=noise(5, 2, 3, 5))
+def tower(columns: int = COLUMNS, **seeds: int) -> Tower:
+    """What four layers of a tower show; ``seeds`` of what is to be another."""
+    own = {what: noise(seeds.get(what, 20 + i), 2, COUNT, 4) for i, what in enumerate(sorted(TOWER))}
+    shown = {
+        (what, layer): value + layer if what == TOWER_KEYS else value.softmax(1)[..., layer : layer + 1]
+        for what, value in own.items()
+        for layer in range(4)
+    }
+    grid = torch.tensor([COUNT // columns, columns]).expand(2, COUNT, 2)
+    return Tower(shown, 4, 2, torch.arange(COUNT).expand(2, COUNT), grid)
+
+
+PLACED = Facts(
+    columns=COLUMNS,
+    pixels=plain(4),
+    grids=((COUNT // COLUMNS, COLUMNS),) * 2,
+    text=noise(5, 2, 3, 5),
+    tower=tower(),
+)
 OTHER = {
     "keys": {"keys": noise(11, 2, COUNT, 4)},
     "features": {"features": noise(12, 2, COUNT, 5)},
@@ -89,14 +120,16 @@ OTHER = {
     "pixels": {"facts": dataclasses.replace(PLACED, pixels=plain(14))},
     "text": {"facts": dataclasses.replace(PLACED, text=noise(15, 2, 4, 5))},
     "grids": {"facts": dataclasses.replace(PLACED, grids=((COUNT // 4, 4),) * 2)},
+    **{what: {"facts": dataclasses.replace(PLACED, tower=tower(**{what: 30}))} for what in sorted(TOWER)},
+    "tower_grid": {"facts": dataclasses.replace(PLACED, tower=tower(columns=4))},
 }
 
 
 def choice(method, candidates):
     selection = method.select(candidates)
     assert selection is not None
-    owner = None if selection.owner is None else selection.owner.tolist()
-    return selection.slots.tolist(), selection.lengths, owner
+    owner, adds = (None if one is None else one.tolist() for one in (selection.owner, selection.adds))
+    return selection.slots.tolist(), selection.lengths, owner, adds
 
 
 @pytest.mark.parametrize("method", LOOKS, ids=repr)
@@ -116,7 +149,7 @@ def test_every_method_is_here():
 def test_divprune_spreads_features_and_not_keys(keep):
     """Farthest-point selection, one distance at a time."""
     candidates = shown()
-    (chosen, _, _) = choice(DivPrune(keep), candidates)
+    (chosen, *_) = choice(DivPrune(keep), candidates)
     for row, features in zip(chosen, candidates.features, strict=True):
         unit = torch.nn.functional.normalize(features.double(), dim=-1)
         away = [[1 - float(unit[i] @ unit[j]) for j in range(COUNT)] for i in range(COUNT)]

@@ -118,7 +118,7 @@ def test_visionzip_is_the_formula(lengths, keep, share):
         assert chosen(got)[sample] == kept
         if got.adds is not None:
             close(weights(got, sample, total), adds)
-    assert (got.adds is None) == (share == 0 or keep == 1 and share < 0.5 or keep == 2 and share < 0.25)
+    assert (got.adds is None) == (share == 0 or (keep == 1 and share < 0.5) or (keep == 2 and share < 0.25))
 
 
 # -- VisPruner --------------------------------------------------------------------------------------------------------

@@ -13,12 +13,13 @@ from transformers.vision_utils import get_vision_window_index
 import saint
 from saint import testing
 from saint.errors import HookNeverFiredError, UnsupportedModelError
-from saint.methods import Random, VisionZip
+from saint.methods import PruMerge, Random, VisionZip
 from saint.methods.base import FixedBudget
 from saint.plans import Plan, Stage
+from saint.testing.vlm import check_vlm
 from saint.tokens import TOWER, TOWER_ATTENTION, TOWER_CLASS, TOWER_KEYS, TOWER_RECEIVED, Candidates, Selection
-from support.families import FAMILIES, IMAGE, prompts
-from support.oracles import members, oracle_model
+from support.families import FAMILIES, IMAGE, maker, prompts
+from support.oracles import Oracle, members, oracle_model, relative_error
 from support.plans import GREEDY
 
 SEES = ["llava-llama", "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "internvl", "gemma3", "paligemma", "idefics3"]
@@ -272,6 +273,69 @@ def test_prompts_without_pictures_pass(llava):
         with saint.pruned(llava, PLAN) as session:
             assert torch.equal(llava(**inputs).logits, base)
             assert session.trace == []
+
+
+PLANS = {
+    "means, behind a vision stage": Plan(
+        vision=Stage(saint.SaintFullGraph(keep=0.8), layers=[1]), connector=VisionZip(0.4)
+    ),
+    "sums, in front of a language stage": Plan(
+        connector=PruMerge(), language=Stage(saint.Saint(threshold=0.9, keep=0.6), layers=[1])
+    ),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", ["llava-llama", "qwen2.5-vl", "qwen3-vl", "gemma3"])
+def test_contracts_hold(name, plan):
+    """All oracles with what was added, generation, static caches, and samples alone as in a batch."""
+    family = FAMILIES[name]
+    model = family.build()
+    results = check_vlm(model, maker(family, model), PLANS[plan])
+    assert {result.outcome for result in results} == {"passed"}, results
+
+
+def test_what_is_added_is_added():
+    """The oracles would not agree without it."""
+    family = FAMILIES["llava-llama"]
+    model = family.build()
+    inputs = prompts(family, model, [[4, "0", 3]])
+    with saint.pruned(model, PLAN) as session, torch.no_grad():
+        logits = model(**inputs).logits
+    (entry,) = session.trace
+    assert [len(one) for one in entry.adds] == entry.tokens_out.tolist()
+    kept = entry.kept[0]
+    changed = entry.adds[0].any(1)
+    assert 0 < int(changed.sum()) < len(kept)
+    assert not entry.adds[0][:, kept].any()  # means of what leaves
+    torch.testing.assert_close(entry.adds[0].sum(1)[changed], torch.ones(int(changed.sum())))
+    oracle = Oracle(family, oracle_model(model), session.trace, inputs)
+    words = inputs["input_ids"] != IMAGE
+    assert relative_error(logits[words], oracle().logits[words]) < 1e-5
+    for one in oracle.entries["connector"]:
+        one.adds[0].zero_()
+    assert relative_error(logits[words], oracle().logits[words]) > 1e-2
+
+
+def test_gradients_reach_what_is_added(llava):
+    inputs = prompts(FAMILIES["llava-llama"], llava, [[4, "0", 3]])
+    connector = llava.model.multi_modal_projector
+    llava.zero_grad()
+    with saint.pruned(llava, Plan(connector=PruMerge(2))) as session, connector.register_forward_hook(keep_gradient):
+        llava(**inputs).logits.pow(2).mean().backward()
+    (entry,) = session.trace
+    reached = GRADIENTS.pop()[0].abs().sum(-1) > 0
+    want = entry.adds[0].any(0)
+    want[entry.kept[0][0]] = True
+    assert torch.equal(reached, want)
+    llava.zero_grad()
+
+
+GRADIENTS = []
+
+
+def keep_gradient(_module, _args, output):
+    output.register_hook(GRADIENTS.append)
 
 
 # -- what is refused, and what is left behind -----------------------------------------------------------------------------

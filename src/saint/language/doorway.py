@@ -81,7 +81,7 @@ class Pieces:
         self.keep, self.rows, self.visual, self.start = keep, rows, visual, 0
 
     def next(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Which places of the next piece enter, and its embeddings, from those that came: x [B, l, C]."""
+        """Tell which places of the next piece enter, and its embeddings, from those that came: x [B, l, C]."""
         piece = slice(self.start, self.start + x.shape[1])
         self.start = piece.stop
         if self.rows is not None and self.visual is not None:

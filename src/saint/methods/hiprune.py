@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..order import descending
-from ..tokens import TOWER_RECEIVED, Candidates, Selection, Tower, highest, leading
+from ..graph import descending
+from ..tokens import TOWER_RECEIVED, Candidates, Selection, Tower, leading
 from .base import FixedBudget, check_number, real_of, tower_of
 
 

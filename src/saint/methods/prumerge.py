@@ -7,9 +7,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..graph import full_precision, metric
 from ..tokens import TOWER_JOINED, TOWER_KEYS, Candidates, Selection, highest
-from .base import Method, check_budget, check_flag, check_integer, final_keep, goals, host_counts, real_of, tower_of
+from .base import (
+    Method,
+    check_budget,
+    check_flag,
+    check_integer,
+    final_keep,
+    goals,
+    host_counts,
+    likeness,
+    real_of,
+    tower_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,15 +28,16 @@ class PruMerge(Method):
 
     a_i is the attention of the class token in the last layer of the vision tower, with all heads as one:
     softmax_i(q . k_i / sqrt(C)) of queries and keys of C channels. What stands out stays: a_i > Q3 + 1.5 (Q3 - Q1), with the
-    quartiles of the picture's tokens; so the picture decides how many. With ``keep`` it is the keep - 1 tokens of highest a_i. Each
-    that stays becomes x_i + sum_j a_j x_j over the ``neighbors`` others with the most similar keys (cosine), whether they stay or
-    not. One token more is sum_j a_j x_j over all that leave; it stands at the place of the last of them.
+    quartiles of the picture's tokens; so the picture decides how many. With ``keep`` it is the keep - 1 tokens of highest a_i.
+    Each that stays becomes x_i + sum_j a_j x_j over the ``neighbors`` others with the most similar keys (cosine), whether they
+    stay or not. One token more is sum_j a_j x_j over all that leave; it stands at the place of the last of them.
 
     ``plus`` is PruMerge+: with r the share of tokens that stand out, every s-th token stays too, s = floor(floor(1 / r) / 3), at
     least 1. With ``keep`` a quarter is chosen by attention, and the rest in even steps of what is left.
 
-    Deviations: keys are averaged over heads where they are compared. In towers without class token a_i is the attention that a token
-    gets, averaged over heads and all tokens of its picture. The authors take quartiles of a whole batch.
+    Deviations: keys are averaged over heads where they are compared. In towers without class token a_i is the attention that a
+    token gets, averaged over heads and all tokens of its picture. Several pictures of a prompt count as one. The published
+    quartiles are those of a whole batch.
     """
 
     name: ClassVar[str] = "prumerge"
@@ -34,7 +45,9 @@ class PruMerge(Method):
     stages: ClassVar[frozenset[str]] = frozenset({"connector"})
     needs: ClassVar[frozenset[str]] = frozenset({TOWER_JOINED, TOWER_KEYS})
 
-    keep: int | float | None = None  # survivors: a number (int), a fraction of the candidates (float); None: pictures decide
+    keep: int | float | None = (
+        None  # survivors: a number (int), a fraction of the candidates (float); None: pictures decide
+    )
     neighbors: int = 32  # tokens that are added to each that stays, >= 0
     plus: bool = False  # also tokens in even steps
 
@@ -86,7 +99,9 @@ class PruMerge(Method):
     def _outstanding(self, weight: Tensor, real: Tensor) -> Tensor:
         """Mark what stands out, at least one of each sample, bool [B, N]: weight, real [B, N]."""
         quarters = torch.tensor([0.25, 0.75], device=weight.device)
-        low, high = torch.nanquantile(weight.masked_fill(~real, torch.nan), quarters, dim=1, keepdim=True)  # [B, 1] each
+        low, high = torch.nanquantile(
+            weight.masked_fill(~real, torch.nan), quarters, dim=1, keepdim=True
+        )  # [B, 1] each
         marked = ((weight > high + 1.5 * (high - low)) & real) | highest(weight, [1] * len(real), real)
         if not self.plus:
             return marked
@@ -114,9 +129,7 @@ class PruMerge(Method):
             weight: of each token, [B, N].
             real: bool [B, N].
         """
-        points = metric(keys)
-        with full_precision(keys.device):
-            similar = points.gather(1, stays.slots.unsqueeze(-1).expand(-1, -1, points.shape[2])) @ points.mT
+        similar = likeness(keys, stays)
         similar = similar.scatter(2, stays.slots.unsqueeze(-1), -torch.inf).masked_fill(~real.unsqueeze(1), -torch.inf)
         near = similar.sort(dim=2, descending=True, stable=True).indices[..., : self.neighbors]
         own = (weight * real).unsqueeze(1).expand_as(similar).gather(2, near)

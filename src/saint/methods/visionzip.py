@@ -7,9 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..graph import full_precision, metric
 from ..tokens import TOWER_CLASS, TOWER_KEYS, Candidates, Selection, highest
-from .base import FixedBudget, check_number, real_of, tower_of
+from .base import FixedBudget, check_number, likeness, real_of, tower_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +66,7 @@ class VisionZip(FixedBudget):
             contextual: tokens that stand for others, bool [B, N].
             rest: those others, bool [B, N].
         """
-        points = metric(keys)
-        with full_precision(keys.device):
-            similar = points.gather(1, stays.slots.unsqueeze(-1).expand(-1, -1, points.shape[2])) @ points.mT  # [B, K, N]
+        similar = likeness(keys, stays)
         stand = contextual.gather(1, stays.slots)
         stand = stand if stays.valid is None else stand & stays.valid
         nearest = similar.masked_fill(~stand.unsqueeze(-1), -torch.inf).argmax(1, keepdim=True)  # [B, 1, N]

@@ -112,10 +112,10 @@ class Glances(Uncopyable):
                 return found
         if not bool(missing.any()):
             return None
-        name, all_of_them, unknown = type(self.encoder.module).__name__, int(real.sum()), int(missing.sum())
+        unknown, name = f"{int(missing.sum())} of {int(real.sum())}", type(self.encoder.module).__name__
         raise UnsupportedModelError(
-            f"{unknown} of {all_of_them} visual tokens are no features that the {name} showed (newlines between rows of a "
-            "picture, pooled or changed ones), so what a method asks of it is not known: use a method that looks at features alone"
+            f"{unknown} visual tokens are no features that the {name} showed (newlines between rows of a picture, or pooled "
+            "ones), so what a method asks of it is not known: use a method that looks at features alone"
         )
 
 
