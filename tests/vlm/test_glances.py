@@ -16,8 +16,18 @@ from saint.errors import HookNeverFiredError, UnsupportedModelError
 from saint.methods import PruMerge, Random, VisionZip
 from saint.methods.base import FixedBudget
 from saint.plans import Plan, Stage
+from saint.testing import zoo
 from saint.testing.vlm import check_vlm
-from saint.tokens import TOWER, TOWER_ATTENTION, TOWER_CLASS, TOWER_KEYS, TOWER_RECEIVED, Candidates, Selection
+from saint.tokens import (
+    TOWER,
+    TOWER_ATTENTION,
+    TOWER_CLASS,
+    TOWER_JOINED,
+    TOWER_KEYS,
+    TOWER_RECEIVED,
+    Candidates,
+    Selection,
+)
 from support.families import FAMILIES, IMAGE, maker, prompts
 from support.oracles import Oracle, members, oracle_model, relative_error
 from support.plans import GREEDY
@@ -136,6 +146,20 @@ def test_keys_are_those_of_the_layer_and_alone_need_no_attention():
     assert {what for what, _ in tower.shown} == {TOWER_KEYS}
     want = keys[0].unflatten(2, (2, -1)).mean(2)[:, 1:].flatten(0, 1)
     torch.testing.assert_close(got[TOWER_KEYS, 2], want)
+
+
+def test_all_heads_as_one_are_one_attention_of_all_channels():
+    family = FAMILIES["llava-llama"]
+    model = family.build()
+    inputs, made = prompts(family, model, PAIR), {}
+    layer = model.get_submodule(family.tower)[2].self_attn
+    with (
+        layer.q_proj.register_forward_hook(lambda *of: made.update(q=of[2].double())),
+        layer.k_proj.register_forward_hook(lambda *of: made.update(k=of[2].double())),
+    ):
+        got, _ = shown(model, inputs)
+    want = (made["q"][:, :1] @ made["k"].mT / made["q"].shape[2] ** 0.5).softmax(-1)[:, 0, 1:]
+    torch.testing.assert_close(got[TOWER_JOINED, 2][:, 0].double(), want.flatten(), rtol=1e-4, atol=1e-7)
 
 
 def test_places_count_along_the_grid_of_each_picture():
@@ -317,6 +341,20 @@ def test_what_is_added_is_added():
     assert relative_error(logits[words], oracle().logits[words]) > 1e-2
 
 
+def test_what_is_added_does_not_depend_on_prompts_beside_it(llava):
+    """One of them without pictures."""
+    family = FAMILIES["llava-llama"]
+    alone, beside = (prompts(family, llava, samples) for samples in ([[4, "0", 3]], [[9], [4, "0", 3], [2]]))
+    with saint.pruned(llava, PLAN) as session, torch.no_grad():
+        llava(**alone)
+        (want,) = session.trace[0].adds
+        llava(**beside)
+        first, got, last = session.trace[0].adds
+    assert want.any()
+    torch.testing.assert_close(got, want)
+    assert len(first) == len(last) == 0
+
+
 def test_gradients_reach_what_is_added(llava):
     inputs = prompts(FAMILIES["llava-llama"], llava, [[4, "0", 3]])
     connector = llava.model.multi_modal_projector
@@ -357,6 +395,24 @@ def test_attention_that_is_no_longer_seen_is_an_error():
         model.model.vision_tower.set_attn_implementation("eager")
         with pytest.raises(HookNeverFiredError, match=r"layers\.2 did not go through.*sdpa"):
             model(**inputs)
+
+
+def test_a_derived_family_must_have_proved_its_tower(monkeypatch):
+    """The contracts of the vision stage show that features follow each other as the tower's candidates do."""
+    asked = []
+    monkeypatch.setattr("saint.assemble.admit", lambda *of: asked.append(of[3]))
+    model = zoo.build("video_llava")
+    saint.apply(model, Plan(connector=Random(0.5))).remove()
+    saint.apply(model, PLAN).remove()
+    assert asked == [("connector",), ("connector", "vision")]
+
+
+def test_a_tower_that_is_not_known_is_refused_before_anything_is_touched():
+    model = zoo.build("lfm2_vl")
+    before = testing.snapshot(model)
+    with pytest.raises(UnsupportedModelError, match="looks at the vision tower of .*which is unknown: .*a row each"):
+        saint.apply(model, PLAN)
+    assert testing.snapshot(model) == before
 
 
 def test_a_prompt_with_tokens_that_the_tower_did_not_show_is_refused_with_counts():

@@ -208,8 +208,8 @@ class Forward:
 
 def _weights(before: TokenMap, left: TokenMap, adds: Tensor) -> list[Tensor]:
     """Weights of all original candidates from those that were there: adds [B, K, N] -> B tensors [kept, original]."""
-    own = adds if before.valid is None else adds.masked_fill(~before.valid.unsqueeze(1), 0)
-    full = adds.new_zeros(*adds.shape[:2], before.width).scatter_add(2, before.index.unsqueeze(1).expand_as(own), own)
+    full = adds.new_zeros(*adds.shape[:2], before.width)
+    full = full.scatter_add(2, before.index.unsqueeze(1).expand_as(adds), adds)  # 0 at padding
     return [one[:n] for one, n in zip(full, left.lengths, strict=True)]
 
 
