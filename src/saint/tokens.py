@@ -338,4 +338,4 @@ def highest(score: Tensor, counts: Sequence[int], among: Tensor) -> Tensor:
     """
     order = descending(score.masked_fill(~among, -torch.inf))
     marked = leading(counts, order.shape[1], order.device).expand_as(order)
-    return torch.zeros_like(among).scatter(1, order, marked) & among
+    return torch.zeros_like(among).scatter(1, order, marked)

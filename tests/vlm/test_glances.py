@@ -1,6 +1,7 @@
 """What the connector stage is shown of the vision tower, against attention that an eager copy of the model computes."""
 
 import dataclasses
+import gc
 import threading
 from typing import ClassVar
 
@@ -28,6 +29,7 @@ from saint.tokens import (
     Candidates,
     Selection,
 )
+from saint.vision.inputs import EncoderForward
 from support.families import FAMILIES, IMAGE, maker, prompts
 from support.oracles import Oracle, members, oracle_model, relative_error
 from support.plans import GREEDY
@@ -277,6 +279,18 @@ def test_threads_do_not_mix(llava):
         for thread in threads:
             thread.join()
     assert not wrong
+
+
+def test_forwards_are_not_held(llava):
+    """What is known of features is a few numbers of each."""
+    inputs = prompts(FAMILIES["llava-llama"], llava, PAIR)
+    with saint.pruned(llava, PLAN), torch.no_grad():
+        gc.collect()
+        before = sum(isinstance(one, EncoderForward) for one in gc.get_objects())
+        for _ in range(5):
+            llava(**inputs)
+        gc.collect()
+        assert sum(isinstance(one, EncoderForward) for one in gc.get_objects()) <= before + 1
 
 
 def test_the_same_picture_twice_in_a_prompt(llava):

@@ -10,6 +10,7 @@ Letters: B prompts, N visual tokens of the longest prompt, R features of a call,
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -27,9 +28,12 @@ _CALLS = 64  # of the tower, whose features are known again
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of the tower: a number of each of its features, ascending, int64 [R], and what it showed of them, [R, ...]."""
+    """One call of the tower: a number of each of its features, ascending, int64 [R], and what it showed of them, [R, ...].
 
-    forward: EncoderForward
+    The forward is not held: its maps and masks may be freed.
+    """
+
+    forward: "ref[EncoderForward]"
     numbers: Tensor
     tower: Tower
 
@@ -73,9 +77,9 @@ class Glances(Uncopyable):
             )
         own = torch.cat([numbers(one) for one in rows]).sort()
         calls = list(self._calls)
-        if calls and calls[-1].forward is forward:  # the same features, further on their way
+        if calls and calls[-1].forward() is forward:  # the same features, further on their way
             self._calls.pop()
-        self._calls.append(_Call(forward, own.values, tower[own.indices]))
+        self._calls.append(_Call(ref(forward), own.values, tower[own.indices]))
 
     def _tower(self, forward: EncoderForward) -> Tower:
         """Lay out what a forward of the encoder showed of its candidates, in the order of the features, [R, ...]."""
