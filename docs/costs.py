@@ -27,11 +27,13 @@ COSTS = {
     "fastv": ("N C", ""),
     "flat": ("N V", ""),
     "grid": ("N", ""),
+    "hiprune": ("N log N", ""),
     "match": ("N² C", "N**2 C / 2"),
     "mmr": ("N² C", "2 N**2 C"),
     "otprune": ("N² C + N K²", "2 N**2 C + N K**2"),
     "pitome": ("N² C", "2 N**2 C"),
     "priortr": ("R N C", ""),
+    "prumerge": ("N K C", "2 N K C"),
     "pyramiddrop": ("N C", ""),
     "random": ("N log N", ""),
     "resize": ("N", ""),
@@ -41,6 +43,8 @@ COSTS = {
     "scope": ("N² C + N² K", "2 N**2 C + 3 N**2 K"),
     "sparsevlm": ("R N C", ""),
     "tome": ("N² C", "N**2 C / 2"),
+    "visionzip": ("N K C", "2 N ceil(contextual K) C"),
+    "vispruner": ("N² C", "2 N**2 C"),
 }
 # what a method asks a stage for, in words
 ASKS = {
@@ -52,6 +56,10 @@ ASKS = {
     "raters": "attention of the text that is nearest",
     "resized": "smaller pictures",
     "text": "embeddings of the text",
+    "tower_class": "attention of the tower's class token",
+    "tower_joined": "attention of the tower's class token, all heads as one",
+    "tower_keys": "keys of the tower",
+    "tower_received": "attention of all tokens of the tower",
 }
 
 
@@ -75,4 +83,4 @@ def counted(method: methods.Method, before: int, after: int, dim: int) -> float:
         return 0.0
     names = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
     product = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula)
-    return float(eval(product, {"log": math.log, "min": min, "max": max}, {**names, "N": before, "K": after, "C": dim}))
+    return float(eval(product, {"log": math.log, "ceil": math.ceil, "min": min, "max": max}, {**names, "N": before, "K": after, "C": dim}))

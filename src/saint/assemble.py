@@ -1,6 +1,6 @@
 """From a model and a plan to what runs: which encoder and decoder, and where their drop points are. Touches nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from .language.locate import find as find_text
 from .plans import Plan, Stage
 from .runtime.observe import Observers
 from .runtime.points import DropPoint
+from .tokens import TOWER
 from .upstream.names import LAYERS
 from .upstream.specs import EncoderSpec, FamilySpec, part
 from .upstream.verify import verify_encoder, verify_family, verify_text
@@ -54,7 +55,13 @@ def assemble(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM |
 
 
 def drop_points(
-    slot: str, stages: Sequence[Stage], layers: Sequence[Sequence[int]], depth: int, observers: Observers, idle: bool
+    slot: str,
+    stages: Sequence[Stage],
+    layers: Sequence[Sequence[int]],
+    depth: int,
+    observers: Observers,
+    idle: bool,
+    glances: Mapping[int, frozenset[str]] = {},
 ) -> list[DropPoint]:
     """The drop points of one slot in a model of ``depth`` layers, and what observers want to see of its other layers.
 
@@ -65,6 +72,7 @@ def drop_points(
         depth: layers of the module.
         observers: of the session.
         idle: the plan drops nowhere.
+        glances: by layer, what methods of a later slot ask of it.
 
     Raises:
         UnsupportedModelError: some stages of the slot merge tokens and others drop them.
@@ -88,6 +96,9 @@ def drop_points(
         for key in [key for key in points if key[0]] + [("", layer) for layer in shown]:
             point = points.get(key) or DropPoint(slot, key[1], "post", None)
             points[key] = replace(point, needs=point.needs | needs, shown=True)
+    for layer, asked in glances.items():
+        point = points.get(("", layer)) or DropPoint(slot, layer, "post", None)
+        points["", layer] = replace(point, needs=point.needs | asked)
     return sorted(points.values(), key=lambda point: (point.placement != "input", point.layer, point.group))
 
 
@@ -101,6 +112,7 @@ def _encoder(
     restored: frozenset[int] = frozenset(),
     used_layers: int | None = None,
     reader: Reader | None = None,
+    glances: Mapping[int, frozenset[str]] = {},
 ) -> PrunedEncoder:
     """The vision stage of an encoder that was verified; only the first ``used_layers`` layers are of use to whoever reads it."""
     warn_if_untested("torch", spec.library)
@@ -110,7 +122,7 @@ def _encoder(
         path,
         encoder,
         spec,
-        drop_points("vision", stages, layers, depth, observers, idle=not plan.slots),
+        drop_points("vision", stages, layers, depth, observers, not plan.slots, glances),
         settings=Settings(stages[0].output, stages[0].guard, stages[0].logn) if stages else Settings(),
         observers=observers,
         merge_size=merge_size,
@@ -121,10 +133,12 @@ def _encoder(
 
 def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM":
     from .language.doorway import Handover
+    from .vlm.glances import Glances
     from .vlm.model import PrunedVLM, read_features
 
     path, vlm, spec = locate_vlm(model, next(reversed(plan.slots), "language"))
-    looks = bool(plan.vision) or _looks_everywhere(plan, observers)
+    asks = any(stage.method.needs & TOWER for stage in plan.connector)
+    looks = bool(plan.vision) or asks or _looks_everywhere(plan, observers)
     spec = with_tower(vlm, spec) if looks else spec
     verify_family(vlm, spec)
     refuse_second(model, path)
@@ -132,21 +146,30 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM":
         raise UnsupportedModelError(
             f"{spec.title} cannot do the vision stage: {spec.no_vision}{alone(vlm, path, spec)}"
         )
+    if asks and not spec.sees_tower:
+        raise UnsupportedModelError(
+            f"a method of the connector stage looks at the vision tower of {spec.title}, which is unknown: {spec.no_vision}"
+        )
     if spec.derived:
-        admit(model, vlm, spec, tuple(plan.slots))
+        # the vision stage shows that features follow each other as the candidates of the tower do
+        admit(model, vlm, spec, (*plan.slots, "vision") if asks else tuple(plan.slots))
     warn_if_untested("torch", "transformers", vlm=True)
     prefix = f"{path}." if path else ""
-    encoder, features, handover = None, None, Handover()
+    encoder, features, handover, glances = None, None, Handover(), None
     if looks and spec.sees_tower:
         merge_size = _check_vision(plan, vlm, spec)
         inner, tower, tower_spec = locate_tower(vlm, spec)
         place = f"{prefix}{spec.tower}" + (f".{inner}" if inner else "")
         verify_encoder(tower, tower_spec)
-        features = read_features(vlm, spec, _depth(tower, tower_spec)) if plan.vision else None
+        depth = _depth(tower, tower_spec)
+        features = read_features(vlm, spec, depth) if plan.vision else None
         restored = frozenset[int]()
         if features is not None and (merge_size is not None or not spec.connector):
             restored = frozenset({features, *spec.reads(vlm)})
-        encoder = _encoder(plan, place, tower, tower_spec, observers, merge_size, restored, features)
+        read = max(0, (spec.feature_layer(vlm, depth) or depth) - 1)
+        asked = _glances(plan, depth, read)
+        encoder = _encoder(plan, place, tower, tower_spec, observers, merge_size, restored, features, glances=asked)
+        glances = Glances(encoder, read) if asked else None
     connector = drop_points("connector", plan.connector, [[0]] if plan.connector else [], 1, observers, False)
     door = _door(
         f"{prefix}{spec.decoder}",
@@ -156,7 +179,16 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM":
         handover,
         connector,
     )
-    return PrunedVLM(path, vlm, spec, door, encoder, features, handover, model)
+    return PrunedVLM(path, vlm, spec, door, encoder, features, handover, model, glances)
+
+
+def _glances(plan: Plan, depth: int, read: int) -> dict[int, frozenset[str]]:
+    """By layer of the vision tower, of ``depth``, what the connector stage asks of it; ``read``: see :class:`Glances`."""
+    asked: dict[int, frozenset[str]] = {}
+    for method in (stage.method for stage in plan.connector if stage.method.needs & TOWER):
+        for layer in method.tower_layers(depth, read):
+            asked[layer] = asked.get(layer, frozenset()) | (method.needs & TOWER)
+    return asked
 
 
 def _text(root: nn.Module, path: str, text: nn.Module, plan: Plan, observers: Observers) -> "PrunedText":

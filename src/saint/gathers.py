@@ -68,6 +68,17 @@ def merge_tokens(x: Tensor, sizes: Tensor, selection: Selection, prefix: int) ->
     return torch.cat([x[:, :prefix], merged], 1), total
 
 
+def added(rows: Tensor, selection: Selection) -> Tensor:
+    """Gather what stays, with what a selection adds to it: rows [B, N, C] -> [B, K, C].
+
+    In at least float32; a token that nothing is added to is exactly as before.
+    """
+    assert selection.adds is not None
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    stay = gather_tokens(rows, selection.slots, 0)
+    return (stay.to(dtype) + selection.adds.to(dtype) @ rows.to(dtype)).to(rows.dtype)
+
+
 def gather_along(x: Tensor, index: Tensor, axis: int, samples: int = 0) -> Tensor:
     """Keep places along one axis of a tensor of any shape.
 

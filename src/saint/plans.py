@@ -19,7 +19,7 @@ _DEEPEST = 10_000  # layers; a range beyond it is a slip, and would fill the mem
 Placement = Literal["input", "mid", "post"] | None
 PROVIDES = {
     "vision": frozenset({"frames", "pixels", "resized"}),
-    "connector": frozenset({"frames", "text"}),
+    "connector": frozenset({"frames", "text", "tower_received", "tower_class", "tower_joined", "tower_keys"}),
     "language": frozenset({"last_query", "question", "first_query", "raters", "frames"}),
 }
 # candidates that come at least to the first stage of a plan, and to a later one, which sees what is left: fewer are no picture

@@ -6,6 +6,7 @@ shortened sequence; an *index* is the candidate's position in the original one.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,13 +82,15 @@ class Selection:
     """Which slots stay: int64 [B, K] ascending within the first ``lengths[b]``, then padding.
 
     Of merging methods, and of smaller pictures, ``owner`` says for each current slot which new slot it becomes part of, int64
-    [B, N].
+    [B, N]. In the connector stage ``adds`` says what is added to the embedding of each that stays, as weights of the embeddings
+    of all candidates, float32 [B, K, N]; 0 at padding.
     """
 
     slots: Tensor
     lengths: tuple[int, ...]
     valid: Tensor | None = None
     owner: Tensor | None = None
+    adds: Tensor | None = None
 
     def mask(self, count: int) -> Tensor:
         """bool [B, N], True for the slots that stay, of ``count``."""
@@ -168,6 +171,43 @@ class Selection:
         return Selection.from_mask(torch.empty_like(stay).scatter_(1, order, stay), lengths)
 
 
+# what a method in front of a language model may ask of the vision tower, at the layers that it looks at: attention received, mean
+# over heads and all tokens of the picture; that of the class token, mean over heads; the same of all heads as one, of their
+# queries and keys side by side; keys, mean over heads. Where there is no class token, attention received stands for its attention
+TOWER_RECEIVED, TOWER_CLASS, TOWER_JOINED = "tower_received", "tower_class", "tower_joined"
+TOWER_KEYS = "tower_keys"
+TOWER_ATTENTION = frozenset({TOWER_RECEIVED, TOWER_CLASS, TOWER_JOINED})
+TOWER = TOWER_ATTENTION | {TOWER_KEYS}
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What the vision tower showed of each candidate. Where it joins squares of patches, means over their members.
+
+    Attributes:
+        shown: by what was asked for and 0-based layer, float32 [B, N, D]; D is 1 for attention.
+        depth: layers of the tower.
+        read: the layer behind which the language model's features are read.
+        place: of the candidate in its picture, row by row, int64 [B, N].
+        grid: rows and columns of its picture, int64 [B, N, 2]; 0: not known.
+    """
+
+    shown: Mapping[tuple[str, int], Tensor]
+    depth: int
+    read: int
+    place: Tensor
+    grid: Tensor
+
+    def attention(self, what: str, layer: int) -> Tensor:
+        """Attention that the candidates get at a layer, float32 [B, N]."""
+        return self.shown[what, layer].squeeze(-1)
+
+    def __getitem__(self, rows: Any) -> "Tower":
+        """Those of some candidates: ``rows`` index the samples, or samples and slots."""
+        shown = {what: value[rows] for what, value in self.shown.items()}
+        return replace(self, shown=shown, place=self.place[rows], grid=self.grid[rows])
+
+
 @dataclass(frozen=True)
 class Facts:
     """What a forward knows of its candidates, whatever their keys and features are; None where it does not.
@@ -182,6 +222,7 @@ class Facts:
         pixels: for methods that need "pixels", of each candidate as the model is given them, by channel, [B, N, C, V].
         grids: for the same methods and those that need "resized", rows and columns of the candidates of each sample.
         text: for methods that need "text", embeddings of the other tokens of each prompt, [B, T, C]; rows of 0 behind the last.
+        tower: for methods that need something of :data:`TOWER`.
     """
 
     columns: int | None = None
@@ -190,21 +231,24 @@ class Facts:
     pixels: Tensor | None = None
     grids: tuple[tuple[int, int], ...] | None = None
     text: Tensor | None = None
+    tower: Tower | None = None
 
     def at(self, index: Tensor) -> "Facts":
         """Those of the candidates that are left, of all the original ones: index int64 [B, K]."""
-        if self.cells is None and self.pixels is None:
+        if self.cells is None and self.pixels is None and self.tower is None:
             return self
-        samples = torch.arange(len(index), device=index.device).unsqueeze(1)
-        cells, pixels = (None if one is None else one[samples, index] for one in (self.cells, self.pixels))
-        return replace(self, cells=cells, pixels=pixels)
+        rows = torch.arange(len(index), device=index.device).unsqueeze(1), index
+        cells, pixels = (None if one is None else one[rows] for one in (self.cells, self.pixels))
+        return replace(self, cells=cells, pixels=pixels, tower=None if self.tower is None else self.tower[rows])
 
     def of_samples(self, samples: list[int]) -> "Facts":
         """Those of these samples alone."""
         min_keep = None if self.min_keep is None else tuple(self.min_keep[i] for i in samples)
         grids = None if self.grids is None else tuple(self.grids[i] for i in samples)
         cells, pixels, text = (None if one is None else one[samples] for one in (self.cells, self.pixels, self.text))
-        return Facts(self.columns, min_keep, cells, pixels, grids, text)
+        return Facts(
+            self.columns, min_keep, cells, pixels, grids, text, None if self.tower is None else self.tower[samples]
+        )
 
 
 @dataclass(frozen=True)
@@ -249,6 +293,8 @@ class LayerTrace:
             part of by now.
         placement: tokens left "input": in front of ``layer``, "mid": between its attention and its MLP, "post": behind it.
         group: 0-based number of the plan's stage in its slot.
+        adds: in the connector stage, of methods that change what stays, B float32 tensors [kept, original candidates]: weights
+            of the embeddings that were added to each of ``kept``.
     """
 
     stage: str
@@ -259,6 +305,7 @@ class LayerTrace:
     into: list[Tensor] | None = field(default=None, repr=False)
     placement: str = "post"
     group: int = 0
+    adds: list[Tensor] | None = field(default=None, repr=False)
 
 
 def all_but(order: Tensor, drop: Sequence[int], count: int, valid: Tensor | None = None, *, stride: int = 1) -> Tensor:
@@ -283,3 +330,16 @@ def leading(counts: Sequence[int], width: int, device: torch.device, *, value: b
     # counts are copied to the device anyway: what is made of them here takes no launch there
     first = np.arange(width) < np.array(counts)[:, None]
     return torch.from_numpy(first if value else ~first).to(device)
+
+
+def highest(score: Tensor, counts: Sequence[int], among: Tensor) -> Tensor:
+    """Mark the ``counts[b]`` highest scores of each sample, of equal ones the earlier: bool [B, N].
+
+    Args:
+        score: [B, N].
+        counts: B numbers, 0 or more.
+        among: which may be marked, bool [B, N], at least as many.
+    """
+    order = descending(score.masked_fill(~among, -torch.inf))
+    marked = leading(counts, order.shape[1], order.device).expand_as(order)
+    return torch.zeros_like(among).scatter(1, order, marked)

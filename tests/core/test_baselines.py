@@ -17,11 +17,15 @@ from saint.methods import (
     DivPrune,
     FastV,
     Grid,
+    HiPrune,
     OTPrune,
     PriorTR,
+    PruMerge,
     PyramidDrop,
     Random,
     SparseVLM,
+    VisionZip,
+    VisPruner,
 )
 from saint.plans import Plan, Stage
 from saint.tokens import Candidates, Selection, TokenMap
@@ -46,6 +50,10 @@ DROPPING = {
     "sparsevlm": SparseVLM(0.4),
     "priortr": PriorTR(0.4),
     "d2pruner": D2Pruner(0.4),
+    "visionzip": VisionZip(0.4),
+    "vispruner": VisPruner(0.4),
+    "hiprune": HiPrune(0.4, alpha=0.5),
+    "prumerge": PruMerge(0.4),
 }
 MIXED = [[4, "0", 3, "1", 2], [9], [2, "1", 3]]  # several images, none, one
 

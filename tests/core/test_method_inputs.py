@@ -19,17 +19,21 @@ from saint.methods import (
     FastV,
     Flat,
     Grid,
+    HiPrune,
     Match,
     OTPrune,
     PiToMe,
     PriorTR,
+    PruMerge,
     PyramidDrop,
     Random,
     Resize,
     SparseVLM,
     ToMe,
+    VisionZip,
+    VisPruner,
 )
-from saint.tokens import Candidates, Facts, TokenMap
+from saint.tokens import TOWER, TOWER_KEYS, Candidates, Facts, TokenMap, Tower
 
 COUNT, COLUMNS = 24, 6
 LOOKS = {  # method: the parts of the candidates that its choice depends on
@@ -55,6 +59,15 @@ LOOKS = {  # method: the parts of the candidates that its choice depends on
     PriorTR(keep=0.6): {"question", "first_query"},
     D2Pruner(keep=0.4): {"keys", "attention"},
     D2Pruner(keep=0.4, pivots=1.0): {"attention"},
+    VisionZip(keep=0.6): {"tower_class", "tower_keys"},
+    VisionZip(keep=0.6, contextual=0.0): {"tower_class"},
+    VisPruner(keep=0.6): {"tower_class", "features"},
+    VisPruner(keep=0.6, important=1.0): {"tower_class"},
+    HiPrune(keep=0.6, alpha=0.8): {"tower_received", "tower_grid"},
+    HiPrune(keep=0.6, alpha=0.0): {"tower_received"},
+    PruMerge(keep=0.6, neighbors=3): {"tower_joined", "tower_keys"},
+    PruMerge(neighbors=3): {"tower_joined", "tower_keys"},
+    PruMerge(neighbors=0): {"tower_joined"},
     Grid(keep=0.6): set(),
     Flat(): {"pixels", "grids"},
     Resize(): {"grids"},
@@ -88,8 +101,28 @@ def plain(seed: int) -> torch.Tensor:
     return colours.float().expand(-1, -1, 1, 4)
 
 
-PLACED = Facts(columns=COLUMNS, pixels=plain(4), grids=((COUNT // COLUMNS, COLUMNS),) * 2, text=noise(5, 2, 3, 5))
 ROWS = {name: noise(seed, 2, COUNT).softmax(-1) for seed, name in enumerate(("question", "first_query", "raters"), 20)}
+
+
+def tower(columns: int = COLUMNS, **seeds: int) -> Tower:
+    """What four layers of a tower show; ``seeds`` of what is to be another."""
+    own = {what: noise(seeds.get(what, 20 + i), 2, COUNT, 4) for i, what in enumerate(sorted(TOWER))}
+    shown = {
+        (what, layer): value + layer if what == TOWER_KEYS else value.softmax(1)[..., layer : layer + 1]
+        for what, value in own.items()
+        for layer in range(4)
+    }
+    grid = torch.tensor([COUNT // columns, columns]).expand(2, COUNT, 2)
+    return Tower(shown, 4, 2, torch.arange(COUNT).expand(2, COUNT), grid)
+
+
+PLACED = Facts(
+    columns=COLUMNS,
+    pixels=plain(4),
+    grids=((COUNT // COLUMNS, COLUMNS),) * 2,
+    text=noise(5, 2, 3, 5),
+    tower=tower(),
+)
 OTHER = {
     "keys": {"keys": noise(11, 2, COUNT, 4)},
     "features": {"features": noise(12, 2, COUNT, 5)},
@@ -99,14 +132,16 @@ OTHER = {
     "text": {"facts": dataclasses.replace(PLACED, text=noise(15, 2, 4, 5))},
     **{name: {"rows": {**ROWS, name: noise(30, 2, COUNT).softmax(-1)}} for name in ROWS},
     "grids": {"facts": dataclasses.replace(PLACED, grids=((COUNT // 4, 4),) * 2)},
+    **{what: {"facts": dataclasses.replace(PLACED, tower=tower(**{what: 30}))} for what in sorted(TOWER)},
+    "tower_grid": {"facts": dataclasses.replace(PLACED, tower=tower(columns=4))},
 }
 
 
 def choice(method, candidates):
     selection = method.select(candidates)
     assert selection is not None
-    owner = None if selection.owner is None else selection.owner.tolist()
-    return selection.slots.tolist(), selection.lengths, owner
+    owner, adds = (None if one is None else one.tolist() for one in (selection.owner, selection.adds))
+    return selection.slots.tolist(), selection.lengths, owner, adds
 
 
 @pytest.mark.parametrize("method", LOOKS, ids=repr)
@@ -126,7 +161,7 @@ def test_every_method_is_here():
 def test_divprune_spreads_features_and_not_keys(keep):
     """Farthest-point selection, one distance at a time."""
     candidates = shown()
-    (chosen, _, _) = choice(DivPrune(keep), candidates)
+    (chosen, *_) = choice(DivPrune(keep), candidates)
     for row, features in zip(chosen, candidates.features, strict=True):
         unit = torch.nn.functional.normalize(features.double(), dim=-1)
         away = [[1 - float(unit[i] @ unit[j]) for j in range(COUNT)] for i in range(COUNT)]

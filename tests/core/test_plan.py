@@ -417,7 +417,7 @@ def test_a_language_stage_cannot_keep_more_than_the_connector_leaves():
 @pytest.mark.parametrize("name", BUDGETED)
 @pytest.mark.parametrize("value", [0, -1, 1.5, 0.0, True, float("nan"), "all", None, [3]])
 def test_a_wrong_budget_is_named_as_it_was_given(name, value):
-    if value is None and name in ("tome", "pitome", "match", "saint", "saint_video"):
+    if value is None and name in ("tome", "pitome", "match", "saint", "saint_video", "prumerge"):
         return  # means r, pairs or votes
     with pytest.raises(ValueError, match="^keep must be"):
         budgeted(name, value)

@@ -58,7 +58,18 @@ CORE = {
     "language": {"tokens", "gathers", "errors", "patch", "runtime", "upstream", "work"},
     "vlm": {"frames", "tokens", "gathers", "errors", "patch", "runtime", "upstream", "vision", "language"},
     "admission": {"errors", "files", "upstream", "testing"},  # the last when a model is proved: contracts apply plans
-    "assemble": {"admission", "errors", "methods", "plans", "runtime", "upstream", "vision", "language", "vlm"},
+    "assemble": {
+        "admission",
+        "errors",
+        "methods",
+        "plans",
+        "runtime",
+        "tokens",
+        "upstream",
+        "vision",
+        "language",
+        "vlm",
+    },
     "session": {
         "errors",
         "gathers",

@@ -162,8 +162,27 @@ class Oracle:
             flags = flags[order]
         return flags.repeat_interleave(self.family.merge_size**2)
 
+    def add_embeddings(self, stack):
+        """What the connector stage adds to embeddings that stay, a row at a time."""
+
+        def add(_module, args, kwargs):
+            before = kwargs["inputs_embeds"]
+            x = before.clone()
+            for entry in self.entries["connector"]:
+                for sample, kept in enumerate(entry.kept):
+                    where = self.places[sample].nonzero().flatten().tolist()
+                    for own, weights in zip(kept.tolist(), entry.adds[sample], strict=True):
+                        for weight, place in zip(weights.tolist(), where, strict=False):
+                            x[sample, where[own]] += weight * before[sample, place]
+            return args, {**kwargs, "inputs_embeds": x}
+
+        if any(entry.adds is not None for entry in self.entries["connector"]):
+            decoder = self.twin.get_submodule(self.family.decoder.rpartition(".")[0])
+            stack.callback(decoder.register_forward_pre_hook(add, with_kwargs=True).remove)
+
     def __call__(self, **changes):
         with ExitStack() as stack, torch.no_grad():
+            self.add_embeddings(stack)
             hide(stack, self.twin.get_submodule(self.family.decoder), self.gone_before)
             self.hide_in_tower(stack)
             return self.twin(**{**self.inputs, **changes}, use_cache=False)

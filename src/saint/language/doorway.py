@@ -25,14 +25,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
 
 from ..errors import HookNeverFiredError, UnsupportedModelError
-from ..gathers import gather_tokens, is_dropped
+from ..gathers import full_length, gather_tokens, is_dropped
 from ..patch import override, refuse_replicas, refuse_tracing
 from ..runtime.deciding import Decider
 from ..runtime.forwards import PerThread
 from ..runtime.observe import Observers
 from ..runtime.points import DropPoint, Pruner
 from ..runtime.state import Forward, LayerState, packed_tokens, some_tokens
-from ..tokens import Facts, Selection, TokenMap
+from ..tokens import Facts, Selection, TokenMap, Tower
 from ..upstream.names import CACHE, EMBEDDINGS, IDS, IMPLEMENTATION, LAYERS, MASK, POSITIONS, Parameters
 from ..work import Stack, read_decoder
 from .cache import KVMemory, filled, memory
@@ -71,15 +71,24 @@ class Note:
 
 
 class Pieces:
-    """A prompt that comes in pieces: which of its places enter, bool [B, L]."""
+    """A prompt that comes in pieces.
 
-    def __init__(self, keep: Tensor) -> None:
-        self.keep, self.start = keep, 0
+    Args:
+        keep: which of its places enter, bool [B, L].
+        rows: embeddings of its visual tokens where a method has changed them, [B, L, C]; None: they are as they come.
+        visual: where those are, bool [B, L].
+    """
 
-    def next(self, count: int) -> Tensor:
-        """The places of the next ``count``."""
-        self.start += count
-        return self.keep[:, self.start - count : self.start]
+    def __init__(self, keep: Tensor, rows: Tensor | None = None, visual: Tensor | None = None) -> None:
+        self.keep, self.rows, self.visual, self.start = keep, rows, visual, 0
+
+    def next(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tell which places of the next piece enter, and its embeddings, from those that came: x [B, l, C]."""
+        piece = slice(self.start, self.start + x.shape[1])
+        self.start = piece.stop
+        if self.rows is not None and self.visual is not None:
+            x = torch.where(self.visual[:, piece, None], self.rows[:, piece].to(x), x)
+        return self.keep[:, piece], x
 
     @property
     def done(self) -> bool:
@@ -91,12 +100,15 @@ class Handover:
 
     Attributes:
         complete: called by the door with the note and the arguments of the decoder, before it reads the note.
+        recall: where methods ask what the vision tower showed, told by the rows of visual tokens [B, N, C] and which of them
+            are real, bool [B, N].
     """
 
     def __init__(self) -> None:
         self._own, self._note = threading.local(), PerThread(Note)
         self._compiled_pieces: Pieces | None = None
         self.complete: Callable[[Note, Mapping[str, Any]], None] = lambda note, given: None
+        self.recall: Callable[[Tensor, Tensor], Tower | None] = lambda rows, real: None
 
     @property
     def pieces(self) -> Pieces | None:
@@ -290,7 +302,8 @@ class Doorway(Decider[DoorForward]):
         packed, real = documents(given, self.module.config), None
         if self.starts_short and x is not None:
             real = _real(note, given, cache, x)
-        state, counts = self.entering(visual, x, note, packed, real)
+        state, counts, changed = self.entering(visual, x, note, packed, real)
+        given = given if changed is None else self.parameters.put(given, EMBEDDINGS, changed)
         if packed is None:
             shown = note.mask if real is None and note.mask is not None else real
             self.forward.real = visual.shape[1] if shown is None else shown[:, -visual.shape[1] :].bool()
@@ -313,7 +326,7 @@ class Doorway(Decider[DoorForward]):
         note: Note,
         packed: Tensor | None = None,
         real: Tensor | None = None,
-    ) -> tuple[LayerState, list[int]]:
+    ) -> tuple[LayerState, list[int], Tensor | None]:
         """A prompt begins: which of its tokens enter the language model.
 
         Args:
@@ -324,7 +337,8 @@ class Doorway(Decider[DoorForward]):
             real: which tokens are no padding of the caller, bool [B, L]; None: all.
 
         Returns:
-            The state in front of the language model, and how many real tokens of each row enter.
+            The state in front of the language model, how many real tokens of each row enter, and embeddings in place of ``x``
+            where a method has changed some.
 
         Raises:
             ValueError: documents are packed into several rows.
@@ -352,17 +366,28 @@ class Doorway(Decider[DoorForward]):
             left = () if gone is None else packed_tokens(visual & ~gone, packed, len(lengths)).stage_total
         assert state.places is not None
         cells = None if note.cells is None else note.cells.flatten()[state.places[..., 0]]
-        forward.facts = Facts(
-            cells=cells, text=_text(x, visual, real, packed) if x is not None and self.wants_text else None
-        )
+        text = _text(x, visual, real, packed) if x is not None and self.wants_text else None
+        tower = self._tower(x, state, gone) if x is not None and self.wants_tower else None
+        forward.facts = Facts(cells=cells, text=text, tower=tower)
         if gone is not None and left != lengths:
             state = _without(state, gone, left)
         forward.origin = state
+        changed = None
         if x is not None and self.entries:
-            state, _ = self.pass_entries(
+            state, rows = self.pass_entries(
                 forward, state, x if state.tokens.nothing_dropped else gather_tokens(x, state.tokens.index, 0)
             )
-        return state, [n - empty for n, empty in zip(state.tokens.lengths, padding, strict=True)]
+            if state.adds is not None:
+                changed = torch.where(state.tokens.here.unsqueeze(-1), full_length(rows, state.tokens, 0, 0.0), x)
+        return state, [n - empty for n, empty in zip(state.tokens.lengths, padding, strict=True)], changed
+
+    def _tower(self, x: Tensor, state: LayerState, gone: Tensor | None) -> Tower | None:
+        """Recall what the vision tower showed of the candidates: x [B, L, C], and those it dropped: gone, bool [B, L]."""
+        tokens = state.candidates
+        real = torch.ones_like(tokens.index, dtype=torch.bool) if tokens.valid is None else tokens.valid
+        if gone is not None:
+            real = real & ~state.of_candidates(gone.unsqueeze(-1)).squeeze(-1)
+        return self.handover.recall(state.of_candidates(x.detach()), real)
 
     def _shortened(
         self,
@@ -409,7 +434,8 @@ class Doorway(Decider[DoorForward]):
     def _piece(self, pieces: Pieces, note: Note, given: dict[str, Any], cache: Any, held: Held | None) -> Passage:
         """The next piece of a prompt whose tokens have been decided on."""
         x = EMBEDDINGS.read(given)
-        keep = pieces.next(x.shape[1])
+        keep, x = pieces.next(x)
+        given = given if pieces.rows is None else self.parameters.put(given, EMBEDDINGS, x)
         if bool(keep.all()):
             passage = Passage(given, cache) if held is None else self._step(note, given, cache, held, padded=True)
         else:

@@ -20,7 +20,7 @@ from ..upstream.names import BATCHING, CACHE, DRAFTS, GENERATE, PIECE, PREFILL, 
 from .doorway import Doorway, Pieces
 from .queries import QUERIES
 
-Whole = Callable[[Tensor, dict[str, Any]], Tensor | None]
+Whole = Callable[[Tensor, dict[str, Any]], Pieces | None]
 
 
 def watch(stack: ExitStack, root: nn.Module, door: Doorway, whole: Whole) -> None:
@@ -30,8 +30,7 @@ def watch(stack: ExitStack, root: nn.Module, door: Doorway, whole: Whole) -> Non
         stack: takes the undo.
         root: the user's model.
         door: of its language model.
-        whole: decides on a whole prompt, given the token ids [B, L] and the arguments of the model: which of its places enter,
-            bool [B, L]; None: all.
+        whole: decides on a whole prompt, given the token ids [B, L] and the arguments of the model; None: it enters as it is.
     """
     wraps = [
         (PREFILL, lambda original: _prefill(original, door, whole)),
@@ -65,10 +64,10 @@ def _prefill(original: Callable[..., Any], door: Doorway, whole: Whole) -> Calla
             generation_config = copy.copy(generation_config)
             setattr(generation_config, str(PIECE), None)
             return original(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        keep = whole(ids, model_kwargs)
-        if keep is None:
+        pieces = whole(ids, model_kwargs)
+        if pieces is None:
             return original(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        door.handover.pieces = Pieces(keep)
+        door.handover.pieces = pieces
         try:
             return original(input_ids, generation_config, model_kwargs, *args, **kwargs)
         finally:

@@ -25,11 +25,13 @@ if TYPE_CHECKING:  # what type checkers and editors are told
     from .fastv import FastV as FastV
     from .flat import Flat as Flat
     from .grid import Grid as Grid
+    from .hiprune import HiPrune as HiPrune
     from .match import Match as Match
     from .mmr import MMR as MMR
     from .otprune import OTPrune as OTPrune
     from .pitome import PiToMe as PiToMe
     from .priortr import PriorTR as PriorTR
+    from .prumerge import PruMerge as PruMerge
     from .pyramiddrop import PyramidDrop as PyramidDrop
     from .random import Random as Random
     from .resize import Resize as Resize
@@ -39,6 +41,8 @@ if TYPE_CHECKING:  # what type checkers and editors are told
     from .scope import SCOPE as SCOPE
     from .sparsevlm import SparseVLM as SparseVLM
     from .tome import ToMe as ToMe
+    from .visionzip import VisionZip as VisionZip
+    from .vispruner import VisPruner as VisPruner
 
 _BUILTIN = {module.name for module in pkgutil.iter_modules(__path__)} - {"base"}
 

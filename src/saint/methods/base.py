@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import graph, greedy
 from ..errors import UnknownSettingError
-from ..tokens import Candidates, Selection
+from ..tokens import Candidates, Selection, Tower
 
 Budget = str | int | float
 
@@ -39,7 +39,7 @@ class Method(ABC):
     stages: ClassVar[frozenset[str]]  # stages the method is defined for
     # what a stage computes on demand: "last_query" fills `attention`, "question", "first_query" and "raters" `rows`, "frames"
     # `cells`, "pixels" `pixels`, `grids` and `cells` in front of block 0; "resized" shows the encoder smaller pictures and fills
-    # `grids`; "text" fills `text` in front of a language model
+    # `grids`; "text" fills `text` in front of a language model, and what `tokens.TOWER` names fills `tower` there
     needs: ClassVar[frozenset[str]] = frozenset()
     merges: ClassVar[bool] = False  # tokens go into survivors instead of away; not in the connector stage
     # of methods that merge: a survivor becomes the mean of what it stands for, or stays as it is
@@ -61,6 +61,15 @@ class Method(ABC):
     def layers(self, stage: str, depth: int) -> list[int]:
         """Layers used when the plan names none."""
         raise ValueError(f"{type(self).__name__} has no default layers for {stage}; give Stage(..., layers=[...])")
+
+    def tower_layers(self, depth: int, read: int) -> tuple[int, ...]:
+        """Layers of the vision tower that it looks at, where it needs something of :data:`saint.tokens.TOWER`.
+
+        Args:
+            depth: layers of the tower.
+            read: the 0-based layer behind which the language model's features are read.
+        """
+        return (read,)
 
     @property
     def fixed(self) -> int | float | None:
@@ -220,6 +229,30 @@ def relevance(candidates: Candidates) -> Tensor:
     high = about if valid is None else about.masked_fill(~valid, -torch.inf)
     low, high = low.amin(1, keepdim=True), high.amax(1, keepdim=True)
     return torch.where(high > low, (about - low) / (high - low).clamp_min(1e-30), 1.0)
+
+
+def real_of(candidates: Candidates) -> Tensor:
+    """Mark the slots that are no padding, bool [B, N]."""
+    valid = candidates.tokens.valid
+    return torch.ones_like(candidates.tokens.index, dtype=torch.bool) if valid is None else valid
+
+
+def likeness(keys: Tensor, stays: Selection) -> Tensor:
+    """Compare the keys of those that stay with all: cosines, float32 [B, K, N]; keys [B, N, D]."""
+    points = graph.metric(keys)
+    with graph.full_precision(keys.device):
+        return points.gather(1, stays.slots.unsqueeze(-1).expand(-1, -1, points.shape[2])) @ points.mT
+
+
+def tower_of(candidates: Candidates) -> Tower:
+    """Give what the vision tower showed of the candidates.
+
+    Raises:
+        ValueError: nothing is shown of it.
+    """
+    if candidates.facts.tower is None:
+        raise ValueError("the vision tower is not shown here: its attention and keys are for the connector stage")
+    return candidates.facts.tower
 
 
 def host_counts(counts: Tensor) -> tuple[int, ...]:

@@ -17,8 +17,8 @@ class SCOPE(Greedy):
     (0 before there is one), the next token is argmax_i a_i^alpha * sum_j max(0, S_ij - c_j).
 
     Deviation: published in front of the language model, with the attention that tokens receive in the last layer of the vision
-    tower as saliency. That is not shown there; here tokens leave behind a layer of the language model, by default where
-    :class:`FastV` drops, with the attention of the last prompt token as saliency and the embeddings of that layer.
+    tower as saliency. Here tokens leave behind a layer of the language model, by default where :class:`FastV` drops, with the
+    attention of the last prompt token as saliency and the embeddings of that layer.
     """
 
     name: ClassVar[str] = "scope"

@@ -15,9 +15,9 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..gathers import gather_tokens, merge_tokens, merged_sizes
+from ..gathers import added, gather_tokens, merge_tokens, merged_sizes
 from ..patch import Uncopyable
-from ..tokens import Candidates, Selection, reads_are_free
+from ..tokens import TOWER, Candidates, Selection, reads_are_free
 from .forwards import Forwards
 from .observe import Observers, Stopwatch
 from .points import DropPoint, refuse_non_finite, select_some
@@ -30,10 +30,12 @@ class Seen(NamedTuple):
     Attributes:
         keys: attention keys averaged over heads, of the tokens behind the prefix, [Q, S, D].
         rows: attention of tokens that a method wants asked, by what it needs, float32 [Q, S].
+        received: of encoders, the kinds of attention that are asked for, in order, float32 [Q, S, kinds]; see ``received.py``.
     """
 
     keys: Tensor
     rows: Mapping[str, Tensor] = {}
+    received: Tensor | None = None
 
 
 class Decision(NamedTuple):
@@ -109,6 +111,11 @@ class Decider(Uncopyable, Generic[F]):
         return any("text" in point.needs for point in self.entries)
 
     @property
+    def wants_tower(self) -> bool:
+        """Tell whether a method in front of the first layer asks what the vision tower showed."""
+        return any(point.needs & TOWER for point in self.entries)
+
+    @property
     def resize(self) -> int | float | None:
         """Return what is left of pictures that get smaller in front of everything; None where they stay as they are."""
         return next((p.method.fixed for p in self.entries if p.method is not None and "resized" in p.needs), None)
@@ -144,7 +151,7 @@ class Decider(Uncopyable, Generic[F]):
             decision = self.decide(forward, point, state, features.detach(), Seen(features.detach()))
             state, features = self.apply(decision, features, 0)
         if forward.facts is not None:  # of no use behind, and large
-            forward.facts = replace(forward.facts, pixels=None, text=None)
+            forward.facts = replace(forward.facts, pixels=None, text=None, tower=None)
         return state, features
 
     def decide(self, forward: F, point: DropPoint, state: LayerState, features: Tensor, seen: Seen) -> Decision:
@@ -218,6 +225,9 @@ class Decider(Uncopyable, Generic[F]):
             return after, y
         method, slots = decision.point.method, stays.slots
         old = y
+        if selection.adds is not None:
+            rows = state.of_candidates(y[:, prefix:])
+            return after, after.put(gather_tokens(y, slots, prefix), added(rows, selection))
         if selection.owner is None or (method is not None and not method.merges):
             y = gather_tokens(y, slots, prefix)
             return self.carry(state, old[:, prefix:], after, y[:, prefix:]), y

@@ -97,11 +97,14 @@ def select_some(method: Pruner, candidates: Candidates, some: list[int]) -> Sele
     for sample, n in zip(some, chosen.lengths, strict=True):
         lengths[sample] = n
     stays = Selection.from_mask(keep, tuple(lengths))
-    if chosen.owner is None:
-        return stays
-    owner = torch.zeros_like(tokens.index)
-    owner[pick] = chosen.owner
-    return replace(stays, owner=owner)
+    owner, adds = None, None
+    if chosen.owner is not None:
+        owner = torch.zeros_like(tokens.index)
+        owner[pick] = chosen.owner
+    if chosen.adds is not None:
+        adds = chosen.adds.new_zeros(len(lengths), *chosen.adds.shape[1:])
+        adds[pick] = chosen.adds
+    return replace(stays, owner=owner, adds=adds)
 
 
 def refuse_non_finite(keys: Tensor, where: Callable[[], str]) -> None:

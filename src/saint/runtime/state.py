@@ -35,6 +35,7 @@ class LayerState:
         beta: merging: later attention adds beta * log(size) to the logits of a candidate's key.
         stand_ins: for each original candidate the slot that stands for it in a full-length map, int64 [B, N of the beginning].
         offsets: what is added to the row of a stand-in, in the residual stream, [B, N of the beginning, C]; None: nothing.
+        adds: what was added to the candidates at the drop point in front of it, see :class:`saint.tokens.Selection`.
         full_length: the hidden states arrive at the length of the beginning although ``tokens`` are fewer.
     """
 
@@ -47,6 +48,7 @@ class LayerState:
     beta: float = 0.0
     stand_ins: Tensor | None = None
     offsets: Tensor | None = None
+    adds: Tensor | None = None
     full_length: bool = False
 
     @property
@@ -113,6 +115,7 @@ class LayerState:
             places=places,
             merged_into=merged_into,
             stand_ins=stand_ins,
+            adds=selection.adds,
         )
         return state, chosen
 
@@ -198,8 +201,16 @@ class Forward:
             if into is not None and self.origin is not None and (real := self.origin.candidates.valid) is not None:
                 into = [row[ok] for row, ok in zip(into, real, strict=True)]
             counts = torch.tensor(before.candidates.lengths), torch.tensor(left.lengths)
-            out.append(LayerTrace(slot, layer, *counts, left.kept(), into, placement, group))
+            adds = None if after.adds is None else _weights(before.candidates, left, after.adds)
+            out.append(LayerTrace(slot, layer, *counts, left.kept(), into, placement, group, adds))
         return out
+
+
+def _weights(before: TokenMap, left: TokenMap, adds: Tensor) -> list[Tensor]:
+    """Weights of all original candidates from those that were there: adds [B, K, N] -> B tensors [kept, original]."""
+    full = adds.new_zeros(*adds.shape[:2], before.width)
+    full = full.scatter_add(2, before.index.unsqueeze(1).expand_as(adds), adds)  # 0 at padding
+    return [one[:n] for one, n in zip(full, left.lengths, strict=True)]
 
 
 # -- candidates that are not simply all tokens ------------------------------------------------------------------------

@@ -320,6 +320,24 @@ def visual_tokens(stack: ExitStack, vlm: nn.Module) -> list[Tensor]:
     return visual
 
 
+def changed(x: Tensor, visual: list[Tensor], trace: list[LayerTrace]) -> Tensor:
+    """Embeddings with what the connector stage adds to those that stay, and 0 for what the tower dropped.
+
+    Args:
+        x: [B, L, C], NaN for what the tower dropped.
+        visual: where candidates are, bool [B, L] each.
+        trace: of a pruned forward.
+    """
+    x = x.masked_fill(torch.isnan(x).any(-1, keepdim=True), 0)
+    for entry in trace:
+        for sample, weights in enumerate(entry.adds or ()):
+            where = torch.stack(visual).any(0)[sample].nonzero().flatten()
+            rows = x[sample, where]
+            for kept, own in zip(entry.kept[sample].tolist(), weights, strict=True):
+                x[sample, where[kept]] += (own[: len(rows), None].to(rows) * rows).sum(0)
+    return x
+
+
 def _hide_in_decoder(
     stack: ExitStack, mode: HideKeys, decoder: nn.Module, trace: list[LayerTrace], visual: list[Tensor]
 ) -> None:
@@ -355,7 +373,7 @@ def _hide_in_decoder(
         for entry in trace:
             if entry.stage == "connector":
                 drop(entry)
-        return (), parameters.put(given, EMBEDDINGS, x.masked_fill(lost.unsqueeze(-1), 0))
+        return (), parameters.put(given, EMBEDDINGS, changed(x, visual, trace))
 
     def enter(layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any) -> None:

@@ -25,7 +25,7 @@ from ..upstream.names import ALL_STATES, CACHE, CACHING, EMBEDDINGS, MASK, POSIT
 from ..upstream.specs import FamilySpec
 from ..vlm.locate import locate
 from .hiding import HideKeys, stand_in, unfused
-from .oracle import hide_in_tower, visual_tokens
+from .oracle import changed, hide_in_tower, visual_tokens
 from .outputs import Inputs, run
 
 Call = Callable[[dict[str, Any], Tensor, Tensor], Any]
@@ -57,6 +57,7 @@ def removal_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[s
             x = EMBEDDINGS.read(given)
             visual, gone = _gone(x, seen, trace)
             real = _real(MASK.read(inputs), x)
+            given = parameters.put(given, EMBEDDINGS, changed(x, seen, trace))
             rows, output = torch.zeros_like(x), dict[str, Any]()
             for sample in range(len(x)):
                 stay = (real & ~gone)[sample].nonzero().flatten()
@@ -125,7 +126,9 @@ def _holes(stack: ExitStack, mode: HideKeys, vlm: nn.Module, facts: FamilySpec, 
             before = 0 if cache is None else int(cache.get_seq_length())
             if not hidden:
                 hidden.append(_gone(x, seen, trace)[1])
-                given = parameters.put(given, EMBEDDINGS, x.masked_fill(hidden[0].unsqueeze(-1), 0))
+                given = parameters.put(
+                    given, EMBEDDINGS, changed(x, seen, trace).masked_fill(hidden[0].unsqueeze(-1), 0)
+                )
             total = before + x.shape[1]
             gone = nn.functional.pad(hidden[0], (0, total - hidden[0].shape[1]))  # [B, total]
             mask = MASK.read(given)

@@ -91,6 +91,16 @@ def check_bias(block: Block | None, masks: bool, beta: float) -> None:
         )
 
 
+def check_attention(encoder: nn.Module) -> None:
+    """Refuse an encoder whose attention is to be looked at and does not go through torch's own functions."""
+    implementation = IMPLEMENTATION.get(getattr(encoder, "config", None))
+    if implementation not in (None, "sdpa"):
+        raise UnsupportedModelError(
+            f"a method looks at the attention of {type(encoder).__name__}, which is not seen with "
+            f'attn_implementation="{implementation}": load the model with attn_implementation="sdpa"'
+        )
+
+
 def check_output(encoder: nn.Module, spec: EncoderSpec, output: str) -> None:
     """Refuse ``output="nearest"`` of an encoder that shows no patch grid."""
     if output == "nearest" and spec.patch is None:

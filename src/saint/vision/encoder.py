@@ -8,7 +8,7 @@ Letters: B batch, P prefix tokens, N candidates, K survivors, C channels, D head
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,16 +20,27 @@ from ..errors import UnsupportedModelError
 from ..gathers import by_length, gather_mask, gather_table, shorter
 from ..patch import override
 from ..runtime.blocks import Block, refuse_meta
-from ..runtime.deciding import Seen
+from ..runtime.deciding import Decision, Seen
 from ..runtime.layer import LayerStack, PrunedLayer
 from ..runtime.observe import Observers
 from ..runtime.points import DropPoint
+from ..runtime.received import Received
 from ..runtime.state import LayerState
-from ..tokens import Selection, TokenMap
+from ..tokens import TOWER, TOWER_ATTENTION, TOWER_KEYS, TOWER_RECEIVED, Selection, TokenMap
 from ..upstream.names import LONGEST
 from ..upstream.specs import EncoderSpec, part
-from .checks import check_bias, check_output, check_seams, check_softer, placed, prove, read_blocks, takes_dense_mask
-from .inputs import EncoderForward, Inputs
+from .checks import (
+    check_attention,
+    check_bias,
+    check_output,
+    check_seams,
+    check_softer,
+    placed,
+    prove,
+    read_blocks,
+    takes_dense_mask,
+)
+from .inputs import EncoderForward, Glance, Inputs
 from .outputs import Outputs
 from .readers import Reader
 
@@ -119,6 +130,11 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
                 )
                 self.forms[index] = forms.setdefault(key, len(forms))
         self.restored = restored
+        self.attends: list[tuple[str, ...]] = [()] * self.depth  # kinds of attention that are asked of each layer
+        for index, point in self.points.items():
+            self.attends[index] = tuple(sorted(point.needs & TOWER_ATTENTION))
+        if any(self.attends):
+            check_attention(encoder)
 
     @property
     def layer_kinds(self) -> Sequence[type[PrunedLayer]]:
@@ -288,11 +304,22 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
         call: dict[str, Any],
     ) -> tuple[Any, Seen | None]:
         block, tokens, shows = self.blocks[layer], state.tokens, layer in self.points
+        kinds = self.attends[layer]
 
         def on_part(part_x: Tensor, part_kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
             flat = block is not None and block.segments is not None
-            y = original(part_x[0], **part_kwargs)[None] if flat else original(part_x, **part_kwargs)
-            return (y, self.keys(forward, layer)) if shows else (y,)
+            received = None
+            if kinds:
+                real = None if forward.part is not None else forward.keys_of(tokens, self.prefix)
+                received = Received(kinds, self.prefix, state, real)
+            with nullcontext() if received is None else received.listening:
+                y = original(part_x[0], **part_kwargs)[None] if flat else original(part_x, **part_kwargs)
+            if not shows:
+                return (y,)
+            keys = self.keys(forward, layer)
+            if received is None:
+                return y, keys
+            return y, keys, received.take(keys.shape[1], f"{self.spec.blocks}.{layer}")
 
         if block is None or tokens.nothing_dropped:
             out = on_part(x, call)
@@ -317,7 +344,27 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
 
             # this attention takes no dense mask: samples of equal length run together, nothing is padded
             out = by_length(tokens, x, short)
-        return out[0], Seen(out[1]) if shows else None
+        return out[0], Seen(out[1], received=out[2] if kinds else None) if shows else None
+
+    def decide(
+        self, forward: EncoderForward, point: DropPoint, state: LayerState, features: Tensor, seen: Seen
+    ) -> Decision:
+        if asked := point.needs & TOWER:
+            forward.glances[point.layer] = self._glance(point, state, seen, asked)
+        return super().decide(forward, point, state, features, seen)
+
+    def _glance(self, point: DropPoint, state: LayerState, seen: Seen, asked: frozenset[str]) -> Glance:
+        """Note what a layer showed of its candidates, for a method behind the encoder that asked for it."""
+        tokens, shown = state.candidates, dict[str, Tensor]()
+        if seen.received is not None:
+            members = 1 if state.places is None else state.places.shape[2]
+            queries = torch.tensor([self.prefix + n * members for n in tokens.lengths], device=tokens.index.device)
+            for kind, own in zip(self.attends[point.layer], seen.received.unbind(-1), strict=True):
+                own = state.of_candidates(own.unsqueeze(-1))  # [B, N, 1]
+                shown[kind] = own if kind != TOWER_RECEIVED and self.prefix else own / queries.view(-1, 1, 1)
+        if TOWER_KEYS in asked:
+            shown[TOWER_KEYS] = state.of_candidates(seen.keys).float()
+        return Glance(tokens, shown)
 
     def keys(self, forward: EncoderForward, layer: int) -> Tensor:
         """Head-mean keys of the call of a layer that has just run, [B, N, D]."""

@@ -42,6 +42,19 @@ def own_size(encoder: Any) -> tuple[int, int] | None:
     return height, width
 
 
+@dataclass(frozen=True)
+class Glance:
+    """What a layer showed of the candidates that were in front of it.
+
+    Attributes:
+        tokens: the candidates.
+        shown: by what was asked for, see ``tokens.TOWER``, float32 [B, N, D]; D is 1 for attention.
+    """
+
+    tokens: TokenMap
+    shown: dict[str, Tensor]
+
+
 @dataclass
 class EncoderForward(Forward):
     """What one forward of an encoder knows besides.
@@ -58,6 +71,7 @@ class EncoderForward(Forward):
         part: tokens of the samples that a layer runs on, where it does not run on all together.
         shares: of its candidates that each picture keeps at least; empty without a guard.
         full: every layer's output is to be of full length.
+        glances: by layer, what a method in front of a language model asked of it.
         shortened: by tokens and form of the block, those tokens, and the arguments of a block as they came and as it took them.
     """
 
@@ -72,10 +86,11 @@ class EncoderForward(Forward):
     part: TokenMap | None = None
     shares: tuple[float, ...] = ()
     full: bool = False
+    glances: dict[int, "Glance"] = field(default_factory=dict)
     shortened: dict[tuple[int, int], tuple[TokenMap, dict[str, Any], dict[str, Any]]] = field(default_factory=dict)
 
     def told(self) -> Self:
-        return replace(super().told(), captured_keys={}, order=None, pixels=None, shows=None, shortened={})
+        return replace(super().told(), captured_keys={}, order=None, pixels=None, shows=None, glances={}, shortened={})
 
     def keys_of(self, tokens: TokenMap, prefix: int) -> Tensor | None:
         """:func:`visible` of survivors, once for all layers behind a drop point and what stands behind the last."""
@@ -208,7 +223,7 @@ class Inputs(Uncopyable):
             min_keep=min_keep(forward.shares, candidates.total) if forward.shares else None,
             cells=_cells(forward.grids, self.merge_size, x.device) if self.frames and self.merge_size else None,
             pixels=self._pixels(forward, origin) if self.patcher is not None else None,
-            grids=self._grids(forward, candidates) if self.patcher is not None or self.resizing is not None else None,
+            grids=self.grids(forward) if self.patcher is not None or self.resizing is not None else None,
         )
         if self.resizing is not None and not forward.resized:
             raise ValueError(
@@ -235,8 +250,10 @@ class Inputs(Uncopyable):
             rows = rows[forward.shows] if flat else spread_out(rows, forward.shows)
         return laid_out(rows, origin.tokens.index.shape, places)
 
-    def _grids(self, forward: EncoderForward, candidates: TokenMap) -> tuple[tuple[int, int], ...] | None:
-        side = self.merge_size or 1
+    def grids(self, forward: EncoderForward) -> tuple[tuple[int, int], ...] | None:
+        """Rows and columns of the candidates of each sample of a forward; None where no grid shows."""
+        assert forward.origin is not None
+        side, candidates = self.merge_size or 1, forward.origin.candidates
         if self.spec.packed:
             return tuple((rows // side, columns // side) for t, rows, columns in forward.grids for _ in range(t))
         if forward.grid is None or forward.grid[0] * forward.grid[1] != candidates.width * side**2:

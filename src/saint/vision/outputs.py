@@ -269,11 +269,22 @@ class Outputs(Uncopyable):
             return None
         gone = dropped(forward.states[layer].tokens)
         assert forward.origin is not None
-        places = forward.origin.places
-        if places is None:
-            return gone.flatten()  # every token is a group
-        lost, valid = gone.flatten()[places[:, :, 0]], forward.origin.candidates.valid  # [B, G]
-        return lost.flatten() if valid is None else lost[valid]
+        places = forward.origin.places  # None: every token is a group
+        return self.rows(gone if places is None else gone.flatten()[places[:, :, 0]])
+
+    def rows(self, of_groups: Tensor) -> Tensor:
+        """Order what is known of the forward's groups as features follow each other, picture by picture.
+
+        Args:
+            of_groups: [B, G, ...].
+
+        Returns:
+            [groups, ...].
+        """
+        origin = self.forwards.state.origin
+        assert origin is not None
+        valid = origin.candidates.valid
+        return of_groups.flatten(0, 1) if origin.places is None or valid is None else of_groups[valid]
 
     def stand_in(self, keys: Tensor, selection: Selection) -> Tensor | None:
         """For each current candidate the new slot that stands for it, int64 [B, N]; keys [B, N, D]; None: not asked for."""

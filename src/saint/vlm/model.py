@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import HookNeverFiredError, ParityError, UnsupportedModelError
 from ..gathers import DROPPED, full_length, is_dropped
 from ..language.cache import filled
-from ..language.doorway import Doorway, Handover, Note
+from ..language.doorway import Doorway, Handover, Note, Pieces
 from ..language.generation import watch
 from ..patch import Uncopyable, override
 from ..tokens import reads_are_free
@@ -37,6 +37,7 @@ from ..upstream.names import (
 from ..upstream.specs import FamilySpec
 from ..upstream.verify import merge_method
 from ..vision.encoder import PrunedEncoder
+from .glances import Glances
 from .merged import Known, tensors
 from .videos import Videos
 
@@ -54,6 +55,7 @@ class PrunedVLM(Uncopyable):
             dropped in front of them.
         handover: between this and the door.
         root: the user's model, which holds ``model``.
+        glances: what methods of the connector stage ask of the encoder; None: nothing.
 
     Raises:
         ValueError: the encoder drops behind the features that the model uses.
@@ -69,6 +71,7 @@ class PrunedVLM(Uncopyable):
         features: int | None,
         handover: Handover,
         root: nn.Module,
+        glances: Glances | None = None,
     ) -> None:
         self.path, self.model, self.spec, self.door, self.encoder = path, model, spec, door, encoder
         self.features, self.handover = features, handover
@@ -76,7 +79,9 @@ class PrunedVLM(Uncopyable):
         self.marked = (model,) if encoder is None else (model, encoder.module)
         self.stacks = door.stacks if encoder is None else (encoder, *door.stacks)
         self.known = Known()
-        handover.complete = self._complete
+        handover.complete, self.glances = self._complete, glances
+        if glances is not None:
+            handover.recall = glances.recall
         self.proved = False  # features were seen to be of the groups that they should be of
         self.parameters = Parameters(type(model).forward)
         self.merge, self.merges = merge_method(model)
@@ -103,6 +108,8 @@ class PrunedVLM(Uncopyable):
         if self.videos is not None:
             override(stack, self.model, self.videos.method, self.videos.encode)
         self.door.install(stack)
+        if self.glances is not None:
+            stack.callback(self.glances.forget)
         watch(stack, self.patched, self.door, self._whole)
         if self.encoder is not None:
             self.encoder.install(stack)
@@ -140,6 +147,8 @@ class PrunedVLM(Uncopyable):
             if self.encoder is not None and self.features is not None:
                 output = output if self.spec.connector else self._joined(output)
                 output = output if self.encoder.outputs.lost(self.features) is None else closed(output)
+            if self.glances is not None:
+                self.glances.note(tensors(POOLED.get(output, output)), packs=bool(self.spec.connector))
             if not self.handover.note.plain:
                 self.known.note(POOLED.get(output, output))
             return output
@@ -147,6 +156,8 @@ class PrunedVLM(Uncopyable):
         return compute
 
     def _connected(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        if self.glances is not None:
+            self.glances.note(tensors(output))
         if not self.handover.note.plain:
             self.known.note(output)
 
@@ -212,8 +223,8 @@ class PrunedVLM(Uncopyable):
                 "the embeddings, or let the model merge them (pixel_values or mm_encoder_outputs)"
             )
 
-    def _whole(self, ids: Tensor, given: dict[str, Any]) -> Tensor | None:
-        """Decide which places of a prompt enter the language model, bool [B, L], when features of its pieces come computed."""
+    def _whole(self, ids: Tensor, given: dict[str, Any]) -> Pieces | None:
+        """Decide which places of a prompt enter the language model when features of its pieces come computed: ids [B, L]."""
         encoded = ENCODED.read(given) or {}
         token = {"image": IMAGE_TOKEN.get(self.model.config), "video": VIDEO_TOKEN.get(self.model.config)}
         rows = {
@@ -233,8 +244,8 @@ class PrunedVLM(Uncopyable):
             self.videos.begin({str(ENCODED): encoded})
             self.videos.see((ids == token["video"]).to(some.device))
             note.cells = self.videos.cells()
-        state, _ = self.door.entering(visual, x, note)
-        return state.tokens.here
+        state, _, changed = self.door.entering(visual, x, note)
+        return Pieces(state.tokens.here, changed, visual)
 
     def _connect(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The connector sees the survivors; what it returns has full length, marked where a token was dropped."""

@@ -1,0 +1,113 @@
+"""Attention that the tokens of an encoder's layer get, from the queries and keys that it computed.
+
+One row of the attention matrix, or its columns summed block by block: the matrix as a whole is never held, and the layer's own
+attention runs as it does.
+
+Letters: B sequences of a call, H heads, G key heads, Q queries, N keys, D head dim, P prefix tokens, S tokens behind them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..errors import HookNeverFiredError
+from ..tokens import TOWER_JOINED, TOWER_RECEIVED
+from .attended import Attended, Attending
+from .state import LayerState
+
+_BLOCK = 2**22  # logits that are held at a time
+
+
+class Received:
+    """What is summed up of one run of a layer.
+
+    Args:
+        kinds: of attention that are asked for, of ``tokens.TOWER_ATTENTION``.
+        prefix: protected tokens in front of each sequence, the first of them the class token.
+        state: the tokens in front of the layer.
+        real: which tokens of the sequences are no padding, bool [B, P + S]; None: all.
+    """
+
+    def __init__(self, kinds: Sequence[str], prefix: int, state: LayerState, real: Tensor | None) -> None:
+        self._kinds, self._prefix, self._real = kinds, prefix, real
+        self._parts: list[Tensor] = []
+        self.listening = Attending(self._told, prefix, state)
+
+    def _told(self, attended: Attended) -> None:
+        with torch.no_grad():
+            made = [self._made(kind, attended) for kind in self._kinds]
+        self._parts.append(torch.stack(made, -1)[:, self._prefix :])
+
+    def _made(self, kind: str, attended: Attended) -> Tensor:
+        if kind == TOWER_RECEIVED or not self._prefix:
+            return summed(attended, self._real)
+        return class_attention(joined(attended) if kind == TOWER_JOINED else attended)
+
+    def take(self, count: int, name: str) -> Tensor:
+        """Attention of the class token, or the sum over all queries, of each kind: float32 [B, S, kinds].
+
+        Args:
+            count: S.
+            name: of the layer, for messages.
+
+        Raises:
+            HookNeverFiredError: no attention over these tokens went through torch.
+        """
+        parts = torch.cat(self._parts, 1) if self._parts else None  # segments follow each other
+        if parts is None or parts.shape[1] % count:
+            raise HookNeverFiredError(
+                f"the attention of {name} did not go through torch's scaled_dot_product_attention, so what its tokens get is not "
+                'seen: load the model with attn_implementation="sdpa", or use a method that does not look at attention'
+            )
+        return parts.unflatten(1, (-1, count)).mean(1)  # of parallel attentions the mean
+
+
+def joined(attended: Attended) -> Attended:
+    """The same call with all heads as one, of H * D channels."""
+    query, key, mask = attended.query, attended.key, attended.mask
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    query, key = (x.transpose(1, 2).flatten(2).unsqueeze(1) for x in (query, key))
+    mask = mask[:, :1] if mask is not None and mask.ndim == 4 else mask
+    return replace(attended, query=query, key=key, mask=mask, scale=query.shape[-1] ** -0.5)
+
+
+def class_attention(attended: Attended) -> Tensor:
+    """Attention of the first token, averaged over heads, float32 [B, N]."""
+    return next(_probabilities(attended, 1, 1))[1].mean(1).squeeze(1)
+
+
+def summed(attended: Attended, real: Tensor | None = None) -> Tensor:
+    """Attention that each token gets, averaged over heads and summed over the queries, float32 [B, N].
+
+    Args:
+        attended: a call.
+        real: queries that count, bool [B, Q]; None: all.
+    """
+    batch, heads, queries, _ = attended.query.shape
+    count = attended.key.shape[2]
+    total = attended.query.new_zeros(batch, count, dtype=torch.float32)
+    for first, part in _probabilities(attended, queries, max(1, _BLOCK // (batch * heads * count))):
+        own = part.mean(1)  # [B, q, N]
+        if real is not None:
+            own = own.masked_fill(~real[:, first : first + own.shape[1], None], 0)
+        total += own.sum(1)
+    return total
+
+
+def _probabilities(attended: Attended, queries: int, size: int) -> Iterator[tuple[int, Tensor]]:
+    """Attention of the first ``queries`` queries, ``size`` at a time: where they begin, and float32 [B, H, q, N]."""
+    query, key, mask = attended.query, attended.key.float(), attended.mask
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    scale = query.shape[-1] ** -0.5 if attended.scale is None else attended.scale
+    for first in range(0, queries, size):
+        rows = slice(first, min(first + size, queries))
+        logits = (query[:, :, rows].float() * scale) @ key.mT
+        if mask is not None:
+            own = mask[..., rows, :] if mask.ndim > 1 and mask.shape[-2] > 1 else mask
+            logits = logits.masked_fill(~own, -torch.inf) if own.dtype == torch.bool else logits + own.float()
+        if attended.causal:
+            place = torch.arange(key.shape[2], device=key.device)
+            logits = logits.masked_fill(place > place[rows, None], -torch.inf)
+        yield first, logits.softmax(-1)
