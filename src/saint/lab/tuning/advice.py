@@ -132,7 +132,7 @@ class _Work:
 
     @cached_property
     def output(self) -> Output:
-        """What the vision stage must hand on: a dense head wants full length."""
+        """Return what the vision stage must hand on: a dense head wants full length."""
         usual = plan_for(self.trials.model, 0.7).vision
         return usual[0].output if usual else "survivors"
 
