@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
@@ -110,6 +110,22 @@ def advise(
         "copies": _copies(tried, taken),
         "plan": None if taken.plan is None else taken.plan.to_dict(),
     }
+
+
+def made(subject: Subject, images: Any, target: float) -> dict[str, Plan]:
+    """Make the plan of each lever that the model has, and run none of them.
+
+    Args:
+        subject: the model, unpruned.
+        images: as for :func:`advise`.
+        target: share of the FLOPs of the whole model that is to be left.
+    """
+    work = _Work(Trials(subject, read_samples(images), facts={}))
+    plans = {}
+    for name in _MAKERS:
+        with suppress(SaintError, ValueError):
+            plans[name] = work.plan(name, target)
+    return plans
 
 
 class _Work:
