@@ -44,7 +44,7 @@ RECORD, PAGE = HERE / "results" / "levers.json", HERE.parent / "docs" / "which-l
 MODELS = {"demo:clip-b16": "CLIP ViT-B/16", "demo:dinov2-s": "DINOv2 ViT-S/14"}
 BUDGETS = (0.65, 0.5, 0.35)
 COUNT = 24  # pictures of a kind
-TIMED = 16  # rounds
+TIMED = 10  # rounds
 TUNED, TARGET = 64, 0.35  # photographs, and share of the FLOPs, of tuned plans
 
 
