@@ -83,4 +83,10 @@ def counted(method: methods.Method, before: int, after: int, dim: int) -> float:
         return 0.0
     names = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
     product = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula)
-    return float(eval(product, {"log": math.log, "ceil": math.ceil, "min": min, "max": max}, {**names, "N": before, "K": after, "C": dim}))
+    return float(
+        eval(
+            product,
+            {"log": math.log, "ceil": math.ceil, "min": min, "max": max},
+            {**names, "N": before, "K": after, "C": dim},
+        )
+    )

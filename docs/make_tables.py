@@ -30,6 +30,7 @@ ZOO = ROOT / "docs" / "zoo.csv"
 RECORD = ROOT / "benchmarks" / "results" / "encoders-cpu.json"
 KEEP = ROOT / "benchmarks" / "results" / "keep-*.json"
 SLOTS = ("vision", "connector", "language")
+SELECTION = ROOT / "benchmarks" / "results" / "selection-cpu.json"
 SERVING = [ROOT / "benchmarks" / "results" / f"serving-cpu{size}.json" for size in ("", "-200m")]
 
 
@@ -251,6 +252,27 @@ def speed_table() -> str:
     return f"{table(['model', 'pixels', 'batch', 'plan', *faster], rows)}\n\n{said}"
 
 
+def choosing_table() -> str:
+    """What choosing takes, of the unpruned prefill: a row per method and slot, at the budget that takes most."""
+    record = json.loads(SELECTION.read_text())
+    places = [(part["shape"], part["visual"]) for part in record["parts"]]
+    shares: dict[tuple[str, str, str], dict[tuple[str, int], float]] = {}
+    for place, part in zip(places, record["parts"], strict=True):
+        for row in part["rows"]:
+            setting = "" if row["setting"].startswith("keep") else row["setting"]
+            cells = shares.setdefault((row["method"], setting, row["slot"]), {})
+            cells[place] = max(cells.get(place, 0.0), row["share"]["median"])
+    titles = {"wide": "7B shape", "narrow": "an eighth as wide"}
+    head = ["method", "slot", *(f"{titles[shape]}, {visual:,} tokens" for shape, visual in places)]
+    rows = [
+        [f"`{name}`{setting and f', {setting}'}", slot, *(f"{cells[place]:.2%}" for place in places)]
+        for (name, setting, slot), cells in shares.items()
+    ]
+    where, most = record["environment"], max(max(cells.values()) for cells in shares.values())
+    said = f"{where['cpu']}, {record['threads']} thread, float32, torch {where['torch']}, {record['rounds']} interleaved rounds, "
+    return f"{table(head, rows)}\n\nAt most {most:.1%}. {said}{record['date'][:10]}."
+
+
 def serving_table() -> str:
     """Load on vLLM, unpruned and pruned."""
     rows = []
@@ -289,7 +311,11 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "types": types_table,
         "shapes": shapes.shapes_table,
     },
-    "docs/methods.md": {"methods": methods_table, "costs": lambda: costs.costs_table(builtin_methods())},
+    "docs/methods.md": {
+        "methods": methods_table,
+        "costs": lambda: costs.costs_table(builtin_methods()),
+        "choosing": choosing_table,
+    },
     "docs/ready.md": {"ready": ready.ready_table},
     "docs/results.md": {
         "keep": keep_table,

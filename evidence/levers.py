@@ -2,24 +2,32 @@
 
     python evidence/levers.py run --photos DIR
     python evidence/levers.py tuned --photos DIR
+    python evidence/levers.py times --photos DIR
     python evidence/levers.py tables
 
 Photographs, pages of text, screens and drawn scenes; CLIP ViT-B/16 and DINOv2 ViT-S/14. Nothing is searched by the first form:
 each lever is what `saint advise` tries. It writes evidence/results/levers.json after every row, and goes on where it was stopped.
 The second form runs `saint tune` for 0.35 of the FLOPs on photographs, a third of them held back, and writes
-levers-tuned-MODEL.json (--model for one of them). The last form writes the tables of docs/which-lever.md.
+levers-tuned-MODEL.json (--model for one of them). The third form times the levers, one picture after another, unpruned and pruned
+in turn, and writes levers-times-MODEL.json. The last form writes the tables of docs/which-lever.md.
 """
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import cycle
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import torch
 from documents import documents, screens
 from matching_pages import replaced
 from PIL import Image
 
+from saint.flops import count_flops
+from saint.lab.bench.timing import Spread, interleave
 from saint.lab.cli.common import pictures
 from saint.lab.demo import scenes
 from saint.lab.describe import describe
@@ -27,7 +35,8 @@ from saint.lab.kinds import Encoder, around
 from saint.lab.records import environment, write_json
 from saint.lab.sources.items import Item
 from saint.lab.tuning import Target, search
-from saint.lab.tuning.advice import advise
+from saint.lab.tuning.advice import DUPLICATES, advise, made
+from saint.lab.variants import BASE, variants
 from saint.plans import Plan
 
 HERE = Path(__file__).parent
@@ -35,6 +44,7 @@ RECORD, PAGE = HERE / "results" / "levers.json", HERE.parent / "docs" / "which-l
 MODELS = {"demo:clip-b16": "CLIP ViT-B/16", "demo:dinov2-s": "DINOv2 ViT-S/14"}
 BUDGETS = (0.65, 0.5, 0.35)
 COUNT = 24  # pictures of a kind
+TIMED = 10  # rounds
 TUNED, TARGET = 64, 0.35  # photographs, and share of the FLOPs, of tuned plans
 
 
@@ -75,6 +85,72 @@ def run(folder: Path) -> None:
                 }
                 print(name, kind, target, found["advice"], told, flush=True)
                 write_json(RECORD, {"kind": "levers", **record, "environment": environment(subject.device)})
+
+
+def times(folder: Path, names: Iterable[str]) -> None:
+    """Time each lever on photographs, where its plan depends on no picture, and copies on each kind of picture."""
+    for name in names:
+        subject = Encoder.load(name)
+        shown = {
+            kind: [subject.inputs([Item.photo(kind, image, "?")], [image]) for image in images[:TIMED]]
+            for kind, images in kinds(folder).items()
+        }
+        rows: list[dict[str, Any]] = []
+        for target in BUDGETS:
+            plans = made(subject, shown["photographs"], target)
+            copies = plans.pop(DUPLICATES)
+            rows += [{"target": target, **row} for row in _timed(subject, plans, shown["photographs"])]
+        for kind, data in shown.items():
+            rows += [{"pictures": kind, **row} for row in _timed(subject, {DUPLICATES: copies}, data)]
+        record = {"kind": "evidence/levers-times", "model": name, "threads": torch.get_num_threads(), "rounds": TIMED}
+        write_json(_times_file(name), {**record, "environment": environment(subject.device), "rows": rows})
+
+
+def _timed(subject: Encoder, plans: Mapping[str, Plan], data: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Share of the FLOPs and of the time that each plan leaves: median and spread of the ratios of rounds."""
+    with variants(subject.model, plans) as found, torch.inference_mode():
+        runs = {name: partial(_next, variant.model, cycle(data)) for name, variant in found.items()}
+        times = interleave(runs, torch.device(subject.device), TIMED, warmup=2)
+        flops = {name: fmean(_flops(variant.model, one) for one in data[:4]) for name, variant in found.items()}
+    rows = []
+    for name in plans:
+        left = Spread.of([own / base for own, base in zip(times[name], times[BASE], strict=True)])
+        told = {part: round(value, 4) for part, value in vars(left).items()}
+        rows.append({"lever": name, "flops": round(flops[name] / flops[BASE], 4), "time": told})
+        print(subject.title, rows[-1], flush=True)
+    return rows
+
+
+def _next(model: torch.nn.Module, data: Iterator[Mapping[str, Any]]) -> None:
+    """Run the next picture; each round is another one, the same of all models."""
+    model(**next(data))
+
+
+def _flops(model: torch.nn.Module, inputs: Mapping[str, Any]) -> int:
+    return count_flops(lambda: model(**inputs))[1].total
+
+
+def _times_file(name: str) -> Path:
+    return HERE / "results" / f"levers-times-{name.removeprefix('demo:')}.json"
+
+
+def times_table() -> list[str]:
+    """FLOPs and time that are left, beside each other."""
+    lines = ["", "| model | lever | FLOPs left | time left |", "|---|---|---|---|"]
+    for name, title in MODELS.items():
+        if not _times_file(name).exists():
+            continue
+        for row in json.loads(_times_file(name).read_text())["rows"]:
+            lever = row["lever"] + (f", {row['pictures']}" if "pictures" in row else "")
+            time = row["time"]
+            cells = [
+                title,
+                lever,
+                f"{row['flops']:.2f}",
+                f"{time['median']:.2f} [{time['p20']:.2f}, {time['p80']:.2f}]",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def tuned(folder: Path, names: Iterable[str]) -> None:
@@ -155,12 +231,13 @@ def tables() -> None:
     text = replaced(text, "looks", looks(record["rows"]))
     for name in MODELS:
         text = replaced(text, f"levers-{name.removeprefix('demo:')}", table(record["rows"], name))
+    text = replaced(text, "levers-times", times_table())
     PAGE.write_text(replaced(text, "levers-tuned", tuned_table()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "tuned", "tables"])
+    parser.add_argument("what", choices=["run", "tuned", "times", "tables"])
     parser.add_argument("--photos", type=Path)
     parser.add_argument("--model", choices=list(MODELS))
     options = parser.parse_args()
@@ -168,8 +245,8 @@ def main() -> None:
         tables()
     elif options.photos is None:
         parser.error(f"{options.what} needs --photos DIR")
-    elif options.what == "tuned":
-        tuned(options.photos, [options.model] if options.model else MODELS)
+    elif options.what in ("tuned", "times"):
+        {"tuned": tuned, "times": times}[options.what](options.photos, [options.model] if options.model else MODELS)
     else:
         run(options.photos)
 

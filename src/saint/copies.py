@@ -9,6 +9,8 @@ from torch import Tensor
 from .frames import NONE
 
 _BLOCK = 256  # rows whose distances are held at once
+_SOME = 12  # values of a row that are compared first, about
+_DENSE = 8  # where more than an eighth of the pairs may be near, all are compared at once
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a value
 
 
@@ -80,13 +82,13 @@ def _stand(flat: Tensor, stands: Tensor, earlier: Tensor, block: Tensor, tau: fl
     for start in range(0, len(anchors), _BLOCK):
         free = block[stands[block] == block]
         some = anchors[start : start + _BLOCK]
-        near = torch.cdist(flat[free], flat[some], p=torch.inf) <= tau
+        near = _near(flat[free], flat[some], tau)
         found = near.any(1)
         stands[free[found]] = some[near.to(torch.uint8).argmax(1)][found]
     own = stands[block]
     open_ = own == block
     # to what stands for an earlier one of the block; whether that one stays itself may be open still
-    near = torch.cdist(flat[block], flat[own], p=torch.inf) <= tau
+    near = _near(flat[block], flat[own], tau)
     near = near.tril(-1) & open_.unsqueeze(1)
     anchored = ~open_
     while bool(open_.any()):
@@ -96,6 +98,20 @@ def _stand(flat: Tensor, stands: Tensor, earlier: Tensor, block: Tensor, tau: fl
         stays = open_ & ~(near & open_).any(1)
         anchored = anchored | stays
         open_ = open_ & ~stays
+
+
+def _near(rows: Tensor, others: Tensor, tau: float) -> Tensor:
+    """Tell of which pairs no value differs by more than ``tau``: [M, V] and [K, V] -> bool [M, K].
+
+    Most pairs differ in a few values already; of the others all values are compared.
+    """
+    some = slice(None, None, max(1, rows.shape[1] // _SOME))
+    near = torch.cdist(rows[:, some], others[:, some], p=torch.inf) <= tau
+    row, other = near.nonzero(as_tuple=True)
+    if len(row) * _DENSE > near.numel():
+        return torch.cdist(rows, others, p=torch.inf) <= tau
+    near[row, other] = (rows[row] - others[other]).abs().amax(-1) <= tau
+    return near
 
 
 def plain(values: Tensor) -> Tensor:

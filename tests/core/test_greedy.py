@@ -226,6 +226,54 @@ def test_scope_is_the_formula(keep, alpha):
     assert chosen(SCOPE(keep, alpha=alpha), shown(features, attention=saliency)) == want
 
 
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 10.0])  # with 0, two tokens that cover each other tie
+@pytest.mark.parametrize("keep", [2, 6, 12])
+def test_bounds_of_coverage_change_no_choice(keep, alpha, monkeypatch):
+    """What is done for many tokens, on few: the formula in float64, samples of which all but one are shorter among them."""
+    monkeypatch.setattr(greedy, "_MANY", 0)
+    features, saliency, lengths = noise(3, 40, 8, seed=keep), noise(3, 40, seed=9).softmax(-1), [40, 17, 25]
+    given = shown(features, lengths, attention=saliency)
+    slots = greedy.sequence(SCOPE(1, alpha=alpha).gain(given), (keep,) * 3, given.tokens.valid)
+    for sample, n in enumerate(lengths):
+        want = literal_scope(numbers(features[sample, :n]), numbers(saliency[sample, :n]), keep, alpha)
+        assert sorted(slots[sample].tolist()) == want
+
+
+def clusters(draw):
+    return torch.randn(2, 8, 12, generator=draw)[:, torch.randint(0, 8, (90,), generator=draw)] * 3
+
+
+KINDS = {
+    "noise": lambda draw: torch.randn(2, 90, 12, generator=draw),
+    "clusters": lambda draw: clusters(draw) + 0.3 * torch.randn(2, 90, 12, generator=draw),
+    "copies": clusters,
+    "alike": lambda draw: 9 + torch.randn(2, 90, 12, generator=draw),
+    "ties": lambda draw: torch.randn(2, 90, 12, generator=draw).sign(),
+    "not a number": lambda draw: torch.randn(2, 90, 12, generator=draw).log(),
+}
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bounds_of_coverage_keep_ties_and_rounding(kind, weighted, monkeypatch):
+    """Bit by bit the choice of all sums, down to the last token."""
+    draw = torch.Generator().manual_seed(3)
+    similarity = greedy.cosines(KINDS[kind](draw))
+    weight = torch.randn(2, 90, generator=draw).softmax(-1) if weighted else None
+    want = greedy.sequence(greedy.Coverage(similarity, weight), (90,))
+    monkeypatch.setattr(greedy, "_MANY", 0)
+    assert torch.equal(greedy.sequence(greedy.Coverage(similarity, weight), (90,)), want)
+
+
+def test_bounds_of_coverage_leave_most_sums_out(monkeypatch):
+    computed = []
+    added = greedy._added
+    monkeypatch.setattr(greedy, "_added", lambda s, c: computed.append(s[..., 0].numel()) or added(s, c))
+    similarity = greedy.cosines(noise(1, 800, 32))
+    greedy.sequence(greedy.Coverage(similarity), (200,))
+    assert sum(computed) < 0.15 * 200 * 800
+
+
 def test_scope_of_ragged_samples():
     features, saliency, lengths = noise(3, 40, 8, seed=5), noise(3, 40, seed=9).softmax(-1), [40, 1, 25]
     got = chosen(SCOPE(0.2), shown(features, lengths, attention=saliency))

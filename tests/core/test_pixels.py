@@ -84,9 +84,11 @@ def leaving(rows: torch.Tensor, tau: float, before: torch.Tensor, valid: torch.T
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("tau", [0.0, 0.25, 0.6])
-@pytest.mark.parametrize("block", [4, 256])
-def test_copies_leave_one_by_one(seed, tau, block, monkeypatch):
+@pytest.mark.parametrize(("block", "some", "dense"), [(4, 12, 8), (256, 12, 8), (256, 1, 0)])
+def test_copies_leave_one_by_one(seed, tau, block, some, dense, monkeypatch):
     monkeypatch.setattr(copies, "_BLOCK", block)
+    monkeypatch.setattr(copies, "_SOME", some)  # values by which most pairs differ
+    monkeypatch.setattr(copies, "_DENSE", dense)
     rows, before, valid = some_rows(seed)
     want = leaving(rows, tau, before, valid)
     assert any(map(any, want))

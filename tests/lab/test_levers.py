@@ -156,6 +156,11 @@ def test_maps_of_full_length_come_of_smaller_pictures(vit, output):
 # -- advise -------------------------------------------------------------------------------------------------------------
 
 
+def _advised(found: dict) -> Record:
+    about = {"model": "m", "set": None, "skipped": [], "left_out": {}, "pretrained": False, "environment": {}}
+    return Record("advise.json", Path(), {"kind": "advise", **found, **about})
+
+
 def test_every_lever_is_tried_at_one_share_of_the_work(vit):
     images, before = smooth(8), testing.snapshot(vit)
     found = advise(around(vit), images, 0.5)
@@ -191,8 +196,7 @@ def test_copies_are_counted_and_come_first_where_they_are_many(vit):
     assert seen["tokens"] == 36
     assert 0 < seen["flat"] < seen["copies"]
     assert found["copies"] in (True, False)
-    sheet = sheet_of(Record("advise.json", Path(), {"kind": "advise", **found, "model": "m", "set": None,
-                     "skipped": [], "left_out": {}, "pretrained": False, "environment": {}}))  # fmt: skip
+    sheet = sheet_of(_advised(found))
     assert "of the FLOPs are left" in sheet.verdict
     assert ("Drop copies first" in sheet.verdict) == (found["copies"] and found["advice"] != DUPLICATES)
 
@@ -219,6 +223,37 @@ def test_a_vision_language_model_is_advised_too():
     assert found["measure"] != "1 - cosine"
     assert {lever["name"]: lever["plan"] is not None for lever in found["levers"]}[PRUNING]
     assert all("agreement" not in lever for lever in found["levers"])
+
+
+def test_a_target_that_no_lever_reaches_is_said(vit):
+    found = advise(around(vit), smooth(4), 0.001)
+    levers = {lever["name"]: lever for lever in found["levers"]}
+    assert levers[SMALLER]["why"] == "no smaller picture leaves 0.001 of the FLOPs"
+    known = [lever for lever in levers.values() if lever["plan"] is not None]
+    assert found["advice"] == min(known, key=lambda lever: lever["flops"])["name"]
+    assert not found["reached"]
+    assert "No lever leaves 0.1 %" in sheet_of(_advised(found)).verdict
+
+
+@pytest.mark.parametrize("target", [0.75, 0.6, 0.45])
+def test_pruning_comes_near_the_target_whatever_else_the_model_does(vit, target):
+    """A head whose work no plan makes less, and pictures of another size."""
+
+    class Headed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = vit
+            self.head = torch.nn.Linear(vit.num_features, 20_000)
+
+        def forward(self, x):
+            return self.head(self.backbone(x))
+
+    vit.head = torch.nn.Identity()
+    model = Headed()
+    found = advise(around(model), smooth(4), target)
+    levers = {lever["name"]: lever for lever in found["levers"]}
+    for name in (PRUNING, BOTH):
+        assert 0.93 * target <= levers[name]["flops"] <= 1.02 * target
 
 
 @pytest.mark.parametrize("target", [0.0, 1.0, -1, 2])

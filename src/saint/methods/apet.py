@@ -1,6 +1,7 @@
 """ApET: visual tokens that a few others cannot approximate stay. arXiv 2602.19870."""
 
 import dataclasses
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -42,7 +43,7 @@ class ApET(FixedBudget):
         return SaintFullGraph().layers(stage, depth)  # late, where the other one-time choice among all tokens is
 
     def flops(self, before: int, after: int, dim: int) -> float:
-        return 2 * before**2 * dim + 4 * min(self.basis, after) * before * dim
+        return 7 * min(self.basis, after) * before * dim  # distances from the basis, and the approximation by it
 
     def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
         tokens, valid = candidates.tokens, candidates.tokens.valid
@@ -53,14 +54,18 @@ class ApET(FixedBudget):
             count = torch.tensor(tokens.lengths, device=points.device).view(-1, 1, 1)
             mean = points.sum(1, keepdim=True) / count
             counts = tuple(min(self.basis, k) for k in goal)
-            # near is the opposite of far
-            near = -torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
-            first = -torch.linalg.vector_norm(points - mean, dim=-1)
-            order = greedy.sequence(greedy.Apart(near, first), counts, valid)  # [B, K]
+            first = -torch.linalg.vector_norm(points - mean, dim=-1)  # near is the opposite of far
+            order = greedy.sequence(greedy.Apart(partial(_near, points), first), counts, valid)  # [B, K]
             inside = leading(counts, order.shape[1], order.device)
             error = _errors(points, order, inside, self.ridge)
             error = error.scatter(1, order, torch.where(inside, torch.inf, error.gather(1, order)))
         return Selection.from_scores(error, goal, tokens)
+
+
+def _near(points: Tensor, slot: Tensor) -> Tensor:
+    """Give the opposite of the distances from point ``slot[b]``: [B, N, C] and int64 [B] -> [B, N]."""
+    own = points[torch.arange(len(slot), device=slot.device), slot].unsqueeze(1)
+    return -torch.cdist(own, points, compute_mode="donot_use_mm_for_euclid_dist").squeeze(1)
 
 
 def _errors(points: Tensor, order: Tensor, inside: Tensor, ridge: float) -> Tensor:

@@ -51,7 +51,7 @@ def _pictures(pictures: Mapping[str, Any]) -> str:
     if pictures["flat"] is not None:
         said.append(f"{number(100 * pictures['flat'], 1)} % could leave as parts of blocks of one colour")
     if pictures["detail"] is not None:
-        kind = "like pages of text" if pictures["detail"] > 0.4 else "like photographs"  # vision/guard.py
+        kind = "like pages of text" if pictures["fine"] else "like photographs"
         said.append(f"fine detail {number(pictures['detail'], 2)}, {kind}")
     return "; ".join(said) + "."
 
@@ -62,7 +62,7 @@ def _verdict(data: Mapping[str, Any]) -> str:
     if "agreement" in taken:
         what += f", agreement {number(taken['agreement']['mean'], 4)}"
     what += "."
-    if taken["flops"] > data["target"] * 1.02:
+    if not data["reached"]:
         what += f" No lever leaves {number(100 * data['target'], 1)} %."
     copies = next((lever for lever in data["levers"] if lever["name"] == "duplicates"), None)
     if data["copies"] and copies is not None and copies is not taken:

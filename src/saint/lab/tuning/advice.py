@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import fmean
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +21,7 @@ from ...planning import plan_for
 from ...plans import Output, Plan, Stage
 from ...samples import read_samples
 from ...session import pruned, status
-from ...vision.guard import detail
+from ...vision.guard import FINE, detail
 from ..kinds import COSINE, Subject
 from .record import mean_within
 from .trials import Trials
@@ -31,6 +32,8 @@ _LOGN = 0.5  # of softer attention
 LEAST = 4  # pictures
 _COUNTED = 6  # pictures whose FLOPs are counted where each keeps its own number of tokens
 _OVER = 1.02  # times the target that a lever may leave to be compared: counts of tokens are whole
+_NEAR = 0.01  # share of the target by which pruning may leave less: more steps would not find much
+_TRIED = 10  # plans of pruning that are counted until one comes so near
 _WORTH = 0.1  # share of the FLOPs that copies must save to be worth a word
 
 
@@ -92,7 +95,7 @@ def advise(
         raise ValueError(f"at least {LEAST} pictures are needed to say something of others, got {len(samples)}")
     trials = Trials(subject, samples, facts=facts, tick=tick)
     work = _Work(trials)
-    tried = [_tried(work, name, make, target) for name, make in _MAKERS.items()]
+    tried = [_tried(work, name, target) for name in _MAKERS]
     if all(lever.plan is None for lever in tried):
         raise ValueError(f"no lever fits {subject.title}: " + "; ".join(f"{one.name}: {one.why}" for one in tried))
     taken = _best(tried, target)
@@ -103,9 +106,26 @@ def advise(
         "pictures": {"count": len(samples), **_looks(work)},
         "levers": [_told(one, trials.measure, seed) for one in tried],
         "advice": taken.name,
+        "reached": taken.flops <= target * _OVER,
         "copies": _copies(tried, taken),
         "plan": None if taken.plan is None else taken.plan.to_dict(),
     }
+
+
+def made(subject: Subject, images: Any, target: float) -> dict[str, Plan]:
+    """Make the plan of each lever that the model has, and run none of them.
+
+    Args:
+        subject: the model, unpruned.
+        images: as for :func:`advise`.
+        target: share of the FLOPs of the whole model that is to be left.
+    """
+    work = _Work(Trials(subject, read_samples(images), facts={}))
+    plans = {}
+    for name in _MAKERS:
+        with suppress(SaintError, ValueError):
+            plans[name] = work.plan(name, target)
+    return plans
 
 
 class _Work:
@@ -118,6 +138,19 @@ class _Work:
     def __init__(self, trials: Trials) -> None:
         self.trials = trials
         self._counted: dict[tuple[str, int], int] = {}
+        self._made: dict[tuple[str, float], Plan] = {}
+
+    def plan(self, name: str, target: float) -> Plan:
+        """Make the plan of a lever that leaves ``target``."""
+        if (name, target) not in self._made:
+            self._made[name, target] = _MAKERS[name](self, target)
+        return self._made[name, target]
+
+    @cached_property
+    def output(self) -> Output:
+        """Return what the vision stage must hand on: a dense head wants full length."""
+        usual = plan_for(self.trials.model, 0.7).vision
+        return usual[0].output if usual else "survivors"
 
     def share(self, plan: Plan, number: int = 0) -> float:
         """Share that is left of a picture."""
@@ -142,44 +175,53 @@ class _Work:
 
 def _smaller(work: _Work, target: float) -> Plan:
     """The largest pictures that leave ``target``."""
-    output = _output(work)
-    sizes = (Plan(vision=Stage(Resize((side / 100) ** 2), output=output)) for side in range(98, 0, -2))
+    sizes = (Plan(vision=Stage(Resize((side / 100) ** 2), output=work.output)) for side in range(98, 0, -2))
     found = next((plan for plan in sizes if work.share(plan) <= target * _OVER), None)
     if found is None:
         raise ValueError(f"no smaller picture leaves {target:.3f} of the FLOPs")
     return found
 
 
-def _output(work: _Work) -> Output:
-    """Return what the vision stage must hand on: a dense head wants full length."""
-    usual = plan_for(work.trials.model, 0.7).vision
-    return usual[0].output if usual else "survivors"
-
-
 def _pruning(work: _Work, target: float, pixels: int | float | None = None) -> Plan:
-    """A plan made for the model that leaves ``target``, behind smaller pictures where ``pixels`` says so."""
-    keep = target
-    for _ in range(5):  # what a plan is made for may be a part of the model alone
-        plan = plan_for(work.trials.model, min(keep, 1.0))
-        plan = plan if pixels is None else plan.resized(pixels)
-        if (share := work.share(plan)) <= target * _OVER:
-            break
-        keep *= target / share
-    return plan
+    """The plan made for the model that comes nearest to ``target``, behind smaller pictures where ``pixels`` says so.
+
+    What a plan is made for may be a part of the model alone, or a picture of another size: what it leaves is counted.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found: list[tuple[float, Plan]] = []
+    keep, low, high = target, 0.0, 1.0
+    for _ in range(_TRIED):
+        try:
+            plan = plan_for(work.trials.model, keep)
+        except ValueError:  # so little cannot be left
+            low = keep
+        else:
+            plan = plan if pixels is None else plan.resized(pixels)
+            share = work.share(plan)
+            found.append((share, plan))
+            if target * (1 - _NEAR) <= share <= target * _OVER:
+                break
+            low, high = (keep, high) if share < target else (low, keep)
+        keep = (low + high) / 2
+    if not found:
+        raise ValueError(f"no plan leaves {target:.3f} of the FLOPs")
+    return min(found, key=lambda one: (one[0] > target * _OVER, abs(one[0] - target)))[1]
 
 
 def _both(work: _Work, target: float) -> Plan:
     """Smaller pictures for one half of the way, pruning for the other."""
-    return _pruning(work, target, _smaller(work, target**0.5).pixels)
+    return _pruning(work, target, work.plan(SMALLER, target**0.5).pixels)
 
 
 def _softer(work: _Work, target: float) -> Plan:
-    plan = _both(work, target)
+    plan = work.plan(BOTH, target)
     return replace(plan, vision=tuple(replace(stage, logn=_LOGN) for stage in plan.vision))
 
 
 _MAKERS: dict[str, Callable[[_Work, float], Plan]] = {
-    DUPLICATES: lambda work, target: Plan(vision=Stage(Duplicates(), output=_output(work))),
+    DUPLICATES: lambda work, target: Plan(vision=Stage(Duplicates(), output=work.output)),
     SMALLER: _smaller,
     PRUNING: _pruning,
     BOTH: _both,
@@ -187,9 +229,9 @@ _MAKERS: dict[str, Callable[[_Work, float], Plan]] = {
 }
 
 
-def _tried(work: _Work, name: str, make: Callable[[_Work, float], Plan], target: float) -> Lever:
+def _tried(work: _Work, name: str, target: float) -> Lever:
     try:
-        plan = make(work, target)
+        plan = work.plan(name, target)
         shares = work.shares(plan)
         losses = work.trials.run(plan, range(len(work.trials.samples))).losses
     except (SaintError, ValueError) as error:
@@ -233,6 +275,7 @@ def _looks(work: _Work) -> dict[str, Any]:
         "flat": None if flat is None else flat[1],
         "tokens": None if copies is None else copies[0],
         "detail": fmean(seen) if seen else None,
+        "fine": fmean(seen) > FINE if seen else None,
     }
 
 
@@ -240,7 +283,7 @@ def _counted(work: _Work, method: Duplicates | Flat) -> tuple[float, float] | No
     """Tokens of a picture in the encoder, and the share that leaves; None where the method cannot see them."""
     trials, came, left = work.trials, list[int](), list[int]()
     try:
-        with pruned(trials.model, Plan(vision=Stage(method, output=_output(work)))) as session:
+        with pruned(trials.model, Plan(vision=Stage(method, output=work.output))) as session:
             for number in range(len(trials.samples)):
                 trials.once(number)(trials.model)
                 came += session.trace[0].tokens_in.tolist()
