@@ -40,13 +40,17 @@ from .outputs import Inputs, run
 from .smaller import logn_of, show_smaller, softer
 
 
-def masked_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[str, Tensor], list[LayerTrace]]:
+def masked_oracle(
+    model: nn.Module, plan: Plan, inputs: Inputs, prompt: Inputs | None = None
+) -> tuple[dict[str, Tensor], list[LayerTrace]]:
     """The unpruned-length forward in which the tokens that ``plan`` drops are hidden from every later attention.
 
     Args:
         model: an encoder or a language model, with images or without, not patched; left as it was.
         plan: decides, in a pruned forward run first, which tokens are dropped where.
         inputs: keyword inputs of the model.
+        prompt: the inputs of the forward that decides, where ``inputs`` hold an answer behind the prompts: of a prompt methods
+            may look at its text, of an answer at nothing.
 
     Returns:
         The outputs, by name as in :func:`run`, and the trace. Rows of dropped tokens hold what the token would have been, or
@@ -57,10 +61,10 @@ def masked_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
         HookNeverFiredError: an attention behind a drop point was not seen (not computed by torch's fused functions).
     """
     family, text = find_vlm(model), find_text(model)
-    if family is not None or text is not None:
-        inputs = {**inputs, "use_cache": False}
+    more = {} if family is None and text is None else {"use_cache": False}
+    inputs, prompt = {**inputs, **more}, {**(inputs if prompt is None else prompt), **more}
     with pruned(model, plan) as session:
-        run(model, inputs)
+        run(model, prompt)
         trace = session.trace
     mode = HideKeys()
     with ExitStack() as stack:

@@ -31,13 +31,16 @@ from .outputs import Inputs, run
 Call = Callable[[dict[str, Any], Tensor, Tensor], Any]
 
 
-def removal_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[str, Tensor], list[LayerTrace]]:
+def removal_oracle(
+    model: nn.Module, plan: Plan, inputs: Inputs, prompt: Inputs | None = None
+) -> tuple[dict[str, Tensor], list[LayerTrace]]:
     """The forward of each prompt without the places that ``plan`` drops in front of the language model.
 
     Args:
         model: a vision-language model, not patched; left as it was.
         plan: with vision and connector stages; decides, in a pruned forward run first.
         inputs: keyword inputs of the model, with ``attention_mask`` where prompts are padded.
+        prompt: see :func:`saint.testing.masked_oracle`.
 
     Returns:
         The outputs, by name as in :func:`saint.testing.run`, and the trace. Rows of dropped places and of padding hold zeros
@@ -47,7 +50,7 @@ def removal_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[s
         ValueError: the plan has a language stage.
     """
     _, vlm, facts = locate(model, "connector")
-    trace = _decided(model, plan, {**inputs, str(CACHING): False})
+    trace = _decided(model, plan, {**(inputs if prompt is None else prompt), str(CACHING): False})
     decoder = vlm.get_submodule(facts.decoder)
     parameters = Parameters(type(decoder).forward)
 

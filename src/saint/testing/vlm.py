@@ -107,7 +107,7 @@ def check_generation(model: Any, plan: Plan, make: Make, steps: int = 8) -> str:
     new = made.sequences[:, length:]
     # by induction over the steps, one forward over prompt and new tokens gives what recomputing at every step gives
     grown = answered(model, inputs, new)
-    want = masked_oracle(model, plan, grown)[0]["logits"][:, length - 1 : -1]
+    want = masked_oracle(model, plan, grown, inputs)[0]["logits"][:, length - 1 : -1]
     real = torch.ones_like(new, dtype=torch.bool)  # behind the first end of a sample generate only pads
     ends = model.generation_config.eos_token_id
     if ends is not None:
@@ -183,7 +183,7 @@ def check_removal(model: Any, plan: Plan, make: Make, steps: int = 6) -> str:
             "recurrent layers and a window that ends within the prompt: no oracle is right for both"
         )
     if not within:
-        removed, _ = removal_oracle(model, front, answered(model, inputs, new))
+        removed, _ = removal_oracle(model, front, answered(model, inputs, new), inputs)
         errors["of the prompt, removed"] = _off(prompt[words], removed["logits"][:, :length][words])
         errors["of new tokens, removed"] = _off(logits, removed["logits"][:, length - 1 : -1])
     if not recurrent:
