@@ -46,6 +46,7 @@ from .vlm.part import refuse_part
 
 if TYPE_CHECKING:  # imports transformers
     from .language.cache import KVMemory
+    from .language.doorway import Handover
 
 
 PlanLike = Plan | Stage | Method | str | os.PathLike[str]
@@ -64,7 +65,11 @@ class Glue(Protocol):
         marked: modules by which the session is found, besides the user's model.
         stacks: where tokens may leave, in the order in which they pass.
         alone: may be a part of a vision-language model that knows nothing of what leaves in it; None where that cannot be.
+        handover: where a prompt ends is told to it; None of an encoder.
     """
+
+    @property
+    def handover(self) -> "Handover | None": ...
 
     @property
     def alone(self) -> nn.Module | None: ...
@@ -266,6 +271,30 @@ class Session(Uncopyable):
                 except BaseException:
                     self.remove()  # nothing half patched
                     raise
+
+    @contextmanager
+    def prompt(self, length: int) -> Iterator[None]:
+        """Inside the block, what stands behind the first ``length`` positions of a sequence is an answer.
+
+        Methods may look at the text of a prompt, and those of a language model without images choose among it. Where prompt and
+        answer run in one forward (teacher forcing, the likelihood of an answer), this says where the prompt ends, so that they
+        decide as they do when the answer is generated. Padding is in front. On the calling thread alone.
+
+        Args:
+            length: positions of the prompt, with padding and what is cached, >= 1.
+
+        Raises:
+            ValueError: an encoder, which has no prompts, or a wrong length.
+        """
+        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+            raise ValueError(f"length must be an integer of at least 1, got {length!r}")
+        if self._glue is None:  # an empty plan, or one that has been removed
+            yield
+            return
+        if self._glue.handover is None:
+            raise ValueError(f"{self._model} has no prompts: it is an encoder")
+        with self._glue.handover.prompting(length):
+            yield
 
     def remove(self) -> None:
         """Undo everything; what the last forward dropped can still be read. A second call does nothing."""

@@ -22,7 +22,7 @@ from saint.lab.tuning.run import split
 from saint.lab.tuning.thresholds import bisect, calibrated
 from saint.lab.tuning.trials import Trials
 from saint.lab.tuning.work import Meter, Table
-from saint.methods import Random, ToMe
+from saint.methods import FastV, Random, ToMe
 from saint.samples import read_samples
 from saint.upstream.tiny import IMAGE, VIDEO
 from saint.vlm.prompts import answered
@@ -150,13 +150,16 @@ def test_a_vision_language_model_is_tuned_on_its_next_token():
         saint.tune(model, several, target_agreement=0.99)
 
 
-@pytest.mark.parametrize("name", ["llava-llama", "qwen2.5-vl", "paligemma"])
-def test_the_loss_of_an_answer_is_the_mean_over_its_tokens(name):
+@pytest.mark.parametrize(
+    ("name", "method"), [("llava-llama", Random), ("llava-llama", FastV), ("qwen2.5-vl", Random), ("paligemma", Random)]
+)
+def test_the_loss_of_an_answer_is_the_mean_over_its_tokens(name, method):
+    """Of a plan that decides as where the answer is generated: by the prompt."""
     family = FAMILIES[name]
     model = family.build()
     one = prompts(family, model, [[3, "0", 4]])
     trials = Trials(around(model), read_samples([one]), facts={})
-    plan = saint.Plan(language=saint.Stage(Random(keep=0.3), layers=[0]))
+    plan = saint.Plan(language=saint.Stage(method(keep=0.3), layers=[0]))
     found = trials.run(plan, [0]).loss
     said = model.generate(**one, max_new_tokens=16, do_sample=False, suppress_tokens=[IMAGE, VIDEO])
     length, losses = one["input_ids"].shape[1], []
@@ -164,7 +167,7 @@ def test_the_loss_of_an_answer_is_the_mean_over_its_tokens(name):
         now = answered(model, one, said[:, length:end])
         with torch.inference_mode():
             base = model(**now, use_cache=False).logits[0, -1].double().log_softmax(-1)
-            with saint.pruned(model, plan):
+            with saint.pruned(model, plan) as session, session.prompt(length):
                 pruned = model(**now, use_cache=False).logits[0, -1].double().log_softmax(-1)
         losses.append(float((base.exp() * (base - pruned)).sum()))
     assert len(losses) > 4

@@ -284,11 +284,66 @@ def test_drafts_are_no_candidates_in_a_text_model():
         assert session.trace[0].tokens_in.tolist() == [6]
 
 
-@pytest.mark.parametrize("method", [saint.methods.FastV, saint.methods.PriorTR, saint.methods.SparseVLM])
-def test_a_method_that_asks_tokens_of_the_prompt_refuses_drafts(llava, method):
-    plan = saint.Plan(language=saint.Stage(method(keep=0.5), layers=[1]))
-    with saint.pruned(llava, plan), pytest.raises(ValueError, match="drafts"):
-        llava.generate(**prompts(LLAVA, llava, BATCH[:1]), max_new_tokens=4, prompt_lookup_num_tokens=3, **GREEDY)
+ASKS = {  # methods that look at the text
+    **{
+        name: saint.Plan(language=saint.Stage(saint.methods.get(name)(keep=0.5), layers=[1]))
+        for name in ("fastv", "priortr", "sparsevlm")
+    },
+    **{name: saint.Plan(connector=saint.methods.get(name)(keep=0.5)) for name in ("cdpruner", "mmr")},
+    "behind": saint.Plan(connector=CONNECTOR, language=saint.Stage(saint.methods.FastV(keep=0.5), layers=[1])),
+}
+
+
+@pytest.mark.parametrize("plan", ASKS)
+def test_drafts_are_none_of_the_text_that_methods_look_at(llava, plan):
+    inputs = prompts(LLAVA, llava, [[4, "0", 7]])
+    ids = inputs["input_ids"]
+    ids[0, -6:] = torch.tensor([5, 6, 7, 8, 5, 6])  # a draft in the first forward
+    with saint.pruned(llava, ASKS[plan]) as session, torch.no_grad():
+        greedy = llava.generate(**inputs, max_new_tokens=12, **GREEDY)
+        kept = [entry.kept[0].tolist() for entry in session.trace]
+        assert torch.equal(llava.generate(**inputs, max_new_tokens=12, prompt_lookup_num_tokens=4, **GREEDY), greedy)
+        assert [entry.kept[0].tolist() for entry in session.trace] == kept
+
+
+@pytest.mark.parametrize("plan", ASKS)
+def test_an_answer_behind_a_prompt_is_none_of_the_text_that_methods_look_at(llava, plan):
+    inputs = prompts(LLAVA, llava, BATCH)
+    length = inputs["input_ids"].shape[1]
+    with saint.pruned(llava, ASKS[plan]) as session, torch.no_grad():
+        out = llava.generate(**inputs, max_new_tokens=6, output_logits=True, return_dict_in_generate=True, **GREEDY)
+        kept = [[row.tolist() for row in entry.kept] for entry in session.trace]
+        grown = answered(llava, inputs, out.sequences[:, length:])
+        with session.prompt(length):
+            logits = llava(**grown).logits[:, length - 1 : -1]
+        assert [[row.tolist() for row in entry.kept] for entry in session.trace] == kept
+        assert relative_error(logits, torch.stack(out.logits, 1)) < 1e-4
+        llava(**grown)
+        assert [[row.tolist() for row in entry.kept] for entry in session.trace] != kept
+        with session.prompt(length), pytest.raises(ValueError, match="at least 1"), session.prompt(0):
+            pass
+
+
+def test_an_answer_behind_a_prompt_brings_no_candidates_to_a_text_model():
+    model = make(hf.LlamaForCausalLM, hf.LlamaConfig(**text_config()))
+    ids = torch.tensor([[9, 5, 6, 7, 8, 3, 5, 6]])
+    with saint.pruned(model, saint.Plan(language=saint.Stage(saint.SaintFullGraph(keep=3), layers=[1]))) as session:
+        with session.prompt(6):
+            model(ids)
+        assert session.trace[0].tokens_in.tolist() == [4]
+        model(ids)
+        assert session.trace[0].tokens_in.tolist() == [6]
+
+
+def test_an_encoder_has_no_prompt():
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = hf.CLIPVisionModel(hf.CLIPVisionConfig(**size, image_size=56, patch_size=14))
+    with (
+        saint.pruned(model, saint.Saint(keep=0.5)) as session,
+        pytest.raises(ValueError, match="no prompts"),
+        session.prompt(3),
+    ):
+        pass
 
 
 def test_continuous_batching_is_refused(llava):

@@ -131,6 +131,7 @@ class DecoderForward(Forward):
         held: of layers whose keys others read, what they held in front of this forward.
         gaps: of the cache in front of this forward.
         embeddings: what enters, [B, S, C], where methods ask tokens that are chosen by it.
+        answer: last tokens that are none of the prompt.
     """
 
     all_states: bool = False
@@ -140,6 +141,7 @@ class DecoderForward(Forward):
     views: dict[int, CacheView] = field(default_factory=dict)
     calls: dict[int, tuple[Parameters, dict[str, Any]]] = field(default_factory=dict)
     embeddings: Tensor | None = None
+    answer: int = 0
 
     def told(self) -> Self:
         return replace(super().told(), embeddings=None)
@@ -314,13 +316,16 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
 
     # -- start of a forward -------------------------------------------------------------------------------------------
 
-    def begin(self, state: LayerState | None, kwargs: dict[str, Any], facts: Facts | None) -> dict[str, Any]:
+    def begin(
+        self, state: LayerState | None, kwargs: dict[str, Any], facts: Facts | None, answer: int = 0
+    ) -> dict[str, Any]:
         """A forward begins.
 
         Args:
             state: what enters; None in a forward in which nothing can go.
             kwargs: arguments of the decoder.
             facts: of the candidates, see :class:`saint.runtime.state.Forward`.
+            answer: last tokens that are none of the prompt.
 
         Returns:
             The arguments with which it shall run.
@@ -344,6 +349,7 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         wanted = ALL_STATES.read(kwargs, ALL_STATES.get(self.module.config))
         forward.all_states = wanted is not None and wanted is not False
         forward.origin, forward.facts, forward.joined = state, facts, _joined(JOINED.read(kwargs))
+        forward.answer = answer
         if RATERS in self.needs:
             x, module = EMBEDDINGS.read(kwargs), cast(Any, self.module)
             forward.embeddings = module.get_input_embeddings()(IDS.read(kwargs)) if x is None else x
@@ -442,6 +448,9 @@ class PrunedDecoder(LayerStack[DecoderForward, Call]):
         """Of the tokens that are no padding, bool [B, S], those that methods want asked."""
         origin, embeddings = forward.origin, forward.embeddings
         assert origin is not None
+        if forward.answer:
+            real = real.clone()
+            real[:, real.shape[1] - forward.answer :] = False
 
         def near(text: Tensor) -> Tensor:
             assert embeddings is not None

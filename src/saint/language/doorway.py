@@ -13,8 +13,8 @@ Letters: B samples, L places of the sequence, K rows that enter, N visual tokens
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -121,12 +121,21 @@ class Handover:
 
     @property
     def prompt(self) -> int | None:
-        """Length of the prompt whose forward may bring drafts behind it."""
+        """Length of the prompt in whose forward an answer may stand behind it: drafts, or one that is given."""
         return getattr(self._own, "prompt", None)
 
     @prompt.setter
     def prompt(self, length: int | None) -> None:
         self._own.prompt = length
+
+    @contextmanager
+    def prompting(self, length: int | None) -> Iterator[None]:
+        """Inside the block a prompt has this length; None: whatever stands in a sequence is of the prompt."""
+        before, self.prompt = self.prompt, length
+        try:
+            yield
+        finally:
+            self.prompt = before
 
     @property
     def note(self) -> Note:
@@ -302,7 +311,8 @@ class Doorway(Decider[DoorForward]):
         packed, real = documents(given, self.module.config), None
         if self.starts_short and x is not None:
             real = _real(note, given, cache, x)
-        state, counts, changed = self.entering(visual, x, note, packed, real)
+        answer = self._answer(visual, cache)
+        state, counts, changed = self.entering(visual, x, note, packed, real, answer)
         given = given if changed is None else self.parameters.put(given, EMBEDDINGS, changed)
         if packed is None:
             shown = note.mask if real is None and note.mask is not None else real
@@ -316,8 +326,15 @@ class Doorway(Decider[DoorForward]):
             state = _moved(state, passage.short)
         passage.prompt = True
         if self.decoder is not None:
-            passage.given = self.decoder.begin(state, passage.given, self.forward.facts)
+            passage.given = self.decoder.begin(state, passage.given, self.forward.facts, answer)
         return passage
+
+    def _answer(self, visual: Tensor, cache: Any) -> int:
+        """Count the last tokens of a sequence [B, L] that are none of the prompt."""
+        if self.handover.prompt is None:
+            return 0
+        before = 0 if cache is None else int(cache.get_seq_length())
+        return min(max(0, before + visual.shape[1] - self.handover.prompt), visual.shape[1] - 1)
 
     def entering(
         self,
@@ -326,6 +343,7 @@ class Doorway(Decider[DoorForward]):
         note: Note,
         packed: Tensor | None = None,
         real: Tensor | None = None,
+        answer: int = 0,
     ) -> tuple[LayerState, list[int], Tensor | None]:
         """A prompt begins: which of its tokens enter the language model.
 
@@ -335,6 +353,7 @@ class Doorway(Decider[DoorForward]):
             note: of the prompt.
             packed: which document of the row each token belongs to, int64 [1, L]; each is a sample of its own.
             real: which tokens are no padding of the caller, bool [B, L]; None: all.
+            answer: last tokens that are none of the prompt.
 
         Returns:
             The state in front of the language model, how many real tokens of each row enter, and embeddings in place of ``x``
@@ -366,7 +385,7 @@ class Doorway(Decider[DoorForward]):
             left = () if gone is None else packed_tokens(visual & ~gone, packed, len(lengths)).stage_total
         assert state.places is not None
         cells = None if note.cells is None else note.cells.flatten()[state.places[..., 0]]
-        text = _text(x, visual, real, packed) if x is not None and self.wants_text else None
+        text = _text(x, visual, real, packed, answer) if x is not None and self.wants_text else None
         tower = self._tower(x, state, gone) if x is not None and self.wants_tower else None
         forward.facts = Facts(cells=cells, text=text, tower=tower)
         if gone is not None and left != lengths:
@@ -579,7 +598,7 @@ def _moved(state: LayerState, short: Short) -> LayerState:
     return replace(state, tokens=TokenMap.full(sequences, short.rows, rows.device), places=places.unsqueeze(-1))
 
 
-def _text(x: Tensor, visual: Tensor, real: Tensor | None, packed: Tensor | None) -> Tensor:
+def _text(x: Tensor, visual: Tensor, real: Tensor | None, packed: Tensor | None, answer: int) -> Tensor:
     """Embeddings of the tokens of each prompt that are neither visual nor padding, [B, T, C]; rows of 0 behind the last.
 
     Args:
@@ -587,6 +606,7 @@ def _text(x: Tensor, visual: Tensor, real: Tensor | None, packed: Tensor | None)
         visual: bool [B, L].
         real: bool [B, L]; None: all are.
         packed: see :meth:`Doorway.entering`.
+        answer: likewise.
 
     Raises:
         ValueError: documents are packed into one row.
@@ -597,6 +617,7 @@ def _text(x: Tensor, visual: Tensor, real: Tensor | None, packed: Tensor | None)
             "method that does without, or pass each document as a row of its own with an attention_mask"
         )
     words = ~visual if real is None else ~visual & real
+    words[:, words.shape[1] - answer :] = False
     rows = [row[own] for row, own in zip(x.detach(), words, strict=True)]
     return pad_sequence(rows, batch_first=True)
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ..patch import override
 from ..upstream.names import BATCHING, CACHE, DRAFTS, GENERATE, PIECE, PREFILL, PerClass
 from .doorway import Doorway, Pieces
-from .queries import QUERIES
 
 Whole = Callable[[Tensor, dict[str, Any]], Pieces | None]
 
@@ -78,22 +77,14 @@ def _prefill(original: Callable[..., Any], door: Doorway, whole: Whole) -> Calla
 
 def _generate(original: Callable[..., Any], door: Doorway) -> Callable[..., Any]:
     def generate(*args: Any, **kwargs: Any) -> Any:
-        before = door.handover.prompt
-        try:
+        with door.handover.prompting(door.handover.prompt):
             return original(*args, **kwargs)
-        finally:
-            door.handover.prompt = before
 
     return generate
 
 
 def _drafts(original: Callable[..., Any], door: Doorway) -> Callable[..., Any]:
     def drafts(generation_config: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if door.decoder is not None and door.decoder.needs & QUERIES:
-            raise ValueError(
-                "a method of the language stage asks the end of the prompt, behind which assisted decoding puts drafts: "
-                "use a method that does without, or generate without drafts"
-            )
         door.handover.prompt = input_ids.shape[1]
         return original(generation_config, input_ids, *args, **kwargs)
 

@@ -21,6 +21,8 @@ class DART(FixedBudget):
 
     Deviations: the authors take half of the pivots among the text, whose keys are not shown, and report that the choice of
     pivots hardly matters. Here keys are averaged over heads, and the cosine is that of the residual stream in front of its norm.
+    The norm is of keys behind the rotary table, which changes with a token's position: where padding in front is counted as
+    positions (a plain forward without ``position_ids``; ``generate`` gives them), pivots are others than alone.
     """
 
     name: ClassVar[str] = "dart"

@@ -114,7 +114,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
         self.outputs = Outputs(encoder, spec, self.depth, output, restored, self.forwards, reader)
         self.patched, self.marked = encoder if reader is None else reader.module, (encoder,)
         self.stacks = (self,)
-        self.alone = encoder
+        self.alone, self.handover = encoder, None
         # blocks of one form take the same arguments in the same way
         forms: dict[Any, int] = {}
         self.forms = [-1] * self.depth

@@ -6,7 +6,7 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ...plans import Plan
 from ...samples import Sample
-from ...session import pruned
+from ...session import Session, pruned
+from ...upstream.names import IDS
 from ..eval.journal import Journal
 from ..eval.report import fingerprint
 from ..kinds import Subject
@@ -114,7 +115,7 @@ class Trials:
         left: list[list[list[int]]] = []
         with pruned(self.model, plan) as session:
             for numbers in self._batches(which):
-                found = self._forward(numbers)
+                found = self._forward(numbers, session)
                 losses += self._losses(numbers, found)
                 if bad := [
                     n for n, loss in zip(numbers, losses[-len(numbers) :], strict=True) if not math.isfinite(loss)
@@ -131,10 +132,10 @@ class Trials:
 
     def show(self, plan: Plan, which: Sequence[int], enough: type[Exception]) -> None:
         """Run ``plan`` for what its methods see, until one of them raises ``enough``; nothing is kept."""
-        with pruned(self.model, plan):
+        with pruned(self.model, plan) as session:
             for numbers in self._batches(which):
                 with suppress(enough):
-                    self._forward(numbers)
+                    self._forward(numbers, session)
                 self.tick(len(numbers))
 
     def once(self, number: int) -> Callable[[nn.Module], Any]:
@@ -157,13 +158,15 @@ class Trials:
     def _losses(self, numbers: Sequence[int], found: Tensor) -> list[float]:
         return self.subject.losses(torch.cat([self._bases[number] for number in numbers]), found)
 
-    def _forward(self, numbers: Sequence[int]) -> Tensor:
+    def _forward(self, numbers: Sequence[int], session: Session | None = None) -> Tensor:
         """Return what is compared: [B, C], [B, 1, H, W], or the logits of the answer's tokens [1, tokens, vocabulary]."""
         asked = [self._asked.get(number, (self.samples[number], 1)) for number in numbers]
         samples, length = [sample for sample, _ in asked], asked[0][1]
         args = tuple(_joined(values) for values in zip(*(s.args for s in samples), strict=True))
         kwargs = {name: _joined([s.kwargs[name] for s in samples]) for name in samples[0].kwargs}
-        with torch.inference_mode():
+        behind = length - 1  # tokens of the answer, of which a plan knows nothing when it decides
+        prompt = session.prompt(IDS.read(kwargs).shape[1] - behind) if session is not None and behind else nullcontext()
+        with torch.inference_mode(), prompt:
             return self.subject.compared(self.model(*args, **kwargs), length)
 
     def _batches(self, which: Sequence[int]) -> Iterator[list[int]]:
