@@ -111,7 +111,8 @@ def _timed(subject: Encoder, plans: Mapping[str, Plan], data: Sequence[Mapping[s
     with variants(subject.model, plans) as found, torch.inference_mode():
         runs = {name: partial(_next, variant.model, cycle(data)) for name, variant in found.items()}
         times = interleave(runs, torch.device(subject.device), TIMED, warmup=2)
-        flops = {name: fmean(_flops(variant.model, one) for one in data[:4]) for name, variant in found.items()}
+        some = data if DUPLICATES in plans else data[:1]  # copies alone depend on the picture
+        flops = {name: fmean(_flops(variant.model, one) for one in some) for name, variant in found.items()}
     rows = []
     for name in plans:
         left = Spread.of([own / base for own, base in zip(times[name], times[BASE], strict=True)])
