@@ -36,6 +36,17 @@ def test_methods_that_look_at_the_text_look_at_that_of_the_prompt(method):
     assert {r.outcome for r in results} == {"passed"}, results
 
 
+@pytest.mark.parametrize("slot", ["vision", "language"])
+def test_of_methods_that_merge_no_oracle_of_hidden_tokens_is_asked(slot):
+    family = FAMILIES["llava-llama"]
+    model = family.build()
+    stages = {"language": saint.Stage(saint.Saint(threshold=0.1), layers=[2])}
+    stages[slot] = saint.Stage(saint.methods.ToMe(keep=0.5), layers=[1])
+    outcomes = {r.contract: r.outcome for r in check_vlm(model, maker(family, model), saint.Plan(**stages))}
+    skipped = {"masked oracle", "generation"} | ({"removal oracle"} if slot == "vision" else set())
+    assert outcomes == {name: "skipped" if name in skipped else "passed" for name in CONTRACTS}
+
+
 def test_contracts_see_a_wrong_mask(monkeypatch):
     from saint.language import decoder
 

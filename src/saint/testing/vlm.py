@@ -84,6 +84,7 @@ def check_identity(model: nn.Module, plan: Plan, make: Make) -> str:
 def check_oracle(model: nn.Module, plan: Plan, make: Make) -> str:
     """Logits of the prompt equal those of :func:`saint.testing.masked_oracle`."""
     _skip_recurrent(model)
+    _skip_merging(plan)
     inputs = make([0, 1])
     words = _words(model, inputs)
     want, _ = masked_oracle(model, plan, inputs)
@@ -97,6 +98,7 @@ def check_oracle(model: nn.Module, plan: Plan, make: Make) -> str:
 def check_generation(model: Any, plan: Plan, make: Make, steps: int = 8) -> str:
     """Greedy tokens equal those that the masked oracle chooses, recomputing everything at every step."""
     _skip_recurrent(model)
+    _skip_merging(plan)
     inputs = make([0, 1])
     with pruned(model, plan), torch.no_grad():
         made = model.generate(
@@ -144,6 +146,14 @@ def _skip_recurrent(model: nn.Module) -> None:
         )
 
 
+def _skip_merging(plan: Plan) -> None:
+    stages = [stage for stages in plan.slots.values() for stage in stages]
+    if merging := [type(stage.method).__name__ for stage in stages if stage.method.merges]:
+        raise HookNeverFiredError(
+            f"{', '.join(merging)}: a merged token is no hidden one; see the other contracts, and merged_oracle of the encoder"
+        )
+
+
 def _front(plan: Plan) -> Plan | None:
     """Take of a plan what drops in front of the language model."""
     front = Plan(vision=plan.vision, connector=plan.connector)
@@ -170,6 +180,7 @@ def check_removal(model: Any, plan: Plan, make: Make, steps: int = 6) -> str:
     front = _front(plan)
     if front is None:
         return "the plan drops nothing in front of the language model"
+    _skip_merging(front)
     inputs = make([0, 1])
     words, length = _words(model, inputs), inputs["input_ids"].shape[1]
     with pruned(model, front):
