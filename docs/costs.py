@@ -32,6 +32,7 @@ COSTS = {
     "mmr": ("N² C", "2 N**2 C"),
     "otprune": ("N² C + N K²", "2 N**2 C + N K**2"),
     "pitome": ("N² C", "2 N**2 C"),
+    "ppt": ("N² C", "N**2 C / 2"),
     "priortr": ("R N C", ""),
     "prumerge": ("N K C", "2 N K C"),
     "pyramiddrop": ("N C", ""),
@@ -60,6 +61,7 @@ ASKS = {
     "tower_joined": "attention of the tower's class token, all heads as one",
     "tower_keys": "keys of the tower",
     "tower_received": "attention of all tokens of the tower",
+    "tower_values": "length of values",
 }
 
 
@@ -83,4 +85,10 @@ def counted(method: methods.Method, before: int, after: int, dim: int) -> float:
         return 0.0
     names = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
     product = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula)
-    return float(eval(product, {"log": math.log, "ceil": math.ceil, "min": min, "max": max}, {**names, "N": before, "K": after, "C": dim}))
+    return float(
+        eval(
+            product,
+            {"log": math.log, "ceil": math.ceil, "min": min, "max": max},
+            {**names, "N": before, "K": after, "C": dim},
+        )
+    )
