@@ -32,6 +32,7 @@ COSTS = {
     "mmr": ("N² C", "2 N**2 C"),
     "otprune": ("N² C + N K²", "2 N**2 C + N K**2"),
     "pitome": ("N² C", "2 N**2 C"),
+    "ppt": ("N² C", "N**2 C / 2"),
     "priortr": ("R N C", ""),
     "prumerge": ("N K C", "2 N K C"),
     "pyramiddrop": ("N C", ""),
@@ -60,6 +61,7 @@ ASKS = {
     "tower_joined": "attention of the tower's class token, all heads as one",
     "tower_keys": "keys of the tower",
     "tower_received": "attention of all tokens of the tower",
+    "tower_values": "length of values",
 }
 
 

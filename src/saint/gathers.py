@@ -41,7 +41,12 @@ def gather_tokens(x: Tensor, slots: Tensor, prefix: int) -> Tensor:
 def merged_sizes(sizes: Tensor, selection: Selection) -> Tensor:
     """Count what each survivor stands for behind a merge: float [B, N] -> [B, K]."""
     assert selection.owner is not None
-    return sizes.new_zeros(selection.slots.shape).scatter_add(1, selection.owner, sizes)
+    return sizes.new_zeros(selection.slots.shape).scatter_add(1, selection.owner, _part(sizes, selection))
+
+
+def _part(sizes: Tensor, selection: Selection) -> Tensor:
+    """Sizes of what becomes part of a survivor, 0 of the others: float [B, N]."""
+    return sizes if selection.gone is None else sizes.masked_fill(selection.gone, 0)
 
 
 def merge_tokens(x: Tensor, sizes: Tensor, selection: Selection, prefix: int) -> tuple[Tensor, Tensor]:
@@ -61,7 +66,7 @@ def merge_tokens(x: Tensor, sizes: Tensor, selection: Selection, prefix: int) ->
     batch, kept = selection.slots.shape
     total = merged_sizes(sizes, selection)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    share = sizes.to(dtype) / total.to(dtype).gather(1, owner).clamp_min(1)
+    share = _part(sizes, selection).to(dtype) / total.to(dtype).gather(1, owner).clamp_min(1)
     body = x[:, prefix:] * share.unsqueeze(-1)
     rows = owner.unsqueeze(-1).expand_as(body)
     merged = body.new_zeros(batch, kept, x.shape[2]).scatter_add(1, rows, body).to(x.dtype)

@@ -17,9 +17,10 @@ Layers = str | range | list[int] | tuple[int, ...] | None
 LAYERS = ("first_half", "all")  # words whose meaning depends on the depth of the model
 _DEEPEST = 10_000  # layers; a range beyond it is a slip, and would fill the memory before a model can say so
 Placement = Literal["input", "mid", "post"] | None
+_TOWER = frozenset({"tower_received", "tower_class", "tower_joined", "tower_values"})
 PROVIDES = {
-    "vision": frozenset({"frames", "pixels", "resized"}),
-    "connector": frozenset({"frames", "text", "tower_received", "tower_class", "tower_joined", "tower_keys"}),
+    "vision": frozenset({"frames", "pixels", "resized"}) | _TOWER,
+    "connector": frozenset({"frames", "text", "tower_keys"}) | _TOWER,
     "language": frozenset({"last_query", "question", "first_query", "raters", "frames"}),
 }
 # candidates that come at least to the first stage of a plan, and to a later one, which sees what is left: fewer are no picture
@@ -232,6 +233,11 @@ def _check_stage(name: str, stage: Stage) -> None:
         raise ValueError(
             f'placement="input" is for the vision stage only, got it in the {name} stage; in front of a language model tokens '
             "are dropped by the connector stage"
+        )
+    if name == "vision" and stage.placement == "input" and stage.method.needs & _TOWER:
+        raise ValueError(
+            f'{method} looks at the attention of the layer where tokens leave, and placement="input" is in front of all layers: '
+            'use "mid" or "post"'
         )
     if name == "connector":
         _check_connector(stage)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from .methods.divprune import DivPrune
 from .methods.fastv import FastV
 from .methods.match import Match
+from .methods.ppt import PPT
 from .methods.saint import Saint
 from .methods.saint_full_graph import SaintFullGraph
 from .methods.sparsevlm import SparseVLM
@@ -59,6 +60,10 @@ _RECIPES = {
     "vit/tome": Recipe(
         Plan(vision=Stage(ToMe(r=8), output="similar")),
         "baseline, ToMe as published: 8 tokens merge in every block, proportional attention, average pools weigh sizes",
+    ),
+    "vit/ppt": Recipe(
+        Plan(vision=PPT(r=50)),
+        "baseline, PPT as published for 196 patches: 50 are dropped or merged at a quarter, half and three quarters of the depth",
     ),
     "vit/diffrate": Recipe(
         _diffrate(196, 193, 175, 155, 140, 132, 120, 106, 87, 63, 55, 2),

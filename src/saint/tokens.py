@@ -82,6 +82,7 @@ class Selection:
     """Which slots stay: int64 [B, K] ascending within the first ``lengths[b]``, then padding.
 
     Of merging methods, and of smaller pictures, ``owner`` says for each current slot which new slot it becomes part of, int64
+    [B, N]; where a merging method also drops, ``gone`` marks what becomes part of none, whatever ``owner`` says of it, bool
     [B, N]. In the connector stage ``adds`` says what is added to the embedding of each that stays, as weights of the embeddings
     of all candidates, float32 [B, K, N]; 0 at padding.
     """
@@ -91,6 +92,7 @@ class Selection:
     valid: Tensor | None = None
     owner: Tensor | None = None
     adds: Tensor | None = None
+    gone: Tensor | None = None
 
     def mask(self, count: int) -> Tensor:
         """bool [B, N], True for the slots that stay, of ``count``."""
@@ -171,12 +173,14 @@ class Selection:
         return Selection.from_mask(torch.empty_like(stay).scatter_(1, order, stay), lengths)
 
 
-# what a method in front of a language model may ask of the vision tower, at the layers that it looks at: attention received, mean
-# over heads and all tokens of the picture; that of the class token, mean over heads; the same of all heads as one, of their
-# queries and keys side by side; keys, mean over heads. Where there is no class token, attention received stands for its attention
+# what a method in front of a language model may ask of the vision tower, at the layers that it looks at, and a method inside an
+# encoder of the layer where tokens leave: attention received, mean over heads and all tokens of the picture; that of the class
+# token, mean over heads; the same of all heads as one, of their queries and keys side by side; the length of the value, all heads
+# side by side; keys, mean over heads, in front of a language model. Where there is no class token, attention received stands for
+# its attention
 TOWER_RECEIVED, TOWER_CLASS, TOWER_JOINED = "tower_received", "tower_class", "tower_joined"
-TOWER_KEYS = "tower_keys"
-TOWER_ATTENTION = frozenset({TOWER_RECEIVED, TOWER_CLASS, TOWER_JOINED})
+TOWER_VALUES, TOWER_KEYS = "tower_values", "tower_keys"
+TOWER_ATTENTION = frozenset({TOWER_RECEIVED, TOWER_CLASS, TOWER_JOINED, TOWER_VALUES})
 TOWER = TOWER_ATTENTION | {TOWER_KEYS}
 
 
@@ -185,7 +189,7 @@ class Tower:
     """What the vision tower showed of each candidate. Where it joins squares of patches, means over their members.
 
     Attributes:
-        shown: by what was asked for and 0-based layer, float32 [B, N, D]; D is 1 for attention.
+        shown: by what was asked for and 0-based layer, float32 [B, N, D]; D is 1 but for keys.
         depth: layers of the tower.
         read: the layer behind which the language model's features are read.
         place: of the candidate in its picture, row by row, int64 [B, N].
@@ -266,7 +270,8 @@ class Candidates:
         facts: what else the forward knows of them.
         rows: for methods that need the attention of other tokens, by the name under ``needs``, float32 [B, N] each, averaged over
             heads and tokens: of the text behind the visual tokens ("question"), of its first token ("first_query"), of those of
-            its tokens that the visual tokens are nearest to ("raters"; :class:`saint.methods.SparseVLM`).
+            its tokens that the visual tokens are nearest to ("raters"; :class:`saint.methods.SparseVLM`). Inside an encoder what
+            the layer shows of each, by the names in :data:`TOWER_ATTENTION`.
     """
 
     keys: Tensor
@@ -290,7 +295,7 @@ class LayerTrace:
         tokens_out: candidates after, int64 [B].
         kept: B int64 tensors, original candidate indices (0-based), ascending.
         into: of merging methods and smaller pictures, B int64 tensors: for each original candidate the one of ``kept`` it is
-            part of by now.
+            part of by now; -1 where it is part of none.
         placement: tokens left "input": in front of ``layer``, "mid": between its attention and its MLP, "post": behind it.
         group: 0-based number of the plan's stage in its slot.
         adds: in the connector stage, of methods that change what stays, B float32 tensors [kept, original candidates]: weights

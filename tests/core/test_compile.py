@@ -15,6 +15,7 @@ PLANS = {
     "merged": Stage(methods.Match(keep=0.5, fate="merge"), layers=[0, 1]),
     "ToMe": Stage(methods.ToMe(keep=0.5), layers=[0, 1]),
     "PiToMe": Stage(methods.PiToMe(keep=0.5), layers=[0, 1]),
+    "PPT": Stage(methods.PPT(keep=0.5), layers=[0, 1]),
     "random": Stage(methods.Random(keep=0.5), layers=[0, 1]),
     "full graph": Stage(saint.SaintFullGraph(keep=0.5), layers=[1]),
     "carried": Stage(methods.Match(keep=0.5), layers=[0, 1], output="carried"),

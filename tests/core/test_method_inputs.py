@@ -10,6 +10,7 @@ from saint import graph
 from saint.methods import (
     DART,
     MMR,
+    PPT,
     SCOPE,
     ApET,
     CDPruner,
@@ -33,7 +34,7 @@ from saint.methods import (
     VisionZip,
     VisPruner,
 )
-from saint.tokens import TOWER, TOWER_KEYS, Candidates, Facts, TokenMap, Tower
+from saint.tokens import TOWER, TOWER_CLASS, TOWER_KEYS, TOWER_VALUES, Candidates, Facts, TokenMap, Tower
 
 COUNT, COLUMNS = 24, 6
 LOOKS = {  # method: the parts of the candidates that its choice depends on
@@ -44,6 +45,9 @@ LOOKS = {  # method: the parts of the candidates that its choice depends on
     Match(keep=0.6, fate="merge"): {"keys", "columns"},
     ToMe(keep=0.6): {"keys"},
     PiToMe(keep=0.6): {"keys"},
+    PPT(keep=0.6, threshold=0.0): {"own_tower_class", "own_tower_values"},
+    PPT(keep=0.6, threshold=1.0): {"keys"},
+    PPT(keep=0.6, threshold=6e-3): {"keys", "own_tower_class", "own_tower_values"},
     DivPrune(keep=0.6): {"features"},
     OTPrune(keep=0.6, gamma=10.0): {"features"},
     ApET(keep=0.6, basis=3): {"features"},
@@ -101,7 +105,11 @@ def plain(seed: int) -> torch.Tensor:
     return colours.float().expand(-1, -1, 1, 4)
 
 
-ROWS = {name: noise(seed, 2, COUNT).softmax(-1) for seed, name in enumerate(("question", "first_query", "raters"), 20)}
+ASKED = {name: f"own_{name}" for name in (TOWER_CLASS, TOWER_VALUES)}  # of the encoder's layer where tokens leave
+ROWS = {
+    name: noise(seed, 2, COUNT).softmax(-1)
+    for seed, name in enumerate(("question", "first_query", "raters", *ASKED), 20)
+}
 
 
 def tower(columns: int = COLUMNS, **seeds: int) -> Tower:
@@ -130,7 +138,7 @@ OTHER = {
     "columns": {"facts": dataclasses.replace(PLACED, columns=5)},
     "pixels": {"facts": dataclasses.replace(PLACED, pixels=plain(14))},
     "text": {"facts": dataclasses.replace(PLACED, text=noise(15, 2, 4, 5))},
-    **{name: {"rows": {**ROWS, name: noise(30, 2, COUNT).softmax(-1)}} for name in ROWS},
+    **{ASKED.get(name, name): {"rows": {**ROWS, name: noise(30, 2, COUNT).softmax(-1)}} for name in ROWS},
     "grids": {"facts": dataclasses.replace(PLACED, grids=((COUNT // 4, 4),) * 2)},
     **{what: {"facts": dataclasses.replace(PLACED, tower=tower(**{what: 30}))} for what in sorted(TOWER)},
     "tower_grid": {"facts": dataclasses.replace(PLACED, tower=tower(columns=4))},
@@ -140,8 +148,8 @@ OTHER = {
 def choice(method, candidates):
     selection = method.select(candidates)
     assert selection is not None
-    owner, adds = (None if one is None else one.tolist() for one in (selection.owner, selection.adds))
-    return selection.slots.tolist(), selection.lengths, owner, adds
+    more = (None if one is None else one.tolist() for one in (selection.owner, selection.adds, selection.gone))
+    return selection.slots.tolist(), selection.lengths, *more
 
 
 @pytest.mark.parametrize("method", LOOKS, ids=repr)

@@ -7,7 +7,7 @@ import torch
 
 import saint
 from saint import testing
-from saint.methods import DivPrune, Match, OTPrune, PiToMe, Random, ToMe
+from saint.methods import PPT, DivPrune, Match, OTPrune, PiToMe, Random, ToMe
 from saint.plans import Plan, Stage
 from support.padded import alone, naflex, padded_models, patches, with_padding
 
@@ -23,6 +23,7 @@ METHODS = {
     "merge": Match(keep=0.6, fate="merge"),
     "tome": ToMe(keep=0.6),
     "pitome": PiToMe(keep=0.6),
+    "ppt": PPT(keep=0.6),
 }
 LAYERS = {"input": None, "mid": [0, 2], "post": [0, 2]}
 

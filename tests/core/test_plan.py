@@ -373,7 +373,7 @@ def test_an_impossible_share_leaves_the_model_alone(name, placement):
     assert snapshot(vit) == before
 
 
-FIXED = ("divprune", "grid", "match", "pitome", "random", "saint", "saint_full_graph", "saint_video", "tome")
+FIXED = ("divprune", "grid", "match", "pitome", "ppt", "random", "saint", "saint_full_graph", "saint_video", "tome")
 
 
 @pytest.mark.parametrize("second", FIXED)
@@ -417,7 +417,7 @@ def test_a_language_stage_cannot_keep_more_than_the_connector_leaves():
 @pytest.mark.parametrize("name", BUDGETED)
 @pytest.mark.parametrize("value", [0, -1, 1.5, 0.0, True, float("nan"), "all", None, [3]])
 def test_a_wrong_budget_is_named_as_it_was_given(name, value):
-    if value is None and name in ("tome", "pitome", "match", "saint", "saint_video", "prumerge"):
+    if value is None and name in ("tome", "pitome", "ppt", "match", "saint", "saint_video", "prumerge"):
         return  # means r, pairs or votes
     with pytest.raises(ValueError, match="^keep must be"):
         budgeted(name, value)

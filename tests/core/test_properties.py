@@ -584,6 +584,7 @@ tomes = st.one_of(
     st.builds(methods.ToMe, r=st.integers(1, 99), beta=st.floats(0, 9)),
     st.builds(methods.ToMe, keep=budgets),
     st.builds(methods.PiToMe, keep=budgets, margin=st.floats(0, 1)),
+    st.builds(methods.PPT, keep=budgets, threshold=st.floats(0, 1)),
 )
 layers = st.one_of(
     st.none(), st.sampled_from(["first_half", "all"]), st.lists(st.integers(0, 40), min_size=1, max_size=5, unique=True)

@@ -29,6 +29,7 @@ PLANS = {
     ),
     "merging": Plan(vision=Stage(methods.ToMe(keep=0.6), layers=[0, 1])),
     "merging by energy": Plan(vision=Stage(methods.PiToMe(keep=0.6), layers=[0, 1])),
+    "merging or dropping": Plan(vision=Stage(methods.PPT(keep=0.6), layers=[0, 1])),
     "full length": Plan(vision=Stage(methods.Grid(keep=0.5), layers=[1], output="similar")),
     "random": Plan(vision=Stage(methods.Random(keep=0.5), layers=[1])),
 }
@@ -57,7 +58,7 @@ def agree(model, graph, inputs):
             assert torch.allclose(got[name], want[name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("plan", often(PLANS, "several stages", "merging"))
+@pytest.mark.parametrize("plan", often(PLANS, "several stages", "merging", "merging or dropping"))
 def test_batches_of_any_size(plan):
     model, _, inputs = prepared("timm/vit-augreg")
     unpruned = testing.run(model, inputs)

@@ -11,7 +11,7 @@ from saint import graph
 from saint.lab.sources.items import Item
 from saint.lab.view.reasons import Reasons
 from saint.lab.view.survivors import SHOWN, survivors
-from saint.methods import Grid, Random, ToMe
+from saint.methods import PPT, Grid, Random, ToMe
 from saint.runtime.observe import Observer
 
 
@@ -76,6 +76,15 @@ def test_what_is_merged_names_what_it_became_part_of(vit):
         assert "degree" not in why
         assert len(why["gone"]) == 12
         assert [int(trace[0].into[sample][n]) for n in why["gone"]] == why["into"]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_what_only_drops_is_not_told_as_merged(vit, threshold):
+    trace, found, _ = asked(vit, saint.Plan(vision=saint.Stage(PPT(r=12, threshold=threshold), layers=[1])))
+    for sample, why in enumerate(found[0]):
+        assert why["merged"] == bool(threshold)
+        assert len(why["gone"]) == 12
+        assert set(why["into"]) <= set(trace[0].kept[sample].tolist())
 
 
 def test_each_drop_point_is_told_with_its_own_method(vit):

@@ -72,9 +72,9 @@ def maker(family, model):
             for name in ("input_ids", "attention_mask", family.types):
                 if name in one:
                     both[name][row] = torch.nn.functional.pad(one[name][0], (length - one[name].shape[1], 0))
-        for name, value in both.items():
-            if name.startswith("pixel"):
-                both[name] = torch.cat([one[name] for one in seeds]) if value.ndim != 5 else value
+        for name in both:
+            if name.startswith("pixel"):  # of pictures of one size, one for each sample
+                both[name] = torch.cat([one[name] for one in seeds])
         return both
 
     return make

@@ -5,22 +5,17 @@ import torch
 
 import saint
 from saint.testing.vlm import CONTRACTS, check_vlm, hybrid_plan
-from support.families import FAMILIES, SAMPLES, maker, prompts
+from support.families import FAMILIES, maker
 
 
-@pytest.mark.parametrize("name", ["llava-llama", "qwen2.5-vl", "gemma3", "paligemma", "llava-onevision"])
+@pytest.mark.parametrize(
+    "name", ["llava-llama", "qwen2.5-vl", "gemma3", "paligemma", "llava-next", "llava-onevision", "idefics3", "smolvlm"]
+)
 def test_contracts_hold(name):
     family = FAMILIES[name]
     model = family.build()
-    make = (
-        maker(family, model)
-        if name != "llava-onevision"
-        else lambda which: prompts(family, model, [SAMPLES[0]] * len(which))
-    )
-    results = {result.contract: result for result in check_vlm(model, make)}
+    results = {result.contract: result for result in check_vlm(model, maker(family, model))}
     assert list(results) == list(CONTRACTS)
-    if name == "llava-onevision":
-        results.pop("batch independence"), results.pop("answer independence")  # two samples of one seed differ
     assert {r.outcome for r in results.values()} == {"passed"}, results
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # what type checkers and editors are told
     from .mmr import MMR as MMR
     from .otprune import OTPrune as OTPrune
     from .pitome import PiToMe as PiToMe
+    from .ppt import PPT as PPT
     from .priortr import PriorTR as PriorTR
     from .prumerge import PruMerge as PruMerge
     from .pyramiddrop import PyramidDrop as PyramidDrop

@@ -7,8 +7,6 @@ from .. import graph
 from ..tokens import Candidates, Selection
 from .base import Method, check_budget, check_integer, check_number, check_steps, spared, to_drop
 
-_PUBLISHED_R = 8  # MAE ViT-L/16, 24 layers, without training
-
 
 @dataclasses.dataclass(frozen=True)
 class ToMe(Method):
@@ -32,6 +30,7 @@ class ToMe(Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/2210.09461"
     stages: ClassVar[frozenset[str]] = frozenset({"vision", "language"})
     merges: ClassVar[bool] = True
+    published_r: ClassVar[int] = 8  # MAE ViT-L/16, 24 layers, without training
 
     r: int | None = None  # tokens merged at every layer, >= 1; at most half of what is there
     keep: int | float | None = None  # tokens (int) or fraction of the candidates (float) left behind the stage
@@ -45,7 +44,7 @@ class ToMe(Method):
         if self.keep is not None:
             check_budget(self.keep)
         elif self.r is None:
-            object.__setattr__(self, "r", _PUBLISHED_R)
+            object.__setattr__(self, "r", self.published_r)
         else:
             check_integer("r", self.r, 1, hint="tokens merged per layer; 8 to 16 are published")
         # at 1000, beta * log(size) of 10^6 patches in one token is 14,000: a logit that float16 still holds

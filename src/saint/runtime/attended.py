@@ -23,6 +23,7 @@ class Attended:
     Attributes:
         query: behind norms and rotary tables, [B, H, Q, D].
         key: likewise, [B, G, N, D], H a multiple of G.
+        value: [B, G, N, D of values].
         scale: of the logits; None means 1 / sqrt(D).
         mask: broadcastable to [B, H, Q, N]: bool (True: may be attended to), or added to the logits; None: all see all.
         causal: query i sees the keys 0..i only.
@@ -32,6 +33,7 @@ class Attended:
 
     query: Tensor
     key: Tensor
+    value: Tensor
     scale: float | None
     mask: Tensor | None
     causal: bool
@@ -66,6 +68,7 @@ class Attending(TorchFunctionMode):
         self,
         query: Tensor,
         key: Tensor,
+        value: Tensor,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         scale: float | None = None,
@@ -73,13 +76,14 @@ class Attending(TorchFunctionMode):
     ) -> None:
         if query.ndim != 4:  # no attention over tokens of a sequence that any supported model computes
             return
-        query, key = query.detach(), key.detach()
-        self._tell(Attended(query, key, scale, attn_mask, bool(is_causal), self._prefix, self._state))
+        query, key, value = query.detach(), key.detach(), value.detach()
+        self._tell(Attended(query, key, value, scale, attn_mask, bool(is_causal), self._prefix, self._state))
 
     def _of_module(
         self,
         query: Tensor,
         key: Tensor,
+        value: Tensor,
         heads: int,
         in_proj_weight: Tensor | None,
         in_proj_bias: Tensor | None,
@@ -88,16 +92,16 @@ class Attending(TorchFunctionMode):
         use_separate_proj_weight: bool = False,
         **_: Any,
     ) -> None:
-        """nn.MultiheadAttention projects inside: its queries and keys are projected here again. query [Q, B, C]."""
+        """nn.MultiheadAttention projects inside: its queries, keys and values are projected here again. query [Q, B, C]."""
         if use_separate_proj_weight or in_proj_weight is None or query.ndim != 3:
             return
         width = query.shape[2]
         rows = in_proj_weight.detach().split(width)
-        biases = (None, None) if in_proj_bias is None else in_proj_bias.detach().split(width)[:2]
+        biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.detach().split(width)
         with torch.no_grad():
-            q, k = (
+            q, k, v = (
                 nn.functional.linear(x.detach(), w, b).unflatten(2, (heads, -1)).permute(1, 2, 0, 3)
-                for x, w, b in zip((query, key), rows[:2], biases, strict=True)
+                for x, w, b in zip((query, key, value), rows, biases, strict=True)
             )
         mask = None if attn_mask is None else _allows(attn_mask)
         if mask is not None and mask.ndim == 3:  # [B * H, Q, N]
@@ -105,7 +109,7 @@ class Attending(TorchFunctionMode):
         if key_padding_mask is not None:
             padding = _allows(key_padding_mask)[:, None, None]
             mask = padding if mask is None else _both(mask, padding)
-        self._tell(Attended(q, k, None, mask, False, self._prefix, self._state))
+        self._tell(Attended(q, k, v, None, mask, False, self._prefix, self._state))
 
 
 def _allows(mask: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Seen(NamedTuple):
     Attributes:
         keys: attention keys averaged over heads, of the tokens behind the prefix, [Q, S, D].
         rows: attention of tokens that a method wants asked, by what it needs, float32 [Q, S].
-        received: of encoders, the kinds of attention that are asked for, in order, float32 [Q, S, kinds]; see ``received.py``.
+        received: of encoders, what is asked of their attention, in order, float32 [Q, S, kinds]; see ``received.py``.
     """
 
     keys: Tensor
@@ -134,6 +134,10 @@ class Decider(Uncopyable, Generic[F]):
         """The keys of a drop point, for messages."""
         return f"the keys of {self.path} layer {point.layer}"
 
+    def rows(self, forward: F, point: DropPoint, state: LayerState, seen: Seen) -> dict[str, Tensor]:
+        """Give what a drop point shows of each candidate, by what its method needs, float32 [B, N]."""
+        return {name: state.of_candidates(row.unsqueeze(-1)).squeeze(-1) for name, row in seen.rows.items()}
+
     # -- a drop point -------------------------------------------------------------------------------------------------
 
     def pass_entries(self, forward: F, state: LayerState, features: Tensor) -> tuple[LayerState, Tensor]:
@@ -171,7 +175,7 @@ class Decider(Uncopyable, Generic[F]):
         keys, features = state.of_candidates(seen.keys), state.of_candidates(features.detach())
         if point.step == 0 and point.method is not None and reads_are_free(keys.device):
             refuse_non_finite(keys, partial(self.where, point))
-        rows = {name: state.of_candidates(row.unsqueeze(-1)).squeeze(-1) for name, row in seen.rows.items()}
+        rows = self.rows(forward, point, state, seen)
         counted = state.counted
         assert forward.facts is not None
         facts = forward.facts.at(counted.index)

@@ -1,4 +1,4 @@
-"""Attention that the tokens of an encoder's layer get, from the queries and keys that it computed.
+"""Attention that the tokens of an encoder's layer get, and how long their values are, from what it computed.
 
 One row of the attention matrix, or its columns summed block by block: the matrix as a whole is never held, and the layer's own
 attention runs as it does.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HookNeverFiredError
-from ..tokens import TOWER_JOINED, TOWER_RECEIVED
+from ..tokens import TOWER_JOINED, TOWER_RECEIVED, TOWER_VALUES
 from .attended import Attended, Attending
 from .state import LayerState
 
@@ -24,7 +24,7 @@ class Received:
     """What is summed up of one run of a layer.
 
     Args:
-        kinds: of attention that are asked for, of ``tokens.TOWER_ATTENTION``.
+        kinds: that are asked for, of ``tokens.TOWER_ATTENTION``.
         prefix: protected tokens in front of each sequence, the first of them the class token.
         state: the tokens in front of the layer.
         real: which tokens of the sequences are no padding, bool [B, P + S]; None: all.
@@ -41,12 +41,14 @@ class Received:
         self._parts.append(torch.stack(made, -1)[:, self._prefix :])
 
     def _made(self, kind: str, attended: Attended) -> Tensor:
+        if kind == TOWER_VALUES:
+            return lengths(attended)
         if kind == TOWER_RECEIVED or not self._prefix:
             return summed(attended, self._real)
         return class_attention(joined(attended) if kind == TOWER_JOINED else attended)
 
     def take(self, count: int, name: str) -> Tensor:
-        """Attention of the class token, or the sum over all queries, of each kind: float32 [B, S, kinds].
+        """Give what was asked for, attention received as the sum over all queries: float32 [B, S, kinds].
 
         Args:
             count: S.
@@ -71,6 +73,11 @@ def joined(attended: Attended) -> Attended:
     query, key = (x.transpose(1, 2).flatten(2).unsqueeze(1) for x in (query, key))
     mask = mask[:, :1] if mask is not None and mask.ndim == 4 else mask
     return replace(attended, query=query, key=key, mask=mask, scale=query.shape[-1] ** -0.5)
+
+
+def lengths(attended: Attended) -> Tensor:
+    """Length of each token's value, of all heads side by side, float32 [B, N]."""
+    return torch.linalg.vector_norm(attended.value.float(), dim=(1, 3))
 
 
 def class_attention(attended: Attended) -> Tensor:

@@ -32,6 +32,7 @@ class LayerState:
         sizes: merging: original candidates in each slot, float32 [B, N].
         merged_into: merging, and of smaller pictures: for each original candidate the slot it is part of, int64 [B, N of the
             beginning].
+        gone: merging: original candidates that are part of no slot any more, bool [B, N of the beginning]; None: there are none.
         beta: merging: later attention adds beta * log(size) to the logits of a candidate's key.
         stand_ins: for each original candidate the slot that stands for it in a full-length map, int64 [B, N of the beginning].
         offsets: what is added to the row of a stand-in, in the residual stream, [B, N of the beginning, C]; None: nothing.
@@ -45,6 +46,7 @@ class LayerState:
     places: Tensor | None = None
     sizes: Tensor | None = None
     merged_into: Tensor | None = None
+    gone: Tensor | None = None
     beta: float = 0.0
     stand_ins: Tensor | None = None
     offsets: Tensor | None = None
@@ -86,10 +88,13 @@ class LayerState:
         """
         stand_ins = None if stand_in is None else _chain(self.stand_ins, stand_in)
         # what smaller pictures made one is dropped as one; of those that merge none is dropped
-        merged_into = None if selection.owner is None else _chain(self.merged_into, selection.owner)
+        merged_into, lost = None if selection.owner is None else _chain(self.merged_into, selection.owner), self.gone
+        if selection.gone is not None:
+            lost = _chain(self.merged_into, selection.gone)
+            lost = lost if self.gone is None else lost | self.gone
         if self.places is None:
             tokens = self.tokens.select(selection)
-            return replace(self, tokens=tokens, merged_into=merged_into, stand_ins=stand_ins), selection
+            return replace(self, tokens=tokens, merged_into=merged_into, gone=lost, stand_ins=stand_ins), selection
         assert self.subset is not None
         sequences, count = self.tokens.index.shape
         size, end = self.places.shape[2], sequences * count
@@ -114,6 +119,7 @@ class LayerState:
             subset=self.subset.select(selection),
             places=places,
             merged_into=merged_into,
+            gone=lost,
             stand_ins=stand_ins,
             adds=selection.adds,
         )
@@ -197,7 +203,10 @@ class Forward:
             return out  # of an export: reading it would fix the batch size of the exported graph
         for (slot, placement, layer, group), (before, after) in self.drops.items():
             left = after.candidates
-            into = None if after.merged_into is None else list(left.index.gather(1, after.merged_into).unbind(0))
+            into = None
+            if after.merged_into is not None:
+                part = left.index.gather(1, after.merged_into)
+                into = list(part if after.gone is None else part.masked_fill(after.gone, -1))
             if into is not None and self.origin is not None and (real := self.origin.candidates.valid) is not None:
                 into = [row[ok] for row, ok in zip(into, real, strict=True)]
             counts = torch.tensor(before.candidates.lengths), torch.tensor(left.lengths)

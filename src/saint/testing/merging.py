@@ -29,6 +29,8 @@ def merged_oracle(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[dict[st
 
     That row is their mean, or of methods that do not average (:attr:`saint.methods.base.Method.averages`) the survivor's.
 
+    What becomes part of none is hidden, as a key, from every attention behind.
+
     Copies of a token of size s are attended to s times as much as one, which is proportional attention with beta = 1; for
     another beta, (beta - 1) * log(s) is added to their logits. Copies take the rotary position of the survivor.
 
@@ -108,9 +110,11 @@ class _Sharing:
         return y
 
     def _logits(self, count: int, like: Tensor) -> Tensor | None:
-        if not self.shown and (self.groups is None or self.beta == 1):
+        if not self.shown and self.groups is None:
             return None
         groups = [torch.arange(len(flags)) for flags in self.shown] if self.groups is None else self.groups
+        if not self.shown and self.beta == 1 and not any(bool((into < 0).any()) for into in groups):
+            return None
         out = like.new_zeros(len(groups), count)
         for sample, into in enumerate(self._real(groups)):
             sizes = into[into >= 0].bincount()[into.clamp_min(0)].to(like.dtype)
@@ -119,7 +123,7 @@ class _Sharing:
         return out
 
     def _real(self, groups: list[Tensor]) -> list[Tensor]:
-        """Mark candidates that smaller pictures do not show, by -1."""
+        """Mark candidates that smaller pictures do not show, by -1, as those that are part of none."""
         if not self.shown:
             return groups
         return [into.masked_fill(~flags.to(into.device), -1) for into, flags in zip(groups, self.shown, strict=True)]
@@ -131,7 +135,7 @@ class _Sharing:
         counts = (
             [int(flags.sum()) for flags in self.shown]
             if self.groups is None
-            else [len(g.unique()) for g in self.groups]
+            else [len(g[g >= 0].unique()) for g in self.groups]
         )
         self.mode.softer = softer(self.prefix + torch.tensor(counts), self.prefix + self.total, self.logn)
 
@@ -188,6 +192,6 @@ class _Sharing:
         self.mode.visible[:, : self.prefix] = True
         y, first = y.clone(), 0 if self.spec.pool_with_prefix(self.encoder) else self.prefix
         for sample, into in enumerate(self.groups):
-            self.mode.visible[sample, self.prefix + into.unique()] = True
+            self.mode.visible[sample, self.prefix + into[into >= 0].unique()] = True
             y[sample, ~self.mode.visible[sample]] = y[sample, first:][self.mode.visible[sample, first:]].mean(0)
         return y

@@ -26,7 +26,7 @@ from ..runtime.observe import Observers
 from ..runtime.points import DropPoint
 from ..runtime.received import Received
 from ..runtime.state import LayerState
-from ..tokens import TOWER, TOWER_ATTENTION, TOWER_KEYS, TOWER_RECEIVED, Selection, TokenMap
+from ..tokens import TOWER, TOWER_ATTENTION, TOWER_KEYS, TOWER_RECEIVED, TOWER_VALUES, Selection, TokenMap
 from ..upstream.names import LONGEST
 from ..upstream.specs import EncoderSpec, part
 from .checks import (
@@ -130,7 +130,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
                 )
                 self.forms[index] = forms.setdefault(key, len(forms))
         self.restored = restored
-        self.attends: list[tuple[str, ...]] = [()] * self.depth  # kinds of attention that are asked of each layer
+        self.attends: list[tuple[str, ...]] = [()] * self.depth  # what is asked of each layer's attention
         for index, point in self.points.items():
             self.attends[index] = tuple(sorted(point.needs & TOWER_ATTENTION))
         if any(self.attends):
@@ -353,15 +353,21 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
             forward.glances[point.layer] = self._glance(point, state, seen, asked)
         return super().decide(forward, point, state, features, seen)
 
+    def rows(self, forward: EncoderForward, point: DropPoint, state: LayerState, seen: Seen) -> dict[str, Tensor]:
+        kinds = self.attends[point.layer] if seen.received is not None else ()
+        return {kind: forward.glances[point.layer].shown[kind].squeeze(-1) for kind in kinds}
+
     def _glance(self, point: DropPoint, state: LayerState, seen: Seen, asked: frozenset[str]) -> Glance:
-        """Note what a layer showed of its candidates, for a method behind the encoder that asked for it."""
-        tokens, shown = state.candidates, dict[str, Tensor]()
+        """Note what a layer showed of its candidates, for a method there or behind the encoder that asked for it."""
+        tokens = state.candidates
+        shown: dict[str, Tensor] = {}  # no call of dict[...]: torch.compile would break the graph there
         if seen.received is not None:
             members = 1 if state.places is None else state.places.shape[2]
             queries = torch.tensor([self.prefix + n * members for n in tokens.lengths], device=tokens.index.device)
             for kind, own in zip(self.attends[point.layer], seen.received.unbind(-1), strict=True):
                 own = state.of_candidates(own.unsqueeze(-1))  # [B, N, 1]
-                shown[kind] = own if kind != TOWER_RECEIVED and self.prefix else own / queries.view(-1, 1, 1)
+                summed = kind == TOWER_RECEIVED or (kind != TOWER_VALUES and not self.prefix)
+                shown[kind] = own / queries.view(-1, 1, 1) if summed else own
         if TOWER_KEYS in asked:
             shown[TOWER_KEYS] = state.of_candidates(seen.keys).float()
         return Glance(tokens, shown)

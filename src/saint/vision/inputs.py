@@ -48,7 +48,7 @@ class Glance:
 
     Attributes:
         tokens: the candidates.
-        shown: by what was asked for, see ``tokens.TOWER``, float32 [B, N, D]; D is 1 for attention.
+        shown: by what was asked for, see ``tokens.TOWER``, float32 [B, N, D]; D is 1 but for keys.
     """
 
     tokens: TokenMap
@@ -71,7 +71,7 @@ class EncoderForward(Forward):
         part: tokens of the samples that a layer runs on, where it does not run on all together.
         shares: of its candidates that each picture keeps at least; empty without a guard.
         full: every layer's output is to be of full length.
-        glances: by layer, what a method in front of a language model asked of it.
+        glances: by layer, what a method there or in front of a language model asked of it.
         shortened: by tokens and form of the block, those tokens, and the arguments of a block as they came and as it took them.
     """
 

@@ -290,7 +290,11 @@ class Outputs(Uncopyable):
         """For each current candidate the new slot that stands for it, int64 [B, N]; keys [B, N, D]; None: not asked for."""
         if self.output not in ("similar", "carried"):
             return None
-        return similar_survivor(metric(keys), selection) if selection.owner is None else selection.owner
+        if selection.owner is None:
+            return similar_survivor(metric(keys), selection)
+        if selection.gone is None:
+            return selection.owner
+        return torch.where(selection.gone, similar_survivor(metric(keys), selection), selection.owner)
 
     def carry(self, state: LayerState, rows: Tensor, after: LayerState, stay: Tensor) -> LayerState:
         """``after`` with the offsets that give each original candidate that is gone the row it has now; survivors have none.

@@ -65,14 +65,16 @@ def _reason(seen: Candidates, selection: Selection, sample: int, method: Any) ->
     kept = selection.slots[sample, : selection.lengths[sample]].cpu()
     gone = torch.ones(count, dtype=torch.bool).scatter(0, kept, False)
     into: Tensor = index[:0]
+    merged = selection.owner is not None and (selection.gone is None or not bool(selection.gone[sample].any()))
     if bool(gone.any()):
-        if selection.owner is not None:
+        if merged:
+            assert selection.owner is not None
             stands = selection.owner[sample, :count].cpu()
         else:
             # keys as they are, also where the method centres them: so does a stage with output="similar"
             stands = similar_survivor(graph.metric(keys[None]), Selection(kept[None], (len(kept),)))[0]
         into = index[kept][stands][gone]
-    why = {"gone": index[gone].tolist(), "into": into.tolist(), "merged": selection.owner is not None}
+    why = {"gone": index[gone].tolist(), "into": into.tolist(), "merged": merged}
     if isinstance(method, Saint):
         degree = graph.connect(keys[None], method.threshold, center=method.center).degree[0]  # [S]
         why |= {"degree": degree.int().tolist(), "neighbors": method.neighbors, "threshold": method.threshold}
