@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from saint import methods
 from saint.lab.bench.timing import Spread, disturbances, interleave, load_average
 from saint.lab.records import environment, write_json
+from saint.language.queries import QUERIES
 from saint.methods.base import Method
-from saint.tokens import Candidates, Facts, TokenMap
+from saint.tokens import TOWER, TOWER_KEYS, Candidates, Facts, TokenMap, Tower
 
 TEXT = 64  # tokens of the prompt beside the visual ones
 TILE = 576  # visual tokens of a picture that enters the tower, 24 x 24
@@ -102,15 +103,31 @@ def drop_points(method: Method, slot: str, shape: Shape, visual: int) -> list[Ca
         pixels=noise(batch, count, 3, PATCH**2) if "pixels" in method.needs else None,
         grids=((edge, edge),) * batch if method.needs & {"pixels", "resized"} else None,
         text=noise(batch, TEXT, channels) if "text" in method.needs else None,
+        tower=tower(method, shape, visual) if slot == "connector" and method.needs & TOWER else None,
     )
+    # what tokens of the prompt, or of the encoder, attend to
+    asked = {name: attention for name in sorted(method.needs & (TOWER | QUERIES)) if slot != "connector"}
     tokens, found = TokenMap.full(batch, count, torch.device("cpu")), []
     for step in range(steps):
         left = tokens.slots
+        rows = {name: row[:, :left] for name, row in asked.items()}
         shown = keys[:, :left], features[:, :left], tokens, step, steps, attention[:, :left], facts.at(tokens.index)
-        found.append(Candidates(*shown))
+        found.append(Candidates(*shown, rows))
         if (selection := method.select(found[-1])) is not None:
             tokens = tokens.select(selection)
     return found
+
+
+def tower(method: Method, shape: Shape, visual: int) -> Tower:
+    """Return what a tower showed of pictures of a prompt; the language model reads its last but one layer."""
+    read, edge = shape.tower_layers - 2, 24
+    shown = {
+        (name, layer): noise(1, visual, shape.tower_key) if name == TOWER_KEYS else noise(1, visual, 1).softmax(1)
+        for name in method.needs & TOWER
+        for layer in method.tower_layers(shape.tower_layers, read)
+    }
+    place = (torch.arange(visual) % TILE).view(1, visual)
+    return Tower(shown, shape.tower_layers, read, place, torch.full((1, visual, 2), edge))
 
 
 def choices(shape: Shape, visual: int, only: list[str] | None) -> dict[str, tuple[dict[str, Any], Callable[[], Any]]]:

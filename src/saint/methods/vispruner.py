@@ -12,6 +12,9 @@ from ..tokens import TOWER_CLASS, Candidates, Selection, highest
 from .base import FixedBudget, check_integer, check_number, real_of, tower_of
 
 
+_NEAR = 32  # tokens of which the most similar odd one is looked for first
+
+
 @dataclasses.dataclass(frozen=True)
 class VisPruner(FixedBudget):
     """Keep the visual tokens that get most attention in the vision tower, and others without near copies.
@@ -59,13 +62,35 @@ class VisPruner(FixedBudget):
         """Places of the ``count`` tokens that are left behind the last round, int64 [count]: points [n, C]."""
         similar = points @ points.T
         left = torch.arange(len(points), device=points.device)
+        # the most similar odd one is nearly always among a few, which need no look at all pairs in every round
+        near = similar.fill_diagonal_(-torch.inf).topk(min(_NEAR, len(points)))
         while len(left) > count:
             even, odd = left[::2], left[1::2]
             gone = min(self.step, len(left) - count, len(even))
             if not len(odd):
                 return left[:count]
-            closest = similar[even][:, odd].amax(1)
+            closest = _closest(similar, near.values, near.indices, even, odd)
             stays = torch.ones_like(left, dtype=torch.bool)
             stays[2 * torch.sort(closest, descending=True, stable=True).indices[:gone]] = False
             left = left[torch.sort((~stays).to(torch.uint8), stable=True).indices[: len(left) - gone]]
         return left
+
+
+def _closest(similar: Tensor, near: Tensor, others: Tensor, even: Tensor, odd: Tensor) -> Tensor:
+    """The largest similarity of each even token with an odd one, [E].
+
+    Args:
+        similar: of all pairs, [n, n].
+        near: of each token with the most similar ones, descending, [n, k].
+        others: which those are, int64 [n, k].
+        even: int64 [E].
+        odd: int64 [O].
+    """
+    there = torch.zeros(len(similar), dtype=torch.bool, device=similar.device)
+    there[odd] = True
+    found = there[others[even]]  # [E, k]
+    closest = near[even].gather(1, found.to(torch.uint8).argmax(1, keepdim=True)).squeeze(1)
+    if bool((some := found.any(1)).all()):
+        return closest
+    rest = even[~some]
+    return closest.masked_scatter(~some, similar[rest][:, odd].amax(1))
