@@ -11,7 +11,6 @@ from ..graph import full_precision, metric
 from ..tokens import TOWER_CLASS, Candidates, Selection, highest
 from .base import FixedBudget, check_integer, check_number, real_of, tower_of
 
-
 _NEAR = 32  # tokens of which the most similar odd one is looked for first
 
 
