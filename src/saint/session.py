@@ -298,9 +298,14 @@ class Session(Uncopyable):
 
     def remove(self) -> None:
         """Undo everything; what the last forward dropped can still be read. A second call does nothing."""
-        if self._over is None:  # read before the patches go, which forget their forwards
-            costs = self._costs if self.trace else Costs()  # without a forward there is nothing to sum up
-            self._over = _Over({stack.slot: stack.forward.told() for stack in self._stacks}, costs)
+        try:
+            if self._over is None:  # read before the patches go, which forget their forwards
+                costs = self._costs if self.trace else Costs()  # without a forward there is nothing to sum up
+                self._over = _Over({stack.slot: stack.forward.told() for stack in self._stacks}, costs)
+        finally:
+            self._take_off()
+
+    def _take_off(self) -> None:
         self._patches.close()
         self._marks.close()
         for stack in self._stacks:

@@ -488,3 +488,17 @@ def test_only_the_connector_stage_is_shown_the_tower():
     assert TOWER_ATTENTION < TOWER
     with pytest.raises(ValueError, match="VisionZip is not defined for the language stage"):
         Plan(language=VisionZip())
+
+
+def test_what_was_added_in_front_is_no_news_of_a_layer_in_which_nothing_leaves():
+    family = FAMILIES["llava-llama"]
+    model = family.build()
+    plan = saint.Plan(
+        connector=saint.methods.VisionZip(keep=0.5), language=saint.Stage(saint.methods.Random(keep=1.0), layers=[1])
+    )
+    with saint.pruned(model, plan) as session, torch.no_grad():
+        model(**prompts(family, model, [[4, "0", 7]]))
+        front, behind = session.trace
+    assert front.adds is not None
+    assert behind.adds is None
+    assert behind.tokens_in.tolist() == behind.tokens_out.tolist() == front.tokens_out.tolist()

@@ -595,7 +595,8 @@ def _moved(state: LayerState, short: Short) -> LayerState:
     rows = state.places[..., 0]
     row, place = rows // count, state.tokens.index.flatten()[rows]  # [B, N]
     places = short.slots()[row, place] + row * short.rows
-    return replace(state, tokens=TokenMap.full(sequences, short.rows, rows.device), places=places.unsqueeze(-1))
+    tokens = TokenMap.full(sequences, short.rows, rows.device)
+    return replace(state, tokens=tokens, places=places.unsqueeze(-1), adds=None)
 
 
 def _text(x: Tensor, visual: Tensor, real: Tensor | None, packed: Tensor | None, answer: int) -> Tensor:
