@@ -167,7 +167,7 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM":
         if features is not None and (merge_size is not None or not spec.connector):
             restored = frozenset({features, *spec.reads(vlm)})
         read = max(0, (spec.feature_layer(vlm, depth) or depth) - 1)
-        asked = _glances(plan, depth, read)
+        asked = _glances(plan, depth, read, tower_spec.prefix(tower))
         encoder = _encoder(plan, place, tower, tower_spec, observers, merge_size, restored, features, glances=asked)
         glances = Glances(encoder, read) if asked else None
     connector = drop_points("connector", plan.connector, [[0]] if plan.connector else [], 1, observers, False)
@@ -182,11 +182,11 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM":
     return PrunedVLM(path, vlm, spec, door, encoder, features, handover, model, glances)
 
 
-def _glances(plan: Plan, depth: int, read: int) -> dict[int, frozenset[str]]:
-    """By layer of the vision tower, of ``depth``, what the connector stage asks of it; ``read``: see :class:`Glances`."""
+def _glances(plan: Plan, depth: int, read: int, prefix: int) -> dict[int, frozenset[str]]:
+    """By layer of the vision tower, of ``depth``, what the connector stage asks of it; ``read``, ``prefix``: see its methods."""
     asked: dict[int, frozenset[str]] = {}
     for method in (stage.method for stage in plan.connector if stage.method.needs & TOWER):
-        for layer in method.tower_layers(depth, read):
+        for layer in method.tower_layers(depth, read, prefix):
             asked[layer] = asked.get(layer, frozenset()) | (method.needs & TOWER)
     return asked
 

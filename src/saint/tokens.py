@@ -194,6 +194,7 @@ class Tower:
         read: the layer behind which the language model's features are read.
         place: of the candidate in its picture, row by row, int64 [B, N].
         grid: rows and columns of its picture, int64 [B, N, 2]; 0: not known.
+        prefix: protected tokens in front of the tower's patches; 0: it has no class token.
     """
 
     shown: Mapping[tuple[str, int], Tensor]
@@ -201,6 +202,7 @@ class Tower:
     read: int
     place: Tensor
     grid: Tensor
+    prefix: int
 
     def attention(self, what: str, layer: int) -> Tensor:
         """Attention that the candidates get at a layer, float32 [B, N]."""

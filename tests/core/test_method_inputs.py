@@ -121,7 +121,7 @@ def tower(columns: int = COLUMNS, **seeds: int) -> Tower:
         for layer in range(4)
     }
     grid = torch.tensor([COUNT // columns, columns]).expand(2, COUNT, 2)
-    return Tower(shown, 4, 2, torch.arange(COUNT).expand(2, COUNT), grid)
+    return Tower(shown, 4, 2, torch.arange(COUNT).expand(2, COUNT), grid, 1)
 
 
 PLACED = Facts(

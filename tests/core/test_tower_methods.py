@@ -42,7 +42,7 @@ def shown(lengths=(COUNT,) * 3, seed=0, place=None):
         features = features.masked_fill(~valid.unsqueeze(-1), 1e3)
     place = torch.arange(count).expand(batch, count) if place is None else torch.tensor(place).expand(batch, count)
     grid = torch.tensor([ROWS, COLUMNS]).expand(batch, count, 2)
-    facts = Facts(tower=Tower(tower, DEPTH, READ, place, grid))
+    facts = Facts(tower=Tower(tower, DEPTH, READ, place, grid, 1))
     return Candidates(features, features, TokenMap.full(batch, count, torch.device("cpu"), valid), 0, 1, facts=facts)
 
 
@@ -190,7 +190,7 @@ def test_hiprune_is_the_formula(lengths, place, keep, alpha):
         return
     given = shown(lengths, place=place)
     method = HiPrune(keep, alpha=alpha)
-    assert method.tower_layers(DEPTH, READ) == (9, READ)
+    assert method.tower_layers(DEPTH, READ, 1) == (9, READ)
     got = method.select(given)
     for sample, total in enumerate(lengths):
         middle, late = (seen(given, sample, what.TOWER_RECEIVED, layer) for layer in (9, READ))
@@ -213,15 +213,18 @@ def test_the_neighbour_of_the_end_of_a_row_begins_the_next(row):
 
 
 def test_published_middle_layers():
-    assert HiPrune().tower_layers(24, 22)[0] == 9
-    assert HiPrune(middle=0.5).tower_layers(32, 31) == (16, 31)
-    assert HiPrune(middle=1.0).tower_layers(4, 3) == (3, 3)
+    assert HiPrune().tower_layers(24, 22, 1) == (9, 22)
+    assert HiPrune().tower_layers(32, 31, 0) == (16, 31)
+    assert HiPrune(middle=0.5).tower_layers(32, 31, 1) == (16, 31)
+    assert HiPrune(middle=0.25).tower_layers(32, 31, 0) == (8, 31)
+    assert HiPrune(middle=0.0).tower_layers(32, 31, 0) == (0, 31)
+    assert HiPrune(middle=1.0).tower_layers(4, 3, 1) == (3, 3)
 
 
 def test_a_grid_that_is_not_known_is_refused():
     given = shown((COUNT,))
     tower = given.facts.tower
-    blind = Facts(tower=Tower(tower.shown, DEPTH, READ, tower.place, torch.zeros(1, COUNT, 2, dtype=torch.long)))
+    blind = Facts(tower=Tower(tower.shown, DEPTH, READ, tower.place, torch.zeros(1, COUNT, 2, dtype=torch.long), 1))
     with pytest.raises(ValueError, match="HiPrune needs the grid"):
         HiPrune(5).select(Candidates(given.keys, given.features, given.tokens, 0, 1, facts=blind))
 

@@ -1,8 +1,10 @@
 """Resolution and pruning as levers: found by `saint tune`, tried by `saint advise`, given by `--pixels`."""
 
+import base64
 import dataclasses
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -13,9 +15,11 @@ from PIL import Image, ImageDraw
 
 import saint
 from saint import Plan, Stage, grids, testing
+from saint.lab.images import read_untrusted
 from saint.lab.kinds import around
 from saint.lab.loading.plans import Choice, choose, read_pixels
 from saint.lab.report import Record
+from saint.lab.report.kept import pictures_of
 from saint.lab.report.sheets import sheet_of
 from saint.lab.tuning import Target, search
 from saint.lab.tuning.advice import BOTH, DUPLICATES, PRUNING, SMALLER, SOFTER, advise
@@ -348,6 +352,48 @@ def test_a_smaller_picture_is_drawn_as_one(vit):
     changed = (np.asarray(picture) != np.asarray(small)).any(-1).nonzero()
     assert len(changed[0])
     assert {(y // 24, x // 24) for y, x in zip(*changed, strict=True)} == {(row, column)}
+
+
+def test_what_merges_in_front_of_the_layers_is_no_smaller_picture(vit):
+    """Every other column stays, as of a picture of half the width, but not for the column beside it."""
+    from saint.lab.kinds.tiles import Tile
+    from saint.lab.view.overlay import overlay
+    from saint.lab.view.strips import dimmed
+
+    photo = Image.effect_noise((96, 96), 90).convert("RGB")
+    with saint.pruned(vit, Plan(vision=Stage(saint.methods.ToMe(r=18, beta=0), placement="input"))) as session:
+        vit(smooth(1))
+        trace = session.trace
+    assert trace[0].kept[0].tolist() == list(range(1, 36, 2))
+    want = overlay(photo, trace[0].kept[0], (6, 6))
+    assert np.array_equal(dimmed(Tile(photo, (6, 6)), trace), want)
+
+
+def test_a_page_draws_a_smaller_picture_as_one(command, folder, tmp_path):
+    """Its patches are the cells, as coarse as the model sees them; shares count the patches that there were."""
+    record, page = tmp_path / "view.json", tmp_path / "view.html"
+    plan = json.dumps(Plan(vision=Stage(saint.methods.Random(keep=20), layers=[1])).to_dict())
+    given = ["view", *TINY, "--images", folder, "--limit", 1, "--pixels", "25", "--plan", plan]
+    code, _, err = command(*given, "-o", tmp_path / "seen", "--json", record)
+    assert code == 0, err
+    made = json.loads(record.read_text())
+    (photo,), (rows, columns) = made["photos"], made["grid"]
+    assert len(photo["layers"][0]["into"]) == rows * columns == 100
+    (figure,) = pictures_of(photo, made["grid"])
+    assert (tuple(figure.grid), list(figure.whole), len(figure.steps)) == ((5, 5), [rows, columns], 1)
+    stand = photo["layers"][0]["kept"]  # row by row
+    assert [stand[n] for n in figure.steps[0].kept] == photo["layers"][1]["kept"]
+    assert [stand[n] for n in figure.steps[0].why.gone] == sorted(set(stand) - set(photo["layers"][1]["kept"]))
+    code, _, err = command("report", record, "-o", page)
+    assert code == 0, err
+    text = page.read_text()
+    assert re.findall('data-label="([^"]*)"', text) == [
+        "smaller picture, 5 x 5 patches: 25 of 100 kept (25%)",
+        "after layer 1: 20 of 100 kept (20%)",
+    ]
+    drawn = re.search('<image href="([^"]*)"[^>]*image-rendering="pixelated"', text)
+    whole, small = (read_untrusted(base64.b64decode(uri.partition(",")[2])) for uri in (photo["picture"], drawn[1]))
+    assert small.size == tuple(n // 2 for n in whole.size)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transformers.vision_utils import get_vision_window_index
 import saint
 from saint import testing
 from saint.errors import HookNeverFiredError, UnsupportedModelError
-from saint.methods import PruMerge, Random, VisionZip
+from saint.methods import HiPrune, PruMerge, Random, VisionZip
 from saint.methods.base import FixedBudget
 from saint.plans import Plan, Stage
 from saint.testing import zoo
@@ -26,6 +26,7 @@ from saint.tokens import (
     TOWER_JOINED,
     TOWER_KEYS,
     TOWER_RECEIVED,
+    TOWER_VALUES,
     Candidates,
     Selection,
 )
@@ -48,7 +49,7 @@ class Looking(FixedBudget):
     stages: ClassVar[frozenset[str]] = frozenset({"connector"})
     needs: ClassVar[frozenset[str]] = TOWER
 
-    def tower_layers(self, depth: int, read: int) -> tuple[int, ...]:
+    def tower_layers(self, depth: int, read: int, prefix: int) -> tuple[int, ...]:
         return (1, read)
 
     def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
@@ -129,12 +130,39 @@ def test_attention_is_that_of_an_eager_tower(name, monkeypatch):
     got, tower = shown(model, inputs)
     depth = len(model.get_submodule(family.tower))
     assert (tower.depth, tower.read) == (depth, depth - 2 if name.startswith("llava") else depth - 1)
+    assert tower.prefix == family.prefix
     for layer in (1, tower.read):
         first, received = literal(family, twin, inputs, layer)
         assert len(received) == int((inputs["input_ids"] == IMAGE).sum())
         torch.testing.assert_close(got[TOWER_RECEIVED, layer][:, 0].double(), received, rtol=1e-4, atol=1e-7)
         want = first if family.prefix else received
         torch.testing.assert_close(got[TOWER_CLASS, layer][:, 0].double(), want, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["llava-llama", "gemma3", "idefics3"])
+def test_values_are_as_long_as_the_layer_makes_them(name):
+    """All heads side by side; of joined patches the mean."""
+    family = FAMILIES[name]
+    model = family.build()
+    inputs, values = prompts(family, model, PAIR), []
+    layer = model.get_submodule(family.tower)[1]
+    with layer.self_attn.v_proj.register_forward_hook(lambda *of: values.append(of[2].double())):
+        got, _ = shown(model, inputs)
+    lengths = values[0].norm(dim=2)[:, family.prefix :]  # [pictures, patches]
+    want = lengths[:, members(family, lengths.shape[1] // family.merge_size**2)].mean(2).flatten()
+    torch.testing.assert_close(got[TOWER_VALUES, 1][:, 0].double(), want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["llava-llama", "qwen2.5-vl"])
+def test_a_method_is_told_whether_the_tower_has_a_class_token(name, monkeypatch):
+    """When a plan is applied, and when it chooses: both must name the same layers."""
+    family, asked, own = FAMILIES[name], [], HiPrune.tower_layers
+    model = family.build()
+    monkeypatch.setattr(HiPrune, "tower_layers", lambda *given: asked.append(given[1:]) or own(*given))
+    with saint.pruned(model, Plan(connector=HiPrune(0.5, alpha=1.0))), torch.no_grad():
+        model(**prompts(family, model, PAIR))
+    depth = len(model.get_submodule(family.tower))
+    assert asked == [(depth, depth - 2 if family.prefix else depth - 1, family.prefix)] * 2
 
 
 def test_keys_are_those_of_the_layer_and_alone_need_no_attention():

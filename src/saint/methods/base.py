@@ -63,12 +63,13 @@ class Method(ABC):
         """Layers used when the plan names none."""
         raise ValueError(f"{type(self).__name__} has no default layers for {stage}; give Stage(..., layers=[...])")
 
-    def tower_layers(self, depth: int, read: int) -> tuple[int, ...]:
+    def tower_layers(self, depth: int, read: int, prefix: int) -> tuple[int, ...]:
         """Layers of the vision tower that it looks at, where it needs something of :data:`saint.tokens.TOWER`.
 
         Args:
             depth: layers of the tower.
             read: the 0-based layer behind which the language model's features are read.
+            prefix: protected tokens in front of its patches; 0: it has no class token.
         """
         return (read,)
 

@@ -22,7 +22,8 @@ class HiPrune(FixedBudget):
     cut to its first and last place. So the neighbour of the end of a row is the beginning of the next, as published. The
     other tokens that stay have the highest a_i of the layer whose output the language model reads (registers).
 
-    Needs no class token. Published middle layers: 9 of 24 of LLaVA's tower (0.375), 16 of 32 of Qwen2.5-VL's (0.5).
+    Needs no class token. Published middle layers, which are the default: 9 of 24 of LLaVA's tower, as in all towers with a class
+    token (0.375); 16 of 32 of Qwen2.5-VL's, as in all others (0.5).
     """
 
     name: ClassVar[str] = "hiprune"
@@ -32,19 +33,24 @@ class HiPrune(FixedBudget):
 
     keep: int | float = 0.25  # survivors: a number (int) or a fraction of the candidates (float)
     alpha: float = 0.1  # share of the survivors that are anchors or beside them, in [0, 1]
-    middle: float = 0.375  # where the middle layer lies, as a share of the tower's depth, in [0, 1]
+    middle: float | None = (
+        None  # where the middle layer lies, as a share of the tower's depth, in [0, 1]; None: as published
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("alpha", self.alpha, 0, 1, "the published value is 0.1")
-        check_number("middle", self.middle, 0, 1, "the published value is 9 of 24 layers")
+        if self.middle is not None:
+            check_number("middle", self.middle, 0, 1, "the published value is 9 of 24 layers")
 
-    def tower_layers(self, depth: int, read: int) -> tuple[int, ...]:
-        return min(depth - 1, math.floor(self.middle * depth + 0.5)), read
+    def tower_layers(self, depth: int, read: int, prefix: int) -> tuple[int, ...]:
+        middle = self.middle if self.middle is not None else 0.375 if prefix else 0.5
+        return min(depth - 1, math.floor(middle * depth + 0.5)), read
 
     def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
         tower, real = tower_of(candidates), real_of(candidates)
-        middle, late = (tower.attention(TOWER_RECEIVED, layer) for layer in self.tower_layers(tower.depth, tower.read))
+        layers = self.tower_layers(tower.depth, tower.read, tower.prefix)
+        middle, late = (tower.attention(TOWER_RECEIVED, layer) for layer in layers)
         # a half rounds up; a few tokens hold no anchor with all four beside it
         counts = [min(math.floor(self.alpha * k / 5 + 0.5), k // 5) for k in goal]
         order = descending(middle.masked_fill(~real, -torch.inf))[:, : max(counts)]  # [B, A]

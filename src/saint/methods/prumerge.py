@@ -65,7 +65,7 @@ class PruMerge(Method):
         if self.keep is not None:
             final_keep(self.keep, total)
 
-    def tower_layers(self, depth: int, read: int) -> tuple[int, ...]:
+    def tower_layers(self, depth: int, read: int, prefix: int) -> tuple[int, ...]:
         return (depth - 1,)
 
     def flops(self, before: int, after: int, dim: int) -> float:

@@ -94,7 +94,7 @@ class Glances(Uncopyable):
         grids = encoder.inputs.grids(forward)
         grid = torch.tensor(grids or [(0, 0)] * len(tokens.index), device=tokens.index.device)
         grid = grid.unsqueeze(1).expand(*tokens.index.shape, 2)
-        return Tower(shown, encoder.depth, self.read, order(tokens.index), order(grid))
+        return Tower(shown, encoder.depth, self.read, order(tokens.index), order(grid), encoder.prefix)
 
     def recall(self, rows: Tensor, real: Tensor) -> Tower | None:
         """Tell what the tower showed of visual tokens; None where there are none.
@@ -128,4 +128,4 @@ def _joined(one: Tower, other: Tower, where: Tensor) -> Tower:
     rows = where.unsqueeze(-1)
     shown = {what: torch.where(rows, other.shown[what], value) for what, value in one.shown.items()}
     place, grid = torch.where(where, other.place, one.place), torch.where(rows, other.grid, one.grid)
-    return Tower(shown, one.depth, one.read, place, grid)
+    return Tower(shown, one.depth, one.read, place, grid, one.prefix)

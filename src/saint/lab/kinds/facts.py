@@ -22,6 +22,8 @@ def layer_facts(trace: LayerTrace, sample: int = 0, why: Mapping[str, Any] | Non
         "tokens_out": int(trace.tokens_out[sample]),
         "kept": trace.kept[sample].tolist(),
     }
+    if trace.stage == "vision" and trace.placement == "input" and trace.into is not None:  # a smaller picture, maybe
+        facts["into"] = trace.into[sample].tolist()
     return facts if why is None else {**facts, "why": dict(why)}
 
 

@@ -290,12 +290,14 @@ class Figure:
         uri: "data:image/...;base64,..."; None draws on grey.
         grid: rows and columns.
         steps: drop points in order, :class:`saint.lab.report.figure.Step`.
+        whole: rows and columns that the picture had before it got smaller; None: it stays as it is.
     """
 
     name: str
     uri: str | None
     grid: Sequence[int]
     steps: Sequence[Any]
+    whole: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import base64
 import binascii
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..images import data_uri, read_untrusted
@@ -32,12 +32,13 @@ class Step:
     why: Why | None = None
 
 
-def embedded(uri: str, side: int = 320) -> str:
+def embedded(uri: str, side: int = 320, shares: tuple[float, float] = (1.0, 1.0)) -> str:
     """A picture of a record, decoded safely and written anew as a small JPEG.
 
     Args:
         uri: "data:image/...;base64,...".
         side: of the result at most, pixels.
+        shares: of its width and height that are left of it.
 
     Raises:
         ValueError: no such picture.
@@ -49,7 +50,11 @@ def embedded(uri: str, side: int = 320) -> str:
         data = base64.b64decode(body, validate=True)
     except binascii.Error as error:
         raise ValueError("a picture is no base64") from error
-    return data_uri(read_untrusted(data), side)
+    picture = read_untrusted(data)
+    if shares != (1.0, 1.0):
+        picture.thumbnail((side, side))  # what it would be without the shares
+        picture = picture.resize([max(1, round(n * share)) for n, share in zip(picture.size, shares, strict=True)])
+    return data_uri(picture, side)
 
 
 def figure(drawn: Figure, number_: str, side: int) -> Markup:
@@ -83,16 +88,30 @@ def figure(drawn: Figure, number_: str, side: int) -> Markup:
     )
     photo = f"photo{number_}"
     parts = [tag("defs", pattern)]
+    count, first, shares, sharp = total, "before the first drop point", (1.0, 1.0), None
+    if drawn.whole is not None:  # as sharp as the model sees it
+        count = int(drawn.whole[0]) * int(drawn.whole[1])
+        first = f"smaller picture, {rows} x {columns} patches"
+        shares, sharp = (columns / int(drawn.whole[1]), rows / int(drawn.whole[0])), "pixelated"
     parts.append(
-        tag("image", href=embedded(uri, side), width=wide, height=high, preserveAspectRatio="none", id=photo)
+        tag(
+            "image",
+            href=embedded(uri, side, shares),
+            width=wide,
+            height=high,
+            preserveAspectRatio="none",
+            id=photo,
+            image_rendering=sharp,
+        )
         if uri is not None
         else tag("rect", width=wide, height=high, fill="#8a8f98", id=photo)
     )
-    shown = [Step("before the first drop point", range(total), total), *steps]
+    shown = [Step(first, range(total), total), *steps]
     gone_before, leaving, labels = [False] * total, [], []
     for i, step in enumerate(shown):
         hidden = _dropped(step.kept, total)
-        labels.append(f"{step.name}: {total - sum(hidden)} of {total} kept ({(total - sum(hidden)) / total:.0%})")
+        left = total - sum(hidden)
+        labels.append(f"{step.name}: {left} of {count} kept ({left / count:.0%})")
         area, edge = _outline(hidden, rows, columns)
         layer = [
             tag("path", d=area, class_="dark"),
@@ -191,6 +210,47 @@ def _outline(dropped: Sequence[bool], rows: int, columns: int) -> tuple[str, str
                     edge.append(f"M{start * UNIT} {row * UNIT}h{(column - start) * UNIT}")
                     start = None
     return "".join(area), "".join(edge)
+
+
+def standing(into: Sequence[int], grid: Sequence[int]) -> tuple[list[int], list[int]] | None:
+    """Rows and columns of a grid at which the patches of a smaller picture stand; None where tokens merged in another way.
+
+    Args:
+        into: for each patch of the grid the one that shows it, whose row follows from the patch's row and whose column from its
+            column.
+        grid: rows and columns.
+    """
+    rows, columns = (int(side) for side in grid)
+    if len(into) != rows * columns or not all(0 <= int(to) < rows * columns for to in into):
+        return None
+    down, across = [int(to) // columns for to in into[::columns]], [int(to) % columns for to in into[:columns]]
+    if any(int(to) != down[n // columns] * columns + across[n % columns] for n, to in enumerate(into)):
+        return None
+    return sorted(set(down)), sorted(set(across))
+
+
+def drawn_as_seen(
+    name: str, uri: str | None, grid: Sequence[int], layers: Sequence[Mapping[str, Any]], steps: list[Step]
+) -> Figure:
+    """The figure of a picture, on the grid of a smaller one where the model sees that.
+
+    Args:
+        name: of the picture.
+        uri: see :class:`Figure`.
+        grid: rows and columns.
+        layers: of a record, those of this picture.
+        steps: made of them, in the same order.
+    """
+    found = standing(layers[0]["into"], grid) if layers and "into" in layers[0] else None
+    if found is None or len(steps) != len(layers):
+        return Figure(name, uri, grid, steps)
+    rows, columns = found
+    cell = {r * int(grid[1]) + c: i * len(columns) + j for i, r in enumerate(rows) for j, c in enumerate(columns)}
+    moved = [
+        replace(step, kept=[cell[int(n)] for n in step.kept], why=None if step.why is None else step.why.moved(cell))
+        for step in steps[1:]
+    ]
+    return Figure(name, uri, (len(rows), len(columns)), moved, grid)
 
 
 def steps_on_grid(layers: Iterable[Mapping[str, Any]], count: int) -> list[Step]:

@@ -22,7 +22,7 @@ from .blocks import (
     Table,
     Text,
 )
-from .figure import Step, steps_on_grid
+from .figure import Step, drawn_as_seen, steps_on_grid
 from .measured import uncounted
 from .reading import Record, behind, mark_of, point
 from .reasons import Why
@@ -36,10 +36,10 @@ def gallery(record: Record) -> Group | None:
     """The figures of a record's photographs; sheets that lie beside it where it has no pictures of its own."""
     photos = record.data.get("photos") or record.data.get("survivors") or []
     made: list[Figure | Picture | Group] = [
-        Figure(name, uri, grid, steps)
+        figure
         for photo in photos[:MOST]
-        for name, uri, grid, steps in pictures_of(photo, record.data.get("grid"))
-        if uri is not None
+        for figure in pictures_of(photo, record.data.get("grid"))
+        if figure.uri is not None
     ]
     left_out = f"The first {MOST} of {len(photos)} pictures." if len(photos) > MOST else ""
     if not made:
@@ -68,36 +68,34 @@ def _own(photos: Sequence[Mapping[str, Any]]) -> bool:
     return any(photo.get("picture") or photo.get("pictures") for photo in photos)
 
 
-def pictures_of(
-    photo: Mapping[str, Any], grid: Sequence[int] | None
-) -> Iterable[tuple[str, str | None, Sequence[int], list[Step]]]:
-    """Name, picture, grid and steps of each tile of a photograph."""
+def pictures_of(photo: Mapping[str, Any], grid: Sequence[int] | None) -> Iterable[Figure]:
+    """The figure of each tile of a photograph."""
     name, layers = str(photo["name"]), photo["layers"]
     if "tiles" not in photo:
         own = photo.get("grid") or grid
         if own is not None:
-            yield (
-                name,
-                photo.get("picture"),
-                own,
-                steps_on_grid(layers, int(own[0]) * int(own[1])),
-            )
+            steps = steps_on_grid(layers, int(own[0]) * int(own[1]))
+            yield drawn_as_seen(name, photo.get("picture"), own, layers, steps)
         return
     tiles, uris = photo["tiles"], photo.get("pictures") or []
     counts = [int(rows) * int(columns) for rows, columns in tiles]
     for tile, (grid_, uri) in enumerate(zip(tiles, uris, strict=False)):
         first = sum(counts[:tile])
-        steps = []
+        steps, of = [], []
         for step in layers:
             title = step["stage"] if step["stage"] == "connector" else f"{step['stage']}, {behind(step)}"
             mark = {"vision": f"v{mark_of(step)}", "connector": "c"}.get(step["stage"], str(step["layer"]))
             if step["stage"] == "vision":
                 if int(step["sample"]) == tile:
                     steps.append(Step(title, step["kept"], step["tokens_in"], mark, Why.of(step, 0, counts[tile])))
+                    of.append(step)
             elif sum(counts) == photo["visual_tokens"]:  # otherwise the prompt has tokens that lie on no grid
                 here = [int(k) - first for k in step["kept"] if first <= int(k) < first + counts[tile]]
                 steps.append(Step(title, here, step["tokens_in"], mark, Why.of(step, first, counts[tile])))
-        yield f"{name}, tile {tile + 1} of {len(tiles)}" if len(tiles) > 1 else name, uri, grid_, steps
+                of.append(step)
+        yield drawn_as_seen(
+            f"{name}, tile {tile + 1} of {len(tiles)}" if len(tiles) > 1 else name, uri, grid_, of, steps
+        )
 
 
 def _sheets(record: Record) -> list[Picture]:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .charts import cividis
@@ -66,6 +66,12 @@ class Why:
         found = {n - first: d for n, d in zip(sources, degree, strict=True) if n in here}
         return Why([n for n, _ in pairs], [to for _, to in pairs], bool(why.get("merged")), found,
                    int(why.get("neighbors", 0)), float(why.get("threshold", 0)))  # fmt: skip
+
+    def moved(self, cell: Mapping[int, int]) -> "Why":
+        """The same on another grid: ``cell`` says for each index of this one which it is there."""
+        into = [None if to is None else cell[to] for to in self.into]
+        degree = {cell[n]: found for n, found in self.degree.items()}
+        return replace(self, gone=[cell[n] for n in self.gone], into=into, degree=degree)
 
 
 @dataclass(frozen=True)

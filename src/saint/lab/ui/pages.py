@@ -185,15 +185,16 @@ def _compared(shown: Shown) -> Table:
 
 def _unpruned(run: Run, grid: Sequence[int] | None) -> Iterator[Picture]:
     """The picture as the model sees it, a tile each."""
-    for number_, (_, uri, own, _steps) in enumerate(pictures_of(run.facts, grid), 1):
-        if uri is not None:
+    for number_, figure in enumerate(pictures_of(run.facts, grid), 1):
+        own = figure.grid if figure.whole is None else figure.whole
+        if figure.uri is not None:
             tile = f", tile {number_}" if number_ > 1 else ""
             caption = f"unpruned: all {int(own[0]) * int(own[1])} patches{tile}"
-            yield Picture("the picture as the model sees it", caption, uri=uri)
+            yield Picture("the picture as the model sees it", caption, uri=figure.uri)
 
 
 def _figures(run: Run, grid: Sequence[int] | None) -> list[Figure]:
-    return [Figure(name, uri, own, steps) for name, uri, own, steps in pictures_of(run.facts, grid)]
+    return list(pictures_of(run.facts, grid))
 
 
 def _answers(shown: Shown) -> list[Block]:

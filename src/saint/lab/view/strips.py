@@ -11,6 +11,7 @@ from ...plans import Plan
 from ...tokens import LayerTrace
 from ..describe import describe
 from ..kinds.tiles import Tile, placed
+from ..report.figure import standing
 from ..report.reading import behind
 from .overlay import Cell, overlay, save_png, sheet
 
@@ -76,14 +77,9 @@ def _smaller(step: LayerTrace, tiles: Sequence[Tile]) -> list[tuple[list[int], l
 
     Those that left in front of the layers, and are shown by others that lie in straight rows and columns, are such.
     """
-    if step.stage != "vision" or step.placement != "input" or step.into is None or len(step.kept) != len(tiles):
+    if step.stage != "vision" or step.placement != "input" or step.into is None or len(step.into) != len(tiles):
         return [None] * len(tiles)
-    found: list[tuple[list[int], list[int]] | None] = []
-    for kept, tile in zip(step.kept, tiles, strict=True):
-        index = kept.cpu()
-        rows, columns = (index // tile.grid[1]).unique().tolist(), (index % tile.grid[1]).unique().tolist()
-        found.append((rows, columns) if len(rows) * len(columns) == len(index) else None)
-    return found
+    return [standing(into.tolist(), tile.grid) for into, tile in zip(step.into, tiles, strict=True)]
 
 
 def _kept(tile: Tile, kept: Tensor, smaller: tuple[list[int], list[int]] | None) -> Image.Image:
