@@ -87,7 +87,7 @@ def drop_points(
         placement = "input" if slot == "connector" else stage.placement or ("" if slot == "vision" else "post")
         for step, layer in enumerate(chosen):
             points["input" if placement == "input" else "", group if placement == "input" else layer] = DropPoint(
-                slot, layer, placement, stage.method, step, len(chosen), stage.method.needs, group=group
+                slot, layer, placement, stage.method, step, len(chosen), stage.method.asks(slot), group=group
             )
     if observers.candidates:
         needs = observers.needs if slot == "language" else frozenset[str]()
@@ -137,7 +137,7 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM":
     from .vlm.model import PrunedVLM, read_features
 
     path, vlm, spec = locate_vlm(model, next(reversed(plan.slots), "language"))
-    asks = any(stage.method.needs & TOWER for stage in plan.connector)
+    asks = any(stage.method.asks("connector") & TOWER for stage in plan.connector)
     looks = bool(plan.vision) or asks or _looks_everywhere(plan, observers)
     spec = with_tower(vlm, spec) if looks else spec
     verify_family(vlm, spec)
@@ -185,9 +185,10 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM":
 def _glances(plan: Plan, depth: int, read: int, prefix: int) -> dict[int, frozenset[str]]:
     """By layer of the vision tower, of ``depth``, what the connector stage asks of it; ``read``, ``prefix``: see its methods."""
     asked: dict[int, frozenset[str]] = {}
-    for method in (stage.method for stage in plan.connector if stage.method.needs & TOWER):
-        for layer in method.tower_layers(depth, read, prefix):
-            asked[layer] = asked.get(layer, frozenset()) | (method.needs & TOWER)
+    for method in (stage.method for stage in plan.connector):
+        needs = method.asks("connector") & TOWER
+        for layer in method.tower_layers(depth, read, prefix) if needs else ():
+            asked[layer] = asked.get(layer, frozenset()) | needs
     return asked
 
 

@@ -214,7 +214,7 @@ def _check_stage(name: str, stage: Stage) -> None:
         raise ValueError(
             f"{method} is not defined for the {name} stage; it works in: {', '.join(sorted(stage.method.stages))}"
         )
-    if missing := stage.method.needs - PROVIDES[name]:
+    if missing := stage.method.asks(name) - PROVIDES[name]:
         raise ValueError(
             f"{method} needs {', '.join(sorted(missing))}, which the {name} stage does not show; it shows: "
             f"{', '.join(sorted(PROVIDES[name])) or 'keys and features only'}"

@@ -160,6 +160,14 @@ def test_a_method_looks_at_what_it_says_and_at_nothing_else(method):
         assert changed == (part in LOOKS[method]), f"{part} {'matters' if changed else 'is not looked at'}"
 
 
+@pytest.mark.parametrize("part", ["features", "tower_received", "tower_class", "attention"])
+def test_scope_looks_at_the_tower_in_front_of_the_language_model(part):
+    front = {"attention": None}
+    changed = choice(SCOPE(keep=0.4), shown(**front, **(OTHER[part] if part != "attention" else {})))
+    assert (changed != choice(SCOPE(keep=0.4), shown(**front))) == (part in {"features", "tower_received"})
+    assert choice(SCOPE(keep=0.4), shown(**front)) != choice(SCOPE(keep=0.4), shown())
+
+
 def test_every_method_is_here():
     video = {"evs", "saint_video"}  # they need frames
     assert {method.name for method in LOOKS} == set(saint.methods.names()) - video

@@ -14,7 +14,7 @@ from transformers.vision_utils import get_vision_window_index
 import saint
 from saint import testing
 from saint.errors import HookNeverFiredError, UnsupportedModelError
-from saint.methods import HiPrune, PruMerge, Random, VisionZip
+from saint.methods import SCOPE, HiPrune, PruMerge, Random, VisionZip
 from saint.methods.base import FixedBudget
 from saint.plans import Plan, Stage
 from saint.testing import zoo
@@ -348,6 +348,7 @@ PLANS = {
     "sums, in front of a language stage": Plan(
         connector=PruMerge(), language=Stage(saint.Saint(threshold=0.9, keep=0.6), layers=[1])
     ),
+    "one method in two slots": Plan(connector=SCOPE(0.6), language=Stage(SCOPE(0.5), layers=[1])),
 }
 
 

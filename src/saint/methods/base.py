@@ -59,6 +59,10 @@ class Method(ABC):
     def select(self, candidates: Candidates) -> Selection | None:
         """Choose the survivors of one drop point; None when everything stays."""
 
+    def asks(self, slot: str) -> frozenset[str]:
+        """Return which of its ``needs`` a stage of a slot computes for it: all, where no slot shows something of its own."""
+        return self.needs
+
     def layers(self, stage: str, depth: int) -> list[int]:
         """Layers used when the plan names none."""
         raise ValueError(f"{type(self).__name__} has no default layers for {stage}; give Stage(..., layers=[...])")

@@ -63,7 +63,7 @@ class Space:
         slot = "connector" if self.slot == "language" and not place else self.slot
         if not place and (not self.entry or (slot == "connector" and method.merges)):
             return False
-        return slot in method.stages and method.needs <= PROVIDES[slot]
+        return slot in method.stages and method.asks(slot) <= PROVIDES[slot]
 
     def possible(self, layout: Layout) -> bool:
         """Tell whether every method can do its step: some take at most half of what is there."""
