@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from saint import methods
+from saint.flops import left_out
 from saint.lab.analysis import bootstrap
 from saint.lab.report.markdown import table
 
 RECORD = Path(__file__).parents[1] / "evidence" / "results" / "methods.json"
 RESAMPLES = 10_000
-APART = 0.02  # a share of the FLOPs that differs by more from the slot's is told
+APART = 0.02  # a share that differs by more from the slot's is told
 SLOTS = ("vision", "connector", "language")
 Row = Mapping[str, Any]
 
@@ -62,9 +63,18 @@ class Slot:
         }
         return sorted(names, key=lambda name: -mean[name])
 
-    def usual(self, budget: float) -> float:
-        """Share of the FLOPs that most of the rows leave."""
-        return median(self.rows[name, budget]["flops"] for name in self.at(budget))
+    def usual(self, budget: float, what: str = "flops") -> float:
+        """Share of the FLOPs that most rows leave, or of the visual tokens that layers of the language model see ("seen")."""
+        return median(self.rows[name, budget][what] for name in self.at(budget))
+
+    def unusual(self, name: str, budget: float) -> str:
+        """Say where a row leaves other shares than most."""
+        row, said = self.rows[name, budget], ""
+        if abs(row["flops"] - self.usual(budget)) > APART:
+            said += f" at {row['flops']:.2f}"
+        if "seen" in row and abs(row["seen"] - self.usual(budget, "seen")) > APART:
+            said += f", {row['seen']:.0%} seen"
+        return said
 
 
 def record() -> dict[str, Any]:
@@ -80,21 +90,18 @@ def slots(model: str) -> dict[str, Slot]:
 
 def answers_table() -> str:
     """Small LLaVA on scenes: points of exact answers against the unpruned model."""
-    base = _unpruned()
+    base, found = _unpruned(), slots("small-llava")
 
     def cell(slot: Slot, values: np.ndarray) -> str:
-        found = 100 * (values - base[: slot.count])
-        return _within(bootstrap.interval(found, slot.weights), "+.1f")
+        points = 100 * (values - base[: slot.count])
+        return _within(bootstrap.interval(points, slot.weights), "+.1f")
 
     lines = []
-    for name, slot in slots("small-llava").items():
-        seen = [f"{median(slot.rows[m, b]['seen'] for m in slot.at(b)):.0%}" for b in slot.budgets]
-        told = [
-            f"*{slot.usual(b):.2f} of the FLOPs, {share} seen*" for b, share in zip(slot.budgets, seen, strict=True)
-        ]
+    for name, slot in found.items():
+        told = [f"*{slot.usual(b):.2f} of the FLOPs, {slot.usual(b, 'seen'):.0%} seen*" for b in slot.budgets]
         lines += [[f"**{name}**", f"*{slot.count} scenes*", *told], *_lines(slot, cell)]
     head = ["slot", "method", *(f"{budget:.0%} of the tokens" for budget in (0.5, 0.25, 0.11))]
-    return f"{table(head, lines)}\n\n{_said(f'Unpruned: {base.mean():.1%} exact answers of {len(base)} scenes.')}"
+    return f"{table(head, lines)}\n\n{_said(f'Unpruned: {base.mean():.1%} exact answers of {len(base)} scenes.', found.values())}"
 
 
 def embeddings_table() -> str:
@@ -102,7 +109,7 @@ def embeddings_table() -> str:
     (slot,) = slots("clip-b16").values()
     lines = _lines(slot, lambda slot, values: _within(bootstrap.interval(values, slot.weights), ".3f"))
     head = ["method", *(f"FLOPs {budget:.2f}" for budget in slot.budgets)]
-    return f"{table(head, [line[1:] for line in lines])}\n\n{_said(f'{slot.count} photographs.')}"
+    return f"{table(head, [line[1:] for line in lines])}\n\n{_said(f'{slot.count} photographs.', [slot])}"
 
 
 def _unpruned() -> np.ndarray:
@@ -111,7 +118,7 @@ def _unpruned() -> np.ndarray:
 
 
 def _within(found: bootstrap.Interval, form: str) -> str:
-    mean, low, high = (format(float(value), form) for value in found)
+    mean, low, high = (format(round(float(value), int(form[-2])) + 0.0, form) for value in found)  # no -0.0
     return f"{mean} [{low}, {high}]"
 
 
@@ -127,8 +134,7 @@ def _lines(slot: Slot, cell: Callable[[Slot, np.ndarray], str]) -> list[list[str
 
 
 def _marked(slot: Slot, name: str, budget: float, text: str) -> str:
-    share = slot.rows[name, budget]["flops"]
-    told = f"{text} at {share:.2f}" if abs(share - slot.usual(budget)) > APART else text
+    told = text + slot.unusual(name, budget)
     if name == slot.best(budget):
         return f"**{told}**"
     return told if slot.apart(name, budget) else f"{told} ~"
@@ -139,17 +145,19 @@ def _title(name: str) -> str:
     return f"`{methods.get(name).__name__}`" + (f", {how}" if how else "")
 
 
-def _said(first: str) -> str:
+def _said(first: str, found: Iterable[Slot]) -> str:
     """What stands under a table."""
     where = record()["environment"]
+    missing = left_out(*(row["uncounted"] for slot in found for row in slot.rows.values()))
     return (
         f"{first} Bold: the best of its slot. ~: not worse than it, as far as these pictures tell (95 %, paired). "
+        f"{f'FLOPs{missing}. ' if missing else ''}"
         f"{where['cpu']}, {where['threads']} thread, float32, torch {where['torch']}, transformers {where['transformers']}, "
         f"{record()['date'][:10]}."
     )
 
 
-def left_out() -> str:
+def missing_list() -> str:
     """Methods and budgets that are not there, with the reason."""
     found = record()
     lines = [f"- {_title(name)}: {why}." for name, why in found["left_out"].items()]

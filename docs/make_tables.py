@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import answers
+import compared
 import costs
 import ready
 import shapes
@@ -289,7 +290,13 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "types": types_table,
         "shapes": shapes.shapes_table,
     },
-    "docs/methods.md": {"methods": methods_table, "costs": lambda: costs.costs_table(builtin_methods())},
+    "docs/methods.md": {
+        "methods": methods_table,
+        "scenes": compared.answers_table,
+        "photographs": compared.embeddings_table,
+        "missing": compared.missing_list,
+        "costs": lambda: costs.costs_table(builtin_methods()),
+    },
     "docs/ready.md": {"ready": ready.ready_table},
     "docs/results.md": {
         "keep": keep_table,

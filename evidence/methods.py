@@ -45,7 +45,8 @@ RECORD = Path(__file__).parent / "results" / "methods.json"
 SLOTS = {"small-llava": ("vision", "connector", "language"), "clip-b16": ("vision",)}
 # of the visual tokens behind the slot; of the FLOPs
 BUDGETS = {"small-llava": (0.5, 0.25, 0.11), "clip-b16": (0.7, 0.5, 0.35)}
-# where tokens leave, of every method: votes and pairs let half of them go at a drop point, so a tenth takes four
+# where tokens leave, of every method: votes and pairs let half of them go at a drop point, so a tenth takes four. In the language
+# model, whose first layers read the picture, behind the first layer, or as many as a method needs
 LAYERS = {
     ("small-llava", "vision"): [1, 4, 7, 10],
     ("small-llava", "language"): [0, 1, 2, 3],
@@ -60,7 +61,8 @@ LEFT_OUT = {
     "saint_video": "without frames it chooses as `Saint` does, and in front of the language model lets half go at most",
 }
 WIDEST = 4.0  # values of normalised pixels lie closer together
-OTHERS = 6  # pictures that thresholds are set on
+OTHERS, COPIED = 6, 24  # pictures that thresholds of votes are set on, and those of copies
+COUNTED = 8  # pictures that FLOPs are the mean of, where pictures decide
 CALIBRATION = scenes.HELD_OUT + 50_000  # their first scene
 STEPS = 7  # in which they are found
 NEAR = 0.03  # what a threshold may miss a budget by, on the pictures that it was set on
@@ -79,7 +81,18 @@ def names(slot: str) -> Iterator[str]:
 def plan_of(model: str, slot: str, method: Method) -> Plan:
     """A method at the drop points of a slot."""
     own = slot == "connector" or method.name in OWN_LAYERS or method.needs & {"pixels", "resized"}
-    return Plan(**{slot: Stage(method, layers=None if own else LAYERS[model, slot])})
+    layers = None if own else LAYERS[model, slot]
+    if slot == "language" and layers and not method.votes:
+        layers = layers[: next(steps for steps in range(1, 5) if _can(method, steps))]
+    return Plan(**{slot: Stage(method, layers=layers)})
+
+
+def _can(method: Method, steps: int) -> bool:
+    try:
+        method.validate(IMAGE_TOKENS, steps)
+    except ValueError:
+        return False
+    return True
 
 
 def fitted(reached: Callable[[float], float], budget: float, low: float, high: float, steps: int) -> float:
@@ -159,7 +172,7 @@ class Llava:
 
     @functools.cached_property
     def copies(self) -> Copies:
-        pictures = [image for image, _ in self.calibrating.about]
+        pictures = [_asked(CALIBRATION + i)[0] for i in range(COPIED)]
         return Copies(self.calibrating.model, saint.demo.inputs(self.name, pictures, "what word is written"))
 
     @functools.cached_property
@@ -198,13 +211,13 @@ class Llava:
         return self.flops(Plan())[0]
 
     def flops(self, plan: Plan) -> tuple[float, list[str]]:
-        """FLOPs of a prompt, tower and language model; the mean of four, where pictures decide."""
+        """FLOPs of a prompt, tower and language model; a mean, where pictures decide."""
         answers = self.answers(0)
         return _mean_flops(answers.model, plan, self.inputs)
 
     @functools.cached_property
     def inputs(self) -> list[dict[str, Any]]:
-        return [saint.demo.inputs(self.name, image, asked[0].text) for image, asked in self.about[:4]]
+        return [saint.demo.inputs(self.name, image, asked[0].text) for image, asked in self.about[:COUNTED]]
 
 
 def _asked(seed: int) -> tuple[Image.Image, list[scenes.Question]]:
@@ -231,10 +244,10 @@ class Clip:
         photos = evenly(found, count)
         taken = {photo.name for photo in photos}
         self.photos = photos
-        others = evenly([photo for photo in found if photo.name not in taken], OTHERS)
-        self.others = [saint.demo.inputs(self.name, photo.image) for photo in others]
+        rest = [photo for photo in found if photo.name not in taken]
+        self.others = [saint.demo.inputs(self.name, photo.image) for photo in evenly(rest, OTHERS)]
         self.model = saint.demo.model(self.name)
-        self.copies = Copies(self.model, saint.demo.inputs(self.name, [photo.image for photo in others]))
+        self.copies = Copies(self.model, saint.demo.inputs(self.name, [photo.image for photo in evenly(rest, COPIED)]))
         self.work = work_of(self.model)
 
     def method(self, slot: str, name: str, budget: float) -> Method | str:
@@ -271,8 +284,10 @@ class Clip:
         return self.flops(Plan())[0]
 
     def flops(self, plan: Plan) -> tuple[float, list[str]]:
-        """FLOPs of a photograph; the mean of four, where photographs decide."""
-        return _mean_flops(self.model, plan, [saint.demo.inputs(self.name, photo.image) for photo in self.photos[:4]])
+        """FLOPs of a photograph; a mean, where photographs decide."""
+        return _mean_flops(
+            self.model, plan, [saint.demo.inputs(self.name, photo.image) for photo in self.photos[:COUNTED]]
+        )
 
     def unpruned(self, first: int) -> dict[str, Any]:
         """:meth:`values` of the model as it is."""

@@ -159,7 +159,7 @@ def test_cells_are_the_means_and_intervals_of_the_record():
             scale, form = (100, "+.1f") if model == "small-llava" else (1, ".3f")
             apart = scale * (values - (np.array(base[: slot.count]) if model == "small-llava" else 0))
             draws = apart[rng.integers(0, slot.count, (4000, slot.count))].mean(1)
-            cells = [cell for cell in text.split("|") if f"{format(apart.mean(), form)} [" in cell]
+            cells = [cell for cell in text.split("|") if f"{format(round(apart.mean(), int(form[-2])) + 0.0, form)} [" in cell]
             near = np.quantile(draws, [0.025, 0.975])
             ends = [[float(end) for end in cell.partition("[")[2].partition("]")[0].split(",")] for cell in cells]
             assert any(np.allclose(pair, near, atol=0.1 * np.ptp(near) + scale * 2e-3) for pair in ends), key
