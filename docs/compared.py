@@ -42,8 +42,14 @@ class Slot:
         self.weights = bootstrap.weights(self.count, RESAMPLES)
 
     def best(self, budget: float) -> str:
-        """The method with the highest mean at a budget."""
-        return max(self.at(budget), key=lambda name: self.values[name, budget].mean())
+        """The method with the highest mean at a budget, of those that leave no more than most."""
+        within = [name for name in self.at(budget) if not self.over(name, budget)]
+        return max(within, key=lambda name: self.values[name, budget].mean())
+
+    def over(self, name: str, budget: float) -> bool:
+        """Tell whether a method leaves more than most: thresholds miss budgets on other pictures."""
+        row = self.rows[name, budget]
+        return any(row[what] > self.usual(budget, what) + APART for what in ("flops", "seen") if what in row)
 
     def at(self, budget: float) -> list[str]:
         """Methods that have a budget."""
@@ -137,7 +143,7 @@ def _marked(slot: Slot, name: str, budget: float, text: str) -> str:
     told = text + slot.unusual(name, budget)
     if name == slot.best(budget):
         return f"**{told}**"
-    return told if slot.apart(name, budget) else f"{told} ~"
+    return told if slot.over(name, budget) or slot.apart(name, budget) else f"{told} ~"
 
 
 def _title(name: str) -> str:
@@ -150,7 +156,8 @@ def _said(first: str, found: Iterable[Slot]) -> str:
     where = record()["environment"]
     missing = left_out(*(row["uncounted"] for slot in found for row in slot.rows.values()))
     return (
-        f"{first} Bold: the best of its slot. ~: not worse than it, as far as these pictures tell (95 %, paired). "
+        f"{first} Bold: the best of its slot, of those that leave no more than most. ~: not worse than it, as far as "
+        f"these pictures tell (95 %, paired). "
         f"{f'FLOPs{missing}. ' if missing else ''}"
         f"{where['cpu']}, {where['threads']} thread, float32, torch {where['torch']}, transformers {where['transformers']}, "
         f"{record()['date'][:10]}."

@@ -146,6 +146,15 @@ def test_best_and_who_is_not_worse_by_more_than_chance():
     assert slot.ranked()[-1] == "grid"
 
 
+def test_who_leaves_more_than_most_is_not_the_best():
+    rows = [row(name, 0.5, [value] * 3) for name, value in (("grid", 0.5), ("random", 0.6), ("tome", 0.4))]
+    slot = compared.Slot([*rows, row("saint, votes", 0.5, [0.9] * 3, 0.53)])
+    assert slot.best(0.5) == "random"
+    assert slot.over("saint, votes", 0.5)
+    assert slot.unusual("saint, votes", 0.5) == " at 0.53"
+    assert slot.unusual("tome", 0.5) == ""
+
+
 def test_cells_are_the_means_and_intervals_of_the_record():
     """Computed anew of the values, with other resamples."""
     found = json.loads(frame.RECORD.read_text())
