@@ -172,3 +172,42 @@ def test_cells_are_the_means_and_intervals_of_the_record():
             near = np.quantile(draws, [0.025, 0.975])
             ends = [[float(end) for end in cell.partition("[")[2].partition("]")[0].split(",")] for cell in cells]
             assert any(np.allclose(pair, near, atol=0.1 * np.ptp(near) + scale * 2e-3) for pair in ends), key
+
+
+def test_what_the_page_says_in_plain_words():
+    slots = compared.slots("small-llava")
+    (clip,) = compared.slots("clip-b16").values()
+
+    def behind(slot, name, other, budget):
+        """Points, or hundredths of a cosine, that a method is behind another."""
+        return 100 * (slot.values[other, budget] - slot.values[name, budget]).mean()
+
+    connector = slots["connector"]
+    assert [connector.best(budget) for budget in (0.5, 0.25, 0.11)] == ["divprune", "divprune", "cdpruner"]
+    assert connector.ranked()[:5] == ["divprune", "cdpruner", "apet", "mmr", "saint_full_graph"]
+    assert [connector.apart("saint_full_graph", budget) for budget in (0.5, 0.25, 0.11)] == [False, True, True]
+    looking = ("vispruner", "prumerge", "visionzip", "hiprune")
+    assert all(connector.values[name, 0.11].mean() < 0.8 for name in looking)
+    assert all(behind(connector, "hiprune", "random", budget) > 5 for budget in connector.budgets)
+
+    language = slots["language"]
+    points = [behind(language, name, "random", 0.11) for name in ("fastv", "sparsevlm", "priortr", "d2pruner", "scope")]
+    assert 1.45 < min(points) < max(points) < 2.75
+    assert behind(language, "saint", "random", 0.11) < 1.2
+
+    tower = slots["vision"]
+    assert [tower.best(budget) for budget in (0.25, 0.11)] == ["pitome", "pitome"]
+    assert 4.5 < behind(tower, "saint", "pitome", 0.5) < 5.5
+    assert 11.5 < behind(tower, "saint", "pitome", 0.25) < 12.5
+    assert 4.5 < behind(tower, "saint_full_graph", "pitome", 0.25) < 5.5
+    assert not tower.apart("saint", 0.11)
+    assert not tower.apart("resize", 0.25)
+    assert tower.apart("resize", 0.11)
+    assert tower.rows["resize", 0.25]["flops"] < 0.5 * tower.usual(0.25)
+
+    assert [clip.best(budget) for budget in (0.7, 0.5, 0.35)] == ["match", "saint_full_graph", "resize"]
+    assert not any(clip.apart(name, b) for name in ("saint", "match", "saint_full_graph") for b in (0.7, 0.5))
+    assert not clip.apart("random", 0.7)
+    assert clip.apart("saint", 0.35)
+    assert behind(clip, "saint", "grid", 0.35) > 0
+    assert clip.ranked()[-2:] == ["pitome", "tome"]
