@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import answers
+import compared
 import costs
 import ready
 import shapes
@@ -313,6 +314,9 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/methods.md": {
         "methods": methods_table,
+        "scenes": compared.answers_table,
+        "photographs": compared.embeddings_table,
+        "missing": compared.missing_list,
         "costs": lambda: costs.costs_table(builtin_methods()),
         "choosing": choosing_table,
     },

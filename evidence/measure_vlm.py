@@ -117,16 +117,21 @@ class Answers:
         """What the connector hands on, [pictures, 196, C]; rows of tokens that the tower dropped are marked."""
         key = json.dumps(Plan(vision=vision).to_dict(), sort_keys=True)
         if key not in self.known:
-            found, info = [], demo.MODELS["clip-b16"]
-            with saint.pruned(self.model, Plan(vision=vision)), torch.inference_mode():
-                for i in track(range(0, len(self.about), 8), "tower", console=console, transient=True):
-                    pixels = torch.stack([info.preprocess(image) for image, _ in self.about[i : i + 8]])
-                    result = self.core.get_image_features(
-                        pixels, vision_feature_layer=-2, vision_feature_select_strategy="default", return_dict=True
-                    )
-                    found += list(result.pooler_output)
-            self.known[key] = torch.stack(found)
+            with saint.pruned(self.model, Plan(vision=vision)):
+                self.known[key] = self.look()
         return self.known[key]
+
+    def look(self) -> Tensor:
+        """Run the tower under the plan that the model carries: :meth:`features`."""
+        found, info = [], demo.MODELS["clip-b16"]
+        with torch.inference_mode():
+            for i in track(range(0, len(self.about), 8), "tower", console=console, transient=True):
+                pixels = torch.stack([info.preprocess(image) for image, _ in self.about[i : i + 8]])
+                result = self.core.get_image_features(
+                    pixels, vision_feature_layer=-2, vision_feature_select_strategy="default", return_dict=True
+                )
+                found += list(result.pooler_output)
+        return torch.stack(found)
 
     def ask(self, plan: Plan, shift: int = 0, together: int = 4) -> tuple[dict[str, list[float]], float]:
         """Answers to every question.
@@ -140,24 +145,30 @@ class Answers:
             over layers and questions.
         """
         features = self.features(plan.vision)
+        with saint.pruned(self.model, plan) as session:
+            return self.answered(session, features, shift, together)
+
+    def answered(
+        self, session: Any, features: Tensor, shift: int = 0, together: int = 4
+    ) -> tuple[dict[str, list[float]], float]:
+        """:meth:`ask` in a session, of what the tower said."""
         categories = sorted({question.category for _, questions in self.about for question in questions})
         right: dict[str, list[float]] = {category: [] for category in ("all", *categories)}
         tokens = []
-        with saint.pruned(self.model, plan) as session:
-            for start in track(range(0, len(self.about), together), "questions", console=console, transient=True):
-                chosen = range(start, min(start + together, len(self.about)))
-                asked = [self.about[i][1] for i in chosen]
-                shown = [features[(i + shift) % len(features)] for i, qs in zip(chosen, asked, strict=True) for _ in qs]
-                said = self._generate([q.text for qs in asked for q in qs], shown)
-                tokens += self._left(session, shown).tolist()
-                for questions in asked:
-                    by: dict[str, list[float]] = defaultdict(list)
-                    for question in questions:
-                        value = float(said.pop(0) == question.answer)
-                        by[question.category].append(value)
-                        by["all"].append(value)
-                    for category, values in right.items():
-                        values.append(float(np.mean(by[category])) if by[category] else float("nan"))
+        for start in track(range(0, len(self.about), together), "questions", console=console, transient=True):
+            chosen = range(start, min(start + together, len(self.about)))
+            asked = [self.about[i][1] for i in chosen]
+            shown = [features[(i + shift) % len(features)] for i, qs in zip(chosen, asked, strict=True) for _ in qs]
+            said = self._generate([q.text for qs in asked for q in qs], shown)
+            tokens += self._left(session, shown).tolist()
+            for questions in asked:
+                by: dict[str, list[float]] = defaultdict(list)
+                for question in questions:
+                    value = float(said.pop(0) == question.answer)
+                    by[question.category].append(value)
+                    by["all"].append(value)
+                for category, values in right.items():
+                    values.append(float(np.mean(by[category])) if by[category] else float("nan"))
         return right, float(np.mean(tokens))
 
     def _generate(self, texts: list[str], shown: list[Tensor]) -> list[str]:

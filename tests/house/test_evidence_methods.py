@@ -1,0 +1,213 @@
+"""Every method in one frame (`evidence/methods.py`): what is measured, how budgets are met, how a record grows; its tables."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import compared
+import make_tables
+import numpy as np
+import pytest
+import torch
+
+import saint
+from saint.plans import Plan
+from support.models import build
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "evidence"))
+import methods as frame
+
+SLOTS = ("vision", "connector", "language")
+
+
+def test_every_method_is_measured_in_every_slot_or_left_out_with_the_reason():
+    for method in make_tables.builtin_methods():
+        measured = {slot for slot in SLOTS if method.name in frame.names(slot)}
+        assert measured == (set() if method.name in frame.LEFT_OUT else method.stages)
+
+
+@pytest.mark.parametrize("model", list(frame.SLOTS))
+def test_drop_points_suit_every_method_and_budget(model):
+    """Votes and pairs, which let half of the tokens go at most, reach the smallest share."""
+    depth = {"vision": 12, "connector": 1, "language": 6}
+    for slot in frame.SLOTS[model]:
+        for name in filter(frame.takes_budget, frame.names(slot)):
+            method = saint.methods.get(name)().keeping(0.11)
+            plan = frame.plan_of(model, slot, method)
+            if slot != "connector":
+                method.validate(196, len(plan.resolve_layers(slot, depth[slot])[0]))
+
+
+def test_the_largest_setting_within_the_budget():
+    asked = []
+
+    def reached(setting):
+        asked.append(setting)
+        if setting < 0.2:
+            raise ValueError("too few")
+        return setting**2
+
+    found = frame.fitted(reached, 0.25, 0.0, 1.0, 12)
+    assert 0.4995 < found <= 0.5
+    assert len(asked) == 12
+    assert 0.2232 < frame.fitted(reached, 0.05, 0.0, 1.0, 12) < 0.2237
+
+
+def test_copies_are_counted_without_another_run():
+    vit = build("timm/vit-augreg")
+    pictures = torch.zeros(2, 3, 96, 96)
+    pictures[1, :, :, 48:] = torch.randn(3, 96, 48, generator=torch.Generator().manual_seed(0))
+    copies = frame.Copies(vit, {"x": pictures})
+    for tau in (0.0, 4.0, 9.0):
+        with saint.pruned(vit, saint.methods.Duplicates(tau=tau)) as session, torch.no_grad():
+            vit(pictures)
+            (entry,) = session.trace
+        want = float(entry.tokens_out.sum() / entry.tokens_in.sum())
+        assert copies.left(saint.methods.Duplicates(tau=tau)) == pytest.approx(want)
+
+
+class Fake:
+    """A model of which a method's value is its budget, at each of ten pictures."""
+
+    name, whole = "clip-b16", 100.0
+
+    def __init__(self):
+        self.asked = []
+
+    def method(self, slot, name, budget):
+        if name == "duplicates":
+            return "not to be had"
+        return saint.methods.get(name.removesuffix(frame.VOTES))().keeping(budget)
+
+    def unpruned(self, first):
+        return {"values": [1.0] * (self.count - first)}
+
+    def values(self, slot, chosen, first):
+        self.asked.append((chosen[0].name, first))
+        for method in chosen:
+            yield {"values": [method.fixed] * (self.count - first), "seen": 98.0}
+
+    def flops(self, plan):
+        return 100 * plan.vision[0].method.fixed, []
+
+
+def test_a_record_grows_by_what_it_lacks(tmp_path):
+    file, fake = tmp_path / "methods.json", Fake()
+    fake.count = 4
+    frame.run(fake, ["vision"], 4, math.inf, ["random", "duplicates"], file)
+    assert fake.asked == [("random", 0)]
+    before = json.loads(file.read_text())
+    assert [row["method"] for row in before["rows"]] == ["unpruned", *["random"] * 3, *["duplicates"] * 3]
+    fake.count = 10
+    frame.run(fake, ["vision"], 10, math.inf, ["random", "duplicates", "grid"], file)
+    assert fake.asked == [("random", 0), ("random", 4), ("grid", 0)]
+    rows = json.loads(file.read_text())["rows"]
+    for row in rows:
+        if row["method"] in ("random", "grid"):
+            assert frame.numbers(row) == [row["budget"]] * 10
+            assert row["flops"] == row["budget"]
+            assert row["seen"] == 0.5
+        elif row["method"] == "duplicates":
+            assert row["why"] == "not to be had"
+    frame.run(fake, ["vision"], 10, -math.inf, file=file)
+    assert len(fake.asked) == 3, "time was over"
+
+
+def test_the_tower_is_looked_at_once_for_all_budgets(demo_llava):
+    """What is answered, and how much is seen, is what each plan alone gives."""
+    subject = frame.Llava(2)
+    chosen = [subject.method("connector", "visionzip", budget) for budget in (0.5, 0.11)]
+    together = list(subject.values("connector", chosen, 0))
+    answers = subject.answers(0)
+    for method, found in zip(chosen, together, strict=True):
+        with saint.pruned(answers.model, Plan(connector=method)) as session:
+            right, seen = answers.answered(session, answers.look())
+        assert found == {"values": right["all"], "seen": seen}
+    assert [round(found["seen"]) for found in together] == [98, 22]
+    assert chosen[0].fixed == 0.5, "the methods that were given stay as they are"
+
+
+# -- tables ---------------------------------------------------------------------------------------------------------------
+
+
+def row(method, budget, values, flops=0.5):
+    return {"method": method, "budget": budget, "values": " ".join(map(str, values)), "flops": flops, "seen": 0.5}
+
+
+def test_best_and_who_is_not_worse_by_more_than_chance():
+    better, worse = [0.9, 0.8, 0.9, 1.0, 0.9, 0.8] * 4, [0.5, 0.4, 0.5, 0.6, 0.5, 0.4] * 4
+    swaying = [value + (-1) ** i * 0.1 for i, value in enumerate(better)]
+    slot = compared.Slot([row("grid", 0.5, worse), row("random", 0.5, better), row("tome", 0.5, [*swaying, 7])])
+    assert slot.count == 24, "pictures that all rows have"
+    assert slot.best(0.5) == "random"
+    assert slot.apart("grid", 0.5)
+    assert not slot.apart("tome", 0.5)
+    assert slot.ranked()[-1] == "grid"
+
+
+def test_who_leaves_more_than_most_is_not_the_best():
+    rows = [row(name, 0.5, [value] * 3) for name, value in (("grid", 0.5), ("random", 0.6), ("tome", 0.4))]
+    slot = compared.Slot([*rows, row("saint, votes", 0.5, [0.9] * 3, 0.53)])
+    assert slot.best(0.5) == "random"
+    assert slot.over("saint, votes", 0.5)
+    assert slot.unusual("saint, votes", 0.5) == " at 0.53"
+    assert slot.unusual("tome", 0.5) == ""
+
+
+def test_cells_are_the_means_and_intervals_of_the_record():
+    """Computed anew of the values, with other resamples."""
+    found = json.loads(frame.RECORD.read_text())
+    base = next(frame.numbers(r) for r in found["rows"] if r["method"] == "unpruned" and r["model"] == "small-llava")
+    text = compared.answers_table() + compared.embeddings_table()
+    rng = np.random.default_rng(1)
+    slots = {("small-llava", name): slot for name, slot in compared.slots("small-llava").items()}
+    slots["clip-b16", "vision"] = compared.slots("clip-b16")["vision"]
+    for (model, _), slot in slots.items():
+        for key, values in slot.values.items():
+            scale, form = (100, "+.1f") if model == "small-llava" else (1, ".3f")
+            apart = scale * (values - (np.array(base[: slot.count]) if model == "small-llava" else 0))
+            draws = apart[rng.integers(0, slot.count, (4000, slot.count))].mean(1)
+            cells = [cell for cell in text.split("|") if f"{format(round(apart.mean(), int(form[-2])) + 0.0, form)} [" in cell]
+            near = np.quantile(draws, [0.025, 0.975])
+            ends = [[float(end) for end in cell.partition("[")[2].partition("]")[0].split(",")] for cell in cells]
+            assert any(np.allclose(pair, near, atol=0.1 * np.ptp(near) + scale * 2e-3) for pair in ends), key
+
+
+def test_what_the_page_says_in_plain_words():
+    slots = compared.slots("small-llava")
+    (clip,) = compared.slots("clip-b16").values()
+
+    def behind(slot, name, other, budget):
+        """Points, or hundredths of a cosine, that a method is behind another."""
+        return 100 * (slot.values[other, budget] - slot.values[name, budget]).mean()
+
+    connector = slots["connector"]
+    assert [connector.best(budget) for budget in (0.5, 0.25, 0.11)] == ["divprune", "divprune", "cdpruner"]
+    assert connector.ranked()[:5] == ["divprune", "cdpruner", "apet", "mmr", "saint_full_graph"]
+    assert [connector.apart("saint_full_graph", budget) for budget in (0.5, 0.25, 0.11)] == [False, True, True]
+    looking = ("vispruner", "prumerge", "visionzip", "hiprune")
+    assert all(connector.values[name, 0.11].mean() < 0.8 for name in looking)
+    assert all(behind(connector, "hiprune", "random", budget) > 5 for budget in connector.budgets)
+
+    language = slots["language"]
+    points = [behind(language, name, "random", 0.11) for name in ("fastv", "sparsevlm", "priortr", "d2pruner", "scope")]
+    assert 1.45 < min(points) < max(points) < 2.75
+    assert behind(language, "saint", "random", 0.11) < 1.2
+
+    tower = slots["vision"]
+    assert [tower.best(budget) for budget in (0.25, 0.11)] == ["pitome", "pitome"]
+    assert 4.5 < behind(tower, "saint", "pitome", 0.5) < 5.5
+    assert 11.5 < behind(tower, "saint", "pitome", 0.25) < 12.5
+    assert 4.5 < behind(tower, "saint_full_graph", "pitome", 0.25) < 5.5
+    assert not tower.apart("saint", 0.11)
+    assert not tower.apart("resize", 0.25)
+    assert tower.apart("resize", 0.11)
+    assert tower.rows["resize", 0.25]["flops"] < 0.5 * tower.usual(0.25)
+
+    assert [clip.best(budget) for budget in (0.7, 0.5, 0.35)] == ["match", "saint_full_graph", "resize"]
+    assert not any(clip.apart(name, b) for name in ("saint", "match", "saint_full_graph") for b in (0.7, 0.5))
+    assert not clip.apart("random", 0.7)
+    assert clip.apart("saint", 0.35)
+    assert behind(clip, "saint", "grid", 0.35) > 0
+    assert clip.ranked()[-2:] == ["pitome", "tome"]
