@@ -194,7 +194,7 @@ class Llava:
         Methods differ in their budget alone: those that look at the tower are shown one run of it.
         """
         answers = self.answers(first)
-        if not chosen[0].needs & TOWER:
+        if not (slot == "connector" and chosen[0].asks(slot) & TOWER):
             for method in chosen:
                 yield _answered(*answers.ask(plan_of(self.name, slot, method)))
                 _forget(answers)
