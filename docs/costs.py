@@ -17,7 +17,7 @@ LICENCES = {"otprune": "Apache-2.0", "priortr": "Apache-2.0"}
 # by registry name: the order, with C channels of keys or embeddings, K of N tokens kept, R tokens that are asked and V values of
 # a patch; and the FLOPs that `flops()` counts, by settings too; "" where it counts none
 COSTS = {
-    "apet": ("N² C", "2 N**2 C + 4 min(basis, K) N C"),
+    "apet": ("N C", "7 min(basis, K) N C"),
     "cdpruner": ("N² C + N K²", "2 N**2 C + N K**2"),
     "d2pruner": ("N² C", "2 N**2 C"),
     "dart": ("N C", "2 pivots N C"),

@@ -23,7 +23,16 @@ from saint.upstream.tiny import IMAGE, make, text_config
 ROOT = Path(__file__).parents[2]
 RELATIVE = 5e-5
 # what a plan is run on, by what the file of its measurement is called; else an encoder
-SMALL = ("small-llava", "keep-small-llava", "easy", "vlm", "modes", "analyze-small-llava", "analyze-smollm2")
+SMALL = (
+    "small-llava",
+    "keep-small-llava",
+    "easy",
+    "vlm",
+    "modes",
+    "levers-answers",
+    "analyze-small-llava",
+    "analyze-smollm2",
+)
 ABLATED = {"saint_merged", "tome_dropped"}  # methods of evidence/ablations.py, not of the package
 LARGE = ("llava-1.5", "headline-cpu.llava", "headline-shapes-cpu.llava")
 DEEP = "headline-shapes-cpu.vit-h"  # an encoder of 32 layers, not 12

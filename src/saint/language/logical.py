@@ -56,7 +56,7 @@ class Shortened(Cache):
             return length, first
         # outside a mask has a column for every position, also where a window shows fewer
         for number, layer in enumerate(self.layers):
-            if not layer.is_sliding and (places := getattr(layer, "max_cache_len", None)) is not None:
+            if (places := getattr(layer, "max_cache_len", None)) is not None and not layer.is_sliding:
                 return self._held.whole.get(number, places), 0
         return self.get_seq_length(layer_idx) + query_length, 0
 

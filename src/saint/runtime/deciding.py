@@ -175,7 +175,7 @@ class Decider(Uncopyable, Generic[F]):
         keys, features = state.of_candidates(seen.keys), state.of_candidates(features.detach())
         if point.step == 0 and point.method is not None and reads_are_free(keys.device):
             refuse_non_finite(keys, partial(self.where, point))
-        rows = self.rows(forward, point, state, seen)
+        rows = self.rows(forward, point, state, seen) if point.needs else {}
         counted = state.counted
         assert forward.facts is not None
         facts = forward.facts.at(counted.index)

@@ -20,7 +20,7 @@ from ..errors import UnsupportedModelError
 from ..gathers import by_length, gather_mask, gather_table, shorter
 from ..patch import override
 from ..runtime.blocks import Block, refuse_meta
-from ..runtime.deciding import Decision, Seen
+from ..runtime.deciding import Seen
 from ..runtime.layer import LayerStack, PrunedLayer
 from ..runtime.observe import Observers
 from ..runtime.points import DropPoint
@@ -346,14 +346,9 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
             out = by_length(tokens, x, short)
         return out[0], Seen(out[1], received=out[2] if kinds else None) if shows else None
 
-    def decide(
-        self, forward: EncoderForward, point: DropPoint, state: LayerState, features: Tensor, seen: Seen
-    ) -> Decision:
+    def rows(self, forward: EncoderForward, point: DropPoint, state: LayerState, seen: Seen) -> dict[str, Tensor]:
         if asked := point.needs & TOWER:
             forward.glances[point.layer] = self._glance(point, state, seen, asked)
-        return super().decide(forward, point, state, features, seen)
-
-    def rows(self, forward: EncoderForward, point: DropPoint, state: LayerState, seen: Seen) -> dict[str, Tensor]:
         kinds = self.attends[point.layer] if seen.received is not None else ()
         return {kind: forward.glances[point.layer].shown[kind].squeeze(-1) for kind in kinds}
 
