@@ -34,7 +34,7 @@ SMALL = (
     "analyze-smollm2",
 )
 ABLATED = {"saint_merged", "tome_dropped"}  # methods of evidence/ablations.py, not of the package
-LARGE = ("llava-1.5", "headline-cpu.llava", "headline-shapes-cpu.llava")
+LARGE = ("llava-1.5", "headline-shapes-cpu.llava", "headline-static-cpu.llava")
 DEEP = "headline-shapes-cpu.vit-h"  # an encoder of 32 layers, not 12
 
 
