@@ -32,6 +32,7 @@ TEXT = 64  # tokens of the prompt beside the visual ones
 TILE = 576  # visual tokens of a picture that enters the tower, 24 x 24
 FRAME = 144  # visual tokens of a frame, for methods that need frames
 PATCH = 14  # pixels
+CLASS = 1  # tokens in front of the patches of the tower
 KEEPS = (0.25, 1 / 9)
 SLOTS = ("vision", "connector", "language")
 OUT = Path(__file__).parent / "results" / "selection-cpu.json"
@@ -124,10 +125,10 @@ def tower(method: Method, shape: Shape, visual: int) -> Tower:
     shown = {
         (name, layer): noise(1, visual, shape.tower_key) if name == TOWER_KEYS else noise(1, visual, 1).softmax(1)
         for name in method.needs & TOWER
-        for layer in method.tower_layers(shape.tower_layers, read)
+        for layer in method.tower_layers(shape.tower_layers, read, CLASS)
     }
     place = (torch.arange(visual) % TILE).view(1, visual)
-    return Tower(shown, shape.tower_layers, read, place, torch.full((1, visual, 2), edge))
+    return Tower(shown, shape.tower_layers, read, place, torch.full((1, visual, 2), edge), CLASS)
 
 
 def choices(shape: Shape, visual: int, only: list[str] | None) -> dict[str, tuple[dict[str, Any], Callable[[], Any]]]:

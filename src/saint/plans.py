@@ -234,7 +234,7 @@ def _check_stage(name: str, stage: Stage) -> None:
             f'placement="input" is for the vision stage only, got it in the {name} stage; in front of a language model tokens '
             "are dropped by the connector stage"
         )
-    if name == "vision" and stage.placement == "input" and stage.method.needs & _TOWER:
+    if name == "vision" and stage.placement == "input" and stage.method.asks(name) & _TOWER:
         raise ValueError(
             f'{method} looks at the attention of the layer where tokens leave, and placement="input" is in front of all layers: '
             'use "mid" or "post"'

@@ -94,6 +94,10 @@ class Selection:
     adds: Tensor | None = None
     gone: Tensor | None = None
 
+    def merges(self, sample: int) -> bool:
+        """Tell whether what leaves in a sample becomes part of what stays."""
+        return self.owner is not None and (self.gone is None or not bool(self.gone[sample].any()))
+
     def mask(self, count: int) -> Tensor:
         """bool [B, N], True for the slots that stay, of ``count``."""
         slots = self.slots if self.valid is None else self.slots.masked_fill(~self.valid, count)

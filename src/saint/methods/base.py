@@ -243,11 +243,11 @@ def real_of(candidates: Candidates) -> Tensor:
     return torch.ones_like(candidates.tokens.index, dtype=torch.bool) if valid is None else valid
 
 
-def likeness(keys: Tensor, stays: Selection) -> Tensor:
-    """Compare the keys of those that stay with all: cosines, float32 [B, K, N]; keys [B, N, D]."""
-    points = graph.metric(keys)
-    with graph.full_precision(keys.device):
-        return points.gather(1, stays.slots.unsqueeze(-1).expand(-1, -1, points.shape[2])) @ points.mT
+def likeness(values: Tensor, slots: Tensor) -> Tensor:
+    """Compare some tokens with all: cosines, float32 [B, K, N]; values [B, N, C], slots int64 [B, K]."""
+    points = graph.metric(values)
+    with graph.full_precision(values.device):
+        return points.gather(1, slots.unsqueeze(-1).expand(-1, -1, points.shape[2])) @ points.mT
 
 
 def tower_of(candidates: Candidates) -> Tower:

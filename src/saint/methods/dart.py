@@ -7,7 +7,7 @@ import torch
 
 from .. import graph
 from ..tokens import Candidates, Selection
-from .base import FixedBudget, check_integer
+from .base import FixedBudget, check_integer, likeness
 from .fastv import FastV
 
 
@@ -50,9 +50,7 @@ class DART(FixedBudget):
             if tokens.valid is not None:
                 length = length.masked_fill(~tokens.valid, -1.0)
             pivots = graph.descending(length)[:, :count]  # [B, P]
-            points = graph.metric(candidates.features)
-            own = points.gather(1, pivots.unsqueeze(-1).expand(-1, -1, points.shape[-1]))
-            unlike = -(own @ points.mT)  # [B, P, N]
+            unlike = -likeness(candidates.features, pivots)  # [B, P, N]
         first = torch.tensor([min(count, k) for k in goal], device=device).unsqueeze(1)
         places = torch.tensor(goal, device=device).unsqueeze(1) - first  # [B, 1]
         rank = torch.arange(count, device=device)

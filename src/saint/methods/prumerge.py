@@ -129,7 +129,7 @@ class PruMerge(Method):
             weight: of each token, [B, N].
             real: bool [B, N].
         """
-        similar = likeness(keys, stays)
+        similar = likeness(keys, stays.slots)
         similar = similar.scatter(2, stays.slots.unsqueeze(-1), -torch.inf).masked_fill(~real.unsqueeze(1), -torch.inf)
         near = similar.sort(dim=2, descending=True, stable=True).indices[..., : self.neighbors]
         own = (weight * real).unsqueeze(1).expand_as(similar).gather(2, near)

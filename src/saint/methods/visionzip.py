@@ -66,7 +66,7 @@ class VisionZip(FixedBudget):
             contextual: tokens that stand for others, bool [B, N].
             rest: those others, bool [B, N].
         """
-        similar = likeness(keys, stays)
+        similar = likeness(keys, stays.slots)
         stand = contextual.gather(1, stays.slots)
         stand = stand if stays.valid is None else stand & stays.valid
         nearest = similar.masked_fill(~stand.unsqueeze(-1), -torch.inf).argmax(1, keepdim=True)  # [B, 1, N]

@@ -97,17 +97,15 @@ def select_some(method: Pruner, candidates: Candidates, some: list[int]) -> Sele
     for sample, n in zip(some, chosen.lengths, strict=True):
         lengths[sample] = n
     stays = Selection.from_mask(keep, tuple(lengths))
-    owner, adds, gone = None, None, None
-    if chosen.owner is not None:
-        owner = torch.zeros_like(tokens.index)
-        owner[pick] = chosen.owner
-    if chosen.gone is not None:
-        gone = torch.zeros_like(tokens.index, dtype=torch.bool)
-        gone[pick] = chosen.gone
-    if chosen.adds is not None:
-        adds = chosen.adds.new_zeros(len(lengths), *chosen.adds.shape[1:])
-        adds[pick] = chosen.adds
-    return replace(stays, owner=owner, adds=adds, gone=gone)
+
+    def of_all(value: Tensor | None) -> Tensor | None:
+        if value is None:
+            return None
+        full = value.new_zeros(len(lengths), *value.shape[1:])
+        full[pick] = value
+        return full
+
+    return replace(stays, owner=of_all(chosen.owner), adds=of_all(chosen.adds), gone=of_all(chosen.gone))
 
 
 def refuse_non_finite(keys: Tensor, where: Callable[[], str]) -> None:

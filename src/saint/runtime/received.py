@@ -43,7 +43,7 @@ class Received:
     def _made(self, kind: str, attended: Attended) -> Tensor:
         if kind == TOWER_VALUES:
             return lengths(attended)
-        if kind == TOWER_RECEIVED or not self._prefix:
+        if is_sum(kind, self._prefix):
             return summed(attended, self._real)
         return class_attention(joined(attended) if kind == TOWER_JOINED else attended)
 
@@ -64,6 +64,11 @@ class Received:
                 'seen: load the model with attn_implementation="sdpa", or use a method that does not look at attention'
             )
         return parts.unflatten(1, (-1, count)).mean(1)  # of parallel attentions the mean
+
+
+def is_sum(kind: str, prefix: int) -> bool:
+    """Tell whether what is asked for is summed over all queries: attention received, which stands for a class token's too."""
+    return kind == TOWER_RECEIVED or (kind != TOWER_VALUES and not prefix)
 
 
 def joined(attended: Attended) -> Attended:

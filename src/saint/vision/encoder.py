@@ -24,9 +24,9 @@ from ..runtime.deciding import Seen
 from ..runtime.layer import LayerStack, PrunedLayer
 from ..runtime.observe import Observers
 from ..runtime.points import DropPoint
-from ..runtime.received import Received
+from ..runtime.received import Received, is_sum
 from ..runtime.state import LayerState
-from ..tokens import TOWER, TOWER_ATTENTION, TOWER_KEYS, TOWER_RECEIVED, TOWER_VALUES, Selection, TokenMap
+from ..tokens import TOWER, TOWER_ATTENTION, TOWER_KEYS, Selection, TokenMap
 from ..upstream.names import LONGEST
 from ..upstream.specs import EncoderSpec, part
 from .checks import (
@@ -361,8 +361,7 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
             queries = torch.tensor([self.prefix + n * members for n in tokens.lengths], device=tokens.index.device)
             for kind, own in zip(self.attends[point.layer], seen.received.unbind(-1), strict=True):
                 own = state.of_candidates(own.unsqueeze(-1))  # [B, N, 1]
-                summed = kind == TOWER_RECEIVED or (kind != TOWER_VALUES and not self.prefix)
-                shown[kind] = own / queries.view(-1, 1, 1) if summed else own
+                shown[kind] = own / queries.view(-1, 1, 1) if is_sum(kind, self.prefix) else own
         if TOWER_KEYS in asked:
             shown[TOWER_KEYS] = state.of_candidates(seen.keys).float()
         return Glance(tokens, shown)

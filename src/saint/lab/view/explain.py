@@ -64,7 +64,8 @@ class Witness(Observer):
         index, keys = seen.tokens.index[0, :count].cpu(), seen.keys[0, :count].float().cpu()
         kept = selection.slots[0, : selection.lengths[0]].cpu()
         stays = torch.zeros(count, dtype=torch.bool).scatter(0, kept, True)
-        if selection.owner is not None and (selection.gone is None or not bool(selection.gone[0].any())):
+        if selection.merges(0):
+            assert selection.owner is not None
             stands = selection.owner[0, :count].cpu()
         else:
             stands = similar_survivor(graph.metric(keys[None]), Selection(kept[None], (len(kept),)))[0]

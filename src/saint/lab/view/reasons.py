@@ -65,7 +65,7 @@ def _reason(seen: Candidates, selection: Selection, sample: int, method: Any) ->
     kept = selection.slots[sample, : selection.lengths[sample]].cpu()
     gone = torch.ones(count, dtype=torch.bool).scatter(0, kept, False)
     into: Tensor = index[:0]
-    merged = selection.owner is not None and (selection.gone is None or not bool(selection.gone[sample].any()))
+    merged = selection.merges(sample)
     if bool(gone.any()):
         if merged:
             assert selection.owner is not None
