@@ -7,6 +7,7 @@ import torch
 
 import saint
 from saint import testing
+from saint.runtime.rows import rows
 from support.families import FAMILIES, prompts
 from support.models import BUILDERS, build
 
@@ -46,12 +47,9 @@ def test_every_encoder_tells_its_layers_and_its_attention(name):
 
 
 def probabilities(call, sample):
-    from saint.lab.analysis import attention
-
-    found = attention.rows(
-        call.query[sample], call.key[sample], scale=call.scale, mask=call.mask_of(sample), causal=call.causal
-    )
-    return torch.cat([rows for _, rows in found])
+    own = slice(sample, sample + 1)
+    found = rows(call.query[own], call.key[own], scale=call.scale, mask=call.mask_of(sample), causal=call.causal)
+    return torch.cat([part for _, (part,) in found])
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ ROOMS = {
     },
     "lab/sources/questions": {"lab/answers", "lab/images", "lab/sources/items", "lab/sources/listing"},
     "lab/analysis/similarity": {"graph"},  # formulas, here and in the next four
-    "lab/analysis/attention": set(),
+    "lab/analysis/attention": {"runtime/rows"},
     "lab/analysis/geometry": set(),
     "lab/analysis/bootstrap": set(),
     "lab/analysis/stages": {"lab/analysis/bootstrap"},

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import threading
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -17,6 +18,7 @@ from saint.errors import HookNeverFiredError, UnsupportedModelError
 from saint.methods import SCOPE, HiPrune, PruMerge, Random, VisionZip
 from saint.methods.base import FixedBudget
 from saint.plans import Plan, Stage
+from saint.runtime.rows import rows
 from saint.testing import zoo
 from saint.testing.vlm import check_vlm
 from saint.tokens import (
@@ -126,7 +128,7 @@ def test_attention_is_that_of_an_eager_tower(name, monkeypatch):
     family = FAMILIES[name]
     model = family.build()
     inputs, twin = prompts(family, model, PAIR), oracle_model(model)
-    monkeypatch.setattr("saint.runtime.received._BLOCK", 500)  # a few queries at a time
+    monkeypatch.setattr("saint.runtime.received.rows", partial(rows, block=500))  # a few queries at a time
     got, tower = shown(model, inputs)
     depth = len(model.get_submodule(family.tower))
     assert (tower.depth, tower.read) == (depth, depth - 2 if name.startswith("llava") else depth - 1)

@@ -6,7 +6,7 @@ attention runs as it does.
 Letters: B sequences of a call, H heads, G key heads, Q queries, N keys, D head dim, P prefix tokens, S tokens behind them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -15,9 +15,8 @@ from torch import Tensor
 from ..errors import HookNeverFiredError
 from ..tokens import TOWER_JOINED, TOWER_RECEIVED, TOWER_VALUES
 from .attended import Attended, Attending
+from .rows import rows
 from .state import LayerState
-
-_BLOCK = 2**22  # logits that are held at a time
 
 
 class Received:
@@ -87,7 +86,9 @@ def lengths(attended: Attended) -> Tensor:
 
 def class_attention(attended: Attended) -> Tensor:
     """Attention of the first token, averaged over heads, float32 [B, N]."""
-    return next(_probabilities(attended, 1, 1))[1].mean(1).squeeze(1)
+    mask = attended.mask if attended.mask is None else attended.mask[..., :1, :]
+    ((_, row),) = rows(attended.query[:, :, :1], attended.key, scale=attended.scale, mask=mask, causal=attended.causal)
+    return row.squeeze(1)
 
 
 def summed(attended: Attended, real: Tensor | None = None) -> Tensor:
@@ -97,29 +98,10 @@ def summed(attended: Attended, real: Tensor | None = None) -> Tensor:
         attended: a call.
         real: queries that count, bool [B, Q]; None: all.
     """
-    batch, heads, queries, _ = attended.query.shape
-    count = attended.key.shape[2]
-    total = attended.query.new_zeros(batch, count, dtype=torch.float32)
-    for first, part in _probabilities(attended, queries, max(1, _BLOCK // (batch * heads * count))):
-        own = part.mean(1)  # [B, q, N]
-        if real is not None:
-            own = own.masked_fill(~real[:, first : first + own.shape[1], None], 0)
-        total += own.sum(1)
+    query, key = attended.query, attended.key
+    total = query.new_zeros(query.shape[0], key.shape[2], dtype=torch.float32)
+    made = rows(query, key, scale=attended.scale, mask=attended.mask, causal=attended.causal)
+    for first, part in made:  # [B, q, N]
+        counted = part if real is None else part.masked_fill(~real[:, first : first + part.shape[1], None], 0)
+        total += counted.sum(1)
     return total
-
-
-def _probabilities(attended: Attended, queries: int, size: int) -> Iterator[tuple[int, Tensor]]:
-    """Attention of the first ``queries`` queries, ``size`` at a time: where they begin, and float32 [B, H, q, N]."""
-    query, key, mask = attended.query, attended.key.float(), attended.mask
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    scale = query.shape[-1] ** -0.5 if attended.scale is None else attended.scale
-    for first in range(0, queries, size):
-        rows = slice(first, min(first + size, queries))
-        logits = (query[:, :, rows].float() * scale) @ key.mT
-        if mask is not None:
-            own = mask[..., rows, :] if mask.ndim > 1 and mask.shape[-2] > 1 else mask
-            logits = logits.masked_fill(~own, -torch.inf) if own.dtype == torch.bool else logits + own.float()
-        if attended.causal:
-            place = torch.arange(key.shape[2], device=key.device)
-            logits = logits.masked_fill(place > place[rows, None], -torch.inf)
-        yield first, logits.softmax(-1)

@@ -22,10 +22,10 @@ from ...methods.saint import Saint
 from ...methods.tome import ToMe
 from ...plans import Output, Plan, Stage
 from ...runtime.attended import Attended
+from ...runtime.received import class_attention
 from ...session import pruned
 from ...tokens import Candidates, Selection
 from ..kinds import Subject
-from .attention import rows
 
 # "attention": what CLS (encoders) or the last prompt token (language models) attends to least; "tome": merged, with proportional
 # attention, and "tome_plain" without
@@ -43,14 +43,7 @@ class Looks:
         prefix, slots = attended.prefix, attended.state.tokens.slots
         if stage != "vision" or not prefix or attended.key.shape[-2] != prefix + slots:
             return
-        found = []
-        for sample in range(len(attended.query)):
-            mask = attended.mask_of(sample)
-            mask = mask if mask is None else mask[..., :1, :]
-            query, key = attended.query[sample, :, :1], attended.key[sample]
-            ((_, row),) = rows(query, key, scale=attended.scale, mask=mask)
-            found.append(row[0, prefix:])
-        self._rows.setdefault(layer, []).append(torch.stack(found))
+        self._rows.setdefault(layer, []).append(class_attention(attended)[:, prefix:])
 
     def take(self) -> dict[int, Tensor]:
         """Return what was heard since the last call, by layer, [B, N]; of parallel attentions the mean."""
