@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from .names import MASK, ROTARY
-from .specs import BlockSpec, EncoderSpec, ReaderSpec
+from .names import MASK, ROTARY, SHAPES
+from .specs import BlockSpec, EncoderSpec, ReaderSpec, RowLayout, RowSpec
 
 _VIT = BlockSpec(
     attn="attention",
@@ -61,6 +61,11 @@ def qualified(module: str, cls: str) -> str:
 
 def _registers(model: Any) -> int:
     return 1 + int(model.config.num_register_tokens)
+
+
+def _channels_last(embeddings: Any) -> RowLayout:
+    side = embeddings.patch_size
+    return RowLayout(embeddings.config.num_channels, side, side, channels_last=True)
 
 
 def _dense(cls: str) -> tuple[str, ...]:
@@ -155,7 +160,12 @@ SPECS = [
         "Siglip2VisionModel",
         "encoder.layers",
         {"Siglip2EncoderLayer": CLIP_BLOCK},
-        None,  # patches arrive flattened: no grid to read
+        None,  # patches arrive as rows
+        rows=RowSpec(
+            "embeddings.patch_embedding",
+            layout=_channels_last,  # Siglip2ImageProcessor
+            grid=lambda _, given: SHAPES.read(given).tolist(),
+        ),
         prefix=lambda m: 0,
         final="post_layernorm",
         pools=("head",),
