@@ -303,7 +303,9 @@ def test_the_layout_of_siglip2_is_that_of_its_processor(photo):
     image = image.convert("RGB").resize((5 * SIDE, 4 * SIDE))
     given = Siglip2ImageProcessor(do_resize=False, max_num_patches=36, patch_size=SIDE)(image, return_tensors="pt")
     picture = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 * 2 - 1
-    layout = registry.encoders()[find(model)[0][2].encoder].rows.layout(model.embeddings)
+    layout = registry.encoders()[find(model)[0][2].encoder].rows.layout(
+        model.embeddings, model.embeddings.patch_embedding
+    )
     shown = Patcher(model.embeddings.patch_embedding, layout).opened(given["pixel_values"])
     assert given["spatial_shapes"].tolist() == [[4, 5]]
     assert torch.allclose(shown[0, :20], torch.stack(squares_of(picture, SIDE)), atol=1e-6)

@@ -91,7 +91,8 @@ def _of_rows(stack: ExitStack, encoder: nn.Module, spec: EncoderSpec, asked: int
     """The same of an encoder to which patches arrive as rows, padding behind those of each picture."""
     assert spec.rows is not None
     grid, holder = spec.rows.grid, part(encoder, spec.rows.linear.rpartition(".")[0])
-    layout = spec.rows.layout(holder)
+    linear = part(encoder, spec.rows.linear)
+    layout = spec.rows.layout(holder, linear)
     assert layout is not None
     assert grid is not None
     channels, high, wide, last = layout
@@ -125,4 +126,4 @@ def _of_rows(stack: ExitStack, encoder: nn.Module, spec: EncoderSpec, asked: int
         return run
 
     stack.callback(holder.register_forward_pre_hook(note, with_kwargs=True).remove)
-    stand_in(stack, part(encoder, spec.rows.linear), "forward", shown)
+    stand_in(stack, linear, "forward", shown)

@@ -83,19 +83,22 @@ class RowLayout(NamedTuple):
     channels_last: bool
 
 
+Layout = Callable[[Any, Any], RowLayout | None]
+
+
 @dataclass(frozen=True)
 class RowSpec:
     """Patches that arrive as rows of a linear layer.
 
     Attributes:
         linear: dotted path of the layer. An instance may have a convolution there, to which pictures arrive.
-        layout: from the module that holds the layer, or None where it is not known.
+        layout: from the module that holds the layer and the layer, or None where it is not known.
         grid: from that module and its arguments by name, of which the first are the rows: rows and columns of patches, of
             all pictures where none is padded, else of each. None where grids are told to the encoder (packed), or not known.
     """
 
     linear: str
-    layout: Callable[[Any], RowLayout | None] = lambda _: None
+    layout: Layout = lambda _holder, _linear: None
     grid: Callable[[Any, Mapping[str, Any]], tuple[int, int] | list[list[int]]] | None = None
 
 

@@ -76,12 +76,12 @@ def _candidates(model: Any) -> int | None:
     return embed.num_patches if getattr(embed, "strict_img_size", False) else None
 
 
-def _row(embeds: Any) -> RowLayout | None:
+def _row(embeds: Any, linear: Any) -> RowLayout | None:
     if getattr(embeds, "norm_input", None) is not None:  # what enters the layer is no pixels
         return None
     high, wide = embeds.patch_size
-    channels = embeds.proj.in_features // (high * wide)
-    return RowLayout(channels, high, wide, channels_last=getattr(embeds, "channels_last", True))
+    last = getattr(embeds, "channels_last", True)
+    return RowLayout(linear.in_features // (high * wide), high, wide, channels_last=last)
 
 
 def _grid(embeds: Any, given: Mapping[str, Any]) -> tuple[int, int] | list[list[int]]:

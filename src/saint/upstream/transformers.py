@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .names import MASK, ROTARY, SHAPES
+from .names import MASK, PATCH, ROTARY, SHAPES
 from .specs import BlockSpec, EncoderSpec, ReaderSpec, RowLayout, RowSpec
 
 _VIT = BlockSpec(
@@ -63,9 +63,13 @@ def _registers(model: Any) -> int:
     return 1 + int(model.config.num_register_tokens)
 
 
-def _channels_last(embeddings: Any) -> RowLayout:
-    side = embeddings.patch_size
-    return RowLayout(embeddings.config.num_channels, side, side, channels_last=True)
+def _channels_last(holder: Any, linear: Any) -> RowLayout:
+    side = PATCH.get(holder)
+    return RowLayout(linear.in_features // side**2, side, side, channels_last=True)
+
+
+def _channels_first(holder: Any, linear: Any) -> RowLayout:
+    return _channels_last(holder, linear)._replace(channels_last=False)
 
 
 def _dense(cls: str) -> tuple[str, ...]:
@@ -295,6 +299,12 @@ READERS = [
         needs="it averages the rows under the mask of its pictures, which is of full length",
     ),
 ]
+
+# towers that no spec was written for, to whose linear layer patches arrive as their image processor lays them in rows
+ROW_LAYOUTS = {
+    qualified("cosmos3_edge", "Cosmos3EdgeVisionModel"): _channels_last,
+    qualified("ernie4_5_vl_moe", "Ernie4_5_VLMoeVisionTransformerPretrainedModel"): _channels_first,
+}
 
 REFUSED = {
     "transformers.models.swin.modeling_swin.SwinModel": "windows, no global tokens",

@@ -38,9 +38,10 @@ from ..upstream.names import (
     Parameters,
 )
 from ..upstream.pictures import Pictures, merge_side, pictures
+from ..upstream.registry import row_layouts
 from ..upstream.specs import BlockSpec, EncoderSpec, FamilySpec, RowSpec, part
 from .checks import prove_block
-from .locate import find
+from .locate import find, lineage
 
 _measured: WeakKeyDictionary[nn.Module, dict[str, Any] | str] = WeakKeyDictionary()  # of models that are alive
 _CONNECTOR = "use the connector or language stage"
@@ -103,7 +104,9 @@ def _facts(model: Any, path: str) -> dict[str, Any] | str:
     if spec is None:
         spec = _encoder_spec(encoder, blocks[0], blocks[1], layout, probe.flat)
         if (linear := probe.rows_enter()) is not None:
-            spec = replace(spec, rows=RowSpec(linear))
+            layouts = row_layouts()
+            told = next((layouts[name] for name in lineage(type(encoder)) if name in layouts), None)
+            spec = replace(spec, rows=RowSpec(linear) if told is None else RowSpec(linear, told))
     return {
         "connector": layout.connector,
         "merge_size": lambda _: layout.side if layout.side > 1 or probe.flat else None,

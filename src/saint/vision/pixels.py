@@ -81,7 +81,7 @@ def patcher(encoder: nn.Module, spec: EncoderSpec, *, channels: bool) -> Patcher
     kinds = (nn.Conv2d, nn.Conv3d)
     rows = None if spec.rows is None else part(encoder, spec.rows.linear)
     if spec.rows is not None and isinstance(rows, nn.Module) and not isinstance(rows, kinds):
-        layout = spec.rows.layout(part(encoder, spec.rows.linear.rpartition(".")[0]))
+        layout = spec.rows.layout(part(encoder, spec.rows.linear.rpartition(".")[0]), rows)
         if layout is not None or not channels:
             return Patcher(rows, layout)
         raise UnsupportedModelError(
