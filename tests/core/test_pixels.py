@@ -463,7 +463,9 @@ def test_an_encoder_whose_rows_have_no_known_layout_shows_copies_alone(plan):
     model = naflex("avg")
     model.embeds.norm_input = nn.LayerNorm(3 * SIDE**2)  # the layer behind it is given rows that are no pixels any more
     before = testing.snapshot(model)
-    with pytest.raises(saint.UnsupportedModelError, match="by channel: .* whose layout is not known; use Duplicates"):
+    with pytest.raises(
+        saint.UnsupportedModelError, match="by channel: .* whose layout or grid is not known; use Duplicates"
+    ):
         saint.apply(model, plan)
     assert testing.snapshot(model) == before
     inputs = as_rows("naflex", some_pages())

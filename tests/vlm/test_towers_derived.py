@@ -277,7 +277,7 @@ def placed(patches, rows, columns, m):
 def test_rows_of_an_unknown_layout_show_copies_alone(smaller, monkeypatch):
     monkeypatch.setattr(derive, "row_layouts", dict)
     model = build("ernie4_5_vl_moe", {})
-    with pytest.raises(saint.UnsupportedModelError, match="by channel: .* layout is not known"):
+    with pytest.raises(saint.UnsupportedModelError, match="by channel: .* layout or grid is not known"):
         saint.apply(model, smaller)
     assert saint.status(model) is None
     saint.apply(model, Duplicates()).remove()

@@ -142,7 +142,7 @@ def readers() -> dict[str, ReaderSpec]:
 
 
 def row_layouts() -> dict[str, Layout]:
-    """How the pixels of patches lie in rows, of towers without a spec, by qualified class name."""
+    """Layouts of the rows of patches that towers without a spec are given, by qualified class name."""
     return dict(transformers.ROW_LAYOUTS)
 
 

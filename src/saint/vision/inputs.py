@@ -134,21 +134,22 @@ class Inputs(Uncopyable):
         channels: bool,
         resize: int | float | None,
     ) -> None:
-        shrinks = resize is not None
-        layer = patcher(encoder, spec, channels=channels or shrinks) if pixels or shrinks else None
+        if guard and (spec.packed or (spec.patch is None and spec.rows is None)):
+            raise ValueError(
+                f"guard={guard:g} looks at pictures [B, C, H, W] in front of the patch embedding, and {type(encoder).__name__} "
+                "is given patches: leave guard out"
+            )
+        whole = resize is not None or (guard > 0 and spec.rows is not None)  # what the picture is must be known
+        layer = patcher(encoder, spec, channels=channels or whole) if pixels or whole else None
         self.patcher, self.resizing = layer if pixels else None, None
-        rows = spec.rows if layer is not None and layer.rows and (channels or shrinks) else None
+        rows = spec.rows if layer is not None and layer.rows and (channels or whole) else None
         self.told = None if rows is None or rows.grid is None else rows
+        self.guarded = layer if guard and rows is not None else None
         if resize is not None and layer is not None:
             self.resizing = Resizing(
                 layer, resize, merge_size or 1, forwards, packed=spec.packed, raster=spec.raster or not merge_size
             )
         self.guard, self.frames = guard, frames
-        if guard and (spec.packed or spec.patch is None):
-            raise ValueError(
-                f"guard={guard:g} looks at pictures [B, C, H, W] in front of the patch embedding, and {type(encoder).__name__} "
-                "is given patches: leave guard out"
-            )
         self.module, self.spec, self.merge_size, self.forwards = encoder, spec, merge_size, forwards
         self.prefix = spec.prefix(encoder)
         self.parameters = Parameters(type(encoder).forward)
@@ -162,12 +163,14 @@ class Inputs(Uncopyable):
         if self.told is not None:
             holder = part(self.module, self.told.linear.rpartition(".")[0])
             stack.callback(holder.register_forward_pre_hook(self._note_shapes, with_kwargs=True).remove)
+        if self.guarded is not None:
+            stack.callback(self.guarded.layer.register_forward_pre_hook(self._note_detail_of_rows).remove)
         if self.resizing is not None:
             self.resizing.install(stack)  # first: the others see what the layer sees, and the grid that comes of it
         if self.spec.patch is not None:
             patch = part(self.module, self.spec.patch)
             stack.callback(patch.register_forward_hook(self._note_grid).remove)
-            if self.guard:
+            if self.guard and self.guarded is None:
                 stack.callback(patch.register_forward_pre_hook(self._note_detail, with_kwargs=True).remove)
         if self.patcher is not None:
             stack.callback(self.patcher.layer.register_forward_pre_hook(self._note_pixels).remove)
@@ -176,15 +179,29 @@ class Inputs(Uncopyable):
         self.forwards.prelude().pixels = args[0].detach()
 
     def _note_detail(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_exporting():
-            raise ValueError(
-                "a guard gives every picture its own number of tokens, which an exported graph cannot have: leave guard out"
-            )
         pixels = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         if pixels is None or pixels.ndim != 4:
             got = "nothing" if pixels is None else f"shape {tuple(pixels.shape)}"
             raise ValueError(f"guard looks at pictures [B, C, H, W] in front of the patch embedding, got {got}")
-        self.forwards.prelude().shares = shares(pixels, self.guard)
+        self._note_shares([pixels])
+
+    def _note_detail_of_rows(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        assert self.guarded is not None
+        forward, rows = self.forwards.prelude(), args[0]
+        if forward.grids:
+            sizes = [(high, wide) for _, high, wide in forward.grids]
+        else:
+            assert forward.grid is not None
+            sizes = [forward.grid] * len(rows)
+        self._note_shares([self.guarded.picture(own, *size) for own, size in zip(rows, sizes, strict=True)])
+
+    def _note_shares(self, pictures: list[Tensor]) -> None:
+        """Note what pictures [B, C, H, W] keep at least, one batch of a size after another."""
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "a guard gives every picture its own number of tokens, which an exported graph cannot have: leave guard out"
+            )
+        self.forwards.prelude().shares = tuple(share for one in pictures for share in shares(one, self.guard))
 
     def _note_samples(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = self.parameters.named(args, kwargs)

@@ -61,6 +61,11 @@ class Patcher:
             return rows.unflatten(-1, (high, wide, channels)).movedim(-1, -3)
         return rows.unflatten(-1, (channels, high, wide))
 
+    def picture(self, rows: Tensor, high: int, wide: int) -> Tensor:
+        """Put a picture of ``high`` x ``wide`` patches together: rows [N, row], padding behind them -> [1, C, H, W]."""
+        pieces = self.opened(rows[: high * wide]).unflatten(0, (high, wide))
+        return pieces.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2).unsqueeze(0)
+
     def closed(self, pieces: Tensor) -> Tensor:
         """Undo :meth:`opened`: [..., C, P, P] -> [..., row]."""
         assert self.layout is not None
@@ -76,17 +81,17 @@ def patcher(encoder: nn.Module, spec: EncoderSpec, *, channels: bool) -> Patcher
         channels: it must be known which values of a patch are of which channel, and where they lie.
 
     Raises:
-        UnsupportedModelError: there is none, its patches overlap or leave gaps, or their layout is not known.
+        UnsupportedModelError: there is none, its patches overlap or leave gaps, or the layout or grid of rows is not known.
     """
     kinds = (nn.Conv2d, nn.Conv3d)
     rows = None if spec.rows is None else part(encoder, spec.rows.linear)
     if spec.rows is not None and isinstance(rows, nn.Module) and not isinstance(rows, kinds):
         layout = spec.rows.layout(part(encoder, spec.rows.linear.rpartition(".")[0]), rows)
-        if layout is not None or not channels:
+        if not channels or (layout is not None and (spec.packed or spec.rows.grid is not None)):
             return Patcher(rows, layout)
         raise UnsupportedModelError(
             f"{type(encoder).__name__} does not show the pixels of its tokens by channel: its patches arrive as rows whose "
-            "layout is not known; use Duplicates, or a method that looks at keys"
+            "layout or grid is not known; use Duplicates, or a method that looks at keys"
         )
     inside = {id(module) for module in part(encoder, spec.blocks).modules()}
     root = encoder if spec.patch is None else part(encoder, spec.patch)
