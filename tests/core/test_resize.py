@@ -268,6 +268,23 @@ def test_copies_are_looked_for_in_the_smaller_picture():
     assert 1 < counts[1][1] < 16
 
 
+def test_low_precision_and_gradients_of_rows():
+    model, half = build("transformers/siglip2"), build("transformers/siglip2").to(torch.bfloat16)
+    inputs = as_rows("transformers/siglip2", photographs())
+    plan = Plan(pixels=0.5)
+    with torch.no_grad(), saint.pruned(half, plan), saint.pruned(model, plan):
+        low = half(**{**inputs, "pixel_values": inputs["pixel_values"].bfloat16()}).pooler_output
+        near = torch.nn.functional.cosine_similarity(low.float(), model(**inputs).pooler_output)
+    assert float(near.min()) > 0.99
+    rows = inputs["pixel_values"].requires_grad_()
+    with saint.pruned(model, plan):
+        model(**inputs).pooler_output.sum().backward()
+    assert bool(rows.grad.isfinite().all())
+    real = inputs["pixel_attention_mask"].bool()
+    assert bool((rows.grad[real].abs().sum(-1) > 0).all())
+    assert not rows.grad[~real].any()
+
+
 def test_low_precision_and_gradients():
     model, _, inputs = prepared("timm/vit-augreg")
     key = next(key for key, value in inputs.items() if value.ndim == 4)
@@ -283,8 +300,9 @@ def test_low_precision_and_gradients():
     assert float(pixels.grad.abs().sum()) > 0
 
 
-def test_one_graph_compiled_and_exported_for_any_number_of_pictures():
-    model, _, inputs = prepared("timm/vit-augreg")
+@pytest.mark.parametrize("name", ["timm/vit-augreg", "timm/naflex"])
+def test_one_graph_compiled_and_exported_for_any_number_of_pictures(name):
+    model, _, inputs = prepared(name)
     pixels = next(value for value in inputs.values() if value.ndim == 4)
     plan = with_logn(Plan(pixels=0.5, vision=Stage(Match(keep=0.5, fate="weigh"), layers=[1, 3])), 0.5)
     with torch.no_grad(), saint.pruned(model, plan):

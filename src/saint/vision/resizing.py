@@ -159,8 +159,8 @@ class Resizing(Uncopyable):
             assert forward.grid is not None
             if self._smaller(*forward.grid) == forward.grid:
                 return x, None
-            small, own = self._of_piece(x.flatten(0, 1), len(x), *forward.grid)
-            return small.unflatten(0, (len(x), -1)), own
+            small, own = self._of_piece(x.flatten(0, 1), x.shape[0], *forward.grid)
+            return small.unflatten(0, (x.shape[0], -1)), own
         if all(self._smaller(rows, columns) == (rows, columns) for _, rows, columns in forward.grids):
             return x, None
         pairs = [self._of_piece(one[: t * r * c], t, r, c) for one, (t, r, c) in zip(x, forward.grids, strict=True)]
