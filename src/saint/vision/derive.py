@@ -258,12 +258,13 @@ class _Probe:
         """Path of the linear layer of the encoder that rows of patches enter as the model is given them; None: there is none."""
         assert self.given is not None
         found: list[str] = []
-        values = [value.flatten() for value in self.given.inputs.values() if isinstance(value, Tensor)]
+        given = [value for value in self.given.inputs.values() if isinstance(value, Tensor)]
+        pixels = [value.flatten() for value in given if value.is_floating_point()]
 
         def listen(path: str) -> Callable[..., None]:
             def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
                 x = args[0].flatten()
-                if any(len(x) == len(value) and torch.equal(x, value.to(x)) for value in values):
+                if any(len(x) == len(value) and torch.equal(x, value.to(x)) for value in pixels):
                     found.append(path)
 
             return hook

@@ -146,9 +146,8 @@ class Inputs(Uncopyable):
         self.told = None if rows is None or rows.grid is None else rows
         self.guarded = layer if guard and rows is not None else None
         if resize is not None and layer is not None:
-            self.resizing = Resizing(
-                layer, resize, merge_size or 1, forwards, packed=spec.packed, raster=spec.raster or not merge_size
-            )
+            raster = spec.raster or not merge_size or not spec.packed
+            self.resizing = Resizing(layer, resize, merge_size or 1, forwards, packed=spec.packed, raster=raster)
         self.guard, self.frames = guard, frames
         self.module, self.spec, self.merge_size, self.forwards = encoder, spec, merge_size, forwards
         self.prefix = spec.prefix(encoder)
@@ -265,7 +264,7 @@ class Inputs(Uncopyable):
             pixels=self._pixels(forward, origin) if self.patcher is not None else None,
             grids=self.grids(forward) if self.patcher is not None or self.resizing is not None else None,
         )
-        if self.told is not None and forward.grids:
+        if self.told is not None and forward.grids and self.merge_size is None:
             _check_padding(forward.samples, candidates)
         if self.resizing is not None and not forward.resized:
             raise ValueError(
@@ -333,9 +332,10 @@ class Inputs(Uncopyable):
 
 def _check_padding(counts: list[int], candidates: TokenMap) -> None:
     """Refuse grids of other numbers of patches than are no padding, or padding in front of some; ``counts`` by picture."""
-    valid = candidates.valid
-    ahead = valid is None or all(bool(valid[sample, :n].all()) for sample, n in enumerate(counts))
-    if list(candidates.total) != counts or not ahead:
+    slots = torch.arange(candidates.width, device=candidates.index.device)
+    announced = slots < torch.tensor(counts, device=slots.device).unsqueeze(1)
+    real = torch.ones_like(announced) if candidates.valid is None else candidates.valid
+    if not torch.equal(announced, real):
         raise ValueError(
             f"pictures of {counts} patches are announced, and {list(candidates.total)} rows are no padding: "
             "the mask is to show as many, with padding behind them"
