@@ -52,6 +52,7 @@ ASKS = {
     "frames": "frames of videos",
     "last_query": "attention of the last prompt token",
     "pixels": "pixels",
+    "channels": "by channel",
     "question": "attention of the text behind the image",
     "first_query": "that of its first token",
     "raters": "attention of the text that is nearest",

@@ -155,9 +155,12 @@ def _agrees(row: dict[str, Any]) -> str:
 def support_table() -> str:
     seen = {}
     for spec in ENCODERS:
-        seen.setdefault((spec.library, spec.title), []).append(f"`{spec.encoder.rpartition('.')[2]}`")
-    rows = [[library, title, ", ".join(classes)] for (library, title), classes in seen.items()]
-    return table(["library", "encoders", "class"], rows)
+        given = ", ".join(
+            [*(["pictures"] if spec.patch is not None else []), *(["rows of patches"] if spec.rows is not None else [])]
+        )
+        seen.setdefault((spec.library, spec.title, given), []).append(f"`{spec.encoder.rpartition('.')[2]}`")
+    rows = [[library, title, ", ".join(classes), given] for (library, title, given), classes in seen.items()]
+    return table(["library", "encoders", "class", "is given"], rows)
 
 
 def zoo_table() -> str:

@@ -26,7 +26,12 @@ def repeated(rows: Tensor, before: Tensor | None = None, valid: Tensor | None = 
         valid: bool [B, N], False for padding.
     """
     rows = rows.detach() + 0.0  # -0.0 is 0.0
-    order = torch.sort(_hashes(rows), dim=1, stable=True).indices  # of equal rows the earlier first
+    hashes = _hashes(rows)
+    if valid is None:
+        order = torch.sort(hashes, dim=1, stable=True).indices  # of equal rows the earlier first
+    else:  # and padding behind them
+        ahead = torch.sort((~valid).to(torch.uint8), dim=1, stable=True).indices
+        order = ahead.gather(1, torch.sort(hashes.gather(1, ahead), dim=1, stable=True).indices)
     sorted_rows = rows.gather(1, order.unsqueeze(-1).expand_as(rows))
     again = torch.zeros_like(order, dtype=torch.bool)
     again[:, 1:] = (sorted_rows[:, 1:] == sorted_rows[:, :-1]).all(-1)

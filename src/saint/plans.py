@@ -19,7 +19,7 @@ _DEEPEST = 10_000  # layers; a range beyond it is a slip, and would fill the mem
 Placement = Literal["input", "mid", "post"] | None
 _TOWER = frozenset({"tower_received", "tower_class", "tower_joined", "tower_values"})
 PROVIDES = {
-    "vision": frozenset({"frames", "pixels", "resized"}) | _TOWER,
+    "vision": frozenset({"frames", "pixels", "channels", "resized"}) | _TOWER,
     "connector": frozenset({"frames", "text", "tower_keys"}) | _TOWER,
     "language": frozenset({"last_query", "question", "first_query", "raters", "frames"}),
 }

@@ -229,7 +229,8 @@ class Facts:
         min_keep: tokens of each sample that stay whatever the budget, B Python ints.
         cells: for methods that need "frames": equal numbers show the same place of one video at different times, in the order
             of samples and slots, int64 [B, N]; -1: of no video. None where no candidate is of a video of several frames.
-        pixels: for methods that need "pixels", of each candidate as the model is given them, by channel, [B, N, C, V].
+        pixels: for methods that need "pixels", of each candidate as the model is given them, by channel, [B, N, C, V]; all
+            values in one (C = 1) where it is not known which are of which, and the method does not need "channels".
         grids: for the same methods and those that need "resized", rows and columns of the candidates of each sample.
         text: for methods that need "text", embeddings of the other tokens of each prompt, [B, T, C]; rows of 0 behind the last.
         tower: for methods that need something of :data:`TOWER`.

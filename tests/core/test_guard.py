@@ -13,6 +13,8 @@ from saint.methods import Grid, Match, Random, ToMe
 from saint.vision.guard import detail, min_keep, shares
 from support.families import FAMILIES
 from support.models import build
+from support.padded import SHAPES, with_padding
+from support.patchified import SIDE, as_rows
 
 GUARD = 0.7
 METHODS = [
@@ -95,6 +97,30 @@ def test_it_sees_the_pixels_of_every_library(name):
         assert all(torch.equal(entry.tokens_in, entry.tokens_out) for entry in session.trace)
 
 
+@pytest.mark.parametrize("name", ["naflex-avg", "naflex-axial", "transformers/siglip2"])
+def test_it_sees_pictures_that_arrive_as_rows_each_of_its_own_shape(name):
+    model, _ = with_padding(name)
+    generator = torch.Generator().manual_seed(0)
+    shown = [torch.randn(3, rows * SIDE, columns * SIDE, generator=generator) for rows, columns in SHAPES]
+    coarse = torch.nn.functional.avg_pool2d(shown[0], 7, 1, 3)
+    shown[0], shown[2] = coarse, torch.full_like(shown[2], 0.5)
+    kept = [share for one in shown for share in shares(one[None], GUARD)]
+    assert 0.3 < kept[0] < kept[1] == GUARD
+    assert kept[2] == 0
+    plan, inputs = saint.Plan(vision=saint.Stage(Random(keep=0.3), layers=[0, 1], guard=GUARD)), as_rows(name, shown)
+    testing.check_oracle(model, plan, inputs)
+    testing.check_batch(model, plan, inputs)
+    with saint.pruned(model, plan) as session:
+        testing.run(model, inputs)
+        want = [max(math.ceil(share * n), round(0.3 * n)) for share, n in zip(kept, (36, 20, 18), strict=True)]
+        assert session.trace[-1].tokens_out.tolist() == want
+    with saint.pruned(model, plan.resized(0.5)) as session:  # to 16, 12 and 8, fewer than the first two are to keep
+        testing.run(model, inputs)
+        *guarded, plain = session.trace[-1].tokens_out.tolist()
+        assert guarded == [16, 12]
+        assert plain < 8
+
+
 def test_neither_contrast_nor_brightness_counts():
     x = pictures(64)
     assert torch.allclose(detail(x), detail(3 * x + 5), atol=1e-6)
@@ -124,11 +150,8 @@ def test_a_guard_where_no_pixels_are_seen_is_refused(vit):
         saint.Plan(language=saint.Stage(saint.Saint(), layers=[1], guard=0.5))
     with pytest.raises(ValueError, match="this plan has none"):
         saint.Plan(connector=saint.methods.DivPrune()).guarded(0.5)
-    patches = build("timm/naflex")  # takes pictures too
-    with saint.pruned(patches, saint.Plan(vision=Random()).guarded(0.5)), pytest.raises(ValueError, match="got shape"):
-        patches(
-            {"patches": torch.randn(1, 9, 768), "patch_coord": torch.zeros(1, 9, 2), "patch_valid": torch.ones(1, 9)}
-        )
+    with saint.pruned(vit, saint.Plan(vision=Random()).guarded(0.5)), pytest.raises(ValueError, match="got shape"):
+        vit.patch_embed.proj(torch.randn(3, 160, 160))
     packed = FAMILIES["qwen2.5-vl"].build()
     before = testing.snapshot(packed)
     with pytest.raises(ValueError, match="is given patches: leave guard out"):

@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,12 +14,17 @@ from saint.frames import NONE
 from saint.methods import Duplicates, Flat
 from saint.testing import vlm as vlm_contracts
 from saint.tokens import Candidates, Facts, TokenMap
-from saint.vision.pixels import patches
+from saint.upstream import registry
+from saint.upstream.specs import RowLayout
+from saint.vision.locate import find
+from saint.vision.pixels import Patcher, patches
 from support.families import FAMILIES, maker
 from support.models import NAMES, build, prepared
+from support.padded import SHAPES, naflex, with_padding
+from support.patchified import SIDE, as_rows
 
-ROWS = ("timm/naflex", "timm/naflex-map", "transformers/siglip2")  # patches arrive as rows of a linear layer
-CONVOLVED = [name for name in NAMES if name not in ROWS]
+PICTURED = [name for name in NAMES if name != "transformers/siglip2"]  # given pictures
+ROWS = ("naflex-avg", "naflex-map", "naflex-token", "naflex-axial", "transformers/siglip2")  # given rows of patches
 PACKED = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl")
 
 
@@ -45,6 +51,24 @@ def squares_of(picture: torch.Tensor, side: int) -> list[torch.Tensor]:
     ]
 
 
+def without_flat(picture: torch.Tensor, side: int, blocks: int) -> list[int]:
+    """Squares of a picture without all but the first of each block of so many a side that is of one colour."""
+    columns, squares = picture.shape[2] // side, squares_of(picture, side)
+    kept = []
+    for number, one in enumerate(squares):
+        row, column = divmod(number, columns)
+        top, left = row // blocks * blocks, column // blocks * blocks
+        block = [
+            squares[r * columns + c]
+            for r in range(top, min(top + blocks, len(squares) // columns))
+            for c in range(left, min(left + blocks, columns))
+        ]
+        colour = one[:, :1, :1]
+        if (row, column) == (top, left) or not all(bool((other == colour).all()) for other in block):
+            kept.append(number)
+    return kept
+
+
 def first_of_each(shown: list[torch.Tensor]) -> list[int]:
     return [i for i, one in enumerate(shown) if not any(torch.equal(one, earlier) for earlier in shown[:i])]
 
@@ -62,6 +86,8 @@ def some_rows(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     before[0] = NONE
     valid = torch.arange(11) < torch.tensor([11, 9, 11]).unsqueeze(1)
     before[2, 9:] = NONE  # what padding would be the place of
+    valid[2, [0, 4]] = False  # padding in front of others,
+    rows[2, 0] = rows[2, 6]  # one of which is no copy of it
     return rows, before, valid
 
 
@@ -176,11 +202,11 @@ def pages(name: str) -> tuple[nn.Module, dict[str, torch.Tensor], str, int]:
     """A model, its inputs with pages in place of pictures, the name of that input, and the side of a patch."""
     model, _, inputs = prepared(name)
     key = next(key for key, value in inputs.items() if value.ndim == 4)
-    side = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).kernel_size[0]
+    side = next((m.kernel_size[0] for m in model.modules() if isinstance(m, nn.Conv2d)), SIDE)
     return model, {**inputs, key: page(inputs[key], side)}, key, side
 
 
-@pytest.mark.parametrize("name", CONVOLVED)
+@pytest.mark.parametrize("name", PICTURED)
 def test_copies_leave_an_encoder(name):
     model, inputs, key, side = pages(name)
     plan = Plan(vision=Duplicates())
@@ -242,6 +268,112 @@ def test_copies_of_a_model_and_forwards_without_the_plan_keep_nothing_of_it():
             assert torch.equal(copy.deepcopy(model)(**inputs), clean)
             assert torch.equal(model(**inputs), pruned)
     assert not torch.equal(pruned, clean)
+
+
+# -- encoders that are given rows of patches ----------------------------------------------------------------------------
+
+
+def some_pages(shapes=SHAPES) -> list[torch.Tensor]:
+    """Pages of several shapes in patches, of which one has a black patch: what padding looks like."""
+    pictures = [page(torch.empty(1, 3, r * SIDE, c * SIDE), SIDE, seed)[0] for seed, (r, c) in enumerate(shapes)]
+    pictures[1][:, :SIDE, -SIDE:] = 0
+    return pictures
+
+
+@pytest.mark.parametrize(
+    ("channels_last", "name"), [(True, "transformers/siglip2"), (True, "naflex"), (False, "naflex")]
+)
+def test_rows_are_the_pictures_that_the_library_cut(name, channels_last):
+    (picture,) = some_pages(SHAPES[1:2] * 2)[:1]
+    rows = next(iter(as_rows(name, [picture], channels_last).values()))
+    patcher = Patcher(nn.Linear(1, 1), RowLayout(3, SIDE, SIDE, channels_last))
+    assert torch.equal(patcher.opened(rows)[0], torch.stack(squares_of(picture, SIDE)))
+    assert torch.equal(patcher.closed(patcher.opened(rows)), rows)
+    assert torch.equal(patcher.patches(rows), patches(picture[None], (SIDE, SIDE)))
+    assert not torch.equal(patcher.opened(rows), rows.view(1, -1, 3, SIDE, SIDE)) or not channels_last
+
+
+@pytest.mark.parametrize("photo", ["rocket", "coffee"])
+def test_the_layout_of_siglip2_is_that_of_its_processor(photo):
+    """A photograph through the processor that ships with the encoder."""
+    from transformers import Siglip2ImageProcessor
+
+    model = build("transformers/siglip2")
+    (image,) = saint.demo.pictures(photo)
+    image = image.convert("RGB").resize((5 * SIDE, 4 * SIDE))
+    given = Siglip2ImageProcessor(do_resize=False, max_num_patches=36, patch_size=SIDE)(image, return_tensors="pt")
+    picture = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 * 2 - 1
+    layout = registry.encoders()[find(model)[0][2].encoder].rows.layout(
+        model.embeddings, model.embeddings.patch_embedding
+    )
+    shown = Patcher(model.embeddings.patch_embedding, layout).opened(given["pixel_values"])
+    assert given["spatial_shapes"].tolist() == [[4, 5]]
+    assert torch.allclose(shown[0, :20], torch.stack(squares_of(picture, SIDE)), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("method", [Duplicates(), Duplicates(tau=1e-4), Flat(), Flat(side=3)])
+def test_copies_leave_rows_and_padding_is_none(name, method):
+    model, _ = with_padding(name)
+    pictures = some_pages()
+    inputs, plan = as_rows(name, pictures), Plan(vision=method)
+    testing.check_oracle(model, plan, inputs)
+    testing.check_batch(model, plan, inputs)
+    testing.check_undo(model, plan, inputs)
+    with saint.pruned(model, plan) as session:
+        testing.run(model, inputs)
+        (entry,) = session.trace
+    assert entry.tokens_in.tolist() == [rows * columns for rows, columns in SHAPES]
+    for picture, kept in zip(pictures, entry.kept, strict=True):
+        flat = isinstance(method, Flat)
+        assert kept.tolist() == (
+            without_flat(picture, SIDE, method.side) if flat else first_of_each(squares_of(picture, SIDE))
+        )
+    assert any(
+        int(out) < int(came) for came, out in zip(entry.tokens_in, entry.tokens_out, strict=True)
+    ) or method == Flat(3)
+
+
+@pytest.mark.parametrize("plan", [Plan(vision=Duplicates()), Plan(vision=Flat()), Plan(pixels=0.5), Plan(pixels=12)])
+def test_rows_and_a_convolution_of_the_same_weights_give_the_same(plan):
+    """SigLIP of transformers, given pictures, and SigLIP 2, given their patches; pictures of one size, as SigLIP takes."""
+    convolved, linear = build("transformers/siglip"), build("transformers/siglip2")
+    weights = {name: value.clone() for name, value in convolved.state_dict().items()}
+    kernel = weights["embeddings.patch_embedding.weight"]
+    weights["embeddings.patch_embedding.weight"] = kernel.permute(0, 2, 3, 1).flatten(1)
+    linear.load_state_dict(weights, strict=False)
+    assert set(dict(linear.named_parameters())) <= set(weights)
+    pictures = some_pages([(6, 6)] * 3)
+    same_as_convolved(convolved, linear, torch.stack(pictures), plan, "transformers/siglip2")
+
+
+@pytest.mark.parametrize("plan", [Plan(vision=Duplicates()), Plan(vision=Flat()), Plan(pixels=0.5), Plan(pixels=12)])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_naflex_with_rows_and_with_a_convolution_gives_the_same(plan, channels_last):
+    convolved = naflex("map", embed_proj_type="conv")
+    linear = naflex("map", patchify_channels_last=channels_last)
+    weights = {name: value.clone() for name, value in convolved.state_dict().items()}
+    kernel = weights["embeds.proj.weight"]
+    weights["embeds.proj.weight"] = (kernel.permute(0, 2, 3, 1) if channels_last else kernel).flatten(1)
+    linear.load_state_dict(weights)
+    pictures = torch.stack(some_pages([(5, 4)] * 3))
+    same_as_convolved(convolved, linear, pictures, plan, "naflex", channels_last)
+    with (
+        torch.no_grad(),
+        saint.pruned(convolved, plan),
+        saint.pruned(linear, plan),
+    ):  # the linear one takes pictures, too
+        assert torch.allclose(convolved(pictures), linear(pictures), atol=1e-5)
+
+
+def same_as_convolved(convolved, linear, pictures, plan, name, channels_last=True):
+    with saint.pruned(convolved, plan) as one, saint.pruned(linear, plan) as other, torch.no_grad():
+        want = convolved(pictures)
+        got = linear(**as_rows(name, list(pictures), channels_last))
+        want, got = (out if isinstance(out, torch.Tensor) else out.pooler_output for out in (want, got))
+        assert [a.tolist() for a in one.trace[0].kept] == [b.tolist() for b in other.trace[0].kept]
+    assert torch.allclose(got, want, atol=1e-5)
+    assert any(int(out) < int(came) for came, out in zip(one.trace[0].tokens_in, one.trace[0].tokens_out, strict=True))
 
 
 # -- towers whose mergers join patches ----------------------------------------------------------------------------------
@@ -326,13 +458,72 @@ def test_a_wrong_side(side):
         Flat(side=side)
 
 
-@pytest.mark.parametrize("name", ["timm/naflex", "transformers/siglip2"])
-def test_an_encoder_that_is_given_rows_is_refused_and_left_alone(name):
-    model = build(name)
+@pytest.mark.parametrize("plan", [Plan(vision=Flat()), Plan(pixels=0.5)])
+def test_an_encoder_whose_rows_have_no_known_layout_shows_copies_alone(plan):
+    model = naflex("avg")
+    model.embeds.norm_input = nn.LayerNorm(3 * SIDE**2)  # the layer behind it is given rows that are no pixels any more
     before = testing.snapshot(model)
-    with pytest.raises(saint.UnsupportedModelError, match="does not show the pixels.*layout is not known"):
-        saint.apply(model, Duplicates())
+    with pytest.raises(
+        saint.UnsupportedModelError, match="by channel: .* whose layout or grid is not known; use Duplicates"
+    ):
+        saint.apply(model, plan)
     assert testing.snapshot(model) == before
+    inputs = as_rows("naflex", some_pages())
+    testing.check_oracle(model, Plan(vision=Duplicates()), inputs)
+    with saint.pruned(model, Duplicates()) as session:
+        testing.run(model, inputs)
+    assert all(
+        int(out) < int(came) for came, out in zip(session.trace[0].tokens_in, session.trace[0].tokens_out, strict=True)
+    )
+
+
+@pytest.mark.parametrize("plan", [Plan(vision=Flat()), Plan(pixels=0.5)])
+def test_patches_that_are_not_laid_row_by_row_have_no_grid(plan):
+    model, inputs = naflex("avg"), as_rows("naflex", some_pages())
+    inputs["patch_coord"] = inputs["patch_coord"].flip(-1)
+    with saint.pruned(model, plan), pytest.raises(ValueError, match="patch_coord does not lay the patches"):
+        testing.run(model, inputs)
+    with saint.pruned(model, Duplicates()):  # which needs none
+        testing.run(model, inputs)
+
+
+@pytest.mark.parametrize("plan", [Plan(vision=Flat()), Plan(pixels=0.5)])
+@pytest.mark.parametrize("name", ["naflex-avg", "transformers/siglip2"])
+def test_a_mask_of_other_patches_than_are_announced_is_refused(name, plan):
+    model, _ = with_padding(name)
+    inputs = as_rows(name, some_pages())
+    inputs["patch_valid" if "naflex" in name else "pixel_attention_mask"][1, 19] = 0
+    with (
+        saint.pruned(model, plan),
+        pytest.raises(ValueError, match=r"pictures of \[36, 20, 18\] patches .* \[36, 19, 18\] rows are no padding"),
+    ):
+        testing.run(model, inputs)
+
+
+def test_padding_in_front_of_patches_is_no_grid_and_no_copy():
+    model, _ = with_padding("transformers/siglip2")
+    inputs = as_rows("transformers/siglip2", some_pages())
+    mask, rows = inputs["pixel_attention_mask"], inputs["pixel_values"]
+    rows[1, :20], mask[1, :20] = rows[1, :20].flip(0), 1
+    rows[1, 16:36], mask[1, 16:36] = rows[1, :20].clone(), 1  # the black patch is the last but four
+    rows[1, :16], mask[1, :16] = 0, 0
+    with saint.pruned(model, Duplicates()) as session:
+        testing.run(model, inputs)
+        assert session.trace[0].tokens_in.tolist() == [36, 20, 18]
+        assert 16 + 20 - 1 - 4 in session.trace[0].kept[1].tolist()
+    with saint.pruned(model, Plan(pixels=0.5)), pytest.raises(ValueError, match="padding behind them"):
+        testing.run(model, inputs)
+
+
+def test_more_patches_than_there_are_rows_are_refused():
+    model, _ = with_padding("transformers/siglip2")
+    inputs = as_rows("transformers/siglip2", some_pages())
+    inputs["spatial_shapes"][1] = torch.tensor([7, 6])
+    with (
+        saint.pruned(model, Plan(pixels=0.5)),
+        pytest.raises(ValueError, match="42 patches is announced, and there are 36"),
+    ):
+        testing.run(model, inputs)
 
 
 def test_an_encoder_whose_patches_overlap_is_refused():

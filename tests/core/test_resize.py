@@ -14,9 +14,11 @@ from saint.testing import vlm as vlm_contracts
 from saint.tokens import Candidates, Facts, TokenMap
 from support.families import FAMILIES, maker
 from support.models import NAMES, build, prepared
+from support.padded import SHAPES, naflex, with_padding
+from support.patchified import SIDE, as_rows
 
-ROWS = ("timm/naflex", "timm/naflex-map", "transformers/siglip2")  # patches arrive as rows of a linear layer
-CONVOLVED = [name for name in NAMES if name not in ROWS]
+PICTURED = [name for name in NAMES if name != "transformers/siglip2"]  # given pictures
+ROWS = ("naflex-avg", "naflex-map", "naflex-token", "naflex-axial", "transformers/siglip2")  # given rows of patches
 PACKED = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl")
 
 
@@ -93,7 +95,7 @@ def with_logn(plan: Plan, logn: float) -> Plan:
     return Plan(vision=[dataclasses.replace(stage, logn=logn) for stage in plan.vision])
 
 
-@pytest.mark.parametrize("name", CONVOLVED)
+@pytest.mark.parametrize("name", PICTURED)
 def test_smaller_pictures_hold_the_contracts(name):
     model, plan, inputs = prepared(name)
     small = Plan(pixels=0.5)
@@ -157,6 +159,90 @@ def test_what_enters_the_first_block_is_the_smaller_picture_at_its_places(name):
     assert torch.equal(short[:, :prefix], full[:, :prefix])
 
 
+# -- pictures that arrive as rows of patches, each of its own shape ----------------------------------------------------
+
+
+def photographs(shapes=SHAPES) -> list[torch.Tensor]:
+    """Pictures [C, H, W] of shapes in patches, in which no pixel is like its neighbour in another channel."""
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(3, rows * SIDE, columns * SIDE, generator=generator) for rows, columns in shapes]
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("keep", [0.5, 0.3, 12])
+def test_pictures_of_several_shapes_get_smaller_each_for_itself(name, keep):
+    model, _ = with_padding(name)
+    inputs, plan = as_rows(name, photographs()), Plan(pixels=keep)
+    for check in (testing.check_oracle, testing.check_batch, testing.check_undo, testing.check_on):
+        check(model, plan, inputs)
+    with saint.pruned(model, plan) as session:
+        testing.run(model, inputs)
+        (entry,) = session.trace
+    assert entry.tokens_in.tolist() == [rows * columns for rows, columns in SHAPES]
+    for (rows, columns), kept in zip(SHAPES, entry.kept, strict=True):
+        down, right = grids.smaller(rows, columns, keep)
+        assert kept.tolist() == [a * columns + b for a in grids.at(rows, down) for b in grids.at(columns, right)]
+    for behind in (
+        [Duplicates(), Stage(SaintFullGraph(keep=0.6), layers=[1])],
+        Match(keep=0.6, fate="weigh", beta=0.5),
+    ):
+        testing.check_oracle(model, Plan(pixels=0.6, vision=behind), inputs)
+        testing.check_batch(model, Plan(pixels=0.6, vision=behind), inputs)
+
+
+@pytest.mark.parametrize("name", ["naflex-avg", "transformers/siglip2"])
+def test_what_enters_the_first_block_is_the_smaller_picture_of_each(name):
+    """The library cuts the smaller pictures into rows; positions are those of the full ones."""
+    model, _ = with_padding(name)
+    timm = name.startswith("naflex")
+    pictures, seen = photographs(), []
+    inputs = as_rows(name, pictures)
+    linear = model.embeds.proj if timm else model.embeddings.patch_embedding
+    first = model.blocks[0].norm1 if timm else model.encoder.layers[0].layer_norm1
+    prefix = model.num_prefix_tokens if timm else 0
+    with torch.no_grad():
+        hook = first.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, prefix:]))
+        model(**inputs)
+        with saint.pruned(model, Plan(pixels=0.5)) as session:
+            model(**inputs)
+        hook.remove()
+        full, short = seen
+        positions = full - linear(next(iter(inputs.values())))
+        for sample, (picture, kept) in enumerate(zip(pictures, session.trace[0].kept, strict=True)):
+            down, right = (side * SIDE for side in grids.smaller(*SHAPES[sample], 0.5))
+            small = torch.nn.functional.interpolate(picture[None], (down, right), mode="bicubic", antialias=True)
+            rows = next(iter(as_rows(name, [small[0]]).values()))
+            want = linear(rows)[0] + positions[sample, kept]
+            assert torch.allclose(short[sample, : len(kept)], want, atol=1e-5)
+
+
+def test_rows_that_do_not_get_smaller_change_nothing():
+    for name in ("naflex-avg", "transformers/siglip2"):
+        model, _ = with_padding(name)
+        inputs = as_rows(name, photographs())
+        want = testing.run(model, inputs)
+        with saint.pruned(model, Plan(pixels=1.0)):
+            got = testing.run(model, inputs)
+        assert all(torch.equal(got[key], want[key]) for key in want)
+
+
+def test_patches_of_another_size_than_the_layer_takes_are_told():
+    """timm can resize the weights of the layer to patches of any size: the layer itself does not run then."""
+    model = naflex("avg", enable_patch_interpolator=True)
+    inputs = as_rows("naflex", photographs())
+    inputs["x"] = inputs["x"].unflatten(2, (SIDE, SIDE, 3))[:, :, :8, :8]
+    with (
+        saint.pruned(model, Plan(pixels=0.5)),
+        pytest.raises(ValueError, match="in front of the Linear .* did not run"),
+    ):
+        model(**inputs)
+    with (
+        saint.pruned(model, Duplicates()),
+        pytest.raises(ValueError, match="in front of its Linear, which did not run"),
+    ):
+        model(**inputs)
+
+
 @pytest.mark.parametrize("pixels", [1.0, 10**6])
 def test_pictures_that_do_not_get_smaller_change_nothing(pixels):
     model, _, inputs = prepared("timm/vit-augreg")
@@ -182,6 +268,23 @@ def test_copies_are_looked_for_in_the_smaller_picture():
     assert 1 < counts[1][1] < 16
 
 
+def test_low_precision_and_gradients_of_rows():
+    model, half = build("transformers/siglip2"), build("transformers/siglip2").to(torch.bfloat16)
+    inputs = as_rows("transformers/siglip2", photographs())
+    plan = Plan(pixels=0.5)
+    with torch.no_grad(), saint.pruned(half, plan), saint.pruned(model, plan):
+        low = half(**{**inputs, "pixel_values": inputs["pixel_values"].bfloat16()}).pooler_output
+        near = torch.nn.functional.cosine_similarity(low.float(), model(**inputs).pooler_output)
+    assert float(near.min()) > 0.99
+    rows = inputs["pixel_values"].requires_grad_()
+    with saint.pruned(model, plan):
+        model(**inputs).pooler_output.sum().backward()
+    assert bool(rows.grad.isfinite().all())
+    real = inputs["pixel_attention_mask"].bool()
+    assert bool((rows.grad[real].abs().sum(-1) > 0).all())
+    assert not rows.grad[~real].any()
+
+
 def test_low_precision_and_gradients():
     model, _, inputs = prepared("timm/vit-augreg")
     key = next(key for key, value in inputs.items() if value.ndim == 4)
@@ -197,8 +300,9 @@ def test_low_precision_and_gradients():
     assert float(pixels.grad.abs().sum()) > 0
 
 
-def test_one_graph_compiled_and_exported_for_any_number_of_pictures():
-    model, _, inputs = prepared("timm/vit-augreg")
+@pytest.mark.parametrize("name", ["timm/vit-augreg", "timm/naflex"])
+def test_one_graph_compiled_and_exported_for_any_number_of_pictures(name):
+    model, _, inputs = prepared(name)
     pixels = next(value for value in inputs.values() if value.ndim == 4)
     plan = with_logn(Plan(pixels=0.5, vision=Stage(Match(keep=0.5, fate="weigh"), layers=[1, 3])), 0.5)
     with torch.no_grad(), saint.pruned(model, plan):
@@ -365,12 +469,3 @@ def test_wrong_pixels_are_told():
         Stage(Resize(0.5), logn=-1)
     with pytest.raises(ValueError, match="logn=0.5 is for the vision stage only"):
         Plan(language=Stage(SaintFullGraph(keep=9), logn=0.5))
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_an_encoder_that_is_given_rows_is_refused_and_left_alone(name):
-    model = build(name)
-    before = testing.snapshot(model)
-    with pytest.raises(saint.UnsupportedModelError, match="does not show the pixels"):
-        saint.apply(model, Plan(pixels=0.5))
-    assert testing.snapshot(model) == before

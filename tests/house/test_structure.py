@@ -197,7 +197,7 @@ ROOMS = {
     "testing/outputs": set(),
     # the oracles know where things are, and what a pruned forward dropped; they share no code with the pruning path
     "testing/hiding": {"upstream/specs"},
-    "testing/smaller": {"grids", "plans", "upstream/specs", "testing/hiding"},
+    "testing/smaller": {"grids", "plans", "upstream/names", "upstream/specs", "testing/hiding"},
     "testing/oracle": {
         *ORACLE,
         "language/locate",

@@ -28,7 +28,7 @@ from saint.lab.tuning.work import Table
 from saint.methods import Duplicates, Match, Resize
 from support.command_line import TINY
 from support.families import FAMILIES, prompts
-from support.models import build, share_of
+from support.models import build, share_of, without_pixels
 
 MODEL = "timm/vit-augreg"
 
@@ -85,17 +85,17 @@ def test_pictures_stay_as_they_are_where_that_is_asked_for(vit):
 def test_one_size_alone_is_tried(vit):
     found = search(around(vit), smooth(18), Target(flops=0.4), chosen=["saint"], pixels=16)
     assert found.plan.pixels in (None, 16)
-    naflex = build("timm/naflex")
-    one = [{name: value[:1] for name, value in testing.example_inputs(naflex).items()}] * 12
+    closed = without_pixels()
+    one = [{name: value[:1] for name, value in testing.example_inputs(closed).items()}] * 12
     with pytest.raises(saint.UnsupportedModelError, match="does not show the pixels"):
-        search(around(naflex), one, Target(flops=0.6), chosen=["saint"], pixels=0.5)
+        search(around(closed), one, Target(flops=0.6), chosen=["saint"], pixels=0.5)
 
 
 def test_a_model_whose_pictures_cannot_shrink_is_tuned_without(vit):
-    naflex = build("timm/naflex")
-    inputs = testing.example_inputs(naflex)
+    closed = without_pixels()
+    inputs = testing.example_inputs(closed)
     one = [{name: value[:1] for name, value in inputs.items()}] * 12
-    assert saint.tune(naflex, one, target_flops=0.7, methods=["saint", "resize"]).pixels is None
+    assert saint.tune(closed, one, target_flops=0.7, methods=["saint", "resize"]).pixels is None
 
 
 def test_softness_is_of_every_stage_and_told(vit, monkeypatch):
@@ -206,10 +206,10 @@ def test_copies_are_counted_and_come_first_where_they_are_many(vit):
 
 
 def test_what_a_model_cannot_do_is_said(vit):
-    naflex = build("timm/naflex")
-    inputs = testing.example_inputs(naflex)
+    closed = without_pixels()
+    inputs = testing.example_inputs(closed)
     one = [{name: value[:1] for name, value in inputs.items()}] * 4
-    found = advise(around(naflex), one, 0.6)
+    found = advise(around(closed), one, 0.6)
     levers = {lever["name"]: lever for lever in found["levers"]}
     assert levers[SMALLER]["plan"] is None
     assert "does not show the pixels" in levers[SMALLER]["why"]

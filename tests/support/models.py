@@ -68,3 +68,21 @@ def share_of(model: nn.Module, plan: Plan, image: torch.Tensor) -> float:
     whole = count_flops(run)[1].total
     with saint.pruned(model, plan):
         return count_flops(run)[1].total / whole
+
+
+class _Folded(nn.Module):
+    """A convolution of patches that is no module of torch's: what it looks at is not known from outside."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias, self.stride = conv.weight, conv.bias, conv.stride
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(x, self.weight, self.bias, self.stride)
+
+
+def without_pixels() -> nn.Module:
+    """An encoder that does not show the pixels of its tokens."""
+    model = build("timm/vit-augreg")
+    model.patch_embed.proj = _Folded(model.patch_embed.proj)
+    return model

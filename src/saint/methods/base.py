@@ -38,9 +38,10 @@ class Method(ABC):
     paper: ClassVar[str]  # citation key or URL of the publication
     stages: ClassVar[frozenset[str]]  # stages the method is defined for
     # what a stage computes on demand: "last_query" fills `attention`, "question", "first_query" and "raters" `rows`, "frames"
-    # `cells`, "pixels" `pixels`, `grids` and `cells` in front of block 0; "resized" shows the encoder smaller pictures and fills
-    # `grids`; "text" fills `text` in front of a language model, and what `tokens.TOWER` names fills `tower` there;
-    # inside an encoder what `tokens.TOWER_ATTENTION` names fills `rows`
+    # `cells`, "pixels" `pixels`, `grids` and `cells` in front of block 0, and with "channels" only if it is known which values
+    # are of one channel; "resized" shows the encoder smaller pictures and fills `grids`; "text" fills `text` in front of a
+    # language model, and what `tokens.TOWER` names fills `tower` there; inside an encoder what `tokens.TOWER_ATTENTION` names
+    # fills `rows`
     needs: ClassVar[frozenset[str]] = frozenset()
     merges: ClassVar[bool] = False  # tokens go into survivors instead of away; not in the connector stage
     # of methods that merge: a survivor becomes the mean of what it stands for, or stays as it is
@@ -173,7 +174,7 @@ class PixelMethod(Method):
     """Base of methods that look at the pixels of patches, in front of block 0. The picture decides how many leave."""
 
     stages: ClassVar[frozenset[str]] = frozenset({"vision"})
-    needs: ClassVar[frozenset[str]] = frozenset({"pixels"})
+    needs: ClassVar[frozenset[str]] = frozenset({"pixels", "channels"})
 
     @property
     def votes(self) -> bool:

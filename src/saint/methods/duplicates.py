@@ -22,6 +22,7 @@ class Duplicates(PixelMethod):
 
     name: ClassVar[str] = "duplicates"
     paper: ClassVar[str] = "https://arxiv.org/abs/2411.05222"  # across frames; within a picture it is ours
+    needs: ClassVar[frozenset[str]] = frozenset({"pixels"})  # whatever their order, copies are copies
 
     tau: float = (
         0.0  # largest difference of a value, as the model is given it (one of 255 levels is about 0.017 in CLIP)

@@ -106,6 +106,11 @@ class Decider(Uncopyable, Generic[F]):
         return any("pixels" in point.needs for point in self.entries)
 
     @property
+    def wants_channels(self) -> bool:
+        """Tell whether such a method asks which values of a patch are of one channel."""
+        return any("channels" in point.needs for point in self.entries)
+
+    @property
     def wants_text(self) -> bool:
         """Tell whether a method in front of the first layer asks for the other tokens of a prompt."""
         return any("text" in point.needs for point in self.entries)

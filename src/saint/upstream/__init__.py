@@ -9,6 +9,6 @@ The names below are what a package needs that brings a spec of its own, see :fun
 
 from .names import Role
 from .registry import register
-from .specs import BlockSpec, EncoderSpec, FamilySpec
+from .specs import BlockSpec, EncoderSpec, FamilySpec, RowLayout, RowSpec
 
-__all__ = ["BlockSpec", "EncoderSpec", "FamilySpec", "Role", "register"]
+__all__ = ["BlockSpec", "EncoderSpec", "FamilySpec", "Role", "RowLayout", "RowSpec", "register"]

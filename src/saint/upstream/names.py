@@ -152,6 +152,8 @@ KEYS_FROM = Role("key", "x")  # of nn.MultiheadAttention and of timm's: what key
 TIMM_ROTARY = Role("rope")
 TIMM_PAIRS = Role("shared_rel_pos", "shared_rel_pos_bias")  # a bias over all pairs of tokens, of two classes
 TIMM_VALID = Role("patch_valid")  # NaFlex: which patches are none of the padding
+TIMM_PLACES = Role("patch_coord")  # NaFlex: row and column of each patch
+SHAPES = Role("spatial_shapes")  # SigLIP 2: rows and columns of patches of each picture
 
 # -- methods ----------------------------------------------------------------------------------------------------------
 

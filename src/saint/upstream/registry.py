@@ -12,7 +12,7 @@ from .. import plugins
 from ..errors import PluginError
 from . import families as _families
 from . import open_clip, timm, transformers
-from .specs import EncoderSpec, FamilySpec, ReaderSpec
+from .specs import EncoderSpec, FamilySpec, Layout, ReaderSpec
 
 ENCODERS: tuple[EncoderSpec, ...] = (*timm.SPECS, *transformers.SPECS, *open_clip.SPECS)  # of this package
 FAMILIES: tuple[FamilySpec, ...] = _families.SPECS  # of this package
@@ -139,6 +139,11 @@ def families() -> dict[str, FamilySpec]:
 def readers() -> dict[str, ReaderSpec]:
     """Classes around encoders that read rows of their tokens, by qualified class name."""
     return {spec.model: spec for spec in transformers.READERS}
+
+
+def row_layouts() -> dict[str, Layout]:
+    """Layouts of the rows of patches that towers without a spec are given, by qualified class name."""
+    return dict(transformers.ROW_LAYOUTS)
 
 
 def refused() -> dict[str, str]:

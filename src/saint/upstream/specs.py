@@ -74,6 +74,34 @@ class BlockSpec:
         return self.attn is not None and self.mlp is not None
 
 
+class RowLayout(NamedTuple):
+    """How the pixels of a patch lie in a row: (P, P, C) with the channels last, else (C, P, P)."""
+
+    channels: int
+    high: int
+    wide: int
+    channels_last: bool
+
+
+Layout = Callable[[Any, Any], RowLayout | None]
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """Patches that arrive as rows of a linear layer.
+
+    Attributes:
+        linear: dotted path of the layer. An instance may have a convolution there, to which pictures arrive.
+        layout: from the module that holds the layer and the layer, or None where it is not known.
+        grid: from that module and its arguments by name, of which the first are the rows: rows and columns of patches, of
+            all pictures where none is padded, else of each. None where grids are told to the encoder (packed), or not known.
+    """
+
+    linear: str
+    layout: Layout = lambda _holder, _linear: None
+    grid: Callable[[Any, Mapping[str, Any]], tuple[int, int] | list[list[int]]] | None = None
+
+
 @dataclass(frozen=True)
 class EncoderSpec:
     """One supported encoder class.
@@ -87,6 +115,7 @@ class EncoderSpec:
         prefix: protected tokens in front (CLS, distillation, registers), from the instance.
         patch: dotted path to the module whose output shows the patch grid (a map [B, C, rows, columns], or a pair of which
             the grid is the second), or None.
+        rows: how patches arrive that are no part of a picture, or None.
         final: dotted path to the norm behind the last block, or None when it comes behind the pool or not at all.
         pools: paths of modules that read the full sequence behind the last block (attention pools).
         pool_with_prefix: whether an average pool also averages the prefix.
@@ -110,6 +139,7 @@ class EncoderSpec:
     block_specs: dict[str, BlockSpec]
     prefix: Callable[[Any], int]
     patch: str | None
+    rows: RowSpec | None = None
     final: str | None = None
     pools: tuple[str, ...] = ()
     pool_with_prefix: Callable[[Any], bool] = lambda _: False

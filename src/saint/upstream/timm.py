@@ -1,14 +1,15 @@
 """timm's encoders: their facts, and tiny models of them."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from .names import TIMM_PAIRS, TIMM_ROTARY, TIMM_VALID
-from .specs import BlockSpec, EncoderSpec
+from .names import TIMM_PAIRS, TIMM_PLACES, TIMM_ROTARY, TIMM_VALID
+from .specs import BlockSpec, EncoderSpec, RowLayout, RowSpec
 
 _VIT = BlockSpec(attn="attn", mlp="mlp", branch1=("ls1", "drop_path1"), branch2=("ls2", "drop_path2"))
 _RES_POST = BlockSpec(
@@ -73,6 +74,30 @@ _BLOCKS = {
 def _candidates(model: Any) -> int | None:
     embed = model.patch_embed
     return embed.num_patches if getattr(embed, "strict_img_size", False) else None
+
+
+def _row(embeds: Any, linear: Any) -> RowLayout | None:
+    if getattr(embeds, "norm_input", None) is not None:  # what enters the layer is no pixels
+        return None
+    high, wide = embeds.patch_size
+    last = getattr(embeds, "channels_last", True)
+    return RowLayout(linear.in_features // (high * wide), high, wide, channels_last=last)
+
+
+def _grid(embeds: Any, given: Mapping[str, Any]) -> tuple[int, int] | list[list[int]]:
+    places, valid = TIMM_PLACES.read(given), TIMM_VALID.read(given)
+    if places is None:  # pictures [B, C, H, W]
+        rows, columns = embeds.dynamic_feat_size(given["x"].shape[-2:])
+        return rows, columns
+    sizes = places.amax(1) + 1
+    slots = torch.arange(places.shape[1], device=places.device)
+    row_by_row = torch.stack([slots // sizes[:, 1:], slots % sizes[:, 1:]], -1)  # [B, N, 2]
+    elsewhere = (places != row_by_row).any(-1)
+    if bool((elsewhere if valid is None else elsewhere & valid.bool()).any()):
+        raise ValueError(
+            f"{TIMM_PLACES} does not lay the patches of each picture row by row, so their grid is not known"
+        )
+    return sizes.tolist()
 
 
 # -- tiny models ------------------------------------------------------------------------------------------------------
@@ -183,6 +208,7 @@ SPECS = [
         block_specs={**_BLOCKS, "EvaBlock": _EVA},
         prefix=lambda m: m.num_prefix_tokens,
         patch="embeds",
+        rows=RowSpec("embeds.proj", layout=_row, grid=_grid),
         final="norm",
         pools=("attn_pool",),
         pool_with_prefix=lambda m: bool(m.pool_include_prefix),

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from .names import MASK, ROTARY
-from .specs import BlockSpec, EncoderSpec, ReaderSpec
+from .names import MASK, PATCH, ROTARY, SHAPES
+from .specs import BlockSpec, EncoderSpec, ReaderSpec, RowLayout, RowSpec
 
 _VIT = BlockSpec(
     attn="attention",
@@ -61,6 +61,15 @@ def qualified(module: str, cls: str) -> str:
 
 def _registers(model: Any) -> int:
     return 1 + int(model.config.num_register_tokens)
+
+
+def _channels_last(holder: Any, linear: Any) -> RowLayout:
+    side = PATCH.get(holder)
+    return RowLayout(linear.in_features // side**2, side, side, channels_last=True)
+
+
+def _channels_first(holder: Any, linear: Any) -> RowLayout:
+    return _channels_last(holder, linear)._replace(channels_last=False)
 
 
 def _dense(cls: str) -> tuple[str, ...]:
@@ -155,7 +164,12 @@ SPECS = [
         "Siglip2VisionModel",
         "encoder.layers",
         {"Siglip2EncoderLayer": CLIP_BLOCK},
-        None,  # patches arrive flattened: no grid to read
+        None,  # patches arrive as rows
+        rows=RowSpec(
+            "embeddings.patch_embedding",
+            layout=_channels_last,  # Siglip2ImageProcessor
+            grid=lambda _, given: SHAPES.read(given).tolist(),
+        ),
         prefix=lambda m: 0,
         final="post_layernorm",
         pools=("head",),
@@ -285,6 +299,12 @@ READERS = [
         needs="it averages the rows under the mask of its pictures, which is of full length",
     ),
 ]
+
+# towers that no spec was written for, to whose linear layer patches arrive as their image processor lays them in rows
+ROW_LAYOUTS = {
+    qualified("cosmos3_edge", "Cosmos3EdgeVisionModel"): _channels_last,
+    qualified("ernie4_5_vl_moe", "Ernie4_5_VLMoeVisionTransformerPretrainedModel"): _channels_first,
+}
 
 REFUSED = {
     "transformers.models.swin.modeling_swin.SwinModel": "windows, no global tokens",

@@ -36,8 +36,9 @@ def verify_encoder(encoder: nn.Module, spec: EncoderSpec) -> None:
         if isinstance(blocks, nn.Module) and next(blocks.children(), None) is not None
         else [f"{spec.blocks} (blocks)"]
     )
-    missing += [f"{path} ({use})" for path, use in ((spec.patch, "patch embedding"), (spec.final, "last norm"))
-                if path is not None and part(encoder, path) is None]  # fmt: skip
+    rows = None if spec.rows is None else spec.rows.linear
+    named = ((spec.patch, "patch embedding"), (rows, "layer that makes tokens of rows"), (spec.final, "last norm"))
+    missing += [f"{path} ({use})" for path, use in named if path is not None and part(encoder, path) is None]
     if spec.order is not None and spec.order.of(encoder) is None:
         missing.append(f"method {spec.order} (shows the order of its windows)")
     missing += [f"method {name} (pools)" for name in spec.masked_pools if not hasattr(encoder, name)]

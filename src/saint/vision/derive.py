@@ -38,9 +38,10 @@ from ..upstream.names import (
     Parameters,
 )
 from ..upstream.pictures import Pictures, merge_side, pictures
-from ..upstream.specs import BlockSpec, EncoderSpec, FamilySpec, part
+from ..upstream.registry import row_layouts
+from ..upstream.specs import BlockSpec, EncoderSpec, FamilySpec, RowSpec, part
 from .checks import prove_block
-from .locate import find
+from .locate import find, lineage
 
 _measured: WeakKeyDictionary[nn.Module, dict[str, Any] | str] = WeakKeyDictionary()  # of models that are alive
 _CONNECTOR = "use the connector or language stage"
@@ -102,6 +103,10 @@ def _facts(model: Any, path: str) -> dict[str, Any] | str:
         return layout
     if spec is None:
         spec = _encoder_spec(encoder, blocks[0], blocks[1], layout, probe.flat)
+        if (linear := probe.rows_enter()) is not None:
+            layouts = row_layouts()
+            told = next((layouts[name] for name in lineage(type(encoder)) if name in layouts), None)
+            spec = replace(spec, rows=RowSpec(linear) if told is None else RowSpec(linear, told))
     return {
         "connector": layout.connector,
         "merge_size": lambda _: layout.side if layout.side > 1 or probe.flat else None,
@@ -217,6 +222,7 @@ class _Probe:
         self.order: Tensor | None = None
         self.deep: list[Tensor] = []  # features for later layers, of the last run
         self.flat = Parameters(type(blocks[0]).forward).has(SEGMENTS)
+        self.given: Pictures | None = None  # a form of pictures that the model takes
 
     def layout(self, prefix: int | None) -> _Layout | str:
         """Find what stands behind the blocks, or why it is not known; ``prefix`` None: to be found."""
@@ -232,6 +238,7 @@ class _Probe:
             break
         else:
             return "no form of pictures is known that it takes" + (f" ({errors[0]})" if errors else "")
+        self.given = given
         if any(bool(torch.isnan(rows).any()) for rows in clean.values()):
             return "its features are NaN for random pictures"
         layer = self._read(given)
@@ -246,6 +253,28 @@ class _Probe:
         if _spoiled(self.run(given, set(depth) - {last}, None)[""]).any():
             return "its features are joined from several layers of its tower, which would hold different tokens"
         return last
+
+    def rows_enter(self) -> str | None:
+        """Path of the linear layer of the encoder that rows of patches enter as the model is given them; None: there is none."""
+        assert self.given is not None
+        found: list[str] = []
+        given = [value for value in self.given.inputs.values() if isinstance(value, Tensor)]
+        pixels = [value.flatten() for value in given if value.is_floating_point()]
+
+        def listen(path: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                x = args[0].flatten()
+                if any(len(x) == len(value) and torch.equal(x, value.to(x)) for value in pixels):
+                    found.append(path)
+
+            return hook
+
+        with ExitStack() as stack:
+            for path, module in self.encoder.named_modules():
+                if isinstance(module, nn.Linear):
+                    stack.callback(module.register_forward_pre_hook(listen(path)).remove)
+            self.run(self.given, (), None)
+        return found[0] if found else None
 
     def run(
         self, given: Pictures, spoil: Collection[int], rows: Tensor | None, marked: tuple[str, Tensor] | None = None

@@ -108,7 +108,15 @@ class PrunedEncoder(LayerStack[EncoderForward, dict[str, Any]]):
         check_output(encoder, spec, output)
         prove(self.blocks, self.points, self.prefix)
         self.inputs = Inputs(
-            encoder, spec, merge_size, self.forwards, settings.guard, self.wants_frames, self.wants_pixels, self.resize
+            encoder,
+            spec,
+            merge_size,
+            self.forwards,
+            settings.guard,
+            frames=self.wants_frames,
+            pixels=self.wants_pixels,
+            channels=self.wants_channels,
+            resize=self.resize,
         )
         self.carries = output == "carried"
         self.outputs = Outputs(encoder, spec, self.depth, output, restored, self.forwards, reader)

@@ -22,7 +22,7 @@ from ..tokens import Facts, TokenMap
 from ..upstream.names import GRID, PATCH, PICTURE_SIZES, Parameters
 from ..upstream.specs import EncoderSpec, part
 from .guard import min_keep, shares
-from .pixels import laid_out, patcher, patches
+from .pixels import laid_out, patcher
 from .resizing import Resizing, spread_out
 
 
@@ -62,9 +62,9 @@ class EncoderForward(Forward):
     Attributes:
         captured_keys: what showed the keys of a layer, until they are scored.
         grid: rows and columns of patches.
-        grids: packed: frames, rows and columns of patches of each image or video.
+        grids: frames, rows and columns of patches of each image or video: packed, or of rows behind which padding may come.
         order: packed: group at each place.
-        pixels: what enters the convolution that makes the tokens, until their pixels are read.
+        pixels: what enters the layer that makes the tokens, until their pixels are read.
         resized: a smaller picture entered it.
         canvas: rows and columns of patches of what came to it, of a picture or of the largest one.
         shows: for each patch the one of the smaller picture that it shows, see ``resizing.py``; None where nothing got smaller.
@@ -113,11 +113,12 @@ class Inputs(Uncopyable):
         guard: see :class:`saint.Stage`.
         frames: note which groups show the same place of a video at different times.
         pixels: note what the candidates show.
+        channels: tell the channels of their pixels apart.
         resize: what :class:`saint.methods.Resize` keeps; None: pictures stay as they are.
 
     Raises:
         ValueError: a guard, and the encoder is not given pictures.
-        UnsupportedModelError: pixels or resize, and the encoder does not show the pixels of its tokens.
+        UnsupportedModelError: pixels or resize, and the encoder does not show the pixels of its tokens, or not their channels.
     """
 
     def __init__(
@@ -127,22 +128,27 @@ class Inputs(Uncopyable):
         merge_size: int | None,
         forwards: Forwards[EncoderForward],
         guard: float,
+        *,
         frames: bool,
         pixels: bool,
-        resize: int | float | None = None,
+        channels: bool,
+        resize: int | float | None,
     ) -> None:
-        conv = patcher(encoder, spec) if pixels or resize is not None else None
-        self.patcher, self.resizing = conv if pixels else None, None
-        if resize is not None and conv is not None:
-            self.resizing = Resizing(
-                conv, resize, merge_size or 1, forwards, packed=spec.packed, raster=spec.raster or not merge_size
-            )
-        self.guard, self.frames = guard, frames
-        if guard and (spec.packed or spec.patch is None):
+        if guard and (spec.packed or (spec.patch is None and spec.rows is None)):
             raise ValueError(
                 f"guard={guard:g} looks at pictures [B, C, H, W] in front of the patch embedding, and {type(encoder).__name__} "
                 "is given patches: leave guard out"
             )
+        whole = resize is not None or (guard > 0 and spec.rows is not None)  # what the picture is must be known
+        layer = patcher(encoder, spec, channels=channels or whole) if pixels or whole else None
+        self.patcher, self.resizing = layer if pixels else None, None
+        rows = spec.rows if layer is not None and layer.rows and (channels or whole) else None
+        self.told = None if rows is None or rows.grid is None else rows
+        self.guarded = layer if guard and rows is not None else None
+        if resize is not None and layer is not None:
+            raster = spec.raster or not merge_size or not spec.packed
+            self.resizing = Resizing(layer, resize, merge_size or 1, forwards, packed=spec.packed, raster=raster)
+        self.guard, self.frames = guard, frames
         self.module, self.spec, self.merge_size, self.forwards = encoder, spec, merge_size, forwards
         self.prefix = spec.prefix(encoder)
         self.parameters = Parameters(type(encoder).forward)
@@ -153,31 +159,48 @@ class Inputs(Uncopyable):
             stack.callback(self.module.register_forward_pre_hook(self._note_samples, with_kwargs=True).remove)
         if self.spec.order is not None and (reorder := self.spec.order.of(self.module)) is not None:
             override(stack, self.module, reorder, self._note_order)
+        if self.told is not None:
+            holder = part(self.module, self.told.linear.rpartition(".")[0])
+            stack.callback(holder.register_forward_pre_hook(self._note_shapes, with_kwargs=True).remove)
+        if self.guarded is not None:
+            stack.callback(self.guarded.layer.register_forward_pre_hook(self._note_detail_of_rows).remove)
         if self.resizing is not None:
-            self.resizing.install(
-                stack
-            )  # first: the others see what the convolution sees, and the grid that comes of it
+            self.resizing.install(stack)  # first: the others see what the layer sees, and the grid that comes of it
         if self.spec.patch is not None:
             patch = part(self.module, self.spec.patch)
             stack.callback(patch.register_forward_hook(self._note_grid).remove)
-            if self.guard:
+            if self.guard and self.guarded is None:
                 stack.callback(patch.register_forward_pre_hook(self._note_detail, with_kwargs=True).remove)
         if self.patcher is not None:
-            stack.callback(self.patcher.register_forward_pre_hook(self._note_pixels).remove)
+            stack.callback(self.patcher.layer.register_forward_pre_hook(self._note_pixels).remove)
 
     def _note_pixels(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         self.forwards.prelude().pixels = args[0].detach()
 
     def _note_detail(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_exporting():
-            raise ValueError(
-                "a guard gives every picture its own number of tokens, which an exported graph cannot have: leave guard out"
-            )
         pixels = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         if pixels is None or pixels.ndim != 4:
             got = "nothing" if pixels is None else f"shape {tuple(pixels.shape)}"
             raise ValueError(f"guard looks at pictures [B, C, H, W] in front of the patch embedding, got {got}")
-        self.forwards.prelude().shares = shares(pixels, self.guard)
+        self._note_shares([pixels])
+
+    def _note_detail_of_rows(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        assert self.guarded is not None
+        forward, rows = self.forwards.prelude(), args[0]
+        if forward.grids:
+            sizes = [(high, wide) for _, high, wide in forward.grids]
+        else:
+            assert forward.grid is not None
+            sizes = [forward.grid] * len(rows)
+        self._note_shares([self.guarded.picture(own, *size) for own, size in zip(rows, sizes, strict=True)])
+
+    def _note_shares(self, pictures: list[Tensor]) -> None:
+        """Note what pictures [B, C, H, W] keep at least, one batch of a size after another."""
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "a guard gives every picture its own number of tokens, which an exported graph cannot have: leave guard out"
+            )
+        self.forwards.prelude().shares = tuple(share for one in pictures for share in shares(one, self.guard))
 
     def _note_samples(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = self.parameters.named(args, kwargs)
@@ -188,6 +211,22 @@ class Inputs(Uncopyable):
             patch = PATCH.get(self.module)
             forward.grids = [[1, int(h) // patch, int(w) // patch] for h, w in PICTURE_SIZES.read(given)]
         forward.order = None
+
+    def _note_shapes(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert self.told is not None
+        assert self.told.grid is not None
+        names = Parameters(type(module).forward)
+        given = names.named(args, kwargs)
+        forward, shapes = self.forwards.prelude(), self.told.grid(module, given)
+        if isinstance(shapes, tuple):
+            forward.grid, forward.grids = shapes, []
+            return
+        forward.grid, forward.grids = None, [[1, rows, columns] for rows, columns in shapes]
+        most = given[names.names[0]].shape[1]
+        if max(forward.samples, default=0) > most:
+            raise ValueError(
+                f"a picture of {max(forward.samples)} patches is announced, and there are {most} rows for each"
+            )
 
     def _note_order(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def permute(x: Tensor, order: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -225,9 +264,11 @@ class Inputs(Uncopyable):
             pixels=self._pixels(forward, origin) if self.patcher is not None else None,
             grids=self.grids(forward) if self.patcher is not None or self.resizing is not None else None,
         )
+        if self.told is not None and forward.grids and self.merge_size is None:
+            _check_padding(forward.samples, candidates)
         if self.resizing is not None and not forward.resized:
             raise ValueError(
-                f"pictures get smaller in front of the {type(self.resizing.conv).__name__} of {type(self.module).__name__}, "
+                f"pictures get smaller in front of the {self.resizing.patcher.kind} of {type(self.module).__name__}, "
                 "which did not run: call the encoder as a whole, or leave pixels out of the plan"
             )
         forward.shows = None
@@ -238,13 +279,13 @@ class Inputs(Uncopyable):
         x, forward.pixels = forward.pixels, None
         if x is None:
             raise ValueError(
-                f"the pixels of {type(self.module).__name__} are read in front of its {type(self.patcher).__name__}, which did "
+                f"the pixels of {type(self.module).__name__} are read in front of its {self.patcher.kind}, which did "
                 "not run: call the encoder as a whole, or use a method that looks at keys"
             )
         places = origin.places
         if forward.order is not None and self.merge_size is not None:  # pixels come in the order of the pictures
             places = packed_groups(forward.samples, self.merge_size**2, None, x.device).places
-        rows = patches(x, self.patcher.kernel_size)
+        rows = self.patcher.patches(x)
         if forward.shows is not None:
             flat = forward.shows.ndim == 1 and self.spec.packed  # one row for each patch
             rows = rows[forward.shows] if flat else spread_out(rows, forward.shows)
@@ -254,7 +295,7 @@ class Inputs(Uncopyable):
         """Rows and columns of the candidates of each sample of a forward; None where no grid shows."""
         assert forward.origin is not None
         side, candidates = self.merge_size or 1, forward.origin.candidates
-        if self.spec.packed:
+        if self.spec.packed or forward.grids:
             return tuple((rows // side, columns // side) for t, rows, columns in forward.grids for _ in range(t))
         if forward.grid is None or forward.grid[0] * forward.grid[1] != candidates.width * side**2:
             return None
@@ -287,6 +328,18 @@ class Inputs(Uncopyable):
             else:
                 valid = None if bool(seen.all()) else seen
         return all_tokens(x.shape[0], count, x.device, valid)
+
+
+def _check_padding(counts: list[int], candidates: TokenMap) -> None:
+    """Refuse grids of other numbers of patches than are no padding, or padding in front of some; ``counts`` by picture."""
+    slots = torch.arange(candidates.width, device=candidates.index.device)
+    announced = slots < torch.tensor(counts, device=slots.device).unsqueeze(1)
+    real = torch.ones_like(announced) if candidates.valid is None else candidates.valid
+    if not torch.equal(announced, real):
+        raise ValueError(
+            f"pictures of {counts} patches are announced, and {list(candidates.total)} rows are no padding: "
+            "the mask is to show as many, with padding behind them"
+        )
 
 
 def _cells(grids: list[list[int]], side: int, device: torch.device) -> Tensor | None:
