@@ -206,15 +206,8 @@ def shorter(ends: Tensor, tokens: TokenMap) -> Tensor:
         ends: int [segments + 1], from 0 to N.
         tokens: of the one sequence.
     """
-    here = torch.nn.functional.pad((~dropped(tokens)[0]).cumsum(0), (1, 0))
+    here = torch.nn.functional.pad(tokens.here[0].cumsum(0), (1, 0))
     return torch.unique_consecutive(here[ends.long()]).to(ends.dtype)
-
-
-def dropped(tokens: TokenMap) -> Tensor:
-    """Mark the original tokens that are gone, bool [B, N]."""
-    index = tokens.index if tokens.valid is None else tokens.index.masked_fill(~tokens.valid, tokens.width)
-    gone = torch.ones(index.shape[0], tokens.width + 1, dtype=torch.bool, device=index.device)
-    return gone.scatter_(1, index, False)[:, :-1]
 
 
 def nearest_survivor(tokens: TokenMap, grid: tuple[int, int]) -> Tensor:

@@ -59,6 +59,11 @@ class TokenMap:
         return self.lengths == self.total
 
     @property
+    def real(self) -> Tensor:
+        """Return which slots are no padding, bool [B, K]."""
+        return torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
+
+    @property
     def here(self) -> Tensor:
         """Return which of the original places are survivors, bool [B, width]."""
         return Selection(self.index, self.lengths, self.valid).mask(self.width)

@@ -137,7 +137,7 @@ def test_gathers_are_the_rows_one_by_one(made, prefix, seed):
     both = gathers.gather_mask(mask, after, prefix)
     one_for_all = gathers.gather_mask(mask[:1], after, prefix)
     full = gathers.full_length(short, after, prefix, -7.0)
-    lost = gathers.dropped(after)
+    lost = ~after.here
     seen = gathers.visible(after, prefix)
     for b, (row, kept) in enumerate(zip(rows_of(chosen), after.kept(), strict=True)):
         n = prefix + len(row)

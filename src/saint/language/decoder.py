@@ -654,7 +654,4 @@ def _of_rows(forward: DecoderForward, call: Call, tokens: TokenMap) -> Call:
 
 def nearest_before(tokens: TokenMap) -> Tensor:
     """For each position the slot of the nearest survivor at or before it (the first one where none is), int64 [B, L]."""
-    batch = tokens.index.shape[0]
-    index = tokens.index if tokens.valid is None else tokens.index.masked_fill(~tokens.valid, tokens.width)
-    here = torch.zeros(batch, tokens.width + 1, dtype=torch.long, device=index.device).scatter_(1, index, 1)
-    return (here[:, : tokens.width].cumsum(1) - 1).clamp_min(0)
+    return (tokens.here.cumsum(1) - 1).clamp_min(0)

@@ -403,7 +403,7 @@ class Doorway(Decider[DoorForward]):
     def _tower(self, x: Tensor, state: LayerState, gone: Tensor | None) -> Tower | None:
         """Recall what the vision tower showed of the candidates: x [B, L, C], and those it dropped: gone, bool [B, L]."""
         tokens = state.candidates
-        real = torch.ones_like(tokens.index, dtype=torch.bool) if tokens.valid is None else tokens.valid
+        real = tokens.real
         if gone is not None:
             real = real & ~state.of_candidates(gone.unsqueeze(-1)).squeeze(-1)
         return self.handover.recall(state.of_candidates(x.detach()), real)

@@ -238,12 +238,6 @@ def relevance(candidates: Candidates) -> Tensor:
     return torch.where(high > low, (about - low) / (high - low).clamp_min(1e-30), 1.0)
 
 
-def real_of(candidates: Candidates) -> Tensor:
-    """Mark the slots that are no padding, bool [B, N]."""
-    valid = candidates.tokens.valid
-    return torch.ones_like(candidates.tokens.index, dtype=torch.bool) if valid is None else valid
-
-
 def likeness(values: Tensor, slots: Tensor) -> Tensor:
     """Compare some tokens with all: cosines, float32 [B, K, N]; values [B, N, C], slots int64 [B, K]."""
     points = graph.metric(values)

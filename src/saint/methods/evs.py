@@ -37,7 +37,7 @@ class EVS(Method):
         tokens, cells = candidates.tokens, candidates.facts.cells
         if cells is None:
             return None
-        real = torch.ones_like(cells, dtype=torch.bool) if tokens.valid is None else tokens.valid
+        real = tokens.real
         before = frames.earlier(cells, valid=tokens.valid)
         with graph.full_precision(cells.device):
             # 3 in the first frame, where there is no frame before: most of all

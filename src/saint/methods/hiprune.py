@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..graph import descending
 from ..tokens import TOWER_RECEIVED, Candidates, Selection, Tower, leading
-from .base import FixedBudget, check_number, real_of, tower_of
+from .base import FixedBudget, check_number, tower_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class HiPrune(FixedBudget):
         return min(depth - 1, math.floor(middle * depth + 0.5)), read
 
     def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
-        tower, real = tower_of(candidates), real_of(candidates)
+        tower, real = tower_of(candidates), candidates.tokens.real
         layers = self.tower_layers(tower.depth, tower.read, tower.prefix)
         middle, late = (tower.attention(TOWER_RECEIVED, layer) for layer in layers)
         # a half rounds up; a few tokens hold no anchor with all four beside it

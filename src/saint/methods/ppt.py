@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import graph
 from ..tokens import TOWER_CLASS, TOWER_VALUES, Candidates, Selection, leading
-from .base import check_number, real_of
+from .base import check_number
 from .tome import ToMe
 
 
@@ -50,7 +50,7 @@ class PPT(ToMe):
         tokens, leave = candidates.tokens, self.merged(candidates)
         if not any(leave):
             return None
-        real = real_of(candidates)
+        real = candidates.tokens.real
         score = _significance(candidates, real)
         drops = (_variance(score, real) >= self.threshold).unsqueeze(1)  # [B, 1]
         edges = graph.match(candidates.keys, valid=tokens.valid)

@@ -17,7 +17,6 @@ from .base import (
     goals,
     host_counts,
     likeness,
-    real_of,
     tower_of,
 )
 
@@ -72,7 +71,7 @@ class PruMerge(Method):
         return 2 * before * after * dim  # cosines with those that stay
 
     def select(self, candidates: Candidates) -> Selection | None:
-        tower, tokens, real = tower_of(candidates), candidates.tokens, real_of(candidates)
+        tower, tokens, real = tower_of(candidates), candidates.tokens, candidates.tokens.real
         weight = tower.attention(TOWER_JOINED, tower.depth - 1)
         if self.keep is None:
             chosen = self._outstanding(weight, real)

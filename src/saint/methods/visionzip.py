@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..tokens import TOWER_CLASS, TOWER_KEYS, Candidates, Selection, highest
-from .base import FixedBudget, check_number, likeness, real_of, tower_of
+from .base import FixedBudget, check_number, likeness, tower_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class VisionZip(FixedBudget):
         return 2 * before * math.ceil(self.contextual * after) * dim  # cosines with contextual tokens
 
     def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
-        tower, tokens, real = tower_of(candidates), candidates.tokens, real_of(candidates)
+        tower, tokens, real = tower_of(candidates), candidates.tokens, candidates.tokens.real
         counts = [math.floor(self.contextual * k + 0.5) for k in goal]
         score = tower.attention(TOWER_CLASS, tower.read)
         dominant = highest(score, [k - c for k, c in zip(goal, counts, strict=True)], real)

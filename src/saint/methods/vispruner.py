@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..graph import full_precision, metric
 from ..tokens import TOWER_CLASS, Candidates, Selection, highest
-from .base import FixedBudget, check_integer, check_number, real_of, tower_of
+from .base import FixedBudget, check_integer, check_number, tower_of
 
 _NEAR = 32  # tokens of which the most similar odd one is looked for first
 
@@ -45,7 +45,7 @@ class VisPruner(FixedBudget):
         return 2 * before**2 * dim  # cosines of all pairs
 
     def choose(self, candidates: Candidates, goal: tuple[int, ...]) -> Selection:
-        tower, real = tower_of(candidates), real_of(candidates)
+        tower, real = tower_of(candidates), candidates.tokens.real
         counts = [math.floor(self.important * k) for k in goal]
         keep = highest(tower.attention(TOWER_CLASS, tower.read), counts, real)
         with full_precision(keep.device):

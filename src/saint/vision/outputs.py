@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ..gathers import (
     DROPPED,
     by_length,
-    dropped,
     fill_padding,
     full_length,
     gather_tokens,
@@ -209,7 +208,7 @@ class Outputs(Uncopyable):
 
     def _mark(self, x: Tensor, tokens: TokenMap) -> Tensor:
         """Mark the rows of dropped tokens of a full-length map, [B, P + N, C] or packed [N, C]."""
-        gone = torch.nn.functional.pad(dropped(tokens), (self.prefix, 0))  # [B, P + N]
+        gone = torch.nn.functional.pad(~tokens.here, (self.prefix, 0))  # [B, P + N]
         return x.masked_fill((gone[0] if x.ndim == 2 else gone).unsqueeze(-1), _hole())
 
     def _pool(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -267,7 +266,7 @@ class Outputs(Uncopyable):
         forward = self.forwards.state
         if layer not in forward.states or forward.states[layer].tokens.nothing_dropped:
             return None
-        gone = dropped(forward.states[layer].tokens)
+        gone = ~forward.states[layer].tokens.here
         assert forward.origin is not None
         places = forward.origin.places  # None: every token is a group
         return self.rows(gone if places is None else gone.flatten()[places[:, :, 0]])
@@ -310,4 +309,4 @@ class Outputs(Uncopyable):
         now = now if state.offsets is None else now + state.offsets
         offsets = now - gather_tokens(stay, after.stand_ins, 0)
         # a survivor that became a mean shows that
-        return replace(after, offsets=offsets.masked_fill(~dropped(after.tokens).unsqueeze(-1), 0.0))
+        return replace(after, offsets=offsets.masked_fill(after.tokens.here.unsqueeze(-1), 0.0))
