@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from saint import methods
 from saint.lab.bench.timing import Spread, disturbances, interleave, load_average
 from saint.lab.records import environment, write_json
-from saint.language.queries import QUERIES
 from saint.methods.base import Method
-from saint.tokens import TOWER, TOWER_KEYS, Candidates, Facts, TokenMap, Tower
+from saint.needs import QUERIES, TOWER, TOWER_KEYS
+from saint.tokens import Candidates, Facts, TokenMap, Tower
 
 TEXT = 64  # tokens of the prompt beside the visual ones
 TILE = 576  # visual tokens of a picture that enters the tower, 24 x 24

@@ -37,9 +37,10 @@ from saint.lab.records import environment, write_json
 from saint.lab.sources.items import evenly
 from saint.lab.sources.photos import load_images
 from saint.methods import Grid, Method
+from saint.needs import TOWER
 from saint.planning import work_of
 from saint.plans import Plan, Stage
-from saint.tokens import TOWER, Candidates
+from saint.tokens import Candidates
 
 RECORD = Path(__file__).parent / "results" / "methods.json"
 SLOTS = {"small-llava": ("vision", "connector", "language"), "clip-b16": ("vision",)}

@@ -9,10 +9,10 @@ from torch import nn
 from .admission import admit
 from .errors import UnsupportedModelError
 from .language.locate import find as find_text
+from .needs import TOWER
 from .plans import Plan, Stage
 from .runtime.observe import Observers
 from .runtime.points import DropPoint
-from .tokens import TOWER
 from .upstream.names import LAYERS
 from .upstream.specs import EncoderSpec, FamilySpec, part
 from .upstream.verify import verify_encoder, verify_family, verify_text

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from . import methods
 from .methods.base import Method, check_number, check_possible, survivors
+from .needs import PROVIDES, TOWER_ATTENTION
 
 VERSION = 1  # of the format in which plans are written
 STAGES = ("vision", "connector", "language")
@@ -17,12 +18,6 @@ Layers = str | range | list[int] | tuple[int, ...] | None
 LAYERS = ("first_half", "all")  # words whose meaning depends on the depth of the model
 _DEEPEST = 10_000  # layers; a range beyond it is a slip, and would fill the memory before a model can say so
 Placement = Literal["input", "mid", "post"] | None
-_TOWER = frozenset({"tower_received", "tower_class", "tower_joined", "tower_values"})
-PROVIDES = {
-    "vision": frozenset({"frames", "pixels", "channels", "resized"}) | _TOWER,
-    "connector": frozenset({"frames", "text", "tower_keys"}) | _TOWER,
-    "language": frozenset({"last_query", "question", "first_query", "raters", "frames"}),
-}
 # candidates that come at least to the first stage of a plan, and to a later one, which sees what is left: fewer are no picture
 _MANY, _FEW = 16, 4
 Output = Literal["survivors", "nearest", "similar", "carried"]
@@ -234,7 +229,7 @@ def _check_stage(name: str, stage: Stage) -> None:
             f'placement="input" is for the vision stage only, got it in the {name} stage; in front of a language model tokens '
             "are dropped by the connector stage"
         )
-    if name == "vision" and stage.placement == "input" and stage.method.asks(name) & _TOWER:
+    if name == "vision" and stage.placement == "input" and stage.method.asks(name) & TOWER_ATTENTION:
         raise ValueError(
             f'{method} looks at the attention of the layer where tokens leave, and placement="input" is in front of all layers: '
             'use "mid" or "post"'

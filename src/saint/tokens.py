@@ -182,17 +182,6 @@ class Selection:
         return Selection.from_mask(torch.empty_like(stay).scatter_(1, order, stay), lengths)
 
 
-# what a method in front of a language model may ask of the vision tower, at the layers that it looks at, and a method inside an
-# encoder of the layer where tokens leave: attention received, mean over heads and all tokens of the picture; that of the class
-# token, mean over heads; the same of all heads as one, of their queries and keys side by side; the length of the value, all heads
-# side by side; keys, mean over heads, in front of a language model. Where there is no class token, attention received stands for
-# its attention
-TOWER_RECEIVED, TOWER_CLASS, TOWER_JOINED = "tower_received", "tower_class", "tower_joined"
-TOWER_VALUES, TOWER_KEYS = "tower_values", "tower_keys"
-TOWER_ATTENTION = frozenset({TOWER_RECEIVED, TOWER_CLASS, TOWER_JOINED, TOWER_VALUES})
-TOWER = TOWER_ATTENTION | {TOWER_KEYS}
-
-
 @dataclass(frozen=True)
 class Tower:
     """What the vision tower showed of each candidate. Where it joins squares of patches, means over their members.
@@ -238,7 +227,7 @@ class Facts:
             values in one (C = 1) where it is not known which are of which, and the method does not need "channels".
         grids: for the same methods and those that need "resized", rows and columns of the candidates of each sample.
         text: for methods that need "text", embeddings of the other tokens of each prompt, [B, T, C]; rows of 0 behind the last.
-        tower: for methods that need something of :data:`TOWER`.
+        tower: for methods that need something of :data:`saint.needs.TOWER`.
     """
 
     columns: int | None = None
@@ -283,7 +272,7 @@ class Candidates:
         rows: for methods that need the attention of other tokens, by the name under ``needs``, float32 [B, N] each, averaged over
             heads and tokens: of the text behind the visual tokens ("question"), of its first token ("first_query"), of those of
             its tokens that the visual tokens are nearest to ("raters"; :class:`saint.methods.SparseVLM`). Inside an encoder what
-            the layer shows of each, by the names in :data:`TOWER_ATTENTION`.
+            the layer shows of each, by the names in :data:`saint.needs.TOWER_ATTENTION`.
     """
 
     keys: Tensor

@@ -34,7 +34,8 @@ from saint.methods import (
     VisionZip,
     VisPruner,
 )
-from saint.tokens import TOWER, TOWER_CLASS, TOWER_KEYS, TOWER_VALUES, Candidates, Facts, TokenMap, Tower
+from saint.needs import TOWER, TOWER_CLASS, TOWER_KEYS, TOWER_VALUES
+from saint.tokens import Candidates, Facts, TokenMap, Tower
 
 COUNT, COLUMNS = 24, 6
 LOOKS = {  # method: the parts of the candidates that its choice depends on

@@ -12,10 +12,11 @@ import torch
 import saint
 from saint import testing
 from saint.methods import PPT, Grid, ToMe
+from saint.needs import TOWER_CLASS, TOWER_VALUES
 from saint.plans import Plan, Stage
 from saint.runtime.points import select_some
 from saint.runtime.state import some_tokens
-from saint.tokens import TOWER_CLASS, TOWER_VALUES, Candidates, Selection, TokenMap
+from saint.tokens import Candidates, Selection, TokenMap
 from saint.vision.locate import locate
 from support.families import FAMILIES
 from support.models import build

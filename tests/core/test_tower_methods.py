@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from saint import tokens as what
+from saint import needs as what
 from saint.gathers import added
 from saint.methods import HiPrune, PruMerge, VisionZip, VisPruner
 from saint.tokens import Candidates, Facts, Selection, TokenMap, Tower

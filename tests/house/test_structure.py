@@ -33,12 +33,13 @@ CORE = {
     "tokens": {"order"},
     "gathers": {"tokens"},
     "plugins": {"errors"},
-    "methods": {"copies", "frames", "graph", "greedy", "grids", "operators", "tokens", "errors", "plugins"},
-    "plans": {"methods", "presets", "files"},  # the last two when a plan is looked up or written
+    "methods": {"copies", "frames", "graph", "greedy", "grids", "needs", "operators", "tokens", "errors", "plugins"},
+    "plans": {"methods", "needs", "presets", "files"},  # the last two when a plan is looked up or written
     "presets": {"methods", "plans"},
     "summary": {"methods", "plans", "tokens", "upstream", "vision", "runtime", "work"},
     "work": {"methods", "plans", "runtime", "upstream"},
     "models": set(),
+    "needs": set(),
     "planning": {
         "errors",
         "methods",
@@ -53,15 +54,16 @@ CORE = {
         "work",
     },
     "upstream": {"errors", "plugins"},
-    "runtime": {"tokens", "gathers", "errors", "patch", "upstream"},
-    "vision": {"frames", "graph", "grids", "tokens", "gathers", "errors", "patch", "runtime", "upstream"},
-    "language": {"tokens", "gathers", "errors", "patch", "runtime", "upstream", "work"},
+    "runtime": {"needs", "tokens", "gathers", "errors", "patch", "upstream"},
+    "vision": {"frames", "graph", "grids", "needs", "tokens", "gathers", "errors", "patch", "runtime", "upstream"},
+    "language": {"needs", "tokens", "gathers", "errors", "patch", "runtime", "upstream", "work"},
     "vlm": {"frames", "tokens", "gathers", "errors", "patch", "runtime", "upstream", "vision", "language"},
     "admission": {"errors", "files", "upstream", "testing"},  # the last when a model is proved: contracts apply plans
     "assemble": {
         "admission",
         "errors",
         "methods",
+        "needs",
         "plans",
         "runtime",
         "tokens",

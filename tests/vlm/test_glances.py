@@ -17,21 +17,12 @@ from saint import testing
 from saint.errors import HookNeverFiredError, UnsupportedModelError
 from saint.methods import SCOPE, HiPrune, PruMerge, Random, VisionZip
 from saint.methods.base import FixedBudget
+from saint.needs import TOWER, TOWER_ATTENTION, TOWER_CLASS, TOWER_JOINED, TOWER_KEYS, TOWER_RECEIVED, TOWER_VALUES
 from saint.plans import Plan, Stage
 from saint.runtime.rows import rows
 from saint.testing import zoo
 from saint.testing.vlm import check_vlm
-from saint.tokens import (
-    TOWER,
-    TOWER_ATTENTION,
-    TOWER_CLASS,
-    TOWER_JOINED,
-    TOWER_KEYS,
-    TOWER_RECEIVED,
-    TOWER_VALUES,
-    Candidates,
-    Selection,
-)
+from saint.tokens import Candidates, Selection
 from saint.vision.inputs import EncoderForward
 from support.families import FAMILIES, IMAGE, maker, prompts
 from support.oracles import Oracle, members, oracle_model, relative_error

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from ..errors import HookNeverFiredError, UnsupportedModelError
 from ..gathers import gather_along, gather_tokens
+from ..needs import LAST
 from ..tokens import TokenMap
 from ..upstream.names import ATTENTION, CACHE, HIDDEN, IMPLEMENTATION, MASK, POSITIONS, ROTARY, Parameters, Role
 from .masks import lets_through
 from .positions import gather_ids, gather_rotary
-from .queries import LAST, Askers
+from .queries import Askers
 
 _ARGUMENTS = (HIDDEN, ROTARY, MASK, CACHE)
 

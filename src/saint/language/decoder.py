@@ -22,6 +22,7 @@ from transformers.cache_utils import StaticLayer
 
 from ..errors import HookNeverFiredError, ParityError, UnsupportedModelError
 from ..gathers import gather_tokens
+from ..needs import QUERIES, RATERS
 from ..runtime.blocks import Block, refuse_meta
 from ..runtime.deciding import Seen
 from ..runtime.layer import LayerStack, PrunedLayer
@@ -55,7 +56,7 @@ from .entries import CachePositions, SessionToken, extended, remaining
 from .layers import Keeps
 from .masks import DENSE, FLASH, survivors_mask, weighed
 from .positions import gather_beside, gather_ids, gather_rotary, rotary_like
-from .queries import QUERIES, RATERS, Askers, askers, raters
+from .queries import Askers, askers, raters
 from .recurrent import filled_state, in_front
 from .static import StaticRagged, places_by
 

@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache
 
 from ..errors import HookNeverFiredError, UnsupportedModelError
 from ..gathers import full_length, gather_tokens, is_dropped
+from ..needs import QUERIES
 from ..patch import override, refuse_replicas, refuse_tracing
 from ..runtime.deciding import Decider
 from ..runtime.forwards import PerThread
@@ -40,7 +41,6 @@ from .decoder import PrunedDecoder
 from .entries import CachePositions, SessionToken
 from .logical import Held, held_by, hold, inside
 from .masks import DENSE, FLASH
-from .queries import QUERIES
 from .shortening import RECURRENT, Reach, Short, Span, documents, masks_of, reaches, real_tokens, shown_before
 from .static import fitted, places_by
 

@@ -10,12 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..needs import FIRST, LAST, QUERIES, QUESTION, RATERS
 from ..runtime.state import LayerState
 from ..tokens import Selection
-
-# what methods call them
-LAST, QUESTION, FIRST, RATERS = "last_query", "question", "first_query", "raters"
-QUERIES = frozenset({LAST, QUESTION, FIRST, RATERS})
 
 
 class Askers(NamedTuple):
@@ -55,7 +52,7 @@ def askers(
     token stands for it.
 
     Args:
-        needs: of the drop point, one of :data:`QUERIES` among them.
+        needs: of the drop point, one of :data:`saint.needs.QUERIES` among them.
         real: tokens of the sequence that are no padding, bool [B, S].
         state: the sequence.
         origin: what entered the language model.

@@ -40,7 +40,7 @@ class Method(ABC):
     # what a stage computes on demand: "last_query" fills `attention`, "question", "first_query" and "raters" `rows`, "frames"
     # `cells`, "pixels" `pixels`, `grids` and `cells` in front of block 0, and with "channels" only if it is known which values
     # are of one channel; "resized" shows the encoder smaller pictures and fills `grids`; "text" fills `text` in front of a
-    # language model, and what `tokens.TOWER` names fills `tower` there; inside an encoder what `tokens.TOWER_ATTENTION` names
+    # language model, and what `needs.TOWER` names fills `tower` there; inside an encoder what `needs.TOWER_ATTENTION` names
     # fills `rows`
     needs: ClassVar[frozenset[str]] = frozenset()
     merges: ClassVar[bool] = False  # tokens go into survivors instead of away; not in the connector stage
@@ -69,7 +69,7 @@ class Method(ABC):
         raise ValueError(f"{type(self).__name__} has no default layers for {stage}; give Stage(..., layers=[...])")
 
     def tower_layers(self, depth: int, read: int, prefix: int) -> tuple[int, ...]:
-        """Layers of the vision tower that it looks at, where it needs something of :data:`saint.tokens.TOWER`.
+        """Layers of the vision tower that it looks at, where it needs something of :data:`saint.needs.TOWER`.
 
         Args:
             depth: layers of the tower.

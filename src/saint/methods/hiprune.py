@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..graph import descending
-from ..tokens import TOWER_RECEIVED, Candidates, Selection, Tower, leading
+from ..needs import TOWER_RECEIVED
+from ..tokens import Candidates, Selection, Tower, leading
 from .base import FixedBudget, check_number, tower_of
 
 

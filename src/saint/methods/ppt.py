@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import graph
-from ..tokens import TOWER_CLASS, TOWER_VALUES, Candidates, Selection, leading
+from ..needs import TOWER_CLASS, TOWER_VALUES
+from ..tokens import Candidates, Selection, leading
 from .base import check_number
 from .tome import ToMe
 

@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..tokens import TOWER_JOINED, TOWER_KEYS, Candidates, Selection, highest
+from ..needs import TOWER_JOINED, TOWER_KEYS
+from ..tokens import Candidates, Selection, highest
 from .base import (
     Method,
     check_budget,

@@ -4,7 +4,8 @@ import dataclasses
 from typing import ClassVar
 
 from .. import greedy
-from ..tokens import TOWER_RECEIVED, Candidates
+from ..needs import TOWER_RECEIVED
+from ..tokens import Candidates
 from .base import Greedy, check_number, tower_of
 from .fastv import FastV
 

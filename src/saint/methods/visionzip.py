@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..tokens import TOWER_CLASS, TOWER_KEYS, Candidates, Selection, highest
+from ..needs import TOWER_CLASS, TOWER_KEYS
+from ..tokens import Candidates, Selection, highest
 from .base import FixedBudget, check_number, likeness, tower_of
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..graph import full_precision, metric
-from ..tokens import TOWER_CLASS, Candidates, Selection, highest
+from ..needs import TOWER_CLASS
+from ..tokens import Candidates, Selection, highest
 from .base import FixedBudget, check_integer, check_number, tower_of
 
 _NEAR = 32  # tokens of which the most similar odd one is looked for first

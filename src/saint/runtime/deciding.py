@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..gathers import added, gather_tokens, merge_tokens, merged_sizes
+from ..needs import TOWER
 from ..patch import Uncopyable
-from ..tokens import TOWER, Candidates, Selection, reads_are_free
+from ..tokens import Candidates, Selection, reads_are_free
 from .forwards import Forwards
 from .observe import Observers, Stopwatch
 from .points import DropPoint, refuse_non_finite, select_some

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HookNeverFiredError
-from ..tokens import TOWER_JOINED, TOWER_RECEIVED, TOWER_VALUES
+from ..needs import TOWER_JOINED, TOWER_RECEIVED, TOWER_VALUES
 from .attended import Attended, Attending
 from .rows import rows
 from .state import LayerState
@@ -23,7 +23,7 @@ class Received:
     """What is summed up of one run of a layer.
 
     Args:
-        kinds: that are asked for, of ``tokens.TOWER_ATTENTION``.
+        kinds: that are asked for, of ``needs.TOWER_ATTENTION``.
         prefix: protected tokens in front of each sequence, the first of them the class token.
         state: the tokens in front of the layer.
         real: which tokens of the sequences are no padding, bool [B, P + S]; None: all.

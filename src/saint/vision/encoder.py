@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..gathers import by_length, gather_mask, gather_table, shorter
+from ..needs import TOWER, TOWER_ATTENTION, TOWER_KEYS
 from ..patch import override
 from ..runtime.blocks import Block, refuse_meta
 from ..runtime.deciding import Seen
@@ -26,7 +27,7 @@ from ..runtime.observe import Observers
 from ..runtime.points import DropPoint
 from ..runtime.received import Received, is_sum
 from ..runtime.state import LayerState
-from ..tokens import TOWER, TOWER_ATTENTION, TOWER_KEYS, Selection, TokenMap
+from ..tokens import Selection, TokenMap
 from ..upstream.names import LONGEST
 from ..upstream.specs import EncoderSpec, part
 from .checks import (

@@ -48,7 +48,7 @@ class Glance:
 
     Attributes:
         tokens: the candidates.
-        shown: by what was asked for, see ``tokens.TOWER``, float32 [B, N, D]; D is 1 but for keys.
+        shown: by what was asked for, see ``needs.TOWER``, float32 [B, N, D]; D is 1 but for keys.
     """
 
     tokens: TokenMap

@@ -12,7 +12,8 @@ from typing import Any
 
 from ...methods.base import Method, step_possible
 from ...methods.resize import Resize
-from ...plans import PROVIDES, Output, Plan, Stage
+from ...needs import PROVIDES
+from ...plans import Output, Plan, Stage
 from .work import Table
 
 
