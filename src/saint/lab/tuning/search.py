@@ -85,8 +85,8 @@ class Search:
 
     @property
     def few(self) -> Sequence[int]:
-        """The images of the first look."""
-        return self.which[:FEW]
+        """The images of the first look: the last ones, which layouts were not fitted to."""
+        return self.which[-FEW:]
 
     @property
     def costed(self) -> Sequence[int]:
@@ -193,16 +193,19 @@ class Search:
 
     def candidates(self, target: float) -> list[Layout]:
         """Return what is worth a look for ``target``: the knapsack's layouts, and even ones over ranges of layers."""
-        budget = self.budget(target)
         found: list[Layout] = []
         for kind, costs in zip(self.kinds, self.costs, strict=True):
-            found += proposals(self.space, costs, kind, self.table, budget)
-        spread = (layout for method in self.near for layout in self.ranges(method))
-        even = (self.space.fitted(layout, self.table, budget) for layout in spread)
-        found += [fit for fit in even if fit is not None]
+            found += proposals(self.space, costs, kind, self.table, self.budget(target))
+        found += self.spread(target)
         if not found:
             raise ValueError(self._impossible(target))
         return list(dict.fromkeys(found))
+
+    def spread(self, target: float) -> list[Layout]:
+        """Even layouts for ``target`` over ranges of layers."""
+        even = (layout for method in self.near for layout in self.ranges(method))
+        fits = (self.space.fitted(layout, self.table, self.budget(target)) for layout in even)
+        return [fit for fit in fits if fit is not None]
 
     def run(self, layout: Layout) -> Tried:
         """A joint run on all images of the search."""
@@ -225,7 +228,7 @@ class Search:
             ranked = sorted(self.candidates(target), key=self._look)
         except ValueError:
             return None
-        best = min((self.run(layout) for layout in ranked[:JOINT]), key=lambda t: t.trial.score)
+        best = _joint([(self, layout) for layout in ranked], target)
         return self.run(self.settled(best.layout, target))
 
     def _ranked(self, target: float) -> "list[tuple[Search, Layout]]":
@@ -250,8 +253,7 @@ class Search:
 
         All proposals are run on few images, the best of them on all.
         """
-        ranked = self._ranked(target)
-        now = min((search.run(layout) for search, layout in ranked[:JOINT]), key=lambda t: t.trial.score)
+        now = _joint(self._ranked(target), target)
         search, seen, order = now.search, {now.layout}, np.random.default_rng(0)
         while moves > 0 and now.layout:
             near = search._near(now.layout, order)
@@ -334,6 +336,23 @@ class Search:
                     self.factor = self.measured(layout) / float(self.space.work(layout, self.table))
                     return share
         raise ValueError(self._impossible(target))
+
+
+def _joint(ranked: Sequence[tuple[Search, Layout]], target: float) -> Tried:
+    """Run the best of the first look on all images, half of them even; one that was fitted must gain beyond noise.
+
+    It was fitted to what single places cost on a few images, and is the best of many partly by chance.
+    """
+    even: list[tuple[Search, Layout]] = []
+    fitted: list[tuple[Search, Layout]] = []
+    for search, layout in ranked:
+        (even if not layout or layout in search.spread(target) else fitted).append((search, layout))
+    best = [
+        min((search.run(layout) for search, layout in some[: JOINT // 2]), key=lambda t: t.trial.score)
+        for some in (even, fitted)
+        if some
+    ]
+    return best[-1] if len(best) == 1 or gains(best[1].trial, best[0].trial) else best[0]
 
 
 def gains(new: Trial, old: Trial) -> bool:
