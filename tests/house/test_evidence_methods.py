@@ -27,13 +27,22 @@ def test_every_method_is_measured_in_every_slot_or_left_out_with_the_reason():
         assert measured == (set() if method.name in frame.LEFT_OUT else method.stages)
 
 
+def test_parts_of_a_method_are_measured_beside_it():
+    assert [name for name in frame.names("connector") if name.startswith("hiprune")] == [
+        "hiprune", "hiprune, anchors alone", "hiprune, registers alone",
+    ]  # fmt: skip
+    assert frame.with_budget("hiprune", 0.25) == saint.methods.HiPrune(keep=0.25)
+    assert frame.with_budget("hiprune, anchors alone", 0.25) == saint.methods.HiPrune(keep=0.25, alpha=1.0)
+    assert frame.with_budget("hiprune, registers alone", 0.25) == saint.methods.HiPrune(keep=0.25, alpha=0.0)
+
+
 @pytest.mark.parametrize("model", list(frame.SLOTS))
 def test_drop_points_suit_every_method_and_budget(model):
     """Votes and pairs, which let half of the tokens go at most, reach the smallest share."""
     depth = {"vision": 12, "connector": 1, "language": 6}
     for slot in frame.SLOTS[model]:
         for name in filter(frame.takes_budget, frame.names(slot)):
-            method = saint.methods.get(name)().keeping(0.11)
+            method = frame.with_budget(name, 0.11)
             plan = frame.plan_of(model, slot, method)
             if slot != "connector":
                 method.validate(196, len(plan.resolve_layers(slot, depth[slot])[0]))
@@ -65,6 +74,19 @@ def test_copies_are_counted_without_another_run():
             (entry,) = session.trace
         want = float(entry.tokens_out.sum() / entry.tokens_in.sum())
         assert copies.left(saint.methods.Duplicates(tau=tau)) == pytest.approx(want)
+
+
+def test_a_larger_count_adds_photographs_and_keeps_those_of_thresholds():
+    names = list(range(100))
+    few, others = frame.divided(names, 10)
+    more, same = frame.divided(names, 76)
+    assert len(few) == 10
+    assert more[:10] == few, "what a record holds stays in front"
+    assert same == others
+    assert len(others) == frame.OTHERS
+    assert sorted(more + others) == names, "each once"
+    with pytest.raises(ValueError, match="count 77 leaves too few"):
+        frame.divided(names, 77)
 
 
 class Fake:
