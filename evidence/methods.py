@@ -15,6 +15,7 @@ A budget that a method cannot be told is met by its threshold, set on other pict
 import argparse
 import functools
 import json
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,7 +35,6 @@ from saint.lab.demo.small_llava import IMAGE_TOKENS
 from saint.lab.describe import describe
 from saint.lab.kinds.agreement import agreement
 from saint.lab.records import environment, write_json
-from saint.lab.sources.items import evenly
 from saint.lab.sources.photos import load_images
 from saint.methods import Grid, Method
 from saint.needs import TOWER
@@ -56,27 +56,36 @@ LAYERS = {
 OWN_LAYERS = ("pyramiddrop",)  # that differ from others in their layers alone
 VOTES = ", votes"  # behind the name of a method: by its threshold
 VOTING = ("saint",)  # methods that have a fixed budget, and are measured by their threshold too
+# parts of a method alone, behind its name
+PARTS = {"hiprune": {"anchors alone": {"alpha": 1.0}, "registers alone": {"alpha": 0.0}}}
 LEFT_OUT = {
     "evs": "pictures lose nothing: it compares frames of videos",
     "flat": "no setting says how many tokens leave",
     "saint_video": "without frames it chooses as `Saint` does, and in front of the language model lets half go at most",
 }
 WIDEST = 4.0  # values of normalised pixels lie closer together
-OTHERS, COPIED = 6, 24  # pictures that thresholds of votes are set on, and those of copies
-COUNTED = 8  # pictures that FLOPs are the mean of, where pictures decide
+OTHERS = 24  # pictures that thresholds are set on
+COUNTED = 24  # pictures that FLOPs are the mean of, where pictures decide
 CALIBRATION = scenes.HELD_OUT + 50_000  # their first scene
 STEPS = 7  # in which they are found
 NEAR = 0.03  # what a threshold may miss a budget by, on the pictures that it was set on
 
 
 def names(slot: str) -> Iterator[str]:
-    """What is measured in a slot: names of the registry, and those of methods by votes."""
+    """What is measured in a slot: names of the registry, and those of methods by votes and of their parts."""
     for name in methods.names():
         method = methods.get(name)
         if not method.__module__.startswith("saint.") or slot not in method.stages:
             continue
         if name not in LEFT_OUT:
             yield from [name, name + VOTES] if name in VOTING else [name]
+            yield from (f"{name}, {part}" for part in PARTS.get(name, {}))
+
+
+def with_budget(name: str, budget: float) -> Method:
+    """A method, or a part of it, with a fixed budget."""
+    name, _, part = name.partition(", ")
+    return methods.get(name)(**PARTS[name][part] if part else {}).keeping(budget)
 
 
 def plan_of(model: str, slot: str, method: Method) -> Plan:
@@ -150,7 +159,7 @@ class Llava:
     def method(self, slot: str, name: str, budget: float) -> Method | str:
         """The method with a budget, or why there is none."""
         if takes_budget(name):
-            return methods.get(name)().keeping(budget)
+            return with_budget(name, budget)
         made, most = by_threshold(name)
         found = fitted(lambda setting: self._behind(slot, made(setting)), budget, 0.0, most, STEPS)
         got = self._behind(slot, made(found))
@@ -173,7 +182,7 @@ class Llava:
 
     @functools.cached_property
     def copies(self) -> Copies:
-        pictures = [_asked(CALIBRATION + i)[0] for i in range(COPIED)]
+        pictures = [_asked(CALIBRATION + i)[0] for i in range(OTHERS)]
         return Copies(self.calibrating.model, saint.demo.inputs(self.name, pictures, "what word is written"))
 
     @functools.cached_property
@@ -235,26 +244,37 @@ def _answered(right: dict[str, list[float]], tokens: float) -> dict[str, Any]:
     return {"values": right["all"], "seen": tokens}
 
 
+def divided(found: Sequence[Any], count: int) -> tuple[list[Any], list[Any]]:
+    """Photographs to measure, and others that thresholds are set on.
+
+    Those of a smaller ``count`` are the first of a larger one, so that a record grows by photographs that it has not got; the
+    others are the same at every ``count``.
+
+    Raises:
+        ValueError: there are fewer than ``count`` beside the others.
+    """
+    mixed = random.Random(0).sample(found, len(found))
+    if count + OTHERS > len(mixed):
+        raise ValueError(f"of {len(mixed)} photographs {OTHERS} are for thresholds: count {count} leaves too few")
+    return mixed[:count], mixed[-OTHERS:]
+
+
 class Clip:
     """CLIP ViT-B/16, shown photographs."""
 
     name, measure = "clip-b16", "cosine"
 
     def __init__(self, folder: Path, count: int) -> None:
-        found = load_images(folder)[0]
-        photos = evenly(found, count)
-        taken = {photo.name for photo in photos}
-        self.photos = photos
-        rest = [photo for photo in found if photo.name not in taken]
-        self.others = [saint.demo.inputs(self.name, photo.image) for photo in evenly(rest, OTHERS)]
+        self.photos, rest = divided(load_images(folder)[0], count)
+        self.others = [saint.demo.inputs(self.name, photo.image) for photo in rest]
         self.model = saint.demo.model(self.name)
-        self.copies = Copies(self.model, saint.demo.inputs(self.name, [photo.image for photo in evenly(rest, COPIED)]))
+        self.copies = Copies(self.model, saint.demo.inputs(self.name, [photo.image for photo in rest]))
         self.work = work_of(self.model)
 
     def method(self, slot: str, name: str, budget: float) -> Method | str:
         """The method with the largest budget that leaves no more FLOPs, or why there is none."""
         if takes_budget(name):
-            made, most, reached = methods.get(name)().keeping, 1.0, self._by_shape
+            made, most, reached = functools.partial(with_budget, name), 1.0, self._by_shape
         elif name == "duplicates":
             made, most = by_threshold(name)
             reached = self._by_copies

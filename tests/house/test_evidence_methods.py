@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import saint
+from saint.lab.analysis import bootstrap
 from saint.plans import Plan
 from support.models import build
 
@@ -27,13 +28,22 @@ def test_every_method_is_measured_in_every_slot_or_left_out_with_the_reason():
         assert measured == (set() if method.name in frame.LEFT_OUT else method.stages)
 
 
+def test_parts_of_a_method_are_measured_beside_it():
+    assert [name for name in frame.names("connector") if name.startswith("hiprune")] == [
+        "hiprune", "hiprune, anchors alone", "hiprune, registers alone",
+    ]  # fmt: skip
+    assert frame.with_budget("hiprune", 0.25) == saint.methods.HiPrune(keep=0.25)
+    assert frame.with_budget("hiprune, anchors alone", 0.25) == saint.methods.HiPrune(keep=0.25, alpha=1.0)
+    assert frame.with_budget("hiprune, registers alone", 0.25) == saint.methods.HiPrune(keep=0.25, alpha=0.0)
+
+
 @pytest.mark.parametrize("model", list(frame.SLOTS))
 def test_drop_points_suit_every_method_and_budget(model):
     """Votes and pairs, which let half of the tokens go at most, reach the smallest share."""
     depth = {"vision": 12, "connector": 1, "language": 6}
     for slot in frame.SLOTS[model]:
         for name in filter(frame.takes_budget, frame.names(slot)):
-            method = saint.methods.get(name)().keeping(0.11)
+            method = frame.with_budget(name, 0.11)
             plan = frame.plan_of(model, slot, method)
             if slot != "connector":
                 method.validate(196, len(plan.resolve_layers(slot, depth[slot])[0]))
@@ -65,6 +75,19 @@ def test_copies_are_counted_without_another_run():
             (entry,) = session.trace
         want = float(entry.tokens_out.sum() / entry.tokens_in.sum())
         assert copies.left(saint.methods.Duplicates(tau=tau)) == pytest.approx(want)
+
+
+def test_a_larger_count_adds_photographs_and_keeps_those_of_thresholds():
+    names = list(range(100))
+    few, others = frame.divided(names, 10)
+    more, same = frame.divided(names, 76)
+    assert len(few) == 10
+    assert more[:10] == few, "what a record holds stays in front"
+    assert same == others
+    assert len(others) == frame.OTHERS
+    assert sorted(more + others) == names, "each once"
+    with pytest.raises(ValueError, match="count 77 leaves too few"):
+        frame.divided(names, 77)
 
 
 class Fake:
@@ -186,32 +209,63 @@ def test_what_the_page_says_in_plain_words():
         """Points, or hundredths of a cosine, that a method is behind another."""
         return 100 * (slot.values[other, budget] - slot.values[name, budget]).mean()
 
+    def apart(slot, name, other, budget):
+        """Tell whether a method is behind another by more than chance."""
+        found = slot.values[name, budget] - slot.values[other, budget]
+        return bool(bootstrap.interval(found, slot.weights).high < 0)
+
     connector = slots["connector"]
     assert [connector.best(budget) for budget in (0.5, 0.25, 0.11)] == ["scope", "scope", "cdpruner"]
     assert connector.ranked()[:6] == ["scope", "divprune", "cdpruner", "apet", "mmr", "saint_full_graph"]
-    assert [connector.apart("saint_full_graph", budget) for budget in (0.5, 0.25, 0.11)] == [True, True, True]
+    assert all(connector.apart("saint_full_graph", budget) for budget in connector.budgets)
+    points = [behind(connector, "saint_full_graph", connector.best(budget), budget) for budget in connector.budgets]
+    assert 1.45 < min(points) < max(points) < 4.05
     looking = ("vispruner", "prumerge", "visionzip", "hiprune")
     assert all(connector.values[name, 0.11].mean() < 0.8 for name in looking)
-    assert all(behind(connector, "hiprune", "random", budget) > 5 for budget in connector.budgets)
+    assert all(9.5 < behind(connector, "hiprune", "random", budget) < 18.5 for budget in connector.budgets)
+    for part in ("hiprune", "hiprune, anchors alone", "hiprune, registers alone"):
+        assert all(apart(connector, part, "random", budget) for budget in connector.budgets)
+    for budget in connector.budgets:
+        low, high = (connector.values[f"hiprune, {part} alone", budget].mean() for part in ("anchors", "registers"))
+        assert low < high
+    assert (connector.values["hiprune", 0.11] == connector.values["hiprune, registers alone", 0.11]).all()
 
     language = slots["language"]
-    points = [behind(language, name, "random", 0.11) for name in ("fastv", "sparsevlm", "priortr", "d2pruner", "scope")]
-    assert 1.45 < min(points) < max(points) < 2.75
-    assert behind(language, "saint", "random", 0.11) < 1.2
+    looking = ("fastv", "sparsevlm", "priortr", "d2pruner", "scope", "pyramiddrop")
+    assert all(apart(language, name, "random", 0.11) for name in looking)
+    points = [behind(language, name, "random", 0.11) for name in looking]
+    assert 1.45 < min(points) < max(points) < 3.0
+    ours = ("saint", "saint_full_graph")
+    assert all(apart(language, name, "random", 0.11) for name in ours)
+    assert all(0.95 < behind(language, name, "random", 0.11) < 1.55 for name in ours)
+    assert round(language.rows["saint", 0.11]["seen"], 2) == 0.39
 
     tower = slots["vision"]
-    assert [tower.best(budget) for budget in (0.25, 0.11)] == ["pitome", "pitome"]
-    assert 4.5 < behind(tower, "saint", "pitome", 0.5) < 5.5
-    assert 11.5 < behind(tower, "saint", "pitome", 0.25) < 12.5
-    assert 4.5 < behind(tower, "saint_full_graph", "pitome", 0.25) < 5.5
-    assert not tower.apart("saint", 0.11)
-    assert not tower.apart("resize", 0.25)
-    assert tower.apart("resize", 0.11)
+    assert [tower.best(budget) for budget in (0.5, 0.25, 0.11)] == ["resize", "pitome", "pitome"]
+    assert not tower.apart("pitome", 0.5)
+    assert 1.5 < behind(tower, "saint_full_graph", "resize", 0.5) < 2.5
+    assert tower.apart("saint_full_graph", 0.5)
+    assert 5.5 < behind(tower, "saint_full_graph", "pitome", 0.25) < 6.5
+    assert 5 < behind(tower, "saint", "pitome", 0.5) < behind(tower, "saint", "resize", 0.5) < 6.5
+    assert not apart(tower, "random", "saint", 0.5)
+    assert 9.5 < behind(tower, "saint", "pitome", 0.25) < 10.5
+    assert [name for name in tower.at(0.11) if not tower.apart(name, 0.11)] == [
+        "saint", "saint_full_graph", "pitome", "apet",
+    ]  # fmt: skip
+    assert not tower.apart("saint, votes", 0.5)
+    assert round(tower.rows["saint, votes", 0.5]["flops"], 2) == 0.77
+    assert [round(behind(tower, "saint, votes", "pitome", budget)) for budget in (0.25, 0.11)] == [9, 15]
+    assert round(tower.rows["resize", 0.5]["flops"], 2) == 0.5
+    assert round(behind(tower, "resize", "pitome", 0.25)) == 6
+    assert tower.apart("resize", 0.25)
     assert tower.rows["resize", 0.25]["flops"] < 0.5 * tower.usual(0.25)
+    assert not apart(tower, "random", "resize", 0.11)
 
-    assert [clip.best(budget) for budget in (0.7, 0.5, 0.35)] == ["match", "saint_full_graph", "resize"]
-    assert not any(clip.apart(name, b) for name in ("saint", "match", "saint_full_graph") for b in (0.7, 0.5))
-    assert not clip.apart("random", 0.7)
-    assert clip.apart("saint", 0.35)
-    assert behind(clip, "saint", "grid", 0.35) > 0
-    assert clip.ranked()[-3:] == ["pitome", "ppt", "tome"]
+    assert [clip.best(budget) for budget in (0.7, 0.5, 0.35)] == ["saint_full_graph", "saint_full_graph", "resize"]
+    assert not any(clip.apart(name, b) for name in ("saint", "match") for b in (0.7, 0.5))
+    assert not clip.apart("saint, votes", 0.7)
+    last = ("pitome", "ppt", "tome", "duplicates")
+    assert all(apart(clip, name, "random", budget) for name in last for budget in clip.budgets)
+    assert [name for name in clip.at(0.35) if not clip.apart(name, 0.35)] == ["resize"]
+    assert [round(behind(clip, name, "resize", 0.35)) for name in ("saint_full_graph", "saint")] == [3, 7]
+    assert not any(apart(clip, "random", "saint", budget) for budget in (0.5, 0.35))
