@@ -24,6 +24,7 @@ from ...upstream.specs import part
 from ...vision.derive import with_tower
 from ...vision.locate import locate_tower
 from ...vlm.locate import find, locate
+from ...vlm.prompts import with_picture
 from ..bench.generation import GenerationBench, bench_generation, timed_answer
 from ..demo import small_llava
 from ..images import data_uri
@@ -129,22 +130,7 @@ class VLM(Generating):
             ValueError: the processor says neither how a chat looks nor what stands for an image.
         """
         processor = self.processor
-        if getattr(processor, "chat_template", None):
-            texts = [
-                processor.apply_chat_template(
-                    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}],
-                    add_generation_prompt=True,
-                    tokenize=False,
-                )
-                for prompt in prompts
-            ]
-        elif isinstance(token := getattr(processor, "image_token", None), str):
-            texts = [f"{token}\n{prompt}" for prompt in prompts]
-        else:
-            raise ValueError(
-                f"{type(processor).__name__} has neither a chat template nor an image token, so it is unknown where the image "
-                "goes in the prompt"
-            )
+        texts = [with_picture(processor, prompt) for prompt in prompts]
         made = processor(text=texts, images=[[image] for image in images], return_tensors="pt", padding=len(texts) > 1)
         return dtype_and_place(self.model, self.device, made)
 
