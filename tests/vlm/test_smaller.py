@@ -195,8 +195,9 @@ def test_the_least_that_is_possible_is_said_and_possible(kind, made):
 
 def test_a_picture_of_one_tile_holds_back_the_others(made):
     images = [picture(640, 480), picture(500, 500)]
-    with pytest.raises(UnsupportedModelError, match="makes 256 visual tokens of a picture of 500 x 500 whatever"):
+    with pytest.raises(ValueError, match="makes 256 visual tokens of a picture of 500 x 500 whatever") as raised:
         saint.smaller_pictures(made("internvl"), images, 0.5)
+    assert not isinstance(raised.value, UnsupportedModelError)  # of the picture, not of the model
     found = saint.smaller_pictures(made("internvl"), images, 300)  # a number is no less than it has
     assert found.after == (256, 256)
 

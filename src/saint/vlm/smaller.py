@@ -32,6 +32,7 @@ Count = Callable[[Call], int | None]
 _AT_MOST, _AT_LEAST = "max_", "min_"  # what the names of options begin with that say so
 _PATCH = 14 * 14  # pixels: fewer than a token shows where pictures are not made larger
 _WASTE = 4  # how many times fewer it may show in a smaller picture
+_SHAPES = (64, 64), (448, 448), (500, 2000), (2000, 2000)  # of pictures that differ in whatever a processor looks at
 _USUAL = 224  # pixels of a side that any processor takes
 _STEPS = 64  # how finely is searched where each step takes a picture
 _NEAREST, _BICUBIC = 0, 3  # PIL's numbers for them
@@ -75,8 +76,9 @@ def smaller_pictures(processor: Any, images: Sequence[Any], pixels: int | float)
         Pictures and options for the call, with the numbers of visual tokens.
 
     Raises:
-        UnsupportedModelError: the processor makes as many tokens of a picture whatever is turned down, or writes none.
-        ValueError: so few are not possible, with the least that is; or ``pixels`` is neither a share nor a number.
+        UnsupportedModelError: the processor makes as many tokens of any picture whatever is turned down, or writes none.
+        ValueError: so few are not possible, with the least that is, or of a picture that is small already; or ``pixels`` is
+            neither a share nor a number.
         TypeError: what is no picture.
     """
     _check(pixels, images)
@@ -92,7 +94,7 @@ def smaller_pictures(processor: Any, images: Sequence[Any], pixels: int | float)
     tried |= {limit.name: _turned_down(counting, limit, sizes, most) for limit in _limits(processor)}
     found = {name: one for name, one in tried.items() if one is not None and one.fits}
     if not found:
-        raise _too_few(processor, pixels, sizes, before, tried)
+        raise _too_few(counting, pixels, sizes, before, tried)
     by = max(found, key=lambda name: sum(found[name].counts))  # of equals the first: the picture
     calls = found[by].calls
     shown = [_resized(image, size) for image, (size, _) in zip(images, calls, strict=True)]
@@ -346,22 +348,24 @@ def _resized(image: Any, size: Size) -> Any:
 
 
 def _too_few(
-    processor: Any,
+    counting: _Counting,
     pixels: int | float,
     sizes: Sequence[Size],
     before: Sequence[int],
     tried: Mapping[str, _Tried | None],
 ) -> ValueError:
     """The error where nothing fits."""
-    name, what = type(processor).__name__, f"a smaller {', '.join(tried)}"
+    name, what = type(counting.processor).__name__, f"a smaller {', '.join(tried)}"
     counts = [one.counts for one in tried.values() if one is not None]
     lowest = [min(found[i] for found in counts) for i in range(len(before))]  # of each picture alone
     stays = next((i for i, (low, full) in enumerate(zip(lowest, before, strict=True)) if low >= full), None)
     if stays is not None:
         (height, width), count = sizes[stays], before[stays]
+        made = f"{name} makes {count} visual tokens of a picture of {width} x {height} whatever is turned down (tried: {what})"
+        if any(counting.ways[0]((size, {})) not in (None, count) for size in _SHAPES):  # it is about this picture
+            return ValueError(f"{made}: leave such pictures out, or drop tokens")
         return UnsupportedModelError(
-            f"{name} makes {count} visual tokens of a picture of {width} x {height} whatever is turned down (tried: {what}): "
-            "show its tower smaller pictures (saint.Plan(pixels=...), where that can be), or drop tokens"
+            f"{made}: show its tower smaller pictures (saint.Plan(pixels=...), where that can be), or drop tokens"
         )
     if isinstance(pixels, int):
         least = f"{min(max(found) for found in counts)}"
