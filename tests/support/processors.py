@@ -19,6 +19,11 @@ OWN = {"aya_vision": {"img_size": 384, "patch_size": 32}, "mistral3": {"patch_si
 LENGTHS = {"gemma3n": 256, "paligemma": 256}  # tokens of a picture, said by the image processor's file
 
 
+def here(*kinds: str) -> list[str]:
+    """Return those of the types of models that this release has."""
+    return [kind for kind in kinds if hasattr(hf, PROCESSORS.get(kind, "none"))]
+
+
 def tokenizer(processor: type) -> Any:
     """One that knows a few words and the tokens that the module of a processor names, or reads off its tokenizer."""
     source = inspect.getsource(sys.modules[processor.__module__])
