@@ -13,6 +13,7 @@ A *session* owns every change to a model, a *plan* says where tokens may go, a *
     apply, pruned, remove, status     put a plan on a model, take it off, ask what is on
     Session, LayerTrace               what was applied, what the last forward dropped
     plan_for                          a plan that leaves a share of the work
+    smaller_pictures                  fewer visual tokens by what a processor is given and asked for
     Plan, Stage, plan, recipes        where tokens may go; ready-made plans
     Saint, SaintFullGraph, methods    which ones go: the paper's two methods, all methods
     tune, freeze, evaluate_images     find a plan, fix its numbers, measure it
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from .session import status as status
     from .tokens import LayerTrace as LayerTrace
     from .upstream.registry import register as register
+    from .vlm.smaller import smaller_pictures as smaller_pictures
 
 _MODULES = {"demo", "graph", "methods", "testing"}  # public names that are modules, and not in one
 _LAZY = {
@@ -86,6 +88,7 @@ _LAZY = {
     "recipes": "presets",
     "register": "upstream.registry",
     "remove": "session",
+    "smaller_pictures": "vlm.smaller",
     "status": "session",
     "tune": "lab.tuning.run",
     "testing": "testing",
@@ -105,6 +108,7 @@ __all__ = [
     "recipes",
     "register",
     "remove",
+    "smaller_pictures",
     "status",
     "tune",
 ]

@@ -9,7 +9,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from saint.lab import demo
 from saint.lab.kinds import VLM
+from saint.testing import zoo
+from saint.upstream.names import IMAGE_TOKEN
 from support.families import FAMILIES, IMAGE
+from support.processors import processor
 
 TEMPLATE = (
     "{% for m in messages %}USER: {% for part in m['content'] %}"
@@ -33,6 +36,20 @@ def save(path, template):
         num_additional_image_tokens=1, chat_template=template,
     ).save_pretrained(path)  # fmt: skip
     FAMILIES["llava-llama"].build().save_pretrained(path)
+    return f"hf:{path}"
+
+
+def save_tiles(path):
+    """A tiny LLaVA-OneVision, whose tower cannot be shown smaller pictures, with its processor: what MODEL is called."""
+    pinpoints = [[32, 64], [64, 32], [64, 64]]
+    made = processor(
+        "llava_onevision", {"size": {"height": 32, "width": 32}, "image_grid_pinpoints": pinpoints}, patch_size=4,
+        num_image_tokens=64, vision_feature_select_strategy="full",
+    )  # fmt: skip
+    model = zoo.build("llava_onevision")
+    setattr(model.config, IMAGE_TOKEN.of(model.config), made.image_token_id)
+    made.save_pretrained(path)
+    model.save_pretrained(path)
     return f"hf:{path}"
 
 

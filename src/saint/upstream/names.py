@@ -165,6 +165,7 @@ MERGER = Role("inputs_merger")  # merges features into embeddings itself
 DECODER = Role("get_decoder")  # returns the language model, or what puts a head on it
 ENCODER = Role("get_encoder")  # returns the tower of a modality, or the model itself
 WINDOW_ORDER = Role("permute_input_for_window_attn")  # reorders groups of patches, given their order
+PROMPT_COUNTS = Role("_get_num_multimodal_tokens")  # of processors: tokens of prompts, from sizes of pictures alone
 
 PREFILL = Role("_prefill")  # of `generate`: runs a prompt, in pieces where the generation config says so
 GENERATE = Role("generate")
@@ -208,6 +209,12 @@ IMAGE_LENGTH = Role(
 )  # of configs
 PATCH = Role("patch_size")  # of configs of towers, in pixels
 IMAGE_SIDE = Role("image_size")  # of configs of towers, in pixels
+IMAGE_PROCESSOR = Role("image_processor")  # of processors
+IMAGE_COUNTS = Role("num_image_tokens")  # of what those say they will make of pictures
+CALL_OPTIONS = Role("valid_kwargs")  # of image processors: a class whose annotations are the options of a call
+PICTURE_SIZE = Role("size")  # of image processors, and an option of theirs: sides or areas by name
+LONGEST_EDGE = Role("longest_edge")  # of those: of sides, or (Qwen) pixels, at most
+SHORTEST_EDGE = Role("shortest_edge")  # and at least
 
 # -- parts of blocks of towers ----------------------------------------------------------------------------------------
 

@@ -38,3 +38,21 @@ def answered(model: nn.Module, inputs: Mapping[str, Any], answer: Tensor) -> dic
                 more = torch.ones_like(more)  # what is not part of the bidirectional prefix
             grown[name] = torch.cat([value, answer if value is ids else more], 1)
     return grown
+
+
+def with_picture(processor: Any, prompt: str) -> str:
+    """``prompt`` behind one picture, as the text that a processor of transformers takes.
+
+    Raises:
+        ValueError: the processor says neither how a chat looks nor what stands for an image.
+    """
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        chat = [{"role": "user", "content": content}]
+        return str(processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+    if isinstance(token := getattr(processor, "image_token", None), str):
+        return f"{token}\n{prompt}"
+    raise ValueError(
+        f"{type(processor).__name__} has neither a chat template nor an image token, so it is unknown where the image "
+        "goes in the prompt"
+    )

@@ -3,13 +3,17 @@
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ...language.cache import KVMemory, memory
 from ...plans import Plan
 from ...tokens import LayerTrace
+from ...upstream.names import CACHE
+from ...vlm.prompts import placeholders
 from ..variants import BASE, check_plans, variants
 from .cost import Cost, cost
 from .timing import Line, Spread, check_rounds, conditions, interleave, load_average, ratios, synchronize
@@ -188,6 +192,7 @@ def bench_generation(
     repeats: int = 10,
     warmup: int = 2,
     *,
+    own: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     tick: Callable[[], None] = lambda: None,
 ) -> GenerationBench:
     """Measure greedy generation with and without plans on the same prompt.
@@ -201,6 +206,7 @@ def bench_generation(
         new_tokens: generated per sample.
         repeats: timed rounds.
         warmup: rounds before them.
+        own: what a plan is given in place of ``inputs``, by its name: the same prompts with smaller pictures.
         tick: called after each round (``repeats + warmup`` times), for a progress bar.
 
     Returns:
@@ -221,7 +227,8 @@ def bench_generation(
         raise ValueError(f"inputs need input_ids, as the model's processor makes them; got {list(inputs)}")
     load = load_average()
     device = next(p.device for p in model.parameters() if p.is_floating_point())
-    stamps: dict[str, list[list[float]]] = {name: [] for name in (BASE, *plans)}
+    given = {name: own.get(name, inputs) for name in (BASE, *plans)}
+    stamps: dict[str, list[list[float]]] = {name: [] for name in given}
 
     def generation(name: str, twin: Any, length: int) -> Callable[[], None]:
         clock = Clock(device)
@@ -229,7 +236,7 @@ def bench_generation(
         def run() -> None:
             clock.start()
             twin.generate(
-                **inputs, max_new_tokens=length, min_new_tokens=length, do_sample=False, num_beams=1, use_cache=True,
+                **given[name], max_new_tokens=length, min_new_tokens=length, do_sample=False, num_beams=1, use_cache=True,
                 stopping_criteria=[clock],
             )  # fmt: skip
             stamps[name].append([1e3 * stamp for stamp in clock.stamps])
@@ -240,20 +247,31 @@ def bench_generation(
         costs = {name: cost(generation(name, variant.model, 1), device) for name, variant in made.items()}
         tokens = {name: _tokens(v.session.trace) for name, v in made.items() if v.session is not None}
         memories = {name: v.session.kv_memory for name, v in made.items() if v.session is not None}
+        whole = _held(made[BASE].model, inputs) if own else None
+        for name in own:
+            tokens[name] = [
+                StageTokens("processor", *(_visual(model, given[one]) for one in (BASE, name))),
+                *tokens[name],
+            ]
+            kept = _held(made[name].model, given[name]) if (found := memories[name]) is None else found.kept
+            # beside what the unpruned model holds of whole pictures, and not of the smaller ones
+            memories[name] = None if whole is None or kept is None else KVMemory(kept, whole)
         for taken in stamps.values():
             taken.clear()
         runs = {name: generation(name, variant.model, new_tokens) for name, variant in made.items()}
         interleave(runs, device, repeats, warmup, tick)
-    empty = [name for name, memory in memories.items() if memory is None]
+    empty = [name for name, found in memories.items() if found is None]
     if empty:
         raise ValueError(f"no images were pruned under {', '.join(empty)}: inputs need an image (or video) to measure")
 
     laps = {name: made[-repeats:] for name, made in stamps.items()}
-    memory = {name: found for name, found in memories.items() if found is not None}
-    kept = {BASE: next(iter(memory.values())).unpruned, **{name: found.kept for name, found in memory.items()}}
+    known = {name: found for name, found in memories.items() if found is not None}
+    stored = {BASE: next(iter(known.values())).unpruned, **{name: found.kept for name, found in known.items()}}
     batch, prompt = inputs["input_ids"].shape
-    times = {name: _times(laps[name], batch, costs[name], kept[name]) for name in laps}
-    gains = {name: _gain(laps[BASE], laps[name], costs[BASE], costs[name], kept[name] / kept[BASE]) for name in plans}
+    times = {name: _times(laps[name], batch, costs[name], stored[name]) for name in laps}
+    gains = {
+        name: _gain(laps[BASE], laps[name], costs[BASE], costs[name], stored[name] / stored[BASE]) for name in plans
+    }
     return GenerationBench(
         plans=dict(plans),
         times=times,
@@ -270,6 +288,22 @@ def bench_generation(
             "steps_ms": {name: [[round(t, 4) for t in lap] for lap in made] for name, made in laps.items()},
         },
     )
+
+
+def _visual(model: Any, inputs: Mapping[str, Any]) -> float:
+    """Return the visual tokens of a prompt, mean over the batch."""
+    tokens = placeholders(model)
+    return float(
+        torch.isin(inputs["input_ids"], torch.tensor(tokens, device=inputs["input_ids"].device)).sum(1).float().mean()
+    )
+
+
+def _held(model: Any, inputs: Mapping[str, Any]) -> int | None:
+    """Return the bytes of keys and values behind a prompt; None where the cache does not tell."""
+    with torch.no_grad():
+        out = model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1, return_dict_in_generate=True)
+    found = memory(CACHE.get(out), 0)
+    return None if found is None else found.kept
 
 
 def _tokens(trace: Sequence[LayerTrace]) -> list[StageTokens]:

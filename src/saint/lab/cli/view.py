@@ -48,6 +48,7 @@ def view(
     from ...session import pruned
     from ..describe import describe
     from ..kinds import kind_of
+    from ..kinds.subject import shrunk_by
     from ..records import environment
     from ..sources.items import Item
     from ..sources.listing import left_facts
@@ -66,6 +67,7 @@ def view(
     photos, bad = pictures(images, limit, left)
     subject = how.load(kind, model)
     name, chosen = asked.of(subject)
+    plan_inside, shown = subject.fitted(chosen)
     witness, reasons = Witness(), Reasons(chosen)
     files: list[Path] = []
     drawn: list[Path] = []
@@ -73,18 +75,21 @@ def view(
     lead = f"{prompt!r}  \u00b7  " if prompt is not None else ""
     with (
         progress("drawing", len(photos)) as tick,
-        pruned(subject.model, chosen, observers=[reasons, witness] if why else [reasons]) as session,
+        pruned(subject.model, plan_inside, observers=[reasons, witness] if why else [reasons]) as session,
         torch.inference_mode(),
     ):
         for photo in photos:
-            inputs = subject.inputs([Item.photo(photo.name, photo.image, prompt or "")], [photo.image])
+            item = Item.photo(photo.name, photo.image, prompt or "")
+            inputs = shown.inputs([item], [photo.image])
             subject.model(**inputs)
-            trace, seen = session.trace, subject.tiles(photo.image, inputs)
+            trace, seen = session.trace, shown.tiles(photo.image, inputs)
             path = folder / f"kept_{photo.name}.png"
             files.append(
-                draw(subject.title, lead + legend(chosen), title(photo.name), seen, subject.total(inputs), trace, path)
+                draw(subject.title, lead + legend(chosen), title(photo.name), seen, shown.total(inputs), trace, path)
             )
-            facts.append({"name": photo.name, **subject.facts(photo.image, inputs, trace, reasons.take())})
+            facts.append({"name": photo.name, **shown.facts(photo.image, inputs, trace, reasons.take())})
+            if shown is not subject:
+                facts[-1]["visual_tokens_unpruned"] = subject.total(subject.inputs([item], [photo.image]))
             if why:
                 steps = witness.take()
                 drawn.append(draw_reasons(subject.title, chosen, photo.name, seen[0], steps, around, folder))
@@ -102,6 +107,7 @@ def view(
             **subject.told(prompt),
             "plan": chosen.to_dict(),
             "plan_name": name,
+            **shrunk_by({name: shown}),
             "photos": facts,
             "skipped": [list(entry) for entry in bad],
             "left_out": left_facts(left),
@@ -113,7 +119,7 @@ def view(
 
 
 def _kept(facts: dict[str, Any]) -> str:
-    """Say how many tokens of a picture are kept behind the last drop point of each stage."""
+    """Say how many tokens of a picture are kept behind the last drop point of each stage, and of a smaller one."""
     from ..report.kept import kept_of
 
     return "; ".join(

@@ -151,10 +151,10 @@ class Worker:
 
     def __init__(self, job: Job, device: str = "auto") -> None:
         self.job = job
-        self.subject = job.load(device)
+        plan, self.subject = job.load(device).fitted(job.plan)
         self.weights = fingerprint(self.subject.model)
         self.plan = json.dumps(job.plan.to_dict(), sort_keys=True)
-        self.session = apply(self.subject.model, job.plan)
+        self.session = apply(self.subject.model, plan)
         self._open = ExitStack()
         self._rows = self._open.enter_context(self.subject.rows(job.max_new_tokens))
         self._failed, self._succeeded = 0, False
@@ -224,7 +224,8 @@ class Worker:
     def _forward(self, rows: Sequence[Row], images: Sequence[Any]) -> list[Row]:
         made = self._rows([row.get("question") or "" for row in rows], images)
         for row, counts in zip(made, self._kept(len(images)), strict=True):
-            row.update(counts)
+            whole, left = row.get("tokens"), row.get("kept", [])  # of smaller pictures in front of the model
+            row.update(counts, kept=left + counts["kept"], tokens=counts["tokens"] if whole is None else whole)
         return made
 
     def _kept(self, batch: int) -> list[Row]:

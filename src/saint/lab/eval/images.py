@@ -142,6 +142,9 @@ class _Pictures:
     def inputs(self, items: Sequence[Item], images: Sequence[Image.Image]) -> Mapping[str, Any]:
         return self.build(images)
 
+    def front(self, inputs: Mapping[str, Any], name: str) -> None:
+        return None
+
     def look(self, watched: Features, inputs: Mapping[str, Any], name: str) -> Looked:
         features, logits = watched(inputs)
         if not bool(torch.isfinite(features).all()):

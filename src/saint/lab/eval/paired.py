@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -15,6 +15,20 @@ from .loop import MARK, Loop, Processes
 from .report import BySample, Report, between, by_sample, fingerprint, kept, summaries, work_left
 
 Entry = dict[str, Any]  # plain data of an item and a variant
+
+
+class Front(NamedTuple):
+    """What smaller pictures leave in front of a plan.
+
+    Attributes:
+        tokens: visual tokens of each item.
+        whole: the same of the whole pictures.
+        work: share of the FLOPs that a plan's are a share of; None where it is unknown.
+    """
+
+    tokens: list[int]
+    whole: list[int]
+    work: float | None
 
 
 class Judge(Protocol):
@@ -34,7 +48,10 @@ class Judge(Protocol):
         """Return what runs a copy of the model."""
 
     def inputs(self, items: Sequence[Item], images: Sequence[Any]) -> Any:
-        """Return what the model is given; the same for every variant."""
+        """Return what the model is given; the same for every variant, or by name of a variant what :meth:`look` gives it."""
+
+    def front(self, inputs: Any, name: str) -> Front | None:
+        """Return what smaller pictures leave in the inputs of a variant; None where it is given the whole ones."""
 
     def look(self, watched: Any, inputs: Any, name: str) -> Any:
         """Return what a variant makes of it, by :meth:`watch`'s.
@@ -141,18 +158,34 @@ def _scorer(judge: Judge, made: Mapping[str, Variant]) -> Callable[[Sequence[Ite
         seen: dict[str, Any] = {}
         for name, variant in made.items():
             seen[name] = judge.look(watched[name], inputs, name)
-            left = None if variant.session is None else kept(variant.session, len(items))
-            work = None if variant.session is None else work_left(variant.session)
-            for sample, (entry, own) in enumerate(zip(entries, judge.own(seen[name], items), strict=True)):
-                entry[name] = own if left is None else {**own, "kept": left[sample]}
-                if work is not None:
-                    entry[name] |= {"flops": work}
+            left = _left(variant, judge.front(inputs, name), len(items))
+            for entry, own, more in zip(entries, judge.own(seen[name], items), left, strict=True):
+                entry[name] = {**own, **more}
         for name in (name for name in made if name != BASE):
             for entry, same in zip(entries, judge.against(seen[BASE], seen[name]), strict=True):
                 entry[name] |= same
         return entries
 
     return score
+
+
+def _left(variant: Variant, front: Front | None, count: int) -> list[Entry]:
+    """Return the shares of the tokens and of the work that a plan leaves of each item; of smaller pictures the tokens too."""
+    session = variant.session
+    if session is None:
+        return [{} for _ in range(count)]
+    shares, work = kept(session, count), work_left(session)
+    if front is None:
+        found: list[Entry] = [{} for _ in range(count)] if shares is None else [{"kept": share} for share in shares]
+    else:
+        work = None if front.work is None else front.work * (1.0 if work is None else work)
+        if not session.trace:  # a plan of smaller pictures alone
+            shares = [1.0] * count
+        pairs = list(zip(front.tokens, front.whole, strict=True))
+        found = [{"visual_tokens": own, "visual_tokens_unpruned": whole} for own, whole in pairs]
+        for entry, share, (own, whole) in zip(found, shares or (), pairs, strict=False):
+            entry["kept"] = share * own / whole
+    return found if work is None else [{**entry, "flops": work} for entry in found]
 
 
 def _by_category(

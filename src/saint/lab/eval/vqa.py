@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
@@ -15,14 +15,18 @@ from torch import Tensor, nn
 from ...plans import Plan
 from .. import answers
 from ..kinds import answering
+from ..kinds.subject import shrunk_by
 from ..sources.items import Failure, Item
 from ..sources.questions import Question, default_prompt
+from ..variants import BASE
 from . import scores
-from .paired import Entry, evaluate
+from .paired import Entry, Front, evaluate
 from .report import BySample, Report, digest
 
 SCORES = ("exact", "anls", "choice")
-AGREEMENT = ("same_answer", "same_first_token", "kl", "kept", "flops")
+AGREEMENT = (
+    "same_answer", "same_first_token", "kl", "kept", "flops", "visual_tokens", "visual_tokens_unpruned",
+)  # fmt: skip
 
 
 def evaluate_vqa(
@@ -48,7 +52,8 @@ def evaluate_vqa(
         model: a supported vision-language model with ``generate``, in eval mode, without a plan.
         processor: the model's own; with ``inputs`` only its ``decode`` is used.
         questions: what to ask.
-        plans: what to compare, by name.
+        plans: what to compare, by name. Where the model cannot be shown the smaller pictures of a plan, the processor makes them,
+            see :func:`saint.smaller_pictures`.
         prompt: text of a question; the chat template goes around it.
         inputs: makes the keyword arguments of ``generate`` from prompts and images, one image each, ``input_ids`` [B, L]
             padded on the left; None means chat template and processor.
@@ -63,7 +68,8 @@ def evaluate_vqa(
         Scores ``exact`` and ``anls``, or ``choice`` for questions with choices; agreement ``same_answer`` (normalised
         texts), ``same_first_token``, ``kl`` (KL(base || pruned) in nats of the next-token distribution in front of the first
         answer token), ``kept`` (share of visual tokens behind the last drop point) and ``flops`` (share
-        of the FLOPs left of the language model's layers, for the prompt).
+        of the FLOPs left of the language model's layers, for the prompt); where the processor made pictures smaller also
+        ``visual_tokens`` of those and ``visual_tokens_unpruned`` of the whole ones.
 
     Raises:
         ValueError: no question, ids used twice, no plan, no ``generate``, or nothing could be evaluated.
@@ -82,22 +88,27 @@ def evaluate_vqa(
     asked = _with_ids(questions)
     items = [question.item(prompt(question)) for question in asked]
     subject = answering(model, processor)
+    fitted = {name: (plan, subject) if inputs is not None else subject.fitted(plan) for name, plan in plans.items()}
+    own = {name: one for name, (_, one) in fitted.items() if one is not subject}
     judge = _Answers(
-        inputs or subject.prompted, subject.decode, max_new_tokens, {question.id: question for question in asked}
-    )
+        {BASE: inputs or subject.prompted, **{name: one.prompted for name, one in own.items()}},
+        subject.decode, subject.cost, max_new_tokens, {question.id: question for question in asked},
+    )  # fmt: skip
     conditions = {
         "max_new_tokens": max_new_tokens,
         "decoding": "greedy",
         "data": digest([_facts(question, item.prompt) for question, item in zip(asked, items, strict=True)]),
         "example_prompt": items[0].prompt,
+        **shrunk_by(own),
     }
+    applied = {name: plan for name, (plan, _) in fitted.items()}
     report = evaluate(
-        model, items, plans, judge, conditions=conditions, facts=facts, unusable=unreadable,
+        model, items, applied, judge, conditions=conditions, facts=facts, unusable=unreadable,
         groups={question.id: question.category for question in asked}, batch=batch, journal=journal, tick=tick,
     )  # fmt: skip
     failed = {failure.id for failure in report.failures}
     report.conditions["with_answers"] = sum(bool(q.answers) for q in asked if q.id not in failed)
-    return report
+    return replace(report, plans=dict(plans))
 
 
 class Said(NamedTuple):
@@ -111,8 +122,11 @@ class Said(NamedTuple):
 class _Answers:
     """Scores answers against references."""
 
-    build: Callable[[Sequence[str], Sequence[Image.Image]], Mapping[str, Any]]
+    builds: Mapping[
+        str, Callable[[Sequence[str], Sequence[Image.Image]], Mapping[str, Any]]
+    ]  # base's, and by plan others
     decode: Callable[[Tensor], str]
+    cost: Callable[[Mapping[str, Any]], tuple[list[int], float | None]]  # visual tokens and work of prompts
     length: int
     questions: Mapping[str, Question]
 
@@ -123,19 +137,27 @@ class _Answers:
     def watch(self, model: nn.Module) -> nn.Module:
         return model
 
-    def inputs(self, items: Sequence[Item], images: Sequence[Image.Image]) -> Mapping[str, Any]:
-        return self.build([item.prompt for item in items], images)
+    def inputs(self, items: Sequence[Item], images: Sequence[Image.Image]) -> Mapping[str, Mapping[str, Any]]:
+        prompts = [item.prompt for item in items]
+        return {name: build(prompts, images) for name, build in self.builds.items()}
 
-    def look(self, watched: Any, inputs: Mapping[str, Any], name: str) -> Said:
+    def front(self, inputs: Mapping[str, Mapping[str, Any]], name: str) -> Front | None:
+        if name == BASE or name not in inputs:
+            return None
+        (tokens, work), (whole, all_work) = self.cost(inputs[name]), self.cost(inputs[BASE])
+        return Front(tokens, whole, None if work is None or all_work is None else work / all_work)
+
+    def look(self, watched: Any, inputs: Mapping[str, Mapping[str, Any]], name: str) -> Said:
+        given = inputs.get(name, inputs[BASE])
         with torch.no_grad():
             out = watched.generate(
-                **inputs, max_new_tokens=self.length, do_sample=False, num_beams=1, output_logits=True,
+                **given, max_new_tokens=self.length, do_sample=False, num_beams=1, output_logits=True,
                 return_dict_in_generate=True,
             )  # fmt: skip
         logits = out.logits[0].float()
         if not bool((logits < math.inf).all()):  # -inf says that a token cannot come; NaN says nothing
             raise ValueError(f"the logits of the {name} model are not finite")
-        return Said([self.decode(new) for new in out.sequences[:, inputs["input_ids"].shape[1] :]], logits)
+        return Said([self.decode(new) for new in out.sequences[:, given["input_ids"].shape[1] :]], logits)
 
     def own(self, seen: Said, items: Sequence[Item]) -> list[Entry]:
         return [

@@ -290,6 +290,17 @@ class Subject(ABC):
         usual = self.plan.vision if self.plan is not None else ()  # a dense head needs what its own plan gives
         return Plan(vision=Stage(Resize(choice.pixels), output=usual[0].output if usual else "survivors"))
 
+    def fitted(self, plan: Plan) -> tuple[Plan, Self]:
+        """Return what of ``plan`` the model does, and the subject that makes inputs for it: where pictures cannot get smaller in
+        the model, but its processor can make them smaller, they do in those inputs.
+        """
+        return plan, self
+
+    @property
+    def shrinks(self) -> dict[str, Any] | None:
+        """Say, as plain data, how pictures are shrunk in its inputs; None where they are not."""
+        return None
+
     @property
     def modes(self) -> dict[str, Plan]:
         """Return what is timed beside a plan where nobody names one, by name."""
@@ -390,6 +401,12 @@ class Subject(ABC):
     @abstractmethod
     def contracts(self, tick: Callable[[], None] = lambda: None) -> Checked:
         """Run the contracts of :mod:`saint.testing` on the model; ``tick`` is called behind each."""
+
+
+def shrunk_by(subjects: Mapping[str, Subject]) -> dict[str, Any]:
+    """Return what conditions of a record say of subjects, by name of a plan, that shrink pictures in their inputs."""
+    found = {name: one.shrinks for name, one in subjects.items() if one.shrinks is not None}
+    return {"pictures": found} if found else {}
 
 
 def dtype_and_place(model: nn.Module, device: torch.device, tensors: Mapping[str, Tensor]) -> Inputs:

@@ -104,6 +104,7 @@ def placed(tiles: list[Tile], kept: Tensor, total: int) -> list[Tensor] | None:
     return found
 
 
-def visual_tokens(model: Any, inputs: Mapping[str, Any]) -> int:
-    """Placeholders of images in the prompt."""
-    return int((inputs["input_ids"] == IMAGE_TOKEN.get(model.config)).sum())
+def visual_tokens(model: Any, inputs: Mapping[str, Any]) -> list[int]:
+    """Placeholders of images in each prompt."""
+    found: list[int] = (inputs["input_ids"] == IMAGE_TOKEN.get(model.config)).sum(1).tolist()
+    return found

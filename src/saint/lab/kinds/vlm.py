@@ -16,6 +16,7 @@ from ...errors import UnsupportedModelError
 from ...extras import require
 from ...plans import Plan
 from ...presets import recipe
+from ...session import pruned
 from ...testing.vlm import CONTRACTS, check_vlm, hybrid_plan
 from ...tokens import LayerTrace
 from ...upstream import registry
@@ -24,6 +25,9 @@ from ...upstream.specs import part
 from ...vision.derive import with_tower
 from ...vision.locate import locate_tower
 from ...vlm.locate import find, locate
+from ...vlm.prompts import with_picture
+from ...vlm.smaller import smaller_pictures
+from ...work import Stack, read_decoder
 from ..bench.generation import GenerationBench, bench_generation, timed_answer
 from ..demo import small_llava
 from ..images import data_uri
@@ -35,7 +39,7 @@ from ..sources.questions import default_prompt, read_questions
 from .facts import steps_of
 from .generating import CPU, Generating, built, check_weights, config_of, on_hub
 from .modes import modes
-from .subject import Answered, Bad, Checked, Given, Inputs, Wanted, dtype_and_place
+from .subject import Answered, Bad, Checked, Given, Inputs, Wanted, dtype_and_place, shrunk_by
 from .tiles import Tile, tiles, visual_tokens
 
 DEMO = f"demo:{small_llava.NAME}"
@@ -44,9 +48,15 @@ DESCRIBE = "Describe the image."  # what is asked where nobody asks
 
 @dataclass(frozen=True)
 class VLM(Generating):
-    """A vision-language model with its processor; without one, where a model was handed over."""
+    """A vision-language model with its processor; without one, where a model was handed over.
+
+    Attributes:
+        processor: see :meth:`prompted`.
+        pixels: what pictures are shrunk to in its inputs, see :func:`saint.smaller_pictures`; None leaves them.
+    """
 
     processor: Any = None
+    pixels: int | float | None = None
 
     called: ClassVar[str] = "a vision-language model"
     gives: ClassVar[str] = "answers"
@@ -126,26 +136,17 @@ class VLM(Generating):
         """Make the same of prompts and images.
 
         Raises:
-            ValueError: the processor says neither how a chat looks nor what stands for an image.
+            ValueError: the processor says neither how a chat looks nor what stands for an image; or pictures cannot be shrunk as
+                ``pixels`` says.
         """
-        processor = self.processor
-        if getattr(processor, "chat_template", None):
-            texts = [
-                processor.apply_chat_template(
-                    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}],
-                    add_generation_prompt=True,
-                    tokenize=False,
-                )
-                for prompt in prompts
-            ]
-        elif isinstance(token := getattr(processor, "image_token", None), str):
-            texts = [f"{token}\n{prompt}" for prompt in prompts]
-        else:
-            raise ValueError(
-                f"{type(processor).__name__} has neither a chat template nor an image token, so it is unknown where the image "
-                "goes in the prompt"
-            )
-        made = processor(text=texts, images=[[image] for image in images], return_tensors="pt", padding=len(texts) > 1)
+        processor, options = self.processor, {}
+        texts = [with_picture(processor, prompt) for prompt in prompts]
+        if self.pixels is not None:
+            found = smaller_pictures(processor, images, self.pixels)
+            images, options = found.images, found.options
+        made = processor(
+            text=texts, images=[[image] for image in images], return_tensors="pt", padding=len(texts) > 1, **options
+        )
         return dtype_and_place(self.model, self.device, made)
 
     # -- what comes out -----------------------------------------------------------------------------------------------
@@ -167,7 +168,13 @@ class VLM(Generating):
             inputs = self.prompted(questions, images)
             with torch.inference_mode():
                 tokens = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
-            return [{"answer": self.decode(new)} for new in tokens[:, inputs["input_ids"].shape[1] :]]
+            new = tokens[:, inputs["input_ids"].shape[1] :]
+            rows: list[dict[str, Any]] = [{"answer": self.decode(one)} for one in new]
+            if self.pixels is not None:
+                whole = visual_tokens(self.model, replace(self, pixels=None).prompted(questions, images))
+                for row, count, left in zip(rows, whole, visual_tokens(self.model, inputs), strict=True):
+                    row |= {"tokens": count, "kept": [{"stage": "processor", "layer": None, "tokens": left}]}
+            return rows
 
         yield made
 
@@ -195,6 +202,21 @@ class VLM(Generating):
             return recipe("small-llava/hybrid")
         own = modes(self.model)
         return own.get("hybrid", own["language"])
+
+    def fitted(self, plan: Plan) -> tuple[Plan, Self]:
+        """Leave smaller pictures to the processor where the tower is not understood; see :meth:`Subject.fitted`."""
+        if plan.pixels is None or self.processor is None:
+            return plan, self
+        try:
+            with pruned(self.model, Plan(vision=plan.vision[0])):
+                return plan, self
+        except UnsupportedModelError:
+            return replace(plan, vision=plan.vision[1:]), replace(self, pixels=plan.pixels)
+
+    @property
+    def shrinks(self) -> dict[str, Any] | None:
+        """Say what its processor shrinks pictures to."""
+        return None if self.pixels is None else {"shrunk": "by the processor", "pixels": self.pixels}
 
     @property
     def plans(self) -> dict[str, Plan]:
@@ -225,7 +247,18 @@ class VLM(Generating):
 
     def total(self, inputs: Mapping[str, Any]) -> int:
         """Return the placeholders of the image in the prompt."""
-        return visual_tokens(self.model, inputs)
+        return sum(visual_tokens(self.model, inputs))
+
+    def cost(self, inputs: Mapping[str, Any]) -> tuple[list[int], float | None]:
+        """Return the visual tokens of each prompt, and the FLOPs of the language model's layers for all, unpruned and without
+        padding; None: unknown.
+        """
+        _, model, spec = locate(self.model, "language")
+        text: Any = model.get_submodule(spec.decoder)
+        layers, exact = read_decoder(list(LAYERS.get(text).children()), text.config)
+        lengths = inputs["attention_mask"].sum(1).double()
+        work = float(Stack(layers).flops([lengths] * (len(layers) + 1)).sum()) if exact else None
+        return visual_tokens(self.model, inputs), work
 
     def facts(
         self, image: Image.Image, inputs: Mapping[str, Any], trace: Sequence[LayerTrace], reasons: Sequence[Any],
@@ -253,9 +286,14 @@ class VLM(Generating):
     ) -> GenerationBench:  # fmt: skip
         """Time answers; see :meth:`Subject.bench`."""
         asked = [photos[i % len(photos)] for i in range(batch or len(photos))]
-        inputs = self.prompted([prompt or DESCRIBE] * len(asked), asked)
-        length = 32 if new_tokens is None else new_tokens
-        return bench_generation(self.model, plans, inputs, length, repeats or 20, warmup, tick=tick)
+        questions, fitted = [prompt or DESCRIBE] * len(asked), {name: self.fitted(plan) for name, plan in plans.items()}
+        own = {name: one for name, (_, one) in fitted.items() if one is not self}
+        result = bench_generation(
+            self.model, {name: plan for name, (plan, _) in fitted.items()}, self.prompted(questions, asked),
+            32 if new_tokens is None else new_tokens, repeats or 20, warmup,
+            own={name: one.prompted(questions, asked) for name, one in own.items()}, tick=tick,
+        )  # fmt: skip
+        return replace(result, plans=dict(plans), conditions=result.conditions | shrunk_by(own))
 
     # -- files --------------------------------------------------------------------------------------------------------
 

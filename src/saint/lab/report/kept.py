@@ -157,6 +157,7 @@ def view_sheet(record: Record) -> Sheet:
         asked = f"Asked “{data['prompt']}”, which visual tokens does {data['model']} keep?"
     blocks: list[Block | None] = [
         PlanBox(data["plan"], name=data.get("plan_name", "")),
+        *(Text(f"Pictures were shrunk {own['shrunk']}.") for own in (data.get("pictures") or {}).values()),
         gallery(record),
         token_curves(record) if shares else None,
         skipped(record),
@@ -172,26 +173,31 @@ def view_sheet(record: Record) -> Sheet:
 
 
 def kept_of(photo: Mapping[str, Any]) -> list[tuple[str, int, int]]:
-    """Return, for each stage of a plan, its name ("" where it is alone), the tokens kept behind it, and those in front of it."""
+    """Return, for each stage of a plan, its name ("" where it is alone), the tokens kept behind it, and those in front of it.
+
+    The first is what the processor left of the tokens, where it was given a smaller picture.
+    """
     stages: dict[str, list[Mapping[str, Any]]] = {}
     for step in photo["layers"]:
         stages.setdefault(str(step.get("stage", "vision")), []).append(step)
     found = []
+    if (whole := photo.get("visual_tokens_unpruned")) is not None:
+        found.append(("smaller picture", int(photo["visual_tokens"]), int(whole)))
     for stage, steps in stages.items():
         total, kept = (
             sum(int(s[key]) for s in steps if point(s) == point(end))
             for key, end in (("tokens_in", steps[0]), ("tokens_out", steps[-1]))
         )
-        found.append((stage if len(stages) > 1 else "", kept, total))
+        found.append((stage if len(stages) > 1 or whole is not None else "", kept, total))
     return found
 
 
 def _share(photo: Mapping[str, Any]) -> float | None:
-    """Tokens behind the last drop point / tokens in front of the first."""
-    steps = photo["layers"]
+    """Tokens behind the last drop point / tokens in front of the first, or of the whole picture where it was made smaller."""
+    steps, whole = photo["layers"], photo.get("visual_tokens_unpruned")
+    total = photo.get("visual_tokens") if whole is None else whole
     if not steps:
-        return None
-    total = photo.get("visual_tokens")
+        return None if whole is None else int(photo["visual_tokens"]) / int(whole)
     kept = sum(int(s["tokens_out"]) for s in steps if point(s) == point(steps[-1]))
     if total is None:
         total = int(steps[0]["tokens_in"])

@@ -228,8 +228,11 @@ def generation_sheet(record: Record) -> Sheet:
         "prefill GFLOPs",
     ]
     than = ["", "first token", "FLOPs bound", "efficiency", "end to end", "time of a further token", "KV"]
-    plans = [(name, _told(plan, (data.get("tokens") or {}).get(name))) for name, plan in data["plans"].items()]
     given = data["conditions"]
+    plans = [
+        (name, _told(plan, (data.get("tokens") or {}).get(name)) + _shrunk(given, name))
+        for name, plan in data["plans"].items()
+    ]
     blocks: list[Block | None] = [
         load_note(record, given),
         Table(head, rows, "Generation, median [p20, p80]"),
@@ -258,6 +261,12 @@ def _told(plan: Mapping[str, Any], tokens: Sequence[Mapping[str, Any]] | None) -
     return plan_line(plan) + (f"; tokens kept: {', '.join(kept)}" if kept else "")
 
 
+def _shrunk(given: Mapping[str, Any], plan: str) -> str:
+    """Say so where the pictures of a plan were shrunk in front of the model."""
+    own = (given.get("pictures") or {}).get(plan)
+    return "" if own is None else f"; pictures were shrunk {own['shrunk']}"
+
+
 def scores_sheet(record: Record) -> Sheet:
     """`saint eval images` and `saint eval vqa`."""
     data = record.data
@@ -266,7 +275,7 @@ def scores_sheet(record: Record) -> Sheet:
     said = [part for part in said if part]
     verdict = "; ".join(said) + "." if said else "Nothing was scored."
     blocks: list[Block | None] = [
-        Listing([(name, plan_line(plan)) for name, plan in data["plans"].items()]),
+        Listing([(name, plan_line(plan) + _shrunk(given, name)) for name, plan in data["plans"].items()]),
         plan_table(data),
         Text("one class only: every neighbour has the right label, so knn says nothing", warning=True)
         if given.get("classes") == 1 and "knn" in (given.get("scores") or ())

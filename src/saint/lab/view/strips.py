@@ -41,7 +41,7 @@ def draw(
     shown = [t for t in trace if bool((t.tokens_out < t.tokens_in).any())] or list(trace[-1:])
     several = len({t.stage for t in trace}) > 1
     counted = []
-    sizes = _smaller(trace[0], tiles)
+    sizes = _smaller(trace[0], tiles) if trace else [None] * len(tiles)  # none: smaller pictures in front of the model
     for step in spaced(shown, 2 * _WIDE - 1 if len(tiles) == 1 else _WIDE + 1):
         where = _where(step, several)
         if step is shown[-1] and step is not trace[-1] and not several:
