@@ -244,3 +244,11 @@ def test_a_share_of_the_work_and_smaller_pictures(loaded):
     assert inside == replace(plan, vision=())
     assert inside.connector
     assert subject.shrinks == {"shrunk": "by the processor", "pixels": 0.6}
+
+
+def test_work_that_is_unknown_stays_unknown(loaded, monkeypatch):
+    monkeypatch.setattr("saint.lab.eval.paired.work_left", lambda session: None)
+    plans = {"shrunk": SHRINK, "both": BEHIND.resized(0.6)}
+    report = evaluate_vqa(loaded.model, loaded.processor, [Question(photo(0), "what is")], plans, max_new_tokens=1)
+    assert "flops" in report.agreement["shrunk"]  # of prompts alone
+    assert "flops" not in report.agreement["both"]

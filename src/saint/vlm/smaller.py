@@ -147,6 +147,7 @@ class _Counting:
             raise UnsupportedModelError(
                 f"{type(processor).__name__} writes no visual tokens into a prompt, so there are none to make fewer of"
             )
+        bare.known[(*size, repr({}))] = prompt[token]
         told = bare._told((size, {}))
         return replace(bare, token=token, marks=0 if told is None else told - prompt[token])
 

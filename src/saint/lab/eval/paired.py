@@ -178,9 +178,9 @@ def _left(variant: Variant, front: Front | None, count: int) -> list[Entry]:
     if front is None:
         found: list[Entry] = [{} for _ in range(count)] if shares is None else [{"kept": share} for share in shares]
     else:
-        work = None if front.work is None else front.work * (1.0 if work is None else work)
         if not session.trace:  # a plan of smaller pictures alone
-            shares = [1.0] * count
+            shares, work = [1.0] * count, 1.0
+        work = None if front.work is None or work is None else front.work * work
         pairs = list(zip(front.tokens, front.whole, strict=True))
         found = [{"visual_tokens": own, "visual_tokens_unpruned": whole} for own, whole in pairs]
         for entry, share, (own, whole) in zip(found, shares or (), pairs, strict=False):
