@@ -143,8 +143,10 @@ def _vlm(model: nn.Module, plan: Plan, observers: Observers) -> "PrunedVLM":
     verify_family(vlm, spec)
     refuse_second(model, path)
     if plan.vision and spec.no_vision is not None:
+        smaller = f"saint.smaller_pictures(processor, images, {plan.pixels}) has its processor make them smaller"
         raise UnsupportedModelError(
             f"{spec.title} cannot do the vision stage: {spec.no_vision}{alone(vlm, path, spec)}"
+            + ("" if plan.pixels is None else f"; {smaller}")
         )
     if asks and not spec.sees_tower:
         raise UnsupportedModelError(
