@@ -1,15 +1,15 @@
 """Every method in every slot that it works in, in one frame: the same drop points, the same budgets, the same pictures.
 
-    python evidence/methods.py small-llava --slots connector language --count 100
-    python evidence/methods.py small-llava --slots vision --count 60
-    python evidence/methods.py clip-b16 --photos DIR --count 40
+    python evidence/methods.py small-llava --count 60
+    python evidence/methods.py clip-b16 --photos DIR --count 120
 
 Small LLaVA on scenes it was not trained on, at three shares of the visual tokens: the share of exact answers. CLIP ViT-B/16
 on photographs, at three shares of the FLOPs: the cosine of the embedding with the unpruned one. Both picture by picture, so
 that methods are paired. It writes evidence/results/methods.json after every method; a call goes on where the last one stopped,
 a larger --count adds pictures to the rows, and --minutes ends it in time. `make tables` writes the tables of docs/methods.md.
 
-A budget that a method cannot be told is met by its threshold, set on other pictures. What is left out stands in LEFT_OUT.
+A budget that a method cannot be told is met by its threshold, set on other pictures. What is left out stands in LEFT_OUT; parts
+of a method that are measured alone in PARTS.
 """
 
 import argparse
