@@ -155,7 +155,7 @@ def forwards(count: int, held_out: float = 1 / 3, *, agreement: bool = False, fr
     few = min(FEW, tuning)
     searches = 1 + (_ROUNDS if agreement else 0) + (len(FRONTIER) if frontier else 0)
     looks = few * (9 * 2 + 2) + COSTED * METHODS * 2 * 9
-    return looks + searches * (few * 20 * (1 + SIZES) + tuning * JOINT) + tuning * (3 + MOVES) + 3 * count
+    return looks + searches * (few * (24 + 2 * 6) * (1 + SIZES) + tuning * JOINT) + tuning * (3 + MOVES) + 3 * count
 
 
 def search(

@@ -30,7 +30,7 @@ SIZES = 4  # smaller pictures that are looked at for a target: those that leave 
 _LEAST, _MOST = 1.04, 2.3
 _RANGES = 3  # methods whose even layouts are looked at behind them
 SOFTER = (0.5, 0.75)  # powers of softer attention that are looked at
-_SOFTER = 0.97  # and taken where they lose at most so many times as much
+_SOFTER = 0.97  # and taken for all layouts where they lose at most so many times as much
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class Search:
         factor: measured work over that of the table.
         sizes: searches over smaller pictures, the largest first.
         tried: layouts that were run, for the record.
+        softens: attention can be softer.
+        softs: the same search by the softness of attention.
     """
 
     trials: Trials
@@ -77,6 +79,8 @@ class Search:
     factor: float = 1.0
     sizes: "list[Search]" = field(default_factory=list)
     tried: dict[Layout, Tried] = field(default_factory=dict)
+    softens: bool = False
+    softs: "dict[float, Search]" = field(default_factory=dict)
 
     @property
     def last(self) -> int:
@@ -103,9 +107,12 @@ class Search:
         return self.space.even(method, places or [0])
 
     def ranges(self, method: Method) -> list[Layout]:
-        """Even layouts: the published one, all layers or those behind the second, the first two, every other one."""
+        """Even layouts: the published one, all layers or those behind the second, the first two, every other one; and in front
+        and at every fourth of the depth, as plans that are made without measuring.
+        """
         depth = self.space.depth
-        spans = (range(1, 3), range(1, depth + 1), range(3, depth + 1), range(2, depth + 1, 2))
+        spans = (range(1, 3), range(1, depth + 1), range(3, depth + 1), range(2, depth + 1, 2),
+                 (0, *range(depth // 3, depth, max(1, depth // 4))))  # fmt: skip
         found = [[p for p in span if self.space.usable(method, p)] or [0] for span in spans]
         return [self.published(method), *(self.space.even(method, places) for places in found)]
 
@@ -135,7 +142,7 @@ class Search:
     def shrink(self, sizes: Sequence[tuple[int | float, int]]) -> None:
         """Look at smaller pictures, too: shares of their pixels, and the tokens that they then have."""
         self.sizes = [
-            replace(self, space=replace(self.space, pixels=share, tokens=tokens), sizes=[], tried={},
+            replace(self, space=replace(self.space, pixels=share, tokens=tokens), sizes=[], tried={}, softs={},
                     table=self.table.over(grid(tokens)), near=self.near[:_RANGES])
             for share, tokens in sizes
         ]  # fmt: skip
@@ -150,14 +157,22 @@ class Search:
                 loss = self.trials.run(space.plan(layout), self.few).score
             except UnsupportedModelError:
                 return
+            self.softens = True
             if loss < best:
                 best, self.space = loss, space
+
+    def soft(self, logn: float) -> "Search":
+        """Return the same search with attention of another softness."""
+        self.softs.setdefault(self.space.logn, self)
+        if logn not in self.softs:
+            self.softs[logn] = replace(self, space=replace(self.space, logn=logn), tried={})
+        return self.softs[logn]
 
     def softened(self, layout: Layout) -> "Search":
         """The same search with attention as soft as ``layout`` likes it best, beyond noise."""
         now = self
         for step in (-0.25, 0.25) if self.space.logn else ():
-            other = replace(self, space=replace(self.space, logn=self.space.logn + step), tried={})
+            other = self.soft(self.space.logn + step)
             if gains(other.run(layout).trial, now.run(layout).trial):
                 now = other
         return now
@@ -196,14 +211,14 @@ class Search:
         found: list[Layout] = []
         for kind, costs in zip(self.kinds, self.costs, strict=True):
             found += proposals(self.space, costs, kind, self.table, self.budget(target))
-        found += self.spread(target)
+        found += self.spread(target, self.near)
         if not found:
             raise ValueError(self._impossible(target))
         return list(dict.fromkeys(found))
 
-    def spread(self, target: float) -> list[Layout]:
+    def spread(self, target: float, methods: Sequence[Method]) -> list[Layout]:
         """Even layouts for ``target`` over ranges of layers."""
-        even = (layout for method in self.near for layout in self.ranges(method))
+        even = (layout for method in methods for layout in self.ranges(method))
         fits = (self.space.fitted(layout, self.table, self.budget(target)) for layout in even)
         return [fit for fit in fits if fit is not None]
 
@@ -225,14 +240,25 @@ class Search:
     def pruning(self, target: float) -> Tried | None:
         """The best layout for pictures as they are, not moved; None: none leaves ``target``."""
         try:
-            ranked = sorted(self.candidates(target), key=self._look)
+            found = [(self, layout) for layout in self.candidates(target)]
         except ValueError:
             return None
-        best = _joint([(self, layout) for layout in ranked], target)
-        return self.run(self.settled(best.layout, target))
+        best = _joint(self._ranked(found, target), target)
+        return best.search.run(best.search.settled(best.layout, target))
 
-    def _ranked(self, target: float) -> "list[tuple[Search, Layout]]":
-        """Layouts for pictures as they are, and for smaller ones, the best of the first look first."""
+    def _ranked(self, found: "list[tuple[Search, Layout]]", target: float) -> "list[tuple[Search, Layout]]":
+        """Return the best of the first look first, even layouts of the best method with attention of any softness."""
+        softer = [
+            (search.soft(logn), layout)
+            for search, layout in (found if self.softens else ())
+            if layout in search.spread(target, search.near[:1])
+            for logn in (0.0, *SOFTER)
+            if logn != search.space.logn
+        ]
+        return sorted([*found, *softer], key=lambda one: one[0]._look(one[1]))
+
+    def _everywhere(self, target: float) -> "list[tuple[Search, Layout]]":
+        """Layouts for pictures as they are, and for smaller ones."""
         whole = [(size, float(size.space.work((), size.table)) * self.factor / target) for size in self.sizes]
         worth = [size for size, share in whole if _LEAST <= share <= _MOST]
         step = max(1, -(-len(worth) // SIZES))
@@ -246,14 +272,14 @@ class Search:
             found.append((alone.search, ()))
         if not found:
             raise ValueError(self._impossible(target))
-        return sorted(found, key=lambda one: one[0]._look(one[1]))
+        return found
 
     def best(self, target: float, moves: int = MOVES) -> Tried:
         """The layout that loses the least for ``target``: the best proposal, moved as long as that helps beyond noise.
 
         All proposals are run on few images, the best of them on all.
         """
-        now = _joint(self._ranked(target), target)
+        now = _joint(self._ranked(self._everywhere(target), target), target)
         search, seen, order = now.search, {now.layout}, np.random.default_rng(0)
         while moves > 0 and now.layout:
             near = search._near(now.layout, order)
@@ -282,21 +308,22 @@ class Search:
 
         A layout was found by its loss, and a token more or less at one place makes others leave at the next.
         """
-        if not layout or self._off(self.measured(layout), target) < _NEAR:
+        if not layout:
             return layout
-        budget, best = self.budget(target), None
+        best = layout, self.measured(layout)
+        if self._off(best[1], target) < _NEAR:
+            return layout
+        budget = self.budget(target)
         for _ in range(4):
             fit = self.space.fitted(layout, self.table, budget)
             if fit is None:
                 break
             share = self.measured(fit)
-            if best is None or self._off(share, target) < self._off(best[1], target):
+            if self._off(share, target) < self._off(best[1], target):
                 best = fit, share
             if self._off(share, target) < _CLOSE:
                 break
             budget *= target * (1 - _CLOSE / 2) / share
-        if best is None:
-            raise ValueError(self._impossible(target))
         found, share = best
         while share > target and self.table.unit == "flops":  # the last token that is too many
             fewer = (
@@ -346,7 +373,7 @@ def _joint(ranked: Sequence[tuple[Search, Layout]], target: float) -> Tried:
     even: list[tuple[Search, Layout]] = []
     fitted: list[tuple[Search, Layout]] = []
     for search, layout in ranked:
-        (even if not layout or layout in search.spread(target) else fitted).append((search, layout))
+        (even if not layout or layout in search.spread(target, search.near) else fitted).append((search, layout))
     best = [
         min((search.run(layout) for search, layout in some[: JOINT // 2]), key=lambda t: t.trial.score)
         for some in (even, fitted)
