@@ -206,16 +206,22 @@ def pages(name: str) -> tuple[nn.Module, dict[str, torch.Tensor], str, int]:
     return model, {**inputs, key: page(inputs[key], side)}, key, side
 
 
-@pytest.mark.parametrize("name", PICTURED)
-def test_copies_leave_an_encoder(name):
-    model, inputs, key, side = pages(name)
-    plan = Plan(vision=Duplicates())
+def held(model, plan, inputs):
+    """What left at the one drop point of a plan that holds the contracts."""
     testing.check_oracle(model, plan, inputs)
     testing.check_batch(model, plan, inputs)
     testing.check_undo(model, plan, inputs)
     with saint.pruned(model, plan) as session:
         testing.run(model, inputs)
         (entry,) = session.trace
+    return entry
+
+
+@pytest.mark.parametrize("name", PICTURED)
+def test_copies_leave_an_encoder(name):
+    model, inputs, key, side = pages(name)
+    plan = Plan(vision=Duplicates())
+    entry = held(model, plan, inputs)
     assert (entry.stage, entry.layer, entry.placement) == ("vision", 0, "input")
     for picture, kept in zip(inputs[key], entry.kept, strict=True):
         assert kept.tolist() == first_of_each(squares_of(picture, side))
@@ -317,12 +323,7 @@ def test_copies_leave_rows_and_padding_is_none(name, method):
     model, _ = with_padding(name)
     pictures = some_pages()
     inputs, plan = as_rows(name, pictures), Plan(vision=method)
-    testing.check_oracle(model, plan, inputs)
-    testing.check_batch(model, plan, inputs)
-    testing.check_undo(model, plan, inputs)
-    with saint.pruned(model, plan) as session:
-        testing.run(model, inputs)
-        (entry,) = session.trace
+    entry = held(model, plan, inputs)
     assert entry.tokens_in.tolist() == [rows * columns for rows, columns in SHAPES]
     for picture, kept in zip(pictures, entry.kept, strict=True):
         flat = isinstance(method, Flat)
