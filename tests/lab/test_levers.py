@@ -24,6 +24,7 @@ from saint.lab.report.sheets import sheet_of
 from saint.lab.tuning import Target, search
 from saint.lab.tuning.advice import BOTH, DUPLICATES, PRUNING, SMALLER, SOFTER, advise
 from saint.lab.tuning.layout import Drop, Space
+from saint.lab.tuning.search import Search
 from saint.lab.tuning.work import Table
 from saint.methods import Duplicates, Match, Resize
 from support.command_line import TINY
@@ -99,12 +100,11 @@ def test_a_model_whose_pictures_cannot_shrink_is_tuned_without(vit):
 
 
 def test_softness_is_of_every_stage_and_told(vit, monkeypatch):
-    """Whatever softer attention does here, a search that takes it writes it into every stage."""
-    monkeypatch.setattr(sys.modules["saint.lab.tuning.search"], "_SOFTER", math.inf)
+    """Even layouts are looked at with each softness; the one that is taken stands in every stage and in the record."""
+    monkeypatch.setattr(Search, "_look", lambda self, _layout: abs(self.space.logn - 0.75))
+    monkeypatch.setattr(sys.modules["saint.lab.tuning.search"], "gains", lambda *_: False)
     found = search(around(vit), smooth(18), Target(flops=0.6), chosen=["saint", "resize"])
-    values = {stage.logn for stage in found.plan.vision}
-    assert values == {found.record["logn"]}
-    assert values <= {0.25, 0.5, 0.75, 1.0}
+    assert {stage.logn for stage in found.plan.vision} == {found.record["logn"]} == {0.75}
 
 
 def test_a_layout_of_a_smaller_picture_is_a_plan():

@@ -39,7 +39,8 @@ def rows(
     batch, heads, count, dim = query.shape
     groups, total = key.shape[1:3]
     scale = dim**-0.5 if scale is None else scale
-    size = max(1, block // (batch * heads * total))
+    # one row is one block: an exported graph has any number of samples
+    size = max(1, block // (batch * heads * total)) if count > 1 else 1
     place = torch.arange(total, device=key.device)
     for start in range(0, count, size):
         part = query[:, :, start : start + size].float() * scale
