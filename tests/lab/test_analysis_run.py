@@ -26,6 +26,7 @@ from saint.lab.sources.items import Item
 from support.command_line import TINY
 from support.families import FAMILIES, prompts
 from support.models import BUILDERS, build
+from support.pictures import saved
 from support.probing import Raw, entropy, observed, weights
 from support.subjects import fixed
 
@@ -532,11 +533,7 @@ def test_a_proposed_plan_begins_at_the_first_harmless_redundant_layer():
 
 @pytest.fixture
 def folder(tmp_path):
-    path = tmp_path / "my photos"
-    path.mkdir()
-    for n in range(9):
-        picture(n).save(path / f"{n}.png")
-    return path
+    return saved(tmp_path / "my photos", map(picture, range(9)))
 
 
 def test_the_command_writes_a_record(command, folder, tmp_path):

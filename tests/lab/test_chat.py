@@ -10,8 +10,9 @@ from PIL import Image
 
 import saint
 from saint.lab.kinds import VLM
-from saint.lab.kinds.tiles import Tile, _laid, placed, tiles, visual_tokens
+from saint.lab.kinds.tiles import Tile, _laid, placed, tiles
 from saint.plans import Stage
+from saint.vlm.prompts import visual_places
 from support.checkpoints import PLAN, save
 from support.command_line import one_line
 from support.families import FAMILIES, IMAGE, prompts
@@ -152,7 +153,7 @@ def test_tiles_of_every_family_have_the_grid_that_its_trace_counts(name):
     if "image_grid_thw" in inputs:
         assert [tile.grid for tile in seen] == [(4, 6), (4, 4)]
         assert all(tile.picture.width * tile.grid[0] == tile.picture.height * tile.grid[1] for tile in seen)
-    (total,) = visual_tokens(model, inputs)
+    (total,) = visual_places(model, inputs).sum(1).tolist()
     found = placed(seen, torch.arange(total), total)
     assert (found is None) == (name == "llava-next")  # it unpads and adds newlines
     if found is not None:

@@ -19,6 +19,7 @@ from saint.plans import Plan
 from saint.session import status
 from support.checkpoints import PLAN, TEMPLATE, save
 from support.command_line import one_line
+from support.pictures import saved
 
 CONNECTOR = Plan.from_json(PLAN)
 
@@ -39,11 +40,7 @@ def noise(seed):
 
 @pytest.fixture
 def images(tmp_path):
-    path = tmp_path / "images"
-    path.mkdir()
-    for i in range(4):
-        noise(i).save(path / f"{i}.png")
-    return path
+    return saved(tmp_path / "images", map(noise, range(4)))
 
 
 def asked(tmp_path, *lines):

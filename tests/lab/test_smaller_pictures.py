@@ -17,6 +17,7 @@ from saint.plans import Plan, Stage
 from saint.vlm.smaller import smaller_pictures
 from support import checkpoints
 from support.families import cache_of
+from support.pictures import saved
 
 SHRINK = Plan(pixels=0.6)
 BEHIND = Plan(language=Stage(saint.Saint(keep=0.5), layers=[1]))
@@ -40,11 +41,7 @@ def photo(i):
 
 @pytest.fixture
 def photos(tmp_path):
-    path = tmp_path / "photos"
-    path.mkdir()
-    for i in range(2):
-        photo(i).save(path / f"{i}.png")
-    return path
+    return saved(tmp_path / "photos", map(photo, range(2)))
 
 
 def given(loaded, i, share=0.6):

@@ -21,6 +21,14 @@ def png(width: int, height: int, data: bytes, *more: tuple[bytes, bytes]) -> str
     return base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks)).decode()
 
 
+def saved(folder, pictures):
+    """A new folder with PIL images in it: 0.png, 1.png and so on."""
+    folder.mkdir()
+    for i, picture in enumerate(pictures):
+        picture.save(folder / f"{i}.png")
+    return folder
+
+
 def movie(name, clips, seed=0, still=0.5):
     """A prompt with videos: keyword inputs. ``still``: share of the groups of patches that a frame has of the frame before.
 

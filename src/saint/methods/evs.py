@@ -37,12 +37,11 @@ class EVS(Method):
         tokens, cells = candidates.tokens, candidates.facts.cells
         if cells is None:
             return None
-        real = tokens.real
         before = frames.earlier(cells, valid=tokens.valid)
         with graph.full_precision(cells.device):
             # 3 in the first frame, where there is no frame before: most of all
             change = 1 - frames.resemblance(graph.metric(candidates.features), before)
-        moving = (cells != frames.NONE) & real
+        moving = (cells != frames.NONE) & tokens.real
         first = moving & (before == frames.NONE)
         counts = torch.stack([moving.sum(1), first.sum(1)]).tolist()
         goal = tuple(

@@ -41,13 +41,11 @@ def rows(
     scale = dim**-0.5 if scale is None else scale
     # one row is one block: an exported graph has any number of samples
     size = max(1, block // (batch * heads * total)) if count > 1 else 1
-    place = torch.arange(total, device=key.device)
+    keys, place = key.float().mT, torch.arange(total, device=key.device)
     for start in range(0, count, size):
         part = query[:, :, start : start + size].float() * scale
-        logits = (
-            part.reshape(batch, groups, -1, dim) @ key.float().mT
-        )  # heads that share a key head lie one behind the other
-        logits = logits.view(batch, heads, -1, total)
+        # heads that share a key head lie one behind the other
+        logits = (part.reshape(batch, groups, -1, dim) @ keys).view(batch, heads, -1, total)
         if mask is not None:
             given = mask if mask.shape[-2] == 1 else mask[..., start : start + size, :]
             logits = logits.masked_fill(~given, -torch.inf) if given.dtype == torch.bool else logits + given.float()

@@ -21,7 +21,7 @@ from ..upstream.names import LAYERS, MASK
 from ..upstream.specs import FamilySpec
 from ..vision.derive import with_tower
 from ..vlm.locate import locate
-from ..vlm.prompts import answered, placeholders
+from ..vlm.prompts import answered, placeholders, visual_places
 from .contracts import Result, check_undo, evaluating, outcomes, snapshot
 from .examples import poisoned
 from .oracle import masked_oracle
@@ -48,7 +48,7 @@ def hybrid_plan(model: nn.Module) -> Plan:
 
 def _words(model: nn.Module, inputs: Inputs) -> Tensor:
     """Positions that no plan can drop and that are no padding, bool [B, L]."""
-    places = torch.isin(inputs["input_ids"], torch.tensor(placeholders(model), device=inputs["input_ids"].device))
+    places = visual_places(model, inputs)
     mask = MASK.read(inputs)
     return ~places if mask is None else ~places & mask.bool()
 

@@ -20,6 +20,12 @@ def placeholders(model: nn.Module) -> list[int]:
     return [token for role in (IMAGE_TOKEN, VIDEO_TOKEN) if (token := role.get(config)) is not None]
 
 
+def visual_places(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Mark where images and videos stand in prompts, bool [B, L]."""
+    ids = IDS.read(inputs)
+    return torch.isin(ids, torch.tensor(placeholders(model), device=ids.device))
+
+
 def answered(model: nn.Module, inputs: Mapping[str, Any], answer: Tensor) -> dict[str, Any]:
     """``inputs`` with ``answer`` behind the prompts: one forward gives what generating it step by step gave.
 

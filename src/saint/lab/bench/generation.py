@@ -13,7 +13,7 @@ from ...language.cache import KVMemory, memory
 from ...plans import Plan
 from ...tokens import LayerTrace
 from ...upstream.names import CACHE
-from ...vlm.prompts import placeholders
+from ...vlm.prompts import visual_places
 from ..variants import BASE, check_plans, variants
 from .cost import Cost, cost
 from .timing import Line, Spread, check_rounds, conditions, interleave, load_average, ratios, synchronize
@@ -292,10 +292,7 @@ def bench_generation(
 
 def _visual(model: Any, inputs: Mapping[str, Any]) -> float:
     """Return the visual tokens of a prompt, mean over the batch."""
-    tokens = placeholders(model)
-    return float(
-        torch.isin(inputs["input_ids"], torch.tensor(tokens, device=inputs["input_ids"].device)).sum(1).float().mean()
-    )
+    return float(visual_places(model, inputs).sum(1).float().mean())
 
 
 def _held(model: Any, inputs: Mapping[str, Any]) -> int | None:

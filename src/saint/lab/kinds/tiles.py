@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...upstream.names import IMAGE_TOKEN
 from ...vision.derive import with_tower
 from ...vision.locate import locate_tower
 from ...vlm.locate import locate
@@ -101,10 +100,4 @@ def placed(tiles: list[Tile], kept: Tensor, total: int) -> list[Tensor] | None:
     for count in counts:
         found.append(kept[(kept >= first) & (kept < first + count)] - first)
         first += count
-    return found
-
-
-def visual_tokens(model: Any, inputs: Mapping[str, Any]) -> list[int]:
-    """Placeholders of images in each prompt."""
-    found: list[int] = (inputs["input_ids"] == IMAGE_TOKEN.get(model.config)).sum(1).tolist()
     return found

@@ -25,7 +25,7 @@ from ...upstream.specs import part
 from ...vision.derive import with_tower
 from ...vision.locate import locate_tower
 from ...vlm.locate import find, locate
-from ...vlm.prompts import with_picture
+from ...vlm.prompts import visual_places, with_picture
 from ...vlm.smaller import smaller_pictures
 from ...work import Stack, read_decoder
 from ..bench.generation import GenerationBench, bench_generation, timed_answer
@@ -40,7 +40,7 @@ from .facts import steps_of
 from .generating import CPU, Generating, built, check_weights, config_of, on_hub
 from .modes import modes
 from .subject import Answered, Bad, Checked, Given, Inputs, Wanted, dtype_and_place, shrunk_by
-from .tiles import Tile, tiles, visual_tokens
+from .tiles import Tile, tiles
 
 DEMO = f"demo:{small_llava.NAME}"
 DESCRIBE = "Describe the image."  # what is asked where nobody asks
@@ -171,8 +171,9 @@ class VLM(Generating):
             new = tokens[:, inputs["input_ids"].shape[1] :]
             rows: list[dict[str, Any]] = [{"answer": self.decode(one)} for one in new]
             if self.pixels is not None:
-                whole = visual_tokens(self.model, replace(self, pixels=None).prompted(questions, images))
-                for row, count, left in zip(rows, whole, visual_tokens(self.model, inputs), strict=True):
+                whole = replace(self, pixels=None).prompted(questions, images)
+                counts = [visual_places(self.model, given).sum(1).tolist() for given in (whole, inputs)]
+                for row, count, left in zip(rows, *counts, strict=True):
                     row |= {"tokens": count, "kept": [{"stage": "processor", "layer": None, "tokens": left}]}
             return rows
 
@@ -247,7 +248,7 @@ class VLM(Generating):
 
     def total(self, inputs: Mapping[str, Any]) -> int:
         """Return the placeholders of the image in the prompt."""
-        return sum(visual_tokens(self.model, inputs))
+        return int(visual_places(self.model, inputs).sum())
 
     def cost(self, inputs: Mapping[str, Any]) -> tuple[list[int], float | None]:
         """Return the visual tokens of each prompt, and the FLOPs of the language model's layers for all, unpruned and without
@@ -258,7 +259,7 @@ class VLM(Generating):
         layers, exact = read_decoder(list(LAYERS.get(text).children()), text.config)
         lengths = inputs["attention_mask"].sum(1).double()
         work = float(Stack(layers).flops([lengths] * (len(layers) + 1)).sum()) if exact else None
-        return visual_tokens(self.model, inputs), work
+        return visual_places(self.model, inputs).sum(1).tolist(), work
 
     def facts(
         self, image: Image.Image, inputs: Mapping[str, Any], trace: Sequence[LayerTrace], reasons: Sequence[Any],

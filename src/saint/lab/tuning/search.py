@@ -6,6 +6,7 @@ Letters: D layers, n images.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -206,21 +207,17 @@ class Search:
             f"methods; about {least:.2f} is the least"
         )
 
-    def candidates(self, target: float) -> list[Layout]:
+    def candidates(self, target: float) -> "list[Proposal]":
         """Return what is worth a look for ``target``: the knapsack's layouts, and even ones over ranges of layers."""
+        budget = self.budget(target)
         found: list[Layout] = []
         for kind, costs in zip(self.kinds, self.costs, strict=True):
-            found += proposals(self.space, costs, kind, self.table, self.budget(target))
-        found += self.spread(target, self.near)
-        if not found:
+            found += proposals(self.space, costs, kind, self.table, budget)
+        spread = (layout for method in self.near for layout in self.ranges(method))
+        even = [fit for layout in spread if (fit := self.space.fitted(layout, self.table, budget)) is not None]
+        if not found and not even:
             raise ValueError(self._impossible(target))
-        return list(dict.fromkeys(found))
-
-    def spread(self, target: float, methods: Sequence[Method]) -> list[Layout]:
-        """Even layouts for ``target`` over ranges of layers."""
-        even = (layout for method in methods for layout in self.ranges(method))
-        fits = (self.space.fitted(layout, self.table, self.budget(target)) for layout in even)
-        return [fit for fit in fits if fit is not None]
+        return [Proposal(self, layout, layout in even) for layout in dict.fromkeys([*found, *even])]
 
     def run(self, layout: Layout) -> Tried:
         """A joint run on all images of the search."""
@@ -240,36 +237,36 @@ class Search:
     def pruning(self, target: float) -> Tried | None:
         """The best layout for pictures as they are, not moved; None: none leaves ``target``."""
         try:
-            found = [(self, layout) for layout in self.candidates(target)]
+            found = self.candidates(target)
         except ValueError:
             return None
-        best = _joint(self._ranked(found, target), target)
+        best = _joint(self._ranked(found))
         return best.search.run(best.search.settled(best.layout, target))
 
-    def _ranked(self, found: "list[tuple[Search, Layout]]", target: float) -> "list[tuple[Search, Layout]]":
+    def _ranked(self, found: "list[Proposal]") -> "list[Proposal]":
         """Return the best of the first look first, even layouts of the best method with attention of any softness."""
         softer = [
-            (search.soft(logn), layout)
-            for search, layout in (found if self.softens else ())
-            if layout in search.spread(target, search.near[:1])
+            one._replace(search=one.search.soft(logn))
+            for one in (found if self.softens else ())
+            if one.even and one.layout and one.layout[0].method == one.search.near[0]
             for logn in (0.0, *SOFTER)
-            if logn != search.space.logn
+            if logn != one.search.space.logn
         ]
-        return sorted([*found, *softer], key=lambda one: one[0]._look(one[1]))
+        return sorted([*found, *softer], key=lambda one: one.search._look(one.layout))
 
-    def _everywhere(self, target: float) -> "list[tuple[Search, Layout]]":
+    def _everywhere(self, target: float) -> "list[Proposal]":
         """Layouts for pictures as they are, and for smaller ones."""
         whole = [(size, float(size.space.work((), size.table)) * self.factor / target) for size in self.sizes]
         worth = [size for size, share in whole if _LEAST <= share <= _MOST]
         step = max(1, -(-len(worth) // SIZES))
-        found: list[tuple[Search, Layout]] = []
+        found: list[Proposal] = []
         for search in (self, *worth[::-1][::step]):
             try:
-                found += [(search, layout) for layout in search.candidates(target)]
+                found += search.candidates(target)
             except ValueError:  # it cannot be had at this size
                 continue
         if (alone := self.alone(target)) is not None:
-            found.append((alone.search, ()))
+            found.append(Proposal(alone.search, (), even=True))
         if not found:
             raise ValueError(self._impossible(target))
         return found
@@ -279,7 +276,7 @@ class Search:
 
         All proposals are run on few images, the best of them on all.
         """
-        now = _joint(self._ranked(self._everywhere(target), target), target)
+        now = _joint(self._ranked(self._everywhere(target)))
         search, seen, order = now.search, {now.layout}, np.random.default_rng(0)
         while moves > 0 and now.layout:
             near = search._near(now.layout, order)
@@ -365,19 +362,29 @@ class Search:
         raise ValueError(self._impossible(target))
 
 
-def _joint(ranked: Sequence[tuple[Search, Layout]], target: float) -> Tried:
+class Proposal(NamedTuple):
+    """A layout that is worth a look.
+
+    Attributes:
+        search: the size of pictures that it is for, and the softness of attention.
+        layout: where and how many.
+        even: it was spread over layers, and not fitted to costs.
+    """
+
+    search: Search
+    layout: Layout
+    even: bool
+
+
+def _joint(ranked: Sequence[Proposal]) -> Tried:
     """Run the best of the first look on all images, half of them even; one that was fitted must gain beyond noise.
 
     It was fitted to what single places cost on a few images, and is the best of many partly by chance.
     """
-    even: list[tuple[Search, Layout]] = []
-    fitted: list[tuple[Search, Layout]] = []
-    for search, layout in ranked:
-        (even if not layout or layout in search.spread(target, search.near) else fitted).append((search, layout))
     best = [
-        min((search.run(layout) for search, layout in some[: JOINT // 2]), key=lambda t: t.trial.score)
-        for some in (even, fitted)
-        if some
+        min((one.search.run(one.layout) for one in some[: JOINT // 2]), key=lambda t: t.trial.score)
+        for even in (True, False)
+        if (some := [one for one in ranked if one.even is even])
     ]
     return best[-1] if len(best) == 1 or gains(best[1].trial, best[0].trial) else best[0]
 
